@@ -1,0 +1,5 @@
+"""Model factories: functions that return a plain `nn.Module`."""
+
+from qatkit.models.vision import cnn, mlp
+
+__all__ = ["cnn", "mlp"]

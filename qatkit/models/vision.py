@@ -1,0 +1,62 @@
+"""Small image classifiers whose every multiplication can run on integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8) -> nn.Sequential:
+    """A convolutional classifier: blocks of 3x3 convolution, BatchNorm and ReLU, pooled by 2 after each but the first.
+
+    It ends in a flattened linear layer rather than an average pool: max pooling and flattening move integers unchanged,
+    so in the exported graph every layer, the last one too, takes its input as codes.
+
+    Args:
+        channels: Output channels of each block.
+        num_classes: Outputs.
+        in_channels: Channels of the image.
+        size: Height and width of the image, in pixels.
+
+    Example:
+        >>> import torch
+        >>> cnn()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    if not channels:
+        raise ValueError("channels: [] makes no network; write at least one number, such as [16, 32]")
+    layers: list[nn.Module] = []
+    for index, out in enumerate(channels):
+        layers += [
+            nn.Conv2d(in_channels, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+        ]
+        if index:
+            layers.append(nn.MaxPool2d(2))
+            size //= 2
+        in_channels = out
+    if size < 1:
+        raise ValueError(f"channels: {len(channels)} blocks pool the image away; write fewer")
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
+
+
+def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> nn.Sequential:
+    """A multilayer perceptron with ReLU between its layers; images are flattened.
+
+    Args:
+        in_features: Inputs, after flattening.
+        hidden: Width of each hidden layer.
+        num_classes: Outputs.
+
+    Example:
+        >>> import torch
+        >>> mlp(in_features=64)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for out in hidden:
+        layers += [nn.Linear(in_features, out), nn.ReLU()]
+        in_features = out
+    return nn.Sequential(*layers, nn.Linear(in_features, num_classes))

@@ -1,0 +1,170 @@
+"""Layers that compute with quantized values: subclasses that take over a layer in place.
+
+A swap changes the layer's class and adds the fake quantizers; the Parameter objects, the hooks and the identity of the
+module stay. So optimizers, weight ties, `state_dict` keys and FSDP see the layer they knew.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit.quantization.arithmetic import fake_quantize, round_scale
+from qatkit.quantization.observers import RangeObserver, minmax_qparams, mse_qparams
+from qatkit.spec import QuantSpec
+
+Role = Literal["weight", "activation"]
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a tensor to its grid in the forward pass and passes gradients straight through.
+
+    Where the scale comes from follows the spec: computed from the tensor on every call (min-max weights, dynamic
+    activations), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter (LSQ). A learned
+    scale is made in its final shape here, so that DDP, FSDP2 and optimizers see it from the start.
+
+    Args:
+        spec: The quantization.
+        role: "weight" or "activation".
+        shape: Shape of the stored scale: ``[1]``, ``[out, 1]`` or ``[out, groups]``.
+        device: Where the scale lives.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, spec: QuantSpec, role: Role, shape: tuple[int, ...], device: torch.device | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.role = role
+        self.ran = False  # set by the first forward; a quantizer that stays False has never quantized anything
+        self.observer: RangeObserver | None = None
+        self.computed = spec.dynamic or (role == "weight" and spec.observer == "minmax")
+        self.ready = self.computed
+        if self.computed:
+            self.scale = self.zero_point = None
+            return
+        initial = torch.full(shape, torch.nan, device=device)
+        if spec.observer == "lsq":
+            self.scale = nn.Parameter(initial)
+        else:
+            self.register_buffer("scale", initial)
+        self.register_buffer("zero_point", torch.zeros(shape, device=device))
+
+    def initialize(self, weight: Tensor) -> None:
+        """Take the initial scale from a weight; nothing to do where it is computed on every call."""
+        if not self.computed:
+            self.set_qparams(*mse_qparams(weight, self.spec))
+
+    @torch.no_grad()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Overwrite the stored scale and zero point, sharded or not."""
+        assert self.scale is not None
+        assert self.zero_point is not None
+        _assign(self.scale, scale)
+        _assign(self.zero_point, zero_point)
+        self.ready = True
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that `x` is quantized with, rounded as the exported file holds them (float32)."""
+        if self.computed:
+            return minmax_qparams(x, self.spec)
+        assert self.scale is not None
+        assert self.zero_point is not None
+        scale: Tensor = _RoundScale.apply(self.scale, self.spec)  # type: ignore[no-untyped-call]
+        return scale, self.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran = True
+        if self.observer is not None:
+            self.observer.update(x)
+            return x
+        if not self.ready:
+            raise RuntimeError(
+                "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, "
+                "or let the QuantizationAwareTraining callback do it"
+            )
+        scale, zero_point = self.qparams(x)
+        return fake_quantize(x, scale, zero_point, self.spec, self._gradient_scale(x, scale), clips=not self.computed)
+
+    def _gradient_scale(self, x: Tensor, scale: Tensor) -> float:
+        """LSQ, section 2.2: one over the root of (elements that share a scale, of one sample) times qmax."""
+        size = x.numel() / scale.numel() if self.role == "weight" else x.numel() / max(x.shape[0], 1)
+        return 1.0 / math.sqrt(max(size, 1) * self.spec.qmax)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.scale is not None:
+            self.ready = not bool(full_tensor(self.scale).isnan().any())
+
+    def extra_repr(self) -> str:
+        kind = "int" if self.spec.symmetric else "uint"
+        return f"{self.role}, {kind}{self.spec.num_bits}, {self.spec.strategy}, {self.spec.observer}"
+
+
+class _RoundScale(torch.autograd.Function):
+    """`round_scale` whose gradient passes through the rounding, with the sign of the absolute value."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, spec: QuantSpec) -> Tensor:
+        ctx.save_for_backward(scale)
+        return round_scale(scale, spec)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return torch.where(scale < 0, -grad, grad), None
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded (a DTensor), as a plain detached tensor."""
+    gather = getattr(tensor, "full_tensor", None)
+    return cast(Tensor, gather()) if gather is not None else tensor.detach()
+
+
+def _assign(target: Tensor, value: Tensor) -> None:
+    value = value.to(target.device, target.dtype).view(target.shape)
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        target = cast(DTensor, target)
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    target.copy_(value)
+
+
+class QATLayer(nn.Module):
+    """What every quantized layer shares: the two fake quantizers, either of which may be None."""
+
+    weight: Tensor
+    weight_fake_quant: FakeQuantize | None
+    input_fake_quant: FakeQuantize | None
+
+    def fake_quantized_weight(self) -> Tensor:
+        """The weight as the forward pass uses it, in the weight's own dtype."""
+        return self.weight if self.weight_fake_quant is None else cast(Tensor, self.weight_fake_quant(self.weight))
+
+    def fake_quantized_input(self, x: Tensor) -> Tensor:
+        """The input as the forward pass uses it."""
+        return x if self.input_fake_quant is None else cast(Tensor, self.input_fake_quant(x))
+
+
+class QATLinear(QATLayer, nn.Linear):
+    """`nn.Linear` over a fake-quantized weight and input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.fake_quantized_input(input), self.fake_quantized_weight(), self.bias)
+
+
+class QATConv2d(QATLayer, nn.Conv2d):
+    """`nn.Conv2d` over a fake-quantized weight and input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = self.fake_quantized_input(input), self.fake_quantized_weight()
+        return cast(Tensor, self._conv_forward(x, weight, self.bias))
+
+
+SWAPS: dict[type[nn.Module], type[QATLayer]] = {nn.Linear: QATLinear, nn.Conv2d: QATConv2d}

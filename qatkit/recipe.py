@@ -1,0 +1,173 @@
+"""A recipe: typed, frozen data that says what happens to a model, stage by stage.
+
+These classes are the whole vocabulary of a recipe file. They import nothing heavy: reading a recipe takes a fraction of
+a second, and a mistake in it is found before a model or a data set is touched. `qatkit.loading` makes them from YAML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qatkit.spec import QuantSpec
+
+MISSING: Any = "???"  # OmegaConf's mark of a value that the file must give
+
+
+@dataclass(frozen=True)
+class FactoryConfig:
+    """A function named as ``module:callable``, and the arguments it is called with."""
+
+    factory: str = MISSING
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """What is handed to Lightning's Trainer, the same for every stage."""
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    logger: Literal["csv", "wandb"] = "csv"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, str) and self.devices != "auto":
+            raise ValueError(f"devices: '{self.devices}' is no number of devices; write auto or a number such as 2")
+        if isinstance(self.devices, int) and self.devices < 1:
+            raise ValueError(f"devices: {self.devices} is out of range; write auto or a number of at least 1")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Learn from a teacher's outputs: ``alpha * T**2 * KL(teacher || student) + (1 - alpha) * loss``."""
+
+    temperature: float = 1.0
+    """Divides both sets of logits; above 0."""
+    alpha: float = 0.5
+    """Weight of the distillation term, 0 to 1; the labels' loss gets the rest."""
+    teacher: str | None = None
+    """The stage whose result teaches; by default the input of the recipe's first compressing stage."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature} is out of range; write a number above 0")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: {self.alpha} is out of range; write a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Fake-quantize the layers that the patterns select."""
+
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+    """Quantization of each layer's input: ``strategy: tensor`` is calibrated and frozen, ``token`` is dynamic."""
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Globs over layer names; every one must match a layer."""
+    exclude: list[str] = field(default_factory=list)
+    calibration_batches: int = 16
+    """Training batches whose activations set the static ranges, at least 1."""
+
+    def __post_init__(self) -> None:
+        if self.weight is None and self.activation is None:
+            raise ValueError("quantize: neither weight nor activation is given; write weight: {num_bits: 8}")
+        if self.weight is not None and self.weight.dynamic:
+            raise ValueError("weight.strategy: 'token' is for activations; write tensor, channel or group")
+        if self.activation is not None and self.activation.strategy not in ("tensor", "token"):
+            raise ValueError(
+                f"activation.strategy: '{self.activation.strategy}' is for weights; write tensor (static) or token"
+            )
+        if not self.include:
+            raise ValueError("include: [] selects no layer; write ['*'] or leave the quantize block out")
+        if self.calibration_batches < 1:
+            raise ValueError(
+                f"calibration_batches: {self.calibration_batches} is out of range; write a number of at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stretch of training. A block that is present is on; ``max_steps: 0`` only prepares and measures."""
+
+    max_steps: int = MISSING
+    batch_size: int = 64
+    """Samples per device and step."""
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.0
+    """Share of the stage over which the learning rate rises from zero, 0 to 1."""
+    gradient_clip: float | None = None
+    """Largest global norm of the gradient."""
+    accumulate: int = 1
+    """Batches per optimizer step."""
+    distill: DistillConfig | None = None
+    quantize: QuantizeConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
+            if (value := getattr(self, name)) != MISSING and value < low:
+                raise ValueError(f"{name}: {value} is out of range; write a whole number of at least {low}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr} is out of range; write a number above 0, such as 1e-3")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
+
+    @property
+    def compresses(self) -> bool:
+        """Whether this stage changes what the model can represent."""
+        return self.quantize is not None
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The file format that the results are written in."""
+
+    format: Literal["onnx", "dense"] = MISSING
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, its data, and the ordered stages it goes through."""
+
+    name: str = MISSING
+    model: FactoryConfig = MISSING
+    data: FactoryConfig = MISSING
+    stages: dict[str, StageConfig] = MISSING
+    seed: int = 0
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.stages == MISSING:
+            return
+        if not self.stages:
+            raise ValueError("stages: {} has no stage; write at least one, such as dense: {max_steps: 600}")
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            wanted = stage.distill.teacher if stage.distill else None
+            if wanted is not None and wanted not in names[:position]:
+                raise ValueError(
+                    f"stages.{name}.distill.teacher: '{wanted}' is no earlier stage; write one of {names[:position]}"
+                )
+
+    def teacher_of(self, name: str) -> str | None:
+        """The stage whose result teaches stage `name`: the named one, else the input of the first compressing stage.
+
+        None stands for the recipe's model as its factory made it.
+        """
+        distill = self.stages[name].distill
+        if distill is not None and distill.teacher is not None:
+            return distill.teacher
+        before: str | None = None
+        for stage_name, stage in self.stages.items():
+            if stage.compresses or stage_name == name:
+                return before
+            before = stage_name
+        raise KeyError(name)

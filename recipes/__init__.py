@@ -1,0 +1,1 @@
+"""Recipes that come with qatkit, as data: `qatkit list` names them, `qatkit show NAME` prints one."""
