@@ -1,0 +1,7 @@
+"""Callbacks for any Lightning Trainer; installed as `qatkit.callbacks`."""
+
+from qatkit.callbacks.distillation import KnowledgeDistillation
+from qatkit.callbacks.monitor import CompressionMonitor
+from qatkit.callbacks.quantization import QuantizationAwareTraining
+
+__all__ = ["CompressionMonitor", "KnowledgeDistillation", "QuantizationAwareTraining"]

@@ -6,6 +6,7 @@ a second, and a mistake in it is found before a model or a data set is touched. 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         if self.weight is None and self.activation is None:
-            raise ValueError("quantize: neither weight nor activation is given; write weight: {num_bits: 8}")
+            raise ValueError("weight: neither weight nor activation is given; write weight: {num_bits: 8}")
         if self.weight is not None and self.weight.dynamic:
             raise ValueError("weight.strategy: 'token' is for activations; write tensor, channel or group")
         if self.activation is not None and self.activation.strategy not in ("tensor", "token"):
@@ -149,6 +150,12 @@ class Recipe:
             return
         if not self.stages:
             raise ValueError("stages: {} has no stage; write at least one, such as dense: {max_steps: 600}")
+        # names become folders, and those of stages are parts of dotted keys
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(f"name: '{self.name}' is no plain name; write letters, digits, _ and - only")
+        for name in self.stages:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"stages.{name}: '{name}' is no plain name; write letters, digits and _ only")
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
             wanted = stage.distill.teacher if stage.distill else None

@@ -1,4 +1,4 @@
-"""Three splits and an order that depends on the seed and the epoch alone, so that a resumed run sees the same batches."""
+"""Three splits, and an order that depends on the seed and the epoch alone: a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class SplitDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        sampler = DistributedSampler(self.train, num_replicas=world, rank=rank, seed=self.seed, drop_last=True)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.train, num_replicas=world, rank=rank, seed=self.seed, drop_last=True
+        )
         return DataLoader(self.train, self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:

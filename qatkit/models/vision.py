@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
 
 
-def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8) -> nn.Sequential:
+def cnn(
+    channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8
+) -> nn.Sequential:
     """A convolutional classifier: blocks of 3x3 convolution, BatchNorm and ReLU, pooled by 2 after each but the first.
 
     It ends in a flattened linear layer rather than an average pool: max pooling and flattening move integers unchanged,
@@ -26,20 +29,19 @@ def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channe
     """
     if not channels:
         raise ValueError("channels: [] makes no network; write at least one number, such as [16, 32]")
-    layers: list[nn.Module] = []
-    for index, out in enumerate(channels):
-        layers += [
-            nn.Conv2d(in_channels, out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out),
-            nn.ReLU(),
-        ]
-        if index:
-            layers.append(nn.MaxPool2d(2))
+    layers: dict[str, nn.Module] = {}
+    for index, out in enumerate(channels, start=1):
+        layers[f"conv{index}"] = nn.Conv2d(in_channels, out, 3, padding=1, bias=False)
+        layers[f"norm{index}"] = nn.BatchNorm2d(out)
+        layers[f"relu{index}"] = nn.ReLU()
+        if index > 1:
+            layers[f"pool{index}"] = nn.MaxPool2d(2)
             size //= 2
         in_channels = out
     if size < 1:
         raise ValueError(f"channels: {len(channels)} blocks pool the image away; write fewer")
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
+    layers |= {"flatten": nn.Flatten(), "classifier": nn.Linear(in_channels * size * size, num_classes)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> nn.Sequential:

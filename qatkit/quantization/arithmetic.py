@@ -86,15 +86,11 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     return scale, (spec.qmin - low / scale).round().clamp(spec.qmin, spec.qmax)
 
 
-def scale_floor(spec: QuantSpec) -> float:
-    """The smallest scale: the smallest normal number of the dtype that scales are rounded to."""
-    return float(torch.finfo(getattr(torch, spec.scale_dtype)).tiny)
-
-
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Make a scale positive and representable in ``spec.scale_dtype``; returned in float32."""
-    scale = scale.abs().clamp(min=scale_floor(spec))
-    return scale if spec.scale_dtype == "float32" else scale.to(getattr(torch, spec.scale_dtype)).float()
+    """Make a scale positive and a normal number of ``spec.scale_dtype``; returned in float32."""
+    dtype = getattr(torch, spec.scale_dtype)
+    scale = scale.abs().clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max)
+    return scale if dtype is torch.float32 else scale.to(dtype).float()
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:

@@ -1,0 +1,170 @@
+"""Quantization-aware training in anybody's LightningModule."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.calibrate import calibrate
+from qatkit.quantization.folding import Fold, fold_batchnorm
+from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.prepare import fake_quantizers, prepare_qat
+from qatkit.spec import QuantSpec
+
+
+class QuantizationAwareTraining(Callback):
+    """Trains with fake-quantized weights and activations.
+
+    Before training: BatchNorm is folded into the convolutions before it, the selected layers are swapped, and static
+    activation ranges are calibrated on the first training batches. After the first training step every fake quantizer
+    must have run. Learned scales are left out of weight decay. A checkpoint holds the same weights under the same
+    names, and the scales beside them; resuming continues with the scales it holds.
+
+    Args:
+        weight: How weights are quantized; None leaves them as they are.
+        activation: How layer inputs are quantized; None leaves them as they are.
+        include: Globs over layer names of the LightningModule; every one must match a layer.
+        exclude: Globs over layer names that are left alone.
+        calibration_batches: Training batches that set the static ranges.
+        calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
+            the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
+
+    Raises:
+        QatkitError: a pattern matches nothing, a selected layer cannot be quantized, or one never runs.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from qatkit import QuantSpec
+        >>> from qatkit.callbacks import QuantizationAwareTraining
+        >>> trainer = Trainer(callbacks=[QuantizationAwareTraining(weight=QuantSpec(num_bits=4, observer="lsq"))])
+    """
+
+    def __init__(
+        self,
+        weight: QuantSpec | None = None,
+        activation: QuantSpec | None = None,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        calibration_batches: int = 16,
+        calibration_forward: Callable[[LightningModule, Any], object] | None = None,
+    ) -> None:
+        self.weight = weight
+        self.activation = activation
+        self.include = list(include)
+        self.exclude = list(exclude)
+        self.calibration_batches = calibration_batches
+        self.calibration_forward = calibration_forward or _forward
+        self.layers: list[str] = []
+        """Names of the swapped layers, once `setup` has run."""
+        self.folds: list[Fold] = []
+        """Folded (convolution, BatchNorm) pairs."""
+        self._module: weakref.ref[LightningModule] | None = None
+        self._all_ran = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._module is not None and self._module() is pl_module:
+            return  # fit, then validate and test: one swap serves them all
+        self.folds = fold_batchnorm(pl_module)
+        self.layers = prepare_qat(pl_module, self.weight, self.activation, self.include, self.exclude)
+        self._module = weakref.ref(pl_module)
+        self._all_ran = False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scales = [fq.scale for _, fq in self._own(pl_module) if isinstance(fq.scale, torch.nn.Parameter)]
+        for optimizer in trainer.optimizers:
+            _exempt_from_decay(optimizer, scales)
+        # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
+        if trainer.ckpt_path is None and not all(fq.ready for _, fq in self._own(pl_module)):
+            self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop.setup_data()
+
+        def forward(batch: Any) -> None:
+            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+            with trainer.precision_plugin.forward_context():
+                self.calibration_forward(pl_module, batch)
+
+        calibrate(pl_module, _first(trainer.train_dataloader, self.calibration_batches), forward)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._all_ran:
+            return
+        idle = [name for name, fq in self._own(pl_module) if not fq.ran]
+        if idle:
+            layers = sorted({name.rpartition(".")[0] for name in idle})
+            raise QatkitError(
+                f"these layers were swapped, but training never calls their forward: {layers}; their weights are used "
+                "by another module or not at all. Name them in exclude"
+            )
+        self._all_ran = True
+
+    def _own(self, pl_module: LightningModule) -> list[tuple[str, FakeQuantize]]:
+        """The fake quantizers this callback put in: a Trainer may hold several such callbacks."""
+        own = set(self.layers)
+        return [(name, fq) for name, fq in fake_quantizers(pl_module) if name.rpartition(".")[0] in own]
+
+
+def _forward(module: LightningModule, batch: Any) -> object:
+    try:
+        if isinstance(batch, dict):
+            return module(**batch)
+        return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    except (TypeError, NotImplementedError) as error:
+        raise QatkitError(
+            f"calibration: calling {type(module).__name__} on a training batch failed ({error}); write "
+            "QuantizationAwareTraining(..., calibration_forward=lambda module, batch: module.my_model(batch['x']))"
+        ) from error
+
+
+def _first(loader: Any, count: int) -> Iterator[Any]:
+    """The first batches, without moving the random generators that decide the order of training."""
+    sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
+    generators = [source for source in sources if isinstance(source, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    yield from islice(loader, count)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+
+
+def _exempt_from_decay(optimizer: Optimizer, scales: list[torch.nn.Parameter]) -> None:
+    """Keep weight decay off learned scales, whatever groups the user made.
+
+    A scale is not a weight: pulling it to zero moves the whole grid. The groups are split for the time of each step
+    only, so that learning-rate schedulers and optimizer checkpoints see the groups they know.
+    """
+    own = {id(scale) for scale in scales}
+    decayed = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    if not any(id(parameter) in own for group in decayed for parameter in group["params"]):
+        return
+    whole: list[tuple[dict[str, Any], list[torch.nn.Parameter]]] = []
+
+    def split(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in list(optimizer.param_groups):
+            inside = [parameter for parameter in group["params"] if id(parameter) in own]
+            if inside and group.get("weight_decay"):
+                whole.append((group, group["params"]))
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                optimizer.param_groups.append({**group, "params": inside, "weight_decay": 0.0})
+
+    def join(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, parameters in whole:
+            group["params"] = parameters
+            optimizer.param_groups.pop()
+        whole.clear()
+
+    optimizer.register_step_pre_hook(split)
+    optimizer.register_step_post_hook(join)

@@ -1,0 +1,116 @@
+"""What a finished stage leaves on disk, written so that a killed process leaves either all of it or none.
+
+stage/model/model.safetensors   plain weights under plain names
+stage/quantizers.safetensors    scales, zero points and specs, where layers are quantized
+stage/stage.json                written last: a stage is finished when it is there
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.folding import Fold, replay_folds
+from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.state import load_quantizers, save_quantizers
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """The content of ``stage.json``."""
+
+    name: str
+    fingerprint: str
+    inputs: dict[str, Any]
+    """What the result depends on: dotted recipe keys and their values."""
+    folds: list[Fold] = field(default_factory=list)
+    """Pairs of convolution and BatchNorm that were folded, in this stage or before."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
+    """Write a finished stage: weights, quantizers, then the record that makes it valid."""
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    (folder / "quantizers.safetensors").unlink(missing_ok=True)
+    (folder / "model").mkdir(parents=True)
+    quantizer_keys = tuple(
+        f"{name}.{part}." for name, _ in qat_layers(model) for part in ("weight_fake_quant", "input_fake_quant")
+    )
+    plain = {
+        key: value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+        if not key.startswith(quantizer_keys)
+    }
+    save_file(_untied(plain), folder / "model" / "model.safetensors")
+    if quantizer_keys:
+        save_quantizers(model, folder / "quantizers.safetensors")
+    write_atomically(folder / "stage.json", json.dumps(asdict(record), indent=1))
+
+
+def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory: a tied weight is written once per name."""
+    seen: set[int] = set()
+    apart = {}
+    for key, value in tensors.items():
+        apart[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return apart
+
+
+def read_record(folder: Path) -> StageRecord | None:
+    """The record of a finished stage, or None if the stage is not finished."""
+    path = folder / "stage.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["folds"] = [(conv, bn) for conv, bn in content["folds"]]
+        return StageRecord(**content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise QatkitError(f"{path}: not a stage record ({error}); delete the folder to run the stage again") from error
+
+
+def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
+    """Load a finished stage into a freshly built model, in place.
+
+    Args:
+        folder: The stage's folder.
+        model: The recipe's model, as its factory makes it.
+        quantizers: Whether the model is to be fake-quantized again where the stage was.
+
+    Raises:
+        QatkitError: the stage is not finished, or its weights do not fit the model.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise QatkitError(f"stage '{folder.name}' is not finished: {folder / 'stage.json'} does not exist")
+    replay_folds(model, record.folds)
+    try:
+        model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=True)
+    except RuntimeError as error:
+        raise QatkitError(f"{folder / 'model'}: the weights do not fit the recipe's model: {error}") from error
+    if quantizers and (folder / "quantizers.safetensors").exists():
+        load_quantizers(model, folder / "quantizers.safetensors")
+    return record

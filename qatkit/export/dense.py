@@ -1,0 +1,92 @@
+"""A dense checkpoint that computes with the quantized weights wherever a plain model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.modules import full_tensor
+from qatkit.quantization.prepare import fake_quantizers, qat_layers
+from qatkit.quantization.state import quantizer_state
+
+
+def export_dense(model: nn.Module, path: Path) -> None:
+    """Write a model's weights under plain names, quantized ones as the values that training computed with.
+
+    A plain model that loads the file has exactly the trained weights, in their own dtype. The rounding of activations
+    is not in the file: it is no property of a weight. The metadata's ``specs`` names the layers and their quantization.
+
+    Args:
+        model: A plain model, or one from `prepare_qat`.
+        path: The safetensors file to write; appears whole or not at all. Tied weights are written once per name.
+
+    Raises:
+        QatkitError: a weight is shared by layers that quantize it differently, so that no single value is right.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import load_file
+        >>> from qatkit import QuantSpec, prepare_qat
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> _ = prepare_qat(model, weight=QuantSpec(num_bits=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_dense(model, Path(folder) / "model.safetensors")
+        ...     torch.equal(load_file(Path(folder) / "model.safetensors")["0.weight"], model[0].fake_quantized_weight())
+        True
+    """
+    tensors = dense_state(model)
+    specs = quantizer_state(model)[1]
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "specs": json.dumps(specs)})
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a dense checkpoint holds: tensors by plain name, on the CPU, none of them sharing memory.
+
+    Raises:
+        QatkitError: a weight is shared by layers that quantize it differently.
+    """
+    own = tuple(f"{name}." for name, _ in fake_quantizers(model))
+    tensors = {
+        key: full_tensor(value).detach().cpu().contiguous().clone()
+        for key, value in model.state_dict().items()
+        if not key.startswith(own)
+    }
+    owner: dict[int, str] = {}
+    for name, layer in qat_layers(model):
+        if layer.weight_fake_quant is not None:
+            with torch.no_grad():
+                tensors[_key(name)] = full_tensor(layer.fake_quantized_weight()).cpu().contiguous().clone()
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if key not in tensors:
+            continue
+        first = owner.setdefault(id(parameter), key)
+        if not torch.equal(tensors[first], tensors[key]):
+            raise QatkitError(
+                f"'{first}' and '{key}' are one tied weight, but they quantize it differently, so a plain model cannot "
+                "hold both; quantize both with the same spec, or exclude both"
+            )
+    return tensors
+
+
+def _key(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place at the end, or goes away if the block raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

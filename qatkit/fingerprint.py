@@ -1,0 +1,71 @@
+"""What a stage's result depends on, and a clear word when it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qatkit.errors import QatkitError
+from qatkit.loading import flatten
+from qatkit.recipe import Recipe
+
+_TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision")
+
+
+def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
+
+    A model or data argument that names an existing file counts with the file's content, not only its name.
+    """
+    inputs: dict[str, Any] = {"seed": recipe.seed}
+    for key in ("model", "data"):
+        part = flatten(getattr(recipe, key), f"{key}.")
+        inputs |= part
+        for name, value in part.items():
+            if isinstance(value, str) and Path(value).is_file():
+                inputs[f"{name} (content)"] = _sha256(Path(value))
+    inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
+    return inputs | flatten(recipe.stages[stage], f"stages.{stage}.")
+
+
+def fingerprint(inputs: dict[str, Any], parent: str | None) -> str:
+    """A hash of a stage's inputs, chained to that of the stage before it."""
+    return hashlib.sha256(json.dumps([inputs, parent], sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The keys that differ, each with what it was and what it is.
+
+    Example:
+        >>> changed_keys({"seed": 1}, {"seed": 2})
+        ['seed: was 1, is now 2']
+    """
+    absent = "absent"
+    return [
+        f"{key}: was {recorded.get(key, absent)}, is now {current.get(key, absent)}"
+        for key in dict.fromkeys([*recorded, *current])
+        if recorded.get(key, absent) != current.get(key, absent)
+    ]
+
+
+def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: dict[str, Any], out: Path) -> None:
+    """Raise unless the inputs are those that the stage was started with.
+
+    Raises:
+        QatkitError: names each changed key, what it was and what it is now.
+    """
+    # through JSON, as the record went: tuples are lists there
+    changes = changed_keys(recorded, json.loads(json.dumps(current)))
+    if changes:
+        listed = "\n  ".join(changes[:10])
+        raise QatkitError(
+            f"stage '{stage}' in {out} was {state} with other values:\n  {listed}\n"
+            f"write --force to run it and the stages after it again, or another --out"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,191 @@
+"""Run a recipe: every stage in order, meeting on disk, so that a killed run continues where it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from qatkit.checkpoint import StageRecord, load_stage, read_record, write_atomically
+from qatkit.errors import QatkitError
+from qatkit.factories import build
+from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
+from qatkit.loading import recipe_to_yaml
+from qatkit.recipe import Recipe
+from qatkit.training import finished_model, save_result, train
+
+
+class Run:
+    """A recipe and the folder its results live in.
+
+    Args:
+        recipe: What to do.
+        out: The run's folder; made when the first stage starts.
+        allow: Packages besides `qatkit` that the recipe may name code from.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = ()) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.allow = tuple(allow)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage's files are."""
+        return self.out / "stages" / stage
+
+    def build_model(self) -> nn.Module:
+        """The recipe's model as its factory makes it; the same initial weights every time."""
+        torch.manual_seed(self.recipe.seed)
+        model = build(self.recipe.model, "model", self.allow)
+        if not isinstance(model, nn.Module):
+            raise QatkitError(f"model.factory: {self.recipe.model.factory} returned no nn.Module but {type(model)}")
+        return model
+
+    def build_data(self, batch_size: int) -> LightningDataModule:
+        """The recipe's data, in the order that the seed decides."""
+        data = build(self.recipe.data, "data", self.allow, batch_size=batch_size, seed=self.recipe.seed)
+        if not isinstance(data, LightningDataModule):
+            raise QatkitError(
+                f"data.factory: {self.recipe.data.factory} returned no LightningDataModule but {type(data)}"
+            )
+        return data
+
+    def load_model(self, stage: str | None, quantizers: bool = True) -> nn.Module:
+        """The model a finished stage left (None: the model before the first stage), on the CPU.
+
+        Args:
+            stage: Its name.
+            quantizers: False gives the plain layers with their unrounded weights.
+        """
+        model = self.build_model()
+        if stage is not None:
+            load_stage(self.folder(stage), model, quantizers)
+        return model
+
+    def record(self, stage: str) -> StageRecord:
+        """What is written of a finished stage."""
+        record = read_record(self.folder(stage))
+        if record is None:
+            raise QatkitError(f"stage '{stage}' of {self.out} is not finished; run the recipe first")
+        return record
+
+    @property
+    def rows(self) -> list[str]:
+        """The stages that a comparison shows: the last one before compression, and every compressing one."""
+        names = list(self.recipe.stages)
+        compressing = [name for name in names if self.recipe.stages[name].compresses]
+        before = names[: names.index(compressing[0])] if compressing else names
+        return before[-1:] + compressing
+
+
+def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[str]:
+    """Train the stages of a recipe that are not finished yet.
+
+    A finished stage is left untouched; a started one continues at its last checkpoint; both only if nothing that their
+    result depends on has changed.
+
+    Args:
+        run: The recipe and its folder.
+        until: The last stage to train; all by default.
+        force: Delete stages whose inputs have changed, and those after them, and train them again.
+
+    Returns:
+        The names of the stages that were trained.
+
+    Raises:
+        QatkitError: a stage in the folder was made from other values, or `until` is no stage.
+    """
+    names = list(run.recipe.stages)
+    if until is not None and until not in names:
+        raise QatkitError(f"--until: '{until}' is no stage; write one of {names}")
+    todo = names[: names.index(until) + 1] if until else names
+    prints = _fingerprints(run, names)
+    if _is_first_process():
+        _check_folder(run, names, prints, force)
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
+    trained = []
+    parent: str | None = None
+    for name in todo:
+        if read_record(run.folder(name)) is None:
+            _run_stage(run, name, parent, prints[name])
+            trained.append(name)
+        parent = name
+    return trained
+
+
+def _is_first_process() -> bool:
+    """Whether this process writes; asked before a process group exists, so the launchers' variables decide."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def _fingerprints(run: Run, names: list[str]) -> dict[str, tuple[dict[str, Any], str]]:
+    prints: dict[str, tuple[dict[str, Any], str]] = {}
+    parent: str | None = None
+    for name in names:
+        inputs = stage_inputs(run.recipe, name)
+        prints[name] = (inputs, parent := fingerprint(inputs, parent))
+    return prints
+
+
+def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, Any], str]], force: bool) -> None:
+    """Every stage that is there, finished or started, must be the one that the recipe describes now."""
+    for position, name in enumerate(names):
+        inputs, _ = prints[name]
+        folder = run.folder(name)
+        try:
+            if (record := read_record(folder)) is not None:
+                refuse_changes(name, "finished", record.inputs, inputs, run.out)
+                stale = record.fingerprint != prints[name][1]
+            else:
+                started = folder / "started.json"
+                if started.exists():
+                    refuse_changes(name, "started", json.loads(started.read_text())["inputs"], inputs, run.out)
+                stale = started.exists() and json.loads(started.read_text())["fingerprint"] != prints[name][1]
+            if stale:
+                raise QatkitError(
+                    f"stage '{name}' in {run.out} was made from another stage before it; write --force to run it again"
+                )
+        except QatkitError:
+            if not force:
+                raise
+            for later in names[position:]:
+                shutil.rmtree(run.folder(later), ignore_errors=True)
+            return
+
+
+def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, Any], str]) -> None:
+    inputs, own = print_
+    folder = run.folder(name)
+    started = time.perf_counter()
+    if _is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "started.json", json.dumps({"inputs": inputs, "fingerprint": own}))
+    stage = run.recipe.stages[name]
+    teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
+    folds = run.record(parent).folds if parent else []
+    result = train(run.recipe, name, run.load_model(parent, quantizers=False), teacher, run.build_data, folder)
+    if result.trainer.is_global_zero:
+        model = finished_model(run.load_model(parent, quantizers=False), result)
+        record = StageRecord(
+            name=name,
+            fingerprint=own,
+            inputs=inputs,
+            folds=[*folds, *result.folds],
+            seconds=round(time.perf_counter() - started, 3),
+            versions={package: version(package) for package in ("qatkit", "torch", "lightning")},
+        )
+        save_result(folder, model, record, run.build_data(stage.batch_size))
+    result.trainer.strategy.barrier(f"stage {name}")
+    del result
+    gc.collect()

@@ -1,0 +1,89 @@
+"""Fold BatchNorm into the convolution before it, so that the weight that is quantized is the weight that ships."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from qatkit.errors import QatkitWarning
+
+Fold = tuple[str, str]
+
+
+def fold_batchnorm(model: nn.Module) -> list[Fold]:
+    """Fold every BatchNorm2d that follows a convolution into it, in place; eval mode computes what it did before.
+
+    The convolution keeps its name and gains a bias; the BatchNorm becomes `nn.Identity`. Pairs are found by tracing
+    with `torch.fx`; where the whole model cannot be traced, its parts are tried.
+
+    Returns:
+        ``(convolution, batchnorm)`` names of each pair, for `replay_folds`.
+
+    Example:
+        >>> from torch import nn
+        >>> fold_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+        [('0', '1')]
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return []
+    folds = _find(model, "")
+    for conv_name, bn_name in folds:
+        conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(bn, nn.BatchNorm2d)
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        with torch.no_grad():
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
+        model.set_submodule(bn_name, nn.Identity())
+    left = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    if left:
+        warnings.warn(
+            f"BatchNorm not folded, because no convolution feeds it alone or torch.fx cannot trace its module: {left}; "
+            "it stays a floating-point layer",
+            QatkitWarning,
+            stacklevel=2,
+        )
+    return folds
+
+
+def replay_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
+    """Give a freshly built model the structure that `fold_batchnorm` left, so that its checkpoint loads."""
+    for conv_name, bn_name in folds:
+        conv = model.get_submodule(conv_name)
+        assert isinstance(conv, nn.Conv2d)
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
+        model.set_submodule(bn_name, nn.Identity())
+
+
+def _find(module: nn.Module, prefix: str) -> list[Fold]:
+    if not any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):
+        return []
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # a forward may do anything that tracing cannot follow; its parts may still be traceable
+        return [pair for name, child in module.named_children() for pair in _find(child, f"{prefix}{name}.")]
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(str(node.target) for node in calls)
+    folds = []
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if (
+            isinstance(before, fx.Node)
+            and before.op == "call_module"
+            and len(before.users) == 1
+            and times[str(node.target)] == times[str(before.target)] == 1
+            and type(bn := module.get_submodule(str(node.target))) is nn.BatchNorm2d
+            and bn.running_mean is not None
+            and type(module.get_submodule(str(before.target))) is nn.Conv2d
+        ):
+            folds.append((f"{prefix}{before.target}", f"{prefix}{node.target}"))
+    return folds

@@ -1,0 +1,133 @@
+"""YAML as a person means it: numbers are numbers, nothing is said twice, and nothing is built but plain data.
+
+PyYAML follows YAML 1.1, where ``1e-3`` is text, ``2:4`` is 124, ``no`` is false, and the second of two equal keys wins
+in silence. Here scalars follow YAML 1.2, and what a reader could misread is an error that names the line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # PyYAML has no types of its own
+
+from qatkit.errors import QatkitError
+
+_MOST_NODES = 10_000  # aliases of aliases grow without bound; no recipe comes near this
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("bool", r"true|True|TRUE|false|False|FALSE", tuple("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", tuple("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)"
+        r"|\.(?:nan|NaN|NAN)",
+        tuple("-+.0123456789"),
+    ),
+    ("merge", r"<<", ("<",)),
+)
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # the base class is untyped
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # PyYAML's own class attribute, filled below
+    yaml_constructors = {  # noqa: RUF012  # dates, bytes, sets and Python objects have no place in a recipe
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(_TAG) in _PLAIN_TAGS
+    }
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # the base class is untyped
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(_TAG + _tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+    # The dumper keeps PyYAML's rules and gets ours too: it quotes whatever either reading would take for a number.
+    _Dumper.add_implicit_resolver(_TAG + _tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def parse_yaml(text: str, source: str, path: str = "") -> Any:
+    """Read one YAML document into plain dicts, lists and scalars that share no object.
+
+    Args:
+        text: The document.
+        source: Where it comes from, for errors.
+        path: Dotted key that the document is the value of, for errors.
+
+    Raises:
+        QatkitError: the text is no YAML, a key is given twice or has no value, or an alias holds itself.
+
+    Example:
+        >>> parse_yaml("{lr: 1e-3, nm: 2:4}", "the command line")
+        {'lr': 0.001, 'nm': '2:4'}
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node, path, source, {}, set())
+        return _unshared(loader.construct_document(node))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise QatkitError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise QatkitError(f"{source}: blocks are nested too deeply to read") from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # also a tag on a value it does not fit: !!int "a"
+        if isinstance(error, QatkitError):
+            raise
+        raise QatkitError(f"{source}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """Write plain data as YAML that `parse_yaml` reads back as an equal value."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes: set[int]) -> int:
+    """Count the nodes under `node` with aliases written out, and refuse what YAML itself lets pass."""
+    if id(node) in open_nodes:
+        raise QatkitError(f"{path}: the alias stands for a block that holds it ({_line(node, source)}); write it out")
+    if id(node) in sizes:
+        return sizes[id(node)]
+    open_nodes.add(id(node))
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise QatkitError(f"{path or 'recipe'}: a key is no text ({_line(key, source)}); write name: value")
+            here = f"{path}.{key.value}" if path else key.value
+            if key.value in first:
+                line = first[key.value].start_mark.line + 1
+                raise QatkitError(f"{here}: given twice, first in line {line} ({_line(key, source)}); remove one")
+            first[key.value] = key
+            if value.tag == f"{_TAG}null" and not value.value:
+                raise QatkitError(
+                    f"{here}: has no value ({_line(key, source)}); write {{}} for the defaults, or null for none"
+                )
+            size += _check(value, here, source, sizes, open_nodes)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            size += _check(value, f"{path}[{index}]", source, sizes, open_nodes)
+    if size > _MOST_NODES:
+        raise QatkitError(f"{path or source}: more than {_MOST_NODES} values ({_line(node, source)}); write fewer")
+    open_nodes.discard(id(node))
+    sizes[id(node)] = size
+    return size
+
+
+def _line(node: Any, source: str) -> str:
+    return f"{source}, line {node.start_mark.line + 1}"
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an alias is a value of its own, so that an override changes one place only."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,183 @@
+"""One stage of a recipe on Lightning: build the Trainer, fit, and bring the result to one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from qatkit.callbacks import CompressionMonitor, KnowledgeDistillation, QuantizationAwareTraining
+from qatkit.checkpoint import StageRecord, save_stage
+from qatkit.engine import CompressionModule
+from qatkit.quantization.folding import Fold, replay_folds
+from qatkit.quantization.measure import layer_table
+from qatkit.quantization.prepare import prepare_qat
+from qatkit.recipe import QuantizeConfig, Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a fit leaves on every rank."""
+
+    trainer: Trainer
+    weights: dict[str, Tensor]
+    """The whole state dict on the CPU; empty on ranks other than the first where it was sharded."""
+    folds: list[Fold]
+    quantize: QuantizeConfig | None
+
+
+def train(
+    recipe: Recipe,
+    name: str,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    data: Callable[[int], LightningDataModule],
+    folder: Path,
+) -> Trained:
+    """Fit one stage, from its last checkpoint if the folder holds one.
+
+    Args:
+        recipe: The whole recipe.
+        name: The stage to train.
+        model: The model at the stage's start, plain layers, on the CPU.
+        teacher: The model that teaches, where the stage distils.
+        data: Makes the data module for a batch size.
+        folder: The stage's folder.
+    """
+    stage = recipe.stages[name]
+    quantize = _quantization(stage.quantize) if stage.quantize else None
+    callbacks: list[Callback] = [quantize, CompressionMonitor()] if quantize else []
+    if stage.distill is not None:
+        assert teacher is not None
+        callbacks.append(
+            KnowledgeDistillation(teacher, stage.distill.temperature, stage.distill.alpha, student="model")
+        )
+    last = folder / "last.ckpt"
+    callbacks.append(_checkpoints(folder))
+    trainer = Trainer(
+        accelerator=recipe.trainer.accelerator,
+        devices=recipe.trainer.devices,
+        strategy=_strategy(recipe.trainer.strategy),
+        precision=recipe.trainer.precision,
+        max_steps=stage.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=stage.accumulate,
+        gradient_clip_val=stage.gradient_clip,
+        callbacks=callbacks,
+        logger=_logger(recipe, name, folder),
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data module slices by rank, in an order that depends on the seed alone
+        enable_progress_bar=sys.stderr.isatty(),
+        enable_model_summary=False,
+    )
+    if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
+        # processes that each take every core wait for each other at every operator
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
+    module = CompressionModule(model, stage, recipe.seed)
+    with warnings.catch_warnings():
+        _silence_lightning()
+        trainer.fit(module, datamodule=data(stage.batch_size), ckpt_path=str(last) if last.exists() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
+    return Trained(trainer, weights, [_inside(fold) for fold in quantize.folds] if quantize else [], stage.quantize)
+
+
+def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
+    """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded."""
+    replay_folds(model, trained.folds)
+    if trained.quantize is not None:
+        config = trained.quantize
+        prepare_qat(model, config.weight, config.activation, config.include, config.exclude)
+    model.load_state_dict(trained.weights, strict=True)
+    return model.eval()
+
+
+def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
+    """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed."""
+    data.prepare_data()
+    data.setup("test")
+    metrics = {
+        "val/accuracy": accuracy(model, data.val_dataloader()),
+        "test/accuracy": accuracy(model, data.test_dataloader()),
+    }
+    layers = [asdict(row) for row in layer_table(model)]
+    save_stage(folder, model, dataclasses.replace(record, metrics=metrics, layers=layers))
+    (folder / "last.ckpt").unlink(missing_ok=True)
+    (folder / "started.json").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor], batches: Any) -> float:
+    """Share of samples whose largest logit is the label's, over every sample once."""
+    right = count = 0
+    for inputs, labels in batches:
+        right += int((model(inputs).argmax(dim=-1) == labels).sum())
+        count += len(labels)
+    return right / max(count, 1)
+
+
+def _quantization(config: QuantizeConfig) -> QuantizationAwareTraining:
+    return QuantizationAwareTraining(
+        weight=config.weight,
+        activation=config.activation,
+        # layer names in a recipe are the model's; in the LightningModule it is called "model"
+        include=[f"model.{pattern}" for pattern in config.include],
+        exclude=[f"model.{pattern}" for pattern in config.exclude],
+        calibration_batches=config.calibration_batches,
+    )
+
+
+def _inside(fold: Fold) -> Fold:
+    return fold[0].removeprefix("model."), fold[1].removeprefix("model.")
+
+
+def _checkpoints(folder: Path) -> ModelCheckpoint:
+    """One checkpoint, replaced at every epoch's end by an atomic rename."""
+    return ModelCheckpoint(
+        dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+
+
+def _strategy(name: str) -> Any:
+    if name != "fsdp2":
+        return name
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(save_distributed_checkpoint=False)
+
+
+def _logger(recipe: Recipe, stage: str, folder: Path) -> Logger:
+    if recipe.trainer.logger == "csv":
+        attempts = len(list((folder / "logs").glob("*"))) if (folder / "logs").exists() else 0
+        # a resumed stage writes beside the earlier attempts: CSVLogger would delete them
+        return CSVLogger(folder, name="logs", version=f"attempt_{attempts}")
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    offline = wandb.api.api_key is None or os.environ.get("WANDB_MODE") == "offline"
+    run_folder = folder.parent.parent
+    return WandbLogger(
+        project="qatkit", name=f"{recipe.name}/{stage}", group=recipe.name, save_dir=run_folder, offline=offline
+    )
+
+
+def _silence_lightning() -> None:
+    """Advice about worker counts and logging intervals is for whoever writes a Trainer; here the recipe does."""
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*isinstance.*treespec.*")

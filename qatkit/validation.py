@@ -1,0 +1,71 @@
+"""Everything about a recipe that can be known before a weight is read: its code, its arguments, its layer names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.factories import build, check_arguments, resolve
+from qatkit.quantization.prepare import prepare_qat, strip_qat
+from qatkit.recipe import Recipe
+
+# What the pipeline passes to a data factory besides the recipe's arguments.
+DATA_ARGUMENTS = ("batch_size", "seed")
+
+
+def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Check a recipe against the code it names, on a model without memory; no data is touched.
+
+    Args:
+        recipe: A loaded recipe.
+        allow: Packages besides qatkit's factories that the recipe may name code from.
+
+    Returns:
+        For every stage that quantizes: the names of the layers that it quantizes.
+
+    Raises:
+        QatkitError: a factory or an argument does not fit, a glob matches no layer, or a layer cannot be quantized as
+            the recipe says.
+
+    Example:
+        >>> from qatkit.loading import load_recipe
+        >>> validate_recipe(load_recipe("vision/digits_int4"))["qat"]
+        ['0', '3', '7', '12']
+    """
+    data = resolve(recipe.data.factory, "data.factory", allow)
+    check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
+    model = _meta_model(recipe, allow)
+    layers = {}
+    for name, stage in recipe.stages.items():
+        if (config := stage.quantize) is None:
+            continue
+        try:
+            layers[name] = prepare_qat(model, config.weight, config.activation, config.include, config.exclude)
+        except QatkitError as error:
+            joint = "." if re.match(r"(include|exclude)\[", str(error)) else ": "
+            raise QatkitError(f"stages.{name}.quantize{joint}{error}") from None
+        strip_qat(model)
+    return layers
+
+
+def _meta_model(recipe: Recipe, allow: Sequence[str]) -> nn.Module:
+    """The recipe's model with shapes and names but without values."""
+    try:
+        with torch.device("meta"):
+            model = build(recipe.model, "model", allow)
+    except QatkitError:
+        raise
+    except Exception as error:  # a factory may raise anything
+        said = f"{type(error).__name__}: {error}"
+        raise QatkitError(
+            f"model.factory: '{recipe.model.factory}' fails on torch's meta device ({said[:300]}); "
+            "it must build a model without reading the values of its weights"
+        ) from error
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise QatkitError(f"model.factory: '{recipe.model.factory}' returned {kind}; it must return an nn.Module")
+    return model
