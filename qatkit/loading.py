@@ -136,19 +136,18 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not text.strip() or not all(names):
-        raise QatkitError(f"override '{override}': is not key=value; write it as stages.qat.lr=1e-5")
-    value = parse_yaml(text, f"override '{override}'", key.strip())
+        raise QatkitError(f"{_quote(override)}: is not key=value; write it as stages.qat.lr=1e-5")
+    value = parse_yaml(text, _quote(override), key.strip())
     block = raw
     for depth, name in enumerate(names[:-1]):
         here = ".".join(names[: depth + 1])
         if block.get(name) is None:
             if names[:depth] == ["stages"]:  # a typo must not pass as the first key of a new stage
-                raise QatkitError(f"{here}: no such stage; {suggest(name, block)} (override '{override}')")
+                raise QatkitError(f"{here}: no such stage; {suggest(name, block)} ({_quote(override)})")
             block[name] = {}
         if not isinstance(block[name], dict):
             raise QatkitError(
-                f"{here}: {show(block[name])} has no keys to override; give all of it: {here}=... "
-                f"(override '{override}')"
+                f"{here}: {show(block[name])} has no keys to override; give all of it: {here}=... ({_quote(override)})"
             )
         block = block[name]
     block[names[-1]] = value
@@ -204,8 +203,15 @@ def _keys(value: Any, path: str) -> Iterator[str]:
 def _origin(message: str, source: str, overrides: Sequence[str]) -> str:
     """Where the mistake was written: the last override of the key that the message starts with, else the file."""
     path = message.partition(": ")[0]
+    block = path.rpartition(".")[0]
     for override in reversed(overrides):
         key = override.partition("=")[0].strip()
         if path == key or path.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{path}."):
-            return f"override '{override}'"
+            return _quote(override)
+        if block and key.rpartition(".")[0] == block:  # two keys of one block may not fit each other
+            return f"{source}, with {_quote(override)}"
     return source
+
+
+def _quote(override: str) -> str:
+    return f"override '{override}'" if len(override) <= 100 else f"override '{override[:97]}...'"

@@ -72,9 +72,13 @@ class Run:
             load_stage(self.folder(stage), model, quantizers)
         return model
 
+    def find(self, stage: str) -> StageRecord | None:
+        """What is written of a stage, or None while it is not finished."""
+        return read_record(self.folder(stage))
+
     def record(self, stage: str) -> StageRecord:
         """What is written of a finished stage."""
-        record = read_record(self.folder(stage))
+        record = self.find(stage)
         if record is None:
             raise QatkitError(f"stage '{stage}' of {self.out} is not finished; run the recipe first")
         return record
@@ -110,7 +114,7 @@ def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[
         raise QatkitError(f"--until: '{until}' is no stage; write one of {names}")
     todo = names[: names.index(until) + 1] if until else names
     prints = _fingerprints(run, names)
-    if _is_first_process():
+    if is_first_process():
         _check_folder(run, names, prints, force)
         run.out.mkdir(parents=True, exist_ok=True)
         write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
@@ -124,7 +128,7 @@ def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[
     return trained
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     """Whether this process writes; asked before a process group exists, so the launchers' variables decide."""
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
@@ -168,7 +172,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     inputs, own = print_
     folder = run.folder(name)
     started = time.perf_counter()
-    if _is_first_process():
+    if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "started.json", json.dumps({"inputs": inputs, "fingerprint": own}))
     stage = run.recipe.stages[name]

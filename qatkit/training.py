@@ -24,7 +24,7 @@ from qatkit.engine import CompressionModule
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
-from qatkit.recipe import QuantizeConfig, Recipe
+from qatkit.recipe import QuantizeConfig, Recipe, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def train(
     trainer = Trainer(
         accelerator=recipe.trainer.accelerator,
         devices=recipe.trainer.devices,
-        strategy=_strategy(recipe.trainer.strategy),
+        strategy=_strategy(recipe.trainer),
         precision=recipe.trainer.precision,
         max_steps=stage.max_steps,
         max_epochs=-1,
@@ -154,12 +154,16 @@ def _checkpoints(folder: Path) -> ModelCheckpoint:
     )  # fmt: skip
 
 
-def _strategy(name: str) -> Any:
-    if name != "fsdp2":
-        return name
+def _strategy(trainer: TrainerConfig) -> Any:
+    if trainer.strategy != "fsdp2":
+        return trainer.strategy
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    return ModelParallelStrategy(save_distributed_checkpoint=False)
+    processes = max(torch.cuda.device_count(), 1) if trainer.devices == "auto" else int(trainer.devices)
+    # by default the strategy shares the work out as tensor parallelism: each process would then keep its own gradients
+    return ModelParallelStrategy(
+        data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
 
 
 def _logger(recipe: Recipe, stage: str, folder: Path) -> Logger:

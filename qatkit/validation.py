@@ -34,7 +34,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     Example:
         >>> from qatkit.loading import load_recipe
         >>> validate_recipe(load_recipe("vision/digits_int4"))["qat"]
-        ['0', '3', '7', '12']
+        ['conv1', 'conv2', 'conv3', 'classifier']
     """
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)

@@ -39,9 +39,11 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
         assert bn.running_mean is not None
         assert bn.running_var is not None
         with torch.no_grad():
-            conv.weight, conv.bias = fuse_conv_bn_weights(
+            weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
             )
+        # a bias made here would come frozen; it takes over what BatchNorm's trained shift did
+        conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
         model.set_submodule(bn_name, nn.Identity())
     left = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     if left:

@@ -1,0 +1,210 @@
+"""The command line: every command takes a recipe or the folder of a run.
+
+Exit codes: 0 done; 1 a verification failed; 2 a mistake in the recipe, the command or the folder; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qatkit.errors import QatkitError, QatkitWarning
+
+if TYPE_CHECKING:
+    from qatkit.pipeline import Run
+
+app = typer.Typer(
+    name="qatkit",
+    help="Training-time compression of PyTorch models: what you train is what you ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `qatkit list`, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to change, such as stages.qat.lr=1e-4.")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="PKG", help="A package besides qatkit that the recipe may name code from."),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the recipes that come with qatkit.
+
+    Example: qatkit list
+    """
+    from qatkit.loading import list_recipes, recipe_text
+
+    for name in list_recipes():
+        typer.echo(f"{name:24} {recipe_text(name).splitlines()[0].lstrip('# ')}")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A name from `qatkit list`.")]) -> None:
+    """Print a recipe, to read or to copy.
+
+    Example: qatkit show vision/digits_int4 > mine.yaml
+    """
+    from qatkit.loading import recipe_text
+
+    typer.echo(recipe_text(name), nl=False)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: Overrides = None, allow: Allow = None) -> None:
+    """Check a recipe down to its layers, without reading data or training.
+
+    Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
+    """
+    from qatkit.loading import load_recipe
+    from qatkit.validation import validate_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    layers = validate_recipe(loaded, allow or [])
+    typer.echo(f"{loaded.name}: valid, stages {', '.join(loaded.stages)}")
+    for stage, names in layers.items():
+        typer.echo(f"  {stage}: quantizes {len(names)} layers: {', '.join(names[:6])}{', ...' if names[6:] else ''}")
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    force: Annotated[bool, typer.Option(help="Train stages again whose values have changed.")] = False,
+    allow: Allow = None,
+) -> None:
+    """Train, export, verify, measure and report. Run it again to continue where it was.
+
+    Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
+    """
+    from qatkit.loading import load_recipe
+    from qatkit.validation import validate_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    validate_recipe(loaded, allow or [])
+    from qatkit.pipeline import Run, is_first_process, run_stages
+
+    this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
+    trained = run_stages(this, until, force)
+    if not is_first_process():
+        return
+    for name in loaded.stages:
+        if (record := this.find(name)) is not None:
+            state = f"trained in {record.seconds:.1f} s" if name in trained else "finished before, untouched"
+            typer.echo(f"stage {name}: {state}, test accuracy {record.metrics['test/accuracy']:.2%}")
+    if until is None:
+        _deliver(this)
+
+
+@app.command()
+def export(run: RunArgument, allow: Allow = None) -> None:
+    """Write the finished stages of a run in the recipe's export format.
+
+    Example: qatkit export runs/digits_int4
+    """
+    from qatkit.delivery import export_run
+
+    for path in export_run(_open(run, allow)):
+        typer.echo(f"{path} ({path.stat().st_size:,} bytes)")
+
+
+@app.command()
+def verify(run: RunArgument, allow: Allow = None) -> None:
+    """Reload the exported files in their runtime and prove that they compute what training computed.
+
+    Example: qatkit verify runs/digits_int4
+    """
+    from qatkit.delivery import verify_run
+
+    checked = verify_run(_open(run, allow))
+    for stage, verification in checked.items():
+        typer.echo(f"{stage}: {verification.summary()}")
+    if not all(verification.passed for verification in checked.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: RunArgument, allow: Allow = None) -> None:
+    """Measure the exported files side by side and write report.json and report.md.
+
+    Example: qatkit report runs/digits_int4
+    """
+    from qatkit.delivery import report_run
+
+    _print_report(report_run(_open(run, allow)), run)
+
+
+def _open(folder: Path, allow: list[str] | None) -> Run:
+    from qatkit.loading import load_recipe
+    from qatkit.pipeline import Run
+
+    if not (folder / "recipe.yaml").is_file():
+        raise QatkitError(f"{folder}: no run is here (it has no recipe.yaml); write the --out folder of `qatkit run`")
+    return Run(load_recipe(folder / "recipe.yaml"), folder, allow or [])
+
+
+def _deliver(this: Run) -> None:
+    if this.recipe.export is None:
+        typer.echo("no export block in the recipe: nothing is exported or compared")
+        return
+    from qatkit.delivery import export_run, report_run, verify_run
+
+    export_run(this)
+    checked = verify_run(this)
+    _print_report(report_run(this), this.out)
+    failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
+    for stage, verification in failed.items():
+        typer.echo(f"verification of '{stage}' failed: {verification.summary()}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_report(content: dict[str, object], out: Path) -> None:
+    from rich.console import Console
+
+    from qatkit.analysis.report import terminal_table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(terminal_table(content))
+    typer.echo(f"report: {out / 'report.md'}")
+
+
+def main() -> None:
+    """Run the command line, and turn a user's mistake into one message without a traceback."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except QatkitError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command continues from the last checkpoint", err=True)
+        sys.exit(130)
+
+
+_show = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
+    if issubclass(category, QatkitWarning):
+        typer.echo(f"warning: {message}", err=True)
+    else:
+        _show(message, category, *rest)  # type: ignore[arg-type]  # passed through as it came
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Layers that compute as a QDQ graph does: with integer constants, and with nothing but ONNX's two operators."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit.errors import QatkitWarning
+from qatkit.quantization.arithmetic import quantize
+from qatkit.quantization.modules import QATConv2d, QATLayer, QATLinear
+from qatkit.spec import QuantSpec
+
+_INT32_MAX = 2**31 - 1
+
+
+@torch.library.custom_op("qatkit::quantize_linear", mutates_args=())
+def _quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    codes = (x / scale).round() + zero_point
+    return codes.clamp(qmin, qmax).to(zero_point.dtype)
+
+
+@_quantize_linear.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return torch.empty_like(x, dtype=zero_point.dtype)
+
+
+@torch.library.custom_op("qatkit::dequantize_linear", mutates_args=())
+def _dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: int) -> Tensor:
+    grid = codes.view(*codes.shape[:-1], -1, block_size) if block_size else codes
+    shape = [*scale.shape, *[1] * (grid.dim() - scale.dim())]
+    centred = grid.float() if zero_point is None else grid.float() - zero_point.float().view(shape)
+    return (centred * scale.view(shape)).view(codes.shape)
+
+
+@_dequantize_linear.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+class _Codes(nn.Module):
+    """An integer initialiser and the DequantizeLinear after it."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, block_size: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.block_size = block_size
+
+    def forward(self) -> Tensor:
+        out: Tensor = torch.ops.qatkit.dequantize_linear(self.codes, self.scale, self.zero_point, self.block_size)
+        return out
+
+
+class _Rounding(nn.Module):
+    """QuantizeLinear and DequantizeLinear of an activation, one scale for the tensor."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.qmin, self.qmax = spec.qmin, spec.qmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.ops.qatkit.quantize_linear(x, self.scale, self.zero_point, self.qmin, self.qmax)
+        out: Tensor = torch.ops.qatkit.dequantize_linear(codes, self.scale, self.zero_point, 0)
+        return out
+
+
+class _QDQLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight, bias, late = _operands(self, input)
+        out = F.linear(x, weight, bias)
+        return out if late is None else out + late
+
+
+class _QDQConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight, bias, late = _operands(self, input)
+        out = cast(Tensor, self._conv_forward(x, weight, bias))
+        return out if late is None else out + late.view(-1, 1, 1)
+
+
+QDQ: dict[type[QATLayer], type[nn.Module]] = {QATLinear: _QDQLinear, QATConv2d: _QDQConv2d}
+
+
+def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Input, weight, bias as the layer computes with them, and a bias to add after it.
+
+    A floating-point bias inside a layer whose input is quantized is no safe place: ONNX Runtime rounds it to int32
+    by itself (WeightBiasQuantization), and lets it overflow. Added after the layer it stays what it is.
+    """
+    rounding: Any = layer.input
+    weight, bias = (part() if isinstance(part, _Codes) else part for part in (layer.weight, layer.bias))
+    weight, bias = cast(Tensor, weight), cast("Tensor | None", bias)
+    if rounding is None:
+        return x, weight, bias, None
+    return (rounding(x), weight, bias, None) if isinstance(layer.bias, _Codes) else (rounding(x), weight, None, bias)
+
+
+@torch.no_grad()
+def to_qdq(name: str, layer: QATLayer) -> None:
+    """Turn a fake-quantized layer into a QDQ layer in place, so that hooks and shared modules keep working."""
+    weight: _Codes | Tensor = layer.weight
+    bias: _Codes | Tensor | None = cast("Tensor | None", layer.bias)
+    rounding = None
+    if (fake_quant := layer.input_fake_quant) is not None:
+        scale, zero_point = fake_quant.qparams(torch.empty(0))  # never computed: dynamic scales were refused
+        dtype = torch.int8 if fake_quant.spec.symmetric else torch.uint8
+        rounding = _Rounding(scale.view(()), zero_point.view(()).to(dtype), fake_quant.spec)
+    if (fake_quant := layer.weight_fake_quant) is not None:
+        spec = fake_quant.spec
+        scale, zero_point = fake_quant.qparams(layer.weight)
+        codes = quantize(layer.weight, scale, zero_point, spec)
+        shape = {"tensor": (), "channel": (-1,)}.get(spec.strategy, tuple(scale.shape))
+        weight = _Codes(codes, scale.reshape(shape), zero_point.reshape(shape).to(codes.dtype), spec.group_size or 0)
+        if bias is not None and rounding is not None and spec.group_size is None:
+            bias = _integer_bias(name, cast(Tensor, bias), weight, rounding)
+    del layer.weight, layer.bias, layer.weight_fake_quant, layer.input_fake_quant
+    layer.__class__ = cast("type[QATLayer]", QDQ[type(layer)])
+    for part, value in (("weight", weight), ("bias", bias), ("input", rounding)):
+        setattr(layer, part, value)
+
+
+def _integer_bias(name: str, bias: Tensor, weight: _Codes, rounding: _Rounding) -> _Codes | Tensor:
+    """The bias in int32 on the grid of the products, weight scale x input scale, which integer kernels need.
+
+    The largest sum a channel can reach must still fit beside its bias, so a channel with a tiny scale and a large bias
+    is a danger. Where all its codes stand for zero, any scale gives the same weights, and one that fits is taken;
+    otherwise the bias stays in floating point.
+    """
+    assert weight.zero_point is not None
+    rows = weight.zero_point.dim() * [-1] + weight.zero_point.dim() * (weight.codes.dim() - 1) * [1]
+    centred = weight.codes.long() - weight.zero_point.long().view(rows)
+    widest_input = max(abs(rounding.qmin - int(rounding.zero_point)), abs(rounding.qmax - int(rounding.zero_point)))
+    reach = centred.abs().flatten(1).sum(1) * widest_input  # [out]
+
+    def codes() -> tuple[Tensor, Tensor, Tensor]:
+        scale = weight.scale * rounding.scale
+        values = (bias / scale).round()
+        return values, scale, ~(values.double().abs() + reach < _INT32_MAX)  # true for NaN and infinity as well
+
+    values, scale, too_large = codes()
+    dead = too_large & (reach == 0) if scale.dim() else too_large.any() & (reach == 0).all()
+    if dead.any():
+        needed = (bias.abs() if scale.dim() else bias.abs().amax()) / rounding.scale * 2.0**-24
+        weight.scale = torch.where(dead, needed.clamp(min=2.0**-100), weight.scale)
+        values, scale, too_large = codes()
+    if too_large.any():
+        warnings.warn(
+            f"layer '{name}': its bias is too large for its scales to fit 32 bits (output channel "
+            f"{int(too_large.nonzero()[0])}: bias {float(bias[too_large][0]):.3g}), so it is added in floating point "
+            "after the layer, and a convolution then runs without integer kernels; the file computes the same",
+            QatkitWarning,
+            stacklevel=5,  # past torch.no_grad's wrapper
+        )
+        return bias
+    return _Codes(values.to(torch.int32), scale)

@@ -1,0 +1,15 @@
+"""Settings for every test: one thread, so that results do not depend on what else the machine does."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_repeatable() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -1,0 +1,155 @@
+"""Running a recipe: hand-off on disk, resuming, and refusing what has changed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qatkit import QatkitError
+from qatkit.loading import load_recipe
+from qatkit.pipeline import Run, run_stages
+from qatkit.quantization.prepare import qat_layers
+
+SHORT = ["stages.dense.max_steps=40", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]
+
+
+def start(out: Path, *overrides: str) -> Run:
+    return Run(load_recipe("vision/digits_int4", [*SHORT, *overrides]), out)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.set_num_threads(1)
+    run = start(tmp_path_factory.mktemp("finished"))
+    assert run_stages(run) == ["dense", "ptq", "qat"]
+    return run
+
+
+def test_a_stage_leaves_plain_weights_that_its_factory_model_loads(finished: Run) -> None:
+    weights = load_file(finished.folder("dense") / "model" / "model.safetensors")
+    assert weights.keys() == finished.build_model().state_dict().keys()
+    assert not (finished.folder("dense") / "quantizers.safetensors").exists()
+
+
+def test_a_quantized_stage_loads_back_as_the_model_that_was_measured(finished: Run) -> None:
+    record = finished.record("qat")
+    model = finished.load_model("qat").eval()
+    assert [name for name, _ in qat_layers(model)] == ["conv1", "conv2", "classifier"]
+    data = finished.build_data(64)
+    from qatkit.training import accuracy
+
+    assert accuracy(model, data.test_dataloader()) == record.metrics["test/accuracy"]
+
+
+def test_post_training_quantization_leaves_the_folded_weights_as_they_were(finished: Run) -> None:
+    from qatkit.quantization.folding import fold_batchnorm
+
+    dense = finished.load_model("dense")
+    fold_batchnorm(dense)
+    for key, value in load_file(finished.folder("ptq") / "model" / "model.safetensors").items():
+        assert torch.equal(value, dense.state_dict()[key]), key
+
+
+def test_quantization_aware_training_trains_weights_biases_and_scales(finished: Run) -> None:
+    before, after = (load_file(finished.folder(name) / "model" / "model.safetensors") for name in ("ptq", "qat"))
+    for key, value in after.items():
+        assert not torch.equal(value, before[key]), key
+    before, after = (load_file(finished.folder(name) / "quantizers.safetensors") for name in ("ptq", "qat"))
+    assert not torch.equal(before["conv1.weight.scale"], after["conv1.weight.scale"])
+
+
+def test_running_again_trains_nothing_and_touches_nothing(finished: Run) -> None:
+    times = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*") if "stages" in path.parts}
+    assert run_stages(finished) == []
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_changed_value_is_refused_by_its_name_and_the_stages_stay(finished: Run) -> None:
+    with pytest.raises(QatkitError, match=r"stage 'qat'.*\n  stages\.qat\.distill\.alpha: was 0\.7, is now 0\.2\n"):
+        run_stages(start(finished.out, "stages.qat.distill.alpha=0.2"))
+    with pytest.raises(QatkitError, match=r"stage 'dense'.*\n  seed: was 7, is now 8\n"):
+        run_stages(start(finished.out, "seed=8"))
+    assert finished.record("qat")
+
+
+def test_force_runs_the_changed_stage_and_those_after_it_only(finished: Run, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(finished.out, out)
+    before = (out / "stages" / "dense" / "stage.json").stat().st_mtime_ns
+    assert run_stages(start(out, "stages.qat.lr=1e-4"), force=True) == ["qat"]
+    assert run_stages(start(out, "stages.qat.lr=1e-4", "stages.ptq.quantize.weight.num_bits=8"), force=True) == [
+        "ptq",
+        "qat",
+    ]
+    assert (out / "stages" / "dense" / "stage.json").stat().st_mtime_ns == before
+
+
+def test_until_stops_after_the_named_stage_and_a_wrong_name_is_refused(tmp_path: Path) -> None:
+    run = start(tmp_path, "stages.dense.max_steps=5")
+    assert run_stages(run, until="ptq") == ["dense", "ptq"]
+    assert run.find("qat") is None
+    with pytest.raises(QatkitError, match=r"--until: 'tpq' is no stage; write one of \['dense', 'ptq', 'qat'\]"):
+        run_stages(run, until="tpq")
+
+
+def test_a_started_stage_that_changed_is_refused_too(tmp_path: Path) -> None:
+    run = start(tmp_path, "stages.dense.max_steps=5")
+    run.folder("dense").mkdir(parents=True)
+    from qatkit.fingerprint import stage_inputs
+
+    started = {"inputs": {**stage_inputs(run.recipe, "dense"), "stages.dense.lr": 0.5}, "fingerprint": "x"}
+    (run.folder("dense") / "started.json").write_text(json.dumps(started))
+    with pytest.raises(QatkitError, match=r"was started with other values:\n  stages\.dense\.lr: was 0\.5"):
+        run_stages(run)
+
+
+COMMAND = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from qatkit.loading import load_recipe
+from qatkit.pipeline import Run, run_stages
+run_stages(Run(load_recipe("vision/digits_int4", sys.argv[2:]), Path(sys.argv[1])))
+"""
+
+
+def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path) -> None:
+    overrides = ["stages.dense.max_steps=150", "stages.qat.max_steps=150", "model.args.channels=[8,8]"]
+
+    def launch(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", COMMAND, str(out), *overrides]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    started = time.monotonic()
+    assert launch(tmp_path / "whole").wait(timeout=200) == 0
+    whole = time.monotonic() - started
+
+    generator, kills = random.Random(time.time_ns()), []
+    for _ in range(40):
+        process = launch(tmp_path / "killed")
+        wait = generator.uniform(0.2, 1.0) * whole
+        try:
+            process.communicate(timeout=wait)
+            assert process.returncode == 0, kills
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills.append(wait)
+    assert kills, "the first attempt finished before it could be killed"
+    assert files(tmp_path / "killed") == files(tmp_path / "whole"), kills

@@ -1,0 +1,139 @@
+"""A recipe is checked against its code without memory for a weight and without a look at the data."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qatkit.errors import QatkitError
+from qatkit.loading import list_recipes, load_recipe
+from qatkit.validation import validate_recipe
+
+MODULE = """
+    import torch
+    from torch import nn
+
+    def net(width: int = 8):
+        return nn.ModuleDict({"enter": nn.Linear(8, width), "norm": nn.LayerNorm(width), "head": nn.Linear(width, 10)})
+
+    def huge():
+        return nn.Sequential(nn.Linear(10**6, 10**6), nn.Linear(10**6, 8))
+
+    def reads_weights():
+        layer = nn.Linear(4, 4)
+        layer.scale = layer.weight.abs().max().item()
+        return layer
+
+    def no_model():
+        return [1, 2]
+
+    def refuses(width: int = 8):
+        raise ValueError(f"width: {width} is odd; write 2")
+
+    def data(path: str = "x", batch_size: int = 1, seed: int = 0):
+        raise AssertionError("data must not be touched")
+
+    def data_without_seed(batch_size: int = 1):
+        raise AssertionError("data must not be touched")
+"""
+
+RECIPE = """
+    name: tiny
+    model: {factory: "validation_code:net"}
+    data: {factory: "validation_code:data"}
+    stages:
+      dense: {max_steps: 1}
+      first: {max_steps: 1, quantize: {weight: {num_bits: 8}}}
+      qat: {max_steps: 1, quantize: {weight: {num_bits: 4}, include: ["*"], exclude: []}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "validation_code.py").write_text(textwrap.dedent(MODULE))
+    (tmp_path / "tiny.yaml").write_text(textwrap.dedent(RECIPE))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "tiny.yaml"
+    sys.modules.pop("validation_code", None)
+
+
+def validate(path: Path, *overrides: str) -> dict[str, list[str]]:
+    return validate_recipe(load_recipe(path, overrides), allow=["validation_code"])
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    layers = validate_recipe(recipe)
+    assert list(layers) == [stage for stage, config in recipe.stages.items() if config.quantize]
+    assert all(layers.values())
+
+
+def test_the_layers_of_each_quantizing_stage_are_told(recipe_file: Path) -> None:
+    assert validate(recipe_file, "stages.qat.quantize.exclude=[head]") == {
+        "first": ["enter", "head"],
+        "qat": ["enter"],
+    }
+
+
+def test_a_model_larger_than_the_machine_is_validated(recipe_file: Path) -> None:
+    assert validate(recipe_file, "model.factory=validation_code:huge")["qat"] == ["0", "1"]
+
+
+def test_validation_leaves_the_random_state_alone(recipe_file: Path) -> None:
+    before = torch.get_rng_state()
+    validate(recipe_file)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_foreign_code_needs_permission_to_be_validated_too(recipe_file: Path) -> None:
+    with pytest.raises(QatkitError, match=r"data\.factory: 'validation_code:data' is outside qatkit"):
+        validate_recipe(load_recipe(recipe_file))
+    assert "validation_code" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "parts"),
+    [
+        (["stages.qat.quantize.include=[haed]"], "stages.qat.quantize.include[0]", ["'haed'", "no layer", "head"]),
+        (["stages.qat.quantize.include=['*', 'x.*']"], "stages.qat.quantize.include[1]", ["'x.*'", "no layer"]),
+        (["stages.first.quantize.exclude=[hed]"], "stages.first.quantize.exclude[0]", ["'hed'", "head"]),
+        (["stages.qat.quantize.include=[norm]"], "stages.qat.quantize.include[0]", ["LayerNorm", "leave it out"]),
+        (["stages.qat.quantize.exclude=['*']"], "stages.qat.quantize", ["leaves no layer to quantize"]),
+        (
+            ["stages.qat.quantize.weight={strategy: group, group_size: 3}"],
+            "stages.qat.quantize",
+            ["layer 'enter'", "group_size 3 does not divide its 8 inputs", "4, 8"],
+        ),
+        (["model.factory=validation_code:nett"], "model.factory", ["no 'nett'", "did you mean 'net'?"]),
+        (["model.args.widht=8"], "model.args.widht", ["no such argument", "'width'?"]),
+        (["model.args.width=wide"], "model.args.width", ["'wide' is not a whole number"]),
+        (["model.factory=validation_code:refuses"], "model.args", ["8 is odd; write 2"]),
+        (["model.factory=validation_code:refuses", "model.args.width=5"], "model.args.width", ["5 is odd; write 2"]),
+        (["model.factory=validation_code:no_model"], "model.factory", ["returned list", "nn.Module"]),
+        (
+            ["model.factory=validation_code:reads_weights"],
+            "model.factory",
+            ["fails on torch's meta device (RuntimeError", "without reading the values of its weights"],
+        ),
+        (["data.factory=validation_code:dat"], "data.factory", ["did you mean 'data'?"]),
+        (["data.args.pth=x"], "data.args.pth", ["no such argument", "'path'?"]),
+        (["data.args.path=1"], "data.args.path", ["1 is not text"]),
+        (["data.args.batch_size=1"], "data.args.batch_size", ["would be overwritten by qatkit"]),
+        (["data.factory=validation_code:data_without_seed"], "data.args", ["no argument 'seed', which qatkit passes"]),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_code_is_refused_by_key(
+    recipe_file: Path, overrides: list[str], key: str, parts: list[str]
+) -> None:
+    with pytest.raises(QatkitError) as caught:
+        validate(recipe_file, *overrides)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: "), message
+    for part in parts:
+        assert part in message
