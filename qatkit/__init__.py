@@ -1,14 +1,22 @@
 """qatkit: training-time compression of PyTorch models. What you train is what you ship.
 
-Importing it loads torch and nothing else; Lightning, transformers and the runtimes load where they are used.
+Importing it loads nothing heavy: each name below loads its module when it is first used, so that a recipe can be read
+and checked before torch is.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.quantization.arithmetic import choose_qparams, dequantize, fake_quantize, quantize
-from qatkit.quantization.calibrate import calibrate
-from qatkit.quantization.modules import FakeQuantize, QATConv2d, QATLinear
-from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qatkit.quantization.arithmetic import choose_qparams, dequantize, fake_quantize, quantize
+    from qatkit.quantization.calibrate import calibrate
+    from qatkit.quantization.modules import FakeQuantize, QATConv2d, QATLinear
+    from qatkit.quantization.prepare import prepare_qat, strip_qat
 
 __version__ = "0.1.0"
 
@@ -27,3 +35,17 @@ __all__ = [
     "quantize",
     "strip_qat",
 ]
+
+_HOMES = {
+    "qatkit.quantization.arithmetic": ("choose_qparams", "dequantize", "fake_quantize", "quantize"),
+    "qatkit.quantization.calibrate": ("calibrate",),
+    "qatkit.quantization.modules": ("FakeQuantize", "QATConv2d", "QATLinear"),
+    "qatkit.quantization.prepare": ("prepare_qat", "strip_qat"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'qatkit' has no attribute '{name}'")

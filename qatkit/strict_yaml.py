@@ -86,7 +86,8 @@ def parse_yaml(text: str, source: str, path: str = "") -> Any:
 
 def dump_yaml(value: Any) -> str:
     """Write plain data as YAML that `parse_yaml` reads back as an equal value."""
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    # ASCII only: unescaped, PyYAML writes a line separator such as U+0085 that it then reads back as a space
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110))
 
 
 def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes: set[int]) -> int:

@@ -71,9 +71,9 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in qat_layers(plain):
         to_qdq(name, layer)
-    # a batch of one would be taken for a constant
     example = example.detach().cpu()
-    example = torch.cat([example, example]) if example.shape[0] == 1 else example
+    if len(example) == 1:  # a batch of one would be taken for a constant
+        example = torch.cat([example, example])
     blocked = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = _trace(plain, example, opset=21 if blocked else 20)
     with replacing(path) as temporary:
@@ -169,6 +169,8 @@ def _write(program: Any, specs: dict[str, Any], path: Path) -> None:
             model = rewriter.rewrite(model)
             optimizer.remove_unused_nodes(model)
         ClearMetadataAndDocStringPass()(model)  # source lines and paths of the machine that exported
+        for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
+            value.metadata_props.clear()
         model.producer_name = "qatkit"
         model.metadata_props["qatkit.specs"] = json.dumps(specs)
         ir.save(model, path)

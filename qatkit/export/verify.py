@@ -1,22 +1,23 @@
 """Whether a file computes what training computed: read back from disk and run in the runtime it was written for.
 
-Nothing of the exporter is used here. The codes are read by the file format's own library, the weights are decoded by the
-runtime's own operator, and the expected values come from the model through `qatkit.quantization.arithmetic`.
+Nothing of the exporter is used here. The codes are read by the file format's own library, the weights are decoded by
+the runtime's own operator, and the expected values come from the model through `qatkit.quantization.arithmetic`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.export.dense import dense_state
-from qatkit.export.onnx_file import check_onnx_weights
+from qatkit.export.onnx_weights import check_onnx_weights
 from qatkit.export.runtime import load_runtime
 from qatkit.quantization.prepare import qat_layers, strip_qat
 
@@ -38,7 +39,8 @@ class Verification:
     """Samples that both models answered."""
     bound: str
     """What `mean_error` may be, in words."""
-    allowed_error: float
+    allowed_error: float | None
+    """The bound as a number; None where outputs are not bounded."""
     mean_error: float | None
     """Mean of ``|runtime - trained|`` over all outputs; None where the file did not run."""
     max_error: float | None
@@ -46,20 +48,16 @@ class Verification:
     """Mean of ``|trained - the same weights without rounding|``."""
     agreement: float | None
     """Share of samples for which both name the same class."""
-    accuracy_trained: float
-    accuracy_runtime: float | None
+    trained_metric: float
+    """Top-1 accuracy of the model."""
+    runtime_metric: float | None
+    """Top-1 accuracy of the file in its runtime."""
+    text: str
+    """The result in one line, in words."""
 
     def summary(self) -> str:
-        """The result in one line."""
-        if not self.passed:
-            more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-            return f"FAILED: {self.failures[0]}{more}"
-        return (
-            f"passed: {self.weights} weights of {self.layers} quantized layers are the trained ones; over {self.samples} "
-            f"samples the outputs differ by {self.mean_error:.2g} on average (allowed {self.allowed_error:.2g}, "
-            f"quantization itself {self.quantization_error:.2g}) and the accuracy is {self.accuracy_runtime:.4f} "
-            f"(trained {self.accuracy_trained:.4f})"
-        )
+        """The result in one line, in words."""
+        return self.text
 
 
 def verify(
@@ -68,9 +66,10 @@ def verify(
     """Compare an exported file with the model it was made from.
 
     Weights: every integer code, scale and zero point in the file, and the weights the runtime decodes from them, must
-    equal the model's (``==``); integer biases must be the nearest whole multiples of their scale. Outputs: where inputs of
-    layers are quantized, the mean difference must stay within 1 % of the quantization error (another order of summation
-    may move a value across a rounding border); elsewhere within 1e-4 of the mean output.
+    equal the model's (``==``); integer biases must be the nearest whole multiples of their scale. Outputs: where inputs
+    of layers are quantized, the mean difference must stay within 1 % of the quantization error (another order of
+    summation may move a value across a rounding border); elsewhere within 1e-4 of the mean output. A dense file must
+    give equal weights and, where no inputs are quantized, equal outputs.
 
     Args:
         model: What was exported: plain, or prepared and calibrated. Left as it is.
@@ -93,19 +92,156 @@ def verify(
         ...     verify(model, Path(folder) / "model.onnx", [(x, torch.zeros(16))]).passed
         True
     """
+    if path.suffix not in _FORMATS:
+        raise QatkitError(f"{path}: '{path.suffix}' files cannot be verified; give one of {sorted(_FORMATS)}")
+    if not path.exists():
+        raise QatkitError(f"{path}: there is no such file; export the model first")
     trained = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    plain = copy.deepcopy(trained)
-    strip_qat(plain)
-    rounds_inputs = any(layer.input_fake_quant is not None for _, layer in qat_layers(trained))
-    failures: list[str]
-    if path.suffix == ".onnx":
-        weights, failures = check_onnx_weights(trained, path)
+    floating = copy.deepcopy(trained)
+    strip_qat(floating)
+    layers = [layer for _, layer in qat_layers(trained)]
+    dense = path.suffix == ".safetensors"
+    weights, failures, runtime = _open_dense(trained, path) if dense else _open_onnx(trained, path, threads)
+    outputs = _compare_outputs(trained, floating, runtime, batches, failures)
+    rounds_inputs = any(layer.input_fake_quant is not None for layer in layers)
+    bound, allowed = _bound(dense, rounds_inputs, outputs)
+    if outputs.mean_error is not None and allowed is not None and not outputs.mean_error <= allowed:  # NaN fails too
+        failures.append(
+            f"outputs: the mean difference from the trained model is {outputs.mean_error:.3g}, and {bound} is "
+            f"{allowed:.3g} (largest difference {outputs.max_error:.3g}, over {outputs.samples} samples)"
+        )
+    quantized = sum(layer.weight_fake_quant is not None for layer in layers)
+    return Verification(
+        passed=not failures,
+        failures=failures,
+        format=_FORMATS[path.suffix],
+        layers=quantized,
+        weights=weights,
+        samples=outputs.samples,
+        bound=f"{bound}: {allowed:.2g}" if allowed is not None else bound,
+        allowed_error=allowed,
+        mean_error=outputs.mean_error,
+        max_error=outputs.max_error,
+        quantization_error=outputs.quantization_error,
+        agreement=outputs.agreement,
+        trained_metric=outputs.trained_metric,
+        runtime_metric=outputs.runtime_metric,
+        text=_text(failures, weights, quantized, bound, allowed, outputs),
+    )
+
+
+def _text(failures: list[str], weights: int, layers: int, bound: str, allowed: float | None, outputs: _Outputs) -> str:
+    if failures:
+        return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
+    codes = f"all {weights} weights of {layers} quantized layers are the trained ones; " if layers else ""
+    limit = f"{bound}, {allowed:.2g}" if allowed is not None else bound
+    return (
+        f"passed: {codes}over {outputs.samples} samples outputs differ by {outputs.mean_error:.2g} on average (bound: "
+        f"{limit}), the accuracy is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
+    )
+
+
+_FORMATS = {".onnx": "onnx", ".safetensors": "dense"}
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    samples: int
+    mean_output: float
+    quantization_error: float
+    trained_metric: float
+    mean_error: float | None = None
+    max_error: float | None = None
+    agreement: float | None = None
+    runtime_metric: float | None = None
+
+
+def _bound(dense: bool, rounds_inputs: bool, outputs: _Outputs) -> tuple[str, float | None]:
+    if dense and rounds_inputs:
+        return "not bounded, since a dense file does not round activations", None
+    if dense:
+        return "exactly equal outputs", 0.0
+    if rounds_inputs:  # float32 noise is allowed even where quantization happens to change nothing
+        return "1 % of the quantization error", max(0.01 * outputs.quantization_error, 1e-6 * outputs.mean_output)
+    return "1e-4 of the mean output", 1e-4 * outputs.mean_output
+
+
+def _open_onnx(
+    trained: nn.Module, path: Path, threads: int | None
+) -> tuple[int, list[str], Callable[[Tensor], Tensor] | None]:
+    weights, failures = check_onnx_weights(trained, path)
+    try:
+        return weights, failures, load_runtime(path, threads)
+    except QatkitError as error:
+        return weights, [*failures, str(error)], None
+
+
+@torch.no_grad()
+def _open_dense(trained: nn.Module, path: Path) -> tuple[int, list[str], Callable[[Tensor], Tensor] | None]:
+    loaded = copy.deepcopy(trained)
+    strip_qat(loaded)
+    expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+    weights = 0
+    for name, layer in qat_layers(trained):
+        if layer.weight_fake_quant is not None:
+            expected[f"{name}.weight" if name else "weight"] = layer.fake_quantized_weight()
+            weights += layer.weight.numel()
+    try:
+        loaded.load_state_dict(load_file(path), strict=True)
+    except (RuntimeError, SafetensorError) as error:
+        return weights, [f"{path.name} does not load into the plain model: {error}"], None
+    failures = []
+    for key, tensor in loaded.state_dict().items():
+        wrong = (tensor != expected[key]) & ~(tensor.isnan() & expected[key].isnan())
+        if wrong.any():
+            first = wrong.nonzero()[0].tolist()
+            failures.append(f"'{key}': {int(wrong.sum())} of {wrong.numel()} values differ, the first at {first}")
+    return weights, failures, loaded
+
+
+@torch.no_grad()
+def _compare_outputs(
+    trained: nn.Module,
+    floating: nn.Module,
+    runtime: Callable[[Tensor], Tensor] | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    failures: list[str],
+) -> _Outputs:
+    """Run the three models on all batches; a runtime that breaks is one more failure."""
+    samples, right, right_runtime, same = 0, 0, 0, 0
+    elements, outputs, quantization, error, largest = 0, 0.0, 0.0, 0.0, 0.0
+    for x, labels in batches:
+        x, labels = x.cpu(), labels.cpu()
+        expected = trained(x)
+        samples += len(labels)
+        elements += expected.numel()
+        right += int((expected.argmax(-1) == labels).sum())
+        outputs += float(expected.abs().sum(dtype=torch.float64))
+        quantization += float((expected - floating(x)).abs().sum(dtype=torch.float64))
+        if runtime is None:
+            continue
         try:
-            runtime = load_runtime(path, threads)
-        except QatkitError as error:
-            if not path.exists() or error.__cause__ is None or isinstance(error.__cause__, ImportError):
-                raise
+            found = runtime(x)
+            if found.shape != expected.shape:
+                raise ValueError(f"shape {list(found.shape)} instead of {list(expected.shape)}")
+        except Exception as reason:  # the runtime's exceptions share no base class
+            failures.append(f"outputs: the runtime fails on a batch of {len(labels)}: {reason}")
             runtime = None
-            failures.append(str(error))
-    elif path.suffix == ".safetensors":
-        weights, failures = _check_dense_weights(trained, path)
+            continue
+        difference = (found - expected).abs()
+        error += float(difference.sum(dtype=torch.float64))
+        largest = max(largest, float(difference.max()))
+        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        right_runtime += int((found.argmax(-1) == labels).sum())
+    if samples == 0:
+        raise QatkitError("verify: there is no batch to compare outputs on; give at least one")
+    measured = _Outputs(samples, outputs / elements, quantization / elements, right / samples)
+    if runtime is None:
+        return measured
+    return replace(
+        measured,
+        mean_error=error / elements,
+        max_error=largest,
+        agreement=same / samples,
+        runtime_metric=right_runtime / samples,
+    )

@@ -1,0 +1,59 @@
+"""Quantization-aware training with a teacher in a Trainer you already have.
+
+Run: python examples/own_trainer.py
+Needs: pip install 'qatkit[demo]'
+"""
+
+import copy
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from qatkit.callbacks import KnowledgeDistillation, QuantizationAwareTraining
+from torch import nn
+from torch.nn import functional as F
+
+from qatkit import QuantSpec
+from qatkit.data import digits
+from qatkit.export.onnx import export_onnx
+from qatkit.export.verify import verify
+
+
+class Classifier(LightningModule):
+    """Somebody's LightningModule: nothing in it knows of qatkit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def main(epochs: int = 10) -> None:
+    data, module = digits(), Classifier()
+    Trainer(max_epochs=epochs, enable_checkpointing=False, logger=False).fit(module, data)
+
+    # the three lines: int4 weights, int8 activations, taught by the model that was just trained
+    quantize = QuantizationAwareTraining(QuantSpec(4, observer="lsq"), QuantSpec(8, symmetric=False, strategy="tensor"))
+    distil = KnowledgeDistillation(copy.deepcopy(module.net), temperature=4.0, alpha=0.7, student="net")
+    Trainer(max_epochs=epochs, callbacks=[quantize, distil], enable_checkpointing=False, logger=False).fit(module, data)
+
+    module.eval()
+    images = next(iter(data.test_dataloader()))[0]
+    from pathlib import Path
+
+    export_onnx(module.net, images, Path("digits.onnx"))
+    print(verify(module.net, Path("digits.onnx"), data.test_dataloader()).summary())
+
+
+if __name__ == "__main__":
+    main()

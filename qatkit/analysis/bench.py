@@ -1,0 +1,126 @@
+"""How fast exported files answer, measured so that a busy machine does not decide who wins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from qatkit.errors import QatkitError
+from qatkit.export.runtime import Runtime, load_runtime
+
+
+class Latency(TypedDict):
+    """How long one call takes with one batch size; a plain dict, so that it goes into a report as it is."""
+
+    batch_size: int
+    median_ms: float
+    low_ms: float
+    """First quartile."""
+    high_ms: float
+    """Third quartile."""
+    repeats: int
+    """Timed blocks, each long enough for the clock."""
+    threads: int
+
+
+def bench(
+    path: Path, example: Tensor, batch_sizes: Sequence[int] = (1, 64), threads: int = 1, repeats: int = 30
+) -> list[Latency]:
+    """Measure the latency of one file in its runtime.
+
+    Args:
+        path: A ``.onnx`` file.
+        example: One input batch, ``[batch, ...]``; repeated or cut to each batch size.
+        batch_sizes: What to measure.
+        threads: Threads of the runtime.
+        repeats: Timed blocks per batch size.
+
+    Raises:
+        QatkitError: the runtime cannot load the file, or a number is below 1.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from qatkit.export.onnx import export_onnx
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.rand(3, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(model, x, Path(folder) / "model.onnx")
+        ...     [row["batch_size"] for row in bench(Path(folder) / "model.onnx", x, repeats=2)]
+        [1, 64]
+    """
+    return compare({"": path}, example, batch_sizes, threads, repeats)[""]
+
+
+def compare(
+    paths: Mapping[str, Path],
+    example: Tensor,
+    batch_sizes: Sequence[int] = (1, 64),
+    threads: int = 1,
+    repeats: int = 30,
+) -> dict[str, list[Latency]]:
+    """Measure several files side by side: A, B, C, A, B, C, so that whatever slows the machine slows all of them.
+
+    Args:
+        paths: Files by name.
+        example: One input batch that all of them take.
+        batch_sizes: What to measure.
+        threads: Threads of the runtime.
+        repeats: Rounds; each times every file once, over as many calls as fill 2 ms.
+
+    Returns:
+        For each name, one row per batch size.
+
+    Raises:
+        QatkitError: the runtime cannot load a file, or a number is below 1.
+    """
+    for key, value in (("threads", threads), ("repeats", repeats), *(("batch_sizes", size) for size in batch_sizes)):
+        if value < 1:
+            raise QatkitError(f"{key}: {value} cannot be measured; write 1 or more")
+    runtimes = {name: load_runtime(path, threads) for name, path in paths.items()}
+    rows: dict[str, list[Latency]] = {name: [] for name in paths}
+    for size in batch_sizes:
+        x = _batch(example, size)
+        calls = {name: _warm_up(runtime, x) for name, runtime in runtimes.items()}
+        times: dict[str, list[float]] = {name: [] for name in paths}
+        for _ in range(repeats):
+            for name, runtime in runtimes.items():
+                times[name].append(_time(runtime, x, calls[name]))
+        for name, measured in times.items():
+            low, median, high = quantiles(measured, n=4, method="inclusive") if repeats > 1 else measured * 3
+            rows[name].append(
+                Latency(
+                    batch_size=size,
+                    median_ms=median * 1e3,
+                    low_ms=low * 1e3,
+                    high_ms=high * 1e3,
+                    repeats=repeats,
+                    threads=threads,
+                )
+            )
+    return rows
+
+
+def _batch(example: Tensor, size: int) -> Tensor:
+    copies = -(-size // len(example))
+    return torch.cat([example] * copies)[:size].contiguous()
+
+
+def _warm_up(runtime: Runtime, x: Tensor, seconds: float = 0.02, block: float = 2e-3) -> int:
+    """Run until caches and memory pools are warm; returns how many calls fill one timed block."""
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < seconds or count < 3:
+        runtime(x)
+        count += 1
+    return max(1, round(block * count / passed))
+
+
+def _time(runtime: Runtime, x: Tensor, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        runtime(x)
+    return (time.perf_counter() - start) / calls

@@ -1,0 +1,181 @@
+"""QuantizationAwareTraining in somebody else's LightningModule."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from qatkit.callbacks import CompressionMonitor, QuantizationAwareTraining
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit import QatkitError, QATLinear, QuantSpec
+from qatkit.quantization.prepare import fake_quantizers
+from tests.callbacks.modules import Classifier, batches, network, trainer
+
+W4 = QuantSpec(num_bits=4, observer="lsq")
+A8 = QuantSpec(symmetric=False, strategy="tensor")
+
+
+def test_three_lines_quantize_calibrate_and_train_a_foreign_module() -> None:
+    module = Classifier()
+    keys, before = set(module.state_dict()), copy.deepcopy(module.net[0].weight)
+    trainer(QuantizationAwareTraining(W4, A8), CompressionMonitor()).fit(module, batches())
+    assert isinstance(module.net[0], QATLinear)
+    assert keys < set(module.state_dict())
+    assert not torch.equal(module.net[0].weight, before)
+    codes = module.net[0].fake_quantized_weight() / module.net[0].weight_fake_quant.qparams(module.net[0].weight)[0]
+    torch.testing.assert_close(codes, codes.round())
+    assert len(codes.round().unique()) <= 16
+
+
+def test_static_ranges_are_those_of_the_training_batches_in_eval_mode() -> None:
+    module = Classifier()
+    loader = batches(8)
+    trainer(QuantizationAwareTraining(None, A8, calibration_batches=3), max_steps=1).fit(module, loader)
+    seen = torch.cat([x for x, _ in list(batches(8))[:3]])
+    expected = (seen.max() - seen.min()) / 255
+    assert module.net[0].input_fake_quant.scale.item() == expected.item()
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+def test_calibration_does_not_move_the_order_of_training(own_generator: bool) -> None:
+    def order(callback: QuantizationAwareTraining | None) -> list[Tensor]:
+        seen = []
+
+        class Watched(Classifier):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+                seen.append(batch[0].clone())
+                return super().training_step(batch, batch_idx)
+
+        module = Watched()
+        torch.manual_seed(5)
+        generator = torch.Generator().manual_seed(6) if own_generator else None
+        trainer(*([callback] if callback else [])).fit(module, batches(8, shuffle=True, generator=generator))
+        return seen
+
+    with_calibration, without = order(QuantizationAwareTraining(W4, A8)), order(None)
+    assert all(torch.equal(a, b) for a, b in zip(with_calibration, without, strict=True))
+
+
+def test_scales_are_left_out_of_weight_decay_and_the_groups_look_as_the_user_made_them() -> None:
+    module = Classifier(weight_decay=0.5)
+    qat = QuantizationAwareTraining(QuantSpec(num_bits=8, observer="lsq"))
+
+    class NoGradient(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * 0.0
+
+    module = NoGradient(weight_decay=0.5)
+    fit = trainer(qat)
+    scales: list[Tensor] = []
+    original = qat.on_fit_start
+
+    def remember(*args: Any) -> None:
+        original(*args)
+        scales.extend(module.net[i].weight_fake_quant.scale.detach().clone() for i in (0, 2))
+
+    qat.on_fit_start = remember  # type: ignore[method-assign]
+    before = network()[0].weight.detach()
+    fit.fit(module, batches())
+    assert module.net[0].weight.norm() < 0.99 * before.norm()  # the weights do decay
+    for scale, index in zip(scales, (0, 2), strict=True):
+        assert torch.equal(module.net[index].weight_fake_quant.scale, scale)
+    (optimizer,) = fit.optimizers
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups[0]["params"]) == len(list(module.parameters()))
+
+
+def test_a_resumed_run_has_the_weights_and_scales_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    def fit(epochs: int, checkpoint: Path | None = None) -> Classifier:
+        module = Classifier()
+        save = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        options = {"max_epochs": epochs, "max_steps": -1, "enable_checkpointing": True}
+        qat = QuantizationAwareTraining(W4, A8)
+        trainer(qat, save, **options).fit(module, batches(4), ckpt_path=checkpoint and str(checkpoint))
+        return module
+
+    whole = fit(4)
+    torch.manual_seed(99)
+    resumed = fit(4, tmp_path / "epoch=1.ckpt")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_validate_and_test_after_fit_keep_the_one_swap() -> None:
+    module = Classifier()
+    fit = trainer(QuantizationAwareTraining(W4, A8))
+    fit.fit(module, batches())
+    names = [name for name, _ in fake_quantizers(module)]
+    fit.validate(module, batches(), verbose=False)
+    assert [name for name, _ in fake_quantizers(module)] == names
+
+
+def test_two_instances_give_two_parts_of_a_model_two_precisions() -> None:
+    module = Classifier()
+    first = QuantizationAwareTraining(QuantSpec(num_bits=8), include=["net.0"])
+    second = QuantizationAwareTraining(QuantSpec(num_bits=2), A8, include=["net.2"])
+    trainer(first, second).fit(module, batches())
+    assert (first.layers, second.layers) == (["net.0"], ["net.2"])
+    assert module.net[0].weight_fake_quant.spec.num_bits == 8
+    assert module.net[2].weight_fake_quant.spec.num_bits == 2
+
+
+class Attention(LightningModule):
+    """`nn.MultiheadAttention` reads the weight of its out_proj and never calls its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unsqueeze(1)
+        return self.head(self.attention(x, x, x)[0].squeeze(1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
+    with pytest.raises(QatkitError, match=r"training never calls their forward: \['unused'\]; .* Name them in exclude"):
+        trainer(QuantizationAwareTraining(W4, include=["unused", "head"])).fit(Attention(), batches())
+    with pytest.raises(QatkitError, match="layer 'unused' was never run, so its input has no range"):
+        trainer(QuantizationAwareTraining(W4, A8, include=["unused", "head"])).fit(Attention(), batches())
+
+
+def test_the_out_proj_of_multihead_attention_is_refused_by_its_type() -> None:
+    with pytest.raises(QatkitError, match=r"'attention.out_proj', a NonDynamicallyQuantizableLinear, which cannot be"):
+        trainer(QuantizationAwareTraining(W4, include=["*.out_proj"])).fit(Attention(), batches())
+
+
+def test_a_module_without_a_usable_forward_is_told_what_to_write() -> None:
+    class Odd(Classifier):
+        def forward(self, x: Tensor, factor: float) -> Any:
+            return self.net(x) * factor
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return F.cross_entropy(self(batch[0], 2.0), batch[1])
+
+    with pytest.raises(QatkitError, match=r"calling Odd on a training batch failed .* calibration_forward="):
+        trainer(QuantizationAwareTraining(W4, A8)).fit(Odd(), batches())
+    module = Odd()
+    qat = QuantizationAwareTraining(W4, A8, calibration_forward=lambda m, batch: m(batch[0], 2.0))
+    trainer(qat).fit(module, batches())
+    assert module.net[0].input_fake_quant.ready
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_and_leaves_the_module_alone() -> None:
+    module = Classifier()
+    with pytest.raises(QatkitError, match=r"include\[0\]: 'net.first' matches no layer; the nearest are"):
+        trainer(QuantizationAwareTraining(W4, include=["net.first"])).fit(module, batches())
+    assert type(module.net[0]) is nn.Linear

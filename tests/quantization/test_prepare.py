@@ -1,0 +1,155 @@
+"""Swapping layers: what changes, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qatkit import QatkitError, QatkitWarning, QATLinear, QuantSpec, calibrate, fake_quantize, prepare_qat, strip_qat
+from qatkit.quantization.modules import SWAPS
+from qatkit.quantization.observers import minmax_qparams
+from qatkit.quantization.prepare import select_layers
+from qatkit.quantization.state import load_quantizers, save_quantizers
+
+W4, LSQ = QuantSpec(num_bits=4), QuantSpec(num_bits=4, observer="lsq")
+A8 = QuantSpec(symmetric=False, strategy="tensor")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        return self.head(self.block(self.embedding(tokens)))
+
+
+def test_a_swap_keeps_parameters_names_ties_hooks_and_random_numbers() -> None:
+    model = Tied()
+    before, keys, state = list(model.parameters()), list(model.state_dict()), torch.get_rng_state()
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    assert prepare_qat(model, LSQ) == ["block.0", "head"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p for p in model.parameters() if any(p is q for q in before)] == before
+    assert model.head.weight is model.embedding.weight
+    assert [key for key in model.state_dict() if "fake_quant" not in key] == keys
+    model(torch.arange(12))
+    assert calls
+
+
+def test_stripping_gives_back_the_plain_model_with_its_latent_weights() -> None:
+    model = Tied()
+    before, structure = copy.deepcopy(model.state_dict()), str(model)
+    prepare_qat(model, LSQ, A8)
+    assert strip_qat(model) == ["block.0", "head"]
+    assert str(model) == structure
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_quantized_layer_computes_with_the_fake_quantized_weight_and_input() -> None:
+    layer = nn.Linear(8, 4)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    x = torch.randn(5, 8)
+    prepare_qat(layer_in := nn.Sequential(layer), W4, QuantSpec(strategy="token"))
+    token = QuantSpec(strategy="token")
+    expected = F.linear(
+        fake_quantize(x, *minmax_qparams(x, token), token), fake_quantize(weight, *minmax_qparams(weight, W4), W4), bias
+    )
+    assert torch.equal(layer_in(x), expected)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_a_quantized_convolution_keeps_stride_groups_and_padding(padding_mode: str) -> None:
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, padding_mode=padding_mode)
+    model, x = nn.Sequential(copy.deepcopy(conv)), torch.randn(2, 4, 9, 9)
+    prepare_qat(model, W4)
+    conv.weight.data = fake_quantize(conv.weight.detach(), *minmax_qparams(conv.weight, W4), W4)
+    assert torch.equal(model(x), conv(x))
+
+
+def test_a_prepared_model_can_be_copied_pickled_and_compiled_without_a_graph_break() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    prepare_qat(model, LSQ, A8)
+    x = torch.randn(2, 1, 8, 8)
+    calibrate(model, [x])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), model(x))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_saved_quantizers_load_into_a_plain_model_and_give_the_same_outputs(tmp_path: Path) -> None:
+    for weight in (W4, LSQ, QuantSpec(3, symmetric=False), QuantSpec(4, strategy="group", group_size=8)):
+        model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+        plain, x = copy.deepcopy(model), torch.randn(3, 16)
+        prepare_qat(model, weight, A8)
+        calibrate(model, [x])
+        save_quantizers(model, tmp_path / "quantizers.safetensors")
+        assert load_quantizers(plain, tmp_path / "quantizers.safetensors") == ["0", "2"]
+        assert torch.equal(plain(x), model(x))
+
+
+def test_scales_of_other_weights_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 8))
+    prepare_qat(model, W4)
+    save_quantizers(model, tmp_path / "q.safetensors")
+    with pytest.raises(QatkitError, match=r"layer '0': its weight does not belong to the scales in q\.safetensors"):
+        load_quantizers(nn.Sequential(nn.Linear(16, 8)), tmp_path / "q.safetensors")
+
+
+def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), bitsandbytes.nn.Linear4bit(8, 8))
+    assert isinstance(model[1], nn.Linear)
+    with pytest.warns(QatkitWarning, match=r"not quantized, .*: 1 \(Linear4bit\)"):
+        assert prepare_qat(model, W4) == ["0"]
+    assert type(model[0]) is QATLinear
+    with pytest.raises(QatkitError, match="'1', a Linear4bit, which cannot be quantized"):
+        select_layers(nn.Sequential(nn.Linear(8, 8), bitsandbytes.nn.Linear4bit(8, 8)), include=["1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": ["block.1"]}, r"include\[0\]: 'block.1' matches no layer; the nearest are \['block.0'"),
+        ({"include": ["*"], "exclude": ["hed"]}, r"exclude\[0\]: 'hed' matches no layer; the nearest are \['head'\]"),
+        ({"include": ["embedding"]}, r"'embedding' selects 'embedding', a Embedding, which cannot be quantized"),
+        ({"exclude": ["*"]}, r"minus exclude \['\*'\] leaves no layer"),
+        ({"weight": None}, "neither weight nor activation is given"),
+        (
+            {"weight": QuantSpec(4, strategy="group", group_size=3)},
+            r"layer 'block.0': group_size 3 does not divide its 8 inputs; write one of \[4, 8\]",
+        ),
+    ],
+)
+def test_a_selection_that_cannot_be_done_is_refused_and_changes_nothing(options: dict[str, Any], message: str) -> None:
+    model = Tied()
+    with pytest.raises(QatkitError, match=message):
+        prepare_qat(model, **({"weight": W4} | options))
+    assert not any(type(module) in SWAPS.values() for module in model.modules())
+
+
+def test_a_second_preparation_and_a_weight_that_is_not_finite_are_refused() -> None:
+    model = Tied()
+    prepare_qat(model, W4, include=["head"])
+    with pytest.raises(QatkitError, match="layer 'head' is already fake-quantized"):
+        prepare_qat(model, W4)
+    model = Tied()
+    model.block[0].weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(QatkitError, match=r"layer 'block\.0': its weight holds NaN or infinite values"):
+        prepare_qat(model, W4)
