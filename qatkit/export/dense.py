@@ -19,7 +19,7 @@ from qatkit.quantization.state import quantizer_state
 
 
 def export_dense(model: nn.Module, path: Path) -> None:
-    """Write a model's weights under plain names, quantized ones as the values that training computed with.
+    """Write a model's weights under plain names, those of quantized layers as the values that training computed with.
 
     A plain model that loads the file has exactly the trained weights, in their own dtype. The rounding of activations
     is not in the file: it is no property of a weight. The metadata's ``specs`` names the layers and their quantization.
@@ -62,9 +62,11 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     }
     owner: dict[int, str] = {}
     for name, layer in qat_layers(model):
-        if layer.weight_fake_quant is not None:
-            with torch.no_grad():
-                tensors[_key(name)] = full_tensor(layer.fake_quantized_weight()).cpu().contiguous().clone()
+        with torch.no_grad():
+            _, weight, bias = layer.operands(torch.zeros(1, device=layer.weight.device))
+        for part, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                tensors[f"{name}.{part}" if name else part] = full_tensor(value).detach().cpu().contiguous().clone()
     for key, parameter in model.named_parameters(remove_duplicate=False):
         if key not in tensors:
             continue
@@ -75,10 +77,6 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
                 "hold both; quantize both with the same spec, or exclude both"
             )
     return tensors
-
-
-def _key(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
 
 
 @contextmanager

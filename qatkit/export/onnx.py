@@ -76,6 +76,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
         example = torch.cat([example, example])
     blocked = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = _trace(plain, example, opset=21 if blocked else 20)
+    _name_after_layers(program.model, plain)
     with replacing(path) as temporary:
         _write(program, specs, temporary)
 
@@ -156,6 +157,18 @@ def _trace(model: nn.Module, example: Tensor, opset: int) -> Any:
         raise QatkitError(
             f"PyTorch cannot export this model with a dynamic batch: {reason[0] if reason else type(error).__name__}"
         ) from error
+
+
+def _name_after_layers(graph_model: Any, model: nn.Module) -> None:
+    """Give the tensors of a layer with several names its first one; tracing takes another."""
+    first = {id(layer): name for name, layer in model.named_modules()}
+    initializers = graph_model.graph.initializers
+    for alias, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, tuple(QDQ.values())) and first[id(layer)] != alias:
+            for key in [key for key in initializers if key.startswith(f"{alias}.")]:
+                value = initializers.pop(key)
+                value.name = f"{first[id(layer)]}.{key.removeprefix(f'{alias}.')}"
+                initializers[value.name] = value
 
 
 def _write(program: Any, specs: dict[str, Any], path: Path) -> None:

@@ -113,7 +113,8 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 def to_qdq(name: str, layer: QATLayer) -> None:
     """Turn a fake-quantized layer into a QDQ layer in place, so that hooks and shared modules keep working."""
     weight: _Codes | Tensor = layer.weight
-    bias: _Codes | Tensor | None = cast("Tensor | None", layer.bias)
+    trained_bias = layer.operands(torch.zeros(1))[2]
+    bias: _Codes | Tensor | None = trained_bias
     rounding = None
     if (fake_quant := layer.input_fake_quant) is not None:
         scale, zero_point = fake_quant.qparams(torch.empty(0))  # never computed: dynamic scales were refused
@@ -125,8 +126,8 @@ def to_qdq(name: str, layer: QATLayer) -> None:
         codes = quantize(layer.weight, scale, zero_point, spec)
         shape = {"tensor": (), "channel": (-1,)}.get(spec.strategy, tuple(scale.shape))
         weight = _Codes(codes, scale.reshape(shape), zero_point.reshape(shape).to(codes.dtype), spec.group_size or 0)
-        if bias is not None and rounding is not None and spec.group_size is None:
-            bias = _integer_bias(name, cast(Tensor, bias), weight, rounding)
+        if trained_bias is not None and rounding is not None and spec.group_size is None:
+            bias = _integer_bias(name, trained_bias, weight, rounding)
     del layer.weight, layer.bias, layer.weight_fake_quant, layer.input_fake_quant
     layer.__class__ = cast("type[QATLayer]", QDQ[type(layer)])
     for part, value in (("weight", weight), ("bias", bias), ("input", rounding)):

@@ -66,7 +66,7 @@ def verify(
     """Compare an exported file with the model it was made from.
 
     Weights: every integer code, scale and zero point in the file, and the weights the runtime decodes from them, must
-    equal the model's (``==``); integer biases must be the nearest whole multiples of their scale. Outputs: where inputs
+    equal the model's (``==``); and so must biases. Outputs: where inputs
     of layers are quantized, the mean difference must stay within 1 % of the quantization error (another order of
     summation may move a value across a rounding border); elsewhere within 1e-4 of the mean output. A dense file must
     give equal weights and, where no inputs are quantized, equal outputs.
@@ -183,9 +183,11 @@ def _open_dense(trained: nn.Module, path: Path) -> tuple[int, list[str], Callabl
     expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
     weights = 0
     for name, layer in qat_layers(trained):
-        if layer.weight_fake_quant is not None:
-            expected[f"{name}.weight" if name else "weight"] = layer.fake_quantized_weight()
-            weights += layer.weight.numel()
+        _, weight, bias = layer.operands(torch.zeros(1))
+        weights += weight.numel() if layer.weight_fake_quant is not None else 0
+        expected |= {
+            f"{name}.{part}" if name else part: v for part, v in (("weight", weight), ("bias", bias)) if v is not None
+        }
     try:
         loaded.load_state_dict(load_file(path), strict=True)
     except (RuntimeError, SafetensorError) as error:

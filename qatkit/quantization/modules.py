@@ -79,17 +79,22 @@ class FakeQuantize(nn.Module):
         return scale, self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.with_scale(x)[0]
+
+    def with_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rounded tensor and the scale it was rounded with; `x` and None while calibration watches."""
         self.ran = True
         if self.observer is not None:
             self.observer.update(x)
-            return x
+            return x, None
         if not self.ready:
             raise RuntimeError(
                 "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, "
                 "or let the QuantizationAwareTraining callback do it"
             )
         scale, zero_point = self.qparams(x)
-        return fake_quantize(x, scale, zero_point, self.spec, self._gradient_scale(x, scale), clips=not self.computed)
+        gradient_scale = self._gradient_scale(x, scale)
+        return fake_quantize(x, scale, zero_point, self.spec, gradient_scale, clips=not self.computed), scale
 
     def _gradient_scale(self, x: Tensor, scale: Tensor) -> float:
         """LSQ, section 2.2: one over the root of (elements that share a scale, of one sample) times qmax."""
@@ -140,31 +145,64 @@ class QATLayer(nn.Module):
     """What every quantized layer shares: the two fake quantizers, either of which may be None."""
 
     weight: Tensor
+    bias: Tensor | None
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
 
     def fake_quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it, in the weight's own dtype."""
-        return self.weight if self.weight_fake_quant is None else cast(Tensor, self.weight_fake_quant(self.weight))
+        return self.weight if self.weight_fake_quant is None else self.weight_fake_quant.with_scale(self.weight)[0]
 
-    def fake_quantized_input(self, x: Tensor) -> Tensor:
-        """The input as the forward pass uses it."""
-        return x if self.input_fake_quant is None else cast(Tensor, self.input_fake_quant(x))
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, weight and bias as the forward pass uses them.
+
+        Integer kernels add the bias to sums of products of codes, so it is a whole multiple of weight scale times input
+        scale there. It is rounded so in training too: with 4-bit weights that grid is coarse enough to be seen at the
+        output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
+        """
+        weight, bias = self.weight, self.bias
+        weight_scale = input_scale = None
+        if self.weight_fake_quant is not None:
+            weight, weight_scale = self.weight_fake_quant.with_scale(weight)
+        if self.input_fake_quant is not None:
+            x, input_scale = self.input_fake_quant.with_scale(x)
+            if self.input_fake_quant.spec.dynamic:
+                input_scale = None
+        if bias is not None and input_scale is not None and weight_scale is not None and weight_scale.numel() in (
+            1, len(bias)
+        ):  # fmt: skip
+            bias = _RoundToMultiple.apply(bias, (weight_scale * input_scale).view(-1))  # type: ignore[no-untyped-call]
+        return x, weight, bias
+
+
+class _RoundToMultiple(torch.autograd.Function):
+    """The nearest multiple of a step, whose straight-through gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
+        return ((x.float() / step).round() * step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class QATLinear(QATLayer, nn.Linear):
     """`nn.Linear` over a fake-quantized weight and input."""
 
+    bias: Tensor | None
+
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.fake_quantized_input(input), self.fake_quantized_weight(), self.bias)
+        return F.linear(*self.operands(input))
 
 
 class QATConv2d(QATLayer, nn.Conv2d):
     """`nn.Conv2d` over a fake-quantized weight and input."""
 
+    bias: Tensor | None
+
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.fake_quantized_input(input), self.fake_quantized_weight()
-        return cast(Tensor, self._conv_forward(x, weight, self.bias))
+        return cast(Tensor, self._conv_forward(*self.operands(input)))
 
 
 SWAPS: dict[type[nn.Module], type[QATLayer]] = {nn.Linear: QATLinear, nn.Conv2d: QATConv2d}

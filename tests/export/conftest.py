@@ -1,0 +1,56 @@
+"""A trained digits network, and quantized copies of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit import QuantSpec, calibrate, prepare_qat
+from qatkit.data import digits
+from qatkit.models import cnn
+from qatkit.quantization.folding import fold_batchnorm
+
+INT8 = QuantSpec(num_bits=8)
+UINT8 = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
+Quantized = Callable[..., nn.Module]
+
+
+@pytest.fixture(scope="session")
+def images() -> tuple[Tensor, Tensor]:
+    """Test images and labels of the digits."""
+    return digits().test.tensors  # type: ignore[attr-defined,no-any-return]  # a TensorDataset
+
+
+@pytest.fixture(scope="session")
+def trained() -> nn.Module:
+    """The digits network after 150 steps, BatchNorm folded."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, (x, y) = cnn(), digits().train.tensors  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        rows = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    model.eval()
+    fold_batchnorm(model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def quantized(trained: nn.Module, images: tuple[Tensor, Tensor]) -> Quantized:
+    """Makes a calibrated copy of the trained network."""
+
+    def make(weight: QuantSpec | None = INT8, activation: QuantSpec | None = UINT8) -> nn.Module:
+        model = copy.deepcopy(trained)
+        prepare_qat(model, weight=weight, activation=activation)
+        calibrate(model, [images[0]])
+        return model
+
+    return make

@@ -1,0 +1,350 @@
+"""Verification passes what was exported and fails whatever was changed afterwards, saying what and where."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit.export.dense import export_dense
+from qatkit.export.onnx import export_onnx
+from qatkit.export.verify import Verification, verify
+from tests.export.conftest import Quantized
+
+Images = tuple[Tensor, Tensor]
+LAYER = "conv2"
+
+
+def batches(images: Images) -> list[Images]:
+    return list(zip(images[0].split(64), images[1].split(64), strict=True))
+
+
+def checked(model: nn.Module, path: Path, images: Images) -> Verification:
+    return verify(model, path, batches(images), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rounds_inputs"),
+    [(QuantSpec(8), True), (QuantSpec(4), True), (QuantSpec(2, symmetric=False), True), (QuantSpec(4), False)],
+)
+def test_what_was_exported_passes(
+    weight: QuantSpec, rounds_inputs: bool, quantized: Quantized, images: Images, tmp_path: Path
+) -> None:
+    model = quantized(weight=weight) if rounds_inputs else quantized(weight=weight, activation=None)
+    export_onnx(model, images[0][:2], tmp_path / "model.onnx")
+    result = checked(model, tmp_path / "model.onnx", images)
+    assert result.passed, result.failures
+    assert (result.layers, result.samples) == (4, len(images[0]))
+    assert result.weights == sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert result.mean_error is not None
+    assert result.allowed_error is not None
+    assert result.mean_error <= result.allowed_error <= 0.01 * max(result.quantization_error, 1)
+    assert result.agreement == 1.0
+    assert result.trained_metric == result.runtime_metric
+    with torch.no_grad():
+        right = (model(images[0]).argmax(1) == images[1]).float().mean().item()
+    assert result.trained_metric == pytest.approx(right)
+    assert json.loads(json.dumps(asdict(result)))["text"] == result.summary()
+
+
+def test_a_plain_model_passes(trained: nn.Module, images: Images, tmp_path: Path) -> None:
+    export_onnx(trained, images[0][:2], tmp_path / "model.onnx")
+    result = checked(trained, tmp_path / "model.onnx", images)
+    assert result.passed, result.failures
+    assert (result.layers, result.quantization_error) == (0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def original(quantized: Quantized, images: Images, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, bytes]:
+    """A model in training mode, and the bytes of its file."""
+    path = tmp_path_factory.mktemp("original") / "model.onnx"
+    model = quantized(weight=QuantSpec(4))
+    export_onnx(model, images[0][:2], path)
+    return model, path.read_bytes()
+
+
+Tamper = Callable[[Any], None]
+
+
+def constant(graph: Any, name: str, change: Callable[[np.ndarray[Any, Any]], None]) -> None:
+    """Change one constant of a graph in place."""
+    (tensor,) = (tensor for tensor in graph.initializer if tensor.name == name)
+    values = numpy_helper.to_array(tensor).copy()
+    change(values)
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+
+def weight_decoder(graph: Any) -> Any:
+    (node,) = (node for node in graph.node if f"{LAYER}.weight.codes" in node.input)
+    return node
+
+
+def one_code(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[3, 2, 1, 0] += 1 if values[3, 2, 1, 0] < 7 else -1
+
+    constant(graph, f"{LAYER}.weight.codes", change)
+
+
+def one_scale(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[5] = np.nextafter(values[5], np.float32(1))
+
+    constant(graph, f"{LAYER}.weight.scale", change)
+
+
+def one_zero_point(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[5] = 1
+
+    constant(graph, f"{LAYER}.weight.zero_point", change)
+
+
+def one_bias(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[7] += 1
+
+    constant(graph, f"{LAYER}.bias.codes", change)
+
+
+def bias_scale(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[7] *= 1.5
+
+    constant(graph, f"{LAYER}.bias.scale", change)
+
+
+def input_scale(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values *= np.float32(1.5)
+
+    constant(graph, f"{LAYER}.input.scale", change)
+
+
+def input_zero_point(graph: Any) -> None:
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values += np.uint8(1)
+
+    constant(graph, f"{LAYER}.input.zero_point", change)
+
+
+def other_codes_are_decoded(graph: Any) -> None:
+    """The codes stay in the file, and the graph reads a copy in which one differs."""
+    (tensor,) = (tensor for tensor in graph.initializer if tensor.name == f"{LAYER}.weight.codes")
+    graph.initializer.add().CopyFrom(tensor)
+    graph.initializer[-1].name = "copy"
+    for node in graph.node:
+        node.input[:] = ["copy" if name == tensor.name else name for name in node.input]
+
+
+def decoded_along_another_axis(graph: Any) -> None:
+    weight_decoder(graph).attribute[0].i = 1
+
+
+def layer_in_floating_point(graph: Any) -> None:
+    """The codes of a layer are gone; the layer computes with float weights."""
+    decoder = weight_decoder(graph)
+    codes, scale = (
+        numpy_helper.to_array(next(t for t in graph.initializer if t.name == name)) for name in decoder.input[:2]
+    )
+    weight = codes.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
+    graph.initializer.append(numpy_helper.from_array(weight, decoder.output[0]))
+    graph.node.remove(decoder)
+    for tensor in [t for t in graph.initializer if t.name == f"{LAYER}.weight.codes"]:
+        graph.initializer.remove(tensor)
+
+
+def input_is_not_rounded(graph: Any) -> None:
+    (encoder,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[1] == f"{LAYER}.input.scale")
+    (decoder,) = (n for n in graph.node if encoder.output[0] in n.input)
+    for node in graph.node:
+        node.input[:] = [encoder.input[0] if name == decoder.output[0] else name for name in node.input]
+    graph.node.remove(encoder)
+    graph.node.remove(decoder)
+
+
+def relu_is_gone(graph: Any) -> None:
+    """No constant differs; only running the file shows it."""
+    relu = next(node for node in graph.node if node.op_type == "Relu")
+    relu.op_type = "Neg"
+
+
+def constant_is_gone(graph: Any) -> None:
+    for tensor in [t for t in graph.initializer if t.name == f"{LAYER}.weight.scale"]:
+        graph.initializer.remove(tensor)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (
+            one_code,
+            r"layer 'conv2': codes of the weight: 1 of 4608 differ, the first at \[3, 2, 1, 0\]: .* in the file",
+        ),
+        (one_code, r"layer 'conv2': weights as the runtime decodes them: 1 of 4608 differ"),
+        (one_scale, r"layer 'conv2': scales of the weight: 1 of 32 differ, the first at \[5, 0\]"),
+        (one_zero_point, r"layer 'conv2': zero points of the weight: 1 of 32 differ"),
+        (one_bias, r"layer 'conv2': the bias: 1 of 32 codes stand for another value, the first at \[7\]"),
+        (bias_scale, r"layer 'conv2': the bias's scale, against weight scale x input scale: 1 of 32 differ"),
+        (input_scale, r"layer 'conv2': scale of the input: 1 of 1 differ"),
+        (input_zero_point, r"layer 'conv2': zero point of the input: 1 of 1 differ"),
+        (other_codes_are_decoded, r"layer 'conv2': no DequantizeLinear reads the codes"),
+        (decoded_along_another_axis, r"layer 'conv2': .*(decode|differ)"),
+        (layer_in_floating_point, r"layer 'conv2': codes of the weight: not in the file"),
+        (input_is_not_rounded, r"layer 'conv2': nothing in the graph rounds the input"),
+        (relu_is_gone, r"outputs: the mean difference from the trained model is .* 1 % of the quantization error"),
+        (constant_is_gone, r"layer 'conv2': scales of the weight: not in the file"),
+        (constant_is_gone, r"ONNX Runtime cannot load it"),
+    ],
+)
+def test_a_file_that_was_changed_fails_and_the_change_is_named(
+    tamper: Tamper, message: str, original: tuple[nn.Module, bytes], images: Images, tmp_path: Path
+) -> None:
+    model, content = original
+    proto = onnx.load_from_string(content)
+    tamper(proto.graph)
+    onnx.save(proto, tmp_path / "model.onnx")
+    result = checked(model, tmp_path / "model.onnx", images)
+    assert not result.passed
+    assert any(re.search(message, failure) for failure in result.failures), result.failures
+    assert result.summary().startswith("FAILED: ")
+    json.dumps(asdict(result), allow_nan=False)
+
+
+def test_the_file_of_another_model_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:
+    export_onnx(quantized(weight=QuantSpec(4)), images[0][:2], tmp_path / "model.onnx")
+    failures = checked(quantized(weight=QuantSpec(3)), tmp_path / "model.onnx", images).failures
+    assert sum("codes of the weight" in failure for failure in failures) == 4
+
+
+def test_a_layer_that_only_the_file_quantizes_fails(
+    quantized: Quantized, trained: nn.Module, images: Images, tmp_path: Path
+) -> None:
+    export_onnx(quantized(weight=QuantSpec(8)), images[0][:2], tmp_path / "model.onnx")
+    failures = checked(trained, tmp_path / "model.onnx", images).failures
+    assert any("'conv1.weight.codes' is in the file, but the model quantizes no such layer" in f for f in failures)
+
+
+def test_a_broken_file_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\xff not a model")
+    result = checked(quantized(), tmp_path / "model.onnx", images)
+    assert not result.passed
+    assert result.runtime_metric is None
+
+
+def test_four_bit_activations_pass_because_training_rounds_biases_as_the_runtime_does(
+    quantized: Quantized, images: Images, tmp_path: Path
+) -> None:
+    model = quantized(weight=QuantSpec(8), activation=QuantSpec(4, symmetric=False, strategy="tensor"))
+    export_onnx(model, images[0][:2], tmp_path / "model.onnx")
+    assert checked(model, tmp_path / "model.onnx", images).passed
+
+
+def test_dense_weights_are_the_quantized_ones_and_give_the_same_outputs(
+    quantized: Quantized, images: Images, tmp_path: Path
+) -> None:
+    model, path = quantized(weight=QuantSpec(3), activation=None), tmp_path / "model.safetensors"
+    export_dense(model, path)
+    result = checked(model, path, images)
+    assert result.passed, result.failures
+    assert (result.format, result.layers, result.max_error, result.allowed_error) == ("dense", 4, 0.0, 0.0)
+    weight = load_file(path)["conv1.weight"]
+    assert max(len(channel.unique()) for channel in weight) <= 8, "3 bits are at most 8 values"
+
+
+def test_a_dense_file_says_that_it_does_not_round_activations(
+    quantized: Quantized, images: Images, tmp_path: Path
+) -> None:
+    model, path = quantized(), tmp_path / "model.safetensors"
+    export_dense(model, path)
+    result = checked(model, path, images)
+    assert result.passed, result.failures
+    assert result.allowed_error is None
+    assert result.mean_error is not None
+    assert result.mean_error > 0
+    assert "does not round activations" in result.summary()
+
+
+@pytest.mark.parametrize("key", ["conv2.weight", "conv2.bias"])
+def test_a_changed_dense_value_fails(key: str, quantized: Quantized, images: Images, tmp_path: Path) -> None:
+    model, path = quantized(), tmp_path / "model.safetensors"
+    export_dense(model, path)
+    tensors = load_file(path)
+    tensors[key].view(-1)[11] += 1e-3
+    save_file(tensors, path)
+    failures = checked(model, path, images).failures
+    assert any(failure.startswith(f"'{key}': 1 of") for failure in failures), failures
+
+
+def test_a_dense_file_without_a_layer_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:
+    model, path = quantized(), tmp_path / "model.safetensors"
+    export_dense(model, path)
+    tensors = load_file(path)
+    del tensors["conv2.weight"]
+    save_file(tensors, path)
+    result = checked(model, path, images)
+    assert "conv2.weight" in result.failures[0]
+    assert result.mean_error is None
+
+
+def test_tied_dense_weights_are_written_once_per_name_and_refused_where_they_would_differ(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        model[2].weight = model[0].weight
+        return model
+
+    both, one = tied(), tied()
+    prepare_qat(both, QuantSpec(4))
+    export_dense(both, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["0.weight"], tensors["2.weight"])
+    plain = tied()
+    plain.load_state_dict(tensors)
+    assert torch.equal(plain[0].weight, both[0].fake_quantized_weight())  # type: ignore[operator]
+    prepare_qat(one, QuantSpec(4), include=["2"])
+    with pytest.raises(QatkitError, match=r"'0.weight' and '2.weight' are one tied weight"):
+        export_dense(one, tmp_path / "one.safetensors")
+    assert not (tmp_path / "one.safetensors").exists()
+
+
+def test_bfloat16_weights_stay_bfloat16_in_a_dense_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    prepare_qat(model, QuantSpec(4))
+    export_dense(model, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["0.weight"].dtype == torch.bfloat16
+    assert torch.equal(tensors["0.weight"], model[0].fake_quantized_weight())  # type: ignore[operator]
+
+
+def test_verification_needs_a_batch_a_known_file_type_and_a_file(
+    trained: nn.Module, images: Images, tmp_path: Path
+) -> None:
+    export_onnx(trained, images[0][:2], tmp_path / "model.onnx")
+    with pytest.raises(QatkitError, match="no batch"):
+        verify(trained, tmp_path / "model.onnx", [])
+    with pytest.raises(QatkitError, match=r"'\.gguf' files cannot be verified"):
+        verify(trained, tmp_path / "model.gguf", batches(images))
+    with pytest.raises(QatkitError, match="there is no such file"):
+        verify(trained, tmp_path / "other.onnx", batches(images))
+
+
+def test_the_model_is_left_as_it_was(original: tuple[nn.Module, bytes], images: Images, tmp_path: Path) -> None:
+    model, content = original
+    (tmp_path / "model.onnx").write_bytes(content)
+    model.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    checked(model, tmp_path / "model.onnx", images)
+    assert model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
