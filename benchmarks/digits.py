@@ -55,13 +55,9 @@ def main(seeds: list[int]) -> None:
     ]
     for name in RECIPES:
         gap = dense_mean - mean(values[2] for values in accuracies[name])
-        claims.append(
-            Claim(f"{name}: dense minus QAT, mean", "<= 0.5 points", f"{gap * 100:.2f} points", gap <= 0.005)
-        )
+        claims.append(Claim(f"{name}: dense minus QAT, mean", "<= 0.5 points", f"{gap * 100:.2f} points", gap <= 0.005))
         checks = [r["verification"]["passed"] for report in reports[name] for r in report["rows"]]
-        claims.append(
-            Claim(f"{name}: exported files verified", "all", f"{sum(checks)} of {len(checks)}", all(checks))
-        )
+        claims.append(Claim(f"{name}: exported files verified", "all", f"{sum(checks)} of {len(checks)}", all(checks)))
     finish("digits", rows, claims, seeds)
 
 

@@ -1,0 +1,53 @@
+"""Write the tables in README and docs from the results of the benchmarks.
+
+Run: python benchmarks/tables.py [--check]
+
+A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->``; what stands between is replaced by the rows of
+``results/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def table(name: str) -> str:
+    """The rows of one benchmark as Markdown, and below them the versions, seeds and machine they come from."""
+    content = json.loads((Path(__file__).parent / "results" / f"{name}.json").read_text())
+    rows: list[dict[str, Any]] = content["rows"]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+    versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
+    seeds = f", seeds {', '.join(map(str, content['seeds']))}" if content["seeds"] else ""
+    made = f"`python benchmarks/{name}.py`: {content['machine']['cpus']} CPU cores{seeds}; {versions}."
+    return "\n".join([*lines, "", made, ""])
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(check: bool) -> int:
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        written = MARK.sub(lambda found: found[1] + table(found[2]) + found[4], text)
+        if written != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(written)
+    if stale:
+        print(f"{'stale' if check else 'written'}: {', '.join(stale)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv))

@@ -1,0 +1,95 @@
+"""What README and docs say is run: their commands, their Python, their recipes and their tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# what a page's Python takes for granted: a module, a teacher and data of the reader's own
+PRELUDE = """
+import copy, os
+import torch
+from torch import nn
+from torch.nn import functional as F
+from lightning.pytorch import LightningModule
+from qatkit.data import digits
+
+class MyModule(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    def forward(self, x):
+        return self.model(x)
+    def training_step(self, batch, index):
+        return F.cross_entropy(self(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+my_module, my_data = MyModule(), digits()
+teacher = copy.deepcopy(my_module)
+"""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "WANDB_SILENT": "true",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_page_works(page: Path, tmp_path: Path) -> None:
+    # one shell for the whole page: later commands use what earlier ones made; recipes shown above are files of the page
+    for number, recipe in enumerate(blocks(page, "yaml")):
+        named = re.match(r"# (\S+\.yaml)\n", recipe)
+        (tmp_path / (named[1] if named else f"recipe{number}.yaml")).write_text(recipe)
+    commands = "".join(blocks(page, "bash"))
+    if commands:
+        subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, env=environment(), check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_of_the_page_is_valid(page: Path, tmp_path: Path) -> None:
+    for recipe in blocks(page, "yaml"):
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        command = ["qatkit", "validate", "recipe.yaml", "--allow", "my_package"]
+        subprocess.run(command, cwd=tmp_path, env=environment(), check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_the_page_runs(page: Path, tmp_path: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    if code:
+        code = PRELUDE + code.replace("max_epochs=10", "max_epochs=1, logger=False, enable_checkpointing=False")
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
+
+
+def test_the_tables_are_those_of_the_benchmark_results() -> None:
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], check=True)
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    script, readme = (ROOT / ".ci" / "run").read_text(), (ROOT / "README.md").read_text()
+    for command in ("make demo", "make test"):
+        assert command in readme
+        assert re.search(rf"^{command}$", script, re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_the_example_runs_and_its_export_is_verified(example: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True
+    )
+    assert "passed: all" in done.stdout
