@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -97,6 +97,8 @@ def run(
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline import Run, is_first_process, run_stages
 
+    # Lightning sets its level when it is imported; what it says at start is for whoever writes a Trainer
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
     trained = run_stages(this, until, force)
     if not is_first_process():
@@ -184,7 +186,6 @@ def _print_report(content: dict[str, object], out: Path) -> None:
 
 def main() -> None:
     """Run the command line, and turn a user's mistake into one message without a traceback."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.showwarning = _show_warning
     try:
         app()
@@ -199,11 +200,11 @@ def main() -> None:
 _show = warnings.showwarning
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
     if issubclass(category, QatkitWarning):
         typer.echo(f"warning: {message}", err=True)
     else:
-        _show(message, category, *rest)  # type: ignore[arg-type]  # passed through as it came
+        _show(message, category, *rest, **named)
 
 
 if __name__ == "__main__":

@@ -7,51 +7,56 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADERS = ["stage", "what", "test accuracy", "in the runtime", "size", "latency", "parity"]
 
-
-def terminal_table(report: dict[str, Any]) -> Table:
-    """The comparison as a `rich` table."""
-    from rich.table import Table
-
-    table = Table(title=f"{report['name']}: dense, post-training and trained ({report['format']})")
-    for header in HEADERS:
-        table.add_column(header, overflow="fold")
-    for cells in comparison(report):
-        table.add_row(*cells)
-    return table
+def headers(report: dict[str, Any]) -> list[str]:
+    """The columns of the comparison; one for each batch size that was measured."""
+    sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
+    return ["stage", "what", "test accuracy", "in the runtime", "size", *(f"batch of {n}" for n in sizes), "parity"]
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
-    """The cells of the comparison, a list per row under `HEADERS`."""
+    """The cells of the comparison, a list per row under `headers`; ratios are to the first row."""
     first = report["rows"][0]
     rows = []
     for row in report["rows"]:
         check = row["verification"]
-        layers = row["layers"]
-        bits = sorted({f"w{layer['weight_bits']}a{layer['activation_bits']}" for layer in layers})
+        bits = sorted({f"w{layer['weight_bits']}a{layer['activation_bits']}" for layer in row["layers"]})
         rows.append(
             [
                 row["stage"],
                 f"{row['kind']} {' '.join(bits)}".strip(),
                 f"{row['test_accuracy']:.2%}",
-                f"{check['runtime_metric']:.2%}" if check["runtime_metric"] is not None else "-",
-                f"{row['bytes'] / 1000:.1f} kB ({first['bytes'] / row['bytes']:.2f}x smaller)",
-                ", ".join(_latency(now, then) for now, then in zip(row["latency"], first["latency"], strict=True)),
+                f"{check['runtime_metric']:.2%}" if check["runtime_metric"] is not None else "did not run",
+                f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
+                *(
+                    f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", row is first)
+                    for now, then in zip(row["latency"], first["latency"], strict=True)
+                ),
                 "passed" if check["passed"] else "FAILED",
             ]
         )
     return rows
 
 
-def _latency(now: dict[str, Any], first: dict[str, Any]) -> str:
-    ratio = first["median_ms"] / now["median_ms"]
-    return f"batch {now['batch_size']}: {now['median_ms']:.3f} ms ({ratio:.2f}x faster)"
+def _ratio(ratio: float, word: str, itself: bool) -> str:
+    return "" if itself else f" ({ratio:.2f}x {word})"
+
+
+def terminal_table(report: dict[str, Any]) -> Table:
+    """The comparison as a `rich` table."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['name']} ({report['format']})")
+    for header in headers(report):
+        table.add_column(header, overflow="fold")
+    for cells in comparison(report):
+        table.add_row(*cells)
+    return table
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown: the comparison, what was verified, and every layer."""
-    lines = [f"# {report['name']}", "", *_table(HEADERS, comparison(report)), ""]
+    lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
     lines += ["Accuracies are of the held-out test split. Size is that of the file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")

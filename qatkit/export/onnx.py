@@ -72,7 +72,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     for name, layer in qat_layers(plain):
         to_qdq(name, layer)
     example = example.detach().cpu()
-    if len(example) == 1:  # a batch of one would be taken for a constant
+    if len(example) == 1:  # torch.export may take a batch of one for a constant
         example = torch.cat([example, example])
     blocked = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = _trace(plain, example, opset=21 if blocked else 20)

@@ -158,7 +158,7 @@ class _Outputs:
 
 def _bound(dense: bool, rounds_inputs: bool, outputs: _Outputs) -> tuple[str, float | None]:
     if dense and rounds_inputs:
-        return "not bounded, since a dense file does not round activations", None
+        return "none, since a dense file does not round activations", None
     if dense:
         return "exactly equal outputs", 0.0
     if rounds_inputs:  # float32 noise is allowed even where quantization happens to change nothing

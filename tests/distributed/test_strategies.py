@@ -20,7 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     for mode in ("single", "ddp", "fsdp2"):
         out = folder / f"{mode}.pt"
         subprocess.run([sys.executable, str(WORKER), mode, str(out)], check=True, timeout=240, cwd=folder)
-        found[mode] = torch.load(out, weights_only=True)
+        found[mode] = torch.load(out, weights_only=True) | {"file": out.with_suffix(".onnx").read_bytes()}
     return found
 
 
@@ -34,6 +34,7 @@ def test_two_processes_give_the_weights_scales_and_codes_of_one_bit_for_bit(
         assert torch.equal(value, two["state"][key]), key
     for name, codes in one["codes"].items():
         assert torch.equal(codes, two["codes"][name]), name
+    assert one["file"] == two["file"]
 
 
 def test_training_moved_the_weights_and_the_scales(results: dict[str, dict[str, Any]]) -> None:

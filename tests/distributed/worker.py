@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QuantSpec, quantize
 from qatkit.data import digits
+from qatkit.export.onnx import export_onnx
 from qatkit.models import cnn
-from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.folding import fold_batchnorm
+from qatkit.quantization.prepare import prepare_qat, qat_layers
 
 STEPS, BATCH, CALIBRATION = 10, 16, 4
 
@@ -109,6 +111,16 @@ def main(mode: str, out: Path) -> None:
             scale, zero_point = (state[f"{name}.weight_fake_quant.{part}"] for part in ("scale", "zero_point"))
             codes[name] = quantize(state[f"{name}.weight"], scale, zero_point, fake_quant.spec)
         torch.save({"state": state, "codes": codes, "reductions": reductions}, out)
+        export_onnx(finished(state, quantization), torch.zeros(1, 1, 8, 8), out.with_suffix(".onnx"))
+
+
+def finished(state: dict[str, Any], quantization: QuantizationAwareTraining) -> nn.Module:
+    """The trained model on one process, from the state that the first rank gathered."""
+    model = cnn(channels=[8, 16])
+    fold_batchnorm(model)
+    prepare_qat(model, quantization.weight, quantization.activation)
+    model.load_state_dict(state)
+    return model
 
 
 if __name__ == "__main__":

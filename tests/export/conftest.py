@@ -23,7 +23,7 @@ Quantized = Callable[..., nn.Module]
 @pytest.fixture(scope="session")
 def images() -> tuple[Tensor, Tensor]:
     """Test images and labels of the digits."""
-    return digits().test.tensors  # type: ignore[attr-defined,no-any-return]  # a TensorDataset
+    return digits().test.tensors
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def trained() -> nn.Module:
     """The digits network after 150 steps, BatchNorm folded."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, (x, y) = cnn(), digits().train.tensors  # type: ignore[attr-defined]
+    model, (x, y) = cnn(), digits().train.tensors
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         rows = torch.randint(len(x), (64,))

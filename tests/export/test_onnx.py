@@ -133,10 +133,10 @@ def test_sequences_run_on_integer_kernels_too(tmp_path: Path) -> None:
 def test_a_dead_channel_with_a_tiny_scale_and_a_bias_does_not_overflow(index: int, tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.rand(16, 1, 8, 8)
     with torch.no_grad():
-        model[index].weight[1], model[index].bias[1] = 0, 2.0  # type: ignore[index,operator]
+        model[index].weight[1], model[index].bias[1] = 0, 2.0
     prepare_qat(model, QuantSpec(observer="lsq"), UINT8)
     with torch.no_grad():
-        model[index].weight_fake_quant.scale[1] = 1e-30  # type: ignore[union-attr,index]
+        model[index].weight_fake_quant.scale[1] = 1e-30
     calibrate(model, [x])
     path = exported(model, x, tmp_path)
     file = constants(path)
@@ -155,8 +155,8 @@ def test_a_bias_too_large_for_32_bits_stays_exact_and_is_named_in_a_warning(kind
     else:
         model, x = two_layers(), torch.rand(16, 16)
     with torch.no_grad():
-        model[0].weight[1] *= 1e-13  # type: ignore[index,operator]
-        model[0].bias[1] = 2.0  # type: ignore[index,operator]
+        model[0].weight[1] *= 1e-13
+        model[0].bias[1] = 2.0
     prepare_qat(model, QuantSpec(), UINT8)
     calibrate(model, [x])
     with pytest.warns(QatkitWarning, match=r"layer .0.: its bias is too large .*channel 1: bias 2\)") as seen:
@@ -171,9 +171,9 @@ def test_a_bias_that_fits_alone_but_not_beside_the_sum_it_is_added_to_is_not_wri
     prepare_qat(model, QuantSpec(), UINT8)
     calibrate(model, [x])
     layer = model[0]
-    step = layer.weight_fake_quant.qparams(layer.weight)[0][0] * layer.input_fake_quant.scale  # type: ignore[operator,union-attr,index]
+    step = layer.weight_fake_quant.qparams(layer.weight)[0][0] * layer.input_fake_quant.scale
     with torch.no_grad():
-        layer.bias[0] = step.item() * (2**31 - 2**12)  # type: ignore[index,operator]
+        layer.bias[0] = step.item() * (2**31 - 2**12)
     with pytest.warns(QatkitWarning, match="too large"):
         path = exported(model, x, tmp_path)
     assert "0.bias" in constants(path)

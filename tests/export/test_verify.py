@@ -17,11 +17,11 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.verify import Verification, verify
-from tests.export.conftest import Quantized
+from tests.export.conftest import UINT8, Quantized
 
 Images = tuple[Tensor, Tensor]
 LAYER = "conv2"
@@ -223,6 +223,21 @@ def test_a_file_that_was_changed_fails_and_the_change_is_named(
     json.dumps(asdict(result), allow_nan=False)
 
 
+def test_a_dead_channel_may_have_another_scale_in_the_file(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 4)), torch.rand(64, 16)
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 0, 2.0
+    prepare_qat(model, QuantSpec(observer="lsq"), UINT8)
+    with torch.no_grad():
+        model[0].weight_fake_quant.scale[1] = 1e-30
+    calibrate(model, [x])
+    export_onnx(model, x, tmp_path / "model.onnx")
+    scales = next(t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if t.name == "0.weight.scale")
+    assert numpy_helper.to_array(scales)[1] > 1e-20
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(64))], threads=1)
+    assert result.passed, result.failures
+
+
 def test_the_file_of_another_model_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:
     export_onnx(quantized(weight=QuantSpec(4)), images[0][:2], tmp_path / "model.onnx")
     failures = checked(quantized(weight=QuantSpec(3)), tmp_path / "model.onnx", images).failures
@@ -312,7 +327,7 @@ def test_tied_dense_weights_are_written_once_per_name_and_refused_where_they_wou
     assert torch.equal(tensors["0.weight"], tensors["2.weight"])
     plain = tied()
     plain.load_state_dict(tensors)
-    assert torch.equal(plain[0].weight, both[0].fake_quantized_weight())  # type: ignore[operator]
+    assert torch.equal(plain[0].weight, both[0].fake_quantized_weight())
     prepare_qat(one, QuantSpec(4), include=["2"])
     with pytest.raises(QatkitError, match=r"'0.weight' and '2.weight' are one tied weight"):
         export_dense(one, tmp_path / "one.safetensors")
@@ -325,7 +340,7 @@ def test_bfloat16_weights_stay_bfloat16_in_a_dense_file(tmp_path: Path) -> None:
     export_dense(model, tmp_path / "model.safetensors")
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["0.weight"].dtype == torch.bfloat16
-    assert torch.equal(tensors["0.weight"], model[0].fake_quantized_weight())  # type: ignore[operator]
+    assert torch.equal(tensors["0.weight"], model[0].fake_quantized_weight())
 
 
 def test_verification_needs_a_batch_a_known_file_type_and_a_file(
