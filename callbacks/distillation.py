@@ -57,6 +57,11 @@ class KnowledgeDistillation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self._undo:
             return
+        if not pl_module.automatic_optimization:
+            raise QatkitError(
+                "manual optimization: training_step calls backward itself, so no loss is returned that a teacher "
+                "could be added to; add qatkit.distillation.losses.kd_loss(student_logits, teacher_logits) to your own loss"
+            )
         student = self._student(pl_module)
         if self.teacher.model is student or self.teacher.model is pl_module:
             raise QatkitError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,6 +18,7 @@ from qatkit.quantization.calibrate import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
+from qatkit.quantization.state import layer_specs
 from qatkit.spec import QuantSpec
 
 
@@ -73,6 +75,7 @@ class QuantizationAwareTraining(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._module is not None and self._module() is pl_module:
             return  # fit, then validate and test: one swap serves them all
+        self._check_order(trainer)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, self.weight, self.activation, self.include, self.exclude)
         self._module = weakref.ref(pl_module)
@@ -86,6 +89,26 @@ class QuantizationAwareTraining(Callback):
         # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
         if trainer.ckpt_path is None and not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
+
+    def _check_order(self, trainer: Trainer) -> None:
+        for earlier in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
+            if isinstance(earlier, WeightAveraging):
+                raise QatkitError(
+                    f"callbacks: {type(earlier).__name__} copies the module before its layers are quantized, and would "
+                    "average other weights; put QuantizationAwareTraining before it"
+                )
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(include=self.include, exclude=self.exclude)  # a Trainer may hold several
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_quantized` needs to rebuild the module; the scales are in the module's own state dict."""
+        module = self._module() if self._module is not None else None
+        specs = {} if module is None else layer_specs(module)
+        return {"folds": self.folds, "specs": {name: specs[name] for name in self.layers if name in specs}}
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.setup_data()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,10 +18,11 @@ from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers, swap_layer
 from qatkit.spec import QuantSpec
 
+Specs = dict[str, dict[str, dict[str, Any]]]
 _PARTS = {"weight": "weight_fake_quant", "input": "input_fake_quant"}
 
 
-def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
     """Scales and zero points of a prepared model, and its specs, by layer.
 
     Returns:
@@ -29,15 +31,10 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict
         ``{layer}: {weight: spec, input: spec}``.
     """
     tensors: dict[str, Tensor] = {}
-    specs: dict[str, dict[str, object]] = {}
     for name, layer in qat_layers(model):
-        specs[name] = {}
         for part, attribute in _PARTS.items():
             fake_quant: FakeQuantize | None = getattr(layer, attribute)
-            if fake_quant is None:
-                continue
-            specs[name][part] = asdict(fake_quant.spec)
-            if fake_quant.spec.dynamic:
+            if fake_quant is None or fake_quant.spec.dynamic:
                 continue
             if fake_quant.computed:
                 scale, zero_point = fake_quant.qparams(full_tensor(layer.weight))
@@ -45,7 +42,26 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict
                 scale, zero_point = _stored(fake_quant)
             tensors[f"{name}.{part}.scale"] = scale.cpu().contiguous()
             tensors[f"{name}.{part}.zero_point"] = zero_point.cpu().contiguous()
-    return tensors, specs
+    return tensors, layer_specs(model)
+
+
+def layer_specs(model: nn.Module) -> Specs:
+    """The specs of a prepared model as plain data, ``{layer}: {weight: fields, input: fields}``."""
+    return {
+        name: {
+            part: asdict(fake_quant.spec)
+            for part, attribute in _PARTS.items()
+            if (fake_quant := getattr(layer, attribute)) is not None
+        }
+        for name, layer in qat_layers(model)
+    }
+
+
+def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
+    """Prepare the layers of a plain model as recorded by `layer_specs`, in place; static scales wait to be set."""
+    for name, parts in specs.items():
+        by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
+        swap_layer(model.get_submodule(name), by_part.get("weight"), by_part.get("input"))
 
 
 def _stored(fake_quant: FakeQuantize) -> tuple[Tensor, Tensor]:
@@ -73,10 +89,9 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
     with safe_open(path, framework="pt") as file:
         specs = json.loads(file.metadata()["specs"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    for name, parts in specs.items():
-        by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
+    prepare_from_specs(model, specs)
+    for name in specs:
         layer = model.get_submodule(name)
-        swap_layer(layer, by_part.get("weight"), by_part.get("input"))
         for part, attribute in _PARTS.items():
             if (scale := tensors.get(f"{name}.{part}.scale")) is None:
                 continue

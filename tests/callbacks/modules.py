@@ -28,6 +28,9 @@ class Classifier(LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return self(batch[0])
+
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=self.weight_decay)
 

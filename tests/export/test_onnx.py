@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -229,16 +230,29 @@ def test_a_model_that_is_one_layer_exports(tmp_path: Path) -> None:
     assert error(model, path, x) < 1e-3
 
 
-def test_nothing_is_printed_logged_or_warned(
-    quantized: Quantized, images: tuple[Tensor, Tensor], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    levels = logging.getLogger("torch.onnx").level
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        path = exported(quantized(), images[0][:2], tmp_path)
-        integer_kernels(path)
-    assert capfd.readouterr() == ("", "")
-    assert logging.getLogger("torch.onnx").level == levels
+def test_nothing_is_printed_logged_or_warned(tmp_path: Path) -> None:
+    script = (
+        "import torch; from pathlib import Path; from qatkit.export.onnx import export_onnx;"
+        "from qatkit.export.runtime import integer_kernels; path = Path('model.onnx');"
+        "export_onnx(torch.nn.Linear(8, 4), torch.rand(2, 8), path); integer_kernels(path)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
+def test_the_users_logging_and_warning_settings_are_put_back(tmp_path: Path) -> None:
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exported(two_layers(), torch.rand(4, 16), tmp_path)
+            with pytest.raises(UserWarning, match="still an error"):
+                warnings.warn("still an error", stacklevel=1)
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(before)
 
 
 def test_the_file_holds_no_path_of_the_machine_that_wrote_it(

@@ -223,6 +223,35 @@ def test_a_file_that_was_changed_fails_and_the_change_is_named(
     json.dumps(asdict(result), allow_nan=False)
 
 
+def test_a_changed_float_bias_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:
+    model, path = quantized(activation=None), tmp_path / "model.onnx"
+    export_onnx(model, images[0][:2], path)
+    proto = onnx.load(path)
+
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[7] += 1e-6
+
+    constant(proto.graph, f"{LAYER}.bias", change)
+    onnx.save(proto, path)
+    (failure,) = checked(model, path, images).failures
+    assert failure.startswith("layer 'conv2': the bias: 1 of 32 differ, the first at [7]")
+
+
+def test_accuracy_and_agreement_are_measured_in_the_runtime(
+    original: tuple[nn.Module, bytes], images: Images, tmp_path: Path
+) -> None:
+    model, content = original
+    proto = onnx.load_from_string(content)
+    relu_is_gone(proto.graph)
+    onnx.save(proto, tmp_path / "model.onnx")
+    result = checked(model, tmp_path / "model.onnx", images)
+    assert result.trained_metric > 0.9
+    assert result.runtime_metric is not None
+    assert result.runtime_metric < 0.5
+    assert result.agreement is not None
+    assert result.agreement < 0.5
+
+
 def test_a_dead_channel_may_have_another_scale_in_the_file(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(16, 4)), torch.rand(64, 16)
     with torch.no_grad():

@@ -1,0 +1,47 @@
+"""Bring a module back from a Lightning checkpoint with the quantization it was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.folding import replay_folds
+from qatkit.quantization.state import prepare_from_specs
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def load_quantized(module: Module, checkpoint: Path | str) -> Module:
+    """Prepare a freshly made module as a checkpoint's callbacks had prepared theirs, and load its weights and scales.
+
+    Lightning's own ``load_from_checkpoint(path, strict=False)`` gives the unquantized module with the latent weights,
+    where no BatchNorm was folded.
+
+    Args:
+        module: A new module of the same architecture; changed in place.
+        checkpoint: What a Trainer with `QuantizationAwareTraining` saved.
+
+    Returns:
+        The module.
+
+    Raises:
+        QatkitError: the checkpoint was saved without `QuantizationAwareTraining`.
+
+    Example:
+        >>> load_quantized(MyModule(), "last.ckpt")  # doctest: +SKIP
+    """
+    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    states = [
+        state for key, state in content.get("callbacks", {}).items() if key.startswith("QuantizationAwareTraining")
+    ]
+    if not states:
+        raise QatkitError(f"{checkpoint}: it holds no quantized layers; load it with load_from_checkpoint")
+    for state in states:
+        replay_folds(module, state["folds"])
+        prepare_from_specs(module, state["specs"])
+    module.load_state_dict(content["state_dict"])
+    return module
