@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class KnowledgeDistillation(Callback):
         self.temperature = temperature
         self.alpha = alpha
         self.student = student
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
+        """Called with the logits of student and teacher, without gradients, in every training step."""
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         self._undo: list[Any] = []
 
@@ -60,7 +62,7 @@ class KnowledgeDistillation(Callback):
         if not pl_module.automatic_optimization:
             raise QatkitError(
                 "manual optimization: training_step calls backward itself, so no loss is returned that a teacher "
-                "could be added to; add qatkit.distillation.losses.kd_loss(student_logits, teacher_logits) to your own loss"
+                "could be added to; add qatkit.distillation.losses.kd_loss(student_logits, teacher_logits) to your loss"
             )
         student = self._student(pl_module)
         if self.teacher.model is student or self.teacher.model is pl_module:
@@ -122,10 +124,12 @@ class KnowledgeDistillation(Callback):
                 f"student: training_step never called '{self.student or type(pl_module).__name__}', so there is "
                 f"nothing to distil; {_children(pl_module)}"
             )
-        terms = [
-            kd_loss(_logits(output), _logits(self.teacher(*args, **kwargs)), self.temperature)
-            for args, kwargs, output in self._calls
-        ]
+        terms = []
+        for args, kwargs, output in self._calls:
+            student, teacher = _logits(output), _logits(self.teacher(*args, **kwargs))
+            terms.append(kd_loss(student, teacher, self.temperature))
+            if self.watch is not None:
+                self.watch(student.detach(), teacher.detach())
         distillation = torch.stack(terms).mean()
         total = self.alpha * distillation + (1 - self.alpha) * loss
         pl_module.log("train/kd_loss", distillation.detach(), on_step=True)
