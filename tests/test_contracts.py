@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": PLAIN | TECHNIQUES,
     "export": PLAIN | TECHNIQUES,
     "analysis": PLAIN | TECHNIQUES | {"export"},
-    "validation": PLAIN | TECHNIQUES | {"recipe", "schema", "factories"},
+    "tracking": PLAIN | {"recipe"},
+    "validation": PLAIN | TECHNIQUES | {"recipe", "schema", "factories", "tracking"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}

@@ -42,6 +42,16 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+NAMED = re.compile(r"# (\w+\.(?:py|yaml))\n")
+
+
+def write_named_blocks(page: Path, folder: Path) -> None:
+    """A block whose first line is a comment with a file's name is that file."""
+    for block in [*blocks(page, "yaml"), *blocks(page, "python")]:
+        if named := NAMED.match(block):
+            (folder / named[1]).write_text(block)
+
+
 def environment() -> dict[str, str]:
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -52,9 +62,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_the_page_works(page: Path, tmp_path: Path) -> None:
     # one shell for the whole page: later commands use what earlier ones made; recipes shown above are files of the page
-    for number, recipe in enumerate(blocks(page, "yaml")):
-        named = re.match(r"# (\S+\.yaml)\n", recipe)
-        (tmp_path / (named[1] if named else f"recipe{number}.yaml")).write_text(recipe)
+    write_named_blocks(page, tmp_path)
     commands = "".join(blocks(page, "bash"))
     if commands:
         subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, env=environment(), check=True)
@@ -62,15 +70,16 @@ def test_every_command_of_the_page_works(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_of_the_page_is_valid(page: Path, tmp_path: Path) -> None:
+    write_named_blocks(page, tmp_path)
     for recipe in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(recipe)
         command = ["qatkit", "validate", "recipe.yaml", "--allow", "my_package"]
-        subprocess.run(command, cwd=tmp_path, env=environment(), check=True)
+        subprocess.run(command, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(tmp_path)}, check=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_of_the_page_runs(page: Path, tmp_path: Path) -> None:
-    code = "\n".join(blocks(page, "python"))
+    code = "\n".join(block for block in blocks(page, "python") if not NAMED.match(block))
     if code:
         code = PRELUDE + code.replace("max_epochs=10", "max_epochs=1, logger=False, enable_checkpointing=False")
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatkit.quantization.arithmetic import aligned, blocks, quantize
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.prepare import qat_layers
+from qatkit.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,7 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
         if fake_quant is not None:
             bits, spec = fake_quant.spec.num_bits, fake_quant.spec
             scale, zero_point = (full_tensor(part) for part in fake_quant.qparams(weight))
-            codes = quantize(weight, scale, zero_point, spec)
-            grid = blocks(codes, spec).float() - aligned(zero_point, codes, spec)
-            values = (grid * aligned(scale, codes, spec)).view(weight.shape)
-            error = ((values - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)).item()
-            zeros = (grid == 0).float().mean().item()
-            # half a step beyond the last code is still nearest to it: only what lies further is clipped
-            v = blocks(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
-            clip_rate = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean().item()
+            error, clip_rate, zeros = measure_weight(weight, scale, zero_point, spec)[1].tolist()
         rows.append(
             LayerRow(
                 name=name,
@@ -64,3 +58,25 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
             )
         )
     return rows
+
+
+def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Round a weight and measure what that does to it, all on its device.
+
+    Args:
+        weight: ``[out, ...]``, float32.
+        scale: In its stored shape.
+        zero_point: The shape of `scale`.
+        spec: Bits, symmetry and strategy.
+
+    Returns:
+        The integer codes in the shape of `weight`, and ``[weight_error, clip_rate, sparsity]`` as `LayerRow` has them.
+    """
+    codes = quantize(weight, scale, zero_point, spec)
+    grid = blocks(codes, spec).float() - aligned(zero_point, codes, spec)
+    values = (grid * aligned(scale, codes, spec)).view(weight.shape)
+    error = (values - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    # half a step beyond the last code is still nearest to it: only what lies further is clipped
+    v = blocks(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
+    clipped = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean()
+    return codes, torch.stack([error, clipped, (grid == 0).float().mean()])

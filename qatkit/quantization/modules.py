@@ -180,7 +180,9 @@ class _RoundToMultiple(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
-        return ((x.float() / step).round() * step).to(x.dtype)
+        steps = x.float() / step
+        # from 2**23 on every float is whole; below a step of 1e-38 the quotient is infinite, and the value is kept too
+        return torch.where(steps.abs() < 2**23, steps.round() * step, x.float()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

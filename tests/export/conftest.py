@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,22 @@ from torch.nn import functional as F
 
 from qatkit import QuantSpec, calibrate, prepare_qat
 from qatkit.data import digits
+from qatkit.export.verify import Verification, verify
 from qatkit.models import cnn
 from qatkit.quantization.folding import fold_batchnorm
 
 INT8 = QuantSpec(num_bits=8)
 UINT8 = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
 Quantized = Callable[..., nn.Module]
+Images = tuple[Tensor, Tensor]
+
+
+def batches(images: Images) -> list[Images]:
+    return list(zip(images[0].split(64), images[1].split(64), strict=True))
+
+
+def checked(model: nn.Module, path: Path, images: Images) -> Verification:
+    return verify(model, path, batches(images), threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -14,25 +14,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
-from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
-from qatkit.export.verify import Verification, verify
-from tests.export.conftest import UINT8, Quantized
+from qatkit.export.verify import verify
+from tests.export.conftest import UINT8, Images, Quantized, batches, checked
 
-Images = tuple[Tensor, Tensor]
 LAYER = "conv2"
-
-
-def batches(images: Images) -> list[Images]:
-    return list(zip(images[0].split(64), images[1].split(64), strict=True))
-
-
-def checked(model: nn.Module, path: Path, images: Images) -> Verification:
-    return verify(model, path, batches(images), threads=1)
 
 
 @pytest.mark.parametrize(
@@ -294,82 +283,6 @@ def test_four_bit_activations_pass_because_training_rounds_biases_as_the_runtime
     model = quantized(weight=QuantSpec(8), activation=QuantSpec(4, symmetric=False, strategy="tensor"))
     export_onnx(model, images[0][:2], tmp_path / "model.onnx")
     assert checked(model, tmp_path / "model.onnx", images).passed
-
-
-def test_dense_weights_are_the_quantized_ones_and_give_the_same_outputs(
-    quantized: Quantized, images: Images, tmp_path: Path
-) -> None:
-    model, path = quantized(weight=QuantSpec(3), activation=None), tmp_path / "model.safetensors"
-    export_dense(model, path)
-    result = checked(model, path, images)
-    assert result.passed, result.failures
-    assert (result.format, result.layers, result.max_error, result.allowed_error) == ("dense", 4, 0.0, 0.0)
-    weight = load_file(path)["conv1.weight"]
-    assert max(len(channel.unique()) for channel in weight) <= 8, "3 bits are at most 8 values"
-
-
-def test_a_dense_file_says_that_it_does_not_round_activations(
-    quantized: Quantized, images: Images, tmp_path: Path
-) -> None:
-    model, path = quantized(), tmp_path / "model.safetensors"
-    export_dense(model, path)
-    result = checked(model, path, images)
-    assert result.passed, result.failures
-    assert result.allowed_error is None
-    assert result.mean_error is not None
-    assert result.mean_error > 0
-    assert "does not round activations" in result.summary()
-
-
-@pytest.mark.parametrize("key", ["conv2.weight", "conv2.bias"])
-def test_a_changed_dense_value_fails(key: str, quantized: Quantized, images: Images, tmp_path: Path) -> None:
-    model, path = quantized(), tmp_path / "model.safetensors"
-    export_dense(model, path)
-    tensors = load_file(path)
-    tensors[key].view(-1)[11] += 1e-3
-    save_file(tensors, path)
-    failures = checked(model, path, images).failures
-    assert any(failure.startswith(f"'{key}': 1 of") for failure in failures), failures
-
-
-def test_a_dense_file_without_a_layer_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:
-    model, path = quantized(), tmp_path / "model.safetensors"
-    export_dense(model, path)
-    tensors = load_file(path)
-    del tensors["conv2.weight"]
-    save_file(tensors, path)
-    result = checked(model, path, images)
-    assert "conv2.weight" in result.failures[0]
-    assert result.mean_error is None
-
-
-def test_tied_dense_weights_are_written_once_per_name_and_refused_where_they_would_differ(tmp_path: Path) -> None:
-    def tied() -> nn.Sequential:
-        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-        model[2].weight = model[0].weight
-        return model
-
-    both, one = tied(), tied()
-    prepare_qat(both, QuantSpec(4))
-    export_dense(both, tmp_path / "model.safetensors")
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(tensors["0.weight"], tensors["2.weight"])
-    plain = tied()
-    plain.load_state_dict(tensors)
-    assert torch.equal(plain[0].weight, both[0].fake_quantized_weight())
-    prepare_qat(one, QuantSpec(4), include=["2"])
-    with pytest.raises(QatkitError, match=r"'0.weight' and '2.weight' are one tied weight"):
-        export_dense(one, tmp_path / "one.safetensors")
-    assert not (tmp_path / "one.safetensors").exists()
-
-
-def test_bfloat16_weights_stay_bfloat16_in_a_dense_file(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
-    prepare_qat(model, QuantSpec(4))
-    export_dense(model, tmp_path / "model.safetensors")
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert tensors["0.weight"].dtype == torch.bfloat16
-    assert torch.equal(tensors["0.weight"], model[0].fake_quantized_weight())
 
 
 def test_verification_needs_a_batch_a_known_file_type_and_a_file(

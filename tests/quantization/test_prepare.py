@@ -153,3 +153,26 @@ def test_a_second_preparation_and_a_weight_that_is_not_finite_are_refused() -> N
     model.block[0].weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
     with pytest.raises(QatkitError, match=r"layer 'block\.0': its weight holds NaN or infinite values"):
         prepare_qat(model, W4)
+
+
+def test_a_bias_is_rounded_to_the_grid_that_integer_kernels_add_it_on_and_still_learns() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    prepare_qat(model, W4, A8)
+    calibrate(model, [torch.randn(16, 8)])
+    layer: Any = model[0]
+    _, weight, bias = layer.operands(torch.randn(2, 8))
+    step = layer.weight_fake_quant.qparams(layer.weight)[0].flatten() * layer.input_fake_quant.scale
+    assert torch.equal(bias, (layer.bias / step).round() * step)
+    assert not torch.equal(bias, layer.bias)
+    model(torch.randn(2, 8)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((4,), 2.0))
+
+
+def test_a_bias_survives_a_channel_whose_scale_is_the_smallest_there_is() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    prepare_qat(model, LSQ, A8)
+    calibrate(model, [torch.randn(16, 8)])
+    layer: Any = model[0]
+    layer.weight_fake_quant.scale.data[1] = 0.0
+    assert torch.equal(layer.operands(torch.randn(2, 8))[2][1], layer.bias[1])
+    assert model(torch.randn(2, 8)).isfinite().all()

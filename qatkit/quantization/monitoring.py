@@ -1,0 +1,115 @@
+"""What a layer's weights and scales do while they train, observed now and then and without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.quantization.measure import measure_weight
+from qatkit.quantization.modules import FakeQuantize, QATLayer, full_tensor
+from qatkit.quantization.prepare import qat_layers
+
+SAMPLE = 2**16
+"""Weights of a layer that are looked at; larger layers are sampled in whole rows, evenly spaced."""
+BINS = 16
+NUMBERS = ("weight_error", "clip_rate", "sparsity", "oscillation", "weight_scale", "input_scale")
+
+
+class LayerWatch:
+    """Observes one layer again and again; memory: two bytes for each of at most `SAMPLE` weights.
+
+    An oscillation is what Nagel et al. (2022, https://arxiv.org/abs/2203.11086) define: the integer weight changes, in
+    the direction opposite to its change before. They look at every step and keep a running mean of a frequency; here
+    only the steps that are observed count, so that a weight which goes and comes back in between is not seen: the share
+    is a lower bound.
+
+    Example:
+        >>> from qatkit import QuantSpec, prepare_qat
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = prepare_qat(model, weight=QuantSpec(num_bits=4))
+        >>> dict(zip(NUMBERS, LayerWatch().observe(model[0]).tolist()))["clip_rate"]
+        0.0
+    """
+
+    def __init__(self) -> None:
+        self._codes: Tensor | None = None
+        self._direction: Tensor | None = None  # of the last change of every code; int8
+        self._span = (0, 0)
+
+    @torch.no_grad()
+    def observe(self, layer: nn.Module) -> Tensor:
+        """Measure the layer now.
+
+        Args:
+            layer: A quantized layer, or any with a weight matrix; sharded weights are gathered, on every process.
+
+        Returns:
+            The `NUMBERS` in float32 on the layer's device. NaN stands for what the layer does not have: an oscillation
+            needs three observations, and a scale a quantizer with static scales.
+        """
+        assert isinstance(layer.weight, Tensor)
+        weight = full_tensor(layer.weight)
+        every = -(-weight.numel() // SAMPLE)
+        sample = weight[::every].float()
+        missing = torch.full((), torch.nan, device=weight.device)
+        if not isinstance(layer, QATLayer) or (fake_quant := layer.weight_fake_quant) is None:
+            nothing = torch.zeros((), device=weight.device)
+            numbers = torch.stack([nothing, nothing, (sample == 0).float().mean(), missing])
+            scale = None
+        else:
+            spec = fake_quant.spec
+            # a scale per row can be computed from the sampled rows alone, one for all needs every weight
+            own = fake_quant.computed and spec.strategy != "tensor"
+            scale, zero_point = (full_tensor(part) for part in fake_quant.qparams(sample if own else weight.float()))
+            if not own and spec.strategy != "tensor":
+                scale, zero_point = scale[::every], zero_point[::every]
+            codes, costs = measure_weight(sample, scale, zero_point, spec)
+            numbers = torch.cat([costs, self._turned(codes, missing).view(1)])
+            self._span = (spec.qmin, spec.qmax)
+        inputs = layer.input_fake_quant if isinstance(layer, QATLayer) else None
+        return torch.cat([numbers, torch.stack([_mean(scale, missing), _mean(_static(inputs), missing)])])
+
+    def _turned(self, codes: Tensor, missing: Tensor) -> Tensor:
+        """Share of codes that changed against their last direction."""
+        before, self._codes = self._codes, codes
+        if before is None or before.shape != codes.shape:
+            self._direction = None
+            return missing
+        change = (codes.short() - before.short()).sign().char()
+        if self._direction is None:
+            self._direction = change
+            return missing
+        turned = (change * self._direction < 0).float().mean()
+        self._direction = torch.where(change == 0, self._direction, change)
+        return turned
+
+    def histogram(self) -> Tensor:
+        """Observed codes in `BINS` equal bins from the lowest code to the highest, int64; zeros before any."""
+        if self._codes is None:
+            return torch.zeros(BINS, dtype=torch.int64)
+        low, high = self._span
+        bins = (self._codes.flatten().long() - low) * BINS // (high - low + 1)
+        return torch.bincount(bins, minlength=BINS)
+
+
+def observed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The quantized layers of a model; where there are none, every module with a weight matrix."""
+    quantized = qat_layers(model)
+    if quantized:
+        return list(quantized)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.is_floating_point()
+        and weight.dim() >= 2
+    ]
+
+
+def _static(fake_quant: FakeQuantize | None) -> Tensor | None:
+    """The scale that a quantizer keeps, if it keeps one."""
+    return None if fake_quant is None or fake_quant.scale is None else full_tensor(fake_quant.scale)
+
+
+def _mean(scale: Tensor | None, missing: Tensor) -> Tensor:
+    return missing if scale is None else scale.abs().mean()
