@@ -48,6 +48,11 @@ class CompressionModule(LightningModule):
     @override
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(hash((self.seed, self.current_epoch, self.global_rank)) % 2**63)
+        # Lightning 2.6 counts one epoch too far after resuming from a checkpoint of an epoch's end, and would shuffle
+        # otherwise than the uninterrupted run does; the data are only read after this hook
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.current_epoch)
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

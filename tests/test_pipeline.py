@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import signal
@@ -128,21 +129,27 @@ run_stages(Run(load_recipe("vision/digits_int4", sys.argv[2:]), Path(sys.argv[1]
 """
 
 
-def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path) -> None:
-    overrides = ["stages.dense.max_steps=150", "stages.qat.max_steps=150", "model.args.channels=[8,8]"]
+KILLED = ["stages.dense.max_steps=150", "stages.qat.max_steps=150", "model.args.channels=[8,8]"]
 
-    def launch(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", COMMAND, str(out), *overrides]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    started = time.monotonic()
-    assert launch(tmp_path / "whole").wait(timeout=200) == 0
-    whole = time.monotonic() - started
+def launch(out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", COMMAND, str(out), *KILLED]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """An uninterrupted run, and how many seconds it took."""
+    out, started = tmp_path_factory.mktemp("whole"), time.monotonic()
+    assert launch(out).wait(timeout=200) == 0
+    return out, time.monotonic() - started
+
+
+def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, float]) -> None:
     generator, kills = random.Random(time.time_ns()), []
     for _ in range(40):
-        process = launch(tmp_path / "killed")
-        wait = generator.uniform(0.2, 1.0) * whole
+        process = launch(tmp_path)
+        wait = generator.uniform(0.2, 1.0) * whole[1]
         try:
             process.communicate(timeout=wait)
             assert process.returncode == 0, kills
@@ -152,4 +159,24 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path) ->
             process.communicate()
             kills.append(wait)
     assert kills, "the first attempt finished before it could be killed"
-    assert files(tmp_path / "killed") == files(tmp_path / "whole"), kills
+    assert files(tmp_path) == files(whole[0]), kills
+
+
+def test_a_stage_killed_in_the_middle_continues_at_its_checkpoint(tmp_path: Path, whole: tuple[Path, float]) -> None:
+    process = launch(tmp_path)
+    checkpoint = tmp_path / "stages" / "qat" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < done < 150
+    finished = (tmp_path / "stages" / "dense" / "stage.json").stat().st_mtime_ns
+
+    assert launch(tmp_path).wait(timeout=200) == 0
+    logs = tmp_path / "stages" / "qat" / "logs" / "attempt_1" / "metrics.csv"
+    steps = [int(row["step"]) for row in csv.DictReader(logs.open())]
+    assert min(steps) >= done, "the second attempt repeated steps that were saved"
+    assert (tmp_path / "stages" / "dense" / "stage.json").stat().st_mtime_ns == finished
+    assert files(tmp_path) == files(whole[0])

@@ -160,7 +160,7 @@ def test_a_bias_is_rounded_to_the_grid_that_integer_kernels_add_it_on_and_still_
     prepare_qat(model, W4, A8)
     calibrate(model, [torch.randn(16, 8)])
     layer: Any = model[0]
-    _, weight, bias = layer.operands(torch.randn(2, 8))
+    _, _, bias = layer.operands(torch.randn(2, 8))
     step = layer.weight_fake_quant.qparams(layer.weight)[0].flatten() * layer.input_fake_quant.scale
     assert torch.equal(bias, (layer.bias / step).round() * step)
     assert not torch.equal(bias, layer.bias)
