@@ -21,7 +21,7 @@ from qatkit.export.runtime import integer_kernels
 from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
 
-RECIPES = ("digits_int8", "digits_int4")
+RECIPES = ("digits_int8", "digits_int4", "digits_int2")
 
 
 def main(seeds: list[int]) -> None:
@@ -33,7 +33,7 @@ def main(seeds: list[int]) -> None:
             dense: Path | None = None
             for name in RECIPES:
                 run = Run(load_recipe(f"vision/{name}", [f"seed={seed}"]), Path(folder) / f"{name}-{seed}")
-                if dense is not None:  # both recipes start with the same dense stage, so it is trained once
+                if dense is not None:  # all recipes start with the same dense stage, so it is trained once
                     shutil.copytree(dense, run.folder("dense"))
                 run_stages(run)
                 dense = run.folder("dense")
@@ -54,10 +54,15 @@ def main(seeds: list[int]) -> None:
         Claim("dense CNN, mean test accuracy", ">= 98.5 %", f"{dense_mean * 100:.2f} %", dense_mean >= 0.985),
     ]
     for name in RECIPES:
-        gap = dense_mean - mean(values[2] for values in accuracies[name])
+        lost, gap = (dense_mean - mean(values[position] for values in accuracies[name]) for position in (1, 2))
+        if name == "digits_int2":  # here rounding loses so much that winning it back is the measure
+            share = 1 - gap / lost
+            text = "digits_int2: share of the post-training loss that QAT wins back"
+            claims.append(Claim(text, ">= 85 %", f"{share * 100:.1f} %", share >= 0.85))
+            continue
         claims.append(Claim(f"{name}: dense minus QAT, mean", "<= 0.5 points", f"{gap * 100:.2f} points", gap <= 0.005))
-        checks = [r["verification"]["passed"] for report in reports[name] for r in report["rows"]]
-        claims.append(Claim(f"{name}: exported files verified", "all", f"{sum(checks)} of {len(checks)}", all(checks)))
+    checks = [r["verification"]["passed"] for name in RECIPES for report in reports[name] for r in report["rows"]]
+    claims.append(Claim("exported files verified", "all", f"{sum(checks)} of {len(checks)}", all(checks)))
     finish("digits", rows, claims, seeds)
 
 
@@ -65,7 +70,7 @@ def row(name: str, position: int, reports: list[dict[str, Any]], kernels: str) -
     """One line of the table: a stage over all seeds; speed as the median ratio to fp32 ONNX in the same process."""
     rows = [report["rows"][position] for report in reports]
     cells: dict[str, Any] = {
-        "recipe": name if position else "both",
+        "recipe": name if position else "all",
         "what": rows[0]["kind"],
         "test accuracy": spread([r["test_accuracy"] for r in rows]),
         "in ONNX Runtime": spread([r["verification"]["runtime_metric"] for r in rows]),
