@@ -1,19 +1,76 @@
-"""What compression does to a model while it trains, as a handful of numbers."""
+"""What compression does to a model while it trains: a handful of curves, and one table with a row per layer."""
 
 from __future__ import annotations
 
+import csv
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import fsspec
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from qatkit.callbacks.distillation import KnowledgeDistillation
+from torch import Tensor, nn
 from typing_extensions import override
 
-from qatkit.quantization.measure import layer_table
+from qatkit.errors import QatkitError
+from qatkit.quantization.modules import QATLayer
+from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_layers
+
+COMPARISONS = 10
+"""Steps between two observations in which the student is compared with its teacher."""
+
+
+@dataclass(frozen=True)
+class MonitorRow:
+    """One layer as it was observed last. None stands for what it does not have or cannot be known yet."""
+
+    name: str
+    weights: int
+    weight_bits: int
+    """32 where weights are not quantized."""
+    activation_bits: int
+    weight_error: float
+    """``||fake_quantize(w) - w|| / ||w||``."""
+    clip_rate: float
+    """Share of weights outside the range of codes."""
+    sparsity: float
+    """Share of weights whose code stands for zero."""
+    oscillation: float | None
+    """Share of codes that changed against their last direction since the observation before."""
+    weight_scale_drift: float | None
+    """The mean scale of the weights over that at the stage's start, minus 1."""
+    input_scale_drift: float | None
+    """The same of the static input scale."""
 
 
 class CompressionMonitor(Callback):
-    """Logs summaries over all quantized layers at the end of every training epoch.
+    """Watches the quantized layers of any LightningModule, and logs summaries over all of them.
 
-    ``quant/weight_error`` is the root of the squared rounding error over the squared weights; ``quant/clip_rate`` the
-    share of weights outside their range; ``quant/sparsity`` the share of weights whose code stands for zero.
+    It observes at the start, every `every` optimizer steps and at the end, and logs, except at the start:
+
+    - ``quant/weight_error``, ``quant/clip_rate``, ``quant/sparsity``: means over weights;
+    - ``quant/scale_drift``: mean relative change, since the start, of the scales that moved;
+    - ``quant/oscillation``: share of codes that turned back, from the third observation on; see `LayerWatch`;
+    - ``distill/teacher_agreement``, beside `KnowledgeDistillation`: share of training samples (tokens of a language
+      model) for which student and teacher name the same class, in 10 of the steps since the observation before.
+
+    The layers of the last observation are in `table`; at the end they are written beside the metrics: ``layers.csv`` by
+    CSVLogger, a table by WandbLogger, a text by TensorBoardLogger. A module without quantized layers gets the table,
+    with the sparsity of its weights, and no curves.
+
+    Training waits for the device once per observation, not in between. In a process group every process observes, and
+    samples are counted over all of them. A checkpoint holds the scales at the start, one number for each; what
+    oscillated before a resume is forgotten.
+
+    Args:
+        every: Optimizer steps between two observations, at least 1.
+
+    Raises:
+        QatkitError: `every` is out of range.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -21,13 +78,200 @@ class CompressionMonitor(Callback):
         >>> trainer = Trainer(callbacks=[CompressionMonitor()])
     """
 
+    def __init__(self, every: int = 100) -> None:
+        if every < 1:
+            raise QatkitError(f"every: {every} is out of range; write a whole number of at least 1")
+        self.every = every
+        self.table: list[MonitorRow] = []
+        """The layers as they were observed last."""
+        self.codes: list[int] = []
+        """Codes of all layers in 16 bins from each layer's lowest code to its highest, at the end of training."""
+        self._start: dict[str, list[float | None]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.table, self.codes, self._start = [], [], {}
+        self._watches: dict[str, LayerWatch] = {}
+        self._seen = 0
+        self._agreed: Tensor | None = None
+        self._compared = 0
+        self._teachers: list[KnowledgeDistillation] = []
+
     @override
-    @torch.no_grad()
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = layer_table(pl_module)
-        if not rows:
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self._start}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._start = dict(state_dict.get("start", {}))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._forget()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+        self._observe(trainer, pl_module)
+        self._teachers = [other for other in _callbacks(trainer) if isinstance(other, KnowledgeDistillation)]
+
+        def compare(student: Tensor, teacher: Tensor) -> None:
+            if trainer.global_step % max(self.every // COMPARISONS, 1) == 0:
+                same = student.argmax(dim=-1) == teacher.argmax(dim=-1)
+                self._agreed = same.sum() if self._agreed is None else self._agreed + same.sum()
+                self._compared += same.numel()
+
+        for other in self._teachers:
+            other.watch = compare
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # every multiple of `every` is one observation, however many batches or optimizers make a step
+        if trainer.global_step // self.every != self._seen // self.every:
+            # the step that Lightning logs under, as in its LearningRateMonitor
+            self._log(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - 1, 0)
+        if not self._quantized:
+            self._observe(trainer, pl_module)
+        if trainer.global_step != self._seen:
+            self._log(trainer, pl_module, step)
+        self._write(trainer, step)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.codes:
             return
-        total = sum(row.weights for row in rows)
-        for key in ("weight_error", "clip_rate", "sparsity"):
-            mean = sum(getattr(row, key) * row.weights for row in rows) / total
-            pl_module.log(f"quant/{key}", mean, rank_zero_only=True)
+        # no step was left to train, so training neither started nor ended; by now the Trainer has moved all to the CPU,
+        # where NCCL cannot gather what is sharded
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters())
+        if trainer.strategy.root_device.type == "cpu" or not sharded:
+            self._observe(trainer, pl_module)
+            self._write(trainer, 0)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for other in self._teachers:
+            other.watch = None
+        self._teachers, self._agreed = [], None
+
+    @property
+    def _quantized(self) -> bool:
+        return any(row.weight_bits < 32 for row in self.table)
+
+    def _observe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = observed_layers(pl_module)
+        if not layers:
+            return
+        observed = [
+            self._watches.setdefault(name, LayerWatch()).observe(layer).to(pl_module.device) for name, layer in layers
+        ]
+        values = torch.stack(observed).tolist()  # the one wait for the device
+        for (name, _), numbers in zip(layers, values, strict=True):
+            self._start.setdefault(name, [_known(number) for number in numbers[-2:]])
+        self.table = [
+            _row(name, layer, dict(zip(NUMBERS, numbers, strict=True)), self._start[name])
+            for (name, layer), numbers in zip(layers, values, strict=True)
+        ]
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        self._seen = trainer.global_step
+        if self._quantized:
+            self._observe(trainer, pl_module)
+        summary = _summary([row for row in self.table if row.weight_bits < 32])
+        if self._teachers:
+            summary |= self._agreement(trainer, pl_module)
+        if not summary:
+            return
+        # not pl_module.log: it drops what is logged between two of the Trainer's own log steps
+        for logger in trainer.loggers:
+            logger.log_metrics(summary, step=step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in summary.items()})
+
+    def _agreement(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        agreed = torch.zeros((), device=pl_module.device) if self._agreed is None else self._agreed.float()
+        counts = torch.stack([agreed, torch.full_like(agreed, self._compared)])
+        total = trainer.strategy.reduce(counts, reduce_op="sum")
+        self._agreed, self._compared = None, 0
+        assert isinstance(total, Tensor)
+        same, compared = total.tolist()
+        return {"distill/teacher_agreement": same / compared} if compared else {}
+
+    def _write(self, trainer: Trainer, step: int) -> None:
+        """The table beside the metrics of every logger that can hold one."""
+        counts = [watch.histogram().cpu() for watch in self._watches.values()]
+        self.codes = torch.stack(counts).sum(dim=0).tolist() if counts else [0] * BINS
+        if not self.table or not trainer.is_global_zero:
+            return
+        columns = [field.name for field in fields(MonitorRow)]
+        rows = [list(asdict(row).values()) for row in self.table]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("layers", columns=columns, data=rows, step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                lines = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+                logger.experiment.add_text("layers", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+            elif isinstance(logger, CSVLogger):
+                with fsspec.open(os.path.join(logger.log_dir, "layers.csv"), "w", newline="") as file:
+                    csv.writer(file).writerows([columns, *rows])
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by Lightning's callback connector
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
+def _drift(now: float, start: float | None) -> float | None:
+    return None if math.isnan(now) or not start else now / start - 1
+
+
+def _row(name: str, layer: nn.Module, numbers: dict[str, float], start: list[float | None]) -> MonitorRow:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    weight_quant = layer.weight_fake_quant if isinstance(layer, QATLayer) else None
+    input_quant = layer.input_fake_quant if isinstance(layer, QATLayer) else None
+    return MonitorRow(
+        name=name,
+        weights=weight.numel(),
+        weight_bits=weight_quant.spec.num_bits if weight_quant else 32,
+        activation_bits=input_quant.spec.num_bits if input_quant else 32,
+        weight_error=numbers["weight_error"],
+        clip_rate=numbers["clip_rate"],
+        sparsity=numbers["sparsity"],
+        oscillation=_known(numbers["oscillation"]),
+        weight_scale_drift=_drift(numbers["weight_scale"], start[0]),
+        input_scale_drift=_drift(numbers["input_scale"], start[1]),
+    )
+
+
+def _summary(rows: list[MonitorRow]) -> dict[str, float]:
+    """Means over the weights of all layers, and over the scales of all layers; empty without quantized weights."""
+    if not rows:
+        return {}
+    total = sum(row.weights for row in rows)
+    summary = {
+        f"quant/{key}": sum(getattr(row, key) * row.weights for row in rows) / total
+        for key in ("weight_error", "clip_rate", "sparsity")
+    }
+    seen = [row for row in rows if row.oscillation is not None]
+    if seen:
+        turned = sum((row.oscillation or 0.0) * row.weights for row in seen)
+        summary["quant/oscillation"] = turned / sum(row.weights for row in seen)
+    drifts = [drift for row in rows for drift in (row.weight_scale_drift, row.input_scale_drift) if drift is not None]
+    if drifts:
+        # frozen scales would only thin the mean
+        moved = [abs(drift) for drift in drifts if drift]
+        summary["quant/scale_drift"] = sum(moved) / max(len(moved), 1)
+    return summary
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

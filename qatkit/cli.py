@@ -139,14 +139,28 @@ def verify(run: RunArgument, allow: Allow = None) -> None:
 
 
 @app.command()
-def report(run: RunArgument, allow: Allow = None) -> None:
-    """Measure the exported files side by side and write report.json and report.md.
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="The folder of a run, or of several.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; RUN/report.html, or ./report.html for several runs.")
+    ] = None,
+    allow: Allow = None,
+) -> None:
+    """Measure a run's exported files and write report.json, report.md and report.html, or compare several runs.
 
-    Example: qatkit report runs/digits_int4
+    Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """
-    from qatkit.delivery import report_run
+    from qatkit.delivery import report_run, track_run, write_page
 
-    _print_report(report_run(_open(run, allow)), run)
+    if len(runs) == 1:
+        this = _open(runs[0], allow)
+        content = report_run(this)
+        _print_report(content, this.out, out)
+        track_run(this, content)
+        return
+    page = out or Path("report.html")
+    write_page(runs, page)
+    typer.echo(f"page: {page}")
 
 
 def _open(folder: Path, allow: list[str] | None) -> Run:
@@ -162,11 +176,13 @@ def _deliver(this: Run) -> None:
     if this.recipe.export is None:
         typer.echo("no export block in the recipe: nothing is exported or compared")
         return
-    from qatkit.delivery import export_run, report_run, verify_run
+    from qatkit.delivery import export_run, report_run, track_run, verify_run
 
     export_run(this)
     checked = verify_run(this)
-    _print_report(report_run(this), this.out)
+    content = report_run(this)
+    _print_report(content, this.out)
+    track_run(this, content)
     failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
     for stage, verification in failed.items():
         typer.echo(f"verification of '{stage}' failed: {verification.summary()}", err=True)
@@ -174,14 +190,22 @@ def _deliver(this: Run) -> None:
         raise typer.Exit(1)
 
 
-def _print_report(content: dict[str, object], out: Path) -> None:
+def _print_report(content: dict[str, object], folder: Path, page: Path | None = None) -> None:
     from rich.console import Console
 
+    from qatkit.analysis.page import missing_packages
     from qatkit.analysis.report import terminal_table
+    from qatkit.delivery import write_page
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(terminal_table(content))
-    typer.echo(f"report: {out / 'report.md'}")
+    typer.echo(f"report: {folder / 'report.md'}")
+    if page is None and (missing := missing_packages()) is not None:
+        typer.echo(f"no report.html: {missing}, then: qatkit report {folder}")
+        return
+    page = page or folder / "report.html"
+    write_page([folder], page)
+    typer.echo(f"page: {page}")
 
 
 def main() -> None:

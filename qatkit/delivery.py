@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatkit.analysis.bench import compare
+from qatkit.analysis.curves import read_curves
+from qatkit.analysis.histograms import weight_histograms
+from qatkit.analysis.page import render
 from qatkit.analysis.report import markdown
 from qatkit.checkpoint import write_atomically
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.verify import Verification, verify
 from qatkit.pipeline import Run
+from qatkit.quantization.folding import fold_batchnorm
+from qatkit.quantization.prepare import prepare_qat
 
 SUFFIXES = {"onnx": "onnx", "dense": "safetensors"}
 
@@ -91,21 +100,94 @@ def report_run(run: Run) -> dict[str, Any]:
                 "latency": latencies.get(stage, []),
                 "verification": json.loads(verification.read_text()),
                 "layers": record.layers,
+                "histograms": _histograms(run, stage),
                 "seconds": record.seconds,
             }
         )
     content = {
         "name": run.recipe.name,
         "format": _format(run),
+        "written": datetime.now().astimezone().isoformat(" ", "minutes"),
         "rows": rows,
+        "stages": [_training(run, stage) for stage in run.recipe.stages],
+        "recipe": (run.out / "recipe.yaml").read_text(encoding="utf-8"),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
-            name: version(name) for name in ("qatkit", "torch", "lightning", "onnxruntime") if _installed(name)
-        },
+            name: version(name) for name in ("qatkit", "torch", "lightning", "onnx", "onnxruntime") if _installed(name)
+        }
+        | {"python": platform.python_version()},
     }
-    write_atomically(run.out / "report.json", json.dumps(content, indent=1))
+    write_atomically(run.out / "report.json", _json(content))
     write_atomically(run.out / "report.md", markdown(content))
     return content
+
+
+def write_page(folders: Sequence[Path], page: Path) -> None:
+    """Draw what the ``report.json`` of one run or of several holds as one HTML file.
+
+    Raises:
+        QatkitError: a folder has no report that this version wrote, or matplotlib or jinja2 is not installed.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise QatkitError("the same run is named twice; name every run once")
+    reports = []
+    for folder in folders:
+        path = folder / "report.json"
+        if not path.is_file():
+            raise QatkitError(f"{path} does not exist; run `qatkit report {folder}` first")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "stages" not in content:
+            raise QatkitError(f"{path} is of an older version; run `qatkit report {folder}` to write it again")
+        reports.append(content)
+    text = render(reports, folders)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(page, text)
+
+
+def track_run(run: Run, content: dict[str, Any]) -> None:
+    """Send the report and the exported files to the recipe's tracker, where it has one, and close it."""
+    pages = [run.out / name for name in ("report.html", "report.md", "report.json")]
+    models = {row["stage"]: exported_path(run, row["stage"]) for row in content["rows"]}
+    run.tracking.log_report(content, [page for page in pages if page.exists()], models)
+
+
+def _training(run: Run, stage: str) -> dict[str, Any]:
+    record = run.record(stage)
+    return {
+        "stage": stage,
+        "steps": run.recipe.stages[stage].max_steps,
+        "seconds": record.seconds,
+        "metrics": record.metrics,
+        "curves": read_curves(run.folder(stage) / "logs"),
+    }
+
+
+def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
+    """Weights on their grids by layer, before the stage's first step (None where it has no step) and after its last."""
+    config = run.recipe.stages[stage]
+    after = weight_histograms(run.load_model(stage))
+    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps else {}
+    return {name: {"before": before.get(name), "after": histogram} for name, histogram in after.items()}
+
+
+def _start_of(run: Run, stage: str) -> nn.Module:
+    """The fake-quantized model as the stage's first step met it."""
+    names = list(run.recipe.stages)
+    position = names.index(stage)
+    model = run.load_model(names[position - 1] if position else None, quantizers=False)
+    config = run.recipe.stages[stage].quantize
+    assert config is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QatkitWarning)  # training said it already
+        fold_batchnorm(model)
+        prepare_qat(model, config.weight, config.activation, config.include, config.exclude)
+    return model
+
+
+def _json(content: dict[str, Any]) -> str:
+    """Indented, but with every list of plain numbers on one line."""
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[\n\s*(-?\d[^\[\]{}\"]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _format(run: Run) -> str:

@@ -22,6 +22,7 @@ from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
 from qatkit.recipe import Recipe
+from qatkit.tracking import Tracking, check_logger
 from qatkit.training import finished_model, save_result, train
 
 
@@ -38,6 +39,7 @@ class Run:
         self.recipe = recipe
         self.out = out
         self.allow = tuple(allow)
+        self.tracking = Tracking(recipe, out)
 
     def folder(self, stage: str) -> Path:
         """Where a stage's files are."""
@@ -109,6 +111,7 @@ def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[
     Raises:
         QatkitError: a stage in the folder was made from other values, or `until` is no stage.
     """
+    check_logger(run.recipe.trainer)
     names = list(run.recipe.stages)
     if until is not None and until not in names:
         raise QatkitError(f"--until: '{until}' is no stage; write one of {names}")
@@ -178,7 +181,8 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     stage = run.recipe.stages[name]
     teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
     folds = run.record(parent).folds if parent else []
-    result = train(run.recipe, name, run.load_model(parent, quantizers=False), teacher, run.build_data, folder)
+    model = run.load_model(parent, quantizers=False)
+    result = train(run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name))
     if result.trainer.is_global_zero:
         model = finished_model(run.load_model(parent, quantizers=False), result)
         record = StageRecord(
@@ -190,6 +194,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
             versions={package: version(package) for package in ("qatkit", "torch", "lightning")},
         )
         save_result(folder, model, record, run.build_data(stage.batch_size))
+        run.tracking.log_stage(name, run.record(name).metrics, result.monitor.codes if stage.quantize else [])
     result.trainer.strategy.barrier(f"stage {name}")
     del result
     gc.collect()

@@ -31,7 +31,8 @@ class TrainerConfig:
     devices: int | str = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    logger: Literal["csv", "wandb"] = "csv"
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Where curves and tables go besides CSV files."""
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, str) and self.devices != "auto":

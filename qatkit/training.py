@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -36,6 +36,7 @@ class Trained:
     """The whole state dict on the CPU; empty on ranks other than the first where it was sharded."""
     folds: list[Fold]
     quantize: QuantizeConfig | None
+    monitor: CompressionMonitor
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     teacher: nn.Module | None,
     data: Callable[[int], LightningDataModule],
     folder: Path,
+    loggers: Sequence[Logger],
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
 
@@ -55,10 +57,12 @@ def train(
         teacher: The model that teaches, where the stage distils.
         data: Makes the data module for a batch size.
         folder: The stage's folder.
+        loggers: Where the stage's numbers go.
     """
     stage = recipe.stages[name]
     quantize = _quantization(stage.quantize) if stage.quantize else None
-    callbacks: list[Callback] = [quantize, CompressionMonitor()] if quantize else []
+    monitor = CompressionMonitor()
+    callbacks: list[Callback] = [quantize, monitor] if quantize else [monitor]
     if stage.distill is not None:
         assert teacher is not None
         callbacks.append(
@@ -76,7 +80,7 @@ def train(
         accumulate_grad_batches=stage.accumulate,
         gradient_clip_val=stage.gradient_clip,
         callbacks=callbacks,
-        logger=_logger(recipe, name, folder),
+        logger=list(loggers),
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the data module slices by rank, in an order that depends on the seed alone
@@ -94,7 +98,8 @@ def train(
         raise KeyboardInterrupt
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
-    return Trained(trainer, weights, [_inside(fold) for fold in quantize.folds] if quantize else [], stage.quantize)
+    folds = [_inside(fold) for fold in quantize.folds] if quantize else []
+    return Trained(trainer, weights, folds, stage.quantize, monitor)
 
 
 def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
@@ -163,21 +168,6 @@ def _strategy(trainer: TrainerConfig) -> Any:
     # by default the strategy shares the work out as tensor parallelism: each process would then keep its own gradients
     return ModelParallelStrategy(
         data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
-
-
-def _logger(recipe: Recipe, stage: str, folder: Path) -> Logger:
-    if recipe.trainer.logger == "csv":
-        attempts = len(list((folder / "logs").glob("*"))) if (folder / "logs").exists() else 0
-        # a resumed stage writes beside the earlier attempts: CSVLogger would delete them
-        return CSVLogger(folder, name="logs", version=f"attempt_{attempts}")
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    offline = wandb.api.api_key is None or os.environ.get("WANDB_MODE") == "offline"
-    run_folder = folder.parent.parent
-    return WandbLogger(
-        project="qatkit", name=f"{recipe.name}/{stage}", group=recipe.name, save_dir=run_folder, offline=offline
     )
 
 

@@ -12,6 +12,7 @@ from qatkit.errors import QatkitError
 from qatkit.factories import build, check_arguments, resolve
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.recipe import Recipe
+from qatkit.tracking import check_logger
 
 # What the pipeline passes to a data factory besides the recipe's arguments.
 DATA_ARGUMENTS = ("batch_size", "seed")
@@ -29,13 +30,14 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
 
     Raises:
         QatkitError: a factory or an argument does not fit, a glob matches no layer, or a layer cannot be quantized as
-            the recipe says.
+            the recipe says, or the logger's package is missing.
 
     Example:
         >>> from qatkit.loading import load_recipe
         >>> validate_recipe(load_recipe("vision/digits_int4"))["qat"]
         ['conv1', 'conv2', 'conv3', 'classifier']
     """
+    check_logger(recipe.trainer)
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
     model = _meta_model(recipe, allow)

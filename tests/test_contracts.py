@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
+HEAVY |= {"matplotlib", "jinja2"}
 MAY_LOAD = {
     "spec": set(),
     "errors": set(),

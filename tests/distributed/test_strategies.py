@@ -60,3 +60,15 @@ def test_calibration_joins_the_ranks_with_one_all_reduce_of_all_layers(results: 
     for mode in ("ddp", "fsdp2"):
         assert results[mode]["reductions"] == [4]  # three layers and the batch count
     assert results["single"]["reductions"] == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_monitor_sees_whole_layers_and_counts_the_samples_of_all_processes(
+    results: dict[str, dict[str, Any]], strategy: str
+) -> None:
+    one, two = results["single"], results[strategy]
+    assert two["table"] == one["table"]
+    assert [row["name"] for row in one["table"]] == ["model.conv1", "model.conv2", "model.classifier"]
+    assert all(row["weight_scale_drift"] for row in one["table"])
+    assert two["agreement"] == one["agreement"]
+    assert 0 < one["agreement"] < 1

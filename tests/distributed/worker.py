@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def main(mode: str, out: Path) -> None:
 
     qatkit.callbacks.quantization.calibrate = watched_calibrate
     teacher = KnowledgeDistillation(copy.deepcopy(model), temperature=2.0, alpha=0.5, student="model")
+    monitor = CompressionMonitor(every=3)
     # the strategy's own defaults would make it tensor-parallel and leave every process with its own gradients
     fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
     strategy = {"single": "auto", "ddp": "ddp", "fsdp2": fsdp2}[mode]
@@ -94,7 +96,7 @@ def main(mode: str, out: Path) -> None:
         strategy=strategy,
         max_steps=STEPS,
         accumulate_grad_batches=2 if mode == "single" else 1,
-        callbacks=[quantization, teacher, CompressionMonitor()],
+        callbacks=[quantization, teacher, monitor],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -110,7 +112,10 @@ def main(mode: str, out: Path) -> None:
             assert fake_quant is not None
             scale, zero_point = (state[f"{name}.weight_fake_quant.{part}"] for part in ("scale", "zero_point"))
             codes[name] = quantize(state[f"{name}.weight"], scale, zero_point, fake_quant.spec)
-        torch.save({"state": state, "codes": codes, "reductions": reductions}, out)
+        table = [asdict(row) for row in monitor.table]
+        agreement = trainer.callback_metrics["distill/teacher_agreement"].item()
+        content = {"state": state, "codes": codes, "reductions": reductions, "table": table, "agreement": agreement}
+        torch.save(content, out)
         export_onnx(finished(state, quantization), torch.zeros(1, 1, 8, 8), out.with_suffix(".onnx"))
 
 

@@ -1,0 +1,53 @@
+"""Where a layer's weights lie on their quantization grid.
+
+Every channel or group has a scale of its own, so weights are counted in units of it: ``w / scale + zero_point``. On
+that axis the grid of every slice is the same, the whole numbers from qmin to qmax, and what lies beyond is clipped.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from qatkit.quantization.arithmetic import aligned, blocks
+from qatkit.quantization.modules import full_tensor
+from qatkit.quantization.prepare import qat_layers
+
+INSIDE = 64
+"""Bins over the range of the codes; a power of two, so that borders between codes are borders of bins (2 to 6 bits)."""
+OUTSIDE = 4
+"""Bins on either side of the range; the outermost also counts everything beyond it."""
+
+
+class Histogram(TypedDict):
+    """Weights of one layer by their place on the grid."""
+
+    bits: int
+    qmin: int
+    qmax: int
+    """The codes are ``qmin .. qmax``; the bins inside run from ``qmin - 0.5`` to ``qmax + 0.5``."""
+    counts: list[int]
+    """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of one width."""
+
+
+@torch.no_grad()
+def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
+    """Count the unrounded weights of every layer with a quantized weight, one layer at a time.
+
+    Args:
+        model: Prepared, with scales in place.
+    """
+    found = {}
+    for name, layer in qat_layers(model):
+        if layer.weight_fake_quant is None:
+            continue
+        spec, weight = layer.weight_fake_quant.spec, full_tensor(layer.weight).float()
+        scale, zero_point = (full_tensor(part) for part in layer.weight_fake_quant.qparams(weight))
+        place = blocks(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
+        width = (spec.qmax - spec.qmin + 1) / INSIDE
+        bins = ((place - (spec.qmin - 0.5)) / width).floor().clamp(-OUTSIDE, INSIDE + OUTSIDE - 1).long() + OUTSIDE
+        counts = torch.bincount(bins.flatten(), minlength=INSIDE + 2 * OUTSIDE)
+        found[name] = Histogram(bits=spec.num_bits, qmin=spec.qmin, qmax=spec.qmax, counts=counts.tolist())
+    return found

@@ -1,0 +1,345 @@
+"""Tracking: W&B runs read back from their own records, TensorBoard event files, and trainings that no tracker stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from qatkit import QatkitError
+from qatkit.errors import QatkitWarning
+from qatkit.loading import load_recipe
+from qatkit.pipeline import Run, run_stages
+from qatkit.tracking import Tracking
+from qatkit.validation import validate_recipe
+
+SHORT = ["stages.dense.max_steps=20", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]
+STAGES = ["dense", "ptq", "qat"]
+
+KILLED_IN_QAT = """
+import os, signal, sys, time
+from qatkit.callbacks import CompressionMonitor
+from qatkit.cli import main
+original = CompressionMonitor.on_train_batch_end
+def die(self, trainer, module, *rest):
+    original(self, trainer, module, *rest)
+    if trainer.global_step == 25:  # the only stage that is longer is qat
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+CompressionMonitor.on_train_batch_end = die
+main()
+"""
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Somebody without an account, and without anything that W&B keeps between runs."""
+    for name, value in stranger(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    for name in [name for name in os.environ if name.startswith("WANDB_") and name not in stranger(tmp_path)]:
+        monkeypatch.delenv(name)
+
+
+def stranger(folder: Path) -> dict[str, str]:
+    places = {f"WANDB_{kind}_DIR": str(folder / "home" / kind.lower()) for kind in ("DATA", "CACHE", "CONFIG")}
+    return {"WANDB_SILENT": "true", "NETRC": str(folder / "home" / "netrc"), **places}
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB, records in pieces) after 7 bytes."""
+    data, position, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        piece = data[position + 7 : position + 7 + length]
+        if not kind or len(piece) < length:
+            return  # a killed process may leave the last piece half written
+        parts, position = (piece if kind in (1, 2) else parts + piece), position + 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+
+
+class Records:
+    """What one process told W&B."""
+
+    def __init__(self, path: Path) -> None:
+        self.records = list(read_records(path))
+        (self.run,) = [record.run for record in self.records if record.WhichOneof("record_type") == "run"][:1]
+
+    def history(self) -> list[dict[str, Any]]:
+        rows = []
+        for record in self.records:
+            if record.WhichOneof("record_type") == "history":
+                row: dict[str, Any] = {}
+                for item in record.history.item:
+                    *outer, last = item.nested_key or [item.key]
+                    place = row
+                    for key in outer:
+                        place = place.setdefault(key, {})
+                    place[last] = json.loads(item.value_json)
+                rows.append(row)
+        return rows
+
+    def config(self) -> dict[str, Any]:
+        updates = list(self.run.config.update)
+        for record in self.records:
+            if record.WhichOneof("record_type") == "config":
+                updates.extend(record.config.update)
+        return {item.key: json.loads(item.value_json) for item in updates if item.key}
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for record in self.records
+            if record.WhichOneof("record_type") == "summary"
+            for item in record.summary.update
+        }
+
+    def artifacts(self) -> dict[str, Any]:
+        found = [record.artifact for record in self.records if record.WhichOneof("record_type") == "artifact"]
+        return {artifact.name: artifact for artifact in found if artifact.type in ("report", "model")}
+
+    def typed(self, kind: str) -> Counter[str]:
+        """How often each name was logged with a value of a W&B type."""
+        return Counter(
+            name
+            for row in self.history()
+            for name, value in row.items()
+            if isinstance(value, dict) and value.get("_type") == kind
+        )
+
+
+def run_files(out: Path) -> list[Path]:
+    return sorted(out.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Records, Records]:
+    folder = tmp_path_factory.mktemp("tracked")
+    out = folder / "run"
+    arguments = ["run", "vision/digits_int4", *SHORT, "trainer.logger=wandb", "--out", str(out)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | stranger(folder)
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["WANDB__TRANSACTION_LOG_FLUSH_INTERVAL"] = "0.1"  # of W&B's own 15 s, a kill loses what is not written
+    # a terminal: W&B asks for an account where it finds one, and would wait here for ever
+    keyboard, terminal = pty.openpty()
+    options: dict[str, Any] = {"env": environment, "stdin": terminal, "timeout": 120, "cwd": folder}
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_QAT, *arguments], **options)
+    assert killed.returncode == -signal.SIGKILL
+    subprocess.run([sys.executable, "-m", "qatkit.cli", *arguments], check=True, **options)
+    os.close(keyboard)
+    os.close(terminal)
+    first, second = (Records(path) for path in run_files(out))
+    return out, first, second
+
+
+def test_a_recipe_is_one_offline_run_with_one_id_in_both_processes(
+    killed_and_resumed: tuple[Path, Records, Records],
+) -> None:
+    out, first, second = killed_and_resumed
+    assert first.run.run_id == second.run.run_id == (out / "wandb_run_id").read_text().strip()
+    assert second.run.resume
+    assert all("offline-run" in str(path) for path in run_files(out))
+    assert first.run.project == "qatkit"
+
+
+def test_the_resolved_recipe_is_the_config(killed_and_resumed: tuple[Path, Records, Records]) -> None:
+    for records in killed_and_resumed[1:]:
+        config = records.config()
+        assert config["stages"]["qat"]["max_steps"] == 30
+        assert config["stages"]["qat"]["quantize"]["weight"]["num_bits"] == 4
+        assert config["trainer"]["precision"] == "32-true"  # a default: resolved, not as written
+
+
+def test_the_metrics_of_every_stage_are_there_over_the_steps_of_the_stage(
+    killed_and_resumed: tuple[Path, Records, Records],
+) -> None:
+    _, first, second = killed_and_resumed
+    curves: dict[str, list[int]] = {}
+    for row in [*first.history(), *second.history()]:
+        for name in row:
+            curves.setdefault(name, []).append(row.get("trainer/global_step", -1))
+    assert curves["dense/train/loss"] == [9, 19]
+    assert sorted(set(curves["qat/train/loss"])) == [9, 19, 29]
+    for stage, steps in (("dense", 20), ("ptq", 0), ("qat", 30)):
+        assert curves[f"{stage}/test/accuracy"] == [steps]
+    # the last of 30 steps; Lightning itself counts one more where it resumes after a validation
+    assert curves["qat/quant/clip_rate"] in ([29], [30])
+    assert curves["qat/distill/teacher_agreement"] == curves["qat/quant/clip_rate"]
+    names = {name for name in curves if not name.startswith(("_", "trainer/", "comparison"))}
+    assert {name.split("/")[0] for name in names} == set(STAGES)
+    assert not [name for name in names if "conv" in name]  # never a panel per layer
+
+
+def test_each_stage_has_one_table_of_its_layers_and_one_histogram_of_its_codes(
+    killed_and_resumed: tuple[Path, Records, Records],
+) -> None:
+    out, first, second = killed_and_resumed
+    assert first.typed("table-file") + second.typed("table-file") == Counter(
+        {"dense/layers": 1, "ptq/layers": 1, "qat/layers": 1, "comparison": 1}
+    )
+    assert first.typed("histogram") + second.typed("histogram") == Counter({"ptq/codes": 1, "qat/codes": 1})
+    (path,) = out.glob("wandb/offline-run-*/files/media/table/qat/*.table.json")
+    table = json.loads(path.read_text())
+    names = [row[table["columns"].index("name")] for row in table["data"]]
+    assert names == ["model.conv1", "model.conv2", "model.classifier"]
+
+
+def test_the_report_and_the_exported_models_are_artifacts_that_state_their_parity(
+    killed_and_resumed: tuple[Path, Records, Records],
+) -> None:
+    out, _, second = killed_and_resumed
+    artifacts = second.artifacts()
+    assert set(artifacts) == {"digits_int4-report", *(f"digits_int4-{stage}" for stage in STAGES)}
+    report = {item.path for item in artifacts["digits_int4-report"].manifest.contents}
+    assert {"report.html", "report.md", "report.json"} <= report
+    for stage in STAGES:
+        artifact = artifacts[f"digits_int4-{stage}"]
+        metadata = json.loads(artifact.metadata)
+        verification = json.loads((out / "export" / stage / "verification.json").read_text())
+        assert metadata["parity"] == "passed"
+        assert metadata["format"] == "onnx"
+        assert (metadata["layers"], metadata["mean_error"]) == (verification["layers"], verification["mean_error"])
+        (item,) = artifact.manifest.contents
+        assert Path(item.local_path) == (out / "export" / stage / "model.onnx").resolve()
+        assert item.size == metadata["bytes"]
+
+
+def test_the_comparison_is_the_summary_of_the_run(killed_and_resumed: tuple[Path, Records, Records]) -> None:
+    out, _, second = killed_and_resumed
+    summary = second.summary()
+    for row in json.loads((out / "report.json").read_text())["rows"]:
+        stage = row["stage"]
+        assert summary[f"{stage}/test/accuracy"] == row["test_accuracy"]
+        assert summary[f"{stage}/bytes"] == row["bytes"]
+        assert summary[f"{stage}/latency_ms/batch_1"] == row["latency"][0]["median_ms"]
+        assert summary[f"{stage}/parity"] == "passed"
+
+
+def test_the_curves_are_in_csv_files_too(killed_and_resumed: tuple[Path, Records, Records]) -> None:
+    logs = killed_and_resumed[0] / "stages" / "qat" / "logs"
+    assert all("train/loss" in (logs / f"attempt_{n}" / "metrics.csv").read_text() for n in range(2))
+
+
+def recipe(logger: str) -> Any:
+    steps = ["stages.dense.max_steps=10", "stages.qat.max_steps=10", "model.args.channels=[8,8]"]
+    return load_recipe("vision/digits_int4", [*steps, f"trainer.logger={logger}"])
+
+
+def trained(out: Path, stage: str = "dense") -> bool:
+    return (out / "stages" / stage / "stage.json").exists() and bool(list(out.glob(f"stages/{stage}/logs/*/*.csv")))
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("mode", ["", "online", "offline"])
+def test_without_an_account_the_run_is_offline_whatever_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    tracking = Tracking(recipe("wandb"), tmp_path)
+    names = [type(logger).__name__ for logger in tracking.loggers("dense")]
+    tracking.close()
+    assert names == ["CSVLogger", "_StageLogger"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.usefixtures("nobody")
+def test_disabled_means_csv_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracking = Tracking(recipe("wandb"), tmp_path)
+    assert [type(logger).__name__ for logger in tracking.loggers("dense")] == ["CSVLogger"]
+    assert not list(tmp_path.glob("wandb*"))
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_run_that_cannot_start_online_is_kept_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = wandb.init
+
+    def unreachable(**options: Any) -> Any:
+        if options["mode"] != "offline":
+            raise wandb.errors.CommError("no route to host")
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "init", unreachable)
+    tracking = Tracking(recipe("wandb"), tmp_path)
+    with pytest.warns(QatkitWarning, match=r"cannot start online \(CommError: no route to host\); .*wandb sync"):
+        assert len(tracking.loggers("dense")) == 2
+    tracking.close()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.usefixtures("nobody")
+def test_training_goes_on_with_csv_where_wandb_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> Any:
+        raise wandb.errors.UsageError("no service")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_stages(Run(recipe("wandb"), tmp_path), until="ptq")
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, QatkitWarning)]
+    assert len(said) == 1  # once, not once per stage
+    assert re.match(r"trainer\.logger: W&B failed \(UsageError: no service\); the run goes on", said[0])
+    assert trained(tmp_path)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(wandb.Run, "log", dead)
+    with pytest.warns(QatkitWarning, match="ConnectionResetError: Connection lost") as caught:
+        run_stages(Run(recipe("wandb"), tmp_path), until="ptq")
+    assert len([warning for warning in caught if issubclass(warning.category, QatkitWarning)]) == 1
+    assert trained(tmp_path)
+
+
+def test_tensorboard_has_a_folder_of_curves_for_every_stage(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(recipe("tensorboard"), tmp_path)
+    run_stages(run)
+    boards = {stage: EventAccumulator(str(tmp_path / "tensorboard" / stage)) for stage in STAGES}
+    for stage, board in boards.items():
+        board.Reload()
+        (accuracy,) = board.Scalars("test/accuracy")
+        assert accuracy.step == run.recipe.stages[stage].max_steps
+        assert accuracy.value == pytest.approx(run.record(stage).metrics["test/accuracy"])
+        (written,) = board.Tensors("recipe/text_summary")
+        assert b'"max_steps": 10' in written.tensor_proto.string_val[0]
+        assert "layers/text_summary" in board.Tags()["tensors"]
+    assert [event.step for event in boards["dense"].Scalars("train/loss")] == [9]
+    assert [event.step for event in boards["qat"].Scalars("quant/clip_rate")] == [9]
+    assert trained(tmp_path, "qat")
+
+
+@pytest.mark.parametrize("start", [validate_recipe, lambda recipe: run_stages(Run(recipe, Path("never")))])
+def test_a_missing_tensorboard_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch, start: Any) -> None:
+    from qatkit import tracking
+
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(QatkitError, match=r"^trainer.logger: 'tensorboard' needs .*`pip install tensorboard`"):
+        start(recipe("tensorboard"))
+    assert not Path("never").exists()
