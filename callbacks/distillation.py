@@ -57,8 +57,9 @@ class KnowledgeDistillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self._undo:
+        if stage != "fit":
             return
+        self.teardown(trainer, pl_module, stage)  # what a fit that ended with an error may have left on another module
         if not pl_module.automatic_optimization:
             raise QatkitError(
                 "manual optimization: training_step calls backward itself, so no loss is returned that a teacher "
@@ -94,6 +95,11 @@ class KnowledgeDistillation(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teacher.to(pl_module.device)
+        trainer.precision_plugin.convert_module(self.teacher.model)  # "bf16-true" hands both models bf16 inputs
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning does not call teardown after an error
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,7 +116,7 @@ class KnowledgeDistillation(Callback):
             raise QatkitError(f"student: '{self.student}' is no submodule; {_children(pl_module)}") from None
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._calls.append((args, kwargs, output))
 
     def _distilled(self, pl_module: LightningModule, result: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +35,14 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
     Example:
         >>> load_quantized(MyModule(), "last.ckpt")  # doctest: +SKIP
     """
-    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    states = [
-        state for key, state in content.get("callbacks", {}).items() if key.startswith("QuantizationAwareTraining")
-    ]
+    try:
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise QatkitError(
+            f"{checkpoint}: it holds objects beside tensors and plain values (saved hyperparameters, say), which "
+            "are not unpickled from a file; name trusted types with torch.serialization.add_safe_globals first"
+        ) from error
+    states = [state for state in content.get("callbacks", {}).values() if {"folds", "specs"} <= set(state)]
     if not states:
         raise QatkitError(f"{checkpoint}: it holds no quantized layers; load it with load_from_checkpoint")
     for state in states:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.seed import isolate_rng
+from qatkit.callbacks.batches import first_batches
+from qatkit.callbacks.decay import DecayExemption
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,7 +18,7 @@ from qatkit.errors import QatkitError
 from qatkit.quantization.calibrate import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.prepare import fake_quantizers, prepare_qat
+from qatkit.quantization.prepare import check_layers, fake_quantizers, prepare_qat
 from qatkit.quantization.state import layer_specs
 from qatkit.spec import QuantSpec
 
@@ -70,12 +71,15 @@ class QuantizationAwareTraining(Callback):
         """Folded (convolution, BatchNorm) pairs."""
         self._module: weakref.ref[LightningModule] | None = None
         self._all_ran = False
+        self._decay = DecayExemption()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._module is not None and self._module() is pl_module:
             return  # fit, then validate and test: one swap serves them all
         self._check_order(trainer)
+        # every check before the first change: after an error the module is still the user's
+        check_layers(pl_module, self.weight, self.activation, self.include, self.exclude)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, self.weight, self.activation, self.include, self.exclude)
         self._module = weakref.ref(pl_module)
@@ -83,9 +87,6 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scales = [fq.scale for _, fq in self._own(pl_module) if isinstance(fq.scale, torch.nn.Parameter)]
-        for optimizer in trainer.optimizers:
-            _exempt_from_decay(optimizer, scales)
         # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
         if trainer.ckpt_path is None and not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
@@ -110,6 +111,9 @@ class QuantizationAwareTraining(Callback):
         specs = {} if module is None else layer_specs(module)
         return {"folds": self.folds, "specs": {name: specs[name] for name in self.layers if name in specs}}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_module": None}  # a weak reference cannot be pickled
+
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.setup_data()
 
@@ -118,12 +122,28 @@ class QuantizationAwareTraining(Callback):
             with trainer.precision_plugin.forward_context():
                 self.calibration_forward(pl_module, batch)
 
-        calibrate(pl_module, _first(trainer.train_dataloader, self.calibration_batches), forward)
+        batches = first_batches(trainer.train_dataloader, self.calibration_batches)
+        with isolate_rng():
+            calibrate(pl_module, batches, forward)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for _, fake_quant in self._own(pl_module):
+            fake_quant.ran = False  # calibration and the sanity check ran some that training may never run
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._decay.split(optimizer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._decay.join()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._decay.join()  # a step that the gradient scaler skipped has no end of its own
         if self._all_ran:
             return
         idle = [name for name, fq in self._own(pl_module) if not fq.ran]
@@ -143,7 +163,7 @@ class QuantizationAwareTraining(Callback):
 
 def _forward(module: LightningModule, batch: Any) -> object:
     try:
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             return module(**batch)
         return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
     except (TypeError, NotImplementedError) as error:
@@ -151,43 +171,3 @@ def _forward(module: LightningModule, batch: Any) -> object:
             f"calibration: calling {type(module).__name__} on a training batch failed ({error}); write "
             "QuantizationAwareTraining(..., calibration_forward=lambda module, batch: module.my_model(batch['x']))"
         ) from error
-
-
-def _first(loader: Any, count: int) -> Iterator[Any]:
-    """The first batches, without moving the random generators that decide the order of training."""
-    sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
-    generators = [source for source in sources if isinstance(source, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    yield from islice(loader, count)
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
-
-
-def _exempt_from_decay(optimizer: Optimizer, scales: list[torch.nn.Parameter]) -> None:
-    """Keep weight decay off learned scales, whatever groups the user made.
-
-    A scale is not a weight: pulling it to zero moves the whole grid. The groups are split for the time of each step
-    only, so that learning-rate schedulers and optimizer checkpoints see the groups they know.
-    """
-    own = {id(scale) for scale in scales}
-    decayed = [group for group in optimizer.param_groups if group.get("weight_decay")]
-    if not any(id(parameter) in own for group in decayed for parameter in group["params"]):
-        return
-    whole: list[tuple[dict[str, Any], list[torch.nn.Parameter]]] = []
-
-    def split(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in list(optimizer.param_groups):
-            inside = [parameter for parameter in group["params"] if id(parameter) in own]
-            if inside and group.get("weight_decay"):
-                whole.append((group, group["params"]))
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                optimizer.param_groups.append({**group, "params": inside, "weight_decay": 0.0})
-
-    def join(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group, parameters in whole:
-            group["params"] = parameters
-            optimizer.param_groups.pop()
-        whole.clear()
-
-    optimizer.register_step_pre_hook(split)
-    optimizer.register_step_post_hook(join)

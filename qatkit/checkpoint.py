@@ -20,8 +20,7 @@ from torch import nn
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import Fold, replay_folds
-from qatkit.quantization.prepare import qat_layers
-from qatkit.quantization.state import load_quantizers, save_quantizers
+from qatkit.quantization.state import load_quantizers, quantizer_prefixes, save_quantizers
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
     shutil.rmtree(folder / "model", ignore_errors=True)
     (folder / "quantizers.safetensors").unlink(missing_ok=True)
     (folder / "model").mkdir(parents=True)
-    quantizer_keys = tuple(
-        f"{name}.{part}." for name, _ in qat_layers(model) for part in ("weight_fake_quant", "input_fake_quant")
-    )
+    quantizer_keys = quantizer_prefixes(model)
     plain = {
         key: value.detach().cpu().contiguous()
         for key, value in model.state_dict().items()
@@ -66,6 +63,9 @@ def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
     save_file(_untied(plain), folder / "model" / "model.safetensors")
     if quantizer_keys:
         save_quantizers(model, folder / "quantizers.safetensors")
+    for path in folder.rglob("*.safetensors"):  # what the record vouches for must be on the disk before it
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     write_atomically(folder / "stage.json", json.dumps(asdict(record), indent=1))
 
 
@@ -90,6 +90,19 @@ def read_record(folder: Path) -> StageRecord | None:
         return StageRecord(**content)
     except (ValueError, TypeError, KeyError) as error:
         raise QatkitError(f"{path}: not a stage record ({error}); delete the folder to run the stage again") from error
+
+
+def read_started(folder: Path) -> dict[str, Any]:
+    """What a stage that is not finished was started with; empty if it was not started."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "started.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise QatkitError(f"{folder / 'started.json'}: not readable ({error}); delete the folder {folder}") from error
+    if not {"inputs", "fingerprint"} <= set(content):
+        raise QatkitError(f"{folder / 'started.json'}: it lacks what the stage was started with; delete {folder}")
+    return content
 
 
 def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:

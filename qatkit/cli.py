@@ -100,7 +100,11 @@ def run(
     # Lightning sets its level when it is imported; what it says at start is for whoever writes a Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
-    trained = run_stages(this, until, force)
+    try:
+        trained = run_stages(this, until, force)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command continues from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
     if not is_first_process():
         return
     for name in loaded.stages:
@@ -216,9 +220,6 @@ def main() -> None:
     except QatkitError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: the same command continues from the last checkpoint", err=True)
-        sys.exit(130)
 
 
 _show = warnings.showwarning

@@ -51,7 +51,7 @@ class CompressionModule(LightningModule):
         # Lightning 2.6 counts one epoch too far after resuming from a checkpoint of an epoch's end, and would shuffle
         # otherwise than the uninterrupted run does; the data are only read after this hook
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
+        if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.current_epoch)
 
     @override

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qatkit.errors import QatkitError
 from qatkit.loading import flatten
-from qatkit.recipe import Recipe
+from qatkit.recipe import FactoryConfig, Recipe
 
 _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision")
 
@@ -17,15 +19,14 @@ _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision")
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
 
-    A model or data argument that names an existing file counts with the file's content, not only its name.
+    A model or data argument that is the path of an existing file counts with the file's content, not only its name.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     for key in ("model", "data"):
-        part = flatten(getattr(recipe, key), f"{key}.")
-        inputs |= part
-        for name, value in part.items():
-            if isinstance(value, str) and Path(value).is_file():
-                inputs[f"{name} (content)"] = _sha256(Path(value))
+        config: FactoryConfig = getattr(recipe, key)
+        inputs |= flatten(config, f"{key}.")
+        for name, path in _files(config.args, f"{key}.args"):
+            inputs[f"{name} (content)"] = _sha256(path)
     inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
     return inputs | flatten(recipe.stages[stage], f"stages.{stage}.")
 
@@ -46,7 +47,8 @@ def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]
     return [
         f"{key}: was {recorded.get(key, absent)}, is now {current.get(key, absent)}"
         for key in dict.fromkeys([*recorded, *current])
-        if recorded.get(key, absent) != current.get(key, absent)
+        # as JSON: 1 and 1.0 and true are equal in Python, and different in a recipe
+        if json.dumps(recorded.get(key, absent)) != json.dumps(current.get(key, absent))
     ]
 
 
@@ -64,6 +66,20 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
             f"stage '{stage}' in {out} was {state} with other values:\n  {listed}\n"
             f"write --force to run it and the stages after it again, or another --out"
         )
+
+
+def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
+    """Paths of existing files anywhere in the arguments; a bare word such as ``train`` is no path."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _files(part, f"{name}.{key}")
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _files(part, f"{name}[{index}]")
+    elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
+        with suppress(OSError):  # too long for a name, or not ours to look at
+            if Path(value).is_file():
+                yield name, Path(value)
 
 
 def _sha256(path: Path) -> str:

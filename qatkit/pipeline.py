@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from qatkit.checkpoint import StageRecord, load_stage, read_record, write_atomically
+from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
 from qatkit.errors import QatkitError
 from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
@@ -121,10 +121,12 @@ def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[
         _check_folder(run, names, prints, force)
         run.out.mkdir(parents=True, exist_ok=True)
         write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
+    # decided once, from values that every process computes alike: a process may look while another one deletes
+    finished = {name for name in todo if (record := run.find(name)) and record.fingerprint == prints[name][1]}
     trained = []
     parent: str | None = None
     for name in todo:
-        if read_record(run.folder(name)) is None:
+        if name not in finished:
             _run_stage(run, name, parent, prints[name])
             trained.append(name)
         parent = name
@@ -155,10 +157,10 @@ def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, 
                 refuse_changes(name, "finished", record.inputs, inputs, run.out)
                 stale = record.fingerprint != prints[name][1]
             else:
-                started = folder / "started.json"
-                if started.exists():
-                    refuse_changes(name, "started", json.loads(started.read_text())["inputs"], inputs, run.out)
-                stale = started.exists() and json.loads(started.read_text())["fingerprint"] != prints[name][1]
+                started = read_started(folder)
+                if started:
+                    refuse_changes(name, "started", started["inputs"], inputs, run.out)
+                stale = bool(started) and started["fingerprint"] != prints[name][1]
             if stale:
                 raise QatkitError(
                     f"stage '{name}' in {run.out} was made from another stage before it; write --force to run it again"
@@ -166,7 +168,8 @@ def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, 
         except QatkitError:
             if not force:
                 raise
-            for later in names[position:]:
+            for later in reversed(names[position:]):  # the record first: a stage without it is not finished
+                (run.folder(later) / "stage.json").unlink(missing_ok=True)
                 shutil.rmtree(run.folder(later), ignore_errors=True)
             return
 
@@ -177,7 +180,8 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     started = time.perf_counter()
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "started.json", json.dumps({"inputs": inputs, "fingerprint": own}))
+        started_with = read_started(folder) | {"inputs": inputs, "fingerprint": own}
+        write_atomically(folder / "started.json", json.dumps(started_with))
     stage = run.recipe.stages[name]
     teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
     folds = run.record(parent).folds if parent else []

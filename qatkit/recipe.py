@@ -81,6 +81,8 @@ class QuantizeConfig:
             raise ValueError(
                 f"activation.strategy: '{self.activation.strategy}' is for weights; write tensor (static) or token"
             )
+        if self.activation is not None and self.activation.observer == "mse":
+            raise ValueError("activation.observer: 'mse' is for weights; write minmax or lsq")
         if not self.include:
             raise ValueError("include: [] selects no layer; write ['*'] or leave the quantize block out")
         if self.calibration_batches < 1:
@@ -149,6 +151,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.stages == MISSING:
             return
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed} is out of range; write a whole number from 0 to 2**63 - 1")
         if not self.stages:
             raise ValueError("stages: {} has no stage; write at least one, such as dense: {max_steps: 600}")
         # names become folders, and those of stages are parts of dotted keys

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from qatkit.callbacks import CompressionMonitor, KnowledgeDistillation, QuantizationAwareTraining
-from qatkit.checkpoint import StageRecord, save_stage
+from qatkit.checkpoint import StageRecord, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
+from qatkit.errors import QatkitError
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
@@ -91,15 +94,43 @@ def train(
         # processes that each take every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
     module = CompressionModule(model, stage, recipe.seed)
-    with warnings.catch_warnings():
-        _silence_lightning()
-        trainer.fit(module, datamodule=data(stage.batch_size), ckpt_path=str(last) if last.exists() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    resumed = last.exists()
+    _same_processes(trainer, name, folder, resumed)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            _silence_lightning()
+            trainer.fit(module, datamodule=data(stage.batch_size), ckpt_path=str(last) if resumed else None)
+    except SystemExit:  # how Lightning answers Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+    if trainer.global_step < stage.max_steps:
+        raise QatkitError(
+            f"stages.{name}: training ended at step {trainer.global_step} of {stage.max_steps}; the data gave "
+            f"{trainer.num_training_batches} batches of {stage.batch_size}; write a smaller batch_size"
+        )
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
     folds = [_inside(fold) for fold in quantize.folds] if quantize else []
     return Trained(trainer, weights, folds, stage.quantize, monitor)
+
+
+def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:
+    """Refuse to continue a checkpoint on another number of processes: it would see other batches than it began with."""
+    if not trainer.is_global_zero:
+        return
+    started = read_started(folder)
+    before = started.get("processes", trainer.world_size)
+    if resumed and before != trainer.world_size:
+        raise QatkitError(
+            f"trainer.devices: stage '{name}' was started on {before} processes and would continue on "
+            f"{trainer.world_size}; write trainer.devices={before}, or --force to train it again"
+        )
+    write_atomically(folder / "started.json", json.dumps(started | {"processes": trainer.world_size}))
 
 
 def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
@@ -115,11 +146,11 @@ def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
 def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
     """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed."""
     data.prepare_data()
+    metrics = {}
+    data.setup("fit")  # where most data modules make their validation set
+    metrics["val/accuracy"] = accuracy(model, data.val_dataloader())
     data.setup("test")
-    metrics = {
-        "val/accuracy": accuracy(model, data.val_dataloader()),
-        "test/accuracy": accuracy(model, data.test_dataloader()),
-    }
+    metrics["test/accuracy"] = accuracy(model, data.test_dataloader())
     layers = [asdict(row) for row in layer_table(model)]
     save_stage(folder, model, dataclasses.replace(record, metrics=metrics, layers=layers))
     (folder / "last.ckpt").unlink(missing_ok=True)
@@ -132,7 +163,7 @@ def accuracy(model: Callable[[Tensor], Tensor], batches: Any) -> float:
     right = count = 0
     for inputs, labels in batches:
         right += int((model(inputs).argmax(dim=-1) == labels).sum())
-        count += len(labels)
+        count += labels.numel()
     return right / max(count, 1)
 
 
@@ -164,7 +195,8 @@ def _strategy(trainer: TrainerConfig) -> Any:
         return trainer.strategy
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    processes = max(torch.cuda.device_count(), 1) if trainer.devices == "auto" else int(trainer.devices)
+    gpus = 0 if trainer.accelerator == "cpu" else torch.cuda.device_count()
+    processes = max(gpus, 1) if trainer.devices == "auto" else int(trainer.devices)
     # by default the strategy shares the work out as tensor parallelism: each process would then keep its own gradients
     return ModelParallelStrategy(
         data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False

@@ -180,3 +180,49 @@ def test_a_stage_killed_in_the_middle_continues_at_its_checkpoint(tmp_path: Path
     assert min(steps) >= done, "the second attempt repeated steps that were saved"
     assert (tmp_path / "stages" / "dense" / "stage.json").stat().st_mtime_ns == finished
     assert files(tmp_path) == files(whole[0])
+
+
+def test_a_batch_larger_than_the_data_is_an_error_and_no_finished_stage(tmp_path: Path) -> None:
+    run = start(tmp_path, "stages.dense.batch_size=2000")
+    with pytest.raises(QatkitError, match=r"stages\.dense: training ended at step 0 of 40; the data gave 0 batches"):
+        run_stages(run)
+    assert run.find("dense") is None
+
+
+def test_a_checkpoint_is_not_continued_on_another_number_of_processes(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    folder = run.folder("dense")
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"")
+    from qatkit.fingerprint import fingerprint, stage_inputs
+
+    inputs = stage_inputs(run.recipe, "dense")
+    started = {"inputs": inputs, "fingerprint": fingerprint(inputs, None), "processes": 4}
+    (folder / "started.json").write_text(json.dumps(started))
+    with pytest.raises(QatkitError, match=r"'dense' was started on 4 processes and would continue on 1"):
+        run_stages(run)
+
+
+def test_files_count_with_their_content_and_long_lists_are_no_files(tmp_path: Path) -> None:
+    from qatkit.fingerprint import changed_keys, stage_inputs
+
+    (tmp_path / "a.txt").write_text("one")
+    settings = [f'data.args={{"files": ["{tmp_path}/a.txt"], "name": "train"}}', f"model.args.channels={[8] * 200}"]
+    recipe = start(tmp_path, *settings).recipe
+    before = stage_inputs(recipe, "dense")
+    (tmp_path / "a.txt").write_text("two")
+    (changed,) = changed_keys(before, stage_inputs(recipe, "dense"))
+    assert changed.startswith("data.args.files[0] (content): was ")
+    assert changed_keys({"x": 1}, {"x": 1.0}) == ["x: was 1, is now 1.0"]
+
+
+def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "qatkit"), "run", "vision/digits_int4", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "stages" / "dense" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues from the last checkpoint" in errors

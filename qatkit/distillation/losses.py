@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,8 +33,9 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
             f"kd_loss: the student's logits have shape {list(student.shape)}, the teacher's {list(teacher.shape)}; "
             "they must be equal"
         )
-    log_p = F.log_softmax(student.float() / temperature, dim=-1)
-    log_q = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    lowest = torch.finfo(torch.float32).min  # a class masked with -inf in both adds 0, not inf - inf
+    log_p = F.log_softmax(student.float() / temperature, dim=-1).clamp(min=lowest)
+    log_q = F.log_softmax(teacher.detach().float() / temperature, dim=-1).clamp(min=lowest)
     divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=-1)
     if mask is None:
         return divergence.mean() * temperature**2

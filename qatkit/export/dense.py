@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.modules import full_tensor
-from qatkit.quantization.prepare import fake_quantizers, qat_layers
-from qatkit.quantization.state import quantizer_state
+from qatkit.quantization.modules import QATLayer, full_tensor
+from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 
 
 def export_dense(model: nn.Module, path: Path) -> None:
@@ -54,14 +53,16 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         QatkitError: a weight is shared by layers that quantize it differently.
     """
-    own = tuple(f"{name}." for name, _ in fake_quantizers(model))
+    own = quantizer_prefixes(model)
     tensors = {
         key: full_tensor(value).detach().cpu().contiguous().clone()
         for key, value in model.state_dict().items()
         if not key.startswith(own)
     }
     owner: dict[int, str] = {}
-    for name, layer in qat_layers(model):
+    for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer's weight is under each name
+        if not isinstance(layer, QATLayer):
+            continue
         with torch.no_grad():
             _, weight, bias = layer.operands(torch.zeros(1, device=layer.weight.device))
         for part, value in (("weight", weight), ("bias", bias)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.onnx_weights import check_onnx_weights
 from qatkit.export.runtime import load_runtime
+from qatkit.quantization.modules import QATLayer
 from qatkit.quantization.prepare import qat_layers, strip_qat
 
 
@@ -181,10 +182,11 @@ def _open_dense(trained: nn.Module, path: Path) -> tuple[int, list[str], Callabl
     loaded = copy.deepcopy(trained)
     strip_qat(loaded)
     expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
-    weights = 0
-    for name, layer in qat_layers(trained):
+    weights = sum(layer.weight.numel() for _, layer in qat_layers(trained) if layer.weight_fake_quant is not None)
+    for name, layer in trained.named_modules(remove_duplicate=False):  # a shared layer is there under each name
+        if not isinstance(layer, QATLayer):
+            continue
         _, weight, bias = layer.operands(torch.zeros(1))
-        weights += weight.numel() if layer.weight_fake_quant is not None else 0
         expected |= {
             f"{name}.{part}" if name else part: v for part, v in (("weight", weight), ("bias", bias)) if v is not None
         }

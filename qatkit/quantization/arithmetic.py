@@ -87,9 +87,13 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Make a scale positive and a normal number of ``spec.scale_dtype``; returned in float32."""
+    """Make a scale positive and a number of ``spec.scale_dtype``; returned in float32.
+
+    The smallest is 2**-24 for float16, its smallest subnormal: weights of 1e-5 would lose everything above it.
+    """
     dtype = getattr(torch, spec.scale_dtype)
-    scale = scale.abs().clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max)
+    smallest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
+    scale = scale.float().abs().clamp(smallest, torch.finfo(dtype).max)
     return scale if dtype is torch.float32 else scale.to(dtype).float()
 
 

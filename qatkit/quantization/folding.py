@@ -31,7 +31,8 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return []
-    folds = _find(model, "")
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    folds = [fold for fold in _find(model, "") if uses[id(model.get_submodule(fold[0]).weight)] == 1]  # not a tied one
     for conv_name, bn_name in folds:
         conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
         assert isinstance(conv, nn.Conv2d)
@@ -42,8 +43,10 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
             )
-        # a bias made here would come frozen; it takes over what BatchNorm's trained shift did
-        conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+        # a bias that torch makes here comes frozen, though it takes over what BatchNorm's trained shift did
+        trains = conv.weight.requires_grad or (bn.weight is not None and bn.weight.requires_grad)
+        conv.weight = nn.Parameter(weight.detach(), requires_grad=trains)
+        conv.bias = nn.Parameter(bias.detach(), requires_grad=trains)
         model.set_submodule(bn_name, nn.Identity())
     left = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     if left:

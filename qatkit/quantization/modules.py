@@ -89,8 +89,8 @@ class FakeQuantize(nn.Module):
             return x, None
         if not self.ready:
             raise RuntimeError(
-                "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, "
-                "or let the QuantizationAwareTraining callback do it"
+                "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, or "
+                "let QuantizationAwareTraining do it: fit before validate, test and predict, or give them ckpt_path"
             )
         scale, zero_point = self.qparams(x)
         gradient_scale = self._gradient_scale(x, scale)
@@ -98,7 +98,7 @@ class FakeQuantize(nn.Module):
 
     def _gradient_scale(self, x: Tensor, scale: Tensor) -> float:
         """LSQ, section 2.2: one over the root of (elements that share a scale, of one sample) times qmax."""
-        size = x.numel() / scale.numel() if self.role == "weight" else x.numel() / max(x.shape[0], 1)
+        size = x.numel() / max(scale.numel(), 1) if self.role == "weight" else x.numel() / max(x.shape[0], 1)
         return 1.0 / math.sqrt(max(size, 1) * self.spec.qmax)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class _RoundToMultiple(torch.autograd.Function):
 class QATLinear(QATLayer, nn.Linear):
     """`nn.Linear` over a fake-quantized weight and input."""
 
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(*self.operands(input))

@@ -53,7 +53,9 @@ class RangeObserver:
         self.high: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Widen the range by `x`."""
+        """Widen the range by `x`; an empty tensor (an expert that got no token) says nothing."""
+        if x.numel() == 0:
+            return
         low, high = torch.aminmax(x.detach())
         low, high = low.float().view(1), high.float().view(1)
         self.low = low if self.low is None else torch.minimum(self.low, low)

@@ -46,14 +46,38 @@ def prepare_qat(
         >>> prepare_qat(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), weight=QuantSpec(num_bits=4))
         ['0', '2']
     """
-    if weight is None and activation is None:
-        raise QatkitError("prepare_qat: neither weight nor activation is given; write weight=QuantSpec(num_bits=8)")
-    names = select_layers(model, include, exclude)
-    for name in names:  # every check before the first change: an error leaves the model as it was
-        _check(name, model.get_submodule(name), weight)
+    names = check_layers(model, weight, activation, include, exclude)
     for name in names:
         swap_layer(model.get_submodule(name), weight, activation)
+    set_fast_paths(model)
     return names
+
+
+def check_layers(
+    model: nn.Module,
+    weight: QuantSpec | None = None,
+    activation: QuantSpec | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> list[str]:
+    """Every check of `prepare_qat`, without changing the model; returns the names it would swap."""
+    if weight is None and activation is None:
+        raise QatkitError("prepare_qat: neither weight nor activation is given; write weight=QuantSpec(num_bits=8)")
+    if activation is not None and not activation.dynamic and activation.observer == "mse":
+        raise QatkitError("activation.observer: 'mse' is for weights; write minmax or lsq")
+    names = select_layers(model, include, exclude)
+    for name in names:
+        _check(name, model.get_submodule(name), weight, activation)
+    return names
+
+
+def set_fast_paths(model: nn.Module) -> None:
+    """Keep torch's fused encoder layer, which computes with the raw weights in eval mode, off quantized children."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            quantized = any(isinstance(child, QATLayer) for child in module.children())
+            known = {"relu": 1, "gelu": 2}.get(getattr(module.activation, "__name__", ""), 0)
+            module.activation_relu_or_gelu = 0 if quantized else known
 
 
 def strip_qat(model: nn.Module) -> list[str]:
@@ -68,6 +92,7 @@ def strip_qat(model: nn.Module) -> list[str]:
         layer = model.get_submodule(name)
         del layer.weight_fake_quant, layer.input_fake_quant
         layer.__class__ = plain[type(layer)]
+    set_fast_paths(model)
     return names
 
 
@@ -96,13 +121,13 @@ def select_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Se
             fits.append(name)
         elif isinstance(module, tuple(SWAPS)) or getattr(module, "weight", None) is not None:
             foreign[name] = type(module)
-    for key, patterns in (("include", include), ("exclude", exclude)):
-        for index, pattern in enumerate(patterns):
-            _check_pattern(f"{key}[{index}]", pattern, fits, foreign, must_fit=key == "include")
     excluded = {name for name in [*fits, *foreign] if any(fnmatchcase(name, p) for p in exclude)}
     for name, kind in foreign.items():
         if issubclass(kind, QATLayer) and name not in excluded and any(fnmatchcase(name, p) for p in include):
             raise QatkitError(f"layer '{name}' is already fake-quantized; exclude it, or call strip_qat(model) first")
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        for index, pattern in enumerate(patterns):
+            _check_pattern(f"{key}[{index}]", pattern, fits, foreign, must_fit=key == "include")
     chosen = [name for name in fits if name not in excluded and any(fnmatchcase(name, p) for p in include)]
     if not chosen:
         raise QatkitError(f"include {list(include)} minus exclude {list(exclude)} leaves no layer to quantize")
@@ -139,9 +164,20 @@ def _check_pattern(
         raise QatkitError(f"{key}: '{pattern}' matches no layer; {known}")
 
 
-def _check(name: str, layer: nn.Module, weight: QuantSpec | None) -> None:
+def _check(name: str, layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
     parameter = layer.weight
-    assert isinstance(parameter, nn.Parameter)
+    if not isinstance(parameter, nn.Parameter):
+        raise QatkitError(
+            f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); "
+            "make it permanent (prune.remove, remove_weight_norm), or exclude the layer"
+        )
+    if parameter.numel() == 0:
+        raise QatkitError(f"layer '{name}': its weight of shape {list(parameter.shape)} is empty; exclude it")
+    if activation is not None and activation.dynamic and parameter.dim() != 2:
+        raise QatkitError(
+            f"layer '{name}': strategy 'token' is for linear layers, whose last dimension is a token's; "
+            "use strategy: tensor, or exclude the layer"
+        )
     if not parameter.is_meta and not parameter.isfinite().all():
         raise QatkitError(f"layer '{name}': its weight holds NaN or infinite values; mend the checkpoint first")
     if weight is None or weight.group_size is None:

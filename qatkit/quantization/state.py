@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.arithmetic import round_scale
-from qatkit.quantization.modules import FakeQuantize, full_tensor
-from qatkit.quantization.prepare import qat_layers, swap_layer
+from qatkit.quantization.modules import FakeQuantize, QATLayer, full_tensor
+from qatkit.quantization.prepare import qat_layers, set_fast_paths, swap_layer
 from qatkit.spec import QuantSpec
 
 Specs = dict[str, dict[str, dict[str, Any]]]
@@ -62,12 +62,23 @@ def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
     for name, parts in specs.items():
         by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
         swap_layer(model.get_submodule(name), by_part.get("weight"), by_part.get("input"))
+    set_fast_paths(model)
 
 
 def _stored(fake_quant: FakeQuantize) -> tuple[Tensor, Tensor]:
     assert fake_quant.scale is not None
     assert fake_quant.zero_point is not None
     return round_scale(full_tensor(fake_quant.scale), fake_quant.spec), full_tensor(fake_quant.zero_point)
+
+
+def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the state-dict keys of fake quantizers start with, under every name that a shared layer has."""
+    return tuple(
+        f"{name}.{attribute}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QATLayer)
+        for attribute in _PARTS.values()
+    )
 
 
 def save_quantizers(model: nn.Module, path: Path) -> None:

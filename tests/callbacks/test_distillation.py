@@ -107,3 +107,24 @@ def test_a_student_that_training_step_never_calls_is_an_error() -> None:
 
     with pytest.raises(QatkitError, match=r"never called 'Direct', .* one of \['net'\]"):
         trainer(KnowledgeDistillation(teacher())).fit(Direct(), batches())
+
+
+def test_an_error_in_fit_leaves_the_module_as_it_was_and_the_callback_usable() -> None:
+    class Breaking(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            super().training_step(batch, batch_idx)
+            raise RuntimeError("broken")
+
+    broken, distil = Breaking(), KnowledgeDistillation(teacher(), student="net")
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(distil).fit(broken, batches())
+    assert "training_step" not in broken.__dict__
+    assert not broken.net._forward_hooks
+    distilled, plain = Classifier(), Classifier()
+    trainer(distil).fit(distilled, batches())
+    trainer().fit(plain, batches())
+    assert not torch.equal(distilled.net[0].weight, plain.net[0].weight)
+
+
+def test_a_teacher_follows_a_bf16_module() -> None:
+    trainer(KnowledgeDistillation(teacher(), student="net"), precision="bf16-true").fit(Classifier(), batches())

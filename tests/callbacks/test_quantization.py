@@ -179,3 +179,61 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_leaves_the_module_alone(
     with pytest.raises(QatkitError, match=r"include\[0\]: 'net.first' matches no layer; the nearest are"):
         trainer(QuantizationAwareTraining(W4, include=["net.first"])).fit(module, batches())
     assert type(module.net[0]) is nn.Linear
+
+
+def test_two_instances_leave_the_groups_of_a_decaying_optimizer_whole() -> None:
+    module = Classifier(weight_decay=0.1)
+    first = QuantizationAwareTraining(QuantSpec(num_bits=8, observer="lsq"), include=["net.0"])
+    second = QuantizationAwareTraining(QuantSpec(num_bits=4, observer="lsq"), include=["net.2"])
+    fit = trainer(first, second)
+    fit.fit(module, batches())
+    (group,) = fit.optimizers[0].param_groups
+    assert len(group["params"]) == len(list(module.parameters()))
+    assert all(len(fit.optimizers[0].state[scale]) for scale in (module.net[i].weight_fake_quant.scale for i in (0, 2)))
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer"])
+def test_an_error_in_a_step_leaves_the_groups_of_the_optimizer_whole(where: str) -> None:
+    class Breaking(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            if where == "forward" and batch_idx == 2:
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if where == "optimizer" and self.global_step == 2:
+                raise RuntimeError("broken")
+
+    fit = trainer(QuantizationAwareTraining(W4))
+    with pytest.raises(RuntimeError, match="broken"):
+        fit.fit(Breaking(weight_decay=0.1), batches())
+    assert len(fit.optimizers[0].param_groups) == 1
+
+
+def test_a_layer_that_only_calibration_runs_is_an_error_too() -> None:
+    class Around(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            x = F.linear(batch[0], self.net[0].weight, self.net[0].bias).relu()
+            return F.cross_entropy(self.net[2](x), batch[1])
+
+    with pytest.raises(QatkitError, match=r"training never calls their forward: \['net\.0'\]"):
+        trainer(QuantizationAwareTraining(W4, A8)).fit(Around(), batches())
+
+
+def test_a_mistake_in_a_pattern_leaves_batchnorm_unfolded() -> None:
+    module = Classifier(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)))
+    with pytest.raises(QatkitError, match="matches no layer"):
+        trainer(QuantizationAwareTraining(W4, include=["net.conv"])).fit(module, batches())
+    assert type(module.net[1]) is nn.BatchNorm2d
+
+
+def test_several_loaders_are_refused_for_calibration_with_what_to_do() -> None:
+    with pytest.raises(QatkitError, match=r"a dict of 2 loaders, .*qatkit\.calibrate"):
+        trainer(QuantizationAwareTraining(W4, A8)).fit(Classifier(), {"a": batches(), "b": batches()})
+
+
+def test_half_precision_modules_train_with_float32_arithmetic() -> None:
+    module = Classifier()
+    trainer(QuantizationAwareTraining(W4, A8), precision="bf16-true").fit(module, batches())
+    assert module.net[0].weight.dtype is torch.bfloat16
+    assert module.net[0].weight_fake_quant.qparams(module.net[0].weight)[0].dtype is torch.float32

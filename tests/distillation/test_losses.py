@@ -48,3 +48,9 @@ def test_masked_positions_do_not_count_and_an_empty_mask_gives_a_zero_with_a_gra
 def test_shapes_that_differ_are_refused_with_both_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[2, 3\], the teacher's \[2, 4\]"):
         kd_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_classes_masked_with_minus_infinity_in_both_add_nothing() -> None:
+    student, teacher = logits(0), logits(1)
+    masked = [torch.cat([part, torch.full((6, 5, 2), -torch.inf)], dim=-1) for part in (student, teacher)]
+    torch.testing.assert_close(kd_loss(*masked, temperature=2.0), kd_loss(student, teacher, 2.0))

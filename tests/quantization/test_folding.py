@@ -74,3 +74,14 @@ def test_a_folded_checkpoint_loads_into_a_fresh_model_after_replaying_the_folds(
     fresh.load_state_dict(model.state_dict())
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(fresh(x), model(x))
+
+
+def test_folding_keeps_frozen_layers_frozen_and_leaves_tied_convolutions_alone() -> None:
+    frozen = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)).requires_grad_(False)
+    fold_batchnorm(frozen)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    tied = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    tied[2].weight = tied[0].weight
+    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['1', '3'\]"):
+        assert fold_batchnorm(tied) == []
+    assert tied[2].weight is tied[0].weight

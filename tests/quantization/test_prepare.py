@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from qatkit import QatkitError, QatkitWarning, QATLinear, QuantSpec, calibrate, fake_quantize, prepare_qat, strip_qat
 from qatkit.quantization.modules import SWAPS
@@ -176,3 +177,51 @@ def test_a_bias_survives_a_channel_whose_scale_is_the_smallest_there_is() -> Non
     layer.weight_fake_quant.scale.data[1] = 0.0
     assert torch.equal(layer.operands(torch.randn(2, 8))[2][1], layer.bias[1])
     assert model(torch.randn(2, 8)).isfinite().all()
+
+
+def test_the_fused_encoder_layer_of_torch_does_not_bypass_the_quantization() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 1).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        plain = model(x)
+    prepare_qat(model, QuantSpec(num_bits=2), include=["*linear*"])
+    expected = model(x)
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-6)
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        strip_qat(model)
+        assert torch.equal(model(x), plain)
+
+
+def test_a_layer_under_two_names_is_saved_and_loaded_whole(tmp_path: Path) -> None:
+    from qatkit.checkpoint import StageRecord, load_stage, save_stage
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+    model, fresh = Twice(), Twice()
+    prepare_qat(model, LSQ)
+    save_stage(tmp_path, model, StageRecord("s", "f", {}))
+    load_stage(tmp_path, fresh, quantizers=True)
+    assert torch.equal(fresh.second.fake_quantized_weight(), model.first.fake_quantized_weight())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        (
+            prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
+            {},
+            r"'0': its weight is computed by a hook",
+        ),
+        (nn.Linear(4, 0), {}, r"'0': its weight of shape \[0, 4\] is empty"),
+        (nn.Conv2d(1, 1, 3), {"activation": QuantSpec(strategy="token")}, "'0': strategy 'token' is for linear layers"),
+        (nn.Linear(4, 4), {"activation": QuantSpec(strategy="tensor", observer="mse")}, "'mse' is for weights"),
+    ],
+)
+def test_a_layer_that_cannot_be_quantized_so_is_refused_by_name(layer: Any, options: Any, message: str) -> None:
+    with pytest.raises(QatkitError, match=message):
+        prepare_qat(nn.Sequential(layer), **({"weight": W4} | options))

@@ -1,0 +1,60 @@
+"""Weight decay is for weights: learned scales are left out of it, whatever groups the user made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from qatkit.quantization.prepare import fake_quantizers
+
+
+class DecayExemption:
+    """Takes learned scales out of decaying groups for the time of one optimizer step.
+
+    A scale is no weight: pulling it to zero moves the whole grid. The groups are as the user made them before and after
+    each step, so that learning-rate schedulers and optimizer checkpoints see what they know.
+    """
+
+    def __init__(self) -> None:
+        self._whole: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        self._apart: list[dict[str, Any]] = []
+        self._optimizer: Optimizer | None = None
+        self._hook: RemovableHandle | None = None
+
+    def split(self, optimizer: Optimizer, module: LightningModule) -> None:
+        """Before the step: give the scales of `module` groups of their own without decay.
+
+        The scales of every callback are split by the first one that is asked; for the others nothing is left to do.
+        """
+        self.join()
+        decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
+        if not decaying:
+            return
+        scales = {id(fq.scale) for _, fq in fake_quantizers(module) if isinstance(fq.scale, nn.Parameter)}
+        for group in decaying:
+            inside = [parameter for parameter in group["params"] if id(parameter) in scales]
+            if inside:
+                self._whole.append((group, group["params"]))
+                self._apart.append({**group, "params": inside, "weight_decay": 0.0})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in scales]
+        if self._whole:
+            optimizer.param_groups.extend(self._apart)
+            self._optimizer = optimizer
+            self._hook = optimizer.register_step_post_hook(lambda *_: self.join())
+
+    def join(self) -> None:
+        """After the step, or when it did not happen: put the groups back. Calling it again does nothing."""
+        if self._optimizer is None:
+            return
+        for group, parameters in self._whole:
+            group["params"] = parameters
+        apart = {id(group) for group in self._apart}
+        self._optimizer.param_groups[:] = [g for g in self._optimizer.param_groups if id(g) not in apart]
+        self._whole, self._apart, self._optimizer = [], [], None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
