@@ -5,9 +5,11 @@ Exit codes: 0 done; 1 a verification failed; 2 a mistake in the recipe, the comm
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="qatkit",
     help="Training-time compression of PyTorch models: what you train is what you ship.",
+    epilog="Exit codes: 0 done; 1 a verification failed; 2 a mistake, named in one message; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +38,8 @@ Allow = Annotated[
     list[str] | None,
     typer.Option("--allow", metavar="PKG", help="A package besides qatkit that the recipe may name code from."),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -85,6 +90,8 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option(help="Train stages again whose values have changed.")] = False,
     allow: Allow = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train, export, verify, measure and report. Run it again to continue where it was.
 
@@ -101,18 +108,20 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
     try:
-        trained = run_stages(this, until, force)
+        trained = run_stages(this, until, force, progress=sys.stderr.isatty() and not quiet)
     except KeyboardInterrupt:
         typer.echo("interrupted: the same command continues from the last checkpoint", err=True)
         raise typer.Exit(130) from None
     if not is_first_process():
         return
     for name in loaded.stages:
-        if (record := this.find(name)) is not None:
+        if (record := this.find(name)) is not None and not (quiet or as_json):
             state = f"trained in {record.seconds:.1f} s" if name in trained else "finished before, untouched"
             typer.echo(f"stage {name}: {state}, test accuracy {record.metrics['test/accuracy']:.2%}")
-    if until is None:
-        _deliver(this)
+    if until is None and loaded.export is not None:
+        _deliver(this, quiet, as_json)
+    elif not (quiet or as_json):
+        typer.echo("nothing is exported or compared: " + ("--until" if until else "the recipe has no export block"))
 
 
 @app.command()
@@ -128,7 +137,7 @@ def export(run: RunArgument, allow: Allow = None) -> None:
 
 
 @app.command()
-def verify(run: RunArgument, allow: Allow = None) -> None:
+def verify(run: RunArgument, allow: Allow = None, as_json: AsJson = False) -> None:
     """Reload the exported files in their runtime and prove that they compute what training computed.
 
     Example: qatkit verify runs/digits_int4
@@ -136,7 +145,9 @@ def verify(run: RunArgument, allow: Allow = None) -> None:
     from qatkit.delivery import verify_run
 
     checked = verify_run(_open(run, allow))
-    for stage, verification in checked.items():
+    if as_json:
+        typer.echo(json.dumps({stage: asdict(verification) for stage, verification in checked.items()}))
+    for stage, verification in checked.items() if not as_json else ():
         typer.echo(f"{stage}: {verification.summary()}")
     if not all(verification.passed for verification in checked.values()):
         raise typer.Exit(1)
@@ -149,6 +160,8 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="The page; RUN/report.html, or ./report.html for several runs.")
     ] = None,
     allow: Allow = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a run's exported files and write report.json, report.md and report.html, or compare several runs.
 
@@ -159,12 +172,13 @@ def report(
     if len(runs) == 1:
         this = _open(runs[0], allow)
         content = report_run(this)
-        _print_report(content, this.out, out)
+        _present(content, this.out, out, quiet, as_json)
         track_run(this, content)
         return
     page = out or Path("report.html")
     write_page(runs, page)
-    typer.echo(f"page: {page}")
+    if not quiet:
+        typer.echo(f"page: {page}")
 
 
 def _open(folder: Path, allow: list[str] | None) -> Run:
@@ -176,16 +190,13 @@ def _open(folder: Path, allow: list[str] | None) -> Run:
     return Run(load_recipe(folder / "recipe.yaml"), folder, allow or [])
 
 
-def _deliver(this: Run) -> None:
-    if this.recipe.export is None:
-        typer.echo("no export block in the recipe: nothing is exported or compared")
-        return
+def _deliver(this: Run, quiet: bool, as_json: bool) -> None:
     from qatkit.delivery import export_run, report_run, track_run, verify_run
 
     export_run(this)
     checked = verify_run(this)
     content = report_run(this)
-    _print_report(content, this.out)
+    _present(content, this.out, None, quiet, as_json)
     track_run(this, content)
     failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
     for stage, verification in failed.items():
@@ -194,22 +205,25 @@ def _deliver(this: Run) -> None:
         raise typer.Exit(1)
 
 
-def _print_report(content: dict[str, object], folder: Path, page: Path | None = None) -> None:
+def _present(content: dict[str, object], folder: Path, page: Path | None, quiet: bool, as_json: bool) -> None:
+    """Write the page beside the report, then print the comparison as it was asked for."""
     from rich.console import Console
 
     from qatkit.analysis.page import missing_packages
     from qatkit.analysis.report import terminal_table
     from qatkit.delivery import write_page
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(terminal_table(content))
-    typer.echo(f"report: {folder / 'report.md'}")
     if page is None and (missing := missing_packages()) is not None:
-        typer.echo(f"no report.html: {missing}, then: qatkit report {folder}")
-        return
-    page = page or folder / "report.html"
-    write_page([folder], page)
-    typer.echo(f"page: {page}")
+        where = f"no report.html: {missing}, then: qatkit report {folder}"
+    else:
+        page = page or folder / "report.html"
+        write_page([folder], page)
+        where = f"page: {page}"
+    if as_json:
+        typer.echo(json.dumps(content))
+    elif not quiet:
+        Console(width=None if sys.stdout.isatty() else 160).print(terminal_table(content))
+        typer.echo(f"report: {folder / 'report.md'}\n{where}")
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ class Run:
         return before[-1:] + compressing
 
 
-def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[str]:
+def run_stages(run: Run, until: str | None = None, force: bool = False, progress: bool = False) -> list[str]:
     """Train the stages of a recipe that are not finished yet.
 
     A finished stage is left untouched; a started one continues at its last checkpoint; both only if nothing that their
@@ -103,6 +103,7 @@ def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[
     Args:
         run: The recipe and its folder.
         until: The last stage to train; all by default.
+        progress: Draw a bar for each stage.
         force: Delete stages whose inputs have changed, and those after them, and train them again.
 
     Returns:
@@ -127,7 +128,7 @@ def run_stages(run: Run, until: str | None = None, force: bool = False) -> list[
     parent: str | None = None
     for name in todo:
         if name not in finished:
-            _run_stage(run, name, parent, prints[name])
+            _run_stage(run, name, parent, prints[name], progress)
             trained.append(name)
         parent = name
     return trained
@@ -174,7 +175,7 @@ def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, 
             return
 
 
-def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, Any], str]) -> None:
+def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, Any], str], progress: bool) -> None:
     inputs, own = print_
     folder = run.folder(name)
     started = time.perf_counter()
@@ -186,7 +187,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
     folds = run.record(parent).folds if parent else []
     model = run.load_model(parent, quantizers=False)
-    result = train(run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name))
+    result = train(run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), progress)
     if result.trainer.is_global_zero:
         model = finished_model(run.load_model(parent, quantizers=False), result)
         record = StageRecord(

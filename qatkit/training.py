@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from qatkit.callbacks import CompressionMonitor, KnowledgeDistillation, Quantiza
 from qatkit.checkpoint import StageRecord, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitError
+from qatkit.progress import StageProgress
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
@@ -50,6 +50,7 @@ def train(
     data: Callable[[int], LightningDataModule],
     folder: Path,
     loggers: Sequence[Logger],
+    progress: bool = False,
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
 
@@ -61,6 +62,7 @@ def train(
         data: Makes the data module for a batch size.
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
+        progress: Draw a bar.
     """
     stage = recipe.stages[name]
     quantize = _quantization(stage.quantize) if stage.quantize else None
@@ -71,6 +73,8 @@ def train(
         callbacks.append(
             KnowledgeDistillation(teacher, stage.distill.temperature, stage.distill.alpha, student="model")
         )
+    if progress:
+        callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"
     callbacks.append(_checkpoints(folder))
     trainer = Trainer(
@@ -87,7 +91,7 @@ def train(
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the data module slices by rank, in an order that depends on the seed alone
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=False,  # ours goes over the whole stage, Lightning's over an epoch
         enable_model_summary=False,
     )
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import onnx
@@ -48,6 +55,29 @@ def test_output_that_is_not_a_terminal_has_no_bars_and_no_escape_codes(run: Path
     done = qatkit("report", run.name, cwd=run.parent)
     assert "\x1b" not in done.stdout + done.stderr
     assert "\r" not in done.stdout + done.stderr
+
+
+def test_json_is_the_report_alone_and_quiet_is_silent(run: Path) -> None:
+    done = qatkit("report", run.name, "--json", cwd=run.parent)
+    assert json.loads(done.stdout)["rows"][2]["stage"] == "qat"
+    assert json.loads(qatkit("verify", run.name, "--json", cwd=run.parent).stdout)["qat"]["passed"] is True
+    assert qatkit("report", run.name, "--quiet", cwd=run.parent).stdout == ""
+
+
+def test_a_terminal_sees_a_bar_for_each_stage_with_metrics(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "qatkit"), "run", "vision/digits_int4", *SHORT, "--until", "ptq"]
+    master, slave = pty.openpty()
+    size = struct.pack("HHHH", 40, 160, 0, 0)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=slave, stderr=slave, env=os.environ | {"TERM": "xterm"})
+    os.close(slave)
+    seen = b""
+    with contextlib.suppress(OSError):  # what a closed terminal answers
+        while chunk := os.read(master, 4096):
+            seen += chunk
+    assert process.wait(timeout=60) == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", seen).decode()
+    assert re.search(r"stage dense \(1 of 3\) .* \d+/30 train/loss \d\.\d{4}", text)
 
 
 def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) -> None:

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": PLAIN | TECHNIQUES,
     "analysis": PLAIN | TECHNIQUES | {"export"},
     "tracking": PLAIN | {"recipe"},
+    "progress": PLAIN,
     "validation": PLAIN | TECHNIQUES | {"recipe", "schema", "factories", "tracking"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli"}
