@@ -86,7 +86,7 @@ def main(mode: str, out: Path) -> None:
 
     qatkit.callbacks.quantization.calibrate = watched_calibrate
     teacher = KnowledgeDistillation(copy.deepcopy(model), temperature=2.0, alpha=0.5, student="model")
-    monitor = CompressionMonitor(every=3)
+    monitor = CompressionMonitor(every=4)
     # the strategy's own defaults would make it tensor-parallel and leave every process with its own gradients
     fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
     strategy = {"single": "auto", "ddp": "ddp", "fsdp2": fsdp2}[mode]
