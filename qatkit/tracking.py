@@ -245,6 +245,8 @@ def _mode() -> str:
         return "offline"
     if mode == "disabled":
         return mode
+    if wandb.run is not None:  # the user's own: where it may send to, this one may, and login() answers no beside it
+        return "offline" if wandb.run.offline else mode
     return mode if wandb.login(prompt=False, verify=False) else "offline"
 
 

@@ -264,6 +264,21 @@ def test_without_an_account_the_run_is_offline_whatever_is_asked(
 
 
 @pytest.mark.usefixtures("nobody")
+def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = wandb.init(mode="offline", dir=tmp_path / "theirs", id="theirs")
+    tracking = Tracking(recipe("wandb"), tmp_path)
+    (_, logger) = tracking.loggers("dense")
+    logger.log_metrics({"loss": 1.0}, step=0)
+    tracking.close()
+    assert wandb.run is theirs
+    theirs.finish()
+    (own,) = run_files(tmp_path)
+    assert [row["dense/loss"] for row in Records(own).history()] == [1.0]
+    (other,) = run_files(tmp_path / "theirs")
+    assert b"dense/loss" not in other.read_bytes()
+
+
+@pytest.mark.usefixtures("nobody")
 def test_disabled_means_csv_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracking = Tracking(recipe("wandb"), tmp_path)
