@@ -66,9 +66,9 @@ class KnowledgeDistillation(Callback):
                 "could be added to; add qatkit.distillation.losses.kd_loss(student_logits, teacher_logits) to your loss"
             )
         student = self._student(pl_module)
-        if self.teacher.model is student or self.teacher.model is pl_module:
+        if any(module is self.teacher.model for module in pl_module.modules()):
             raise QatkitError(
-                "teacher: it is the student itself, which would teach nothing; pass a copy.deepcopy of it"
+                "teacher: it is part of the module that trains, and would teach itself; pass copy.deepcopy(...) of it"
             )
         step = pl_module.training_step
         own = pl_module.__dict__.get("training_step")

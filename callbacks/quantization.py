@@ -59,6 +59,12 @@ class QuantizationAwareTraining(Callback):
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
+        for name, spec in (("weight", weight), ("activation", activation)):
+            if spec is not None and not isinstance(spec, QuantSpec):
+                raise QatkitError(f"{name}: {spec!r} is no QuantSpec; write QuantSpec(num_bits=8)")
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise QatkitError(f"{name}: '{patterns}' is no list of patterns; write ['{patterns}']")
         self.weight = weight
         self.activation = activation
         self.include = list(include)

@@ -5,6 +5,7 @@ Needs: pip install 'qatkit[demo]'
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -49,8 +50,6 @@ def main(epochs: int = 10) -> None:
 
     module.eval()
     images = next(iter(data.test_dataloader()))[0]
-    from pathlib import Path
-
     export_onnx(module.net, images, Path("digits.onnx"))
     print(verify(module.net, Path("digits.onnx"), data.test_dataloader()).summary())
 

@@ -210,7 +210,7 @@ def _present(content: dict[str, object], folder: Path, page: Path | None, quiet:
     from rich.console import Console
 
     from qatkit.analysis.page import missing_packages
-    from qatkit.analysis.report import terminal_table
+    from qatkit.analysis.report import kernel_notes, terminal_table
     from qatkit.delivery import write_page
 
     if page is None and (missing := missing_packages()) is not None:
@@ -223,6 +223,8 @@ def _present(content: dict[str, object], folder: Path, page: Path | None, quiet:
         typer.echo(json.dumps(content))
     elif not quiet:
         Console(width=None if sys.stdout.isatty() else 160).print(terminal_table(content))
+        for note in kernel_notes(content):
+            typer.echo(f"note: {note}")
         typer.echo(f"report: {folder / 'report.md'}\n{where}")
 
 
@@ -233,6 +235,9 @@ def main() -> None:
         app()
     except QatkitError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"error: {error.filename or ''}: {error.strerror or error}; write another path", err=True)
         sys.exit(2)
 
 

@@ -27,6 +27,7 @@ from qatkit.checkpoint import write_atomically
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
+from qatkit.export.runtime import integer_kernels
 from qatkit.export.verify import Verification, verify
 from qatkit.pipeline import Run
 from qatkit.quantization.folding import fold_batchnorm
@@ -98,6 +99,7 @@ def report_run(run: Run) -> dict[str, Any]:
                 "test_accuracy": record.metrics["test/accuracy"],
                 "bytes": path.stat().st_size,
                 "latency": latencies.get(stage, []),
+                "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
                 "verification": json.loads(verification.read_text()),
                 "layers": record.layers,
                 "histograms": _histograms(run, stage),

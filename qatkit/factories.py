@@ -12,6 +12,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -155,7 +156,10 @@ def _import(module: str, name: str, key: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            here = Path(f"{error.name}.py").exists() or Path(error.name).is_dir()
             near = suggest(module, _siblings(error.name))
+            if here:  # a console script does not look in the current folder, as `python script.py` does
+                near = "it is in this folder, which Python does not search; write PYTHONPATH=. before the command"
             raise QatkitError(f"{key}: '{name}': there is no module '{error.name}'; {near}") from None
         raise QatkitError(f"{key}: '{name}' needs '{error.name}', which is not installed; install it") from error
     except Exception as error:  # foreign code may raise anything while it is imported

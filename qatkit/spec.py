@@ -7,7 +7,7 @@ hold another opinion about ranges, granularity or rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Strategy = Literal["tensor", "channel", "group", "token"]
 Observer = Literal["minmax", "mse", "lsq"]
@@ -43,6 +43,11 @@ class QuantSpec:
     """The dtype that scales are rounded to, in training as in the exported file."""
 
     def __post_init__(self) -> None:
+        if type(self.num_bits) is not int:
+            raise ValueError(f"num_bits: {self.num_bits!r} is no whole number; write one from 2 to 8")
+        for name, kind in (("strategy", Strategy), ("observer", Observer), ("scale_dtype", ScaleDtype)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name}: {value!r} is unknown; write one of {', '.join(get_args(kind))}")
         if not 2 <= self.num_bits <= 8:
             raise ValueError(f"num_bits: {self.num_bits} is out of range; write 2 to 8")
         if self.strategy == "group" and (self.group_size is None or self.group_size < 1):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.factories import build, check_arguments, resolve
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.recipe import Recipe
@@ -38,6 +39,14 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         ['conv1', 'conv2', 'conv3', 'classifier']
     """
     check_logger(recipe.trainer)
+    for name, stage in recipe.stages.items():
+        if stage.distill is not None and recipe.teacher_of(name) is None:
+            warnings.warn(
+                f"stages.{name}.distill: no stage comes before it to teach, so the model teaches as its factory makes "
+                "it; untrained it teaches nothing: put a dense stage first",
+                QatkitWarning,
+                stacklevel=2,
+            )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
     model = _meta_model(recipe, allow)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.loading import list_recipes, load_recipe
 from qatkit.validation import validate_recipe
 
@@ -137,3 +137,13 @@ def test_a_recipe_that_does_not_fit_its_code_is_refused_by_key(
     assert message.startswith(f"{key}: "), message
     for part in parts:
         assert part in message
+
+
+def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
+    text = tmp_path / "recipe.yaml"
+    text.write_text(
+        "name: x\nmodel: {factory: 'qatkit.models:mlp'}\ndata: {factory: 'qatkit.data:digits'}\n"
+        "stages: {qat: {max_steps: 1, distill: {}, quantize: {weight: {num_bits: 4}}}}\n"
+    )
+    with pytest.warns(QatkitWarning, match=r"stages\.qat\.distill: no stage comes before it to teach"):
+        validate_recipe(load_recipe(text))

@@ -38,6 +38,21 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def kernel_notes(report: dict[str, Any]) -> list[str]:
+    """A sentence for every quantized stage of which the runtime computes some products in floating point."""
+    notes = []
+    for row in report["rows"]:
+        kernels = row.get("kernels")
+        if row["layers"] and kernels and kernels["floating"]:
+            floating = ", ".join(f"{count} {name}" for name, count in kernels["floating"].items())
+            integer = ", ".join(f"{count} {name}" for name, count in kernels["integer"].items()) or "none"
+            notes.append(
+                f"{row['stage']}: not every layer runs on integer kernels, which costs speed (integer: {integer}; "
+                f"floating point: {floating}). A layer needs its input and its output quantized: docs/own_model.md"
+            )
+    return notes
+
+
 def _ratio(ratio: float, word: str, itself: bool) -> str:
     return "" if itself else f" ({ratio:.2f}x {word})"
 
@@ -60,6 +75,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["Accuracies are of the held-out test split. Size is that of the file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
+    if notes := kernel_notes(report):
+        lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
     for row in report["rows"]:
         if row["layers"]:
             lines += ["", f"## Layers of {row['stage']}", ""]

@@ -17,7 +17,7 @@ from qatkit.quantization.modules import QATLayer, full_tensor
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 
 
-def export_dense(model: nn.Module, path: Path) -> None:
+def export_dense(model: nn.Module, path: Path | str) -> None:
     """Write a model's weights under plain names, those of quantized layers as the values that training computed with.
 
     A plain model that loads the file has exactly the trained weights, in their own dtype. The rounding of activations
@@ -43,7 +43,7 @@ def export_dense(model: nn.Module, path: Path) -> None:
     """
     tensors = dense_state(model)
     specs = quantizer_state(model)[1]
-    with replacing(path) as temporary:
+    with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "specs": json.dumps(specs)})
 
 

@@ -34,7 +34,7 @@ from qatkit.quantization.state import quantizer_state
 from qatkit.spec import QuantSpec
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
     """Write a plain or a fake-quantized model to an ONNX file whose batch dimension is dynamic.
 
     The model itself is left as it is; what is written computes as in eval mode.
@@ -77,7 +77,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     blocked = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = _trace(plain, example, opset=21 if blocked else 20)
     _name_after_layers(program.model, plain)
-    with replacing(path) as temporary:
+    with replacing(Path(path)) as temporary:
         _write(program, specs, temporary)
 
 

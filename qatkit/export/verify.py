@@ -62,7 +62,7 @@ class Verification:
 
 
 def verify(
-    model: nn.Module, path: Path, batches: Iterable[tuple[Tensor, Tensor]], threads: int | None = None
+    model: nn.Module, path: Path | str, batches: Iterable[tuple[Tensor, Tensor]], threads: int | None = None
 ) -> Verification:
     """Compare an exported file with the model it was made from.
 
@@ -93,6 +93,7 @@ def verify(
         ...     verify(model, Path(folder) / "model.onnx", [(x, torch.zeros(16))]).passed
         True
     """
+    path = Path(path)
     if path.suffix not in _FORMATS:
         raise QatkitError(f"{path}: '{path.suffix}' files cannot be verified; give one of {sorted(_FORMATS)}")
     if not path.exists():

@@ -63,6 +63,11 @@ def check_layers(
     """Every check of `prepare_qat`, without changing the model; returns the names it would swap."""
     if weight is None and activation is None:
         raise QatkitError("prepare_qat: neither weight nor activation is given; write weight=QuantSpec(num_bits=8)")
+    if activation is not None and activation.strategy not in ("tensor", "token"):
+        raise QatkitError(
+            f"activation.strategy: '{activation.strategy}' is for weights; write QuantSpec(..., strategy='tensor') for "
+            "calibrated ranges or strategy='token' for dynamic ones"
+        )
     if activation is not None and not activation.dynamic and activation.observer == "mse":
         raise QatkitError("activation.observer: 'mse' is for weights; write minmax or lsq")
     names = select_layers(model, include, exclude)

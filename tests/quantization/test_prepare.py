@@ -220,6 +220,7 @@ def test_a_layer_under_two_names_is_saved_and_loaded_whole(tmp_path: Path) -> No
         (nn.Linear(4, 0), {}, r"'0': its weight of shape \[0, 4\] is empty"),
         (nn.Conv2d(1, 1, 3), {"activation": QuantSpec(strategy="token")}, "'0': strategy 'token' is for linear layers"),
         (nn.Linear(4, 4), {"activation": QuantSpec(strategy="tensor", observer="mse")}, "'mse' is for weights"),
+        (nn.Linear(4, 4), {"activation": QuantSpec(8)}, "activation.strategy: 'channel' is for weights"),
     ],
 )
 def test_a_layer_that_cannot_be_quantized_so_is_refused_by_name(layer: Any, options: Any, message: str) -> None:
