@@ -85,6 +85,17 @@ def test_the_python_of_the_page_runs(page: Path, tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
 
 
+def test_the_callbacks_work_in_an_interactive_session_as_in_a_notebook(tmp_path: Path) -> None:
+    # no file, no main guard: what makes Lightning take a session for interactive, and spawning impossible
+    code = "\n".join(blocks(ROOT / "docs" / "own_trainer.md", "python"))
+    code = PRELUDE + code.replace("max_epochs=10", "max_epochs=1, logger=False, enable_checkpointing=False")
+    done = subprocess.run(
+        [sys.executable, "-i"], input=code + "\n", cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "passed: all" in done.stdout
+
+
 def test_the_tables_are_those_of_the_benchmark_results() -> None:
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], check=True)
 
