@@ -218,7 +218,13 @@ def test_files_count_with_their_content_and_long_lists_are_no_files(tmp_path: Pa
 
 def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "qatkit"), "run", "vision/digits_int4", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def as_in_a_terminal() -> None:  # a test-suite started in the background hands on that SIGINT is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "stages" / "dense" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
