@@ -85,10 +85,10 @@ class KnowledgeDistillation(Callback):
             if own is None:
                 del pl_module.training_step
             else:
-                pl_module.training_step = own  # type: ignore[method-assign]
+                pl_module.training_step = own  # type: ignore[method-assign]  # on the instance, as it was
 
         # on the instance: the class, and other modules made from it, stay as the user wrote them
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance
         hook = student.register_forward_hook(self._record, with_kwargs=True)
         self._undo = [restore, hook.remove]
 

@@ -98,7 +98,7 @@ class QuantizationAwareTraining(Callback):
             self._calibrate(trainer, pl_module)
 
     def _check_order(self, trainer: Trainer) -> None:
-        for earlier in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
+        for earlier in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]  # set by Lightning
             if isinstance(earlier, WeightAveraging):
                 raise QatkitError(
                     f"callbacks: {type(earlier).__name__} copies the module before its layers are quantized, and would "
