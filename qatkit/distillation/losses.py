@@ -1,13 +1,26 @@
-"""Distillation losses: pure functions of two sets of logits."""
+"""Distillation losses: pure functions of two sets of logits, the mean over the positions that count."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qatkit.errors import QatkitError
 
-def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+IGNORED = -100
+"""The label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
     """``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, the mean over positions.
 
     Hinton, Vinyals and Dean (2015, https://arxiv.org/abs/1503.02531), section 2: the factor ``T**2`` keeps the size of
@@ -18,9 +31,10 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
         teacher: Logits of the same shape; no gradient flows into them.
         temperature: Divides both sets of logits.
         mask: True where a position counts, ``[...]``; every position by default. Where none counts the loss is 0.
+        labels: Class numbers ``[...]``; a position with -100 does not count.
 
     Raises:
-        ValueError: the shapes differ.
+        QatkitError: the shapes differ.
 
     Example:
         >>> import torch
@@ -28,16 +42,144 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Te
         >>> kd_loss(logits, logits, temperature=4.0).item()
         0.0
     """
+    log_q, log_p = _log_probabilities("kd_loss", student, teacher, temperature)
+    return masked_mean(_kl(log_p, log_q), mask, labels) * temperature**2
+
+
+def reverse_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """``T**2 * KL(softmax(student / T) || softmax(teacher / T))``: the student learns some of the teacher's modes well.
+
+    Gu et al. (2023, https://arxiv.org/abs/2306.08543), equation 1, over the classes of each position.
+
+    Args:
+        student: As in `kd_loss`.
+        teacher: As in `kd_loss`.
+        temperature: As in `kd_loss`.
+        mask: As in `kd_loss`.
+        labels: As in `kd_loss`.
+
+    Raises:
+        QatkitError: the shapes differ.
+    """
+    log_q, log_p = _log_probabilities("reverse_kl_loss", student, teacher, temperature)
+    return masked_mean(_kl(log_q, log_p), mask, labels) * temperature**2
+
+
+def jsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence: ``T**2 * (beta * KL(p || m) + (1 - beta) * KL(q || m))``.
+
+    p is the teacher, q the student and ``m = beta * p + (1 - beta) * q``. Agarwal et al. (2023,
+    https://arxiv.org/abs/2306.13649), equation 1; the factor ``T**2`` is that of `kd_loss`.
+
+    Args:
+        student: As in `kd_loss`.
+        teacher: As in `kd_loss`.
+        temperature: As in `kd_loss`.
+        mask: As in `kd_loss`.
+        labels: As in `kd_loss`.
+        beta: Share of the teacher in the mixture, between 0 and 1. Divided by ``beta``, the loss tends to `kd_loss`
+            as it goes to 0; divided by ``1 - beta``, to `reverse_kl_loss` as it goes to 1.
+
+    Raises:
+        QatkitError: the shapes differ or `beta` is out of range.
+    """
+    check_beta(beta)
+    log_q, log_p = _log_probabilities("jsd_loss", student, teacher, temperature)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    divergence = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return masked_mean(divergence, mask, labels) * temperature**2
+
+
+def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    """Mean squared difference of logits, or of the numbers that a regression predicts.
+
+    Ba and Caruana (2014, https://arxiv.org/abs/1312.6184), equation 1 without its factor 1/2.
+
+    Args:
+        student: Outputs ``[..., classes]``, any float dtype; computed in float32.
+        teacher: Outputs of the same shape; no gradient flows into them.
+        mask: As in `kd_loss`.
+        labels: As in `kd_loss`.
+
+    Raises:
+        QatkitError: the shapes differ.
+    """
+    check_shapes("mse_loss", student, teacher)
+    difference = student.float() - teacher.detach().float()
+    return masked_mean(difference.square().mean(dim=-1), mask, labels)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> Tensor:
+    """The mean over the positions that count, 0 with a graph where none does.
+
+    Args:
+        values: A number for every position, ``[...]``.
+        mask: True or 1 where a position counts, ``[...]``.
+        labels: Class numbers ``[...]``; a position with -100 does not count.
+    """
+    if labels is not None:
+        counted = labels != IGNORED
+        mask = counted if mask is None else mask.bool() & counted
+    if mask is None:
+        return values.mean()
+    # the denominator is clamped rather than the batch skipped: under DDP every rank must keep its graph
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
+    """Raise unless the two have one shape.
+
+    Raises:
+        QatkitError: names both shapes.
+    """
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"kd_loss: the student's logits have shape {list(student.shape)}, the teacher's {list(teacher.shape)}; "
+        raise QatkitError(
+            f"{name}: the student's logits have shape {list(student.shape)}, the teacher's {list(teacher.shape)}; "
             "they must be equal"
         )
-    lowest = torch.finfo(torch.float32).min  # a class masked with -inf in both adds 0, not inf - inf
-    log_p = F.log_softmax(student.float() / temperature, dim=-1).clamp(min=lowest)
-    log_q = F.log_softmax(teacher.detach().float() / temperature, dim=-1).clamp(min=lowest)
-    divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=-1)
-    if mask is None:
-        return divergence.mean() * temperature**2
-    # the denominator is clamped rather than the batch skipped: under DDP every rank must keep its graph
-    return (divergence * mask).sum() / mask.sum().clamp(min=1) * temperature**2
+
+
+def check_beta(beta: float) -> None:
+    """Raise unless it is a share.
+
+    Raises:
+        QatkitError: `beta` is out of range.
+    """
+    if not 0 < beta < 1:
+        raise QatkitError(
+            f"beta: {beta} is out of range; write a number between 0 and 1, or take the loss 'kl' for 0 and "
+            "'reverse_kl' for 1"
+        )
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """``log_softmax(logits / T)`` in float32, never -inf: a class masked in student and teacher then adds 0, not NaN.
+
+    Args:
+        logits: ``[..., classes]``, any float dtype.
+        temperature: Divides the logits.
+    """
+    return F.log_softmax(logits.float() / temperature, dim=-1).clamp(min=torch.finfo(torch.float32).min)
+
+
+def _log_probabilities(name: str, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    check_shapes(name, student, teacher)
+    return log_probabilities(student, temperature), log_probabilities(teacher.detach(), temperature)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p || q)`` of every position."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)

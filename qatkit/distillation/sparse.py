@@ -1,0 +1,113 @@
+"""The divergence from a teacher of whom only the k most probable classes are kept, and the mass of all others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatkit.distillation.losses import check_shapes, log_probabilities, masked_mean
+from qatkit.errors import QatkitError
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def top_k_log_probabilities(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most probable classes, their log-probabilities, and that of all other classes together.
+
+    Args:
+        logits: ``[..., classes]``, any float dtype; computed in float32.
+        k: How many classes, at least 1 and fewer than all.
+        temperature: Divides the logits.
+
+    Returns:
+        Indices int64 ``[..., k]``, log-probabilities float32 ``[..., k]`` in falling order, and of the tail ``[...]``.
+
+    Raises:
+        QatkitError: `k` is out of range.
+    """
+    if not 1 <= k < logits.shape[-1]:
+        raise QatkitError(
+            f"k: {k} is out of range; write a number from 1 to {logits.shape[-1] - 1}, one less than there are classes"
+        )
+    log_p = log_probabilities(logits, temperature)
+    top, indices = log_p.topk(k, dim=-1)
+    return indices, top, _tail(log_p, indices)
+
+
+def sparse_kd_loss(
+    student: Tensor,
+    indices: Tensor,
+    log_p: Tensor,
+    log_tail: Tensor | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """``T**2 * KL(p || q)`` over the teacher's k most probable classes and, as one more class, the rest.
+
+    Merging classes can only lower the divergence (the data-processing inequality), so the loss is a lower bound of
+    `kd_loss`, and 0 where the two agree. Without the tail both are normalised over the k classes: such a student is
+    told nothing about the mass it puts elsewhere, and is biased (Anshumann et al. 2025,
+    https://arxiv.org/abs/2503.16870, section 3).
+
+    Args:
+        student: Logits ``[..., classes]``, any float dtype; computed in float32.
+        indices: The teacher's classes ``[..., k]``, integers.
+        log_p: The teacher's log-probabilities of them ``[..., k]`` at this temperature.
+        log_tail: The log of the teacher's probability of all others ``[...]``; None leaves them out.
+        temperature: Divides the student's logits.
+        mask: As in `kd_loss`.
+        labels: As in `kd_loss`.
+
+    Raises:
+        QatkitError: the shapes do not fit.
+    """
+    if indices.shape != log_p.shape or indices.shape[:-1] != student.shape[:-1]:
+        raise QatkitError(
+            f"sparse_kd_loss: the student's logits have shape {list(student.shape)}, the teacher's indices "
+            f"{list(indices.shape)} and log-probabilities {list(log_p.shape)}; all but the last size must be equal"
+        )
+    log_q = log_probabilities(student, temperature)
+    p, q = log_p.detach().float(), log_q.gather(-1, indices.long())
+    if log_tail is None:
+        p, q = p - p.logsumexp(dim=-1, keepdim=True), q - q.logsumexp(dim=-1, keepdim=True)
+    else:
+        p = torch.cat([p, log_tail.detach().float().unsqueeze(-1)], dim=-1)
+        # stored in half precision, the masses no longer sum to 1; then even equal models would not have loss 0
+        p = p - p.logsumexp(dim=-1, keepdim=True)
+        q = torch.cat([q, _tail(log_q, indices.long()).unsqueeze(-1)], dim=-1)
+    p = p.clamp(min=_LOWEST)
+    return masked_mean((p.exp() * (p - q)).sum(dim=-1), mask, labels) * temperature**2
+
+
+def top_k_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    k: int,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    tail: bool = True,
+) -> Tensor:
+    """`sparse_kd_loss` from a teacher's whole logits.
+
+    Args:
+        student: As in `kd_loss`.
+        teacher: As in `kd_loss`.
+        k: How many of the teacher's classes stand for themselves, at least 1 and fewer than all.
+        temperature: As in `kd_loss`.
+        mask: As in `kd_loss`.
+        labels: As in `kd_loss`.
+        tail: Count all other classes as one more.
+
+    Raises:
+        QatkitError: the shapes differ or `k` is out of range.
+    """
+    check_shapes("top_k_kd_loss", student, teacher)
+    indices, log_p, log_tail = top_k_log_probabilities(teacher.detach(), k, temperature)
+    return sparse_kd_loss(student, indices, log_p, log_tail if tail else None, temperature, mask, labels)
+
+
+def _tail(log_p: Tensor, indices: Tensor) -> Tensor:
+    """Log of the probability outside of `indices`: a sum of what is there, as 1 minus the rest would round to 0."""
+    return log_p.scatter(-1, indices, _LOWEST).logsumexp(dim=-1)
