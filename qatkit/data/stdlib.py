@@ -1,0 +1,155 @@
+"""A text corpus that is on every machine: the Python standard library of the running interpreter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sysconfig
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from qatkit.data.text import SPLITS, TextDataModule, Windows, cached_folder, tokenize, train_tokenizer
+from qatkit.errors import QatkitError
+
+# not the library itself (site-packages), not on every machine (tests, idlelib), or generated: the tables of encodings
+# are near copies of each other, so that held-out ones would be known by heart
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+
+
+def stdlib_text(
+    context: int = 128,
+    vocab_size: int = 2048,
+    include: Sequence[str] = ("*",),
+    val_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> TextDataModule:
+    """The sources of Python's standard library as windows of tokens: about 8 MB of text that need no download.
+
+    Whole files are held out for validation and test, by a hash of their names, so that every machine with the same
+    Python has the same splits. The byte-level BPE tokenizer is learned from the training files. Tokens are kept in
+    ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``.
+
+    Args:
+        context: Tokens of a window, at least 2.
+        vocab_size: Tokens of the tokenizer at most, 257 to 65536.
+        include: Globs over the files' names, such as ``json/*``; every one must match a file.
+        val_fraction: Share of files held out for validation.
+        test_fraction: Share of files held out for the reported numbers.
+        batch_size: Windows per device and step.
+        seed: Decides the training order.
+
+    Raises:
+        QatkitError: a number is out of range, a glob matches no file, or a split is left without a file.
+
+    Example:
+        >>> data = stdlib_text(context=32, vocab_size=512, include=["email/*"], val_fraction=0.2, test_fraction=0.2)
+        >>> next(iter(data.train_dataloader()))["input_ids"].shape
+        torch.Size([64, 32])
+    """
+    folder = partial(stdlib_tokens, vocab_size, tuple(include), val_fraction, test_fraction)
+    return TextDataModule(folder, context, batch_size, seed)
+
+
+def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test windows of the standard library without Lightning, each ``[N, context]`` int64.
+
+    Example:
+        >>> train, val, test = text_windows(context=64)  # doctest: +SKIP
+    """
+    folder = stdlib_tokens(vocab_size)
+
+    train, val, test = (Windows(partial(np.load, folder / f"{split}.npy"), context).tensor() for split in SPLITS)
+    return train, val, test
+
+
+def stdlib_tokens(
+    vocab_size: int = 2048, include: Sequence[str] = ("*",), val_fraction: float = 0.05, test_fraction: float = 0.05
+) -> Path:
+    """The cached folder with ``train.npy``, ``val.npy``, ``test.npy`` and ``tokenizer.json``, made on first use.
+
+    Raises:
+        QatkitError: as `stdlib_text`.
+    """
+    splits = split_files(stdlib_files(include=include), val_fraction, test_fraction)
+    documents = {split: [path.read_bytes() for path in files.values()] for split, files in splits.items()}
+    corpus = [
+        [name, _sha256(text)] for split in SPLITS for name, text in zip(splits[split], documents[split], strict=True)
+    ]
+    key = {
+        "corpus": _sha256(json.dumps([[len(splits[split]) for split in SPLITS], corpus]).encode()),
+        "vocab_size": vocab_size,
+        "python": platform.python_version(),
+        "tokenizers": version("tokenizers"),
+    }
+
+    def write(folder: Path) -> None:
+        texts = {split: [text.decode(errors="replace") for text in documents[split]] for split in SPLITS}
+        tokenizer = train_tokenizer(texts["train"], vocab_size)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        for split in SPLITS:
+            np.save(folder / f"{split}.npy", tokenize(tokenizer, texts[split]))
+
+    return cached_folder(key, write)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def stdlib_files(root: Path | None = None, include: Sequence[str] = ("*",)) -> dict[str, Path]:
+    """The library's own ``.py`` files by their name below its folder, in sorted order.
+
+    Args:
+        root: The library's folder; the running interpreter's by default.
+        include: Globs over the names; every one must match.
+
+    Raises:
+        QatkitError: a glob matches no file.
+    """
+    root = root or Path(sysconfig.get_paths()["stdlib"])
+    names = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    kept = {name: names[name] for name in sorted(names) if _belongs(name)}
+    for pattern in include:
+        if not any(fnmatch(name, pattern) for name in kept):
+            raise QatkitError(f"include: '{pattern}' matches no file of the library; write '*' or, say, 'json/*'")
+    return {name: path for name, path in kept.items() if any(fnmatch(name, pattern) for pattern in include)}
+
+
+def _belongs(name: str) -> bool:
+    *folders, file = name.split("/")
+    generated = any(folder.startswith("config-") for folder in folders) or file.startswith("_sysconfigdata")
+    return not generated and not _LEFT_OUT & set(folders)
+
+
+def split_files(files: dict[str, Path], val_fraction: float, test_fraction: float) -> dict[str, dict[str, Path]]:
+    """Training, validation and test files: a file's split depends on its name alone.
+
+    Raises:
+        QatkitError: the shares are out of range, or a split is left without a file.
+    """
+    if not 0 < val_fraction < 1 or not 0 < test_fraction < 1 or val_fraction + test_fraction >= 1:
+        raise QatkitError(
+            f"val_fraction {val_fraction} and test_fraction {test_fraction} must be above 0 and leave something to "
+            "train on; write 0.05 and 0.05"
+        )
+    splits: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
+    for name, path in files.items():
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        split = "val" if place < val_fraction else "test" if place < val_fraction + test_fraction else "train"
+        splits[split][name] = path
+    empty = [split for split in SPLITS if not splits[split]]
+    if empty:
+        raise QatkitError(
+            f"include: of {len(files)} files none is left for {' and '.join(empty)}; include more files, or write "
+            "larger fractions"
+        )
+    return splits

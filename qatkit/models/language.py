@@ -1,0 +1,63 @@
+"""Small causal language models with random weights, in the shapes that pretrained ones have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+def llama(
+    vocab_size: int = 2048,
+    hidden: int = 192,
+    layers: int = 4,
+    heads: int = 6,
+    kv_heads: int = 3,
+    intermediate: int = 512,
+    context: int = 128,
+    tie_embeddings: bool = True,
+) -> LlamaForCausalLM:
+    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    Args:
+        vocab_size: Tokens of the tokenizer.
+        hidden: Width of the residual stream.
+        layers: Decoder layers.
+        heads: Query heads; each is ``hidden / heads`` wide.
+        kv_heads: Heads of keys and values, each shared by ``heads / kv_heads`` query heads.
+        intermediate: Width of the feed-forward layers.
+        context: Longest sequence, in tokens.
+        tie_embeddings: One matrix for the input embedding and the output layer.
+
+    Raises:
+        QatkitError: the numbers of heads do not divide what they share.
+
+    Example:
+        >>> import torch
+        >>> model = llama(vocab_size=300, hidden=32, layers=1, heads=2, kv_heads=1)
+        >>> model(torch.zeros(1, 5, dtype=torch.long)).logits.shape
+        torch.Size([1, 5, 300])
+    """
+    if hidden % heads or (hidden // heads) % 2:
+        raise QatkitError(f"heads: {heads} heads of a hidden size of {hidden} are not of one even width; write another")
+    if heads % kv_heads:
+        raise QatkitError(f"kv_heads: {heads} query heads cannot share {kv_heads} equally; write a divisor of {heads}")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=context,
+        tie_word_embeddings=tie_embeddings,
+        use_cache=False,  # training and evaluation see whole sequences
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
