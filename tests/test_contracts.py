@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [*ROOT.glob("qatkit/**/*.py"), *ROOT.glob("callbacks/**/*.py"), *ROOT.glob("recipes/**/*.py")]
 
 # what each part may import of qatkit; every part may also import itself
-TECHNIQUES = {"quantization", "distillation"}
+TECHNIQUES = {"quantization", "pruning", "distillation"}
 PLAIN = {"spec", "errors"}
 ALLOWED: dict[str, set[str]] = {
     "spec": set(),
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "fingerprint": PLAIN | {"recipe", "loading"},
     "factories": PLAIN | {"recipe", "schema", "loading"},
     "quantization": PLAIN,
+    "pruning": PLAIN,
     "distillation": PLAIN,
     "models": PLAIN,
     "data": PLAIN,
@@ -45,6 +46,7 @@ MAY_LOAD = {
     "errors": set(),
     "recipe": set(),
     "quantization": {"torch", "safetensors"},
+    "pruning": {"torch"},
     "distillation": {"torch"},
     "callbacks": {"torch", "lightning"},
 }

@@ -1,0 +1,79 @@
+"""Which layers are pruned."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qatkit.errors import QatkitError
+
+PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""And what is derived from them, as fake-quantized layers are: pruning needs their weight alone, not their forward."""
+
+
+def prunable_layers(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """The linear and convolutional layers that the globs select, by name, in the model's order.
+
+    Two layers with one weight are one: it counts under the first name.
+
+    Raises:
+        QatkitError: a pattern matches no layer, nothing is left, or a weight is no float, is computed by a hook or is
+            used by another kind of layer too.
+
+    Example:
+        >>> from torch import nn
+        >>> list(prunable_layers(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"]))
+        ['0']
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+    for key, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise QatkitError(f"{key}: '{patterns}' is no list of patterns; write ['{patterns}']")
+        for index, pattern in enumerate(patterns):
+            check_pattern(f"{key}[{index}]", pattern, list(layers))
+    elsewhere = {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if name not in layers
+        for parameter in module.parameters(recurse=False)
+    }
+    chosen: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, layer in layers.items():
+        if matches(name, exclude) or not matches(name, include) or id(layer.weight) in seen:
+            continue
+        if not isinstance(layer.weight, nn.Parameter):
+            raise QatkitError(
+                f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); make "
+                "it permanent (prune.remove, remove_weight_norm), or exclude the layer"
+            )
+        if not layer.weight.is_floating_point():
+            raise QatkitError(f"layer '{name}': its weight is {layer.weight.dtype}, no float; exclude the layer")
+        if id(layer.weight) in elsewhere:
+            raise QatkitError(
+                f"layer '{name}': its weight is also that of '{elsewhere[id(layer.weight)]}', which would be pruned "
+                "with it; exclude the layer"
+            )
+        seen.add(id(layer.weight))
+        chosen[name] = layer
+    if not chosen:
+        raise QatkitError(f"include {list(include)} minus exclude {list(exclude)} leaves no layer to prune")
+    return chosen
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of the globs matches the name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_pattern(key: str, pattern: str, names: Sequence[str]) -> None:
+    """Raise if a glob matches no layer."""
+    if not any(fnmatchcase(name, pattern) for name in names):
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+        known = f"the nearest are {near}" if near else "the model has no linear or convolutional layer"
+        raise QatkitError(f"{key}: '{pattern}' matches no layer that can be pruned; {known}")

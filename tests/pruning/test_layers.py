@@ -1,0 +1,56 @@
+"""Which layers the patterns select, and which are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit.pruning.layers import prunable_layers
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 2))
+
+
+def test_linear_and_convolutional_layers_are_selected_quantized_ones_too() -> None:
+    model = network()
+    assert list(prunable_layers(model)) == ["0", "3", "4"]
+    prepare_qat(model, QuantSpec(num_bits=4))
+    assert list(prunable_layers(model, exclude=["4"])) == ["0", "3"]
+
+
+def test_two_layers_with_one_weight_are_one() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    assert list(prunable_layers(model)) == ["a", "c"]
+
+
+def test_a_weight_that_an_embedding_uses_too_is_refused() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "up": nn.Linear(4, 4), "head": nn.Linear(4, 10)})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(QatkitError, match=r"layer 'head': its weight is also that of 'embed'.*; exclude the layer"):
+        prunable_layers(model)
+    assert list(prunable_layers(model, exclude=["head"])) == ["up"]
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
+    with pytest.raises(QatkitError, match=r"include\[1\]: '5' matches no layer that can be pruned; .* \['0'"):
+        prunable_layers(network(), include=["3", "5"])
+    with pytest.raises(QatkitError, match=r"exclude\[0\]: '1' matches no layer"):
+        prunable_layers(network(), exclude=["1"])
+    with pytest.raises(QatkitError, match=r"leaves no layer to prune"):
+        prunable_layers(network(), exclude=["*"])
+    with pytest.raises(QatkitError, match=r"include: '\*' is no list of patterns; write \['\*'\]"):
+        prunable_layers(network(), include="*")
+
+
+def test_weights_that_are_computed_or_no_floats_are_refused() -> None:
+    with pytest.raises(QatkitError, match="layer '0': its weight is computed by a hook"):
+        prunable_layers(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))))
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.int8, no float"):
+        prunable_layers(nn.Sequential(layer))

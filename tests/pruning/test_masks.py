@@ -1,0 +1,137 @@
+"""Masks against definitions written out in plain Python, and against torch's own pruning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from qatkit import QatkitError
+from qatkit.pruning.masks import apply_mask, block_mask, global_masks, magnitude_mask, nm_mask, nonzeros
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.73, 0.95])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_count_is_exact_in_every_dtype(sparsity: float, dtype: torch.dtype) -> None:
+    mask = magnitude_mask(torch.randn(77, 131).to(dtype), sparsity)
+    assert (~mask).sum().item() == round(sparsity * 77 * 131)
+
+
+def test_masks_over_the_model_are_those_of_torch_where_nothing_ties() -> None:
+    layers = [nn.Linear(40, 30), nn.Linear(30, 50)]
+    masks = global_masks({str(i): layer.weight for i, layer in enumerate(layers)}, 0.6)
+    prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.6)
+    for index, layer in enumerate(layers):
+        assert torch.equal(masks[str(index)], layer.weight_mask.bool())
+
+
+def nm_by_definition(weight: Tensor, n: int, m: int) -> Tensor:
+    mask = torch.zeros(weight.shape, dtype=torch.bool)
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], m):
+            values = [(abs(weight[row, start + i].item()), i) for i in range(m)]
+            for _, i in sorted(values)[-n:]:
+                mask[row, start + i] = True
+    return mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pattern=st.sampled_from([(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (2, 3)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    rounded=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_nm_keeps_the_n_largest_of_every_m_inputs(
+    pattern: tuple[int, int], dtype: torch.dtype, rounded: bool, seed: int
+) -> None:
+    n, m = pattern
+    weight = torch.randn(3, 5 * m, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = weight.round() if rounded else weight  # with ties
+    assert torch.equal(nm_mask(weight, n, m), nm_by_definition(weight, n, m))
+
+
+def test_two_of_four_is_right_for_every_order_and_every_tie() -> None:
+    weight = torch.cartesian_prod(*[torch.arange(4.0)] * 4)
+    assert torch.equal(nm_mask(weight, 2, 4), nm_by_definition(weight, 2, 4))
+
+
+def test_the_groups_of_a_convolution_are_input_channels() -> None:
+    weight = torch.randn(6, 8, 3, 2)
+    mask = nm_mask(weight, 2, 4)
+    assert mask.shape == weight.shape
+    for y in range(3):
+        for x in range(2):
+            assert torch.equal(mask[:, :, y, x], nm_by_definition(weight[:, :, y, x], 2, 4))
+
+
+def test_large_weights_are_the_same_as_their_parts() -> None:
+    weight = torch.randn(1000, 1024)
+    for n, m in ((2, 4), (5, 32)):
+        assert torch.equal(nm_mask(weight, n, m), torch.cat([nm_mask(part, n, m) for part in weight.split(7)]))
+
+
+def test_whole_blocks_with_the_smallest_sums_are_pruned() -> None:
+    weight = torch.randn(12, 20)
+    mask = block_mask(weight, 0.4, (4, 5))
+    blocks = mask.view(3, 4, 4, 5).transpose(1, 2).reshape(12, 20)
+    assert (blocks.all(dim=1) | ~blocks.any(dim=1)).all()
+    assert (~blocks.any(dim=1)).sum() == round(0.4 * 12)
+    sums = weight.double().abs().view(3, 4, 4, 5).transpose(1, 2).reshape(12, 20).sum(dim=1)
+    assert sums[~blocks.any(dim=1)].max() < sums[blocks.any(dim=1)].min()
+
+
+def test_a_block_of_a_convolution_holds_whole_kernels() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    mask = block_mask(weight, 0.5, (2, 2))
+    assert torch.equal(mask, mask[:, :, :1, :1].expand(8, 4, 3, 3))
+    assert (~mask).sum() == weight.numel() // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_pruned_becomes_zero_whatever_it_was_and_the_rest_stays(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    tensor = torch.randn(4, 4, 3, 3, dtype=dtype).to(memory_format=layout)
+    tensor[0, 0, 0] = torch.tensor([float("nan"), float("inf"), -0.0])
+    mask = torch.rand(4, 4, 3, 3) > 0.5
+    mask[0, 0, 0] = False
+    expected = torch.where(mask, tensor, 0)
+    apply_mask(tensor, mask)
+    assert torch.equal(tensor, expected)
+    assert not tensor[0, 0, 0].signbit().any()
+
+
+def test_the_zeros_of_a_weight_are_its_mask() -> None:
+    weight = nn.Parameter(torch.tensor([[0.0, -0.0, 1e-45], [float("nan"), -2.0, 0.0]]))
+    assert nonzeros(weight).tolist() == [[False, False, True], [True, True, False]]
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])
+def test_a_sparsity_out_of_range_is_an_error(sparsity: float) -> None:
+    with pytest.raises(QatkitError, match=r"sparsity: .* is out of range; write a share of zeros from 0 to below 1"):
+        magnitude_mask(torch.ones(8), sparsity)
+
+
+def test_a_layer_that_would_lose_all_its_weights_is_an_error() -> None:
+    with pytest.raises(QatkitError, match=r"layer 'weight': pruning would leave 0 of its 8 weights"):
+        magnitude_mask(torch.ones(8), 0.99)
+    with pytest.raises(QatkitError, match=r"layer 'weight': pruning would leave 0 of its 2 blocks|0 of its 2 weights"):
+        block_mask(torch.ones(2, 2), 0.9, (1, 2))
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 2), (4, 4), (0, 4)])
+def test_a_pattern_that_is_none_is_an_error(n: int, m: int) -> None:
+    with pytest.raises(QatkitError, match=rf"nm: \[{n}, {m}\] .*; write 0 < N < M, such as \[2, 4\]"):
+        nm_mask(torch.ones(4, 8), n, m)
+
+
+def test_what_does_not_divide_is_an_error_and_is_never_padded() -> None:
+    with pytest.raises(QatkitError, match=r"weight of shape \[4, 10\] has inputs that groups of 4 do not divide"):
+        nm_mask(torch.ones(4, 10), 2, 4)
+    with pytest.raises(QatkitError, match="blocks of 4 by 3 do not divide"):
+        block_mask(torch.ones(4, 10), 0.5, (4, 3))
