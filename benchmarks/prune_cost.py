@@ -1,0 +1,185 @@
+"""What masks cost: 50 % of 100 million weights pruned over the model, and 2:4 masks of one layer.
+
+Run: python benchmarks/prune_cost.py
+Takes about three minutes and 3 GB of memory.
+
+Every method gets the same four weights and runs in a process of its own, on one thread, in turns with the others. Its
+time is the median over the turns; its memory is how far the process's peak rises above what it needs for the weights.
+`global_unstructured` and qatkit also write the zeros; topk and kthvalue stop at the masks. Only qatkit tells equal
+magnitudes apart: what the others prune is the count they were asked for, more or less their ties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from harness import Claim, finish
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from qatkit.pruning.masks import apply_mask, global_masks, nm_mask
+
+SPARSITY = 0.5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Weights = list[nn.Parameter]
+
+
+def qatkit(weights: Weights) -> int:
+    """`global_masks`, and zeros written in place."""
+    masks = global_masks({str(index): weight for index, weight in enumerate(weights)}, SPARSITY)
+    for weight, mask in zip(weights, masks.values(), strict=True):
+        apply_mask(weight, mask)
+    return sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in masks.values())
+
+
+def global_unstructured(weights: Weights) -> int:
+    """torch's own, which Lightning's ModelPruning calls."""
+    layers = []
+    for weight in weights:
+        layer = nn.Module()
+        layer.weight = weight
+        layers.append(layer)
+    prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=SPARSITY)
+    return sum(layer.weight.numel() - int(torch.count_nonzero(layer.weight)) for layer in layers)
+
+
+def topk(weights: Weights) -> int:
+    """The largest of the smallest, by torch.topk over a concatenation."""
+    magnitudes = torch.cat([weight.detach().abs().flatten() for weight in weights])
+    count = round(SPARSITY * len(magnitudes))
+    return _above(weights, torch.topk(magnitudes, count, largest=False, sorted=False).values.max())
+
+
+def kthvalue(weights: Weights) -> int:
+    """torch.kthvalue over a concatenation."""
+    magnitudes = torch.cat([weight.detach().abs().flatten() for weight in weights])
+    return _above(weights, torch.kthvalue(magnitudes, round(SPARSITY * len(magnitudes))).values)
+
+
+def _above(weights: Weights, threshold: Tensor) -> int:
+    masks = [weight.detach().abs() > threshold for weight in weights]
+    return sum(mask.numel() - int(torch.count_nonzero(mask)) for mask in masks)
+
+
+METHODS: dict[str, Callable[[Weights], int]] = {
+    "qatkit": qatkit,
+    "global_unstructured": global_unstructured,
+    "topk": topk,
+    "kthvalue": kthvalue,
+}
+
+
+def one(method: str, dtype: str, numel: int) -> None:
+    """The body of a process: prune once, print seconds, bytes above the weights and the number of pruned weights."""
+    torch.manual_seed(0)
+    shares = [0.4, 0.3, 0.2, 0.1]
+    weights = [nn.Parameter(torch.empty(round(share * numel), dtype=DTYPES[dtype]).normal_()) for share in shares]
+    METHODS[method]([nn.Parameter(torch.randn(1000).to(DTYPES[dtype]))])  # what torch loads on first use
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    pruned = METHODS[method](weights)
+    seconds = time.perf_counter() - start
+    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(json.dumps([seconds, peak, pruned]))
+
+
+def over_the_model(numel: int, turns: int) -> tuple[list[dict[str, object]], list[Claim]]:
+    rows, claims = [], []
+    for dtype in DTYPES:
+        found: dict[str, list[tuple[float, int, int]]] = {name: [] for name in METHODS}
+        for _ in range(turns):
+            for name in METHODS:
+                command = [sys.executable, __file__, "--one", name, dtype, "--numel", str(numel)]
+                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                found[name].append(tuple(json.loads(out)))
+        size = numel * DTYPES[dtype].itemsize
+        seconds = {name: median(run[0] for run in runs) for name, runs in found.items()}
+        memory = {name: median(run[1] for run in runs) / size for name, runs in found.items()}
+        for name, runs in found.items():
+            rows.append(
+                {
+                    "what": f"{SPARSITY:.0%} of {numel:,} {dtype} weights",
+                    "method": name,
+                    "ms": 1000 * seconds[name],
+                    "peak memory over the weights'": f"{memory[name]:.2f}x",
+                    "pruned": f"{runs[0][2]:,}",
+                }
+            )
+        ratio, limit = seconds["qatkit"] / seconds["global_unstructured"], 0.35 if dtype == "float32" else 0.6
+        exact = all(run[2] == round(SPARSITY * numel) for run in found["qatkit"])
+        what = f"{numel:,} {dtype} weights over the model"
+        claims += [
+            Claim(f"time of masks, {what}", "<= 0.25x of global_unstructured", f"{ratio:.3f}x", ratio <= 0.25),
+            Claim(
+                f"extra memory of masks, {what}",
+                f"<= {limit}x of the weights",
+                f"{memory['qatkit']:.2f}x",
+                memory["qatkit"] <= limit,
+            ),
+            Claim(f"count of masks, {what}", "exact", f"{found['qatkit'][0][2]:,}", exact),
+        ]
+    return rows, claims
+
+
+def six_patterns(weight: Tensor) -> Tensor:
+    """2:4 as ASP does: the sums of the six ways to keep two of four, as a product of matrices, and the best of them."""
+    patterns = torch.tensor([p for p in itertools.product((0.0, 1.0), repeat=4) if sum(p) == 2], dtype=weight.dtype)
+    best = (weight.abs().view(-1, 4) @ patterns.t()).argmax(dim=1)
+    return patterns[best].view(weight.shape).bool()
+
+
+def two_of_four(turns: int) -> tuple[list[dict[str, object]], list[Claim]]:
+    weight = torch.randn(4096, 4096)
+    methods: dict[str, Callable[[], Tensor]] = {
+        "qatkit": lambda: nm_mask(weight, 2, 4),
+        "six patterns": lambda: six_patterns(weight),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    masks = {}
+    for _ in range(3 * turns):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            masks[name] = method()
+            seconds[name].append(time.perf_counter() - start)
+    rows: list[dict[str, object]] = [
+        {
+            "what": "2:4 of 4096 x 4096 float32",
+            "method": name,
+            "ms": 1000 * median(values),
+            "peak memory over the weights'": "",
+            "pruned": f"{int((~masks[name]).sum()):,}",
+        }
+        for name, values in seconds.items()
+    ]
+    ratio = median(seconds["qatkit"]) / median(seconds["six patterns"])
+    return rows, [Claim("time of a 2:4 mask, 4096 x 4096", "<= 0.25x of six patterns", f"{ratio:.3f}x", ratio <= 0.25)]
+
+
+def main(numel: int, turns: int) -> None:
+    torch.manual_seed(0)
+    rows, claims = over_the_model(numel, turns)
+    for more_rows, more_claims in (two_of_four(turns),):
+        rows += more_rows
+        claims += more_claims
+    finish("prune_cost", rows, claims)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--numel", type=int, default=100_000_000)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "DTYPE"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one:
+        one(*options.one, options.numel)
+    else:
+        main(options.numel, options.turns)
