@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import StageConfig
+from qatkit.tasks import Scores, answers, is_text, model_inputs, perplexity, to_logits, token_loss
 
 SCALE_LR = 0.2
 """Learned scales move at this share of the learning rate: a step of Adam is as large as the learning rate whatever the
@@ -20,9 +23,10 @@ gradient, and scales are several times smaller than weights."""
 
 
 class CompressionModule(LightningModule):
-    """A classifier in one stage of a recipe.
+    """A classifier or a causal language model in one stage of a recipe; its batches decide which, see `qatkit.tasks`.
 
-    Batches are ``(inputs, labels)``; the loss is cross-entropy.
+    The loss is cross-entropy. That of a text is the mean over all tokens of an optimizer step, however they are shared
+    out among processes and accumulated batches; see `TokenWeighting`.
 
     Args:
         model: The model to train.
@@ -35,6 +39,8 @@ class CompressionModule(LightningModule):
         self.model = model
         self.stage = stage
         self.seed = seed
+        self._weighting = TokenWeighting()
+        self._scores = Scores()
 
     @override
     def configure_model(self) -> None:
@@ -42,8 +48,10 @@ class CompressionModule(LightningModule):
             parallelize(self.model, self.device_mesh)
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)  # type: ignore[no-any-return]  # nn.Module is untyped
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # a whole batch may come as keywords; given the labels, models of transformers compute a loss of their own
+        kwargs.pop("labels", None)
+        return self.model(*args, **kwargs)
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -55,19 +63,51 @@ class CompressionModule(LightningModule):
             sampler.set_epoch(self.current_epoch)
 
     @override
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        loss = F.cross_entropy(self(inputs), labels)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, labels = answers(self._logits(batch), batch)
+        if is_text(batch):
+            loss, count = token_loss(logits, labels)
+            first = batch_idx % self.trainer.accumulate_grad_batches == 0
+            self._weighting.add(count, first, self._mean_over_processes)
+        else:
+            loss = F.cross_entropy(logits, labels)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
     @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        inputs, labels = batch
-        logits = self(inputs)
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # here, so that what a callback added to the loss is weighted with it
+        super().backward(self._weighting.weighted(loss), *args, **kwargs)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated > 1:
+            self._weighting.correct(self.parameters(), accumulated, self._mean_over_processes)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._scores = Scores()
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self._logits(batch)
+        if is_text(batch):
+            self._scores.add(logits, batch)
+            return
+        logits, labels = answers(logits, batch)
         accuracy = (logits.argmax(dim=-1) == labels).float().mean()
         values = {"val/loss": F.cross_entropy(logits, labels), "val/accuracy": accuracy}
         self.log_dict(values, prog_bar=True, batch_size=len(labels), sync_dist=True)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        if self._scores.count == 0:
+            return
+        sums = torch.tensor([self._scores.loss, self._scores.right, self._scores.count], device=self.device)
+        loss, right, count = self._mean_over_processes(sums).tolist()
+        values = {"loss": loss / count, "perplexity": perplexity(loss / count), "accuracy": right / count}
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -77,6 +117,68 @@ class CompressionModule(LightningModule):
             lambda step: lr_factor(step / max(self.stage.max_steps, 1), self.stage.schedule, self.stage.warmup),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _logits(self, batch: Any) -> Tensor:
+        args, kwargs = model_inputs(batch)
+        return to_logits(self(*args, **kwargs))
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        reduced = self.trainer.strategy.reduce(values, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+
+class TokenWeighting:
+    """Makes the mean over all tokens of an optimizer step out of the means over the tokens of its batches.
+
+    Lightning averages the losses of accumulated batches, and the gradients of processes, as if every batch held as many
+    labels as any other. So each batch's loss is weighted with its number of labels over a reference, the mean over the
+    processes' first batches of the step; with accumulation, where that is only known at the end, the gradients are then
+    divided by what the batches turned out to hold. Without accumulation on one process every weight is 1.
+    """
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+        self._reference: Tensor | None = None
+        self._seen: Tensor | None = None
+
+    def add(self, count: Tensor, first: bool, mean: Callable[[Tensor], Tensor]) -> None:
+        """Before a batch's backward.
+
+        Args:
+            count: Labels that count in the batch, 0-d.
+            first: Whether the batch is the first of an optimizer step.
+            mean: Mean of a tensor over all processes.
+        """
+        count = count.float()
+        if first or self._reference is None or self._seen is None:
+            self._reference = mean(count.clone()).clamp(min=1)
+            self._seen = torch.zeros_like(count)
+        self._seen = self._seen + count
+        self._weight = count / self._reference
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """The loss of the batch that was added last; other losses are left as they are."""
+        weight, self._weight = self._weight, None
+        return loss if weight is None else loss * weight
+
+    @torch.no_grad()
+    def correct(self, parameters: Iterable[nn.Parameter], batches: int, mean: Callable[[Tensor], Tensor]) -> None:
+        """Before the optimizer step: divide the gradients by what the batches held.
+
+        Args:
+            parameters: Those with gradients, which Lightning has divided by `batches`.
+            batches: Batches per optimizer step; the last step of an epoch may have seen fewer.
+            mean: Mean of a tensor over all processes.
+        """
+        if self._reference is None or self._seen is None:
+            return
+        factor = batches * self._reference / mean(self._seen).clamp(min=1)
+        for parameter in parameters:
+            if (grad := parameter.grad) is not None:
+                local = grad.to_local() if isinstance(grad, DTensor) else grad
+                local.mul_(factor)
+        self._reference = self._seen = None
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import QuantizeConfig, Recipe, TrainerConfig
+from qatkit.tasks import evaluate
 
 
 @dataclass(frozen=True)
@@ -150,25 +151,15 @@ def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
 def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
     """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed."""
     data.prepare_data()
-    metrics = {}
+    metrics: dict[str, float] = {}
     data.setup("fit")  # where most data modules make their validation set
-    metrics["val/accuracy"] = accuracy(model, data.val_dataloader())
+    metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader()).items()}
     data.setup("test")
-    metrics["test/accuracy"] = accuracy(model, data.test_dataloader())
+    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader()).items()}
     layers = [asdict(row) for row in layer_table(model)]
     save_stage(folder, model, dataclasses.replace(record, metrics=metrics, layers=layers))
     (folder / "last.ckpt").unlink(missing_ok=True)
     (folder / "started.json").unlink(missing_ok=True)
-
-
-@torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], batches: Any) -> float:
-    """Share of samples whose largest logit is the label's, over every sample once."""
-    right = count = 0
-    for inputs, labels in batches:
-        right += int((model(inputs).argmax(dim=-1) == labels).sum())
-        count += labels.numel()
-    return right / max(count, 1)
 
 
 def _quantization(config: QuantizeConfig) -> QuantizationAwareTraining:

@@ -1,13 +1,20 @@
-"""The pipeline's LightningModule: its schedule, its optimizer groups, its random numbers."""
+"""The pipeline's LightningModule: its schedule, its optimizer groups, its random numbers, its loss of texts."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from qatkit import QuantSpec, prepare_qat
-from qatkit.engine import SCALE_LR, lr_factor, parameter_groups
+from qatkit.engine import SCALE_LR, CompressionModule, lr_factor, parameter_groups
+from qatkit.recipe import StageConfig
+from qatkit.tasks import evaluate
+from tests.texts import VOCAB, loader, texts, tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -43,3 +50,60 @@ def test_frozen_parameters_are_in_no_group() -> None:
     model = nn.Linear(4, 2)
     model.bias.requires_grad_(False)
     assert len(parameter_groups(model, 0.1, 0.0)) == 1
+
+
+class PlainDescent(CompressionModule):
+    """One step with learning rate 1: the change of the weights is the gradient."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def gradients(batch_size: int, accumulate: int, rows: range | None = None, steps: int = 1) -> dict[str, torch.Tensor]:
+    """What Lightning's steps change in every weight of a small Llama."""
+    module = PlainDescent(tiny_llama(), StageConfig(max_steps=steps), seed=0)
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader(batch_size, rows))
+    return {name: before[name] - value.detach() for name, value in module.named_parameters()}
+
+
+def test_accumulated_batches_of_unlike_numbers_of_labels_give_the_gradient_of_the_one_large_batch() -> None:
+    whole = gradients(batch_size=8, accumulate=1)
+    parts = gradients(batch_size=4, accumulate=2)
+    uneven = gradients(batch_size=3, accumulate=3)  # 3, 3 and 2 rows
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(uneven[name], gradient, rtol=1e-4, atol=1e-7)
+    first, second = gradients(4, 1, range(4)), gradients(4, 1, range(4, 8))
+    name = max(whole, key=lambda name: whole[name].numel())
+    mean_of_means = (first[name] + second[name]) / 2
+    assert (mean_of_means - whole[name]).norm() > 0.1 * whole[name].norm(), "unlike batches must matter here"
+
+
+def test_the_last_step_of_an_epoch_is_a_mean_over_the_fewer_batches_that_it_has() -> None:
+    alone = gradients(batch_size=3, accumulate=1, rows=range(5, 8))
+    cut_off = gradients(batch_size=3, accumulate=4, rows=range(5, 8))
+    for name, gradient in alone.items():
+        torch.testing.assert_close(cut_off[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_validation_of_a_text_counts_every_token_once() -> None:
+    module = CompressionModule(tiny_llama(), StageConfig(max_steps=1), seed=0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (found,) = trainer.validate(module, loader(3), verbose=False)
+    with torch.no_grad():
+        loss = float(module.model(**texts()).loss)
+    assert found["val/loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["val/perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found["val/accuracy"] == pytest.approx(evaluate(module.model, loader(8))["accuracy"])
+
+
+def test_a_whole_batch_may_be_given_as_keywords_and_its_labels_stay_out_of_the_model() -> None:
+    module = CompressionModule(tiny_llama(), StageConfig(max_steps=1), seed=0)
+    output = module(**texts())
+    assert output.loss is None
+    assert output.logits.shape == (8, 12, VOCAB)

@@ -50,9 +50,9 @@ def test_a_quantized_stage_loads_back_as_the_model_that_was_measured(finished: R
     model = finished.load_model("qat").eval()
     assert [name for name, _ in qat_layers(model)] == ["conv1", "conv2", "classifier"]
     data = finished.build_data(64)
-    from qatkit.training import accuracy
+    from qatkit.tasks import evaluate
 
-    assert accuracy(model, data.test_dataloader()) == record.metrics["test/accuracy"]
+    assert evaluate(model, data.test_dataloader()) == {"accuracy": record.metrics["test/accuracy"]}
 
 
 def test_post_training_quantization_leaves_the_folded_weights_as_they_were(finished: Run) -> None:
