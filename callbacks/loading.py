@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import replay_folds
-from qatkit.quantization.modules import QATLayer
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.state import prepare_from_specs
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -46,7 +46,7 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
     states = [state for state in content.get("callbacks", {}).values() if {"folds", "specs"} <= set(state)]
     if not states:
         raise QatkitError(f"{checkpoint}: it holds no quantized layers; load it with load_from_checkpoint")
-    if any(isinstance(part, QATLayer) for part in module.modules()):
+    if any(isinstance(part, FakeQuantize) for part in module.modules()):
         raise QatkitError("load_quantized: the module is quantized already; give a freshly made one")
     for state in states:
         replay_folds(module, state["folds"])

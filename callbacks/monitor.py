@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.modules import QATLayer
+from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_layers
 
 COMPARISONS = 10

@@ -18,8 +18,10 @@ from qatkit.errors import QatkitError
 from qatkit.quantization.calibrate import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.prepare import check_layers, fake_quantizers, prepare_qat
+from qatkit.quantization.prepare import fake_quantizers, prepare_qat
+from qatkit.quantization.selection import select
 from qatkit.quantization.state import layer_specs
+from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 
@@ -36,6 +38,9 @@ class QuantizationAwareTraining(Callback):
         activation: How layer inputs are quantized; None leaves them as they are.
         include: Globs over layer names of the LightningModule; every one must match a layer.
         exclude: Globs over layer names that are left alone.
+        layers: By glob, what is quantized otherwise; the last that matches a layer decides.
+        kv_cache: How the keys and values of a transformers model's attention are quantized.
+        share_inputs: Give layers that read the same input (q/k/v, gate/up) one static scale.
         calibration_batches: Training batches that set the static ranges.
         calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
@@ -56,10 +61,13 @@ class QuantizationAwareTraining(Callback):
         activation: QuantSpec | None = None,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        layers: Mapping[str, Scheme] | None = None,
+        kv_cache: QuantSpec | None = None,
+        share_inputs: bool = False,
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
-        for name, spec in (("weight", weight), ("activation", activation)):
+        for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
             if spec is not None and not isinstance(spec, QuantSpec):
                 raise QatkitError(f"{name}: {spec!r} is no QuantSpec; write QuantSpec(num_bits=8)")
         for name, patterns in (("include", include), ("exclude", exclude)):
@@ -69,6 +77,9 @@ class QuantizationAwareTraining(Callback):
         self.activation = activation
         self.include = list(include)
         self.exclude = list(exclude)
+        self.overrides = dict(layers or {})
+        self.kv_cache = kv_cache
+        self.share_inputs = share_inputs
         self.calibration_batches = calibration_batches
         self.calibration_forward = calibration_forward or _forward
         self.layers: list[str] = []
@@ -85,9 +96,10 @@ class QuantizationAwareTraining(Callback):
             return  # fit, then validate and test: one swap serves them all
         self._check_order(trainer)
         # every check before the first change: after an error the module is still the user's
-        check_layers(pl_module, self.weight, self.activation, self.include, self.exclude)
+        how = (self.weight, self.activation, self.include, self.exclude, self.overrides, self.kv_cache)
+        select(pl_module, *how)
         self.folds = fold_batchnorm(pl_module)
-        self.layers = prepare_qat(pl_module, self.weight, self.activation, self.include, self.exclude)
+        self.layers = prepare_qat(pl_module, *how, self.share_inputs)
         self._module = weakref.ref(pl_module)
         self._all_ran = False
 

@@ -10,36 +10,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.schemes import Scheme, scheme
 from qatkit.spec import QuantSpec
 
 if TYPE_CHECKING:
     from qatkit.quantization.arithmetic import choose_qparams, dequantize, fake_quantize, quantize
     from qatkit.quantization.calibrate import calibrate
-    from qatkit.quantization.modules import FakeQuantize, QATConv2d, QATLinear
+    from qatkit.quantization.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
+    from qatkit.quantization.modules import FakeQuantize
     from qatkit.quantization.prepare import prepare_qat, strip_qat
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FakeQuantize",
+    "QATConv1d",
     "QATConv2d",
+    "QATEmbedding",
     "QATLinear",
     "QatkitError",
     "QatkitWarning",
     "QuantSpec",
+    "Scheme",
     "calibrate",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
     "prepare_qat",
     "quantize",
+    "scheme",
     "strip_qat",
 ]
 
 _HOMES = {
     "qatkit.quantization.arithmetic": ("choose_qparams", "dequantize", "fake_quantize", "quantize"),
     "qatkit.quantization.calibrate": ("calibrate",),
-    "qatkit.quantization.modules": ("FakeQuantize", "QATConv2d", "QATLinear"),
+    "qatkit.quantization.layers": ("QATConv1d", "QATConv2d", "QATEmbedding", "QATLinear"),
+    "qatkit.quantization.modules": ("FakeQuantize",),
     "qatkit.quantization.prepare": ("prepare_qat", "strip_qat"),
 }
 

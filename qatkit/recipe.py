@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qatkit.schemes import Scheme, check_kv_cache, scheme
 from qatkit.spec import QuantSpec
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that the file must give
@@ -60,12 +61,50 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """How the layers that a glob selects are quantized: by the name of a scheme, or by specs."""
+
+    scheme: str | None = None
+    """A name of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0)."""
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        named_scheme(self.scheme, self.weight, self.activation)
+
+    @property
+    def how(self) -> Scheme:
+        """The specs, wherever they come from."""
+        return named_scheme(self.scheme, self.weight, self.activation)
+
+
+def named_scheme(name: str | None, weight: QuantSpec | None, activation: QuantSpec | None) -> Scheme:
+    """The scheme of a name, or of specs; both together are an error."""
+    if name is None:
+        return Scheme(weight, activation)
+    if weight is not None or activation is not None:
+        raise ValueError(f"scheme: '{name}' says what weight and activation are; write scheme, or these, not both")
+    return scheme(name)
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """Fake-quantize the layers that the patterns select."""
 
+    scheme: str | None = None
+    """A name of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0), instead of specs."""
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    """Quantization of each layer's input: ``strategy: tensor`` is calibrated and frozen, ``token`` is dynamic."""
+    """Quantization of each layer's input: ``strategy: tensor`` is calibrated and frozen, ``token`` and ``group`` are
+    dynamic."""
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
+    """By glob over layer names, what is quantized otherwise; of several that match a layer the last decides."""
+    kv_cache: QuantSpec | None = None
+    """Quantization of the keys and values that attention caches: ``strategy: tensor`` or ``token``."""
+    init: Literal["rtn", "mse", "gptq", "awq", "smoothquant"] | None = None
+    """Where the weights and scales start from; by default scales that are kept start at the least squared error."""
+    share_inputs: bool = False
+    """Give layers that read the same input (q/k/v, gate/up) one static scale instead of one each."""
     include: list[str] = field(default_factory=lambda: ["*"])
     """Globs over layer names; every one must match a layer."""
     exclude: list[str] = field(default_factory=list)
@@ -73,22 +112,31 @@ class QuantizeConfig:
     """Training batches whose activations set the static ranges, at least 1."""
 
     def __post_init__(self) -> None:
-        if self.weight is None and self.activation is None:
+        how = named_scheme(self.scheme, self.weight, self.activation)
+        if how == Scheme() and not self.layers and self.kv_cache is None:
             raise ValueError("weight: neither weight nor activation is given; write weight: {num_bits: 8}")
-        if self.weight is not None and self.weight.dynamic:
-            raise ValueError("weight.strategy: 'token' is for activations; write tensor, channel or group")
-        if self.activation is not None and self.activation.strategy not in ("tensor", "token"):
-            raise ValueError(
-                f"activation.strategy: '{self.activation.strategy}' is for weights; write tensor (static) or token"
-            )
-        if self.activation is not None and self.activation.observer == "mse":
-            raise ValueError("activation.observer: 'mse' is for weights; write minmax or lsq")
+        if self.kv_cache is not None:
+            check_kv_cache(self.kv_cache)
         if not self.include:
             raise ValueError("include: [] selects no layer; write ['*'] or leave the quantize block out")
         if self.calibration_batches < 1:
             raise ValueError(
                 f"calibration_batches: {self.calibration_batches} is out of range; write a number of at least 1"
             )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `prepare_qat` is called with."""
+        how = named_scheme(self.scheme, self.weight, self.activation)
+        return {
+            "weight": how.weight,
+            "activation": how.activation,
+            "include": self.include,
+            "exclude": self.exclude,
+            "layers": {glob: layer.how for glob, layer in self.layers.items()},
+            "kv_cache": self.kv_cache,
+            "share_inputs": self.share_inputs,
+        }
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,9 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         if (config := stage.quantize) is None:
             continue
         try:
-            layers[name] = prepare_qat(model, config.weight, config.activation, config.include, config.exclude)
+            layers[name] = prepare_qat(model, **config.arguments)
         except QatkitError as error:
-            joint = "." if re.match(r"(include|exclude)\[", str(error)) else ": "
+            joint = "." if re.match(r"(include\[|exclude\[|layers\[|kv_cache)", str(error)) else ": "
             raise QatkitError(f"stages.{name}.quantize{joint}{error}") from None
         strip_qat(model)
     return layers

@@ -14,10 +14,11 @@ SOURCES = [*ROOT.glob("qatkit/**/*.py"), *ROOT.glob("callbacks/**/*.py"), *ROOT.
 
 # what each part may import of qatkit; every part may also import itself
 TECHNIQUES = {"quantization", "pruning", "distillation"}
-PLAIN = {"spec", "errors"}
+PLAIN = {"spec", "schemes", "errors"}
 ALLOWED: dict[str, set[str]] = {
     "spec": set(),
     "errors": set(),
+    "schemes": {"spec", "errors"},
     "recipe": PLAIN,
     "strict_yaml": PLAIN,
     "schema": PLAIN | {"recipe"},
@@ -44,6 +45,7 @@ HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb
 HEAVY |= {"matplotlib", "jinja2"}
 MAY_LOAD = {
     "spec": set(),
+    "schemes": set(),
     "errors": set(),
     "recipe": set(),
     "quantization": {"torch", "safetensors"},

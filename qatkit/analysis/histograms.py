@@ -13,7 +13,7 @@ from torch import nn
 
 from qatkit.quantization.arithmetic import aligned, blocks
 from qatkit.quantization.modules import full_tensor
-from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.prepare import quantized_weights
 
 INSIDE = 64
 """Bins over the range of the codes; a power of two, so that borders between codes are borders of bins (2 to 6 bits)."""
@@ -25,9 +25,11 @@ class Histogram(TypedDict):
     """Weights of one layer by their place on the grid."""
 
     bits: int
-    qmin: int
-    qmax: int
+    qmin: float
+    qmax: float
     """The codes are ``qmin .. qmax``; the bins inside run from ``qmin - 0.5`` to ``qmax + 0.5``."""
+    whole: bool
+    """Whether the codes are the whole numbers between, and not small floats."""
     counts: list[int]
     """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of one width."""
 
@@ -40,14 +42,14 @@ def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
         model: Prepared, with scales in place.
     """
     found = {}
-    for name, layer in qat_layers(model):
-        if layer.weight_fake_quant is None:
-            continue
-        spec, weight = layer.weight_fake_quant.spec, full_tensor(layer.weight).float()
-        scale, zero_point = (full_tensor(part) for part in layer.weight_fake_quant.qparams(weight))
+    for name, sharded, fake_quant in quantized_weights(model):
+        spec, weight = fake_quant.spec, full_tensor(sharded).float()
+        scale, zero_point = fake_quant.whole_qparams(weight)
         place = blocks(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
         width = (spec.qmax - spec.qmin + 1) / INSIDE
         bins = ((place - (spec.qmin - 0.5)) / width).floor().clamp(-OUTSIDE, INSIDE + OUTSIDE - 1).long() + OUTSIDE
         counts = torch.bincount(bins.flatten(), minlength=INSIDE + 2 * OUTSIDE)
-        found[name] = Histogram(bits=spec.num_bits, qmin=spec.qmin, qmax=spec.qmax, counts=counts.tolist())
+        found[name] = Histogram(
+            bits=spec.num_bits, qmin=spec.qmin, qmax=spec.qmax, whole=not spec.is_float, counts=counts.tolist()
+        )
     return found

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.modules import QATLayer, full_tensor
+from qatkit.quantization.experts import QATExperts
+from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 
 
@@ -61,13 +63,12 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     }
     owner: dict[int, str] = {}
     for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer's weight is under each name
-        if not isinstance(layer, QATLayer):
+        if not isinstance(layer, QATLayer | QATExperts):
             continue
         with torch.no_grad():
-            _, weight, bias = layer.operands(torch.zeros(1, device=layer.weight.device))
-        for part, value in (("weight", weight), ("bias", bias)):
-            if value is not None:
-                tensors[f"{name}.{part}" if name else part] = full_tensor(value).detach().cpu().contiguous().clone()
+            shipped = layer.shipped()
+        for part, value in shipped.items():
+            tensors[f"{name}.{part}" if name else part] = full_tensor(value).detach().cpu().contiguous().clone()
     for key, parameter in model.named_parameters(remove_duplicate=False):
         if key not in tensors:
             continue

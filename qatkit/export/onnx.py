@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.dense import replacing
 from qatkit.export.qdq import QDQ, to_qdq
-from qatkit.quantization.modules import QATLayer
+from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import quantizer_state
 from qatkit.spec import QuantSpec
@@ -91,7 +91,7 @@ def _check(name: str, layer: QATLayer) -> None:
             "train in float32 (trainer: precision: 32-true or bf16-mixed)"
         )
     fake_quant = layer.input_fake_quant
-    if fake_quant is not None and fake_quant.spec.dynamic:
+    if fake_quant is not None and fake_quant.dynamic:
         raise QatkitError(
             f"layer '{name}': activations with {_words(fake_quant.spec)} have no QDQ form in ONNX (their scales are "
             "computed at run time); write activation: {num_bits: 8, symmetric: false, strategy: tensor}, or choose "
@@ -103,6 +103,11 @@ def _check(name: str, layer: QATLayer) -> None:
             "8 bits by a rule of its own; write weight: {num_bits: 8}, or leave activation out"
         )
     for part in (layer.weight_fake_quant, fake_quant):
+        if part is not None and (part.spec.type != "int" or part.spec.strategy == "block"):
+            raise QatkitError(
+                f"layer '{name}': a {part.role} of {_words(part.spec)} has no integer QDQ form in ONNX; write "
+                "type: int with strategy tensor, channel or group, or choose another format"
+            )
         if part is not None and not part.ready:
             raise QatkitError(
                 f"layer '{name}': its {part.role} scale was never set; call qatkit.calibrate(model, batches) first"
@@ -110,7 +115,8 @@ def _check(name: str, layer: QATLayer) -> None:
 
 
 def _words(spec: QuantSpec) -> str:
-    return f"num_bits: {spec.num_bits}, symmetric: {str(spec.symmetric).lower()}, strategy: {spec.strategy}"
+    kind = "" if spec.type == "int" else f"type: {spec.type}, "
+    return f"{kind}num_bits: {spec.num_bits}, symmetric: {str(spec.symmetric).lower()}, strategy: {spec.strategy}"
 
 
 def _translations(opset: int) -> dict[Any, Callable[..., Any]]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.arithmetic import quantize, value_range
-from qatkit.quantization.modules import FakeQuantize, QATLayer
+from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
 
 

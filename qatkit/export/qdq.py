@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from qatkit.errors import QatkitWarning
 from qatkit.quantization.arithmetic import quantize
-from qatkit.quantization.modules import QATConv2d, QATLayer, QATLinear
+from qatkit.quantization.layers import QATConv2d, QATLayer, QATLinear
 from qatkit.spec import QuantSpec
 
 _INT32_MAX = 2**31 - 1

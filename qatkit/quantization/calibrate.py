@@ -10,17 +10,18 @@ from torch import distributed as dist
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.arithmetic import choose_qparams
+from qatkit.quantization.arithmetic import tensor_scale_of
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.observers import RangeObserver
 from qatkit.quantization.prepare import fake_quantizers
+from qatkit.quantization.ranges import RangeObserver, needs_histogram, static_qparams
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None = None) -> list[str]:
     """Set the static activation scales of a prepared model from the ranges seen over `batches`.
 
     Runs in eval mode without gradients; modes and random number generators are put back. Weights are fake-quantized
-    while activations are watched unrounded. In a process group the ranges of all ranks are joined with one all-reduce.
+    while activations are watched unrounded. In a process group the ranges of all ranks are joined with one all-reduce
+    (and one for histograms, where a range method needs them).
 
     Args:
         model: A model from `prepare_qat`.
@@ -42,13 +43,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
         >>> calibrate(model, [torch.randn(4, 8)])
         ['0.input_fake_quant']
     """
-    watched = [(name, fq) for name, fq in fake_quantizers(model) if fq.role == "activation" and not fq.computed]
+    watched = [(name, fq) for name, fq in fake_quantizers(model) if fq.role == "activation" and _is_static(fq)]
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     count = 0
     try:
         for _, fake_quant in watched:
-            fake_quant.observer = RangeObserver()
+            fake_quant.observer = RangeObserver(needs_histogram(fake_quant.spec) and not fake_quant.dynamic)
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
             for batch in batches:
@@ -66,21 +67,28 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     return [name for name, _ in watched]
 
 
+def _is_static(fake_quant: FakeQuantize) -> bool:
+    return not fake_quant.computed or fake_quant.tensor_scale is not None
+
+
 def _set_scales(watched: list[tuple[str, FakeQuantize]], observers: list[RangeObserver], count: int) -> None:
-    scale = watched[0][1].scale
-    assert scale is not None
+    kept = watched[0][1].scale if watched[0][1].scale is not None else watched[0][1].tensor_scale
+    assert kept is not None
+    device = kept.device
     # [-low, high] per layer and the number of batches: one buffer, one MAX. A rank that saw nothing has -inf; NaN
     # becomes inf, because a MAX over NaN may drop it, and one rank raising alone would leave the others waiting.
-    unseen = torch.full((2,), -torch.inf, device=scale.device)
+    unseen = torch.full((2,), -torch.inf)
     rows = [
-        unseen
-        if o.low is None or o.high is None
-        else torch.cat([-o.low, o.high]).to(scale.device).nan_to_num(torch.inf)
+        unseen if o.low is None or o.high is None else torch.cat([-o.low, o.high]).cpu().nan_to_num(torch.inf)
         for o in observers
     ]
-    joined = torch.stack([*rows, torch.full((2,), float(count), device=scale.device)])
+    joined = torch.stack([*rows, torch.full((2,), float(count))]).to(device)
+    # sums over the calls, and histograms where a range method needs them: one buffer, one SUM
+    sums = torch.cat([torch.cat([o.sums.nan_to_num(), *_counts(o)]) for o in observers]).to(device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+        if any(fake_quant.spec.observer != "minmax" for _, fake_quant in watched):
+            dist.all_reduce(sums, op=dist.ReduceOp.SUM)
     *ranges, batches = joined.cpu().unbind()
     if batches[0] == 0:
         raise QatkitError("calibration: the data gave no batch; static activation scales need at least one")
@@ -92,5 +100,16 @@ def _set_scales(watched: list[tuple[str, FakeQuantize]], observers: list[RangeOb
             raise QatkitError(
                 f"calibration: layer '{layer}' was never run, so its input has no range; exclude it from quantization"
             )
-    for (_, fake_quant), seen in zip(watched, ranges, strict=True):
-        fake_quant.set_qparams(*choose_qparams(-seen[:1], seen[1:], fake_quant.spec))
+    parts = torch.split(sums.cpu(), [3 + sum(len(c) for c in _counts(o)) for o in observers])
+    for (_, fake_quant), observer, seen, part in zip(watched, observers, ranges, parts, strict=True):
+        low, high = -seen[:1], seen[1:]
+        if fake_quant.tensor_scale is not None:
+            fake_quant.set_tensor_scale(tensor_scale_of(torch.maximum(-low, high), fake_quant.spec))
+            continue
+        mean = (part[:2] / part[2].clamp(min=1)).float()
+        counts = None if observer.counts is None else part[3:].long()
+        fake_quant.set_qparams(*static_qparams(low, high, mean, counts, fake_quant.spec))
+
+
+def _counts(observer: RangeObserver) -> list[torch.Tensor]:
+    return [] if observer.counts is None else [observer.counts.double()]

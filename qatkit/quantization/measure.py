@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qatkit.quantization.arithmetic import aligned, blocks, quantize
+from qatkit.quantization.arithmetic import aligned, blocks, dequantize, quantize
 from qatkit.quantization.modules import full_tensor
-from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.prepare import qat_layers, quantized_weights
 from qatkit.spec import QuantSpec
 
 
@@ -37,27 +37,31 @@ class LayerRow:
 def layer_table(model: nn.Module) -> list[LayerRow]:
     """Measure every fake-quantized layer of a model; sharded weights are gathered one layer at a time."""
     rows = []
-    for name, layer in qat_layers(model):
-        weight = full_tensor(layer.weight).float()
-        fake_quant, inputs = layer.weight_fake_quant, layer.input_fake_quant
+    inputs = {name: layer.input_fake_quant for name, layer in qat_layers(model)}
+    quantized = {name: (weight, fake_quant) for name, weight, fake_quant in quantized_weights(model)}
+    plain = {name: (layer.weight, None) for name, layer in qat_layers(model) if name not in quantized}
+    for name, (sharded, fake_quant) in {**quantized, **plain}.items():
+        weight = full_tensor(sharded).float()
         error, clip_rate, zeros, bits = 0.0, 0.0, (weight == 0).float().mean().item(), 32
         if fake_quant is not None:
-            bits, spec = fake_quant.spec.num_bits, fake_quant.spec
-            scale, zero_point = (full_tensor(part) for part in fake_quant.qparams(weight))
-            error, clip_rate, zeros = measure_weight(weight, scale, zero_point, spec)[1].tolist()
+            bits = fake_quant.spec.num_bits
+            scale, zero_point = fake_quant.whole_qparams(weight)
+            error, clip_rate, zeros = measure_weight(weight, scale, zero_point, fake_quant.spec)[1].tolist()
+        activation = inputs.get(name)
         rows.append(
             LayerRow(
                 name=name,
                 weights=weight.numel(),
                 weight_bits=bits,
-                activation_bits=32 if inputs is None else inputs.spec.num_bits,
+                activation_bits=32 if activation is None else activation.spec.num_bits,
                 weight_error=error,
                 clip_rate=clip_rate,
                 sparsity=zeros,
                 code_bytes=(weight.numel() * bits + 7) // 8,
             )
         )
-    return rows
+    order = {name: index for index, name in enumerate(name for name, _ in model.named_modules())}
+    return sorted(rows, key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
 
 
 def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -70,13 +74,13 @@ def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: Quan
         spec: Bits, symmetry and strategy.
 
     Returns:
-        The integer codes in the shape of `weight`, and ``[weight_error, clip_rate, sparsity]`` as `LayerRow` has them.
+        The codes in the shape of `weight`, and ``[weight_error, clip_rate, sparsity]`` as `LayerRow` has them.
     """
     codes = quantize(weight, scale, zero_point, spec)
-    grid = blocks(codes, spec).float() - aligned(zero_point, codes, spec)
-    values = (grid * aligned(scale, codes, spec)).view(weight.shape)
+    values = dequantize(codes, scale, zero_point, spec)
     error = (values - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
     # half a step beyond the last code is still nearest to it: only what lies further is clipped
     v = blocks(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
-    clipped = ((v < spec.qmin - 0.5) | (v > spec.qmax + 0.5)).float().mean()
-    return codes, torch.stack([error, clipped, (grid == 0).float().mean()])
+    half = 0.0 if spec.is_float else 0.5
+    clipped = ((v < spec.qmin - half) | (v > spec.qmax + half)).float().mean()
+    return codes, torch.stack([error, clipped, (values == 0).float().mean()])

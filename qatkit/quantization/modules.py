@@ -1,8 +1,4 @@
-"""Layers that compute with quantized values: subclasses that take over a layer in place.
-
-A swap changes the layer's class and adds the fake quantizers; the Parameter objects, the hooks and the identity of the
-module stay. So optimizers, weight ties, `state_dict` keys and FSDP see the layer they knew.
-"""
+"""The module that rounds a tensor to its grid, and holds the scale where one is kept."""
 
 from __future__ import annotations
 
@@ -11,10 +7,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from qatkit.quantization.arithmetic import fake_quantize, round_scale
-from qatkit.quantization.observers import RangeObserver, minmax_qparams, mse_qparams
+from qatkit.quantization.arithmetic import fake_quantize, round_scale, round_zero_point, tensor_scale_of, value_range
+from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.ranges import RangeObserver
 from qatkit.spec import QuantSpec
 
 Role = Literal["weight", "activation"]
@@ -23,19 +19,22 @@ Role = Literal["weight", "activation"]
 class FakeQuantize(nn.Module):
     """Rounds a tensor to its grid in the forward pass and passes gradients straight through.
 
-    Where the scale comes from follows the spec: computed from the tensor on every call (min-max weights, dynamic
-    activations), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter (LSQ). A learned
-    scale is made in its final shape here, so that DDP, FSDP2 and optimizers see it from the start.
+    Where the scale comes from follows the spec: computed from the tensor on every call (min-max weights, activations
+    per token or group), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter (LSQ; with
+    LSQ+ also the offset, in the units of the tensor). What is learned is made in its final shape here, so that DDP,
+    FSDP2 and optimizers see it from the start.
 
     Args:
         spec: The quantization.
         role: "weight" or "activation".
-        shape: Shape of the stored scale: ``[1]``, ``[out, 1]`` or ``[out, groups]``.
+        shape: Shape of the stored scale: ``[1]``, ``[out, 1]``, ``[out, groups]`` or ``[row blocks, column blocks]``.
         device: Where the scale lives.
     """
 
     scale: Tensor | None
+    offset: Tensor | None
     zero_point: Tensor | None
+    tensor_scale: Tensor | None
 
     def __init__(self, spec: QuantSpec, role: Role, shape: tuple[int, ...], device: torch.device | None = None) -> None:
         super().__init__()
@@ -43,40 +42,75 @@ class FakeQuantize(nn.Module):
         self.role = role
         self.ran = False  # set by the first forward; a quantizer that stays False has never quantized anything
         self.observer: RangeObserver | None = None
-        self.computed = spec.dynamic or (role == "weight" and spec.observer == "minmax")
-        self.ready = self.computed
+        self.dynamic = role == "activation" and spec.strategy in ("token", "group")
+        self.computed = self.dynamic or (role == "weight" and spec.observer in ("minmax", "absmean"))
+        self.shared = False  # by layers that get the same input: the last one is then kept, until `forget`
+        self._last: tuple[Tensor, int, tuple[Tensor, Tensor | None]] | None = None
+        self.scale = self.offset = self.zero_point = self.tensor_scale = None
+        if spec.two_level and not (self.computed and role == "weight"):
+            del self.tensor_scale
+            self.register_buffer("tensor_scale", torch.full((1,), torch.nan, device=device))
+        self.ready = self.computed and self.tensor_scale is None
         if self.computed:
-            self.scale = self.zero_point = None
             return
+        del self.scale, self.offset, self.zero_point
         initial = torch.full(shape, torch.nan, device=device)
-        if spec.observer == "lsq":
+        self.register_parameter("offset", None)
+        if spec.learned:
             self.scale = nn.Parameter(initial)
         else:
             self.register_buffer("scale", initial)
-        self.register_buffer("zero_point", torch.zeros(shape, device=device))
+        if spec.observer == "lsq_plus":
+            self.offset = nn.Parameter(torch.zeros(shape, device=device))
+            self.zero_point = None
+        else:
+            self.register_buffer("zero_point", torch.zeros(shape, device=device))
 
     def initialize(self, weight: Tensor) -> None:
         """Take the initial scale from a weight; nothing to do where it is computed on every call."""
-        if not self.computed:
-            self.set_qparams(*mse_qparams(weight, self.spec))
+        if self.computed:
+            return
+        if self.tensor_scale is not None:
+            low, high = value_range(weight, self.spec)
+            _assign(self.tensor_scale, tensor_scale_of(torch.maximum(-low, high), self.spec))
+        self.set_qparams(*mse_qparams(weight, self.spec))
 
     @torch.no_grad()
-    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+    def set_qparams(self, scale: Tensor, zero_point: Tensor, tensor_scale: Tensor | None = None) -> None:
         """Overwrite the stored scale and zero point, sharded or not."""
         assert self.scale is not None
-        assert self.zero_point is not None
         _assign(self.scale, scale)
-        _assign(self.zero_point, zero_point)
+        if self.offset is not None:
+            _assign(self.offset, -zero_point.to(scale.device) * scale)
+        elif self.zero_point is not None:
+            _assign(self.zero_point, zero_point)
+        if tensor_scale is not None:
+            self.set_tensor_scale(tensor_scale)
         self.ready = True
+
+    @torch.no_grad()
+    def set_tensor_scale(self, tensor_scale: Tensor) -> None:
+        """Overwrite the scale over the scales, ``[1]``."""
+        assert self.tensor_scale is not None
+        _assign(self.tensor_scale, tensor_scale)
+        self.ready = self.computed or self.ready
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point that `x` is quantized with, rounded as the exported file holds them (float32)."""
         if self.computed:
-            return minmax_qparams(x, self.spec)
+            return computed_qparams(x, self.spec, self.tensor_scale)
         assert self.scale is not None
+        scale: Tensor = _RoundScale.apply(self.scale, self.spec, self.tensor_scale)  # type: ignore[no-untyped-call]
+        if self.offset is not None:
+            return scale, _RoundZeroPoint.apply(-self.offset / scale, self.spec)  # type: ignore[no-untyped-call]
         assert self.zero_point is not None
-        scale: Tensor = _RoundScale.apply(self.scale, self.spec)  # type: ignore[no-untyped-call]
         return scale, self.zero_point
+
+    def whole_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What `qparams` gives for a whole `weight`, gathered where it is sharded, without gradients."""
+        with torch.no_grad():
+            scale, zero_point = self.qparams(weight)
+            return full_tensor(scale), full_tensor(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_scale(x)[0]
@@ -92,6 +126,18 @@ class FakeQuantize(nn.Module):
                 "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, or "
                 "let QuantizationAwareTraining do it: fit before validate, test and predict, or give them ckpt_path"
             )
+        if not self.shared or torch.compiler.is_compiling():  # a compiler finds equal expressions itself
+            return self._rounded(x)
+        version = 0 if x.is_inference() else x._version
+        if self._last is None or self._last[0] is not x or self._last[1] != version:
+            self._last = (x, version, self._rounded(x))
+        return self._last[2]
+
+    def forget(self, *_: object) -> None:
+        """Let go of the shared input; a forward hook of the module around the layers that share it."""
+        self._last = None
+
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = self.qparams(x)
         gradient_scale = self._gradient_scale(x, scale)
         return fake_quantize(x, scale, zero_point, self.spec, gradient_scale, clips=not self.computed), scale
@@ -103,11 +149,12 @@ class FakeQuantize(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.scale is not None:
-            self.ready = not bool(full_tensor(self.scale).isnan().any())
+        kept = self.scale if self.scale is not None else self.tensor_scale
+        if kept is not None:
+            self.ready = not bool(full_tensor(kept).isnan().any())
 
     def extra_repr(self) -> str:
-        kind = "int" if self.spec.symmetric else "uint"
+        kind = {"int": "int" if self.spec.symmetric else "uint"}.get(self.spec.type, f"{self.spec.type} ")
         return f"{self.role}, {kind}{self.spec.num_bits}, {self.spec.strategy}, {self.spec.observer}"
 
 
@@ -115,14 +162,27 @@ class _RoundScale(torch.autograd.Function):
     """`round_scale` whose gradient passes through the rounding, with the sign of the absolute value."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, spec: QuantSpec) -> Tensor:
+    def forward(ctx: Any, scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None) -> Tensor:
         ctx.save_for_backward(scale)
-        return round_scale(scale, spec)
+        ctx.signed = spec.scale_rule == "signed"
+        return round_scale(scale, spec, tensor_scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return grad if ctx.signed else torch.where(scale < 0, -grad, grad), None, None
+
+
+class _RoundZeroPoint(torch.autograd.Function):
+    """`round_zero_point` whose gradient passes through the rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        return round_zero_point(zero_point, spec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return torch.where(scale < 0, -grad, grad), None
+        return grad, None
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -139,72 +199,3 @@ def _assign(target: Tensor, value: Tensor) -> None:
         target = cast(DTensor, target)
         value = distribute_tensor(value, target.device_mesh, target.placements)
     target.copy_(value)
-
-
-class QATLayer(nn.Module):
-    """What every quantized layer shares: the two fake quantizers, either of which may be None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_fake_quant: FakeQuantize | None
-    input_fake_quant: FakeQuantize | None
-
-    def fake_quantized_weight(self) -> Tensor:
-        """The weight as the forward pass uses it, in the weight's own dtype."""
-        return self.weight if self.weight_fake_quant is None else self.weight_fake_quant.with_scale(self.weight)[0]
-
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, weight and bias as the forward pass uses them.
-
-        Integer kernels add the bias to sums of products of codes, so it is a whole multiple of weight scale times input
-        scale there. It is rounded so in training too: with 4-bit weights that grid is coarse enough to be seen at the
-        output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
-        """
-        weight, bias = self.weight, self.bias
-        weight_scale = input_scale = None
-        if self.weight_fake_quant is not None:
-            weight, weight_scale = self.weight_fake_quant.with_scale(weight)
-        if self.input_fake_quant is not None:
-            x, input_scale = self.input_fake_quant.with_scale(x)
-            if self.input_fake_quant.spec.dynamic:
-                input_scale = None
-        if bias is not None and input_scale is not None and weight_scale is not None and weight_scale.numel() in (
-            1, len(bias)
-        ):  # fmt: skip
-            bias = _RoundToMultiple.apply(bias, (weight_scale * input_scale).view(-1))  # type: ignore[no-untyped-call]
-        return x, weight, bias
-
-
-class _RoundToMultiple(torch.autograd.Function):
-    """The nearest multiple of a step, whose straight-through gradient is the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
-        steps = x.float() / step
-        # from 2**23 on every float is whole; below a step of 1e-38 the quotient is infinite, and the value is kept too
-        return torch.where(steps.abs() < 2**23, steps.round() * step, x.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class QATLinear(QATLayer, nn.Linear):
-    """`nn.Linear` over a fake-quantized weight and input."""
-
-    bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(*self.operands(input))
-
-
-class QATConv2d(QATLayer, nn.Conv2d):
-    """`nn.Conv2d` over a fake-quantized weight and input."""
-
-    bias: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return cast(Tensor, self._conv_forward(*self.operands(input)))
-
-
-SWAPS: dict[type[nn.Module], type[QATLayer]] = {nn.Linear: QATLinear, nn.Conv2d: QATConv2d}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qatkit.quantization.grids import from_codes
+from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.measure import measure_weight
-from qatkit.quantization.modules import FakeQuantize, QATLayer, full_tensor
+from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers
 
 SAMPLE = 2**16
@@ -34,7 +36,7 @@ class LayerWatch:
     def __init__(self) -> None:
         self._codes: Tensor | None = None
         self._direction: Tensor | None = None  # of the last change of every code; int8
-        self._span = (0, 0)
+        self._span: tuple[float, float] = (0, 0)
 
     @torch.no_grad()
     def observe(self, layer: nn.Module) -> Tensor:
@@ -48,7 +50,7 @@ class LayerWatch:
             needs three observations, and a scale a quantizer with static scales.
         """
         assert isinstance(layer.weight, Tensor)
-        weight = full_tensor(layer.weight)
+        weight = full_tensor(layer.matrix if isinstance(layer, QATLayer) else layer.weight)
         every = -(-weight.numel() // SAMPLE)
         sample = weight[::every].float()
         missing = torch.full((), torch.nan, device=weight.device)
@@ -59,11 +61,15 @@ class LayerWatch:
         else:
             spec = fake_quant.spec
             # a scale per row can be computed from the sampled rows alone, one for all needs every weight
-            own = fake_quant.computed and spec.strategy != "tensor"
-            scale, zero_point = (full_tensor(part) for part in fake_quant.qparams(sample if own else weight.float()))
-            if not own and spec.strategy != "tensor":
+            own = fake_quant.computed and spec.strategy in ("channel", "group") and not spec.two_level
+            if spec.strategy == "block":
+                sample = weight.float()  # rows of different blocks cannot be told apart in a sample
+            scale, zero_point = fake_quant.whole_qparams(sample if own else weight.float())
+            if not own and spec.strategy in ("channel", "group"):
                 scale, zero_point = scale[::every], zero_point[::every]
             codes, costs = measure_weight(sample, scale, zero_point, spec)
+            if spec.is_float:
+                codes = from_codes(codes, zero_point, spec)  # the bits of a float do not rise with its value
             numbers = torch.cat([costs, self._turned(codes, missing).view(1)])
             self._span = (spec.qmin, spec.qmax)
         inputs = layer.input_fake_quant if isinstance(layer, QATLayer) else None
@@ -75,7 +81,7 @@ class LayerWatch:
         if before is None or before.shape != codes.shape:
             self._direction = None
             return missing
-        change = (codes.short() - before.short()).sign().char()
+        change = (codes.float() - before.float()).sign().char()
         if self._direction is None:
             self._direction = change
             return missing
@@ -88,7 +94,7 @@ class LayerWatch:
         if self._codes is None:
             return torch.zeros(BINS, dtype=torch.int64)
         low, high = self._span
-        bins = (self._codes.flatten().long() - low) * BINS // (high - low + 1)
+        bins = ((self._codes.flatten().float() - low) * BINS / (high - low + 1)).long().clamp(max=BINS - 1)
         return torch.bincount(bins, minlength=BINS)
 
 

@@ -1,12 +1,36 @@
-"""How a range becomes a scale, and what calibration watches."""
+"""How a tensor becomes a scale: from its range, its mean magnitude, or the least squared error."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qatkit.quantization.arithmetic import aligned, blocks, choose_qparams, fake_quantize, value_range
+from qatkit.quantization.arithmetic import (
+    aligned,
+    blocks,
+    choose_qparams,
+    fake_quantize,
+    round_scale,
+    tensor_scale_of,
+    value_range,
+)
 from qatkit.spec import QuantSpec
+
+
+def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as ``observer: minmax`` or ``absmean`` compute them from the tensor itself.
+
+    Args:
+        x: The tensor, any float dtype.
+        spec: Its quantization.
+        tensor_scale: For scales of two levels, ``[1]``; by default from `x`.
+
+    Returns:
+        Scale and zero point in their stored shape, float32.
+    """
+    if spec.type == "ternary":
+        return absmean_qparams(x, spec)
+    return choose_qparams(*value_range(x, spec), spec, tensor_scale)
 
 
 def minmax_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -14,7 +38,22 @@ def minmax_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return choose_qparams(*value_range(x, spec), spec)
 
 
-def mse_qparams(x: Tensor, spec: QuantSpec, steps: int = 80, smallest: float = 0.2) -> tuple[Tensor, Tensor]:
+def absmean_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The mean magnitude of every slice, the scale of ternary weights in BitNet b1.58.
+
+    Ma et al., 2024, https://arxiv.org/abs/2402.17764, equations 1 to 3.
+    """
+    grid = blocks(x.detach().float().abs(), spec)
+    shape = value_range(x, spec)[0].shape
+    total = grid.sum_to_size(aligned(torch.empty(shape, device="meta"), x, spec).shape).view(shape)
+    scale = total * shape.numel() / x.numel()
+    scale = torch.where(scale > 0, scale, torch.where(scale.amax() > 0, scale.amax(), torch.ones_like(scale)))
+    return round_scale(scale, spec), torch.zeros_like(scale)
+
+
+def mse_qparams(
+    x: Tensor, spec: QuantSpec, steps: int = 90, smallest: float = 0.1, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point with the least squared error among ranges shrunk in equal steps.
 
     Args:
@@ -22,17 +61,19 @@ def mse_qparams(x: Tensor, spec: QuantSpec, steps: int = 80, smallest: float = 0
         spec: Its quantization.
         steps: How many ranges are tried, from the full one down.
         smallest: The narrowest range tried, as a share of the full one.
+        weights: How often each value counts, in the shape of `x`; once by default.
 
     Returns:
         Scale and zero point in their stored shape, float32.
     """
     x = x.detach().float()
     low, high = value_range(x, spec)
-    best_scale, best_zero_point = choose_qparams(low, high, spec)
-    best = _squared_error(x, best_scale, best_zero_point, spec)
+    tensor_scale = tensor_scale_of(torch.maximum(-low, high), spec) if spec.two_level else None
+    best_scale, best_zero_point = choose_qparams(low, high, spec, tensor_scale)
+    best = _squared_error(x, best_scale, best_zero_point, spec, weights)
     for share in torch.linspace(1.0, smallest, steps)[1:].tolist():
-        scale, zero_point = choose_qparams(low * share, high * share, spec)
-        error = _squared_error(x, scale, zero_point, spec)
+        scale, zero_point = choose_qparams(low * share, high * share, spec, tensor_scale)
+        error = _squared_error(x, scale, zero_point, spec, weights)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -40,23 +81,7 @@ def mse_qparams(x: Tensor, spec: QuantSpec, steps: int = 80, smallest: float = 0
     return best_scale, best_zero_point
 
 
-def _squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    error = blocks((fake_quantize(x, scale, zero_point, spec) - x).square(), spec)
+def _squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, weights: Tensor | None) -> Tensor:
+    error = (fake_quantize(x, scale, zero_point, spec) - x).square()
+    error = blocks(error if weights is None else error * weights, spec)
     return error.sum_to_size(aligned(scale, x, spec).shape).view(scale.shape)
-
-
-class RangeObserver:
-    """Remembers the smallest and largest activation that passed, as plain float32 tensors of shape ``[1]``."""
-
-    def __init__(self) -> None:
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-
-    def update(self, x: Tensor) -> None:
-        """Widen the range by `x`; an empty tensor (an expert that got no token) says nothing."""
-        if x.numel() == 0:
-            return
-        low, high = torch.aminmax(x.detach())
-        low, high = low.float().view(1), high.float().view(1)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)

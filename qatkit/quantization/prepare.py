@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import warnings
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.quantization.modules import SWAPS, FakeQuantize, QATLayer
+from qatkit.quantization.experts import QATExperts, expert_weights, experts_class, is_experts, plain_class
+from qatkit.quantization.kv_cache import PARTS as KV_PARTS
+from qatkit.quantization.kv_cache import attention_modules, quantize_kv, strip_kv
+from qatkit.quantization.layers import QATLayer, swap_of
+from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.selection import select
+from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"),
+)  # fmt: skip
+"""Names of layers that get the same input, in transformers' models."""
 
 
 def prepare_qat(
@@ -20,6 +27,9 @@ def prepare_qat(
     activation: QuantSpec | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    layers: Mapping[str, Scheme] | None = None,
+    kv_cache: QuantSpec | None = None,
+    share_inputs: bool = False,
 ) -> list[str]:
     """Make the selected layers of `model` compute with quantized weights and inputs, in place.
 
@@ -30,11 +40,17 @@ def prepare_qat(
         model: Any module.
         weight: How weights are quantized; None leaves them as they are.
         activation: How each layer's input is quantized; None leaves it as it is.
-        include: Globs over layer names; every one must match a layer.
+        include: Globs over layer names; every one must match a layer. Embeddings have to be named: ``*`` and
+            ``model.*`` leave them out.
         exclude: Globs over layer names that are left alone; every one must match a layer.
+        layers: By glob, what is quantized otherwise; of several that match a layer the last decides. Without `weight`
+            and `activation` these are the only layers.
+        kv_cache: How the keys and values of a transformers model's attention are quantized, per tensor or per token.
+        share_inputs: Give layers that read the same input (q/k/v, gate/up) one static scale instead of one each.
+            Dynamic activations are always quantized once. ONNX Runtime only fuses layers with scales of their own.
 
     Returns:
-        The names of the swapped layers, in the model's order.
+        The names of the swapped layers, in the model's order, then those of attention modules with a quantized cache.
 
     Raises:
         QatkitError: a pattern selects nothing or a layer that cannot be quantized, a group size does not divide a
@@ -46,34 +62,12 @@ def prepare_qat(
         >>> prepare_qat(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), weight=QuantSpec(num_bits=4))
         ['0', '2']
     """
-    names = check_layers(model, weight, activation, include, exclude)
-    for name in names:
-        swap_layer(model.get_submodule(name), weight, activation)
+    chosen = select(model, weight, activation, include, exclude, layers, kv_cache)
+    for name, scheme in chosen.items():
+        swap_layer(model.get_submodule(name), scheme.weight, scheme.activation)
+    share_quantizers(model, list(chosen), share_inputs)
     set_fast_paths(model)
-    return names
-
-
-def check_layers(
-    model: nn.Module,
-    weight: QuantSpec | None = None,
-    activation: QuantSpec | None = None,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-) -> list[str]:
-    """Every check of `prepare_qat`, without changing the model; returns the names it would swap."""
-    if weight is None and activation is None:
-        raise QatkitError("prepare_qat: neither weight nor activation is given; write weight=QuantSpec(num_bits=8)")
-    if activation is not None and activation.strategy not in ("tensor", "token"):
-        raise QatkitError(
-            f"activation.strategy: '{activation.strategy}' is for weights; write QuantSpec(..., strategy='tensor') for "
-            "calibrated ranges or strategy='token' for dynamic ones"
-        )
-    if activation is not None and not activation.dynamic and activation.observer == "mse":
-        raise QatkitError("activation.observer: 'mse' is for weights; write minmax or lsq")
-    names = select_layers(model, include, exclude)
-    for name in names:
-        _check(name, model.get_submodule(name), weight, activation)
-    return names
+    return list(chosen) + ([] if kv_cache is None else quantize_kv(model, kv_cache))
 
 
 def set_fast_paths(model: nn.Module) -> None:
@@ -91,132 +85,115 @@ def strip_qat(model: nn.Module) -> list[str]:
     Returns:
         The names of the layers that changed.
     """
-    plain: dict[type[nn.Module], type[nn.Module]] = {swapped: original for original, swapped in SWAPS.items()}
-    names = [name for name, _ in qat_layers(model)]
+    attention = [name for name, module in attention_modules(model) if hasattr(module, KV_PARTS[0])]
+    for name in attention:
+        strip_kv(model.get_submodule(name))
+    names = [name for name, module in model.named_modules() if isinstance(module, QATLayer | QATExperts)]
     for name in names:
         layer = model.get_submodule(name)
+        if isinstance(layer, QATExperts):
+            for projection in layer.projections:
+                del layer._modules[f"{projection}_fake_quant"]
+            layer.__class__ = plain_class(layer)
+            continue
+        fake_quant = layer.input_fake_quant
+        if isinstance(fake_quant, FakeQuantize) and fake_quant.shared:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            for key, hook in list(parent._forward_hooks.items()):
+                if getattr(hook, "__self__", None) is fake_quant:
+                    del parent._forward_hooks[key]
         del layer.weight_fake_quant, layer.input_fake_quant
-        layer.__class__ = plain[type(layer)]
+        layer.__class__ = next(kind for kind in type(layer).__mro__ if swap_of(kind) is not None)
     set_fast_paths(model)
-    return names
+    return names + attention
 
 
 def qat_layers(model: nn.Module) -> list[tuple[str, QATLayer]]:
-    """The fake-quantized layers of a model, with their names."""
+    """The fake-quantized layers of a model, with their names; fused experts are not among them."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QATLayer)]
 
 
 def fake_quantizers(model: nn.Module) -> list[tuple[str, FakeQuantize]]:
-    """The fake quantizers of a model, with their names."""
+    """The fake quantizers of a model, with their names; a shared one once."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantize)]
 
 
-def select_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
-    """Names of the layers that the globs select, in the model's order.
-
-    Only exact types are taken: a subclass (a bitsandbytes `Linear4bit`, the `out_proj` of `nn.MultiheadAttention`)
-    computes something else with its weight, and swapping it would be silently wrong.
-
-    Raises:
-        QatkitError: a pattern matches nothing, or names a layer that cannot be quantized.
-    """
-    fits, foreign = [], {}
+def quantized_weights(model: nn.Module) -> list[tuple[str, Tensor, FakeQuantize]]:
+    """Every fake-quantized weight ``[out, in, ...]`` with its name (experts: of the projection) and quantizer."""
+    found: list[tuple[str, Tensor, FakeQuantize]] = []
     for name, module in model.named_modules():
-        if type(module) in SWAPS:
-            fits.append(name)
-        elif isinstance(module, tuple(SWAPS)) or getattr(module, "weight", None) is not None:
-            foreign[name] = type(module)
-    excluded = {name for name in [*fits, *foreign] if any(fnmatchcase(name, p) for p in exclude)}
-    for name, kind in foreign.items():
-        if issubclass(kind, QATLayer) and name not in excluded and any(fnmatchcase(name, p) for p in include):
-            raise QatkitError(f"layer '{name}' is already fake-quantized; exclude it, or call strip_qat(model) first")
-    for key, patterns in (("include", include), ("exclude", exclude)):
-        for index, pattern in enumerate(patterns):
-            _check_pattern(f"{key}[{index}]", pattern, fits, foreign, must_fit=key == "include")
-    chosen = [name for name in fits if name not in excluded and any(fnmatchcase(name, p) for p in include)]
-    if not chosen:
-        raise QatkitError(f"include {list(include)} minus exclude {list(exclude)} leaves no layer to quantize")
-    missed = [
-        f"{name} ({kind.__name__})"
-        for name, kind in foreign.items()
-        if issubclass(kind, tuple(SWAPS)) and name not in excluded and any(fnmatchcase(name, p) for p in include)
-    ]
-    if missed:
-        warnings.warn(
-            f"not quantized, because their types are not plain layers: {', '.join(missed[:8])}"
-            f"{f' and {len(missed) - 8} more' if len(missed) > 8 else ''}; name them in exclude if that is meant",
-            QatkitWarning,
-            stacklevel=3,
-        )
-    return chosen
-
-
-def _check_pattern(
-    key: str, pattern: str, fits: list[str], foreign: dict[str, type[nn.Module]], must_fit: bool
-) -> None:
-    if any(fnmatchcase(name, pattern) for name in fits):
-        return
-    others = [name for name in foreign if fnmatchcase(name, pattern)]
-    if others and must_fit:
-        kinds = ", ".join(sorted(kind.__name__ for kind in SWAPS))
-        raise QatkitError(
-            f"{key}: '{pattern}' selects '{others[0]}', a {foreign[others[0]].__name__}, which cannot be quantized "
-            f"(only {kinds} can); leave it out"
-        )
-    if not others:
-        near = difflib.get_close_matches(pattern, fits, n=3, cutoff=0.3) or fits[:3]
-        known = f"the nearest are {near}" if near else "the model has no layer that can be quantized"
-        raise QatkitError(f"{key}: '{pattern}' matches no layer; {known}")
-
-
-def _check(name: str, layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
-    parameter = layer.weight
-    if not isinstance(parameter, nn.Parameter):
-        raise QatkitError(
-            f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); "
-            "make it permanent (prune.remove, remove_weight_norm), or exclude the layer"
-        )
-    if parameter.numel() == 0:
-        raise QatkitError(f"layer '{name}': its weight of shape {list(parameter.shape)} is empty; exclude it")
-    if activation is not None and activation.dynamic and parameter.dim() != 2:
-        raise QatkitError(
-            f"layer '{name}': strategy 'token' is for linear layers, whose last dimension is a token's; "
-            "use strategy: tensor, or exclude the layer"
-        )
-    if not parameter.is_meta and not parameter.isfinite().all():
-        raise QatkitError(f"layer '{name}': its weight holds NaN or infinite values; mend the checkpoint first")
-    if weight is None or weight.group_size is None:
-        return
-    if parameter.dim() != 2:
-        raise QatkitError(
-            f"layer '{name}': strategy 'group' is for linear layers, not for weights of shape {list(parameter.shape)}; "
-            "use strategy: channel, or exclude the layer"
-        )
-    size = parameter.shape[1]
-    if size % weight.group_size:
-        fitting = [n for n in range(4, size + 1) if size % n == 0][:8]
-        raise QatkitError(
-            f"layer '{name}': group_size {weight.group_size} does not divide its {size} inputs; write one of {fitting}"
-        )
+        if isinstance(module, QATLayer) and module.weight_fake_quant is not None:
+            found.append((name, module.matrix, module.weight_fake_quant))
+        elif isinstance(module, QATExperts):
+            found += [(f"{name}.{part}", module.matrix(part), module.fake_quant(part)) for part in module.projections]
+    return found
 
 
 def swap_layer(layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
     """Make one plain layer compute with quantized values, in place."""
-    parameter = layer.weight
-    assert isinstance(parameter, nn.Parameter)
-    layer.__class__ = SWAPS[type(layer)]
+    if is_experts(layer):
+        assert weight is not None
+        projections = tuple(name for name, _ in expert_weights(layer))
+        layer.__class__ = experts_class(type(layer), projections)
+        assert isinstance(layer, QATExperts)
+        for name in projections:
+            layer.register_module(f"{name}_fake_quant", _weight_quantizer(layer.matrix(name), weight))
+        return
+    swapped = swap_of(type(layer))
+    assert swapped is not None
+    layer.__class__ = swapped
+    assert isinstance(layer, QATLayer)
     layer.register_module("weight_fake_quant", None)
     layer.register_module("input_fake_quant", None)
     if weight is not None:
-        fake_quant = FakeQuantize(weight, "weight", _scale_shape(parameter.shape, weight), parameter.device)
-        if not parameter.is_meta:
-            fake_quant.initialize(parameter)
-        layer.weight_fake_quant = fake_quant
+        layer.weight_fake_quant = _weight_quantizer(layer.matrix, weight)
     if activation is not None:
-        layer.input_fake_quant = FakeQuantize(activation, "activation", (1,), parameter.device)
+        layer.input_fake_quant = FakeQuantize(activation, "activation", (1,), layer.weight.device)
+
+
+def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> None:
+    """Quantize an input once for all layers that read it: one fake quantizer for the children of one module.
+
+    Dynamic ones are always shared: they hold nothing but the last input, and let go of it when the module around them
+    is done. Tied weights share the weight's quantizer, so that one tensor ships. Static inputs are shared if asked.
+    """
+    chosen = {name: layer for name, layer in qat_layers(model) if name in set(names)}
+    owners: dict[int, FakeQuantize | None] = {}
+    families: dict[tuple[str, QuantSpec, object], FakeQuantize] = {}
+    for name, layer in chosen.items():
+        layer.weight_fake_quant = owners.setdefault(id(layer.weight), layer.weight_fake_quant)
+        fake_quant = layer.input_fake_quant
+        if fake_quant is None or not (fake_quant.dynamic or static):
+            continue
+        parent, _, own = name.rpartition(".")
+        around = model.get_submodule(parent)
+        if isinstance(around, nn.ModuleList | nn.ModuleDict):
+            continue  # never called, so it could not say when the input is done with
+        family: object = True
+        if not fake_quant.dynamic:
+            family = next((family for family in SIBLINGS if own in family), None)
+            if family is None:
+                continue
+        first = families.setdefault((parent, fake_quant.spec, family), fake_quant)
+        if first is fake_quant:
+            continue
+        layer.input_fake_quant = first
+        if not first.shared:
+            first.shared = True
+            around.register_forward_hook(first.forget, always_call=True)
+
+
+def _weight_quantizer(weight: Tensor, spec: QuantSpec) -> FakeQuantize:
+    fake_quant = FakeQuantize(spec, "weight", _scale_shape(weight.shape, spec), weight.device)
+    if not weight.is_meta:
+        fake_quant.initialize(weight)
+    return fake_quant
 
 
 def _scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
     if spec.strategy == "tensor":
         return (1,)
+    if spec.block_structure is not None:
+        rows, columns = spec.block_structure
+        return (-(-shape[0] // rows), -(-shape[1] // columns))
     return (shape[0], 1 if spec.group_size is None else shape[1] // spec.group_size)

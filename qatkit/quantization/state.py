@@ -13,62 +13,74 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.arithmetic import round_scale
-from qatkit.quantization.modules import FakeQuantize, QATLayer, full_tensor
-from qatkit.quantization.prepare import qat_layers, set_fast_paths, swap_layer
+from qatkit.quantization.experts import QATExperts
+from qatkit.quantization.kv_cache import add_kv_quantizers
+from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.modules import FakeQuantize, full_tensor
+from qatkit.quantization.prepare import set_fast_paths, share_quantizers, swap_layer
 from qatkit.spec import QuantSpec
 
 Specs = dict[str, dict[str, dict[str, Any]]]
-_PARTS = {"weight": "weight_fake_quant", "input": "input_fake_quant"}
+_SUFFIX = "_fake_quant"
 
 
 def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
     """Scales and zero points of a prepared model, and its specs, by layer.
 
     Returns:
-        Tensors named ``{layer}.weight.scale``, ``{layer}.weight.zero_point``, ``{layer}.input.scale``,
-        ``{layer}.input.zero_point`` (float32, CPU; none for dynamic activations), and the specs as
-        ``{layer}: {weight: spec, input: spec}``.
+        Tensors named ``{layer}.{part}.scale`` and ``{layer}.{part}.zero_point`` (float32, CPU; none for dynamic
+        activations), where the part is "weight", "input" or the name of an expert projection, with a
+        ``{layer}.{part}.tensor_scale`` where scales have two levels; and the specs as ``{layer}: {part: spec}``.
     """
     tensors: dict[str, Tensor] = {}
-    for name, layer in qat_layers(model):
-        for part, attribute in _PARTS.items():
-            fake_quant: FakeQuantize | None = getattr(layer, attribute)
-            if fake_quant is None or fake_quant.spec.dynamic:
-                continue
-            if fake_quant.computed:
-                scale, zero_point = fake_quant.qparams(full_tensor(layer.weight))
-            else:
-                scale, zero_point = _stored(fake_quant)
-            tensors[f"{name}.{part}.scale"] = scale.cpu().contiguous()
-            tensors[f"{name}.{part}.zero_point"] = zero_point.cpu().contiguous()
+    for name, module in model.named_modules():
+        for part, fake_quant in _parts(module).items():
+            kept: dict[str, Tensor] = {}
+            if fake_quant.tensor_scale is not None:
+                kept["tensor_scale"] = full_tensor(fake_quant.tensor_scale)
+            if not fake_quant.dynamic:
+                # only a computed scale needs the weight, and only that is gathered for it
+                x = full_tensor(_weight(module, part)) if fake_quant.computed else torch.empty(0)
+                kept["scale"], kept["zero_point"] = fake_quant.whole_qparams(x)
+            for key, tensor in kept.items():
+                tensors[f"{name}.{part}.{key}"] = tensor.detach().cpu().contiguous().clone()
     return tensors, layer_specs(model)
 
 
 def layer_specs(model: nn.Module) -> Specs:
-    """The specs of a prepared model as plain data, ``{layer}: {weight: fields, input: fields}``."""
-    return {
-        name: {
-            part: asdict(fake_quant.spec)
-            for part, attribute in _PARTS.items()
-            if (fake_quant := getattr(layer, attribute)) is not None
-        }
-        for name, layer in qat_layers(model)
+    """The specs of a prepared model as plain data, ``{layer}: {part: fields}``."""
+    specs = {
+        name: {part: asdict(fake_quant.spec) for part, fake_quant in _parts(module).items()}
+        for name, module in model.named_modules()
     }
+    return {name: parts for name, parts in specs.items() if parts}
 
 
 def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
     """Prepare the layers of a plain model as recorded by `layer_specs`, in place; static scales wait to be set."""
     for name, parts in specs.items():
         by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
-        swap_layer(model.get_submodule(name), by_part.get("weight"), by_part.get("input"))
+        if "key" in by_part:
+            add_kv_quantizers(model.get_submodule(name), by_part["key"])
+            continue
+        inputs = by_part.pop("input", None)
+        swap_layer(model.get_submodule(name), next(iter(by_part.values()), None), inputs)
+    share_quantizers(model, list(specs), static=False)
     set_fast_paths(model)
 
 
-def _stored(fake_quant: FakeQuantize) -> tuple[Tensor, Tensor]:
-    assert fake_quant.scale is not None
-    assert fake_quant.zero_point is not None
-    return round_scale(full_tensor(fake_quant.scale), fake_quant.spec), full_tensor(fake_quant.zero_point)
+def _parts(module: nn.Module) -> dict[str, FakeQuantize]:
+    """The fake quantizers of one module, by what they quantize."""
+    return {
+        name.removesuffix(_SUFFIX): child for name, child in module._modules.items() if isinstance(child, FakeQuantize)
+    }
+
+
+def _weight(module: nn.Module, part: str) -> Tensor:
+    if isinstance(module, QATExperts):
+        return module.matrix(part)
+    assert isinstance(module, QATLayer)
+    return module.matrix
 
 
 def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -76,8 +88,8 @@ def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         f"{name}.{attribute}."
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QATLayer)
-        for attribute in _PARTS.values()
+        for attribute, child in module._modules.items()
+        if isinstance(child, FakeQuantize)
     )
 
 
@@ -102,14 +114,15 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
     prepare_from_specs(model, specs)
     for name in specs:
-        layer = model.get_submodule(name)
-        for part, attribute in _PARTS.items():
-            if (scale := tensors.get(f"{name}.{part}.scale")) is None:
+        module = model.get_submodule(name)
+        for part, fake_quant in _parts(module).items():
+            found = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "tensor_scale")}
+            if found["tensor_scale"] is not None:
+                fake_quant.set_tensor_scale(found["tensor_scale"])
+            if found["scale"] is None or found["zero_point"] is None:
                 continue
-            zero_point = tensors[f"{name}.{part}.zero_point"]
-            fake_quant: FakeQuantize = getattr(layer, attribute)
             if not fake_quant.computed:
-                fake_quant.set_qparams(scale, zero_point)
-            elif not torch.equal(fake_quant.qparams(layer.weight.detach())[0].cpu(), scale):  # type: ignore[operator]
+                fake_quant.set_qparams(found["scale"], found["zero_point"])
+            elif not torch.equal(fake_quant.qparams(_weight(module, part).detach())[0].cpu(), found["scale"]):
                 raise QatkitError(f"layer '{name}': its weight does not belong to the scales in {path.name}")
     return list(specs)

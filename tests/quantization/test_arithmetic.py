@@ -146,7 +146,7 @@ def test_an_all_zero_channel_gets_the_widest_scale_and_an_all_zero_tensor_gets_o
         ({"num_bits": 1}, "num_bits: 1 is out of range"),
         ({"strategy": "group"}, "group_size: strategy 'group' needs a size"),
         ({"group_size": 32}, "group_size: 32 has no meaning with strategy 'channel'"),
-        ({"observer": "lqs"}, "observer: 'lqs' is unknown; write one of minmax, mse, lsq"),
+        ({"observer": "lqs"}, "observer: 'lqs' is unknown; write one of minmax, absmean, mse"),
         ({"num_bits": "4"}, "num_bits: '4' is no whole number"),
         ({"strategy": "token", "observer": "lsq"}, "observer: 'lsq' cannot be used with strategy 'token'"),
     ],

@@ -14,10 +14,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from qatkit import QatkitError, QatkitWarning, QATLinear, QuantSpec, calibrate, fake_quantize, prepare_qat, strip_qat
-from qatkit.quantization.modules import SWAPS
+from qatkit import (
+    QatkitError,
+    QatkitWarning,
+    QATLinear,
+    QuantSpec,
+    Scheme,
+    calibrate,
+    fake_quantize,
+    prepare_qat,
+    strip_qat,
+)
+from qatkit.quantization.layers import SWAPS
 from qatkit.quantization.observers import minmax_qparams
-from qatkit.quantization.prepare import select_layers
+from qatkit.quantization.selection import select
 from qatkit.quantization.state import load_quantizers, save_quantizers
 
 W4, LSQ = QuantSpec(num_bits=4), QuantSpec(num_bits=4, observer="lsq")
@@ -31,6 +41,7 @@ class Tied(nn.Module):
         self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
         self.head = nn.Linear(8, 12, bias=False)
         self.head.weight = self.embedding.weight
+        self.norm = nn.LayerNorm(8)
 
     def forward(self, tokens: torch.Tensor) -> Any:
         return self.head(self.block(self.embedding(tokens)))
@@ -121,15 +132,31 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
         assert prepare_qat(model, W4) == ["0"]
     assert type(model[0]) is QATLinear
     with pytest.raises(QatkitError, match="'1', a Linear4bit, which cannot be quantized"):
-        select_layers(nn.Sequential(nn.Linear(8, 8), bitsandbytes.nn.Linear4bit(8, 8)), include=["1"])
+        select(nn.Sequential(nn.Linear(8, 8), bitsandbytes.nn.Linear4bit(8, 8)), QuantSpec(), include=["1"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"include": ["block.1"]}, r"include\[0\]: 'block.1' matches no layer; the nearest are \['block.0'"),
-        ({"include": ["*"], "exclude": ["hed"]}, r"exclude\[0\]: 'hed' matches no layer; the nearest are \['head'\]"),
-        ({"include": ["embedding"]}, r"'embedding' selects 'embedding', a Embedding, which cannot be quantized"),
+        ({"include": ["*"], "exclude": ["hed"]}, r"exclude\[0\]: 'hed' matches no layer; the nearest are \['head', "),
+        ({"include": ["norm"]}, r"'norm' selects 'norm', a LayerNorm, which cannot be quantized"),
+        ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is for activations"),
+        ({"weight": QuantSpec(observer="kl")}, "weight.observer: 'kl' is for activations; write minmax, mse or lsq"),
+        ({"activation": QuantSpec(2, type="ternary", observer="mse")}, "activation.strategy: 'channel' is for weights"),
+        (
+            {"activation": QuantSpec(strategy="group", group_size=4, observer="mse")},
+            "activation.observer: 'mse' cannot be used with strategy 'group'",
+        ),
+        (
+            {"include": ["*", "embedding"], "activation": QuantSpec(strategy="token")},
+            "'embedding': an embedding's inputs",
+        ),
+        (
+            {"layers": {"*ead": Scheme(W4), "block.*": Scheme(LSQ), "hea": Scheme(LSQ)}},
+            r"layers\['hea'\]: 'hea' matches no",
+        ),
+        ({"include": ["*", "embedding"], "layers": {"head": Scheme(LSQ)}}, "layers 'embedding' and 'head' are tied"),
         ({"exclude": ["*"]}, r"minus exclude \['\*'\] leaves no layer"),
         ({"weight": None}, "neither weight nor activation is given"),
         (
@@ -219,7 +246,11 @@ def test_a_layer_under_two_names_is_saved_and_loaded_whole(tmp_path: Path) -> No
         ),
         (nn.Linear(4, 0), {}, r"'0': its weight of shape \[0, 4\] is empty"),
         (nn.Conv2d(1, 1, 3), {"activation": QuantSpec(strategy="token")}, "'0': strategy 'token' is for linear layers"),
-        (nn.Linear(4, 4), {"activation": QuantSpec(strategy="tensor", observer="mse")}, "'mse' is for weights"),
+        (
+            nn.Linear(6, 4),
+            {"activation": QuantSpec(strategy="group", group_size=4)},
+            "'0': activation.group_size 4 does not divide its 6 inputs",
+        ),
         (nn.Linear(4, 4), {"activation": QuantSpec(8)}, "activation.strategy: 'channel' is for weights"),
     ],
 )

@@ -1,0 +1,156 @@
+"""Layers that compute with quantized values: subclasses that take over a layer in place.
+
+A swap changes the layer's class and adds the fake quantizers; the Parameter objects, the hooks and the identity of the
+module stay. So optimizers, weight ties, `state_dict` keys and FSDP see the layer they knew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit.quantization.modules import FakeQuantize
+
+
+class QATLayer(nn.Module):
+    """What every quantized layer shares: the two fake quantizers, either of which may be None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_fake_quant: FakeQuantize | None
+    input_fake_quant: FakeQuantize | None
+    transposed = False
+    """Whether the weight is ``[in, out]``; scales always belong to ``[out, in]``."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The unrounded weight as quantization sees it, ``[out, in, ...]``."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def fake_quantized_weight(self) -> Tensor:
+        """The weight as the forward pass uses it, in its own dtype and layout."""
+        return self._weight_and_scale()[0]
+
+    def _weight_and_scale(self) -> tuple[Tensor, Tensor | None]:
+        if self.weight_fake_quant is None:
+            return self.weight, None
+        weight, scale = self.weight_fake_quant.with_scale(self.matrix)
+        return weight.t() if self.transposed else weight, scale
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, weight and bias as the forward pass uses them.
+
+        Integer kernels add the bias to sums of products of codes, so it is a whole multiple of weight scale times input
+        scale there. It is rounded so in training too: with 4-bit weights that grid is coarse enough to be seen at the
+        output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
+        """
+        weight, weight_scale = self._weight_and_scale()
+        input_scale = None
+        if self.input_fake_quant is not None:
+            x, input_scale = self.input_fake_quant.with_scale(x)
+        return x, weight, self._rounded_bias(weight_scale, input_scale)
+
+    def shipped(self) -> dict[str, Tensor]:
+        """Weight and bias as the forward pass uses them, by parameter name: what a plain layer has to hold."""
+        weight, weight_scale = self._weight_and_scale()
+        inputs = self.input_fake_quant
+        input_scale = None if inputs is None or inputs.dynamic or not inputs.ready else inputs.qparams(weight)[0]
+        bias = self._rounded_bias(weight_scale, input_scale)
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+    def _rounded_bias(self, weight_scale: Tensor | None, input_scale: Tensor | None) -> Tensor | None:
+        bias, weights, inputs = self.bias, self.weight_fake_quant, self.input_fake_quant
+        if bias is None or weight_scale is None or input_scale is None or weight_scale.numel() not in (1, len(bias)):
+            return bias
+        if weights is None or inputs is None or inputs.dynamic or weights.spec.is_float or inputs.spec.is_float:
+            return bias
+        step = (weight_scale * input_scale).view(-1)
+        return _RoundToMultiple.apply(bias, step)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _RoundToMultiple(torch.autograd.Function):
+    """The nearest multiple of a step, whose straight-through gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
+        steps = x.float() / step
+        # from 2**23 on every float is whole; below a step of 1e-38 the quotient is infinite, and the value is kept too
+        return torch.where(steps.abs() < 2**23, steps.round() * step, x.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class QATLinear(QATLayer, nn.Linear):
+    """`nn.Linear` over a fake-quantized weight and input."""
+
+    bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(*self.operands(input))
+
+
+class QATConv1d(QATLayer, nn.Conv1d):
+    """`nn.Conv1d` over a fake-quantized weight and input."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(*self.operands(input)))
+
+
+class QATConv2d(QATLayer, nn.Conv2d):
+    """`nn.Conv2d` over a fake-quantized weight and input."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(*self.operands(input)))
+
+
+class QATEmbedding(QATLayer, nn.Embedding):
+    """`nn.Embedding` over a fake-quantized weight; a channel is one token's row."""
+
+    bias = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(
+            input, self.fake_quantized_weight(), self.padding_idx, self.max_norm, self.norm_type,
+            self.scale_grad_by_freq, self.sparse,
+        )  # fmt: skip
+
+
+class QATTransposedLinear(QATLayer):
+    """transformers' `Conv1D` (GPT-2's linear layer, whose weight is ``[in, out]``) over quantized weight and input."""
+
+    nf: int
+    transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight, bias = self.operands(x)
+        assert bias is not None
+        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], self.nf)
+
+
+SWAPS: dict[type[nn.Module], type[QATLayer]] = {
+    nn.Linear: QATLinear, nn.Conv1d: QATConv1d, nn.Conv2d: QATConv2d, nn.Embedding: QATEmbedding
+}  # fmt: skip
+
+
+def swap_of(kind: type[nn.Module]) -> type[QATLayer] | None:
+    """The quantized class of a layer's exact type, or None."""
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return _transposed(kind)
+    return SWAPS.get(kind)
+
+
+@functools.cache
+def _transposed(kind: Callable[..., Any]) -> type[QATLayer]:
+    """A subclass of transformers' class as well, made when such a layer is met: transformers is never imported here."""
+    return type("QATConv1D", (QATTransposedLinear, kind), {"__doc__": QATTransposedLinear.__doc__})
