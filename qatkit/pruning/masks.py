@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qatkit.errors import QatkitError
 from qatkit.pruning.selection import chunks, lowest
-from qatkit.pruning.shards import local, rows_here
+from qatkit.pruning.shards import local, rows_here, total_counts
 
 FLOOR = 0.001
 """The least share of a layer's weights that pruning leaves; with fewer, next to nothing passes through the layer."""
@@ -171,6 +171,12 @@ def nonzeros(weight: Tensor) -> Tensor:
     for values, kept in zip(chunks(part.view(-1)), chunks(mask.view(-1)), strict=True):
         kept.copy_(values)
     return mask
+
+
+def count_zeros(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many weights of each layer are 0; where FSDP2 sharded them, over all processes."""
+    here = {name: int((~nonzeros(weight)).sum()) for name, weight in weights.items()}
+    return total_counts(here, weights)
 
 
 def check_sparsity(key: str, sparsity: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, distributed
 
 from qatkit.errors import QatkitError
@@ -59,3 +60,15 @@ def _sharded_dimensions(name: str, tensor: Tensor) -> list[int]:
             "fully_shard makes them: exclude the layer, or set tensor_parallel_size=1"
         )
     return [index for index, _ in sharded]
+
+
+def total_counts(counts: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Counts over the local shards of weights, summed over the processes that share them."""
+    group = group_of(weights)
+    if group is None:
+        return dict(counts)
+    # what every process holds whole is counted by the first one
+    mine = [n if is_sharded(weights[name]) or distributed.get_rank(group) == 0 else 0 for name, n in counts.items()]
+    total = torch.tensor(mine, device=local(next(iter(weights.values()))).device)
+    distributed.all_reduce(total, group=group)
+    return dict(zip(counts, total.tolist(), strict=True))
