@@ -182,7 +182,7 @@ def _start_of(run: Run, stage: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QatkitWarning)  # training said it already
         fold_batchnorm(model)
-        prepare_qat(model, config.weight, config.activation, config.include, config.exclude)
+        prepare_qat(model, **config.arguments)
     return model
 
 

@@ -142,8 +142,7 @@ def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
     """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded."""
     replay_folds(model, trained.folds)
     if trained.quantize is not None:
-        config = trained.quantize
-        prepare_qat(model, config.weight, config.activation, config.include, config.exclude)
+        prepare_qat(model, **trained.quantize.arguments)
     model.load_state_dict(trained.weights, strict=True)
     return model.eval()
 
@@ -163,12 +162,12 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
 
 
 def _quantization(config: QuantizeConfig) -> QuantizationAwareTraining:
+    how = config.arguments
+    # layer names in a recipe are the model's; in the LightningModule it is called "model"
+    how |= {key: [f"model.{pattern}" for pattern in how[key]] for key in ("include", "exclude")}
+    how["layers"] = {f"model.{pattern}": scheme for pattern, scheme in how["layers"].items()}
     return QuantizationAwareTraining(
-        weight=config.weight,
-        activation=config.activation,
-        # layer names in a recipe are the model's; in the LightningModule it is called "model"
-        include=[f"model.{pattern}" for pattern in config.include],
-        exclude=[f"model.{pattern}" for pattern in config.exclude],
+        **how,
         calibration_batches=config.calibration_batches,
     )
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.onnx_weights import check_onnx_weights
 from qatkit.export.runtime import load_runtime
-from qatkit.quantization.modules import QATLayer
-from qatkit.quantization.prepare import qat_layers, strip_qat
+from qatkit.quantization.experts import QATExperts
+from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.prepare import qat_layers, quantized_weights, strip_qat
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def verify(
             f"outputs: the mean difference from the trained model is {outputs.mean_error:.3g}, and {bound} is "
             f"{allowed:.3g} (largest difference {outputs.max_error:.3g}, over {outputs.samples} samples)"
         )
-    quantized = sum(layer.weight_fake_quant is not None for layer in layers)
+    quantized = len(quantized_weights(trained))
     return Verification(
         passed=not failures,
         failures=failures,
@@ -183,14 +184,10 @@ def _open_dense(trained: nn.Module, path: Path) -> tuple[int, list[str], Callabl
     loaded = copy.deepcopy(trained)
     strip_qat(loaded)
     expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
-    weights = sum(layer.weight.numel() for _, layer in qat_layers(trained) if layer.weight_fake_quant is not None)
+    weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
     for name, layer in trained.named_modules(remove_duplicate=False):  # a shared layer is there under each name
-        if not isinstance(layer, QATLayer):
-            continue
-        _, weight, bias = layer.operands(torch.zeros(1))
-        expected |= {
-            f"{name}.{part}" if name else part: v for part, v in (("weight", weight), ("bias", bias)) if v is not None
-        }
+        if isinstance(layer, QATLayer | QATExperts):
+            expected |= {f"{name}.{part}" if name else part: value for part, value in layer.shipped().items()}
     try:
         loaded.load_state_dict(load_file(path), strict=True)
     except (RuntimeError, SafetensorError) as error:
