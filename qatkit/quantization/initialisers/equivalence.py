@@ -1,0 +1,174 @@
+"""Where the scale of an input can move: out of a layer's weight into what comes before, the function unchanged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.layers import QATTransposedLinear
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Names inside a block: what makes an input, and everything that reads it."""
+
+    producer: str
+    consumers: tuple[str, ...]
+    offset: float = 0.0
+    """What a norm adds to its weight before it multiplies."""
+    relu: str = ""
+    """The activation in between, which has to be a ReLU."""
+    if_true: str = ""
+    """An attribute of the block without which the norm stands elsewhere."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """An edge of a model: the modules themselves."""
+
+    producer: nn.Module
+    consumers: tuple[nn.Module, ...]
+    offset: float = 0.0
+
+
+_QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
+_V_O = Edge("self_attn.v_proj", ("self_attn.o_proj",))
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+_UP_DOWN = Edge("mlp.up_proj", ("mlp.down_proj",))
+_LLAMA = (Edge("input_layernorm", _QKV), _V_O, Edge("post_attention_layernorm", _GATED), _UP_DOWN)
+_GEMMA2 = (Edge("input_layernorm", _QKV, 1.0), _V_O, Edge("pre_feedforward_layernorm", _GATED, 1.0), _UP_DOWN)
+
+BLOCKS: dict[str, tuple[Edge, ...]] = {
+    "LlamaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen3DecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": (
+        Edge("input_layernorm", _QKV, 1.0), _V_O, Edge("post_attention_layernorm", _GATED, 1.0), _UP_DOWN,
+    ),
+    "Gemma2DecoderLayer": _GEMMA2,
+    "Gemma3DecoderLayer": _GEMMA2,
+    "GPT2Block": (Edge("ln_1", ("attn.c_attn",)), Edge("ln_2", ("mlp.c_fc",))),
+    "OPTDecoderLayer": (
+        Edge("self_attn_layer_norm", _QKV, if_true="do_layer_norm_before"),
+        Edge("self_attn.v_proj", ("self_attn.out_proj",)),
+        Edge("final_layer_norm", ("fc1",), if_true="do_layer_norm_before"),
+        Edge("fc1", ("fc2",), relu="activation_fn"),
+    ),
+    # its norms come after the residual sum, which reads them as well
+    "BertLayer": (
+        Edge("attention.self.value", ("attention.output.dense",)),
+        Edge("intermediate.dense", ("output.dense",), relu="intermediate.intermediate_act_fn"),
+    ),
+}  # fmt: skip
+"""The edges of transformers' blocks, by class."""
+
+
+def find_folds(root: nn.Module, uses: Counter[int]) -> list[Fold]:
+    """The edges inside a module, itself included: of the blocks in `BLOCKS`, and of Linear-ReLU-Linear in Sequentials.
+
+    Args:
+        root: A block, or a whole model.
+        uses: How often every parameter (by its id) is used in the model; a shared weight has no scale of its own.
+
+    Raises:
+        QatkitError: something else than a linear layer, such as an adapter, stands where one is expected.
+    """
+    found: list[Fold] = []
+    for module in root.modules():
+        kind = type(module).__name__
+        for edge in BLOCKS.get(kind, ()):
+            found += _table_fold(module, edge, kind)
+        if isinstance(module, nn.Sequential):
+            found += _sequential_folds(module)
+    return [fold for fold in found if all(uses[id(part.weight)] == 1 for part in (fold.producer, *fold.consumers))]
+
+
+def parameter_uses(model: nn.Module) -> Counter[int]:
+    """How many modules use every parameter, a module under two names twice."""
+    return Counter(
+        id(parameter)
+        for _, module in model.named_modules(remove_duplicate=False)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _table_fold(block: nn.Module, edge: Edge, kind: str) -> Iterator[Fold]:
+    if edge.if_true and not getattr(block, edge.if_true):
+        return
+    if edge.relu and not isinstance(block.get_submodule(edge.relu), nn.ReLU):
+        return
+    producer, *consumers = (block.get_submodule(name) for name in (edge.producer, *edge.consumers))
+    for name, module in zip(edge.consumers, consumers, strict=True):
+        if not _is_linear(module):
+            raise QatkitError(
+                f"layer '{name}' of {kind} is a {type(module).__name__}, not a linear layer, so its input cannot be "
+                "scaled; merge adapters before, or write method: gptq"
+            )
+    if _is_linear(producer):  # with fewer heads of values than of queries one output serves several inputs
+        if _matrix(producer).shape[0] != _matrix(consumers[0]).shape[1]:
+            return
+    elif not isinstance(getattr(producer, "weight", None), nn.Parameter):
+        return  # a norm without a weight
+    yield Fold(producer, tuple(consumers), edge.offset)
+
+
+def _sequential_folds(layers: nn.Sequential) -> Iterator[Fold]:
+    producer: nn.Module | None = None
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            if producer is not None:
+                yield Fold(producer, (layer,))
+            producer = layer
+        elif not isinstance(layer, nn.ReLU | nn.Dropout | nn.Identity):
+            producer = None
+
+
+def fold_tensors(fold: Fold) -> list[Tensor]:
+    """The parameters that `apply_fold` changes."""
+    bias = getattr(fold.producer, "bias", None)
+    weights = [part.weight for part in (fold.producer, *fold.consumers) if isinstance(part.weight, Tensor)]
+    return weights if bias is None else [*weights, bias]
+
+
+@torch.no_grad()
+def apply_fold(fold: Fold, scales: Tensor) -> None:
+    """Divide an input by `scales` in what makes it, and multiply the columns that read it, in place.
+
+    Args:
+        fold: The modules.
+        scales: Positive, float32 ``[in]``.
+    """
+    producer = fold.producer
+    if _is_linear(producer):
+        matrix = _matrix(producer)
+        matrix.copy_(matrix.float() / scales[:, None])
+    else:
+        assert isinstance(producer.weight, Tensor)
+        producer.weight.copy_((producer.weight.float() + fold.offset) / scales - fold.offset)
+    bias = getattr(producer, "bias", None)
+    if bias is not None:
+        bias.copy_(bias.float() / scales)
+    for consumer in fold.consumers:
+        matrix = _matrix(consumer)
+        matrix.copy_(matrix.float() * scales)
+
+
+def fold_matrices(fold: Fold) -> list[Tensor]:
+    """The weights of the consumers, each ``[out, in]``."""
+    return [_matrix(consumer).detach() for consumer in fold.consumers]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | QATTransposedLinear) or type(module).__name__ == "Conv1D"
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """A linear layer's weight as ``[out, in]``; of transformers' Conv1D it is the transposed one."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight if isinstance(module, nn.Linear) else module.weight.t()
