@@ -121,13 +121,14 @@ class HeldZeros(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._put_back(pl_module)
+        self.put_back(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._put_back(pl_module)  # a checkpoint may be saved in the middle of a step
+        self.put_back(pl_module)  # a checkpoint may be saved in the middle of a step
 
-    def _put_back(self, pl_module: LightningModule) -> None:
+    def put_back(self, pl_module: LightningModule) -> None:
+        """After an optimizer step, set to zero what was; without a step there is nothing to do."""
         if self._masks is None:
             return
         for name, weight in self.weights(pl_module).items():
@@ -143,7 +144,7 @@ class HeldZeros(Callback):
     def state_dict(self) -> dict[str, Any]:
         module = self._module() if self._module is not None else None
         if module is not None:
-            self._put_back(module)
+            self.put_back(module)
         return {} if module is None else {"zeros": count_zeros(self.weights(module))}
 
     @override

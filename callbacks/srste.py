@@ -1,0 +1,116 @@
+"""N:M sparsity that is learned while training: masks that may still change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from qatkit.callbacks.holding import HeldZeros
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from qatkit.errors import QatkitError
+from qatkit.pruning.masks import apply_mask, check_nm, nm_mask
+from qatkit.pruning.shards import local
+
+
+class SparseRefinedSTE(HeldZeros):
+    """Trains dense weights whose N:M sparse part computes: SR-STE.
+
+    Zhou et al. (2021, https://arxiv.org/abs/2102.04010): ``w <- w - lr * (g(mask * w) + decay * (1 - mask) * w)``, with
+    the mask of the present ``w`` in every step. It is the one callback with dense gradients: pruned weights go on
+    training, and come back where they grow larger than their neighbours. Between two steps the module holds the sparse
+    weights, so what is validated and saved is N:M sparse; the callback keeps the pruned values, which takes the memory
+    of the layers' weights once more. They are not saved: after a resume they start from 0.
+
+    Args:
+        nm: ``(N, M)`` keeps N of every M neighbouring inputs.
+        decay: Pulls pruned weights towards 0, which makes masks change less; 0 is a plain straight-through estimator.
+        include: Globs over layer names of the LightningModule; every one must match a layer.
+        exclude: Globs over layer names that are left alone.
+
+    Raises:
+        QatkitError: a pattern matches nothing, or N:M does not fit a layer.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from qatkit.callbacks.srste import SparseRefinedSTE
+        >>> trainer = Trainer(callbacks=[SparseRefinedSTE((2, 4), exclude=["*.head"])])
+    """
+
+    def __init__(
+        self,
+        nm: tuple[int, int] = (2, 4),
+        decay: float = 2e-4,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__(include, exclude)
+        if not decay >= 0:
+            raise QatkitError(f"decay: {decay} is out of range; write 0 or a small number above it, such as 2e-4")
+        self.nm = nm
+        self.decay = decay
+        self._pruned: dict[str, Tensor] = {}
+        self._stepped = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._pruned, self._stepped = {}, False
+        averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if averaging:
+            raise QatkitError(
+                f"callbacks: {type(averaging[0]).__name__} averages weights with different masks, which leaves no "
+                "zeros; leave it out, or average in a later stage with ConstantPruning"
+            )
+
+    @override
+    def select(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        layers = super().select(pl_module)
+        for name, layer in layers.items():
+            check_nm(name, layer.weight, *self.nm)  # type: ignore[arg-type]  # a Parameter
+        return layers
+
+    @override
+    def start(self, pl_module: LightningModule) -> None:
+        self.layers = list(self.select(pl_module))
+        self._take_out(pl_module)
+
+    @override
+    def resume(self, pl_module: LightningModule, recorded: dict[str, int]) -> None:
+        super().resume(pl_module, recorded)
+        self._take_out(pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._stepped:
+            return
+        self._stepped = True
+        with torch.no_grad():
+            for name, weight in self.weights(pl_module).items():
+                local(weight.detach()).add_(self._pruned[name])
+                if weight.grad is not None:
+                    local(weight.grad).add_(self._pruned[name], alpha=self.decay)
+
+    @override
+    def put_back(self, pl_module: LightningModule) -> None:
+        if self._stepped:
+            self._take_out(pl_module)
+
+    def _take_out(self, pl_module: LightningModule) -> None:
+        """Split every weight into the N:M sparse part, which stays, and the values it is without."""
+        for name, weight in self.weights(pl_module).items():
+            mask = nm_mask(weight, *self.nm)
+            self._pruned[name] = local(weight.detach()).clone()
+            apply_mask(self._pruned[name], ~mask)
+            apply_mask(weight, mask)
+        self._stepped = False
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._pruned = {}
