@@ -1,0 +1,81 @@
+"""How much a weight counts, beyond its magnitude: pure functions that give a score for every weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatkit.errors import QatkitError
+from qatkit.pruning.masks import check_sparsity
+
+
+def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """Magnitude times the norm of the input that the weight multiplies: ``|w[i, j]| * ||x[:, j]||``.
+
+    Sun et al. (2023, https://arxiv.org/abs/2306.11695), equation 1. They are compared within each output: `row_mask`.
+
+    Args:
+        weight: ``[out, in]``.
+        input_norm: L2 norm of every input over all tokens, ``[in]``.
+
+    Returns:
+        Scores of at least 0 in the weight's shape, float32.
+    """
+    return weight.detach().float().abs() * input_norm.float()
+
+
+def taylor_scores(weight: Tensor, gradient: Tensor) -> Tensor:
+    """How much the loss changes when the weight becomes 0, to first order: ``(w * g) ** 2``.
+
+    Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), equation 8 for single weights.
+
+    Args:
+        weight: Any shape.
+        gradient: The loss's gradient in it, of one batch or the mean over many.
+
+    Returns:
+        Scores of at least 0 in the weight's shape, float32.
+    """
+    return (weight.detach().float() * gradient.float()).square()
+
+
+@torch.no_grad()
+def add_movement(scores: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    """Add one step to movement scores, in place: ``scores -= w * g``; high where weights move away from 0.
+
+    Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683), section 4. They are compared as they are:
+    ``lowest(..., signed=True)``.
+
+    Args:
+        scores: Sums so far, float32, in the weight's shape.
+        weight: The weight before the step.
+        gradient: The loss's gradient in it.
+    """
+    scores.addcmul_(weight.float(), gradient.float(), value=-1)
+
+
+def row_mask(scores: Tensor, sparsity: float) -> Tensor:
+    """Prune the ``round(sparsity * in)`` lowest scores of every output; of equal ones those that come first.
+
+    Args:
+        scores: ``[out, in]``.
+        sparsity: Share of zeros in each row, from 0 to below 1.
+
+    Returns:
+        The mask, bool: False where pruned.
+
+    Raises:
+        QatkitError: the sparsity is out of range or leaves an output no input.
+
+    Example:
+        >>> import torch
+        >>> row_mask(torch.tensor([[1.0, 2.0], [8.0, 4.0]]), 0.5)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    check_sparsity("sparsity", sparsity)
+    count = round(sparsity * scores.shape[1])
+    if count == scores.shape[1]:
+        raise QatkitError(f"sparsity: {sparsity} leaves none of {count} inputs; write a lower share")
+    lowest = scores.sort(dim=1, stable=True).indices[:, :count]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)
