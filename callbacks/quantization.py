@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,12 +11,14 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import first_batches
 from qatkit.callbacks.decay import DecayExemption
+from torch import distributed as dist
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.calibrate import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
+from qatkit.quantization.initialisers.runner import Method, initialise
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
 from qatkit.quantization.selection import select
@@ -41,7 +43,9 @@ class QuantizationAwareTraining(Callback):
         layers: By glob, what is quantized otherwise; the last that matches a layer decides.
         kv_cache: How the keys and values of a transformers model's attention are quantized.
         share_inputs: Give layers that read the same input (q/k/v, gate/up) one static scale.
-        calibration_batches: Training batches that set the static ranges.
+        init: Where weights and their scales start from: "gptq", "awq" or "smoothquant" on the calibration batches,
+            "rtn" or "mse" from the weights alone. By default scales that are kept start at the least squared error.
+        calibration_batches: Training batches that set the static ranges, and that `init` looks at.
         calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
 
@@ -64,6 +68,7 @@ class QuantizationAwareTraining(Callback):
         layers: Mapping[str, Scheme] | None = None,
         kv_cache: QuantSpec | None = None,
         share_inputs: bool = False,
+        init: Method | None = None,
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
@@ -80,6 +85,7 @@ class QuantizationAwareTraining(Callback):
         self.overrides = dict(layers or {})
         self.kv_cache = kv_cache
         self.share_inputs = share_inputs
+        self.init = init
         self.calibration_batches = calibration_batches
         self.calibration_forward = calibration_forward or _forward
         self.layers: list[str] = []
@@ -106,7 +112,11 @@ class QuantizationAwareTraining(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
-        if trainer.ckpt_path is None and not all(fq.ready for _, fq in self._own(pl_module)):
+        if trainer.ckpt_path is not None:
+            return
+        if self.init is not None:
+            self._initialise(trainer, pl_module, self.init)
+        if not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
 
     def _check_order(self, trainer: Trainer) -> None:
@@ -133,16 +143,33 @@ class QuantizationAwareTraining(Callback):
         return self.__dict__ | {"_module": None}  # a weak reference cannot be pickled
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.fit_loop.setup_data()
+        with isolate_rng():
+            calibrate(pl_module, self._batches(trainer), self._forward_of(trainer, pl_module))
 
+    def _initialise(self, trainer: Trainer, pl_module: LightningModule, method: Method) -> None:
+        if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
+            raise QatkitError(
+                f"init: '{method}' needs whole weights, and FSDP2 has sharded them; run it as a stage of its own with "
+                "max_steps: 0 on one process or with strategy: ddp, and train from its result"
+            )
+        with isolate_rng():
+            initialise(pl_module, method, self._batches(trainer), self._forward_of(trainer, pl_module))
+        if dist.is_available() and dist.is_initialized():
+            # every process has seen batches of its own: what the first one found holds
+            for tensor in pl_module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def _batches(self, trainer: Trainer) -> Iterator[Any]:
+        trainer.fit_loop.setup_data()
+        return first_batches(trainer.train_dataloader, self.calibration_batches)
+
+    def _forward_of(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], None]:
         def forward(batch: Any) -> None:
             batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
             with trainer.precision_plugin.forward_context():
                 self.calibration_forward(pl_module, batch)
 
-        batches = first_batches(trainer.train_dataloader, self.calibration_batches)
-        with isolate_rng():
-            calibrate(pl_module, batches, forward)
+        return forward
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qatkit.schemes import Scheme, check_kv_cache, scheme
-from qatkit.spec import QuantSpec
+from qatkit.spec import Observer, QuantSpec
 
 MISSING: Any = "???"  # OmegaConf's mark of a value that the file must give
 
@@ -65,38 +65,35 @@ class LayerConfig:
     """How the layers that a glob selects are quantized: by the name of a scheme, or by specs."""
 
     scheme: str | None = None
-    """A name of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0)."""
-    weight: QuantSpec | None = None
-    activation: QuantSpec | None = None
-
-    def __post_init__(self) -> None:
-        named_scheme(self.scheme, self.weight, self.activation)
-
-    @property
-    def how(self) -> Scheme:
-        """The specs, wherever they come from."""
-        return named_scheme(self.scheme, self.weight, self.activation)
-
-
-def named_scheme(name: str | None, weight: QuantSpec | None, activation: QuantSpec | None) -> Scheme:
-    """The scheme of a name, or of specs; both together are an error."""
-    if name is None:
-        return Scheme(weight, activation)
-    if weight is not None or activation is not None:
-        raise ValueError(f"scheme: '{name}' says what weight and activation are; write scheme, or these, not both")
-    return scheme(name)
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """Fake-quantize the layers that the patterns select."""
-
-    scheme: str | None = None
     """A name of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0), instead of specs."""
+    observer: Observer | None = None
+    """With a scheme: where the weight's scale comes from, such as lsq; by default the range."""
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
     """Quantization of each layer's input: ``strategy: tensor`` is calibrated and frozen, ``token`` and ``group`` are
     dynamic."""
+
+    def __post_init__(self) -> None:
+        _ = self.how
+
+    @property
+    def how(self) -> Scheme:
+        """The specs, wherever they come from."""
+        if self.scheme is None:
+            if self.observer is not None:
+                raise ValueError("observer: it goes with scheme; write it inside weight: {observer: ...}")
+            return Scheme(self.weight, self.activation)
+        if self.weight is not None or self.activation is not None:
+            raise ValueError(
+                f"scheme: '{self.scheme}' says what weight and activation are; write scheme, or these, not both"
+            )
+        return scheme(self.scheme, self.observer)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(LayerConfig):
+    """Fake-quantize the layers that the patterns select."""
+
     layers: dict[str, LayerConfig] = field(default_factory=dict)
     """By glob over layer names, what is quantized otherwise; of several that match a layer the last decides."""
     kv_cache: QuantSpec | None = None
@@ -112,11 +109,21 @@ class QuantizeConfig:
     """Training batches whose activations set the static ranges, at least 1."""
 
     def __post_init__(self) -> None:
-        how = named_scheme(self.scheme, self.weight, self.activation)
+        how = self.how
         if how == Scheme() and not self.layers and self.kv_cache is None:
             raise ValueError("weight: neither weight nor activation is given; write weight: {num_bits: 8}")
         if self.kv_cache is not None:
             check_kv_cache(self.kv_cache)
+        for where, found in {
+            "weight": how,
+            **{f"layers.{glob}": layer.how for glob, layer in self.layers.items()},
+        }.items():
+            observer = found.weight.observer if found.weight is not None else None
+            if self.init in ("mse", "gptq", "awq") and observer in ("minmax", "absmean"):
+                raise ValueError(
+                    f"init: '{self.init}' sets scales, but those of {where} are computed from the weights on every "
+                    "step; write observer: mse there (the scale stays) or observer: lsq (it is learned)"
+                )
         if not self.include:
             raise ValueError("include: [] selects no layer; write ['*'] or leave the quantize block out")
         if self.calibration_batches < 1:
@@ -127,10 +134,9 @@ class QuantizeConfig:
     @property
     def arguments(self) -> dict[str, Any]:
         """What `prepare_qat` is called with."""
-        how = named_scheme(self.scheme, self.weight, self.activation)
         return {
-            "weight": how.weight,
-            "activation": how.activation,
+            "weight": self.how.weight,
+            "activation": self.how.activation,
             "include": self.include,
             "exclude": self.exclude,
             "layers": {glob: layer.how for glob, layer in self.layers.items()},

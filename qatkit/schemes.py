@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, replace
 
 from qatkit.errors import QatkitError
-from qatkit.spec import QuantSpec
+from qatkit.spec import Observer, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,18 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def scheme(name: str) -> Scheme:
+def scheme(name: str, observer: Observer | None = None) -> Scheme:
     """The quantization that a name of compressed-tensors (`W4A16`, `FP8_DYNAMIC`, ...) or GGUF (`Q4_0`) stands for.
 
     GGUF's names are the exact grids: blocks of 32, float16 scales, their scale rule; so a model that is trained on one
     loses nothing when it is converted.
 
+    Args:
+        name: In any case.
+        observer: Where the weight's scale comes from, such as "lsq"; a name says nothing of that, so it is the range.
+
     Raises:
-        QatkitError: the name is unknown.
+        QatkitError: the name is unknown, or the observer does not fit.
 
     Example:
         >>> scheme("W4A16").weight.group_size
@@ -117,4 +121,7 @@ def scheme(name: str) -> Scheme:
     if name.upper() not in SCHEMES:
         near = difflib.get_close_matches(name.upper(), SCHEMES, n=3, cutoff=0.4) or list(SCHEMES)
         raise QatkitError(f"scheme: '{name}' is unknown; write one of {', '.join(near)}")
-    return SCHEMES[name.upper()]
+    found = SCHEMES[name.upper()]
+    if observer is None or found.weight is None:
+        return found
+    return replace(found, weight=replace(found.weight, observer=observer))

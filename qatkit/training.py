@@ -168,6 +168,7 @@ def _quantization(config: QuantizeConfig) -> QuantizationAwareTraining:
     how["layers"] = {f"model.{pattern}": scheme for pattern, scheme in how["layers"].items()}
     return QuantizationAwareTraining(
         **how,
+        init=config.init,
         calibration_batches=config.calibration_batches,
     )
 
