@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from qatkit.callbacks.movement import MovementPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -26,6 +27,7 @@ PRUNINGS: dict[str, dict[str, Any]] = {
     "layer": {"sparsity": 0.5},
     "model": {"ramp": Ramp(0.7, initial=0.1), "scope": "model"},
     "nm": {"nm": (2, 4)},
+    "movement": {"ramp": Ramp(0.6, start=0.2, end=0.9), "scope": "model"},
     "block": {"sparsity": 0.5, "block": (4, 4), "exclude": ["model.4"]},
 }
 
@@ -86,10 +88,11 @@ def main(mode: str, out: Path) -> None:
     content: dict[str, Any] = {}
     for name, options in PRUNINGS.items():
         folder = out.with_suffix("") / name
-        whole = fit(mode, MagnitudePruning(**options), folder / "whole", 2)
-        resumed = fit(mode, MagnitudePruning(**options), folder / "resumed", 2, folder / "whole" / "epoch=0.ckpt")
+        kind = MovementPruning if name == "movement" else MagnitudePruning
+        whole = fit(mode, kind(**options), folder / "whole", 2)
+        resumed = fit(mode, kind(**options), folder / "resumed", 2, folder / "whole" / "epoch=0.ckpt")
         record = torch.load(folder / "whole" / "epoch=1.ckpt", weights_only=True)["callbacks"]
-        (state,) = (value for key, value in record.items() if key.startswith("MagnitudePruning"))
+        (state,) = (value for key, value in record.items() if key.startswith(kind.__name__))
         content[name] = {"whole": whole, "resumed": resumed, "zeros": state["zeros"]}
         if name == "nm":
             finished = folder / "whole" / "epoch=1.ckpt"
