@@ -49,7 +49,7 @@ MAY_LOAD = {
     "errors": set(),
     "recipe": set(),
     "quantization": {"torch", "safetensors"},
-    "pruning": {"torch"},
+    "pruning": {"torch", "safetensors"},
     "distillation": {"torch"},
     "callbacks": {"torch", "lightning"},
 }
