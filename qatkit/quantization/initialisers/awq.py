@@ -28,7 +28,7 @@ def awq_scales(
         specs: How each is quantized. Ranges are not clipped in the search.
         magnitude: Mean magnitude of every input, ``[in]``.
         hessian: Mean outer product of the input rows, ``[in, in]``.
-        grid: How many exponents from 0 to 1 are tried.
+        grid: Into how many steps the exponents from 0 to 1 are divided.
 
     Returns:
         float32 ``[in]``, all positive; ones where no scaling is better.
@@ -40,19 +40,30 @@ def awq_scales(
         True
     """
     weights = [weight.detach().float() for weight in weights]
-    size = _relative_size(weights, specs)
-    alive = magnitude > 0
-    best = torch.ones_like(magnitude, dtype=torch.float32)
-    least = _error(weights, specs, best, hessian)
+    magnitude, size = magnitude.float(), _relative_size(weights, specs)
+    best = torch.ones_like(magnitude)
+    least, family, around = _error(weights, specs, best, hessian), 0.0, 0.0
+
+    def attempt(divides: float, exponent: float) -> None:
+        nonlocal best, least, family, around
+        scales = _balanced(magnitude.pow(exponent) / size.pow(divides * (1 - exponent)), magnitude > 0)
+        error = _error(weights, specs, scales, hessian)
+        if error < least:
+            best, least, family, around = scales, error, divides, exponent
+
     for exponent in torch.linspace(0, 1, grid + 1).tolist():
-        for scales in (magnitude.pow(exponent), magnitude.pow(exponent) / size.pow(1 - exponent)):
-            scales = torch.where(alive & scales.isfinite() & (scales > 0), scales, torch.nan)
-            middle = (scales.nan_to_num(0).amax() * scales.nan_to_num(torch.inf).amin()).sqrt()
-            scales = (scales / middle).nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)
-            error = _error(weights, specs, scales, hessian)
-            if error < least:
-                best, least = scales, error
+        attempt(0.0, exponent)
+        attempt(1.0, exponent)
+    for step in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):  # the error is rough: also between the points
+        attempt(family, around + step / grid)
     return best
+
+
+def _balanced(scales: Tensor, alive: Tensor) -> Tensor:
+    """Scales around 1; those of inputs that are always zero are 1."""
+    scales = torch.where(alive & scales.isfinite() & (scales > 0), scales, torch.nan)
+    middle = (scales.nan_to_num(0).amax() * scales.nan_to_num(torch.inf).amin()).sqrt()
+    return (scales / middle).nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)
 
 
 def _relative_size(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,10 @@ from qatkit.quantization.arithmetic import fake_quantize
 from qatkit.quantization.initialisers.hessian import output_error
 from qatkit.quantization.observers import minmax_qparams, mse_qparams
 from qatkit.spec import QuantSpec
+
+FLOORS = (0.85, 0.7, 0.5, 0.35)
+"""How far ranges may shrink in a search. Errors that are passed on push other weights outwards, where a narrow range
+clips them, and how far depends on the layer: every row keeps what serves its output best."""
 
 
 @torch.no_grad()
@@ -26,14 +31,14 @@ def gptq(
     """Round a weight so that the layer's output changes least.
 
     Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
-    the inverse Hessian. A row that comes out worse than rounded to nearest is rounded to nearest. An input that was
-    always zero is rounded to nearest too, not to zero: in training it may wake up.
+    the inverse Hessian. Where ranges are searched, a weight's squared error counts as much as the output suffers from
+    it after the columns behind have made up for it. A row that comes out worse than rounded to nearest on the same grid
+    is rounded to nearest. An input that was always zero is, too, and not set to zero: in training it may wake up.
 
     Args:
         weight: ``[out, in]``.
         hessian: Mean outer product of the layer's input rows, or any multiple, ``[in, in]``.
-        spec: How the weight is quantized; ``observer: minmax`` takes scales from ranges, every other one searches the
-            least squared error.
+        spec: How the weight is quantized; ``observer: minmax`` takes scales from ranges, every other one searches.
         damping: Added to the Hessian's diagonal, as a share of its mean; grows tenfold where the factorization fails.
         block_size: Columns whose errors reach the columns behind them in one product.
         act_order: Go through the columns by falling Hessian diagonal. Scales then come from the weight as it was, so
@@ -53,27 +58,75 @@ def gptq(
         True
     """
     weight, hessian = weight.detach().float(), hessian.float()
-    scale, zero_point = slice_qparams(weight, spec)
-    nearest = fake_quantize(weight, scale, zero_point, spec)
-    scales, zero_points = _by_row(scale, weight, spec).clone(), _by_row(zero_point, weight, spec).clone()
-    width = _slice_width(weight, spec)
-    # groups whose scale is still to come; a scale over the scales fixes them all
-    grows = spec.strategy == "group" and not act_order and not spec.two_level
-    if grows:
-        block_size = max(block_size // width, 1) * width  # so that every group is up to date when it is reached
-    column_spec = replace(spec, strategy="group", group_size=1, block_structure=None)
-
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(weight.shape[1])
     order = order.to(weight.device)
     inverse = _inverse_factor(hessian[order][:, order], damping)
-    left, rounded, places = weight[:, order], torch.empty_like(weight), order.tolist()
+    costs = torch.empty_like(inverse[0])
+    costs[order] = inverse.diagonal().square().reciprocal()
+    floors = (1.0,) if spec.observer == "minmax" else FLOORS
+    tried = [_qparams(weight, spec, floor, costs) for floor in floors]
+    grids = [torch.stack([_by_row(part, weight, spec) for part in parts]) for parts in zip(*tried, strict=True)]
+
+    def regroup(left: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Scales of one group of what is left, ``[tried, out, group_size]``."""
+        found = [_qparams(part, spec, floor, costs[columns]) for part, floor in zip(left, floors, strict=True)]
+        return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
+
+    # a scale over the scales fixes the groups' scales, too
+    grows = spec.strategy == "group" and not act_order and not spec.two_level
+    rounded, *found = _sweep(weight, inverse, order, grids, spec, block_size, regroup if grows else None)
+    nearest = torch.stack([fake_quantize(weight, *qparams, spec) for qparams in tried])
+    errors, plain = output_error(rounded - weight, hessian), output_error(nearest - weight, hessian)  # [tried, out]
+    worse = errors > plain
+    for swept, before in zip((rounded, errors, *found), (nearest, plain, *grids), strict=True):
+        swept[worse] = before[worse]
+    if spec.strategy not in ("channel", "group"):  # rows share scales
+        whole = int(errors.sum(1).argmin())
+        return rounded[whole], *tried[whole]
+    best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
+    return rounded[best, rows], found[0][best, rows], found[1][best, rows]
+
+
+def _sweep(
+    weight: Tensor,
+    inverse: Tensor,
+    order: Tensor,
+    grids: list[Tensor],
+    spec: QuantSpec,
+    block_size: int,
+    regroup: Callable[[Tensor, slice], tuple[Tensor, Tensor]] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go through the columns once, for all scales that are tried at a time.
+
+    Args:
+        weight: ``[out, in]``.
+        inverse: What `_inverse_factor` gives for the columns in `order`.
+        order: Columns, ``[in]``.
+        grids: Scales and zero points, each ``[tried, out, slices of a row]``.
+        spec: How the weight is quantized.
+        block_size: Columns of a block.
+        regroup: Gives the scales of a group when it is reached; None if they stay.
+
+    Returns:
+        Rounded weights ``[tried, out, in]``, and scales and zero points as in `grids`.
+    """
+    width = spec.group_size or (spec.block_structure or weight.shape)[1]
+    if regroup is not None:
+        block_size = max(block_size // width, 1) * width  # so that every group is up to date when it is reached
+    column_spec = replace(spec, strategy="group", group_size=1, block_structure=None)
+    tried = len(grids[0])
+    scales, zero_points = (grid.flatten(0, 1).clone() for grid in grids)
+    left, places = weight[:, order].repeat(tried, 1), order.tolist()
+    rounded = torch.empty_like(left)
     for start in range(0, weight.shape[1], block_size):
         end = min(start + block_size, weight.shape[1])
         errors = torch.empty_like(left[:, start:end])
         for column in range(start, end):
             own = slice(places[column] // width, places[column] // width + 1)
-            if grows and column % width == 0:
-                scales[:, own], zero_points[:, own] = slice_qparams(left[:, column : column + width], spec)
+            if regroup is not None and column % width == 0:
+                columns = slice(column, column + width)
+                found = regroup(left[:, columns].view(tried, len(weight), width), columns)
+                scales[:, own], zero_points[:, own] = (part.flatten(0, 1) for part in found)
             exact = left[:, column : column + 1]
             value = fake_quantize(exact, scales[:, own], zero_points[:, own], column_spec)
             error = (exact - value) / inverse[column, column]
@@ -81,18 +134,15 @@ def gptq(
             rounded[:, places[column]] = value[:, 0]
             errors[:, column - start] = error[:, 0]
         left[:, end:] -= errors @ inverse[start:end, end:]
-
-    worse = output_error(rounded - weight, hessian) > output_error(nearest - weight, hessian)
-    rounded[worse] = nearest[worse]
-    if grows:
-        scales[worse], zero_points[worse] = scale[worse], zero_point[worse]
-        return rounded, scales, zero_points
-    return rounded, scale, zero_point
+    shape = (tried, len(weight), -1)
+    return rounded.view(shape), scales.view(shape), zero_points.view(shape)
 
 
-def slice_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a weight as ``spec.observer`` says: from the range, else of least squared error."""
-    return minmax_qparams(weight, spec) if spec.observer == "minmax" else mse_qparams(weight, spec)
+def _qparams(weight: Tensor, spec: QuantSpec, floor: float, costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point from the range, or from a search among ranges down to a share `floor` of it."""
+    if spec.observer == "minmax":
+        return minmax_qparams(weight, spec)
+    return mse_qparams(weight, spec, steps=30, smallest=floor, weights=costs.expand_as(weight))
 
 
 def _by_row(scale: Tensor, weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -102,13 +152,6 @@ def _by_row(scale: Tensor, weight: Tensor, spec: QuantSpec) -> Tensor:
     if spec.block_structure is not None:
         return scale.repeat_interleave(spec.block_structure[0], dim=0)[: len(weight)]
     return scale
-
-
-def _slice_width(weight: Tensor, spec: QuantSpec) -> int:
-    """How many neighbours in a row share a scale."""
-    if spec.block_structure is not None:
-        return spec.block_structure[1]
-    return spec.group_size or weight.shape[1]
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

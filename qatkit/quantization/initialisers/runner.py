@@ -182,9 +182,9 @@ class _Initialiser:
         for block in blocks or [self.model]:
             if qat_layers(block) and not find_folds(block, self.uses):
                 raise QatkitError(
-                    f"{self.method}: nothing is known about what comes before the layers of a {type(block).__name__} of "
-                    f"{type(self.model).__name__}; known are {', '.join(BLOCKS)} and nn.Sequential of Linear and ReLU; "
-                    "write method: gptq"
+                    f"{self.method}: nothing is known about what comes before the layers of a {type(block).__name__} "
+                    f"of {type(self.model).__name__}; known are {', '.join(BLOCKS)} and nn.Sequential of Linear and "
+                    "ReLU; write method: gptq"
                 )
         return find_folds(self.model, self.uses)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qatkit import QatkitError, QuantSpec, fake_quantize
-from qatkit.quantization.initialisers.gptq import gptq, slice_qparams
+from qatkit.quantization.initialisers.gptq import gptq
+from qatkit.quantization.observers import minmax_qparams, mse_qparams
 
 SPECS = [
     QuantSpec(3),
@@ -56,13 +58,13 @@ def by_the_equations(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, 
 @pytest.mark.parametrize("block_size", [1, 5, 128])
 def test_it_computes_the_equations_of_the_paper(act_order: bool, block_size: int) -> None:
     weight, x = problem()
-    spec = QuantSpec(4, observer="mse")
+    spec = QuantSpec(4)
     hessian = x.double().t() @ x.double() / len(x)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(32))
-    scale, _ = slice_qparams(weight, spec)
+    scale, _ = minmax_qparams(weight, spec)
     expected = by_the_equations(weight, damped, scale[:, 0], 7, order)
-    nearest = fake_quantize(weight, *slice_qparams(weight, spec), spec)
+    nearest = fake_quantize(weight, *minmax_qparams(weight, spec), spec)
     better = cost(x, expected, weight) <= cost(x, nearest, weight)
     rounded, given_scale, _ = gptq(weight, hessian, spec, block_size=block_size, act_order=act_order)
     assert torch.equal(given_scale, scale)
@@ -95,11 +97,26 @@ def test_groups_without_order_take_their_scale_from_what_is_left_when_they_are_r
 
 def test_with_order_the_scales_of_groups_are_those_of_the_weight_as_it_was() -> None:
     weight, x = problem()
-    spec = QuantSpec(4, observer="mse", strategy="group", group_size=8)
+    spec = QuantSpec(4, strategy="group", group_size=8)
     rounded, scale, _ = gptq(weight, x.t() @ x, spec)
-    assert torch.equal(scale, slice_qparams(weight, spec)[0])
+    assert torch.equal(scale, minmax_qparams(weight, spec)[0])
     codes = rounded.view(12, 4, 8) / scale[:, :, None]
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-5)  # groups are neighbours, in the file as well
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_searched_ranges_serve_the_output_better_than_full_ones_and_than_those_best_for_weights(
+    bits: int, group_size: int | None
+) -> None:
+    weight, x = problem(rows=64)
+    spec = QuantSpec(bits, observer="mse", strategy="channel" if group_size is None else "group", group_size=group_size)
+    searched, scale, _ = gptq(weight, x.t() @ x, spec)
+    full, _, _ = gptq(weight, x.t() @ x, replace(spec, observer="minmax"))
+    own = fake_quantize(weight, *mse_qparams(weight, spec), spec)
+    assert cost(x, searched, weight).sum() < 0.9 * cost(x, full, weight).sum()
+    assert cost(x, searched, weight).sum() < 0.9 * cost(x, own, weight).sum()
+    assert (scale <= minmax_qparams(weight, spec)[0]).all()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -108,9 +125,9 @@ def test_the_weight_lies_on_the_grid_of_the_returned_scale(spec: QuantSpec, act_
     weight, x = problem()
     rounded, scale, zero_point = gptq(weight, x.t() @ x, spec, act_order=act_order)
     assert torch.equal(fake_quantize(rounded, scale, zero_point, spec), rounded)
-    assert scale.shape == slice_qparams(weight, spec)[0].shape
-    nearest = fake_quantize(weight, *slice_qparams(weight, spec), spec)
-    assert cost(x, rounded, weight).sum() < cost(x, nearest, weight).sum()
+    assert scale.shape == minmax_qparams(weight, spec)[0].shape
+    nearest = fake_quantize(weight, *mse_qparams(weight, spec), spec)
+    assert cost(x, rounded, weight).sum() < cost(x, nearest, weight).sum() * (1.5 if spec.observer == "minmax" else 1)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -120,9 +137,9 @@ def test_inputs_that_have_nothing_to_do_with_each_other_are_rounded_to_nearest(
 ) -> None:
     weight, _ = problem()
     rounded, *qparams = gptq(weight, torch.diag(torch.rand(32) + 0.1), spec, act_order=act_order)
-    nearest = slice_qparams(weight, spec)
-    assert all(torch.equal(own, other) for own, other in zip(qparams, nearest, strict=True))
-    assert torch.equal(rounded, fake_quantize(weight, *nearest, spec))
+    assert torch.equal(rounded, fake_quantize(weight, *qparams, spec))
+    if spec.observer == "minmax":
+        assert torch.equal(qparams[0], minmax_qparams(weight, spec)[0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,8 +147,8 @@ def test_inputs_that_have_nothing_to_do_with_each_other_are_rounded_to_nearest(
 def test_no_output_is_worse_than_rounded_to_nearest(seed: int, bits: int, inputs: int, order: bool) -> None:
     weight, x = problem(8, inputs, seed)
     spec = QuantSpec(bits, observer="mse", strategy="group", group_size=4)
-    rounded, _, _ = gptq(weight, x.t() @ x, spec, act_order=order)
-    nearest = fake_quantize(weight, *slice_qparams(weight, spec), spec)
+    rounded, *qparams = gptq(weight, x.t() @ x, spec, act_order=order)
+    nearest = fake_quantize(weight, *qparams, spec)
     assert (cost(x, rounded, weight) <= cost(x, nearest, weight) * (1 + 1e-4)).all()
 
 
@@ -140,11 +157,12 @@ def test_inputs_that_were_always_zero_are_rounded_to_nearest_and_disturb_nothing
     weight, x = problem()
     spec = QuantSpec(4, observer="mse")
     x[:, [3, 17]] = 0
-    rounded, _, _ = gptq(weight, x.t() @ x, spec, act_order=act_order)
-    nearest = fake_quantize(weight, *slice_qparams(weight, spec), spec)
+    rounded, *qparams = gptq(weight, x.t() @ x, spec, act_order=act_order)
+    nearest = fake_quantize(weight, *qparams, spec)
     assert torch.equal(rounded[:, [3, 17]], nearest[:, [3, 17]])
     assert cost(x, rounded, weight).sum() < 0.8 * cost(x, nearest, weight).sum()
-    assert torch.equal(gptq(weight, torch.zeros(32, 32), spec, act_order=act_order)[0], nearest)
+    rounded, *qparams = gptq(weight, torch.zeros(32, 32), spec, act_order=act_order)
+    assert torch.equal(rounded, fake_quantize(weight, *qparams, spec))
 
 
 def test_fewer_rows_than_inputs_are_enough_and_what_cannot_be_factored_is_refused() -> None:
