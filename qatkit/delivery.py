@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -47,7 +47,7 @@ def export_run(run: Run) -> list[Path]:
     Raises:
         QatkitError: a stage is not finished, or the format cannot hold what the recipe trained.
     """
-    example = _example(_data(run))
+    data = _data(run)
     paths = []
     for stage in run.rows:
         run.record(stage)
@@ -55,9 +55,10 @@ def export_run(run: Run) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         model = run.load_model(stage).eval()
         if _format(run) == "onnx":
-            export_onnx(model, example, path)
+            export_onnx(model, _example(data), path)
         else:
             export_dense(model, path)
+            _describe(model, data, path.parent)
         paths.append(path)
     return paths
 
@@ -83,8 +84,7 @@ def verify_run(run: Run) -> dict[str, Verification]:
 def report_run(run: Run) -> dict[str, Any]:
     """Measure the exported files in one process and write ``report.json`` and ``report.md``."""
     paths = {stage: exported_path(run, stage) for stage in run.rows}
-    example = _example(_data(run))
-    latencies = compare(paths, example) if _format(run) == "onnx" else {}
+    latencies = compare(paths, _example(_data(run))) if _format(run) == "onnx" else {}
     rows = []
     for stage, path in paths.items():
         record = run.record(stage)
@@ -96,7 +96,11 @@ def report_run(run: Run) -> dict[str, Any]:
             {
                 "stage": stage,
                 "kind": "dense" if not config.compresses else "trained" if config.max_steps else "post-training",
-                "test_accuracy": record.metrics["test/accuracy"],
+                **{
+                    f"test_{name.removeprefix('test/')}": value
+                    for name, value in record.metrics.items()
+                    if name.startswith("test/")
+                },
                 "bytes": path.stat().st_size,
                 "latency": latencies.get(stage, []),
                 "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
@@ -138,7 +142,7 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
         if not path.is_file():
             raise QatkitError(f"{path} does not exist; run `qatkit report {folder}` first")
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "stages" not in content:
+        if "stages" not in content or any("metric" not in row["verification"] for row in content["rows"]):
             raise QatkitError(f"{path} is of an older version; run `qatkit report {folder}` to write it again")
         reports.append(content)
     text = render(reports, folders)
@@ -199,15 +203,29 @@ def _format(run: Run) -> str:
 
 
 def _data(run: Run) -> LightningDataModule:
-    data = run.build_data(batch_size=64)
+    # what was trained fits into memory; the logits of a large vocabulary may not at 64
+    data = run.build_data(batch_size=min(64, *(stage.batch_size for stage in run.recipe.stages.values())))
     data.prepare_data()
     data.setup("test")
     return data
 
 
 def _example(data: LightningDataModule) -> Tensor:
-    inputs: Tensor = next(iter(data.test_dataloader()))[0]
+    batch = next(iter(data.test_dataloader()))
+    if isinstance(batch, Mapping):
+        raise QatkitError(
+            f"export.format: 'onnx' takes models of one input, and a batch of the data holds {sorted(batch)}; "
+            "write export: {format: dense}"
+        )
+    inputs: Tensor = batch[0]
     return inputs
+
+
+def _describe(model: nn.Module, data: LightningDataModule, folder: Path) -> None:
+    """Beside the weights of a model of transformers: its config and tokenizer, so that `from_pretrained` loads all."""
+    for part in (getattr(model, "config", None), getattr(data, "tokenizer", None)):
+        if part is not None and hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder)
 
 
 def _installed(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures of runs: accuracy against what it costs, and the curves of training."""
+"""Pictures of runs: how good they are against what it costs, and the curves of training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from qatkit.analysis.curves import Curve, Curves
+from qatkit.analysis.metrics import Metric
 from qatkit.analysis.svg import CARD, MARKERS, MUTED, SERIES, canvas, to_svg
 
 WIDTH = 370
@@ -18,7 +19,7 @@ WIDTH = 370
 
 @dataclass(frozen=True)
 class Point:
-    """One exported file in a picture of accuracy against cost."""
+    """One exported file in a picture of its metric against its cost."""
 
     label: str
     """Stands beside the mark; the stage's name, or the run's number."""
@@ -31,42 +32,44 @@ class Point:
     low: float
     """First quartile of the cost; the cost itself where it has no spread."""
     high: float
-    accuracy: float
-    """0 to 1."""
+    value: float
+    """Of the metric; an accuracy is from 0 to 1."""
     samples: int
-    """Test samples behind the accuracy."""
+    """Test samples or tokens behind it."""
 
 
-def tradeoff(key: str, points: Sequence[Point], cost: str, unit: str) -> str:
-    """Accuracy against size or latency, with what the test split leaves open and the quartiles of the clock.
+def tradeoff(key: str, points: Sequence[Point], metric: Metric, cost: str, unit: str) -> str:
+    """A metric against size or latency, with what the test split leaves open and the quartiles of the clock.
 
     Args:
         key: Prefix of the picture's ids.
         points: The files.
+        metric: What the vertical axis shows; an interval is known of accuracies alone.
         cost: What the horizontal axis shows, such as "size".
         unit: Its unit.
     """
     marks = {}
     with canvas(WIDTH, 290) as (figure, (axes,)):
         _cost_axis(axes, points)
-        intervals = [interval(point.accuracy, point.samples) for point in points]
-        bottom, top = min(low for low, _ in intervals), max(high for _, high in intervals)
-        room = max(0.12 * (top - bottom), 0.005)
-        axes.set_ylim(100 * (bottom - room), 100 * (top + room))
+        intervals = [
+            interval(point.value, point.samples) if metric.percent else (point.value, point.value) for point in points
+        ]
+        _metric_axis(axes, metric, min(low for low, _ in intervals), max(high for _, high in intervals))
         for index, (point, (low, high)) in enumerate(zip(points, intervals, strict=True)):
-            y = 100 * point.accuracy
-            axes.plot([point.cost] * 2, [100 * low, 100 * high], color=point.colour, linewidth=1, alpha=0.55)
+            y = metric.scale * point.value
+            bar = [metric.scale * low, metric.scale * high]
+            axes.plot([point.cost] * 2, bar, color=point.colour, linewidth=1, alpha=0.55)
             axes.plot([point.low, point.high], [y, y], color=point.colour, linewidth=1, alpha=0.55)
             axes.plot(
                 point.cost, y, MARKERS[point.kind], color=point.colour, markersize=9.5, markeredgecolor=CARD,
                 markeredgewidth=1.2, gid=f"mark-{index}", zorder=3,
             )  # fmt: skip
-            marks[f"mark-{index}"] = f"{point.words}: {point.accuracy:.2%} at {point.cost:.4g} {unit}"
+            marks[f"mark-{index}"] = f"{point.words}: {metric.show(point.value)} at {point.cost:.4g} {unit}"
         figure.draw_without_rendering()  # from here on, places on the picture are known
-        _place_labels(axes, points)
+        _place_labels(axes, points, metric)
         axes.set_xlabel(f"{cost} ({unit})")
-        axes.set_ylabel("test accuracy (%)")
-        return to_svg(figure, key, f"Accuracy against {cost}. {'; '.join(marks.values())}", marks)
+        axes.set_ylabel(f"test {metric.name} ({metric.unit})" if metric.unit else f"test {metric.name}")
+        return to_svg(figure, key, f"{metric.title} against {cost}. {'; '.join(marks.values())}", marks)
 
 
 def interval(share: float, samples: int) -> tuple[float, float]:
@@ -76,6 +79,17 @@ def interval(share: float, samples: int) -> tuple[float, float]:
     z2 = 1.96**2 / samples
     middle, half = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+
+
+def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
+    """Room around what is shown; logarithmic where the best would be pressed against the axis."""
+    if not metric.percent and top > 20 * bottom:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom / 1.6, top * 1.6)
+        _plain_log_ticks(axes.yaxis, bottom / 1.6, top * 1.6)
+        return
+    room = max(0.12 * (top - bottom), 0.005)
+    axes.set_ylim(metric.scale * (bottom - room), metric.scale * (top + room))
 
 
 def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
@@ -92,9 +106,9 @@ def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _place_labels(axes: Axes, points: Sequence[Point]) -> None:
+def _place_labels(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
     """Beside each mark, at the one of eight places where a label covers least of marks and other labels."""
-    spots = [axes.transData.transform((point.cost, 100 * point.accuracy)) for point in points]
+    spots = [axes.transData.transform((point.cost, metric.scale * point.value)) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     places = [(side * dx, dy) for dx, dy in ((9, 9), (9, -9), (11, 0), (9, 22), (9, -22)) for side in (1, -1)]
     for point, (x, y) in zip(points, spots, strict=True):
@@ -112,7 +126,7 @@ def _place_labels(axes: Axes, points: Sequence[Point]) -> None:
         dx, dy = best = min(places, key=cost)
         taken.append(box(best))
         axes.annotate(
-            point.label, (point.cost, 100 * point.accuracy), (dx, dy), textcoords="offset points",
+            point.label, (point.cost, metric.scale * point.value), (dx, dy), textcoords="offset points",
             ha="left" if dx > 0 else "right", va="center", color=point.colour, fontweight="bold",
         )  # fmt: skip
 
@@ -126,11 +140,12 @@ def _overlap(a: _Box, b: _Box) -> float:
 
 GROUPS = {
     "loss": "Loss",
+    "perplexity": "Perplexity",
     "accuracy": "Accuracy (%)",
     "quant": "Quantization (%)",
 }
 """Titles of the pictures of training, in their order."""
-_ENDS = {"loss": "loss", "accuracy": "accuracy", "agreement": "accuracy"}
+_ENDS = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "agreement": "accuracy"}
 
 
 def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
@@ -171,7 +186,7 @@ def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], r
             axes.annotate("resumed", (step, 0.02), xycoords=("data", "axes fraction"), color=MUTED, rotation=90,
                           fontsize=10, ha="right", va="bottom")  # fmt: skip
         positive = [value for curve in curves.values() for value in curve["values"]]
-        if kind == "loss" and min(positive) > 0 and max(positive) > 20 * min(positive):
+        if kind in ("loss", "perplexity") and min(positive) > 0 and max(positive) > 20 * min(positive):
             axes.set_yscale("log")
             _plain_log_ticks(axes.yaxis, *axes.get_ylim())
         if kind == "accuracy":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qatkit.analysis.metrics import metric_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -11,22 +13,24 @@ if TYPE_CHECKING:
 def headers(report: dict[str, Any]) -> list[str]:
     """The columns of the comparison; one for each batch size that was measured."""
     sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
-    return ["stage", "what", "test accuracy", "in the runtime", "size", *(f"batch of {n}" for n in sizes), "parity"]
+    judged = f"test {metric_of(report).name}"
+    return ["stage", "what", judged, "in the runtime", "size", *(f"batch of {n}" for n in sizes), "parity"]
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
     """The cells of the comparison, a list per row under `headers`; ratios are to the first row."""
-    first = report["rows"][0]
+    first, metric = report["rows"][0], metric_of(report)
     rows = []
     for row in report["rows"]:
         check = row["verification"]
+        loss = f" (loss {row['test_loss']:.4f})" if "test_loss" in row else ""
         bits = sorted({f"w{layer['weight_bits']}a{layer['activation_bits']}" for layer in row["layers"]})
         rows.append(
             [
                 row["stage"],
                 f"{row['kind']} {' '.join(bits)}".strip(),
-                f"{row['test_accuracy']:.2%}",
-                f"{check['runtime_metric']:.2%}" if check["runtime_metric"] is not None else "did not run",
+                metric.show(metric.of(row)) + loss,
+                metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
                 f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
                 *(
                     f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", row is first)
@@ -53,6 +57,13 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
+def split_note(report: dict[str, Any]) -> str:
+    """What the judging numbers were measured on, in a sentence."""
+    if metric_of(report).percent:
+        return "Accuracies are of the held-out test split."
+    return "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+
+
 def _ratio(ratio: float, word: str, itself: bool) -> str:
     return "" if itself else f" ({ratio:.2f}x {word})"
 
@@ -72,7 +83,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown: the comparison, what was verified, and every layer."""
     lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
-    lines += ["Accuracies are of the held-out test split. Size is that of the file on disk.", "", "## Parity", ""]
+    lines += [f"{split_note(report)} Size is that of the file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
     if notes := kernel_notes(report):

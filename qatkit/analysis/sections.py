@@ -8,7 +8,8 @@ from typing import Any
 
 from qatkit.analysis.figures import GROUPS, Point, curve_groups, tradeoff, training_curves
 from qatkit.analysis.layer_figures import beyond, largest, layer_picture, weight_histogram
-from qatkit.analysis.report import comparison, headers
+from qatkit.analysis.metrics import Metric, metric_of
+from qatkit.analysis.report import comparison, headers, split_note
 from qatkit.analysis.svg import KINDS, SERIES
 from qatkit.analysis.words import headline, parity, tiles
 
@@ -35,17 +36,21 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         runs: How many runs the page shows.
     """
     columns, rows = merged_table([report])
+    metric = metric_of(report)
+    entries = [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in report["rows"]]
     return {
         "key": key,
         "name": name,
         "report": report,
+        "metric": metric,
+        "note": split_note(report),
         "headline": headline(report),
         "tiles": tiles(report),
         "columns": columns,
         "rows": rows,
-        "tradeoffs": _tradeoffs(key, [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in report["rows"]]),
+        "tradeoffs": _tradeoffs(key, metric, entries),
         "parity": [(row["stage"], parity(row["verification"])) for row in report["rows"]],
-        "stages": [_training(key, stage) for stage in report["stages"]],
+        "stages": [_training(key, metric, stage) for stage in report["stages"]],
         "histograms": _histograms(key, report["rows"], max(4, HISTOGRAMS // runs)),
         "layers": _layers(key, [row for row in report["rows"] if row["layers"]], max(8, BARS // runs)),
     }
@@ -55,16 +60,17 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
     """What stands before the runs where there are several: one table and the same axes for all of them."""
     columns, rows = merged_table(reports)
     owners = [index for index, report in enumerate(reports) for _ in report["rows"]]
-    entries = [
-        (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)])
-        for index, (report, name) in enumerate(zip(reports, names, strict=True))
-        for row in report["rows"]
-    ]
+    entries: dict[Metric, list[_Entry]] = {}
+    for index, (report, name) in enumerate(zip(reports, names, strict=True)):
+        entries.setdefault(metric_of(report), []).extend(
+            (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)]) for row in report["rows"]
+        )
     return {
         "columns": columns,
         "rows": [(owner, names[owner], row) for owner, row in zip(owners, rows, strict=True)],
         "colours": len(SERIES),
-        "tradeoffs": _tradeoffs("all", entries),
+        # files that are judged by different numbers cannot share an axis
+        "tradeoffs": [(metric, _tradeoffs(f"all-{metric.name}", metric, own)) for metric, own in entries.items()],
         "failed": [
             f"{name}, {row['stage']}"
             for report, name in zip(reports, names, strict=True)
@@ -91,18 +97,21 @@ def _split(cell: str) -> tuple[str, str]:
     return value, remark.removesuffix(")")
 
 
-def _tradeoffs(key: str, entries: Sequence[tuple[dict[str, Any], str, str, str]]) -> list[Picture]:
-    """Accuracy against size, and against the latency of each batch size; entries are row, label, words and colour."""
+_Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, colour
 
-    def point(entry: tuple[dict[str, Any], str, str, str], cost: float, low: float, high: float) -> Point:
+
+def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Picture]:
+    """The metric against size, and against the latency of each batch size."""
+
+    def point(entry: _Entry, cost: float, low: float, high: float) -> Point:
         row, label, words, colour = entry
         samples = row["verification"]["samples"]
-        return Point(label, words, row["kind"], colour, cost, low, high, row["test_accuracy"], samples)
+        return Point(label, words, row["kind"], colour, cost, low, high, metric.of(row), samples)
 
     mega = max(row["bytes"] for row, *_ in entries) >= 2e6
     divisor, unit = (1e6, "MB") if mega else (1e3, "kB")
     sizes = [point(entry, *[entry[0]["bytes"] / divisor] * 3) for entry in entries]
-    found = [Picture("Accuracy against size", "", tradeoff(f"{key}-size", sizes, "size on disk", unit))]
+    found = [Picture(f"{metric.title} against size", "", tradeoff(f"{key}-size", sizes, metric, "size on disk", unit))]
     for batch in dict.fromkeys(latency["batch_size"] for row, *_ in entries for latency in row["latency"]):
         points = [
             point(entry, latency["median_ms"], latency["low_ms"], latency["high_ms"])
@@ -110,19 +119,20 @@ def _tradeoffs(key: str, entries: Sequence[tuple[dict[str, Any], str, str, str]]
             for latency in entry[0]["latency"]
             if latency["batch_size"] == batch
         ]
-        svg = tradeoff(f"{key}-latency{batch}", points, f"latency, batch of {batch}", "ms")
-        found.append(Picture(f"Accuracy against latency, batch of {batch}", "", svg))
+        svg = tradeoff(f"{key}-latency{batch}", points, metric, f"latency, batch of {batch}", "ms")
+        found.append(Picture(f"{metric.title} against latency, batch of {batch}", "", svg))
     return found
 
 
-def _training(key: str, stage: dict[str, Any]) -> dict[str, Any]:
+def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]:
     pictures = []
     for kind, curves in curve_groups(stage["curves"]).items():
         svg = training_curves(
             f"{key}-{stage['stage']}-{kind}", stage["stage"], kind, curves, stage["curves"]["resumed_at"]
         )
         pictures.append(Picture(GROUPS.get(kind, kind), "", svg))
-    return {**stage, "pictures": pictures}
+    measured = f"validation {metric.name} {metric.show(stage['metrics'][f'val/{metric.name}'])}"
+    return {**stage, "pictures": pictures, "measured": measured}
 
 
 def _histograms(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> list[dict[str, Any]]:

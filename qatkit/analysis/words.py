@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from qatkit.analysis.metrics import Metric, metric_of
+
 _RUNTIMES = {"onnx": "ONNX Runtime", "dense": "PyTorch, reading the dense file,"}
 
 
@@ -47,7 +49,9 @@ def parity(check: dict[str, Any]) -> Parity:
     sentences.append(_difference(check))
     same = round(check["agreement"] * check["samples"])
     whom = "every one" if same == check["samples"] else f"{same:,}"
-    sentences.append(f"Both name the same class for {whom} of {check['samples']:,} test samples.")
+    what = "next token" if check["metric"] == "perplexity" else "class"
+    counted = "places in the test texts" if check["metric"] == "perplexity" else "test samples"
+    sentences.append(f"Both name the same {what} for {whom} of {check['samples']:,} {counted}.")
     return Parity(passed=True, headline=f"{runtime} computes what training computed.", sentences=sentences)
 
 
@@ -88,16 +92,16 @@ def plain(number: float) -> str:
 
 def headline(report: dict[str, Any]) -> str:
     """A run's result in one sentence: its last row against its first."""
-    first, last = report["rows"][0], report["rows"][-1]
+    first, last, metric = report["rows"][0], report["rows"][-1], metric_of(report)
+    was, now = metric.show(metric.of(first)), metric.show(metric.of(last))
     if last is first:
-        return f"{last['test_accuracy']:.2%} test accuracy in {kilobytes(last['bytes'])}; nothing was compressed."
+        return f"{now} test {metric.name} in {kilobytes(last['bytes'])}; nothing was compressed."
     smaller = first["bytes"] / last["bytes"]
     size = f"{smaller:.1f} times smaller" if smaller >= 1 else f"{1 / smaller:.1f} times larger"
-    was, now = f"{first['test_accuracy']:.2%}", f"{last['test_accuracy']:.2%}"
-    accuracy = f"the same test accuracy ({now})" if now == was else f"{now} test accuracy instead of {was}"
+    judged = f"the same test {metric.name} ({now})" if now == was else f"{now} test {metric.name} instead of {was}"
     return (
         f"{size} than the {first['kind']} model ({kilobytes(last['bytes'])} instead of {kilobytes(first['bytes'])}), "
-        f"at {accuracy}."
+        f"at {judged}."
     )
 
 
@@ -109,15 +113,15 @@ def kilobytes(size: int) -> str:
 def tiles(report: dict[str, Any]) -> list[Tile]:
     """The numbers at the head of a run: its last row against its first, and parity over all rows."""
     first, last = report["rows"][0], report["rows"][-1]
-    alone = last is first
+    alone, metric = last is first, metric_of(report)
     samples = last["verification"]["samples"]
-    points = 100 * (last["test_accuracy"] - first["test_accuracy"])
     note = f"one of {samples:,} test samples is {1 / samples:.2%}"
+    if not metric.percent:
+        note = f"over {samples:,} test tokens, a loss of {last['test_loss']:.3f} nats each"
     if not alone:
-        change = f"{points:+.2f} points to" if points else "the same as"
-        note = f"{change} {first['stage']}; {note}"
+        note = f"{_change(metric, metric.of(first), metric.of(last))} {first['stage']}; {note}"
     found = [
-        Tile(label=f"accuracy of {last['stage']}", value=f"{last['test_accuracy']:.2%}", note=note, state=""),
+        Tile(label=f"{metric.name} of {last['stage']}", value=metric.show(metric.of(last)), note=note, state=""),
         Tile(
             label="size on disk" if alone else "smaller on disk",
             value=kilobytes(last["bytes"]) if alone else f"{first['bytes'] / last['bytes']:.2f}x",
@@ -147,3 +151,9 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
         )
     )
     return found
+
+
+def _change(metric: Metric, was: float, now: float) -> str:
+    if now == was:
+        return "the same as"
+    return f"{100 * (now - was):+.2f} points to" if metric.percent else f"{now / was - 1:+.2%} against"

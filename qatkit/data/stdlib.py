@@ -29,6 +29,7 @@ def stdlib_text(
     include: Sequence[str] = ("*",),
     val_fraction: float = 0.05,
     test_fraction: float = 0.05,
+    epoch_batches: int = 100,
     batch_size: int = 64,
     seed: int = 0,
 ) -> TextDataModule:
@@ -44,6 +45,7 @@ def stdlib_text(
         include: Globs over the files' names, such as ``json/*``; every one must match a file.
         val_fraction: Share of files held out for validation.
         test_fraction: Share of files held out for the reported numbers.
+        epoch_batches: Batches between two validations and checkpoints; fewer where the text is shorter.
         batch_size: Windows per device and step.
         seed: Decides the training order.
 
@@ -56,7 +58,7 @@ def stdlib_text(
         torch.Size([64, 32])
     """
     folder = partial(stdlib_tokens, vocab_size, tuple(include), val_fraction, test_fraction)
-    return TextDataModule(folder, context, batch_size, seed)
+    return TextDataModule(folder, context, batch_size, seed, epoch_batches)
 
 
 def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Tensor, Tensor]:

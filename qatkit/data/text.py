@@ -78,11 +78,19 @@ class TextDataModule(SplitDataModule):
         context: Tokens of a window.
         batch_size: Windows per device and step.
         seed: Decides the training order.
+        epoch_batches: Batches between two validations and checkpoints.
+
+    Raises:
+        QatkitError: `context` or `epoch_batches` is out of range.
     """
 
-    def __init__(self, folder: Callable[[], Path], context: int, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Callable[[], Path], context: int, batch_size: int = 64, seed: int = 0, epoch_batches: int = 100
+    ) -> None:
+        if epoch_batches < 1:
+            raise QatkitError(f"epoch_batches: {epoch_batches} is out of range; write a whole number of at least 1")
         train, val, test = (Windows(partial(_open_split, folder, split), context) for split in SPLITS)
-        super().__init__(train, val, test, batch_size, seed)
+        super().__init__(train, val, test, batch_size, seed, epoch_batches)
         self.folder = folder
 
     def prepare_data(self) -> None:

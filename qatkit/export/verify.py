@@ -7,9 +7,10 @@ the runtime's own operator, and the expected values come from the model through 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from qatkit.export.runtime import load_runtime
 from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import qat_layers, quantized_weights, strip_qat
+from qatkit.tasks import IGNORED, Scores, answers, call
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Verification:
     weights: int
     """Numbers in them."""
     samples: int
-    """Samples that both models answered."""
+    """Samples that both models answered; of texts the tokens that are predicted."""
     bound: str
     """What `mean_error` may be, in words."""
     allowed_error: float | None
@@ -49,11 +51,13 @@ class Verification:
     quantization_error: float
     """Mean of ``|trained - the same weights without rounding|``."""
     agreement: float | None
-    """Share of samples for which both name the same class."""
+    """Share of samples for which both name the same class, or next token."""
+    metric: str
+    """"accuracy", or "perplexity" of texts."""
     trained_metric: float
-    """Top-1 accuracy of the model."""
+    """Of the model."""
     runtime_metric: float | None
-    """Top-1 accuracy of the file in its runtime."""
+    """Of the file in its runtime."""
     text: str
     """The result in one line, in words."""
 
@@ -62,9 +66,7 @@ class Verification:
         return self.text
 
 
-def verify(
-    model: nn.Module, path: Path | str, batches: Iterable[tuple[Tensor, Tensor]], threads: int | None = None
-) -> Verification:
+def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: int | None = None) -> Verification:
     """Compare an exported file with the model it was made from.
 
     Weights: every integer code, scale and zero point in the file, and the weights the runtime decodes from them, must
@@ -76,7 +78,8 @@ def verify(
     Args:
         model: What was exported: plain, or prepared and calibrated. Left as it is.
         path: A ``.onnx`` or ``.safetensors`` file.
-        batches: Inputs and class labels, ``[batch, ...]`` and ``[batch]``.
+        batches: Pairs of inputs and class labels, ``[batch, ...]`` and ``[batch]``, or mappings as models of
+            transformers take them, with ``labels``; see `qatkit.tasks`.
         threads: Threads of the runtime; None leaves the choice to it.
 
     Returns:
@@ -105,7 +108,7 @@ def verify(
     layers = [layer for _, layer in qat_layers(trained)]
     dense = path.suffix == ".safetensors"
     weights, failures, runtime = _open_dense(trained, path) if dense else _open_onnx(trained, path, threads)
-    outputs = _compare_outputs(trained, floating, runtime, batches, failures)
+    outputs = _compare_outputs(trained, floating if layers else None, runtime, batches, failures)
     rounds_inputs = any(layer.input_fake_quant is not None for layer in layers)
     bound, allowed = _bound(dense, rounds_inputs, outputs)
     if outputs.mean_error is not None and allowed is not None and not outputs.mean_error <= allowed:  # NaN fails too
@@ -127,6 +130,7 @@ def verify(
         max_error=outputs.max_error,
         quantization_error=outputs.quantization_error,
         agreement=outputs.agreement,
+        metric=outputs.metric,
         trained_metric=outputs.trained_metric,
         runtime_metric=outputs.runtime_metric,
         text=_text(failures, weights, quantized, bound, allowed, outputs),
@@ -138,9 +142,10 @@ def _text(failures: list[str], weights: int, layers: int, bound: str, allowed: f
         return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
     codes = f"all {weights} weights of {layers} quantized layers are the trained ones; " if layers else ""
     limit = f"{bound}, {allowed:.2g}" if allowed is not None else bound
+    over = f"{outputs.samples} {'tokens' if outputs.metric == 'perplexity' else 'samples'}"
     return (
-        f"passed: {codes}over {outputs.samples} samples outputs differ by {outputs.mean_error:.2g} on average (bound: "
-        f"{limit}), the accuracy is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
+        f"passed: {codes}over {over} outputs differ by {outputs.mean_error:.2g} on average (bound: "
+        f"{limit}), the {outputs.metric} is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
     )
 
 
@@ -152,6 +157,7 @@ class _Outputs:
     samples: int
     mean_output: float
     quantization_error: float
+    metric: str
     trained_metric: float
     mean_error: float | None = None
     max_error: float | None = None
@@ -204,46 +210,62 @@ def _open_dense(trained: nn.Module, path: Path) -> tuple[int, list[str], Callabl
 @torch.no_grad()
 def _compare_outputs(
     trained: nn.Module,
-    floating: nn.Module,
-    runtime: Callable[[Tensor], Tensor] | None,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    floating: nn.Module | None,
+    runtime: Callable[..., Any] | None,
+    batches: Iterable[Any],
     failures: list[str],
 ) -> _Outputs:
-    """Run the three models on all batches; a runtime that breaks is one more failure."""
-    samples, right, right_runtime, same = 0, 0, 0, 0
+    """Run the three models on all batches; a runtime that breaks is one more failure.
+
+    Args:
+        trained: The model.
+        floating: The same without rounding; None where nothing is rounded.
+        runtime: What the file computes, called as the model is; None where it cannot be loaded.
+        batches: As `verify` takes them.
+        failures: Appended to.
+    """
+    scores, runtime_scores, same = Scores(), Scores(), 0
     elements, outputs, quantization, error, largest = 0, 0.0, 0.0, 0.0, 0.0
-    for x, labels in batches:
-        x, labels = x.cpu(), labels.cpu()
-        expected = trained(x)
-        samples += len(labels)
+    for batch in map(_on_cpu, batches):
+        expected = call(trained, batch)
+        scores.add(expected, batch)
         elements += expected.numel()
-        right += int((expected.argmax(-1) == labels).sum())
         outputs += float(expected.abs().sum(dtype=torch.float64))
-        quantization += float((expected - floating(x)).abs().sum(dtype=torch.float64))
+        if floating is not None:
+            quantization += float((expected - call(floating, batch)).abs().sum(dtype=torch.float64))
         if runtime is None:
             continue
         try:
-            found = runtime(x)
+            found = call(runtime, batch)
             if found.shape != expected.shape:
                 raise ValueError(f"shape {list(found.shape)} instead of {list(expected.shape)}")
         except Exception as reason:  # the runtime's exceptions share no base class
-            failures.append(f"outputs: the runtime fails on a batch of {len(labels)}: {reason}")
+            failures.append(f"outputs: the runtime fails on a batch of {len(expected)}: {reason}")
             runtime = None
             continue
         difference = (found - expected).abs()
         error += float(difference.sum(dtype=torch.float64))
         largest = max(largest, float(difference.max()))
-        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
-        right_runtime += int((found.argmax(-1) == labels).sum())
-    if samples == 0:
+        runtime_scores.add(found, batch)
+        ours, labels = answers(expected, batch)
+        agree = answers(found, batch)[0].argmax(-1) == ours.argmax(-1)
+        same += int((agree & (labels != IGNORED)).sum())
+    if scores.count == 0:
         raise QatkitError("verify: there is no batch to compare outputs on; give at least one")
-    measured = _Outputs(samples, outputs / elements, quantization / elements, right / samples)
+    metric = "perplexity" if scores.text else "accuracy"
+    measured = _Outputs(scores.count, outputs / elements, quantization / elements, metric, scores.metrics()[metric])
     if runtime is None:
         return measured
     return replace(
         measured,
         mean_error=error / elements,
         max_error=largest,
-        agreement=same / samples,
-        runtime_metric=right_runtime / samples,
+        agreement=same / scores.count,
+        runtime_metric=runtime_scores.metrics()[metric],
     )
+
+
+def _on_cpu(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return [part.cpu() for part in batch]

@@ -277,8 +277,8 @@ def test_several_runs_are_compared_in_one_page(
     names = [text.split("\n")[-1] for text in rows.locator("th").all_inner_texts()]
     assert [name.lstrip("12") for name in names] == ["digits_int4 (small)"] * 3 + ["digits_int4 (second)"] * 2
     assert "12.34%" in rows.nth(4).inner_text()
-    for figure, marks in (("all-size", 5), ("all-latency1", 5), ("all-latency64", 3)):
-        assert page.locator(f"svg[data-figure={figure}] .mark").count() == marks
+    for figure, marks in (("size", 5), ("latency1", 5), ("latency64", 3)):
+        assert page.locator(f"svg[data-figure=all-accuracy-{figure}] .mark").count() == marks
     for run in ("run0", "run1"):
         assert page.locator(f"#{run} svg[data-figure={run}-qat-weights0]").is_visible()
     page.get_by_role("link", name="2. digits_int4 (second)").click()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from qatkit.analysis.figures import interval
 from qatkit.analysis.page import run_names
-from qatkit.analysis.words import headline, parity, plain
+from qatkit.analysis.words import headline, parity, plain, tiles
 
 CHECK: dict[str, Any] = {
     "passed": True,
@@ -22,6 +23,7 @@ CHECK: dict[str, Any] = {
     "mean_error": 0.00004,
     "quantization_error": 0.0032,
     "agreement": 359 / 360,
+    "metric": "accuracy",
 }
 
 
@@ -77,6 +79,27 @@ def test_the_headline_compares_the_last_row_with_the_first() -> None:
         "at 98.50% test accuracy instead of 99.00%."
     )
     assert headline({"rows": [first]}) == "99.00% test accuracy in 64.0 kB; nothing was compressed."
+
+
+def test_a_language_model_is_judged_by_its_perplexity() -> None:
+    def row(stage: str, kind: str, size: int, loss: float) -> dict[str, Any]:
+        check = {**CHECK, "samples": 92_000, "metric": "perplexity"}
+        return {
+            "stage": stage, "kind": kind, "bytes": size, "test_accuracy": 0.4, "test_loss": loss,
+            "test_perplexity": math.exp(loss), "latency": [], "verification": check,
+        }  # fmt: skip
+
+    report = {"rows": [row("dense", "dense", 8_000_000, 2.0), row("qat", "trained", 2_000_000, 2.1)]}
+    assert headline(report) == (
+        "4.0 times smaller than the dense model (2.0 MB instead of 8.0 MB), at 8.166 test perplexity instead of 7.389."
+    )
+    first, size, agree = tiles(report)
+    assert (first["label"], first["value"]) == ("perplexity of qat", "8.166")
+    # exp(0.1) - 1
+    assert first["note"] == "+10.52% against dense; over 92,000 test tokens, a loss of 2.100 nats each"
+    assert (size["value"], agree["value"]) == ("4.00x", "verified")
+    same = parity(report["rows"][0]["verification"])["sentences"][-1]
+    assert same == "Both name the same next token for 91,744 of 92,000 places in the test texts."
 
 
 def test_wilson_interval_of_the_literature() -> None:

@@ -1,0 +1,36 @@
+"""The order of training: epochs as slices of a pass, for every process its own share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch.utils.data import DistributedSampler
+
+from qatkit.data.datamodule import SlicedSampler
+
+DATA: Any = list(range(103))
+
+
+def order(sampler: DistributedSampler[Any], epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    found = list(sampler)
+    assert len(found) == len(sampler)
+    return found
+
+
+@pytest.mark.parametrize("size", [None, 200])
+def test_without_slices_it_is_the_sampler_of_torch(size: int | None) -> None:
+    ours = SlicedSampler(DATA, 2, 1, seed=3, size=size)
+    torchs: DistributedSampler[Any] = DistributedSampler(DATA, 2, 1, seed=3, drop_last=True)
+    for epoch in range(3):
+        assert order(ours, epoch) == order(torchs, epoch)
+
+
+def test_the_slices_of_one_pass_share_no_sample_and_every_pass_has_another_order() -> None:
+    samplers = [SlicedSampler(DATA, 2, rank, seed=3, size=20) for rank in range(2)]
+    first = [order(sampler, epoch) for epoch in range(2) for sampler in samplers]
+    assert [len(part) for part in first] == [20] * 4
+    assert len({sample for part in first for sample in part}) == 80
+    assert order(samplers[0], 2) != order(samplers[0], 0)
+    assert order(samplers[0], 0) == first[0]
