@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import first_batches
 from qatkit.callbacks.decay import DecayExemption
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -30,7 +31,8 @@ from qatkit.spec import QuantSpec
 class QuantizationAwareTraining(Callback):
     """Trains with fake-quantized weights and activations.
 
-    Before training: BatchNorm is folded into the convolutions before it, the selected layers are swapped, and static
+    Before training: BatchNorm is folded into the convolutions before it (what cannot be folded trains on with frozen
+    statistics), the selected layers are swapped, and static
     activation ranges are calibrated on the first training batches. After the first training step every fake quantizer
     must have run. Learned scales are left out of weight decay. A checkpoint holds the same weights under the same
     names, and the scales beside them; resuming continues with the scales it holds.
@@ -93,6 +95,7 @@ class QuantizationAwareTraining(Callback):
         self.folds: list[Fold] = []
         """Folded (convolution, BatchNorm) pairs."""
         self._module: weakref.ref[LightningModule] | None = None
+        self._frozen: list[_BatchNorm] = []  # what could not be folded keeps the statistics of the float model
         self._all_ran = False
         self._decay = DecayExemption()
 
@@ -106,6 +109,7 @@ class QuantizationAwareTraining(Callback):
         select(pl_module, *how)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
+        self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._module = weakref.ref(pl_module)
         self._all_ran = False
 
@@ -140,7 +144,7 @@ class QuantizationAwareTraining(Callback):
         return {"folds": self.folds, "specs": {name: specs[name] for name in self.layers if name in specs}}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_module": None}  # a weak reference cannot be pickled
+        return self.__dict__ | {"_module": None, "_frozen": []}  # a weak reference cannot be pickled
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with isolate_rng():
@@ -175,6 +179,11 @@ class QuantizationAwareTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for _, fake_quant in self._own(pl_module):
             fake_quant.ran = False  # calibration and the sanity check ran some that training may never run
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for norm in self._frozen:
+            norm.eval()  # validation puts it back into training mode
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

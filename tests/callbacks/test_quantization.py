@@ -237,3 +237,14 @@ def test_half_precision_modules_train_with_float32_arithmetic() -> None:
     trainer(QuantizationAwareTraining(W4, A8), precision="bf16-true").fit(module, batches())
     assert module.net[0].weight.dtype is torch.bfloat16
     assert module.net[0].weight_fake_quant.qparams(module.net[0].weight)[0].dtype is torch.float32
+
+
+def test_a_batchnorm_that_cannot_be_folded_keeps_its_statistics_while_its_scale_is_trained() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    norm: Any = net[1]
+    norm.running_mean.fill_(0.3)
+    weight = norm.weight.clone()
+    module = Classifier(net)
+    trainer(QuantizationAwareTraining(weight=QuantSpec(num_bits=4))).fit(module, batches(), batches(2))
+    assert torch.equal(norm.running_mean, torch.full((16,), 0.3))
+    assert not torch.equal(norm.weight, weight)
