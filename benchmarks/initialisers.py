@@ -1,0 +1,181 @@
+"""GPTQ, AWQ and SmoothQuant against llm-compressor 0.14: how far single layers are from the float layer's output.
+
+Run: python benchmarks/initialisers.py
+Takes about five minutes, and two more the first time, when llm-compressor is installed.
+
+A small Llama is trained on the standard library; layers of its last block and what comes into them are taken as they
+are, and once more with a few inputs made twenty times larger (and their weights as much smaller), as large models have
+them. The error is ``|X (W - Wq)^T|^2 / |X W^T|^2`` in float64, for SmoothQuant with 8-bit inputs as well. Each of the
+two sees the same tensors and takes scales by the same rule from ranges (minmax), or by its own search (mse). For
+SmoothQuant llm-compressor takes half of an input's range where the paper and we take its largest magnitude; which is
+better differs from layer to layer, so the claim is about their mean.
+
+llm-compressor's requirements exclude ours, so it is installed in a virtual environment of its own,
+``build/llmcompressor``, with this environment's release of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from harness import Claim, finish
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from qatkit import QuantSpec, fake_quantize
+from qatkit.data.stdlib import text_windows
+from qatkit.models.language import llama
+from qatkit.quantization.initialisers.awq import awq_clip, awq_scales
+from qatkit.quantization.initialisers.gptq import gptq
+from qatkit.quantization.initialisers.smoothquant import smoothquant_scales
+from qatkit.quantization.observers import minmax_qparams, mse_qparams
+
+OTHER = Path(__file__).parent.parent / "build" / "llmcompressor"
+RELEASE = "0.14.*"
+LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+FORMATS = {"W4 channel": (4, None), "W4 g128": (4, 128), "W3 g128": (3, 128)}
+SEED = 0
+
+
+def trained_layers(steps: int, rows: int) -> dict[str, Tensor]:
+    """Weights and inputs of the last block of a Llama after some steps, ``{layer}.weight`` and ``{layer}.x``."""
+    torch.manual_seed(SEED)
+    model = llama(hidden=256, layers=2, heads=4, kv_heads=4, intermediate=768)
+    windows, _, _ = text_windows(context=128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    for _ in range(steps):
+        batch = windows[torch.randint(len(windows), (8,))]
+        logits = model(batch).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors: dict[str, Tensor] = {}
+    block = model.eval().model.layers[-1]
+    for name in LAYERS:
+        layer = block.get_submodule(name)
+        tensors[f"{name}.weight"] = layer.weight.detach().clone()
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: tensors.update({f"{name}.x": args[0].flatten(0, 1).clone()})
+        )
+    with torch.no_grad():
+        model(windows[torch.randint(len(windows), (rows // 128,))])
+    for name in LAYERS:
+        weight, x = tensors[f"{name}.weight"].clone(), tensors[f"{name}.x"].clone()
+        loud = torch.randperm(weight.shape[1])[: weight.shape[1] // 64]
+        x[:, loud] *= 20
+        weight[:, loud] /= 20
+        tensors |= {f"{name}, outliers.weight": weight, f"{name}, outliers.x": x}
+    return tensors
+
+
+def ours(weight: Tensor, x: Tensor, method: str, spec: QuantSpec) -> Tensor:
+    """Outputs of the layer that we quantize, float64."""
+    hessian = x.t() @ x / len(x)
+    scales = torch.ones(weight.shape[1])
+    if method == "rtn":
+        qparams = (minmax_qparams if spec.observer == "minmax" else mse_qparams)(weight, spec)
+        rounded = fake_quantize(weight, *qparams, spec)
+    elif method == "gptq":
+        rounded, _, _ = gptq(weight, hessian, spec)
+    elif method == "awq":
+        scales = awq_scales([weight], [spec], x.abs().mean(0), hessian)
+        scaled = weight * scales
+        stored = spec.observer == "mse"
+        qparams = awq_clip(scaled, hessian / scales / scales[:, None], spec) if stored else minmax_qparams(scaled, spec)
+        rounded = fake_quantize(scaled, *qparams, spec)
+    else:
+        scales = smoothquant_scales(x.abs().amax(0), weight.abs().amax(0))
+        rounded = fake_quantize(weight * scales, *minmax_qparams(weight * scales, spec), spec)
+    x = x / scales
+    if method == "smoothquant":
+        token = QuantSpec(8, strategy="token", scale_rule="range")
+        x = fake_quantize(x, *minmax_qparams(x, token), token)
+    return x.double() @ rounded.double().t()
+
+
+def theirs(tensors: dict[str, Tensor], jobs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Outputs of the layers that llm-compressor quantizes, by job."""
+    python = OTHER / "bin" / "python"
+    if not (OTHER / "installed").exists():
+        venv.create(OTHER, with_pip=True, clear=True)
+        install = [str(python), "-m", "pip", "install", f"llmcompressor=={RELEASE}"]
+        install.append(f"torch=={torch.__version__.partition('+')[0]}")
+        planned = subprocess.run([*install, "--dry-run"], check=True, capture_output=True, text=True).stdout
+        if "nvidia-cu" in planned and not torch.cuda.is_available():
+            sys.exit("pip would install torch for CUDA; point it at CPU wheels, or install into build/llmcompressor")
+        subprocess.run([*install, "--quiet"], check=True)
+        (OTHER / "installed").touch()
+    child = Path(__file__).parent / "llmcompressor_layers.py"
+    with tempfile.TemporaryDirectory() as folder:
+        given, todo, made = (Path(folder) / name for name in ("in.safetensors", "jobs.json", "out.safetensors"))
+        save_file(tensors, given)
+        todo.write_text(json.dumps(jobs))
+        done = subprocess.run([python, child, given, todo, made], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-2000:])
+        return load_file(made)
+
+
+def main(steps: int, rows: int) -> None:
+    torch.set_num_threads(1)
+    tensors = trained_layers(steps, rows)
+    names = [key.removesuffix(".x") for key in tensors if key.endswith(".x")]
+    kinds = [(m, f, *FORMATS[f], o) for m in ("gptq", "awq") for f in FORMATS for o in ("minmax", "mse")]
+    kinds.append(("smoothquant", "W8A8", 8, None, "minmax"))
+    fields = ("method", "format", "bits", "group_size", "observer")
+    jobs = [
+        {"name": f"{method} {form} {observer} {layer}", "layer": layer}
+        | dict(zip(fields, (method, form, bits, size, observer), strict=True))
+        for method, form, bits, size, observer in kinds
+        for layer in names
+    ]
+    other = theirs(tensors, jobs)
+    rows_of: list[dict[str, Any]] = []
+    for method, form, bits, size, observer in kinds:
+        errors: list[tuple[float, float, float]] = []
+        strategy = "channel" if size is None else "group"
+        spec = QuantSpec(bits, strategy=strategy, group_size=size, observer=observer, scale_rule="range")
+        for layer in names:
+            weight, x = tensors[f"{layer}.weight"], tensors[f"{layer}.x"]
+            exact = x.double() @ weight.double().t()
+            outputs = [ours(weight, x, "rtn", spec), ours(weight, x, method, spec)]
+            outputs.append(other[f"{method} {form} {observer} {layer}"].double())
+            errors.append(tuple(float((y - exact).square().sum() / exact.square().sum()) for y in outputs))  # type: ignore[arg-type]
+        rtn, own, their = (mean(column) for column in zip(*errors, strict=True))
+        rows_of.append(
+            {
+                "method": method,
+                "format": form,
+                "scales": observer,
+                "weights rounded to nearest": rtn,
+                "qatkit": own,
+                "llm-compressor": their,
+                "qatkit / llm-compressor": own / their,
+                "worst layer": max(error[1] / error[2] for error in errors),
+            }
+        )
+    claims = []
+    for method in ("gptq", "awq", "smoothquant"):
+        what, of = ("qatkit / llm-compressor", "mean over layers") if method == "smoothquant" else ("worst layer",) * 2
+        worst = max(row[what] for row in rows_of if row["method"] == method)
+        text = f"error of {method} relative to llm-compressor {RELEASE[:-2]}, {of}, worst format"
+        claims.append(Claim(text, "<= 1.01", f"{worst:.4f}", worst <= 1.01))
+    finish("initialisers", rows_of, claims, seeds=[SEED])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--rows", type=int, default=4096)
+    args = parser.parse_args()
+    main(args.steps, args.rows)
