@@ -76,7 +76,7 @@ def step_of(variant: str, parts: list[Tensor]) -> Callable[[], object]:
 
 def measure(variant: str, folder: str) -> None:
     """In a process of its own: print the peak of memory in MB and the seconds of every step."""
-    if folder:
+    if variant.startswith("liger"):  # with Triton in reach, torch imports it in the first step
         sys.path.insert(0, folder)
     torch.set_num_threads(1)
     torch.manual_seed(0)

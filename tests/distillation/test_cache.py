@@ -60,7 +60,9 @@ def test_a_token_costs_its_bytes_and_class_numbers_above_16_bits_survive(
     size = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
     assert size <= SAMPLES * LENGTH * most + 4096  # what Arrow says of a file
     targets = CachedTeacher(tmp_path, FINGERPRINT)(range(SAMPLES))
-    assert torch.equal(teacher.everything.gather(-1, targets.indices), teacher.everything.topk(64).values)
+    # of classes that differ by a rounding either may be among the best
+    torch.testing.assert_close(teacher.everything.gather(-1, targets.indices), teacher.everything.topk(64).values)
+    assert all(row.unique().numel() == 64 for row in targets.indices.flatten(0, 1))
     exact = teacher.everything.double().log_softmax(-1).topk(64).values
     torch.testing.assert_close(targets.log_p.double(), exact, rtol=1e-3, atol=0)
 
