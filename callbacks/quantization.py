@@ -116,8 +116,9 @@ class QuantizationAwareTraining(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
-        if trainer.ckpt_path is not None:
+        if trainer.ckpt_path is not None or (self.init is None and all(fq.ready for _, fq in self._own(pl_module))):
             return
+        trainer.fit_loop.setup_data()  # before random numbers are isolated: it draws the seed of the training order
         if self.init is not None:
             self._initialise(trainer, pl_module, self.init)
         if not all(fq.ready for _, fq in self._own(pl_module)):
@@ -164,7 +165,6 @@ class QuantizationAwareTraining(Callback):
                 dist.broadcast(tensor, 0)
 
     def _batches(self, trainer: Trainer) -> Iterator[Any]:
-        trainer.fit_loop.setup_data()
         return first_batches(trainer.train_dataloader, self.calibration_batches)
 
     def _forward_of(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], None]:
