@@ -1,0 +1,69 @@
+"""Networks with fewer channels against the whole ones with those channels switched off."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit.models import cnn
+
+pytest.importorskip("torch_pruning")
+from qatkit.pruning.channels import prune_channels
+
+IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def removed(whole: Tensor, part: Tensor) -> list[int]:
+    """Output channels of `whole` that are not in `part`."""
+    return [i for i, row in enumerate(whole) if not any(torch.equal(row, kept) for kept in part)]
+
+
+def test_it_is_the_network_with_the_channels_off() -> None:
+    model = cnn(channels=[8, 16]).eval()
+    before = copy.deepcopy(model.state_dict())
+    small = prune_channels(model, IMAGES, 0.5, exclude=["classifier"])
+    assert (small.conv1.weight.shape, small.conv2.weight.shape) == ((4, 1, 3, 3), (8, 4, 3, 3))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    off = removed(model.conv1.weight, small.conv1.weight)
+    kept = [i for i in range(8) if i not in off]
+    later = removed(model.conv2.weight[:, kept], small.conv2.weight)
+    assert (len(off), len(later)) == (4, 8)
+    with torch.no_grad():
+        model.conv2.weight[:, off] = 0
+        model.classifier.weight.view(10, 16, -1)[:, later] = 0
+        torch.testing.assert_close(small(IMAGES), model(IMAGES), atol=1e-5, rtol=0)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.outer(self.inner(x).relu())).mean(dim=(2, 3)))
+
+
+def test_channels_of_a_residual_sum_go_together_and_numbers_are_rounded() -> None:
+    small = prune_channels(Residual(), IMAGES, 0.4, exclude=["head"], multiple=4)
+    assert small.stem.out_channels == small.outer.out_channels == small.head.in_features == 4
+    assert small.inner.out_channels % 4 == 0
+    assert small(IMAGES).shape == (4, 3)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(QatkitError, match=r"shape would become \[4, 5\] instead of \[4, 10\]; name the layer"):
+        prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5)
+    with pytest.raises(QatkitError, match="'head' matches no layer"):
+        prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5, exclude=["head"])
+    with pytest.raises(QatkitError, match=r"ratio: 1.0 is out of range"):
+        prune_channels(cnn(channels=[8, 16]), IMAGES, 1.0)
+    model = cnn(channels=[8, 16])
+    prepare_qat(model, QuantSpec(num_bits=4))
+    with pytest.raises(QatkitError, match=r"QATConv2d is no plain layer, .*; prune before prepare_qat"):
+        prune_channels(model, IMAGES, 0.5, exclude=["classifier"])
