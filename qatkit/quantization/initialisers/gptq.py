@@ -32,8 +32,9 @@ def gptq(
 
     Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
     the inverse Hessian. Where ranges are searched, a weight's squared error counts as much as the output suffers from
-    it after the columns behind have made up for it. A row that comes out worse than rounded to nearest on the same grid
-    is rounded to nearest. An input that was always zero is, too, and not set to zero: in training it may wake up.
+    it after the columns behind have made up for it. A row that comes out worse than rounded to nearest, on the grid of
+    the weight as it was, is rounded so. An input that was always zero is rounded to nearest too, and not set to zero:
+    in training it may wake up.
 
     Args:
         weight: ``[out, in]``.
