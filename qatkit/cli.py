@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qatkit.cli_arguments import Allow, AsJson, Overrides, Quiet, RecipeArgument, RunArgument
+from qatkit.cli_sensitivity import allocate, sensitivity
 from qatkit.errors import QatkitError, QatkitWarning
 
 if TYPE_CHECKING:
@@ -29,18 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `qatkit list`, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to change, such as stages.qat.lr=1e-4.")
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option("--allow", metavar="PKG", help="A package besides qatkit that the recipe may name code from."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
 @app.command("list")
@@ -179,6 +169,10 @@ def report(
     write_page(runs, page)
     if not quiet:
         typer.echo(f"page: {page}")
+
+
+app.command()(sensitivity)
+app.command()(allocate)
 
 
 def _open(folder: Path, allow: list[str] | None) -> Run:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": PLAIN,
     "validation": PLAIN | TECHNIQUES | {"recipe", "schema", "factories", "tracking"},
 }
-EVERYTHING = {"training", "pipeline", "delivery", "cli"}
+EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
 HEAVY |= {"matplotlib", "jinja2"}
 MAY_LOAD = {
