@@ -1,0 +1,238 @@
+"""The parts of `qat_recovery.py`: a small Llama on the standard library's text, and every way to make it smaller."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit import QuantSpec, Scheme, calibrate, prepare_qat, scheme
+from qatkit.data import text_windows
+from qatkit.distillation.losses import kd_loss
+from qatkit.engine import lr_factor, parameter_groups
+from qatkit.models import llama
+from qatkit.quantization.allocation import allocate, allocated_layers, totals
+from qatkit.quantization.initialisers.runner import Method, initialise
+from qatkit.quantization.sensitivity import measure_sensitivity
+
+CONTEXT, VOCABULARY = 128, 2048
+TOKEN8 = QuantSpec(8, symmetric=False, strategy="token")
+TOKEN4 = QuantSpec(4, symmetric=False, strategy="token")
+FP8_TOKEN = QuantSpec(8, type="float", strategy="token")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: the full benchmark, or a quick look at its mechanics."""
+
+    base_steps: int = 1200
+    steps: int = 200
+    batch: int = 16
+    held_out: int = 600
+    """Windows of the held-out loss."""
+    model: tuple[tuple[str, int], ...] = ()
+    """Changes to the model's size."""
+
+
+FULL = Size()
+QUICK = Size(60, 10, 8, 32, (("hidden", 64), ("layers", 2), ("heads", 4), ("kv_heads", 2), ("intermediate", 128)))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to hold the decoder's linear layers; the embedding, which is the output layer too, stays float32."""
+
+    scheme: Scheme
+    kv_cache: QuantSpec | None = None
+    torchao: tuple[str, Any] | None = None
+    """What torchao calls the weight: its dtype and granularity."""
+
+
+def _int(bits: int, group: int | None = 32, activation: QuantSpec | None = None) -> Scheme:
+    return Scheme(QuantSpec(bits, strategy="group" if group else "channel", group_size=group), activation)
+
+
+FORMATS: dict[str, Format] = {
+    "W4 channel": Format(_int(4, None), torchao=("int4", "per_channel")),
+    "W3 g32": Format(_int(3), torchao=("int3", 32)),
+    "W2 g32": Format(_int(2), torchao=("int2", 32)),
+    "ternary": Format(Scheme(QuantSpec(2, type="ternary", observer="absmean", strategy="group", group_size=32))),
+    "W4A8": Format(_int(4, None, TOKEN8), torchao=("int4", "per_channel")),
+    "W4A4": Format(_int(4, None, TOKEN4), torchao=("int4", "per_channel")),
+    "FP8": Format(Scheme(QuantSpec(8, type="float"), FP8_TOKEN)),
+    "NVFP4": Format(scheme("NVFP4")),
+    "MXFP4": Format(scheme("MXFP4")),
+    "Q4_0": Format(scheme("Q4_0")),
+    "KV cache int8": Format(Scheme(), kv_cache=QuantSpec(8, strategy="token")),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One number: a format, a method, and for what is trained a learning rate and a seed (of the data's order)."""
+
+    format: str
+    method: str
+    """dense, dense trained on, RTN, GPTQ, AWQ, SmoothQuant, torchao QAT, QAT; with "+ KD" from the dense model."""
+    lr: float = 0.0
+    seed: int = 0
+    init: Method | None = None
+    """Where QAT starts; None is the least squared error."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes steps."""
+        return self.lr > 0
+
+
+def base_model(size: Size, path: Path) -> nn.Module:
+    """The dense model; trained and written to `path` where it is not there yet."""
+    torch.manual_seed(0)
+    model = llama(vocab_size=VOCABULARY, context=CONTEXT, **dict(size.model))
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+    else:
+        train(model, None, size, size.base_steps, lr=3e-3, seed=1000, kd=0.0)
+        torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+def train(model: nn.Module, teacher: nn.Module | None, size: Size, steps: int, lr: float, seed: int, kd: float) -> None:
+    """AdamW with a short warm-up and a cosine, on windows in the seed's order; `kd` weights the teacher's term."""
+    windows = _windows()[0]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, 0.01))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step / steps, "cosine", 0.05))
+    model.train()
+    for step in range(steps):
+        tokens = windows[order[torch.arange(step * size.batch, (step + 1) * size.batch) % len(windows)]]
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        loss = (1 - kd) * F.cross_entropy(logits, tokens[:, 1:].flatten()) if kd < 1 else logits.new_zeros(())
+        if kd:
+            assert teacher is not None
+            with torch.no_grad():
+                wanted = teacher(tokens).logits[:, :-1].flatten(0, 1)
+            loss = loss + kd * kd_loss(logits, wanted, 1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, size: Size) -> float:
+    """Mean next-token loss on the held-out files."""
+    windows = _windows()[1][: size.held_out]
+    losses = []
+    for tokens in windows.split(16):
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        losses.append(F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum"))
+    return float(torch.stack(losses).sum()) / (windows.shape[0] * (CONTEXT - 1))
+
+
+def calibration_batches(size: Size, count: int = 8) -> Iterator[Tensor]:
+    """Training windows for ranges and Hessians, the same for every method."""
+    return iter(_windows()[0][: count * size.batch].split(size.batch))
+
+
+@cache
+def _windows() -> tuple[Tensor, Tensor]:
+    train_windows, held_out, _ = text_windows(CONTEXT, VOCABULARY)
+    return train_windows, held_out
+
+
+def do(job: Job, size: Size, path: Path, layers: dict[str, Scheme] | None = None) -> float:
+    """Do a job; the mean loss per token on held-out files.
+
+    Args:
+        job: What to do.
+        size: How much of it.
+        path: Where the dense model is.
+        layers: For the format "mixed", the scheme of each glob.
+    """
+    torch.set_num_threads(1)  # one job per core
+    dense = base_model(size, path)
+    model = copy.deepcopy(dense)
+    kd = 0.9 if job.method.endswith("+ KD") else 0.0
+    method = job.method.removesuffix(" + KD")
+    if method == "torchao QAT":
+        _prepare_torchao(model, FORMATS[job.format])
+    elif not method.startswith("dense"):
+        prepare(model, job, method, size, layers)
+    if job.trains:
+        train(model, dense.requires_grad_(False), size, size.steps, job.lr, job.seed, kd)
+    return evaluate(model, size)
+
+
+def trained(spec: QuantSpec | None) -> QuantSpec | None:
+    """The spec that QAT trains with: learned scales, where the format keeps a scale that can be learned."""
+    return spec if spec is None or spec.strategy == "token" or spec.is_float else replace(spec, observer="lsq")
+
+
+def prepare(model: nn.Module, job: Job, method: str, size: Size, layers: dict[str, Scheme] | None) -> None:
+    """Swap the layers and set the scales as a method does."""
+    form = FORMATS.get(job.format, Format(Scheme()))
+
+    def weight_of(scheme: Scheme) -> QuantSpec | None:
+        if method in ("GPTQ", "AWQ") and scheme.weight is not None:
+            return replace(scheme.weight, observer="mse")
+        return trained(scheme.weight) if method == "QAT" else scheme.weight
+
+    overrides = {glob: Scheme(weight_of(scheme), scheme.activation) for glob, scheme in (layers or {}).items()}
+    prepare_qat(
+        model, weight_of(form.scheme), form.scheme.activation, exclude=["lm_head"] if not layers else [],
+        layers=overrides, kv_cache=form.kv_cache,
+    )  # fmt: skip
+    named: dict[str, Method] = {"GPTQ": "gptq", "AWQ": "awq", "SmoothQuant": "smoothquant"}
+    start = job.init if method == "QAT" else named.get(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if start is not None:
+            initialise(model, start, list(calibration_batches(size)))
+    calibrate(model, calibration_batches(size))
+
+
+def _prepare_torchao(model: nn.Module, form: Format) -> None:
+    """torchao's own fake quantization of the same layers: symmetric weights, asymmetric activations per token."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    assert form.torchao is not None
+    kind, slices = form.torchao
+    granularity = PerGroup(slices) if isinstance(slices, int) else PerAxis(0)
+    weight = IntxFakeQuantizeConfig(getattr(torch, kind), granularity=granularity, is_symmetric=True)
+    activation = None
+    if form.scheme.activation is not None:
+        dtype = {8: torch.int8, 4: torch.int4}[form.scheme.activation.num_bits]
+        activation = IntxFakeQuantizeConfig(dtype, "per_token", is_symmetric=False)
+    config = QATConfig(activation_config=activation, weight_config=weight, step="prepare")
+    quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
+
+
+def mixed_layers(size: Size, path: Path) -> tuple[dict[str, Scheme], str]:
+    """The best mix of 2, 3, 4 and 8 bits in the bytes of 3 bits everywhere, and in words how large it is."""
+    torch.set_num_threads(1)
+    windows = _windows()[0][: 4 * size.batch]
+
+    @torch.no_grad()
+    def loss(model: nn.Module) -> float:
+        logits = model(windows).logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, windows[:, 1:].flatten()).item()
+
+    candidates = {f"W{bits} g32": _int(bits) for bits in (2, 3, 4, 8)}
+    found = measure_sensitivity(base_model(size, path), candidates, loss, exclude=["lm_head"])
+    uniform = sum(group.options["W3 g32"].bytes for group in found.groups)
+    allocation = allocate(found, budget_bytes=uniform)
+    bits = ", ".join(f"{list(allocation.values()).count(name)} groups at {name}" for name in candidates)
+    return allocated_layers(found, allocation), f"{totals(found, allocation)[0]} of {uniform} bytes: {bits}"
