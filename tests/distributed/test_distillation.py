@@ -1,0 +1,37 @@
+"""Distillation with features, learned maps and a ramp on two gloo processes against one that accumulates."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from qatkit.callbacks.features import FeatureMatch, HiddenMatch
+
+WORKER = Path(__file__).parent / "distillation_worker.py"
+
+
+def run(mode: str, folder: Path) -> dict[str, Any]:
+    out = folder / f"{mode}.pt"
+    subprocess.run([sys.executable, str(WORKER), mode, str(out)], check=True, timeout=240, cwd=folder)
+    result: dict[str, Any] = torch.load(out, weights_only=True)
+    return result
+
+
+def test_two_processes_train_the_student_and_the_learned_maps_as_one_does_bit_for_bit(tmp_path: Path) -> None:
+    one, two = run("single", tmp_path), run("ddp", tmp_path)
+    assert one["state"].keys() == two["state"].keys()
+    for part in ("state", "maps"):
+        for key, value in one[part].items():
+            assert torch.equal(two[part][key], value), key
+    # equal results would prove nothing if the maps had not been trained
+    start = FeatureMatch(HiddenMatch({"1": "1"}, widths=(16, 24)), None).projections
+    assert start is not None
+    assert (one["maps"]["maps.0.weight"] - start.state_dict()["maps.0.weight"]).abs().max() > 1e-2
+
+
+def test_sharded_students_are_distilled(tmp_path: Path) -> None:
+    state = run("fsdp2", tmp_path)["state"]
+    assert all(value.isfinite().all() for value in state.values())
