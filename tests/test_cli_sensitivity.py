@@ -65,6 +65,7 @@ def test_what_was_measured_is_written_as_json_table_and_picture(folder: Path) ->
     found = Sensitivity.from_plain(json.loads((folder / "run" / "sensitivity.json").read_text()))
     assert [group.name for group in found.groups] == ["conv1", "conv2", "classifier"]
     assert [list(group.options) for group in found.groups] == [["int8", "int4"]] * 2 + [["int8", "int4", "W4A16"]]
+    assert found.others == ()  # BatchNorm is folded before, as in training
     assert "W4A16 is left out: layer 'conv1'" in (folder / "run" / "sensitivity.md").read_text()
     assert "<svg" in (folder / "run" / "sensitivity.svg").read_text()
 
