@@ -168,6 +168,22 @@ def test_at_equal_bytes_an_allocation_loses_less_than_one_format_for_all(
         strip_qat(digits_model)
 
 
+def test_an_allocation_of_a_language_model_is_applied_layer_by_layer() -> None:
+    model = llama(vocab_size=64, hidden=32, layers=3, heads=4, kv_heads=2, intermediate=64, context=16).eval()
+    tokens = torch.randint(64, (4, 16))
+
+    def loss(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(model(tokens, labels=tokens).loss)
+
+    found = measure_sensitivity(model, CANDIDATES, loss)
+    for bits in (4.0, 5.0, 6.0):
+        chosen = allocate(found, average_bits=bits)
+        assert totals(found, chosen)[0] <= bits * found.weights / 8
+        assert applied_loss(model, found, chosen, loss) != found.loss
+    assert loss(model) == found.loss
+
+
 def test_a_candidate_that_does_not_fit_is_left_out_of_that_layer_and_said() -> None:
     model, x = nn.Sequential(nn.Linear(128, 24), nn.Linear(24, 4)), torch.randn(4, 128)
     candidates = {"W4A16": scheme("W4A16"), "W8A8": scheme("W8A8")}
