@@ -3,6 +3,18 @@
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.monitor import CompressionMonitor
+from qatkit.callbacks.movement import MovementPruning
+from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from qatkit.callbacks.quantization import QuantizationAwareTraining
+from qatkit.callbacks.srste import SparseRefinedSTE
 
-__all__ = ["CompressionMonitor", "KnowledgeDistillation", "QuantizationAwareTraining", "load_quantized"]
+__all__ = [
+    "CompressionMonitor",
+    "ConstantPruning",
+    "KnowledgeDistillation",
+    "MagnitudePruning",
+    "MovementPruning",
+    "QuantizationAwareTraining",
+    "SparseRefinedSTE",
+    "load_quantized",
+]

@@ -48,7 +48,7 @@ class MagnitudePruning(HeldZeros):
         ramp: How sparsity grows with training progress.
         include: Globs over layer names of the LightningModule; every one must match a layer.
         exclude: Globs over layer names that are left alone.
-        layers: Shares for the layers that a glob matches, instead of `sparsity`; the first match counts, 0 leaves them
+        layers: Shares for the layers that a glob matches, instead of `sparsity`; the last match decides, 0 leaves them
             alone.
 
     Raises:
@@ -184,7 +184,7 @@ class MagnitudePruning(HeldZeros):
         }
 
     def _ramp_of(self, name: str) -> Ramp:
-        for pattern, share in self.layer_sparsity.items():
+        for pattern, share in reversed(self.layer_sparsity.items()):
             if matches(name, [pattern]):
                 return replace(self.ramp, final=share, initial=min(self.ramp.initial, share))
         return self.ramp

@@ -14,6 +14,8 @@ from qatkit.schemes import Scheme, scheme
 from qatkit.spec import QuantSpec
 
 if TYPE_CHECKING:
+    from qatkit.pruning.masks import magnitude_mask, nm_mask
+    from qatkit.pruning.schedule import Ramp
     from qatkit.quantization.arithmetic import choose_qparams, dequantize, fake_quantize, quantize
     from qatkit.quantization.calibrate import calibrate
     from qatkit.quantization.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
@@ -31,11 +33,14 @@ __all__ = [
     "QatkitError",
     "QatkitWarning",
     "QuantSpec",
+    "Ramp",
     "Scheme",
     "calibrate",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "magnitude_mask",
+    "nm_mask",
     "prepare_qat",
     "quantize",
     "scheme",
@@ -43,6 +48,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "qatkit.pruning.masks": ("magnitude_mask", "nm_mask"),
+    "qatkit.pruning.schedule": ("Ramp",),
     "qatkit.quantization.arithmetic": ("choose_qparams", "dequantize", "fake_quantize", "quantize"),
     "qatkit.quantization.calibrate": ("calibrate",),
     "qatkit.quantization.layers": ("QATConv1d", "QATConv2d", "QATEmbedding", "QATLinear"),
