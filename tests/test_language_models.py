@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatkit import QatkitError
 from qatkit.delivery import export_run, report_run, verify_run, write_page
+from qatkit.engine import CompressionModule
 from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
 from qatkit.tasks import IGNORED
@@ -136,8 +138,22 @@ def test_a_language_model_and_a_classifier_share_a_page_but_no_axis(finished: Ru
     assert '<th scope="col">test accuracy</th>' in page
 
 
-def test_the_training_is_the_same_when_it_is_run_again(finished: Run, tmp_path: Path) -> None:
-    again = Run(finished.recipe, tmp_path)
+def test_a_stage_that_broke_off_within_a_pass_over_the_text_ends_with_the_same_bits(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again, step = Run(finished.recipe, tmp_path), CompressionModule.training_step
+
+    def breaks(self: CompressionModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 25:
+            raise RuntimeError("the power is gone")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionModule, "training_step", breaks)
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            run_stages(again, until="dense")
+    saved = torch.load(again.folder("dense") / "last.ckpt", weights_only=True)["global_step"]
+    assert saved == 20  # the end of the second slice of ten batches
     assert run_stages(again, until="ptq") == ["dense", "ptq"]
     for name in ("dense", "ptq"):
         first, second = (run.folder(name) / "model" / "model.safetensors" for run in (finished, again))

@@ -1,6 +1,6 @@
 """Model factories: functions that return a plain `nn.Module`."""
 
-from qatkit.models.language import llama
+from qatkit.models.language import causal_lm, llama
 from qatkit.models.vision import cnn, mlp
 
-__all__ = ["cnn", "llama", "mlp"]
+__all__ = ["causal_lm", "cnn", "llama", "mlp"]

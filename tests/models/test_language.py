@@ -1,14 +1,18 @@
-"""The small Llama: its parts are those of the paper's family, and it loads back with plain transformers."""
+"""Language models: the small Llama has the parts of its family; saved ones are loaded, and what cannot be is named."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from qatkit import QatkitError
-from qatkit.models import llama
+from qatkit.models import causal_lm, llama
 
 
 def test_it_has_the_parameters_that_its_shape_says() -> None:
@@ -48,3 +52,73 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         llama(heads=5, kv_heads=1)
     with pytest.raises(QatkitError, match=r"kv_heads: 6 query heads cannot share 4 equally; write a divisor of 6"):
         llama(kv_heads=4)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    llama(300, 32, 1, 2, 1, 48, 16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_saved_model_is_loaded_with_its_weights_in_the_wanted_dtype(saved: Path) -> None:
+    torch.manual_seed(0)
+    expected = llama(300, 32, 1, 2, 1, 48, 16).state_dict()
+    for dtype in ("float32", "bfloat16"):
+        model = causal_lm(str(saved), dtype=dtype)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key].to(getattr(torch, dtype))), key
+    assert not model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(saved: Path) -> None:
+    tokens, gradients = torch.randint(300, (2, 9)), []
+    for checkpointing in (False, True):
+        model = causal_lm(str(saved), gradient_checkpointing=checkpointing).train()
+        assert model.model.layers[0].gradient_checkpointing == checkpointing
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_on_the_meta_device_no_weight_is_read(saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(b"not weights")
+    with torch.device("meta"):
+        model = causal_lm(str(saved))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_cannot_be_loaded_is_named(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        QatkitError, match=r"name_or_path: '.*/nothing' is no folder; write one that holds config\.json"
+    ):
+        causal_lm(str(tmp_path / "nothing"))
+    with pytest.raises(QatkitError, match=r"name_or_path: .* has no config\.json that can be read"):
+        causal_lm(str(tmp_path))
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(QatkitError, match=r"name_or_path: .* cannot be loaded as a causal language model"):
+        causal_lm(str(saved))
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(QatkitError, match=r"name_or_path: .* holds no \.safetensors file"):
+        causal_lm(str(saved))
+    (saved / "config.json").write_text("{}")
+    with pytest.raises(QatkitError, match=r"config\.json names no model_type"):
+        causal_lm(str(saved))
+
+
+def test_without_a_network_a_cached_model_of_the_hub_is_loaded_and_another_is_refused_at_once(
+    saved: Path, tmp_path: Path
+) -> None:
+    # as huggingface_hub lays out its cache
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(saved, cached / "snapshots" / ("0" * 40))
+    code = "from qatkit.models import causal_lm; print(type(causal_lm('some/model'))); causal_lm('some/other')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert "LlamaForCausalLM" in result.stdout
+    said = result.stderr.strip().splitlines()[-1]
+    assert "name_or_path: 'some/other' is no folder, and asking the hub for it failed" in said
+    assert "while there is a network" in said
