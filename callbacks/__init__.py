@@ -1,6 +1,7 @@
 """Callbacks for any Lightning Trainer; installed as `qatkit.callbacks`."""
 
 from qatkit.callbacks.distillation import KnowledgeDistillation
+from qatkit.callbacks.features import AttentionMatch, HiddenMatch
 from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
@@ -9,8 +10,10 @@ from qatkit.callbacks.quantization import QuantizationAwareTraining
 from qatkit.callbacks.srste import SparseRefinedSTE
 
 __all__ = [
+    "AttentionMatch",
     "CompressionMonitor",
     "ConstantPruning",
+    "HiddenMatch",
     "KnowledgeDistillation",
     "MagnitudePruning",
     "MovementPruning",
