@@ -46,7 +46,7 @@ def awq_scales(
 
     def attempt(divides: float, exponent: float) -> None:
         nonlocal best, least, family, around
-        scales = _balanced(magnitude.pow(exponent) / size.pow(divides * (1 - exponent)), magnitude > 0)
+        scales = _balanced(magnitude.pow(exponent) / size.pow(divides * (1 - exponent)))
         error = _error(weights, specs, scales, hessian)
         if error < least:
             best, least, family, around = scales, error, divides, exponent
@@ -59,9 +59,9 @@ def awq_scales(
     return best
 
 
-def _balanced(scales: Tensor, alive: Tensor) -> Tensor:
-    """Scales around 1; those of inputs that are always zero are 1."""
-    scales = torch.where(alive & scales.isfinite() & (scales > 0), scales, torch.nan)
+def _balanced(scales: Tensor) -> Tensor:
+    """Scales around 1; what is zero (an input that always is) or infinite (weights that are) becomes 1."""
+    scales = torch.where(scales.isfinite() & (scales > 0), scales, torch.nan)
     middle = (scales.nan_to_num(0).amax() * scales.nan_to_num(torch.inf).amin()).sqrt()
     return (scales / middle).nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)
 

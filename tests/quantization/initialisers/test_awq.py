@@ -33,9 +33,17 @@ def test_no_exponent_of_a_brute_force_over_outputs_is_better(spec: QuantSpec) ->
     weight, x = problem()
     magnitude = x.abs().mean(0)
     found = cost(x, weight, awq_scales([weight], [spec], magnitude, x.t() @ x), spec)
-    tried = [cost(x, weight, magnitude ** (i / 20), spec) for i in range(21)]  # a common factor changes nothing
+    tried = [cost(x, weight, magnitude ** (i / 80), spec) for i in range(81)]  # a common factor changes nothing
     assert found <= min(tried) * (1 + 1e-4)
     assert found < 0.75 * tried[0]  # the plain weight
+
+
+def test_inputs_with_small_weights_get_a_finer_grid_than_their_size_alone_asks_for() -> None:
+    weight, x = problem()
+    weight *= torch.logspace(-1, 1, 64)[torch.randperm(64)]
+    magnitude = x.abs().mean(0)
+    found = cost(x, weight, awq_scales([weight], [W3], magnitude, x.t() @ x), W3)
+    assert found < 0.9 * min(cost(x, weight, magnitude ** (i / 80), W3) for i in range(81))
 
 
 def test_layers_that_share_an_input_share_the_scales_that_are_best_for_all() -> None:

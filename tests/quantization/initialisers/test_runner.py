@@ -50,16 +50,20 @@ def image_like(*shape: int) -> Tensor:
 
 
 class Blocks(nn.Module):
-    """Blocks in a ModuleList, run in a given order."""
+    """Blocks in a ModuleList, run in a given order; each first changes its input, in place if told so."""
 
-    def __init__(self, order: tuple[int, ...]) -> None:
+    def __init__(self, order: tuple[int, ...], inplace: bool = False, between: float | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(mlp()[:3].append(nn.Linear(32, 16)) for _ in range(3))
-        self.order = order
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.ELU(inplace=inplace), *mlp()[:3], nn.Linear(32, 16)) for _ in range(3)
+        )
+        self.order, self.between = order, between
 
     def forward(self, x: Tensor) -> Any:
         for index in self.order:
             x = self.blocks[index](x)
+            if self.between is not None:
+                x = x * self.between
         return x
 
 
@@ -236,8 +240,25 @@ def test_blocks_that_do_not_run_one_after_the_other_are_treated_together(order: 
     if 1 in order:
         assert initialise(model, "gptq", [x]) == names
         return
-    with pytest.warns(QatkitWarning, match=r"blocks\.1\.0 \(no input reached it\), blocks\.1\.2"):
+    with pytest.warns(QatkitWarning, match=r"blocks\.1\.1 \(no input reached it\), blocks\.1\.3"):
         assert initialise(model, "gptq", [x]) == [name for name in names if ".1." not in name]
+
+
+def test_what_happens_between_blocks_is_noticed_and_blocks_may_write_into_their_input() -> None:
+    x = image_like(64, 16)
+    forwards = []
+    between = Blocks((0, 1, 2), between=0.5)
+    prepare_qat(between, weight=W3_CHANNEL)
+    initialise(between, "gptq", [x], lambda batch: forwards.append(between(batch)))
+    assert len(forwards) == 2  # once to look, once for all layers together
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(3)
+        model = Blocks((0, 1, 2), inplace)
+        prepare_qat(model, weight=W3_CHANNEL)
+        initialise(model, "gptq", [x.clone()], lambda batch, model=model: model(batch.clone()))
+        results.append(torch.cat([layer.weight.flatten() for _, layer in qat_layers(model)]))
+    assert torch.equal(*results)
 
 
 def test_layers_outside_of_the_blocks_come_last_and_may_run_under_autocast() -> None:
@@ -248,7 +269,10 @@ def test_layers_outside_of_the_blocks_come_last_and_may_run_under_autocast() -> 
         with torch.autocast("cpu", torch.bfloat16):
             model(batch)
 
+    dtypes = set()
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, result: dtypes.add(result.dtype))
     done = initialise(model, "gptq", DATA, forward)
+    assert dtypes == {torch.bfloat16}
     assert sorted(done) == sorted(names)
     assert done[-1] == "lm_head"
 
@@ -290,6 +314,17 @@ def test_modes_caches_and_random_numbers_are_as_before() -> None:
     assert model.config.use_cache
     assert (model.training, model.model.norm.training) == (True, False)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dropout_is_off_while_inputs_are_watched() -> None:
+    weights = []
+    plain = tiny("gpt2")
+    for training in (False, True):
+        model = copy.deepcopy(plain).train(training)
+        prepare_qat(model, weight=W3, exclude=["lm_head"])
+        initialise(model, "gptq", DATA)
+        weights.append(torch.cat([layer.weight.flatten() for _, layer in qat_layers(model)]))
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
