@@ -43,7 +43,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(60, 10, 8, 32, (("hidden", 64), ("layers", 2), ("heads", 4), ("kv_heads", 2), ("intermediate", 128)))
+QUICK = Size(20, 2, 4, 8, (("hidden", 64), ("layers", 2), ("heads", 4), ("kv_heads", 2), ("intermediate", 128)))
 
 
 @dataclass(frozen=True)

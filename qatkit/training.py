@@ -71,8 +71,11 @@ def train(
     callbacks: list[Callback] = [quantize, monitor] if quantize else [monitor]
     if stage.distill is not None:
         assert teacher is not None
+        how = stage.distill
         callbacks.append(
-            KnowledgeDistillation(teacher, stage.distill.temperature, stage.distill.alpha, student="model")
+            KnowledgeDistillation(
+                teacher, how.temperature, how.alpha, student="model", loss=how.loss, beta=how.beta, ramp=how.ramp
+            )
         )
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))

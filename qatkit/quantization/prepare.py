@@ -93,7 +93,7 @@ def strip_qat(model: nn.Module) -> list[str]:
         layer = model.get_submodule(name)
         if isinstance(layer, QATExperts):
             for projection in layer.projections:
-                del layer._modules[f"{projection}_fake_quant"]
+                layer._modules.pop(f"{projection}_fake_quant", None)  # missing after an interrupt in the middle
             layer.__class__ = plain_class(layer)
             continue
         fake_quant = layer.input_fake_quant

@@ -1,0 +1,21 @@
+"""The mechanics of benchmarks that take hours: every row is there, and a stopped one continues."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_recovery_benchmark_runs_every_method_in_its_quick_mode() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "qat_recovery.py"), "--quick", "--jobs", "2"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 6]
+    methods = {(form, method) for form, method, *_ in rows}
+    for form in ("W3 g32", "W2 g32"):
+        assert {(form, m) for m in ("RTN", "GPTQ", "torchao QAT", "QAT", "QAT + KD")} <= methods
+    assert {("W3 g32", "AWQ"), ("W3 g32", "SmoothQuant"), ("W2 g32", "QAT + KD from gptq")} <= methods
+    assert {("dense", "dense trained on"), ("dense", "dense trained on + KD")} <= methods
+    assert ("mixed, bytes of W3 g32", "QAT + KD") in methods
