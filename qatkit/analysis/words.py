@@ -97,10 +97,12 @@ def headline(report: dict[str, Any]) -> str:
     if last is first:
         return f"{now} test {metric.name} in {kilobytes(last['bytes'])}; nothing was compressed."
     smaller = first["bytes"] / last["bytes"]
-    size = f"{smaller:.1f} times smaller" if smaller >= 1 else f"{1 / smaller:.1f} times larger"
+    size = f"{smaller:.1f} times smaller than" if smaller >= 1 else f"{1 / smaller:.1f} times larger than"
+    if max(smaller, 1 / smaller) < 1.05:
+        size = "about as large as"
     judged = f"the same test {metric.name} ({now})" if now == was else f"{now} test {metric.name} instead of {was}"
     return (
-        f"{size} than the {first['kind']} model ({kilobytes(last['bytes'])} instead of {kilobytes(first['bytes'])}), "
+        f"{size} the {first['kind']} model ({kilobytes(last['bytes'])} instead of {kilobytes(first['bytes'])}), "
         f"at {judged}."
     )
 

@@ -78,6 +78,10 @@ def test_the_headline_compares_the_last_row_with_the_first() -> None:
         "4.0 times smaller than the dense model (16.0 kB instead of 64.0 kB), "
         "at 98.50% test accuracy instead of 99.00%."
     )
+    assert headline({"rows": [first, {**last, "bytes": 65_000}]}).startswith(
+        "about as large as the dense model (65.0 kB"
+    )
+    assert headline({"rows": [first, {**last, "bytes": 96_000}]}).startswith("1.5 times larger than the dense model")
     assert headline({"rows": [first]}) == "99.00% test accuracy in 64.0 kB; nothing was compressed."
 
 
