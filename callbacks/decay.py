@@ -13,7 +13,7 @@ from qatkit.quantization.prepare import fake_quantizers
 
 
 class DecayExemption:
-    """Takes learned scales out of decaying groups for the time of one optimizer step.
+    """Takes learned scales and offsets out of decaying groups for the time of one optimizer step.
 
     A scale is no weight: pulling it to zero moves the whole grid. The groups are as the user made them before and after
     each step, so that learning-rate schedulers and optimizer checkpoints see what they know.
@@ -34,7 +34,7 @@ class DecayExemption:
         decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
         if not decaying:
             return
-        scales = {id(fq.scale) for _, fq in fake_quantizers(module) if isinstance(fq.scale, nn.Parameter)}
+        scales = {id(learned) for _, fq in fake_quantizers(module) for learned in fq.parameters(recurse=False)}
         for group in decaying:
             inside = [parameter for parameter in group["params"] if id(parameter) in scales]
             if inside:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,8 @@ class StageRecord:
     """What the result depends on: dotted recipe keys and their values."""
     folds: list[Fold] = field(default_factory=list)
     """Pairs of convolution and BatchNorm that were folded, in this stage or before."""
+    zeros: dict[str, int] = field(default_factory=dict)
+    """Weights that are zero in every layer whose zeros are held, counted in the saved weights."""
     metrics: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -92,6 +95,12 @@ def read_record(folder: Path) -> StageRecord | None:
         raise QatkitError(f"{path}: not a stage record ({error}); delete the folder to run the stage again") from error
 
 
+def count_zeros(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Weights that are exactly zero, for each of the named layers."""
+    layers = {name: model.get_submodule(name) for name in names}
+    return {name: int((cast(torch.Tensor, layer.weight) == 0).sum()) for name, layer in layers.items()}
+
+
 def read_started(folder: Path) -> dict[str, Any]:
     """What a stage that is not finished was started with; empty if it was not started."""
     try:
@@ -114,7 +123,7 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
         quantizers: Whether the model is to be fake-quantized again where the stage was.
 
     Raises:
-        QatkitError: the stage is not finished, or its weights do not fit the model.
+        QatkitError: the stage is not finished, its weights do not fit the model, or their zeros are not those recorded.
     """
     record = read_record(folder)
     if record is None:
@@ -124,6 +133,12 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
         model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=True)
     except RuntimeError as error:
         raise QatkitError(f"{folder / 'model'}: the weights do not fit the recipe's model: {error}") from error
+    if (zeros := count_zeros(model, record.zeros)) != record.zeros:
+        name = next(name for name in zeros if zeros[name] != record.zeros[name])
+        raise QatkitError(
+            f"{folder / 'model'}: layer '{name}' has {zeros[name]} zeros, and {record.zeros[name]} are recorded; the "
+            "file was changed: delete the folder to run the stage again"
+        )
     if quantizers and (folder / "quantizers.safetensors").exists():
         load_quantizers(model, folder / "quantizers.safetensors")
     return record

@@ -107,7 +107,7 @@ def run(
     for name in loaded.stages:
         if (record := this.find(name)) is not None and not (quiet or as_json):
             state = f"trained in {record.seconds:.1f} s" if name in trained else "finished before, untouched"
-            typer.echo(f"stage {name}: {state}, test accuracy {record.metrics['test/accuracy']:.2%}")
+            typer.echo(f"stage {name}: {state}, {_measured(record.metrics)}")
     if until is None and loaded.export is not None:
         _deliver(this, quiet, as_json)
     elif not (quiet or as_json):
@@ -173,6 +173,12 @@ def report(
 
 app.command()(sensitivity)
 app.command()(allocate)
+
+
+def _measured(metrics: dict[str, float]) -> str:
+    if "test/perplexity" in metrics:
+        return f"test perplexity {metrics['test/perplexity']:.3f}"
+    return f"test accuracy {metrics['test/accuracy']:.2%}"
 
 
 def _open(folder: Path, allow: list[str] | None) -> Run:

@@ -190,9 +190,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         [(1, 0.01), (1, 0.0)]
     """
     scales = {
-        id(module.scale)
+        id(learned)
         for module in model.modules()
-        if isinstance(module, FakeQuantize) and isinstance(module.scale, nn.Parameter)
+        if isinstance(module, FakeQuantize)
+        for learned in module.parameters(recurse=False)  # a scale, and with LSQ+ an offset
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = [parameter for parameter in trained if id(parameter) not in scales]

@@ -186,8 +186,11 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     stage = run.recipe.stages[name]
     teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
     folds = run.record(parent).folds if parent else []
+    held = run.record(parent).zeros if parent and stage.hold_sparsity else {}
     model = run.load_model(parent, quantizers=False)
-    result = train(run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), progress)
+    result = train(
+        run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), list(held), progress
+    )
     if result.trainer.is_global_zero:
         model = finished_model(run.load_model(parent, quantizers=False), result)
         record = StageRecord(
@@ -195,6 +198,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
             fingerprint=own,
             inputs=inputs,
             folds=[*folds, *result.folds],
+            zeros=dict.fromkeys(result.held, 0),  # counted when the weights are saved
             seconds=round(time.perf_counter() - started, 3),
             versions={package: version(package) for package in ("qatkit", "torch", "lightning")},
         )

@@ -46,7 +46,7 @@ class StageProgress(Callback):
     ) -> None:
         if self._progress is None or (trainer.global_step % EVERY and trainer.global_step != trainer.max_steps):
             return
-        shown = {key: trainer.callback_metrics.get(key) for key in ("train/loss", "val/accuracy")}
+        shown = {key: trainer.callback_metrics.get(key) for key in ("train/loss", "val/perplexity", "val/accuracy")}
         metrics = "  ".join(f"{key} {float(value):.4f}" for key, value in shown.items() if value is not None)
         self._progress.update(self._progress.task_ids[0], completed=trainer.global_step, metrics=metrics)
 

@@ -262,8 +262,8 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     """One row of the report as plain numbers, by name."""
     return {
         "kind": row["kind"],
-        "test/accuracy": row["test_accuracy"],
-        "runtime/accuracy": row["verification"]["runtime_metric"],
+        **{f"test/{key.removeprefix('test_')}": value for key, value in row.items() if key.startswith("test_")},
+        f"runtime/{row['verification']['metric']}": row["verification"]["runtime_metric"],
         "bytes": row["bytes"],
         **{f"latency_ms/batch_{point['batch_size']}": point["median_ms"] for point in row["latency"]},
         "parity": _parity(row),

@@ -19,15 +19,23 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from qatkit.callbacks import CompressionMonitor, KnowledgeDistillation, QuantizationAwareTraining
-from qatkit.checkpoint import StageRecord, read_started, save_stage, write_atomically
+from qatkit.callbacks import (
+    CompressionMonitor,
+    ConstantPruning,
+    KnowledgeDistillation,
+    MagnitudePruning,
+    QuantizationAwareTraining,
+)
+from qatkit.callbacks.holding import HeldZeros
+from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitError
 from qatkit.progress import StageProgress
+from qatkit.pruning.schedule import Ramp
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
-from qatkit.recipe import QuantizeConfig, Recipe, TrainerConfig
+from qatkit.recipe import QuantizeConfig, Recipe, StageConfig, TrainerConfig
 from qatkit.tasks import evaluate
 
 
@@ -39,6 +47,8 @@ class Trained:
     weights: dict[str, Tensor]
     """The whole state dict on the CPU; empty on ranks other than the first where it was sharded."""
     folds: list[Fold]
+    held: list[str]
+    """Layers whose zeros are held."""
     quantize: QuantizeConfig | None
     monitor: CompressionMonitor
 
@@ -51,6 +61,7 @@ def train(
     data: Callable[[int], LightningDataModule],
     folder: Path,
     loggers: Sequence[Logger],
+    held: Sequence[str] = (),
     progress: bool = False,
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
@@ -63,12 +74,15 @@ def train(
         data: Makes the data module for a batch size.
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
+        held: Layers whose zeros an earlier stage made.
         progress: Draw a bar.
     """
     stage = recipe.stages[name]
     quantize = _quantization(stage.quantize) if stage.quantize else None
     monitor = CompressionMonitor()
-    callbacks: list[Callback] = [quantize, monitor] if quantize else [monitor]
+    pruning = _pruning(name, stage, held)
+    # pruning comes first: ranges are then calibrated on the pruned weights
+    callbacks: list[Callback] = [callback for callback in (pruning, quantize, monitor) if callback is not None]
     if stage.distill is not None:
         assert teacher is not None
         how = stage.distill
@@ -124,7 +138,8 @@ def train(
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
     folds = [_inside(fold) for fold in quantize.folds] if quantize else []
-    return Trained(trainer, weights, folds, stage.quantize, monitor)
+    zeros = [layer.removeprefix("model.") for layer in pruning.layers] if pruning else []
+    return Trained(trainer, weights, folds, zeros, stage.quantize, monitor)
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:
@@ -159,9 +174,31 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     data.setup("test")
     metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader()).items()}
     layers = [asdict(row) for row in layer_table(model)]
-    save_stage(folder, model, dataclasses.replace(record, metrics=metrics, layers=layers))
+    zeros = count_zeros(model, record.zeros)
+    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, layers=layers))
     (folder / "last.ckpt").unlink(missing_ok=True)
     (folder / "started.json").unlink(missing_ok=True)
+
+
+def _pruning(name: str, stage: StageConfig, held: Sequence[str]) -> HeldZeros | None:
+    config = stage.prune
+    if stage.quantize is not None and stage.quantize.init == "gptq" and (config is not None or held):
+        raise QatkitError(
+            f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; write awq "
+            "or mse, or hold_sparsity: false"
+        )
+    if config is not None:
+        return MagnitudePruning(
+            sparsity=config.sparsity,
+            scope=config.scope,
+            nm=None if config.nm is None else (config.nm[0], config.nm[1]),
+            block=None if config.block is None else (config.block[0], config.block[1]),
+            ramp=None if config.ramp is None else Ramp(**asdict(config.ramp)),
+            include=[f"model.{pattern}" for pattern in config.include],
+            exclude=[f"model.{pattern}" for pattern in config.exclude],
+            layers={f"model.{pattern}": share for pattern, share in config.layers.items()},
+        )
+    return ConstantPruning([f"model.{layer}" for layer in held]) if held else None
 
 
 def _quantization(config: QuantizeConfig) -> QuantizationAwareTraining:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.factories import build, check_arguments, resolve
+from qatkit.pruning.layers import check_pattern, prunable_layers
+from qatkit.pruning.masks import check_nm
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.recipe import Recipe
 from qatkit.tracking import check_logger
@@ -52,6 +55,17 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     model = _meta_model(recipe, allow)
     layers = {}
     for name, stage in recipe.stages.items():
+        if stage.prune is not None:
+            try:
+                chosen = prunable_layers(model, stage.prune.include, stage.prune.exclude)
+                for pattern in stage.prune.layers:
+                    check_pattern(f"layers['{pattern}']", pattern, list(chosen))
+                for layer, module in chosen.items():
+                    if stage.prune.nm is not None:
+                        check_nm(layer, cast(Tensor, module.weight), stage.prune.nm[0], stage.prune.nm[1])
+            except QatkitError as error:
+                joint = ": " if str(error).startswith("layer '") else "."
+                raise QatkitError(f"stages.{name}.prune{joint}{error}") from None
         if (config := stage.quantize) is None:
             continue
         try:

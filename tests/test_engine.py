@@ -46,6 +46,15 @@ def test_weight_decay_is_for_matrices_and_scales_move_slower() -> None:
     assert [p.shape for p in scales["params"]] == [torch.Size([8, 1]), torch.Size([2, 1])]
 
 
+def test_an_offset_that_is_learned_is_treated_as_a_scale_also_per_channel() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    prepare_qat(model, QuantSpec(4, symmetric=False, observer="lsq_plus"))
+    matrices, scales = parameter_groups(model, lr=0.1, weight_decay=0.5)
+    assert [p.shape for p in matrices["params"]] == [torch.Size([8, 8])]
+    assert [p.shape for p in scales["params"]] == [torch.Size([8, 1]), torch.Size([8, 1])]
+    assert scales["weight_decay"] == 0.0
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     model = nn.Linear(4, 2)
     model.bias.requires_grad_(False)

@@ -6,8 +6,6 @@ them read the parameter as an attribute of the module, so that is where it is ro
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,16 +70,20 @@ def expert_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
 
 
-@functools.cache
-def experts_class(kind: Callable[..., Any], projections: tuple[str, ...]) -> type[QATExperts]:
-    """The quantized subclass of an experts class, whose projections read as rounded weights."""
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[QATExperts]] = {}
+
+
+def experts_class(kind: type[nn.Module], projections: tuple[str, ...]) -> type[QATExperts]:
+    """The quantized subclass of an experts class, whose projections read as rounded weights; one for each."""
 
     def reader(name: str) -> property:
         return property(lambda self: self.rounded(name))
 
-    members: dict[str, Any] = {"projections": projections, "__doc__": QATExperts.__doc__}
-    members |= {name: reader(name) for name in projections}
-    return type(f"QAT{kind.__name__}", (QATExperts, kind), members)  # type: ignore[return-value]
+    if (kind, projections) not in _CLASSES:
+        members: dict[str, Any] = {"projections": projections, "__doc__": QATExperts.__doc__}
+        members |= {name: reader(name) for name in projections}
+        _CLASSES[kind, projections] = type(f"QAT{kind.__name__}", (QATExperts, kind), members)
+    return _CLASSES[kind, projections]
 
 
 def plain_class(module: QATExperts) -> type[nn.Module]:

@@ -6,8 +6,6 @@ module stay. So optimizers, weight ties, `state_dict` keys and FSDP see the laye
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -150,7 +148,11 @@ def swap_of(kind: type[nn.Module]) -> type[QATLayer] | None:
     return SWAPS.get(kind)
 
 
-@functools.cache
-def _transposed(kind: Callable[..., Any]) -> type[QATLayer]:
+_TRANSPOSED: dict[type[nn.Module], type[QATLayer]] = {}
+
+
+def _transposed(kind: type[nn.Module]) -> type[QATLayer]:
     """A subclass of transformers' class as well, made when such a layer is met: transformers is never imported here."""
-    return type("QATConv1D", (QATTransposedLinear, kind), {"__doc__": QATTransposedLinear.__doc__})
+    if kind not in _TRANSPOSED:
+        _TRANSPOSED[kind] = type("QATConv1D", (QATTransposedLinear, kind), {"__doc__": QATTransposedLinear.__doc__})
+    return _TRANSPOSED[kind]

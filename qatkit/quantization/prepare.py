@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def strip_qat(model: nn.Module) -> list[str]:
         if isinstance(layer, QATExperts):
             for projection in layer.projections:
                 layer._modules.pop(f"{projection}_fake_quant", None)  # missing after an interrupt in the middle
-            layer.__class__ = plain_class(layer)
+            layer.__class__ = cast("type[QATExperts]", plain_class(layer))
             continue
         fake_quant = layer.input_fake_quant
         if isinstance(fake_quant, FakeQuantize) and fake_quant.shared:

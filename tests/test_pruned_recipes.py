@@ -1,0 +1,120 @@
+"""Pruning in recipes: zeros are made, held through later stages, counted in the file, and shipped as code 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qatkit import QatkitError
+from qatkit.delivery import export_run, verify_run
+from qatkit.loading import load_recipe
+from qatkit.pipeline import Run, run_stages
+from qatkit.quantization.arithmetic import quantize
+from qatkit.quantization.prepare import qat_layers
+from qatkit.validation import validate_recipe
+
+RECIPE = """
+name: pruned
+model: {factory: "qatkit.models:mlp", args: {in_features: 64, hidden: [32], num_classes: 10}}
+data: {factory: "qatkit.data:digits"}
+trainer: {accelerator: cpu}
+stages:
+  dense: {max_steps: 60, lr: 3.0e-3}
+  prune: {max_steps: 40, prune: {nm: [2, 4]}, distill: {alpha: 0.5}}
+  ptq: {max_steps: 0, quantize: {weight: {num_bits: 4}}}
+  qat: {max_steps: 30, distill: {alpha: 0.9}, quantize: {weight: {num_bits: 4, observer: lsq}}}
+export: {format: dense}
+"""
+
+
+def run_of(folder: Path, *overrides: str) -> Run:
+    folder.mkdir(exist_ok=True)
+    (folder / "pruned.yaml").write_text(RECIPE)
+    return Run(load_recipe(str(folder / "pruned.yaml"), list(overrides)), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = run_of(tmp_path_factory.mktemp("pruned"))
+    run_stages(run)
+    return run
+
+
+def test_two_of_four_zeros_survive_distillation_and_int4_training_and_ship_as_code_zero(done: Run) -> None:
+    pruned = done.load_model("prune", quantizers=False)
+    final = done.load_model("qat")
+    for name, layer in qat_layers(final):
+        before = pruned.get_submodule(name).weight
+        assert isinstance(before, torch.Tensor)
+        groups = (before != 0).view(before.shape[0], -1, 4).sum(-1)
+        assert (groups == 2).all()
+        assert layer.weight_fake_quant is not None
+        codes = quantize(layer.weight, *layer.weight_fake_quant.qparams(layer.weight), layer.weight_fake_quant.spec)
+        assert not codes[before == 0].any()
+        assert not torch.equal(layer.weight, before), "the rest was trained"
+    export_run(done)
+    assert verify_run(done)["qat"].passed
+    shipped = load_file(done.out / "export" / "qat" / "model.safetensors")
+    for name, _ in qat_layers(final):
+        assert not shipped[f"{name}.weight"][pruned.get_submodule(name).weight == 0].any()  # type: ignore[index, operator]
+
+
+def test_the_record_counts_the_zeros_of_the_saved_weights_of_every_stage(done: Run) -> None:
+    assert done.record("dense").zeros == {}
+    for stage in ("prune", "ptq", "qat"):
+        weights = load_file(done.folder(stage) / "model" / "model.safetensors")
+        zeros = done.record(stage).zeros
+        assert zeros == {name: int((weights[f"{name}.weight"] == 0).sum()) for name in zeros}
+        assert len(zeros) == 2
+
+
+def test_a_file_with_other_zeros_than_recorded_is_refused(done: Run) -> None:
+    path = done.folder("prune") / "model" / "model.safetensors"
+    weights = load_file(path)
+    name = next(iter(done.record("prune").zeros))
+    before = weights[f"{name}.weight"].clone()
+    weights[f"{name}.weight"][before == 0] = 0.1
+    save_file(weights, path)
+    try:
+        with pytest.raises(QatkitError, match=f"layer '{name}' has 0 zeros, and {before.numel() // 2} are recorded"):
+            done.load_model("prune")
+    finally:
+        weights[f"{name}.weight"] = before
+        save_file(weights, path)
+
+
+def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "stages.qat.hold_sparsity=false", "stages.dense.max_steps=5", "stages.prune.max_steps=2")
+    run_stages(run)
+    assert run.record("qat").zeros == {}
+    name = next(iter(run.record("prune").zeros))
+    assert (run.load_model("qat", quantizers=False).get_submodule(name).weight == 0).float().mean() < 0.1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.prune.prune.nm=[4, 2]", r"stages\.prune\.prune\.nm: \[4, 2\] is no pair N < M; write \[2, 4\]"),
+        (
+            "stages.prune.prune.sparsity=0.5",
+            r"stages\.prune\.prune\.sparsity: \['sparsity', 'nm'\] is given; write one",
+        ),
+        ("stages.prune.prune.include=[hed]", r"stages\.prune\.prune\.include\[0\]: 'hed' matches no layer"),
+        ("stages.prune.prune.nm=[2, 7]", r"stages\.prune\.prune: layer '1': its weight of shape .* groups of 7 do not"),
+        ("stages.prune.prune.nm=null", r"stages\.prune\.prune\.sparsity: nothing is given"),
+    ],
+)
+def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(QatkitError, match=message):
+        validate_recipe(run_of(tmp_path, override).recipe)
+
+
+def test_gptq_is_refused_where_it_would_move_the_zeros(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "stages.dense.max_steps=2", "stages.prune.max_steps=0", "stages.qat.quantize.init=gptq")
+    with pytest.raises(QatkitError, match=r"stages\.qat\.quantize\.init: 'gptq' corrects weights for each other"):
+        run_stages(run)
