@@ -38,7 +38,7 @@ from qatkit.models.language import llama
 from qatkit.quantization.initialisers.awq import awq_clip, awq_scales
 from qatkit.quantization.initialisers.gptq import gptq
 from qatkit.quantization.initialisers.smoothquant import smoothquant_scales
-from qatkit.quantization.observers import minmax_qparams, mse_qparams
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 
 OTHER = Path(__file__).parent.parent / "build" / "llmcompressor"
 RELEASE = "0.14.*"
@@ -83,7 +83,7 @@ def ours(weight: Tensor, x: Tensor, method: str, spec: QuantSpec) -> Tensor:
     hessian = x.t() @ x / len(x)
     scales = torch.ones(weight.shape[1])
     if method == "rtn":
-        qparams = (minmax_qparams if spec.observer == "minmax" else mse_qparams)(weight, spec)
+        qparams = (computed_qparams if spec.observer == "minmax" else mse_qparams)(weight, spec)
         rounded = fake_quantize(weight, *qparams, spec)
     elif method == "gptq":
         rounded, _, _ = gptq(weight, hessian, spec)
@@ -91,15 +91,17 @@ def ours(weight: Tensor, x: Tensor, method: str, spec: QuantSpec) -> Tensor:
         scales = awq_scales([weight], [spec], x.abs().mean(0), hessian)
         scaled = weight * scales
         stored = spec.observer == "mse"
-        qparams = awq_clip(scaled, hessian / scales / scales[:, None], spec) if stored else minmax_qparams(scaled, spec)
+        qparams = (
+            awq_clip(scaled, hessian / scales / scales[:, None], spec) if stored else computed_qparams(scaled, spec)
+        )
         rounded = fake_quantize(scaled, *qparams, spec)
     else:
         scales = smoothquant_scales(x.abs().amax(0), weight.abs().amax(0))
-        rounded = fake_quantize(weight * scales, *minmax_qparams(weight * scales, spec), spec)
+        rounded = fake_quantize(weight * scales, *computed_qparams(weight * scales, spec), spec)
     x = x / scales
     if method == "smoothquant":
         token = QuantSpec(8, strategy="token", scale_rule="range")
-        x = fake_quantize(x, *minmax_qparams(x, token), token)
+        x = fake_quantize(x, *computed_qparams(x, token), token)
     return x.double() @ rounded.double().t()
 
 

@@ -96,6 +96,7 @@ class QuantizationAwareTraining(Callback):
         """Folded (convolution, BatchNorm) pairs."""
         self._module: weakref.ref[LightningModule] | None = None
         self._frozen: list[_BatchNorm] = []  # what could not be folded keeps the statistics of the float model
+        self._initialised = False
         self._all_ran = False
         self._decay = DecayExemption()
 
@@ -111,7 +112,7 @@ class QuantizationAwareTraining(Callback):
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
         self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._module = weakref.ref(pl_module)
-        self._all_ran = False
+        self._initialised = self._all_ran = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,8 +120,9 @@ class QuantizationAwareTraining(Callback):
         if trainer.ckpt_path is not None or (self.init is None and all(fq.ready for _, fq in self._own(pl_module))):
             return
         trainer.fit_loop.setup_data()  # before random numbers are isolated: it draws the seed of the training order
-        if self.init is not None:
+        if self.init is not None and not self._initialised:
             self._initialise(trainer, pl_module, self.init)
+        self._initialised = True  # a second fit continues with what the first one trained
         if not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
 
@@ -135,7 +137,8 @@ class QuantizationAwareTraining(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(include=self.include, exclude=self.exclude)  # a Trainer may hold several
+        # a Trainer may hold several
+        return self._generate_state_key(include=self.include, exclude=self.exclude, layers=list(self.overrides))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -116,6 +116,10 @@ class QuantSpec:
             raise ValueError(f"observer: 'absmean' is for type 'ternary', not for '{self.type}'; write minmax or mse")
         if self.observer == "lsq_plus" and self.symmetric:
             raise ValueError("observer: 'lsq_plus' learns a zero point; write symmetric: false, or observer: lsq")
+        if self.percentile != 99.99 and self.observer != "percentile":
+            raise ValueError(
+                f"percentile: {self.percentile} has no meaning with observer '{self.observer}'; leave it out"
+            )
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile: {self.percentile} is out of range; write more than 50, at most 100")
         if self.scale_rule != "qmax" and (not self.symmetric or self.type != "int"):

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.dense import replacing
 from qatkit.export.qdq import QDQ, to_qdq
+from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import quantizer_state
 from qatkit.spec import QuantSpec
@@ -65,8 +67,12 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise QatkitError(f"ONNX export needs {error.name}: pip install 'qatkit[onnx]'") from error
-    for name, layer in qat_layers(model):  # every refusal before the first copy
-        _check(name, layer)
+    for name, module in model.named_modules():  # every refusal before the first copy
+        if isinstance(module, QATLayer):
+            _check(name, module)
+        elif isinstance(module, QATExperts) or any(isinstance(part, FakeQuantize) for part in module.children()):
+            what = "fused experts" if isinstance(module, QATExperts) else "quantized keys and values"
+            raise QatkitError(f"'{name}': {what} cannot be written to ONNX; write export: {{format: dense}}")
     specs = quantizer_state(model)[1]
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in qat_layers(plain):

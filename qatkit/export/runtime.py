@@ -119,6 +119,8 @@ def _session(path: Path, threads: int | None, optimized: Path | None = None) -> 
         raise QatkitError("running ONNX files needs onnxruntime: pip install 'qatkit[onnx]'") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: it warns that an optimized graph is for this machine alone
+    # by default it rounds the inputs of products with weights alone to 8 bits, which nobody trained
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if _saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:

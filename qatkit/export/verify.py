@@ -22,7 +22,7 @@ from qatkit.export.onnx_weights import check_onnx_weights
 from qatkit.export.runtime import load_runtime
 from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
-from qatkit.quantization.prepare import qat_layers, quantized_weights, strip_qat
+from qatkit.quantization.prepare import fake_quantizers, quantized_weights, strip_qat
 from qatkit.tasks import IGNORED, Scores, answers, call
 
 
@@ -105,11 +105,11 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     trained = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     floating = copy.deepcopy(trained)
     strip_qat(floating)
-    layers = [layer for _, layer in qat_layers(trained)]
+    quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
     dense = path.suffix == ".safetensors"
     weights, failures, runtime = _open_dense(trained, path) if dense else _open_onnx(trained, path, threads)
-    outputs = _compare_outputs(trained, floating if layers else None, runtime, batches, failures)
-    rounds_inputs = any(layer.input_fake_quant is not None for layer in layers)
+    outputs = _compare_outputs(trained, floating if quantizers else None, runtime, batches, failures)
+    rounds_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
     bound, allowed = _bound(dense, rounds_inputs, outputs)
     if outputs.mean_error is not None and allowed is not None and not outputs.mean_error <= allowed:  # NaN fails too
         failures.append(

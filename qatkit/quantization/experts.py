@@ -48,6 +48,13 @@ class QATExperts(nn.Module):
             kept[name] = value
         return value
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (
+            _new_experts,
+            (plain_class(self), self.projections),
+            self.__dict__,
+        )  # the class itself has no importable name
+
     def shipped(self) -> dict[str, Tensor]:
         """The projections as the forward pass uses them, by parameter name."""
         return {name: self.rounded(name) for name in self.projections}
@@ -77,13 +84,19 @@ def experts_class(kind: type[nn.Module], projections: tuple[str, ...]) -> type[Q
     """The quantized subclass of an experts class, whose projections read as rounded weights; one for each."""
 
     def reader(name: str) -> property:
-        return property(lambda self: self.rounded(name))
+        # outside of the forward pass it reads as the parameter: FSDP2 looks there for what it shards
+        return property(lambda self: self.rounded(name) if "_rounded" in self.__dict__ else self._parameters[name])
 
     if (kind, projections) not in _CLASSES:
         members: dict[str, Any] = {"projections": projections, "__doc__": QATExperts.__doc__}
         members |= {name: reader(name) for name in projections}
         _CLASSES[kind, projections] = type(f"QAT{kind.__name__}", (QATExperts, kind), members)
     return _CLASSES[kind, projections]
+
+
+def _new_experts(kind: type[nn.Module], projections: tuple[str, ...]) -> QATExperts:
+    made = experts_class(kind, projections)
+    return made.__new__(made)
 
 
 def plain_class(module: QATExperts) -> type[nn.Module]:

@@ -53,8 +53,10 @@ def to_codes(values: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
 
 def from_codes(codes: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Values on the grid that codes stand for, float32, before they are scaled."""
-    if not spec.is_float or spec.num_bits == 8:
+    if not spec.is_float:
         return codes.float() - zero_point
+    if spec.num_bits == 8:
+        return codes.float()
     half = 1 << (spec.num_bits - 1)
     values = _magnitudes(spec, codes.device)[(codes & (half - 1)).long()]
     return torch.where(codes >= half, -values, values)

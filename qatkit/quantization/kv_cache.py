@@ -7,7 +7,13 @@ for every architecture, in training, in evaluation and with a cache.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +26,7 @@ PREFIX = "qatkit_"
 PARTS = ("key_fake_quant", "value_fake_quant")
 
 
-def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def attention_modules(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
     """The attention modules of a transformers model that keep a cache: they know their layer and their config."""
     return [
         (name, module)
@@ -28,41 +34,61 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(getattr(module, "layer_idx", None), int)
         and hasattr(module, "config")
         and (hasattr(module, "is_causal") or hasattr(module, "scaling"))
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
     ]
 
 
-def check_kv_quantization(model: nn.Module) -> None:
+def check_kv_quantization(model: nn.Module, exclude: Sequence[str] = ()) -> None:
     """Refuse a model whose keys and values cannot be reached.
 
     Raises:
-        QatkitError: the model has no attention of transformers, or computes it with another function than `sdpa`.
+        QatkitError: the model has no attention of transformers, or computes it in a way that cannot be wrapped.
     """
-    found = attention_modules(model)
+    found = attention_modules(model, exclude)
     if not found:
         raise QatkitError(
             f"kv_cache: {type(model).__name__} has no attention module of transformers; leave kv_cache out"
         )
     for name, module in found:
-        implementation = str(module.config._attn_implementation)  # type: ignore[union-attr]
-        if implementation.removeprefix(PREFIX) not in _functions():
-            raise QatkitError(
-                f"kv_cache: '{name}' computes attention with '{implementation}', which cannot be wrapped; load the "
-                "model with attn_implementation='sdpa'"
-            )
+        _check(name, module)
         if hasattr(module, PARTS[0]):
             raise QatkitError(f"kv_cache: '{name}' is already fake-quantized; call strip_qat(model) first")
 
 
-def quantize_kv(model: nn.Module, spec: QuantSpec) -> list[str]:
+def _check(name: str, module: nn.Module) -> None:
+    config: Any = module.config
+    implementation = str(config._attn_implementation)
+    if implementation.removeprefix(PREFIX) not in _functions():
+        raise QatkitError(
+            f"kv_cache: '{name}' computes attention with '{implementation}', which cannot be wrapped; load the "
+            "model with attn_implementation='sdpa'"
+        )
+    if not _goes_by_registry(type(module).__module__):
+        raise QatkitError(
+            f"kv_cache: '{name}' is a {type(module).__name__}, whose code asks for the attention's name, "
+            "so that its keys and values cannot be reached; leave kv_cache out"
+        )
+
+
+@functools.cache
+def _goes_by_registry(module: str) -> bool:
+    """Whether a model's code calls whatever function is registered, and never asks whether it is called sdpa."""
+    source = inspect.getsource(sys.modules[module])
+    asks = re.search(r"_attn_implementation\s*(==|!=|in|not in)\s*[^\n]*sdpa", source)
+    return "ALL_ATTENTION_FUNCTIONS" in source and asks is None
+
+
+def quantize_kv(model: nn.Module, spec: QuantSpec, exclude: Sequence[str] = ()) -> list[str]:
     """Make every attention module round its keys and values, in place; returns their names."""
-    found = attention_modules(model)
-    for _, module in found:
-        add_kv_quantizers(module, spec)
+    found = attention_modules(model, exclude)
+    for name, module in found:
+        add_kv_quantizers(name, module, spec)
     return [name for name, _ in found]
 
 
-def add_kv_quantizers(module: nn.Module, spec: QuantSpec) -> None:
+def add_kv_quantizers(name: str, module: nn.Module, spec: QuantSpec) -> None:
     """Make one attention module round its keys and values, in place."""
+    _check(name, module)
     device = next((p.device for p in module.parameters()), None)
     for part in PARTS:
         module.register_module(part, FakeQuantize(spec, "activation", (1,), device))

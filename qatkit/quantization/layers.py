@@ -63,7 +63,9 @@ class QATLayer(nn.Module):
 
     def _rounded_bias(self, weight_scale: Tensor | None, input_scale: Tensor | None) -> Tensor | None:
         bias, weights, inputs = self.bias, self.weight_fake_quant, self.input_fake_quant
-        if bias is None or weight_scale is None or input_scale is None or weight_scale.numel() not in (1, len(bias)):
+        if bias is None or weight_scale is None or input_scale is None:
+            return bias
+        if weight_scale.shape not in ((1,), (len(bias), 1)):  # several scales per output: added in floating point
             return bias
         if weights is None or inputs is None or inputs.dynamic or weights.spec.is_float or inputs.spec.is_float:
             return bias
@@ -130,6 +132,10 @@ class QATTransposedLinear(QATLayer):
     nf: int
     transposed = True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind = next(kind for kind in type(self).__mro__ if kind.__name__ == "Conv1D")
+        return _new_transposed, (kind,), self.__dict__  # the class itself has no importable name
+
     def forward(self, x: Tensor) -> Tensor:
         x, weight, bias = self.operands(x)
         assert bias is not None
@@ -156,3 +162,8 @@ def _transposed(kind: type[nn.Module]) -> type[QATLayer]:
     if kind not in _TRANSPOSED:
         _TRANSPOSED[kind] = type("QATConv1D", (QATTransposedLinear, kind), {"__doc__": QATTransposedLinear.__doc__})
     return _TRANSPOSED[kind]
+
+
+def _new_transposed(kind: type[nn.Module]) -> QATLayer:
+    made = _transposed(kind)
+    return made.__new__(made)

@@ -44,8 +44,9 @@ class FakeQuantize(nn.Module):
         self.observer: RangeObserver | None = None
         self.dynamic = role == "activation" and spec.strategy in ("token", "group")
         self.computed = self.dynamic or (role == "weight" and spec.observer in ("minmax", "absmean"))
-        self.shared = False  # by layers that get the same input: the last one is then kept, until `forget`
-        self._last: tuple[Tensor, int, tuple[Tensor, Tensor | None]] | None = None
+        self.shared = False  # by layers of one module that get the same input
+        self._inside = False  # while that module runs: what was rounded last is kept
+        self._last: tuple[Tensor, int, bool, tuple[Tensor, Tensor | None]] | None = None
         self.scale = self.offset = self.zero_point = self.tensor_scale = None
         if spec.two_level and not (self.computed and role == "weight"):
             del self.tensor_scale
@@ -126,16 +127,34 @@ class FakeQuantize(nn.Module):
                 "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, or "
                 "let QuantizationAwareTraining do it: fit before validate, test and predict, or give them ckpt_path"
             )
-        if not self.shared or torch.compiler.is_compiling():  # a compiler finds equal expressions itself
+        # a compiler finds equal expressions itself; an inference tensor does not say whether it was changed in place
+        if not self._inside or not self.dynamic or torch.compiler.is_compiling() or x.is_inference():
             return self._rounded(x)
-        version = 0 if x.is_inference() else x._version
-        if self._last is None or self._last[0] is not x or self._last[1] != version:
-            self._last = (x, version, self._rounded(x))
-        return self._last[2]
+        last, grad = self._last, torch.is_grad_enabled()
+        if last is None or last[0] is not x or last[1:3] != (x._version, grad):
+            self._last = last = (x, x._version, grad, self._rounded(x))
+        return last[3]
 
-    def forget(self, *_: object) -> None:
-        """Let go of the shared input; a forward hook of the module around the layers that share it."""
-        self._last = None
+    def share(self, around: nn.Module) -> None:
+        """Let layers of one module share this quantizer: while the module runs, an input is rounded once."""
+        if not self.shared:
+            self.shared = True
+            around.register_forward_pre_hook(self._enter)
+            around.register_forward_hook(self._leave, always_call=True)
+
+    def unshare(self, around: nn.Module) -> None:
+        """Take the hooks of `share` away."""
+        for hooks in (around._forward_pre_hooks, around._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[key]
+                    around._forward_hooks_always_called.pop(key, None)
+
+    def _enter(self, *_: object) -> None:
+        self._inside = True
+
+    def _leave(self, *_: object) -> None:
+        self._inside, self._last = False, None
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = self.qparams(x)

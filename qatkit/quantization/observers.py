@@ -33,11 +33,6 @@ def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = N
     return choose_qparams(*value_range(x, spec), spec, tensor_scale)
 
 
-def minmax_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point from the smallest and largest value of every slice: nothing is clipped."""
-    return choose_qparams(*value_range(x, spec), spec)
-
-
 def absmean_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The mean magnitude of every slice, the scale of ternary weights in BitNet b1.58.
 
@@ -45,14 +40,19 @@ def absmean_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     grid = blocks(x.detach().float().abs(), spec)
     shape = value_range(x, spec)[0].shape
-    total = grid.sum_to_size(aligned(torch.empty(shape, device="meta"), x, spec).shape).view(shape)
-    scale = total * shape.numel() / x.numel()
+    slices = aligned(torch.empty(shape, device="meta"), x, spec).shape
+    total = grid.sum_to_size(slices).view(shape)
+    if spec.strategy == "block":  # blocks at the edges may hold fewer values
+        count = blocks(torch.ones_like(x, dtype=torch.float32), spec).sum_to_size(slices).view(shape)
+    else:
+        count = torch.full_like(total, x.numel() / shape.numel())
+    scale = total / count
     scale = torch.where(scale > 0, scale, torch.where(scale.amax() > 0, scale.amax(), torch.ones_like(scale)))
     return round_scale(scale, spec), torch.zeros_like(scale)
 
 
 def mse_qparams(
-    x: Tensor, spec: QuantSpec, steps: int = 90, smallest: float = 0.1, weights: Tensor | None = None
+    x: Tensor, spec: QuantSpec, steps: int = 100, smallest: float | None = None, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point with the least squared error among ranges shrunk in equal steps.
 
@@ -60,12 +60,15 @@ def mse_qparams(
         x: The tensor, any float dtype.
         spec: Its quantization.
         steps: How many ranges are tried, from the full one down.
-        smallest: The narrowest range tried, as a share of the full one.
+        smallest: The narrowest range tried, as a share of the full one; by default a tenth, and a hundredth for
+            ternary codes, which one outlier in a slice would turn into zeros.
         weights: How often each value counts, in the shape of `x`; once by default.
 
     Returns:
         Scale and zero point in their stored shape, float32.
     """
+    if smallest is None:
+        smallest = 0.01 if spec.type == "ternary" else 0.1
     x = x.detach().float()
     low, high = value_range(x, spec)
     tensor_scale = tensor_scale_of(torch.maximum(-low, high), spec) if spec.two_level else None

@@ -68,7 +68,7 @@ def prepare_qat(
         swap_layer(model.get_submodule(name), scheme.weight, scheme.activation)
     share_quantizers(model, list(chosen), share_inputs)
     set_fast_paths(model)
-    return list(chosen) + ([] if kv_cache is None else quantize_kv(model, kv_cache))
+    return list(chosen) + ([] if kv_cache is None else quantize_kv(model, kv_cache, exclude))
 
 
 def set_fast_paths(model: nn.Module) -> None:
@@ -99,10 +99,7 @@ def strip_qat(model: nn.Module) -> list[str]:
             continue
         fake_quant = layer.input_fake_quant
         if isinstance(fake_quant, FakeQuantize) and fake_quant.shared:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            for key, hook in list(parent._forward_hooks.items()):
-                if getattr(hook, "__self__", None) is fake_quant:
-                    del parent._forward_hooks[key]
+            fake_quant.unshare(model.get_submodule(name.rpartition(".")[0]))
         del layer.weight_fake_quant, layer.input_fake_quant
         layer.__class__ = next(kind for kind in type(layer).__mro__ if swap_of(kind) is not None)
     set_fast_paths(model)
@@ -179,9 +176,7 @@ def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> No
         if first is fake_quant:
             continue
         layer.input_fake_quant = first
-        if not first.shared:
-            first.shared = True
-            around.register_forward_hook(first.forget, always_call=True)
+        first.share(around)
 
 
 def _weight_quantizer(weight: Tensor, spec: QuantSpec) -> FakeQuantize:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.quantization.experts import expert_weights, is_experts
-from qatkit.quantization.kv_cache import check_kv_quantization
+from qatkit.quantization.kv_cache import attention_modules, check_kv_quantization
 from qatkit.quantization.layers import SWAPS, QATLayer, swap_of
 from qatkit.schemes import Scheme, check_kv_cache
 from qatkit.spec import QuantSpec
@@ -52,8 +52,12 @@ def select(
     default = Scheme(weight, activation)
     if kv_cache is not None:
         check_kv_cache(kv_cache)
-        check_kv_quantization(model)
+        check_kv_quantization(model, exclude)
         if default == Scheme() and not layers:
+            if list(include) != ["*"]:
+                raise QatkitError(f"include: {list(include)} has no meaning with kv_cache alone; leave it out")
+            for index, pattern in enumerate(exclude):
+                _check_pattern(f"exclude[{index}]", pattern, dict(attention_modules(model)), {}, must_fit=False)
             return {}
     if default == Scheme():
         if not layers:
@@ -66,8 +70,9 @@ def select(
     named += [(f"layers['{pattern}']", pattern) for pattern in layers]
     for key, pattern in named:
         _check_pattern(key, pattern, fits, foreign, must_fit=True)
+    attention = dict(attention_modules(model)) if kv_cache is not None else {}
     for index, pattern in enumerate(exclude):
-        _check_pattern(f"exclude[{index}]", pattern, fits, foreign, must_fit=False)
+        _check_pattern(f"exclude[{index}]", pattern, fits | attention, foreign, must_fit=False)
     patterns = [pattern for _, pattern in named]
     for name, module in foreign.items():
         if isinstance(module, QATLayer) and name not in excluded and _matches(name, module, patterns):
@@ -105,7 +110,8 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Mo
 def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
     explicit = isinstance(module, nn.Embedding)
     return any(
-        fnmatchcase(name, pattern) and not (explicit and pattern.rpartition(".")[2] == "*") for pattern in patterns
+        fnmatchcase(name, pattern) and not (explicit and set(pattern.rpartition(".")[2]) <= {"*", "?"})
+        for pattern in patterns
     )
 
 
@@ -203,7 +209,14 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -
         raise QatkitError(f"layer '{name}': its weight of shape {list(weight.shape)} is empty; exclude it")
     if not weight.is_meta and not weight.isfinite().all():
         raise QatkitError(f"layer '{name}': its weight holds NaN or infinite values; mend the checkpoint first")
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        raise QatkitError(f"layer '{name}': an embedding with sparse gradients cannot be quantized; write sparse=False")
     spec = scheme.weight
+    if spec is not None and is_experts(layer) and spec.strategy in ("tensor", "block"):
+        raise QatkitError(
+            f"layer '{name}': every expert is scaled on its own, so strategy '{spec.strategy}' over all of them is "
+            "another model; write strategy: channel or group in an entry of its own in layers"
+        )
     if spec is None or spec.strategy not in ("group", "block"):
         return
     if weight.dim() > 2 and not is_experts(layer):

@@ -61,7 +61,7 @@ def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
     for name, parts in specs.items():
         by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
         if "key" in by_part:
-            add_kv_quantizers(model.get_submodule(name), by_part["key"])
+            add_kv_quantizers(name, model.get_submodule(name), by_part["key"])
             continue
         inputs = by_part.pop("input", None)
         swap_layer(model.get_submodule(name), next(iter(by_part.values()), None), inputs)
@@ -121,6 +121,10 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
                 fake_quant.set_tensor_scale(found["tensor_scale"])
             if found["scale"] is None or found["zero_point"] is None:
                 continue
+            if found["scale"].isnan().any():
+                raise QatkitError(
+                    f"{path.name}: layer '{name}' has no scale for its {part}; it was saved before it was calibrated"
+                )
             if not fake_quant.computed:
                 fake_quant.set_qparams(found["scale"], found["zero_point"])
             elif not torch.equal(fake_quant.qparams(_weight(module, part).detach())[0].cpu(), found["scale"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,21 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit import QatkitError, QuantSpec, Scheme, calibrate, fake_quantize, prepare_qat, strip_qat
+from qatkit import (
+    QatkitError,
+    QuantSpec,
+    Scheme,
+    calibrate,
+    fake_quantize,
+    initialise,
+    prepare_qat,
+    scheme,
+    strip_qat,
+)
+from qatkit.export.dense import export_dense
+from qatkit.export.onnx import export_onnx
+from qatkit.export.verify import verify
+from qatkit.quantization.monitoring import LayerWatch
 from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
 from qatkit.quantization.state import load_quantizers, save_quantizers
@@ -139,7 +154,7 @@ def test_experts_with_transposed_weights_are_scaled_by_output() -> None:
     prepare_qat(model, W4, include=["*.experts"])
     experts: Any = model.get_submodule("model.layers.0.mlp.experts")
     expected = torch.stack([rounded(weight.t()).t() for weight in experts._parameters["down_proj"]])
-    assert torch.equal(experts.down_proj, expected)
+    assert torch.equal(experts.rounded("down_proj"), expected)
     model(TOKENS, labels=TOKENS).loss.backward()
 
 
@@ -178,7 +193,9 @@ def test_a_dynamic_input_is_quantized_once_for_all_layers_that_read_it_and_let_g
         for _, fake_quant in fake_quantizers(one):
             if fake_quant.role == "activation":
                 fake_quant._rounded = count(key).__get__(fake_quant)  # type: ignore[method-assign]
-                fake_quant.shared = fake_quant.shared and key == "shared"
+                if key == "alone":
+                    for module in one.modules():
+                        fake_quant.unshare(module)
     for one in (model, alone):
         one(TOKENS, labels=TOKENS).loss.backward()
     assert calls == {"shared": 2 * 4, "alone": 2 * 7}  # q/k/v, o, gate/up and down
@@ -265,3 +282,121 @@ def test_quantizers_of_every_kind_come_back_from_disk(make: Callable[[], Model],
     assert set(load_quantizers(fresh, tmp_path / "quantizers.safetensors")) == set(names)
     with torch.no_grad():
         assert torch.equal(fresh(TOKENS).logits, expected)
+
+
+def test_experts_read_as_their_parameters_outside_of_the_forward_pass() -> None:
+    # FSDP2 finds what it shards by attribute: a rounded tensor there would never be trained
+    model = mixtral()
+    prepare_qat(model, W4, include=["*.experts"])
+    experts: Any = model.get_submodule("model.layers.0.mlp.experts")
+    assert experts.gate_up_proj is experts._parameters["gate_up_proj"]
+    assert model.get_parameter("model.layers.0.mlp.experts.down_proj") is experts._parameters["down_proj"]
+    with pytest.raises(QatkitError, match=r"every expert is scaled on its own, so strategy 'tensor'"):
+        prepare_qat(mixtral(), QuantSpec(4, strategy="tensor"), include=["*.experts"])
+
+
+@pytest.mark.parametrize("make", [gpt2, mixtral])
+def test_layers_whose_class_is_made_on_the_fly_can_be_pickled(make: Callable[[], Model]) -> None:
+    model = make()
+    prepare_qat(model, W4, exclude=["lm_head"])
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert strip_qat(again) == strip_qat(model)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += self.a(x)
+        x += self.b(x)
+        return x
+
+
+def test_a_shared_input_that_changes_in_place_is_rounded_again_in_inference_mode_too() -> None:
+    model = Pair()
+    prepare_qat(model, W4, TOKEN)
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_shared_input_that_was_rounded_without_gradients_does_not_cut_them_and_nothing_is_kept_outside() -> None:
+    model = Pair()
+    prepare_qat(model, W4, TOKEN)
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.no_grad():
+        model.a(x)
+    model.b(x).sum().backward()
+    assert x.grad is not None
+    (shared,) = {fq for _, fq in fake_quantizers(model) if fq.role == "activation"}
+    assert shared._last is None
+
+
+def test_an_attention_that_asks_for_the_name_of_its_function_is_refused() -> None:
+    config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(QatkitError, match="is a FalconAttention, whose code asks for the attention's name"):
+        prepare_qat(transformers.FalconForCausalLM(config), kv_cache=TOKEN)
+
+
+def test_attention_modules_can_be_excluded_and_patterns_beside_a_cache_alone_are_checked() -> None:
+    assert prepare_qat(llama(), kv_cache=TOKEN, exclude=["*.0.*"]) == ["model.layers.1.self_attn"]
+    with pytest.raises(QatkitError, match=r"exclude\[0\]: 'layr' matches no layer"):
+        prepare_qat(llama(), kv_cache=TOKEN, exclude=["layr"])
+    with pytest.raises(QatkitError, match=r"include: .* has no meaning with kv_cache alone"):
+        prepare_qat(llama(), kv_cache=TOKEN, include=["nonsense"])
+
+
+def test_quantizers_that_were_never_calibrated_are_refused_on_loading(tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    fresh = copy.deepcopy(model)
+    prepare_qat(model, W4, QuantSpec(8, strategy="tensor"))
+    save_quantizers(model, tmp_path / "q.safetensors")
+    with pytest.raises(QatkitError, match="layer '0' has no scale for its input; it was saved before it was"):
+        load_quantizers(fresh, tmp_path / "q.safetensors")
+
+
+def test_a_static_cache_waits_for_calibration_while_gptq_runs() -> None:
+    model = llama()
+    prepare_qat(model, QuantSpec(4, observer="mse"), exclude=["lm_head"], kv_cache=QuantSpec(8, strategy="tensor"))
+    initialise(model, "gptq", [TOKENS])
+    calibrate(model, [TOKENS])
+    assert model(TOKENS).logits.isfinite().all()
+
+
+def test_ragged_blocks_have_the_mean_magnitude_of_their_own_values() -> None:
+    spec = QuantSpec(2, type="ternary", strategy="block", block_structure=(2, 2), observer="absmean")
+    assert computed_qparams(torch.ones(3, 3), spec)[0].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["FP8_BLOCK", "MXFP8", "NVFP4", "Q4_0"])
+def test_the_monitor_observes_every_format(name: str) -> None:
+    model = nn.Sequential(nn.Linear(256, 128))
+    prepare_qat(model, scheme(name).weight)
+    watch = LayerWatch()
+    for _ in range(3):
+        numbers = watch.observe(model[0])
+        assert numbers[:3].isfinite().all()
+    assert watch.histogram().sum() == 128 * 256
+
+
+def test_a_cache_is_verified_as_inputs_are_and_refused_by_onnx(tmp_path: Any) -> None:
+    model = llama()
+    prepare_qat(model, kv_cache=QuantSpec(8, strategy="tensor"))
+    calibrate(model, [TOKENS])
+    export_dense(model, tmp_path / "model.safetensors")
+    checked = verify(model, tmp_path / "model.safetensors", [{"input_ids": TOKENS, "labels": TOKENS}])
+    assert checked.quantization_error is not None
+    assert checked.quantization_error > 0
+    with pytest.raises(QatkitError, match="quantized keys and values cannot be written to ONNX"):
+        export_onnx(model, TOKENS, tmp_path / "model.onnx")
+    model = mixtral()
+    prepare_qat(model, W4, include=["*.experts"])
+    with pytest.raises(QatkitError, match="fused experts cannot be written to ONNX"):
+        export_onnx(model, TOKENS, tmp_path / "model.onnx")

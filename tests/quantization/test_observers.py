@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qatkit import QuantSpec, fake_quantize
-from qatkit.quantization.observers import minmax_qparams, mse_qparams
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 
 
 def error(x: torch.Tensor, qparams: tuple[torch.Tensor, torch.Tensor], spec: QuantSpec) -> torch.Tensor:
@@ -17,7 +17,7 @@ def test_the_mse_search_is_never_worse_than_the_range_and_much_better_with_an_ou
     w[0, 0] = 12.0
     for bits in (2, 3, 4):
         spec = QuantSpec(bits)
-        ranged, searched = error(w, minmax_qparams(w, spec), spec), error(w, mse_qparams(w, spec), spec)
+        ranged, searched = error(w, computed_qparams(w, spec), spec), error(w, mse_qparams(w, spec), spec)
         assert (searched <= ranged).all()
         assert searched.sum() < 0.8 * ranged.sum()
 

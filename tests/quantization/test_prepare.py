@@ -26,7 +26,7 @@ from qatkit import (
     strip_qat,
 )
 from qatkit.quantization.layers import SWAPS
-from qatkit.quantization.observers import minmax_qparams
+from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.selection import select
 from qatkit.quantization.state import load_quantizers, save_quantizers
 
@@ -78,7 +78,9 @@ def test_a_quantized_layer_computes_with_the_fake_quantized_weight_and_input() -
     prepare_qat(layer_in := nn.Sequential(layer), W4, QuantSpec(strategy="token"))
     token = QuantSpec(strategy="token")
     expected = F.linear(
-        fake_quantize(x, *minmax_qparams(x, token), token), fake_quantize(weight, *minmax_qparams(weight, W4), W4), bias
+        fake_quantize(x, *computed_qparams(x, token), token),
+        fake_quantize(weight, *computed_qparams(weight, W4), W4),
+        bias,
     )
     assert torch.equal(layer_in(x), expected)
 
@@ -88,7 +90,7 @@ def test_a_quantized_convolution_keeps_stride_groups_and_padding(padding_mode: s
     conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, padding_mode=padding_mode)
     model, x = nn.Sequential(copy.deepcopy(conv)), torch.randn(2, 4, 9, 9)
     prepare_qat(model, W4)
-    conv.weight.data = fake_quantize(conv.weight.detach(), *minmax_qparams(conv.weight, W4), W4)
+    conv.weight.data = fake_quantize(conv.weight.detach(), *computed_qparams(conv.weight, W4), W4)
     assert torch.equal(model(x), conv(x))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qatkit.quantization.arithmetic import choose_qparams, fake_quantize, value_range
 from qatkit.quantization.initialisers.hessian import output_error
-from qatkit.quantization.observers import minmax_qparams, mse_qparams
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 from qatkit.spec import QuantSpec
 
 
@@ -80,7 +80,7 @@ def _error(weights: Sequence[Tensor], specs: Sequence[QuantSpec], scales: Tensor
     total = 0.0
     for weight, spec in zip(weights, specs, strict=True):
         scaled = weight * scales
-        rounded = fake_quantize(scaled, *minmax_qparams(scaled, spec), spec)
+        rounded = fake_quantize(scaled, *computed_qparams(scaled, spec), spec)
         total += float(output_error(rounded / scales - weight, hessian).sum())
     return total
 

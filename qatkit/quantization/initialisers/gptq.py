@@ -11,7 +11,7 @@ from torch import Tensor
 from qatkit.errors import QatkitError
 from qatkit.quantization.arithmetic import fake_quantize
 from qatkit.quantization.initialisers.hessian import output_error
-from qatkit.quantization.observers import minmax_qparams, mse_qparams
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 from qatkit.spec import QuantSpec
 
 FLOORS = (0.85, 0.7, 0.5, 0.35)
@@ -142,7 +142,7 @@ def _sweep(
 def _qparams(weight: Tensor, spec: QuantSpec, floor: float, costs: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point from the range, or from a search among ranges down to a share `floor` of it."""
     if spec.observer == "minmax":
-        return minmax_qparams(weight, spec)
+        return computed_qparams(weight, spec)
     return mse_qparams(weight, spec, steps=30, smallest=floor, weights=costs.expand_as(weight))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,8 +28,9 @@ from qatkit.quantization.initialisers.hessian import InputStatistics, fits, watc
 from qatkit.quantization.initialisers.smoothquant import smoothquant_scales
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.observers import minmax_qparams
-from qatkit.quantization.prepare import qat_layers, quantized_weights
+from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
+from qatkit.quantization.ranges import RangeObserver
 
 Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
 
@@ -78,11 +79,25 @@ def initialise(
     try:
         if method in ("rtn", "mse"):
             return _from_weights(model, method, undo)
-        with isolated(model):
+        with isolated(model), _unquantized_caches(model):
             return _Initialiser(model, method, undo).run(list(batches), forward or model)
     except BaseException:
         undo()
         raise
+
+
+@contextmanager
+def _unquantized_caches(model: nn.Module) -> Iterator[None]:
+    """Keys and values are not quantized meanwhile: their ranges are calibrated later."""
+    inputs = {id(layer.input_fake_quant) for _, layer in qat_layers(model)}
+    caches = [fq for _, fq in fake_quantizers(model) if fq.role == "activation" and id(fq) not in inputs]
+    try:
+        for fake_quant in caches:
+            fake_quant.observer = RangeObserver()  # what is watched passes as it is
+        yield
+    finally:
+        for fake_quant in caches:
+            fake_quant.observer = None
 
 
 class Undo:
@@ -113,7 +128,7 @@ def _from_weights(model: nn.Module, method: str, undo: Undo) -> list[str]:
         undo.keep(*fake_quant.parameters(), *fake_quant.buffers())
         fake_quant.initialize(weight)
         if method == "rtn":
-            fake_quant.set_qparams(*minmax_qparams(weight, fake_quant.spec))
+            fake_quant.set_qparams(*computed_qparams(weight, fake_quant.spec))
         names.append(name)
     return names
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qatkit import QuantSpec, fake_quantize
 from qatkit.quantization.initialisers.awq import awq_clip, awq_scales
-from qatkit.quantization.observers import minmax_qparams, mse_qparams
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 
 W3 = QuantSpec(3, strategy="group", group_size=16)
 
@@ -24,7 +24,7 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
 def cost(x: Tensor, weight: Tensor, scales: Tensor, spec: QuantSpec) -> float:
     """Squared error of the outputs with the scales in place, in float64."""
     scaled = weight * scales
-    rounded = fake_quantize(scaled, *minmax_qparams(scaled, spec), spec).double()
+    rounded = fake_quantize(scaled, *computed_qparams(scaled, spec), spec).double()
     return float(((x / scales).double() @ rounded.t() - x.double() @ weight.double().t()).square().sum())
 
 
@@ -84,7 +84,7 @@ def test_clipping_costs_every_slice_less_than_least_squared_error_of_the_weights
         return by_slice.sum().view(1) if spec.strategy == "tensor" else by_slice
 
     clipped, mse, full = (
-        costs(q) for q in (awq_clip(weight, x.t() @ x, spec), mse_qparams(weight, spec), minmax_qparams(weight, spec))
+        costs(q) for q in (awq_clip(weight, x.t() @ x, spec), mse_qparams(weight, spec), computed_qparams(weight, spec))
     )
     assert (clipped <= torch.minimum(mse, full) * (1 + 1e-4)).all()
     assert clipped.sum() <= mse.sum() * (1 if spec.strategy == "tensor" else 0.95)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qatkit import QatkitError, QuantSpec, fake_quantize
 from qatkit.quantization.initialisers.gptq import gptq
-from qatkit.quantization.observers import minmax_qparams, mse_qparams
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 
 SPECS = [
     QuantSpec(3),
@@ -62,9 +62,9 @@ def test_it_computes_the_equations_of_the_paper(act_order: bool, block_size: int
     hessian = x.double().t() @ x.double() / len(x)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(32)
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(32))
-    scale, _ = minmax_qparams(weight, spec)
+    scale, _ = computed_qparams(weight, spec)
     expected = by_the_equations(weight, damped, scale[:, 0], 7, order)
-    nearest = fake_quantize(weight, *minmax_qparams(weight, spec), spec)
+    nearest = fake_quantize(weight, *computed_qparams(weight, spec), spec)
     better = cost(x, expected, weight) <= cost(x, nearest, weight)
     rounded, given_scale, _ = gptq(weight, hessian, spec, block_size=block_size, act_order=act_order)
     assert torch.equal(given_scale, scale)
@@ -99,7 +99,7 @@ def test_with_order_the_scales_of_groups_are_those_of_the_weight_as_it_was() -> 
     weight, x = problem()
     spec = QuantSpec(4, strategy="group", group_size=8)
     rounded, scale, _ = gptq(weight, x.t() @ x, spec)
-    assert torch.equal(scale, minmax_qparams(weight, spec)[0])
+    assert torch.equal(scale, computed_qparams(weight, spec)[0])
     codes = rounded.view(12, 4, 8) / scale[:, :, None]
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-5)  # groups are neighbours, in the file as well
 
@@ -116,7 +116,7 @@ def test_searched_ranges_serve_the_output_better_than_full_ones_and_than_those_b
     own = fake_quantize(weight, *mse_qparams(weight, spec), spec)
     assert cost(x, searched, weight).sum() < 0.9 * cost(x, full, weight).sum()
     assert cost(x, searched, weight).sum() < 0.9 * cost(x, own, weight).sum()
-    assert (scale <= minmax_qparams(weight, spec)[0]).all()
+    assert (scale <= computed_qparams(weight, spec)[0]).all()
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -137,7 +137,7 @@ def test_the_weight_lies_on_the_grid_of_the_returned_scale(spec: QuantSpec, act_
     weight, x = problem()
     rounded, scale, zero_point = gptq(weight, x.t() @ x, spec, act_order=act_order)
     assert torch.equal(fake_quantize(rounded, scale, zero_point, spec), rounded)
-    assert scale.shape == minmax_qparams(weight, spec)[0].shape
+    assert scale.shape == computed_qparams(weight, spec)[0].shape
     nearest = fake_quantize(weight, *mse_qparams(weight, spec), spec)
     assert cost(x, rounded, weight).sum() < cost(x, nearest, weight).sum() * (1.5 if spec.observer == "minmax" else 1)
 
@@ -151,7 +151,7 @@ def test_inputs_that_have_nothing_to_do_with_each_other_are_rounded_to_nearest(
     rounded, *qparams = gptq(weight, torch.diag(torch.rand(32) + 0.1), spec, act_order=act_order)
     assert torch.equal(rounded, fake_quantize(weight, *qparams, spec))
     if spec.observer == "minmax":
-        assert torch.equal(qparams[0], minmax_qparams(weight, spec)[0])
+        assert torch.equal(qparams[0], computed_qparams(weight, spec)[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,7 +160,7 @@ def test_no_output_is_worse_than_rounded_to_nearest(seed: int, bits: int, inputs
     weight, x = problem(8, inputs, seed)
     spec = QuantSpec(bits, observer="mse" if order else "minmax", strategy="group", group_size=4)
     rounded, *qparams = gptq(weight, x.t() @ x, spec, act_order=order)
-    nearest = fake_quantize(weight, *(qparams if order else minmax_qparams(weight, spec)), spec)
+    nearest = fake_quantize(weight, *(qparams if order else computed_qparams(weight, spec)), spec)
     assert (cost(x, rounded, weight) <= cost(x, nearest, weight) * (1 + 1e-4)).all()
 
 
