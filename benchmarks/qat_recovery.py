@@ -6,7 +6,7 @@ Seeds are orders of the training data. What a job gave is kept in ``results/qat_
 benchmark continues there.
 
 Run: python benchmarks/qat_recovery.py [--quick] [--jobs 2]
-The full mode takes about four hours on two cores; --quick shows the mechanics in minutes and writes no results.
+The full mode takes hours; --quick shows the mechanics in minutes and writes no results.
 """
 
 from __future__ import annotations
