@@ -19,23 +19,17 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from qatkit.callbacks import (
-    CompressionMonitor,
-    ConstantPruning,
-    KnowledgeDistillation,
-    MagnitudePruning,
-    QuantizationAwareTraining,
-)
-from qatkit.callbacks.holding import HeldZeros
+from qatkit import blocks
+from qatkit.blocks.names import outside
+from qatkit.callbacks import CompressionMonitor
 from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitError
 from qatkit.progress import StageProgress
-from qatkit.pruning.schedule import Ramp
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
-from qatkit.recipe import QuantizeConfig, Recipe, StageConfig, TrainerConfig
+from qatkit.recipe import QuantizeConfig, Recipe, TrainerConfig
 from qatkit.tasks import evaluate
 
 
@@ -78,19 +72,14 @@ def train(
         progress: Draw a bar.
     """
     stage = recipe.stages[name]
-    quantize = _quantization(stage.quantize) if stage.quantize else None
+    quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
     monitor = CompressionMonitor()
-    pruning = _pruning(name, stage, held)
+    pruning = blocks.prune.callback(stage.prune, held)
     # pruning comes first: ranges are then calibrated on the pruned weights
     callbacks: list[Callback] = [callback for callback in (pruning, quantize, monitor) if callback is not None]
     if stage.distill is not None:
         assert teacher is not None
-        how = stage.distill
-        callbacks.append(
-            KnowledgeDistillation(
-                teacher, how.temperature, how.alpha, student="model", loss=how.loss, beta=how.beta, ramp=how.ramp
-            )
-        )
+        callbacks.append(blocks.distill.callback(stage.distill, teacher))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"
@@ -137,8 +126,8 @@ def train(
         )
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
-    folds = [_inside(fold) for fold in quantize.folds] if quantize else []
-    zeros = [layer.removeprefix("model.") for layer in pruning.layers] if pruning else []
+    folds = [(outside(first), outside(second)) for first, second in quantize.folds] if quantize else []
+    zeros = [outside(layer) for layer in pruning.layers] if pruning else []
     return Trained(trainer, weights, folds, zeros, stage.quantize, monitor)
 
 
@@ -178,43 +167,6 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, layers=layers))
     (folder / "last.ckpt").unlink(missing_ok=True)
     (folder / "started.json").unlink(missing_ok=True)
-
-
-def _pruning(name: str, stage: StageConfig, held: Sequence[str]) -> HeldZeros | None:
-    config = stage.prune
-    if stage.quantize is not None and stage.quantize.init == "gptq" and (config is not None or held):
-        raise QatkitError(
-            f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; write awq "
-            "or mse, or hold_sparsity: false"
-        )
-    if config is not None:
-        return MagnitudePruning(
-            sparsity=config.sparsity,
-            scope=config.scope,
-            nm=None if config.nm is None else (config.nm[0], config.nm[1]),
-            block=None if config.block is None else (config.block[0], config.block[1]),
-            ramp=None if config.ramp is None else Ramp(**asdict(config.ramp)),
-            include=[f"model.{pattern}" for pattern in config.include],
-            exclude=[f"model.{pattern}" for pattern in config.exclude],
-            layers={f"model.{pattern}": share for pattern, share in config.layers.items()},
-        )
-    return ConstantPruning([f"model.{layer}" for layer in held]) if held else None
-
-
-def _quantization(config: QuantizeConfig) -> QuantizationAwareTraining:
-    how = config.arguments
-    # layer names in a recipe are the model's; in the LightningModule it is called "model"
-    how |= {key: [f"model.{pattern}" for pattern in how[key]] for key in ("include", "exclude")}
-    how["layers"] = {f"model.{pattern}": scheme for pattern, scheme in how["layers"].items()}
-    return QuantizationAwareTraining(
-        **how,
-        init=config.init,
-        calibration_batches=config.calibration_batches,
-    )
-
-
-def _inside(fold: Fold) -> Fold:
-    return fold[0].removeprefix("model."), fold[1].removeprefix("model.")
 
 
 def _checkpoints(folder: Path) -> ModelCheckpoint:

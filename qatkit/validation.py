@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qatkit import blocks
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.factories import build, check_arguments, resolve
-from qatkit.pruning.layers import check_pattern, prunable_layers
-from qatkit.pruning.masks import check_nm
-from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.recipe import Recipe
 from qatkit.tracking import check_logger
 
@@ -56,25 +54,22 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     layers = {}
     for name, stage in recipe.stages.items():
         if stage.prune is not None:
-            try:
-                chosen = prunable_layers(model, stage.prune.include, stage.prune.exclude)
-                for pattern in stage.prune.layers:
-                    check_pattern(f"layers['{pattern}']", pattern, list(chosen))
-                for layer, module in chosen.items():
-                    if stage.prune.nm is not None:
-                        check_nm(layer, cast(Tensor, module.weight), stage.prune.nm[0], stage.prune.nm[1])
-            except QatkitError as error:
-                joint = ": " if str(error).startswith("layer '") else "."
-                raise QatkitError(f"stages.{name}.prune{joint}{error}") from None
-        if (config := stage.quantize) is None:
-            continue
-        try:
-            layers[name] = prepare_qat(model, **config.arguments)
-        except QatkitError as error:
-            joint = "." if re.match(r"(include\[|exclude\[|layers\[|kv_cache)", str(error)) else ": "
-            raise QatkitError(f"stages.{name}.quantize{joint}{error}") from None
-        strip_qat(model)
+            with _at(f"stages.{name}.prune"):
+                blocks.prune.check(stage.prune, model)
+        if stage.quantize is not None:
+            with _at(f"stages.{name}.quantize"):
+                layers[name] = blocks.quantize.check(stage.quantize, model)
     return layers
+
+
+@contextmanager
+def _at(key: str) -> Iterator[None]:
+    """Put the key of a block before an error, which starts with a key inside the block or with a layer."""
+    try:
+        yield
+    except QatkitError as error:
+        joint = "." if re.match(r"\w+(\[[^]]*\])?(\.\w+)*:|\w+\[", str(error)) else ": "
+        raise QatkitError(f"{key}{joint}{error}") from None
 
 
 def _meta_model(recipe: Recipe, allow: Sequence[str]) -> nn.Module:

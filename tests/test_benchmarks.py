@@ -1,4 +1,4 @@
-"""The mechanics of benchmarks that take hours: every row is there, and a stopped one continues."""
+"""The mechanics of benchmarks that take hours: every row is there."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": PLAIN | TECHNIQUES | {"export"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "validation": PLAIN | TECHNIQUES | {"recipe", "schema", "factories", "tracking"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks"},
+    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}

@@ -104,6 +104,10 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ),
         ("stages.prune.prune.include=[hed]", r"stages\.prune\.prune\.include\[0\]: 'hed' matches no layer"),
         ("stages.prune.prune.nm=[2, 7]", r"stages\.prune\.prune: layer '1': its weight of shape .* groups of 7 do not"),
+        (
+            "stages.prune.prune={sparsity: 0.5, block: [3, 3]}",
+            r"stages\.prune\.prune: layer '1': blocks of 3 by 3 do not",
+        ),
         ("stages.prune.prune.nm=null", r"stages\.prune\.prune\.sparsity: nothing is given"),
     ],
 )
@@ -114,7 +118,7 @@ def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
         validate_recipe(run_of(tmp_path, override).recipe)
 
 
-def test_gptq_is_refused_where_it_would_move_the_zeros(tmp_path: Path) -> None:
-    run = run_of(tmp_path, "stages.dense.max_steps=2", "stages.prune.max_steps=0", "stages.qat.quantize.init=gptq")
+def test_gptq_is_refused_where_it_would_move_the_zeros_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=r"stages\.qat\.quantize\.init: 'gptq' corrects weights for each other"):
-        run_stages(run)
+        run_of(tmp_path, "stages.qat.quantize.init=gptq")
+    run_of(tmp_path, "stages.qat.quantize.init=gptq", "stages.ptq.hold_sparsity=false")

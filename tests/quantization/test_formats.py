@@ -22,7 +22,7 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import choose_qparams_affine, dequantize_affine, quantize_affine
 
 from qatkit import QatkitError, QuantSpec, dequantize, fake_quantize, quantize, scheme
-from qatkit.quantization.arithmetic import tensor_scale_of, value_range
+from qatkit.quantization.arithmetic import aligned, blocks, tensor_scale_of, unblocked, value_range
 from qatkit.quantization.observers import computed_qparams, mse_qparams
 from qatkit.schemes import SCHEMES
 
@@ -54,6 +54,16 @@ SPECS = [
     for element, slices in itertools.product(ELEMENTS, SLICES)
     if not (slices["strategy"] == "token" and element.get("type") == "ternary")
 ] + EXTRA
+
+
+def every_value(spec: QuantSpec) -> Tensor:
+    """All codes of a format as numbers, from ml_dtypes where they are small floats."""
+    if not spec.is_float:
+        return torch.arange(int(spec.qmin), int(spec.qmax) + 1).float()
+    kind = {4: ml_dtypes.float4_e2m1fn, 6: ml_dtypes.float6_e2m3fn, 8: ml_dtypes.float8_e4m3fn}[spec.num_bits]
+    kind = ml_dtypes.float8_e5m2 if spec.type == "float_e5m2" else kind
+    numbers = np.arange(1 << spec.num_bits, dtype=np.uint8).view(kind).astype(np.float32)
+    return torch.from_numpy(np.unique(numbers[np.isfinite(numbers)]))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -102,7 +112,13 @@ def test_any_scale_gives_codes_inside_the_range_and_the_nearest_value(
     assert values.isfinite().all()
     again = dequantize(quantize(x, scale, zero_point, spec), scale, zero_point, spec)
     assert torch.equal(values, again)
-    assert (values - x).abs().le(x.abs().clamp(min=scale.abs().max().item()) * 1.01).all()
+    # every value that the codes stand for, from a list that does not round: none is nearer
+    size_of = blocks(torch.ones_like(x), spec) * aligned(scale, x, spec)
+    v, rounded = (unblocked(blocks(t, spec) / size_of, x.shape, spec) for t in (x, values))
+    grid = every_value(spec)
+    offset = unblocked(aligned(zero_point, x, spec).expand_as(size_of), x.shape, spec)
+    nearest = (v.unsqueeze(-1) - (grid - offset.unsqueeze(-1))).abs().amin(dim=-1)
+    torch.testing.assert_close((v - rounded).abs(), nearest, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

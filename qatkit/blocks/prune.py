@@ -1,0 +1,50 @@
+"""The ``prune`` block, and the zeros that later stages hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from qatkit.blocks.names import inside, inside_keys
+from qatkit.pruning.layers import check_pattern, prunable_layers
+from qatkit.pruning.masks import check_block, check_nm
+from qatkit.pruning.schedule import Ramp
+from qatkit.recipe import PruneConfig
+
+if TYPE_CHECKING:
+    from qatkit.callbacks.holding import HeldZeros
+
+
+def check(config: PruneConfig, model: nn.Module) -> list[str]:
+    """The layers that are pruned, after everything that can be known of them was checked."""
+    chosen = prunable_layers(model, config.include, config.exclude)
+    for pattern in config.layers:
+        check_pattern(f"layers['{pattern}']", pattern, list(chosen))
+    for layer, module in chosen.items():
+        weight = cast(Tensor, module.weight)
+        if config.nm is not None:
+            check_nm(layer, weight, config.nm[0], config.nm[1])
+        if config.block is not None:
+            check_block(layer, weight, (config.block[0], config.block[1]))
+    return list(chosen)
+
+
+def callback(config: PruneConfig | None, held: Sequence[str]) -> HeldZeros | None:
+    """What prunes, or holds the zeros of the layers `held`, or None where there is nothing to do."""
+    from qatkit.callbacks import ConstantPruning, MagnitudePruning
+
+    if config is None:
+        return ConstantPruning(inside(held)) if held else None
+    return MagnitudePruning(
+        sparsity=config.sparsity,
+        scope=config.scope,
+        nm=None if config.nm is None else (config.nm[0], config.nm[1]),
+        block=None if config.block is None else (config.block[0], config.block[1]),
+        ramp=None if config.ramp is None else Ramp(**asdict(config.ramp)),
+        include=inside(config.include),
+        exclude=inside(config.exclude),
+        layers=inside_keys(config.layers),
+    )

@@ -1,0 +1,52 @@
+"""A stage: one stretch of training and the blocks that say what happens in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qatkit.recipe.common import MISSING
+from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.prune import PruneConfig
+from qatkit.recipe.quantize import QuantizeConfig
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stretch of training. A block that is present is on; ``max_steps: 0`` only prepares and measures."""
+
+    max_steps: int = MISSING
+    batch_size: int = 64
+    """Samples per device and step."""
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.0
+    """Share of the stage over which the learning rate rises from zero, 0 to 1."""
+    gradient_clip: float | None = None
+    """Largest global norm of the gradient."""
+    accumulate: int = 1
+    """Batches per optimizer step."""
+    distill: DistillConfig | None = None
+    prune: PruneConfig | None = None
+    hold_sparsity: bool = True
+    """Keep the zeros that an earlier stage made."""
+    quantize: QuantizeConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
+            if (value := getattr(self, name)) != MISSING and value < low:
+                raise ValueError(f"{name}: {value} is out of range; write a whole number of at least {low}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr} is out of range; write a number above 0, such as 1e-3")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
+
+    @property
+    def compresses(self) -> bool:
+        """Whether this stage changes what the model can represent."""
+        return self.quantize is not None or self.prune is not None
