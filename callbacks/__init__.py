@@ -2,6 +2,7 @@
 
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
+from qatkit.callbacks.generation import Generation
 from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionMatch",
     "CompressionMonitor",
     "ConstantPruning",
+    "Generation",
     "HiddenMatch",
     "KnowledgeDistillation",
     "MagnitudePruning",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
+from qatkit.callbacks.generation import Generation, Writers
 from qatkit.callbacks.outputs import logits_of
 from qatkit.callbacks.positions import counted, find, is_causal
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ class KnowledgeDistillation(Callback):
         attention: Attention to compare as well.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
         vocab_size: Tokens of the tokenizer that both use, where their logits are padded to different widths.
+        on_policy: Lets the student continue the texts of some batches, which are then trained with the distillation
+            term alone (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
+        sequence_level: Lets the teacher continue them, to be trained on as if they were data (Kim and Rush 2016,
+            https://arxiv.org/abs/1606.07947); alpha 0 uses nothing else of the teacher.
 
     Raises:
         QatkitError: the teacher is the student or trains with it, answers NaN or in another shape, `student` names no
@@ -76,6 +81,8 @@ class KnowledgeDistillation(Callback):
         attention: AttentionMatch | None = None,
         ramp: float = 0.0,
         vocab_size: int | None = None,
+        on_policy: Generation | None = None,
+        sequence_level: Generation | None = None,
     ) -> None:
         if not temperature > 0:
             raise QatkitError(f"temperature: {temperature} is out of range; write a number above 0")
@@ -100,6 +107,7 @@ class KnowledgeDistillation(Callback):
         self.features = FeatureMatch(hidden, attention)
         self.ramp = ramp
         self.vocab_size = vocab_size
+        self.writers = Writers(on_policy, sequence_level)
         self.watch: Callable[[Tensor, Tensor], None] | None = None
         """Called with the logits of student and teacher, without gradients, in every training step."""
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any, dict[str, Tensor]]] = []
@@ -142,9 +150,11 @@ class KnowledgeDistillation(Callback):
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
             try:
+                writer, args = self.writers.rewritten(args, trainer, _progress, student, self.teacher.model)
+                self.features.take(1)  # what the teacher computed while it wrote
                 result = step(*args, **kwargs)
                 batch = args[0] if args else kwargs.get("batch")
-                return self._distilled(trainer, pl_module, result, batch)
+                return self._distilled(trainer, pl_module, result, batch, only=writer == "student")
             finally:
                 self._calls.clear()
 
@@ -231,7 +241,8 @@ class KnowledgeDistillation(Callback):
         # restored, so that a checkpoint's fits
         trainer.optimizers[0].param_groups[0]["params"] += list(projections.parameters())
 
-    def _distilled(self, trainer: Trainer, pl_module: LightningModule, result: Any, batch: Any) -> Any:
+    def _distilled(self, trainer: Trainer, pl_module: LightningModule, result: Any, batch: Any, only: bool) -> Any:
+        """The loss of a step with the distillation in it, or that `only`: nobody wants a student to copy itself."""
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if loss is None:
             return result  # Lightning's way to skip a step
@@ -257,7 +268,7 @@ class KnowledgeDistillation(Callback):
                 extra.append(features)
         distillation = torch.stack(terms).mean()
         rise = min(1.0, _progress(trainer) / self.ramp) if self.ramp else 1.0
-        alpha = self.alpha * rise
+        alpha = 1.0 if only else self.alpha * rise
         total = alpha * distillation + (1 - alpha) * loss
         pl_module.log("train/kd_loss", distillation.detach(), on_step=True)
         pl_module.log("train/label_loss", loss.detach(), on_step=True)

@@ -79,7 +79,7 @@ def train(
     callbacks: list[Callback] = [callback for callback in (pruning, quantize, monitor) if callback is not None]
     if stage.distill is not None:
         assert teacher is not None
-        callbacks.append(blocks.distill.callback(stage.distill, teacher))
+        callbacks.append(blocks.distill.callback(stage.distill, teacher, recipe.seed))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"

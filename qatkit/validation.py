@@ -53,6 +53,9 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     model = _meta_model(recipe, allow)
     layers = {}
     for name, stage in recipe.stages.items():
+        if stage.distill is not None:
+            with _at(f"stages.{name}.distill"):
+                blocks.distill.check(stage.distill, model)
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)

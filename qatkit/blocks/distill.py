@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qatkit.blocks.names import STUDENT
-from qatkit.recipe import DistillConfig
+from qatkit.distillation.generation import check_length
+from qatkit.recipe import DistillConfig, GenerationConfig
 
 if TYPE_CHECKING:
-    from qatkit.callbacks import KnowledgeDistillation
+    from qatkit.callbacks import Generation, KnowledgeDistillation
 
 
-def callback(config: DistillConfig, teacher: nn.Module) -> KnowledgeDistillation:
+def check(config: DistillConfig, model: nn.Module) -> None:
+    """Check that the model can write texts where the block wants some."""
+    for key in ("on_policy", "sequence_level"):
+        if (wanted := getattr(config, key)) is not None:
+            check_length(model, key, (wanted.prompt or 1) + wanted.new_tokens)
+
+
+def callback(config: DistillConfig, teacher: nn.Module, seed: int) -> KnowledgeDistillation:
     """What adds the teacher to the loss."""
     from qatkit.callbacks import KnowledgeDistillation
 
@@ -25,4 +33,14 @@ def callback(config: DistillConfig, teacher: nn.Module) -> KnowledgeDistillation
         loss=config.loss,
         beta=config.beta,
         ramp=config.ramp,
+        on_policy=_generation(config.on_policy, seed),
+        sequence_level=_generation(config.sequence_level, seed),
     )
+
+
+def _generation(config: GenerationConfig | None, seed: int) -> Generation | None:
+    from qatkit.callbacks import Generation
+
+    if config is None:
+        return None
+    return Generation(config.share, config.prompt, config.new_tokens, config.temperature, seed=seed)

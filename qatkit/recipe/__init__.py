@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
-from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.distill import DistillConfig, GenerationConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.stage import StageConfig
@@ -21,6 +21,7 @@ __all__ = [
     "DistillConfig",
     "ExportConfig",
     "FactoryConfig",
+    "GenerationConfig",
     "LayerConfig",
     "PruneConfig",
     "QuantizeConfig",
