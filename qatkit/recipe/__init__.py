@@ -85,22 +85,31 @@ class Recipe:
         first = next(iter(self.stages))
         if self.stages[first].model is not None:
             raise ValueError(f"stages.{first}.model: no stage comes before it; write it as the recipe's model")
-        zeros = False
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            teacher = stage.distill.teacher if stage.distill else None
+            for key, wanted in (("start", stage.start), ("distill.teacher", teacher)):
+                if wanted is not None and wanted not in names[:position]:
+                    raise ValueError(
+                        f"stages.{name}.{key}: '{wanted}' is no earlier stage; write one of {names[:position]}"
+                    )
+        zeros: dict[str | None, bool] = {}
         for name, stage in self.stages.items():
-            zeros = stage.model is None and zeros
-            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
-            if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
+            held = zeros.get(self.parent_of(name), False) and stage.hold_sparsity
+            zeros[name] = stage.prune is not None or held
+            if zeros[name] and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
                     "write awq or mse, or hold_sparsity: false"
                 )
+    def parent_of(self, name: str) -> str | None:
+        """The stage whose model stage `name` goes on with; None where it begins with the recipe's or its own."""
+        stage = self.stages[name]
+        if stage.start is not None or stage.model is not None:
+            return stage.start
         names = list(self.stages)
-        for position, (name, stage) in enumerate(self.stages.items()):
-            wanted = stage.distill.teacher if stage.distill else None
-            if wanted is not None and wanted not in names[:position]:
-                raise ValueError(
-                    f"stages.{name}.distill.teacher: '{wanted}' is no earlier stage; write one of {names[:position]}"
-                )
+        position = names.index(name)
+        return names[position - 1] if position else None
 
     def teacher_of(self, name: str) -> str | None:
         """The stage whose result teaches stage `name`: the named one, else the input of the first compressing stage.

@@ -27,6 +27,8 @@ class StageConfig:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    start: str | None = None
+    """The earlier stage whose model this one goes on with; by default the one before."""
     model: FactoryConfig | None = None
     """Begin with this model instead of the one that the stage before left, such as a small student."""
     distill: DistillConfig | None = None
@@ -45,6 +47,8 @@ class StageConfig:
             raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
+        if self.start is not None and self.model is not None:
+            raise ValueError(f"start: '{self.start}' and a model are given; write the one that the stage begins with")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
 
