@@ -25,4 +25,5 @@ def callback(config: DistillConfig, teacher: nn.Module) -> KnowledgeDistillation
         loss=config.loss,
         beta=config.beta,
         ramp=config.ramp,
+        fused=True,
     )
