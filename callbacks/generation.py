@@ -60,6 +60,8 @@ class Writers:
 
     def __init__(self, on_policy: Generation | None, sequence_level: Generation | None) -> None:
         self.plans: dict[Writer, Generation] = {}
+        self.now: Writer | None = None
+        """Who wrote the texts of this training step."""
         if on_policy is not None:
             self.plans["student"] = on_policy
         if sequence_level is not None:
@@ -78,8 +80,8 @@ class Writers:
         progress: Callable[[Trainer], float],
         student: nn.Module,
         teacher: nn.Module,
-    ) -> tuple[Writer | None, tuple[Any, ...]]:
-        """Who writes the texts of a training step, and the step's arguments with these texts in their batch.
+    ) -> tuple[Any, ...]:
+        """The arguments of a training step, with other texts in their batch where it is somebody's turn to write.
 
         Args:
             args: The batch and its number.
@@ -89,18 +91,18 @@ class Writers:
             teacher: The other.
         """
         if not self.plans:
-            return None, args
+            return args
         batch_idx = int(args[1]) if len(args) > 1 else 0
-        who = self.whose(progress(trainer), trainer.global_step, batch_idx)
+        who = self.now = self.whose(progress(trainer), trainer.global_step, batch_idx)
         if who is None:
-            return None, args
+            return args
         plan = self.plans[who]
         model = writer_in(student, "on_policy") if who == "student" else writer_in(teacher, "sequence_level")
         prompts, mask = cut_prompts(args[0], plan.prompt)
         eos = plan.eos if plan.eos is not None else _ends(model, trainer)
         seed = _seed(plan.seed, trainer.global_step, batch_idx, trainer.global_rank + 1)
         batch = generated_batch(model, prompts, mask, plan.new_tokens, plan.temperature, eos, seed)
-        return who, (batch, *args[1:])
+        return (batch, *args[1:])
 
     def whose(self, progress: float, step: int, batch_idx: int) -> Writer | None:
         """Who writes a batch; the same on every process, as sharded models must run together."""
@@ -112,6 +114,17 @@ class Writers:
             if drawn < below:
                 return who
         return None
+
+
+def refuse_plans(on_policy: Generation | None, sequence_level: Generation | None) -> None:
+    """Refuse texts that a cache cannot know.
+
+    Raises:
+        QatkitError: there is a plan.
+    """
+    for key, plan in (("on_policy", on_policy), ("sequence_level", sequence_level)):
+        if plan is not None:
+            raise QatkitError(f"{key}: a cache knows only the data's texts; pass the teacher itself, or leave it out")
 
 
 def _ends(writer: Any, trainer: Trainer) -> list[int]:

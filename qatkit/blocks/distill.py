@@ -33,6 +33,7 @@ def callback(config: DistillConfig, teacher: nn.Module, seed: int) -> KnowledgeD
         loss=config.loss,
         beta=config.beta,
         ramp=config.ramp,
+        fused=True,
         on_policy=_generation(config.on_policy, seed),
         sequence_level=_generation(config.sequence_level, seed),
     )

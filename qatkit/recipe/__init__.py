@@ -102,6 +102,7 @@ class Recipe:
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
                     "write awq or mse, or hold_sparsity: false"
                 )
+
     def parent_of(self, name: str) -> str | None:
         """The stage whose model stage `name` goes on with; None where it begins with the recipe's or its own."""
         stage = self.stages[name]
