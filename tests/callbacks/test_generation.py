@@ -75,10 +75,11 @@ def is_generated(batch: dict[str, Tensor]) -> bool:
     return "attention_mask" in batch
 
 
-def test_the_student_learns_from_the_teacher_alone_where_it_wrote_itself() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_student_learns_from_the_teacher_alone_where_it_wrote_itself(fused: bool) -> None:
     own = Generation(prompt=PROMPT, new_tokens=NEW, eos=[7])
     before = student().eval()
-    module, losses = fit(distil(teacher(), 2.0, alpha=0.3, on_policy=own, ramp=1.0), max_steps=1)
+    module, losses = fit(distil(teacher(), 2.0, alpha=0.3, on_policy=own, ramp=1.0, fused=fused), max_steps=1)
     batch = module.seen[0]
     assert torch.equal(batch["input_ids"][:, :PROMPT], next(iter(texts()))["input_ids"][:, :PROMPT])
     # the loss of the step, in float64, over the tokens that the student wrote: neither ramp nor alpha nor its own loss
