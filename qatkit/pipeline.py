@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import distributed, nn
 
-from qatkit.architecture import Architecture, build_architecture
+from qatkit import blocks, tasks
+from qatkit.architecture import Architecture, architecture_of, build_architecture
+from qatkit.callbacks.batches import first_batches
 from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
 from qatkit.errors import QatkitError
 from qatkit.factories import build
@@ -193,10 +195,15 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
     before = run.record(parent) if parent else None
     architecture = before.architecture if before else Architecture(stage.model) if stage.model else None
     held = before.zeros if before and stage.hold_sparsity else {}
+    model = run.start_model(name)
+    if stage.shrink is not None:
+        batches = _training_batches(run.build_data(stage.batch_size), stage.shrink.calibration_batches)
+        model = blocks.shrink.apply(stage.shrink, model, batches, tasks.call, tasks.mean_loss)
+        architecture = architecture_of(model, architecture or Architecture(run.recipe.model), run.allow)
     result = train(
         run.recipe,
         name,
-        run.start_model(name),
+        model,
         teacher,
         run.build_data,
         folder,
@@ -205,7 +212,8 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         progress,
     )
     if result.trainer.is_global_zero:
-        model = finished_model(run.start_model(name), result)
+        fresh = run.start_model(name) if stage.shrink is None else run.build_model(architecture)
+        model = finished_model(fresh, result)
         record = StageRecord(
             name=name,
             fingerprint=own,
@@ -221,3 +229,13 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
     result.trainer.strategy.barrier(f"stage {name}")
     del result
     gc.collect()
+
+
+def _training_batches(data: LightningDataModule, count: int) -> list[Any]:
+    """The first batches of the training data, the same on every process."""
+    data.prepare_data()
+    data.setup("fit")
+    batches = [list(first_batches(data.train_dataloader(), count))]
+    if distributed.is_available() and distributed.is_initialized():  # by the stage before; each process has its slice
+        distributed.broadcast_object_list(batches)
+    return batches[0]

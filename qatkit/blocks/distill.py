@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from qatkit.callbacks import Generation, KnowledgeDistillation
 
 
-def check(config: DistillConfig, model: nn.Module) -> None:
-    """Check that the model can write texts where the block wants some."""
-    for key in ("on_policy", "sequence_level"):
-        if (wanted := getattr(config, key)) is not None:
-            check_length(model, key, (wanted.prompt or 1) + wanted.new_tokens)
+def check(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> None:
+    """Check that those can write texts who are to."""
+    for key, plan, model in (
+        ("on_policy", config.on_policy, student),
+        ("sequence_level", config.sequence_level, teacher),
+    ):
+        if plan is not None:
+            check_length(model, key, (plan.prompt or 1) + plan.new_tokens)
 
 
 def callback(config: DistillConfig, teacher: nn.Module, seed: int) -> KnowledgeDistillation:

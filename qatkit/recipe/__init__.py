@@ -14,6 +14,7 @@ from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig, GenerationConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
+from qatkit.recipe.shrink import ShrinkConfig
 from qatkit.recipe.stage import StageConfig
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "QuantizeConfig",
     "RampConfig",
     "Recipe",
+    "ShrinkConfig",
     "StageConfig",
     "TrainerConfig",
 ]
@@ -93,10 +95,23 @@ class Recipe:
                     raise ValueError(
                         f"stages.{name}.{key}: '{wanted}' is no earlier stage; write one of {names[:position]}"
                     )
-        zeros: dict[str | None, bool] = {}
+        zeros: dict[str | None, bool] = {None: False}
+        grids: dict[str | None, str] = {None: ""}  # the last stage that quantized
         for name, stage in self.stages.items():
-            held = zeros.get(self.parent_of(name), False) and stage.hold_sparsity
+            parent = self.parent_of(name)
+            held, quantized = zeros[parent] and stage.hold_sparsity, grids[parent]
+            if stage.shrink is not None and held:
+                raise ValueError(
+                    f"stages.{name}.shrink: an earlier stage made zeros, and what is cut out would change their share; "
+                    "shrink before prune, or write hold_sparsity: false"
+                )
+            if stage.shrink is not None and quantized:
+                raise ValueError(
+                    f"stages.{name}.shrink: stage '{quantized}' has fitted the weights to a grid of the larger model; "
+                    "shrink before quantize"
+                )
             zeros[name] = stage.prune is not None or held
+            grids[name] = name if stage.quantize is not None else quantized
             if zeros[name] and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
