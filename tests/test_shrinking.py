@@ -214,3 +214,34 @@ def test_heads_of_bert_are_refused_by_name_and_its_layers_can_go() -> None:
     with pytest.raises(QatkitError, match=r"BertForSequenceClassification is no Llama-like .* heads are missing"):
         check(ShrinkConfig(heads=1), bert)
     assert check(ShrinkConfig(layers=2, layers_by="uniform"), bert).config.num_hidden_layers == 2  # type: ignore[union-attr]
+
+
+def test_a_sparse_export_is_smaller_reads_back_equal_and_a_changed_one_fails(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from qatkit.pruning.storage import load_sparse
+
+    overrides = (
+        'model={factory: "qatkit.models:mlp", args: {hidden: [64]}}',
+        "stages.shrink={max_steps: 2, prune: {sparsity: 0.9}}",
+        "stages.dense.max_steps=5",
+        "stages.qat={max_steps: 0, prune: {sparsity: 0.95}}",
+        "export.format=sparse",
+    )
+    run = images_of(tmp_path, *overrides)
+    run_stages(run)
+    path = export_run(run)[-1]
+    assert path.name == "model.sparse.safetensors"
+    weights, expected = load_sparse(path), run.load_model("qat").state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    checks = verify_run(run)
+    assert all(check.passed and check.format == "sparse" for check in checks.values())
+    row = report_run(run)["rows"][-1]
+    dense = sum(value.numel() * 4 for value in expected.values())
+    assert row["dense_bytes"] == dense
+    assert row["bytes"] == path.stat().st_size < 0.25 * dense
+    assert f"{row['bytes'] / dense:.1%} of the" in (run.out / "report.md").read_text()
+    assert "torch_ms" not in row["cost"], "all stages have the same model"
+    weights["1.weight"][0, 0] += 1
+    save_file(weights, path)
+    assert not verify_run(run)["qat"].passed
