@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,14 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last one before compression, and every compressing one."""
+        """The stages that a comparison shows: the last one before compression, and every one from there on."""
         names = list(self.recipe.stages)
-        compressing = [name for name in names if self.recipe.stages[name].compresses]
-        before = names[: names.index(compressing[0])] if compressing else names
-        return before[-1:] + compressing
+        return names[max(len(self.uncompressed) - 1, 0) :]
+
+    @property
+    def uncompressed(self) -> list[str]:
+        """The stages before the first compressing one; those after it train what it made, if nothing more."""
+        return list(takewhile(lambda name: not self.recipe.stages[name].compresses, self.recipe.stages))
 
 
 def run_stages(run: Run, until: str | None = None, force: bool = False, progress: bool = False) -> list[str]:

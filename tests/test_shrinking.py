@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qatkit import QatkitError
 from qatkit.architecture import Architecture
-from qatkit.delivery import export_run, verify_run
+from qatkit.delivery import export_run, report_run, verify_run, write_page
 from qatkit.loading import load_recipe
 from qatkit.models import cnn
 from qatkit.pipeline import Run, run_stages
@@ -81,6 +81,29 @@ def test_plain_from_pretrained_loads_the_smaller_model_and_computes_what_was_tra
     with torch.no_grad():
         assert torch.equal(loaded.eval()(tokens).logits, text.load_model("recover").eval()(tokens).logits)
     assert all(check.passed for check in verify_run(text).values())
+
+
+def test_the_report_shows_parameters_multiplications_and_time_before_and_after(text: Run, tmp_path: Path) -> None:
+    verify_run(text)
+    rows = {row["stage"]: row for row in report_run(text)["rows"]}
+    dense, cut = rows["dense"]["cost"], rows["cut"]["cost"]
+    for stage, cost in (("dense", dense), ("cut", cut)):
+        assert cost["parameters"] == AutoModelForCausalLM.from_pretrained(text.out / "export" / stage).num_parameters()
+    per_token = {
+        "dense": 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64),
+        "cut": 2 * (2 * 24 * 16 + 2 * 24 * 8 + 3 * 24 * 32),
+    }
+    attention = {"dense": 3 * 4 * 2 * 8 * 16, "cut": 2 * 2 * 2 * 8 * 16}  # scores and values, 16 tokens each
+    head = {"dense": 300 * 32, "cut": 300 * 24}
+    for stage, cost in (("dense", dense), ("cut", cut)):
+        expected = 16 * (per_token[stage] + attention[stage] + head[stage])
+        assert expected <= cost["macs"] <= expected + 16 * 16 * 8  # and the rotary angles
+    assert 0 < cut["torch_ms"] < 1.5 * dense["torch_ms"]
+    text_page = (text.out / "report.md").read_text()
+    assert "## Models" in text_page
+    assert f"| cut | {cut['parameters']} ({dense['parameters'] / cut['parameters']:.2f}x fewer) |" in text_page
+    write_page([text.out], tmp_path / "page.html")
+    assert "<h2>Models</h2>" in (tmp_path / "page.html").read_text()
 
 
 def test_the_whole_model_teaches_and_training_recovers(text: Run) -> None:
@@ -191,3 +214,34 @@ def test_heads_of_bert_are_refused_by_name_and_its_layers_can_go() -> None:
     with pytest.raises(QatkitError, match=r"BertForSequenceClassification is no Llama-like .* heads are missing"):
         check(ShrinkConfig(heads=1), bert)
     assert check(ShrinkConfig(layers=2, layers_by="uniform"), bert).config.num_hidden_layers == 2  # type: ignore[union-attr]
+
+
+def test_a_sparse_export_is_smaller_reads_back_equal_and_a_changed_one_fails(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from qatkit.pruning.storage import load_sparse
+
+    overrides = (
+        'model={factory: "qatkit.models:mlp", args: {hidden: [64]}}',
+        "stages.shrink={max_steps: 2, prune: {sparsity: 0.9}}",
+        "stages.dense.max_steps=5",
+        "stages.qat={max_steps: 0, prune: {sparsity: 0.95}}",
+        "export.format=sparse",
+    )
+    run = images_of(tmp_path, *overrides)
+    run_stages(run)
+    path = export_run(run)[-1]
+    assert path.name == "model.sparse.safetensors"
+    weights, expected = load_sparse(path), run.load_model("qat").state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    checks = verify_run(run)
+    assert all(check.passed and check.format == "sparse" for check in checks.values())
+    row = report_run(run)["rows"][-1]
+    dense = sum(value.numel() * 4 for value in expected.values())
+    assert row["dense_bytes"] == dense
+    assert row["bytes"] == path.stat().st_size < 0.25 * dense
+    assert f"{row['bytes'] / dense:.1%} of the" in (run.out / "report.md").read_text()
+    assert "torch_ms" not in row["cost"], "all stages have the same model"
+    weights["1.weight"][0, 0] += 1
+    save_file(weights, path)
+    assert not verify_run(run)["qat"].passed

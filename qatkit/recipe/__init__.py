@@ -56,7 +56,7 @@ class TrainerConfig:
 class ExportConfig:
     """The file format that the results are written in."""
 
-    format: Literal["onnx", "dense"] = MISSING
+    format: Literal["onnx", "dense", "sparse"] = MISSING
 
 
 @dataclass(frozen=True)
