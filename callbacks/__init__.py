@@ -3,6 +3,7 @@
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
 from qatkit.callbacks.loading import load_quantized
+from qatkit.callbacks.lora import LoRA
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
@@ -15,6 +16,7 @@ __all__ = [
     "ConstantPruning",
     "HiddenMatch",
     "KnowledgeDistillation",
+    "LoRA",
     "MagnitudePruning",
     "MovementPruning",
     "QuantizationAwareTraining",

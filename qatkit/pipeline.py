@@ -87,9 +87,10 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last one before compression, and every compressing one."""
+        """The stages that a comparison shows: the last one before compression or adapters, and every one of these."""
         names = list(self.recipe.stages)
-        compressing = [name for name in names if self.recipe.stages[name].compresses]
+        stages = self.recipe.stages
+        compressing = [name for name in names if stages[name].compresses or stages[name].lora]
         before = names[: names.index(compressing[0])] if compressing else names
         return before[-1:] + compressing
 
@@ -192,7 +193,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), list(held), progress
     )
     if result.trainer.is_global_zero:
-        model = finished_model(run.load_model(parent, quantizers=False), result)
+        model = finished_model(run.load_model(parent, quantizers=False), result, folder)
         record = StageRecord(
             name=name,
             fingerprint=own,

@@ -56,6 +56,9 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
+        if stage.lora is not None:
+            with _at(f"stages.{name}.lora"):
+                blocks.lora.check(stage.lora, stage, recipe.trainer, model)
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)

@@ -28,9 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": PLAIN,
     "pruning": PLAIN,
     "distillation": PLAIN,
+    "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
     "models": PLAIN,
     "data": PLAIN,
-    "callbacks": PLAIN | TECHNIQUES,
+    "callbacks": PLAIN | TECHNIQUES | {"lora"},
     "tasks": PLAIN,
     "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},
     "checkpoint": PLAIN | TECHNIQUES,
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": PLAIN | TECHNIQUES | {"export"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora"},
     "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}

@@ -12,6 +12,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.stage import StageConfig
@@ -22,6 +23,7 @@ __all__ = [
     "ExportConfig",
     "FactoryConfig",
     "LayerConfig",
+    "LoraConfig",
     "PruneConfig",
     "QuantizeConfig",
     "RampConfig",
@@ -89,6 +91,8 @@ class Recipe:
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
                     "write awq or mse, or hold_sparsity: false"
                 )
+            if stage.lora is not None:
+                stage.lora.check(f"stages.{name}", zeros, self.trainer.strategy == "fsdp2")
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
             wanted = stage.distill.teacher if stage.distill else None

@@ -7,6 +7,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
 
@@ -32,6 +33,7 @@ class StageConfig:
     hold_sparsity: bool = True
     """Keep the zeros that an earlier stage made."""
     quantize: QuantizeConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -45,6 +47,14 @@ class StageConfig:
             raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
+
+        if self.lora is not None and self.prune is not None:
+            raise ValueError("prune: lora freezes the weights of its stage; prune in a stage before, whose zeros it holds")
+        if self.lora is not None and self.lora.bits is not None and self.quantize is not None:
+            raise ValueError(
+                f"lora.bits: weights that are frozen in {self.lora.bits} bits cannot be quantized in the same stage; "
+                "write bits: null, or quantize in a stage of its own after it"
+            )
 
     @property
     def compresses(self) -> bool:
