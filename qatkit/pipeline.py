@@ -23,6 +23,7 @@ from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
 from qatkit.recipe import Recipe
+from qatkit.teachers import teaching
 from qatkit.tracking import Tracking, check_logger
 from qatkit.training import finished_model, save_result, train
 
@@ -196,7 +197,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         started_with = read_started(folder) | {"inputs": inputs, "fingerprint": own}
         write_atomically(folder / "started.json", json.dumps(started_with))
     stage = run.recipe.stages[name]
-    teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
+    taught = teaching(run, name, is_first_process()) if stage.distill else None
     # a stage with a model of its own takes over nothing from the stage before
     before = run.record(parent) if parent and stage.model is None else None
     architecture = before.architecture if before else Architecture(stage.model) if stage.model else None
@@ -205,7 +206,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         run.recipe,
         name,
         run.start_model(name),
-        teacher,
+        taught,
         run.build_data,
         folder,
         run.tracking.loggers(name),

@@ -32,6 +32,7 @@ from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
 from qatkit.tasks import evaluate
+from qatkit.teachers import Teaching
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def train(
     recipe: Recipe,
     name: str,
     model: nn.Module,
-    teacher: nn.Module | None,
+    taught: Teaching | None,
     data: Callable[[int], LightningDataModule],
     folder: Path,
     loggers: Sequence[Logger],
@@ -66,7 +67,7 @@ def train(
         recipe: The whole recipe.
         name: The stage to train.
         model: The model at the stage's start, plain layers, on the CPU.
-        teacher: The model that teaches, where the stage distils.
+        taught: What the stage learns from, where it distils.
         data: Makes the data module for a batch size.
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
@@ -81,8 +82,8 @@ def train(
     # pruning comes first: ranges are then calibrated on the pruned weights
     callbacks: list[Callback] = [callback for callback in (pruning, quantize, lora, monitor) if callback is not None]
     if stage.distill is not None:
-        assert teacher is not None
-        callbacks.append(blocks.distill.callback(stage.distill, teacher))
+        assert taught is not None
+        callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, taught.vocab_size))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"

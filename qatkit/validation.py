@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from torch import nn
+
 from qatkit import blocks
 from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
@@ -50,9 +52,14 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
     model = meta_model(recipe.model, allow)
     layers = {}
+    shapes: dict[str | None, nn.Module] = {None: model}
     for name, stage in recipe.stages.items():
         if stage.model is not None:
             model = meta_model(stage.model, allow, f"stages.{name}.model")
+        shapes[name] = model
+        if stage.distill is not None:
+            with _at(f"stages.{name}.distill"):
+                blocks.distill.check(stage.distill, recipe.trainer, model, shapes[recipe.teacher_of(name)])
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)

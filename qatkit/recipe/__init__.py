@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
-from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.distill import CacheConfig, DistillConfig, HiddenConfig
 from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
@@ -19,9 +19,11 @@ from qatkit.recipe.stage import StageConfig
 
 __all__ = [
     "MISSING",
+    "CacheConfig",
     "DistillConfig",
     "ExportConfig",
     "FactoryConfig",
+    "HiddenConfig",
     "LayerConfig",
     "LoraConfig",
     "PruneConfig",
