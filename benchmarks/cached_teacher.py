@@ -12,9 +12,11 @@ CPU time, which other processes disturb less than the time on the wall; medians 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -87,6 +89,8 @@ def fit(net: nn.Module, rows: Any, size: Size, steps: int, seed: int, *callbacks
 
 def main(size: Size) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     files = ["*"] if size is FULL else ["email/*"]
     data = stdlib_text(size.context, size.vocabulary, files, *((0.02, 0.02) if size is FULL else (0.2, 0.2)), seed=0)
     data.prepare_data()
