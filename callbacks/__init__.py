@@ -4,6 +4,7 @@ from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
 from qatkit.callbacks.generation import Generation
 from qatkit.callbacks.loading import load_quantized
+from qatkit.callbacks.lora import LoRA
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
@@ -17,6 +18,7 @@ __all__ = [
     "Generation",
     "HiddenMatch",
     "KnowledgeDistillation",
+    "LoRA",
     "MagnitudePruning",
     "MovementPruning",
     "QuantizationAwareTraining",

@@ -26,6 +26,7 @@ from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
 from qatkit.recipe import Recipe
+from qatkit.teachers import teaching
 from qatkit.tracking import Tracking, check_logger
 from qatkit.training import finished_model, save_result, train
 
@@ -95,14 +96,15 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last one before compression, and every one from there on."""
+        """The stages that a comparison shows: the last before compression or adapters, and all from there on."""
         names = list(self.recipe.stages)
         return names[max(len(self.uncompressed) - 1, 0) :]
 
     @property
     def uncompressed(self) -> list[str]:
-        """The stages before the first compressing one; those after it train what it made, if nothing more."""
-        return list(takewhile(lambda name: not self.recipe.stages[name].compresses, self.recipe.stages))
+        """The stages before the first that compresses or adapts; those after it train what it made, if nothing more."""
+        stages = self.recipe.stages
+        return list(takewhile(lambda name: not stages[name].compresses and stages[name].lora is None, stages))
 
 
 def run_stages(run: Run, until: str | None = None, force: bool = False, progress: bool = False) -> list[str]:
@@ -194,7 +196,7 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         started_with = read_started(folder) | {"inputs": inputs, "fingerprint": own}
         write_atomically(folder / "started.json", json.dumps(started_with))
     stage = run.recipe.stages[name]
-    teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
+    taught = teaching(run, name, is_first_process()) if stage.distill else None
     parent = run.recipe.parent_of(name)
     before = run.record(parent) if parent else None
     architecture = before.architecture if before else Architecture(stage.model) if stage.model else None
@@ -208,7 +210,7 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         run.recipe,
         name,
         model,
-        teacher,
+        taught,
         run.build_data,
         folder,
         run.tracking.loggers(name),
@@ -217,7 +219,7 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
     )
     if result.trainer.is_global_zero:
         fresh = run.start_model(name) if stage.shrink is None else run.build_model(architecture)
-        model = finished_model(fresh, result)
+        model = finished_model(fresh, result, folder)
         record = StageRecord(
             name=name,
             fingerprint=own,

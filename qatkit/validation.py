@@ -63,10 +63,13 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         models[name] = model
         if stage.distill is not None:
             with _at(f"stages.{name}.distill"):
-                blocks.distill.check(stage.distill, model, models[recipe.teacher_of(name)])
+                blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
+        if stage.lora is not None:
+            with _at(f"stages.{name}.lora"):
+                blocks.lora.check(stage.lora, stage, recipe.trainer, model)
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)

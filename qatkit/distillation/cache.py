@@ -65,18 +65,21 @@ def cache_teacher(
         found = {"fingerprint": dict(fingerprint), "settings": settings}
         write_whole(manifest, json.dumps(found, indent=1).encode())
     remaining = iter(batches)
-    samples = shard = 0
+    samples = tokens = shard = 0
     while part := list(islice(remaining, shard_batches)):
         path = folder / f"{shard:06d}.arrow"
         if path.exists():
             _refuse_order(folder, path, part)
         else:
             write_whole(path, _answers(teacher, part, k, temperature, shard * shard_batches))
-        samples += open_table([path]).num_rows
+        table = open_table([path])
+        samples += table.num_rows
+        tokens += sum(len(kept) // 2 for kept in table["log_tail"].to_pylist())  # two bytes each
         shard += 1
     if shard == 0:
         raise QatkitError("teacher cache: the data gave no batch; check the training data")
-    write_whole(manifest, json.dumps(found | {"samples": samples, "shards": shard}, indent=1).encode())
+    done = found | {"samples": samples, "tokens": tokens, "shards": shard}
+    write_whole(manifest, json.dumps(done, indent=1).encode())
     return samples
 
 
@@ -105,6 +108,8 @@ class CachedTeacher:
         self.folder = folder
         self.k: int = found["settings"]["k"]
         self.temperature: float = found["settings"]["temperature"]
+        self.tokens: int = found["tokens"]
+        """Of all samples together."""
         self._command = command
         self._table = open_table([folder / f"{shard:06d}.arrow" for shard in range(found["shards"])])
         self.classes = int(self._table.schema.metadata[b"classes"])
@@ -177,6 +182,12 @@ class CachedTeacher:
         )
         mask = held if mask is None else held & mask.bool()
         return sparse_kd_loss(student, indices, log_p, log_tail, self.temperature, mask, labels)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `cache_teacher` came to its end in a folder."""
+    manifest = folder / MANIFEST
+    return manifest.exists() and "samples" in json.loads(manifest.read_text())
 
 
 def model_hash(model: nn.Module) -> str:

@@ -137,7 +137,8 @@ def generated_batch(
     settings = generator.generation_config
     modes = [(module, module.training) for module in model.modules()]
     filler = eos[0] if eos else 0
-    devices = [prompts.device] if prompts.device.type == "cuda" else []
+    there = next(model.parameters()).device  # a teacher may have a device of its own
+    devices = [there] if there.type == "cuda" else []
     try:
         model.eval()
         # not those of the model: a chat model's top_k or repetition penalty would draw from another distribution
@@ -148,8 +149,8 @@ def generated_batch(
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             texts: Tensor = generator.generate(
-                input_ids=prompts, attention_mask=attention_mask, synced_gpus=_is_sharded(model)
-            )
+                input_ids=prompts.to(there), attention_mask=attention_mask.to(there), synced_gpus=_is_sharded(model)
+            ).to(prompts.device)
     finally:
         generator.generation_config = settings
         for module, mode in modes:

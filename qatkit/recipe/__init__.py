@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
-from qatkit.recipe.distill import DistillConfig, GenerationConfig
+from qatkit.recipe.distill import CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
+from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
@@ -19,11 +20,14 @@ from qatkit.recipe.stage import StageConfig
 
 __all__ = [
     "MISSING",
+    "CacheConfig",
     "DistillConfig",
     "ExportConfig",
     "FactoryConfig",
     "GenerationConfig",
+    "HiddenConfig",
     "LayerConfig",
+    "LoraConfig",
     "PruneConfig",
     "QuantizeConfig",
     "RampConfig",
@@ -117,6 +121,8 @@ class Recipe:
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
                     "write awq or mse, or hold_sparsity: false"
                 )
+            if stage.lora is not None:
+                stage.lora.check(f"stages.{name}", zeros[name], self.trainer.strategy == "fsdp2")
 
     def parent_of(self, name: str) -> str | None:
         """The stage whose model stage `name` goes on with; None where it begins with the recipe's or its own."""

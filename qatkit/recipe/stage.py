@@ -7,6 +7,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
@@ -38,6 +39,7 @@ class StageConfig:
     hold_sparsity: bool = True
     """Keep the zeros that an earlier stage made."""
     quantize: QuantizeConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -56,6 +58,15 @@ class StageConfig:
 
         if self.model is not None and self.shrink is not None:
             raise ValueError("shrink: a stage with a model of its own has nothing to cut yet; write the size in model")
+        if self.lora is not None and self.prune is not None:
+            raise ValueError(
+                "prune: lora freezes the weights of its stage; prune in a stage before, whose zeros it holds"
+            )
+        if self.lora is not None and self.lora.bits is not None and self.quantize is not None:
+            raise ValueError(
+                f"lora.bits: weights that are frozen in {self.lora.bits} bits cannot be quantized in the same stage; "
+                "write bits: null, or quantize in a stage of its own after it"
+            )
 
     @property
     def compresses(self) -> bool:

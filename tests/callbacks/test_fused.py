@@ -21,6 +21,8 @@ from tests.callbacks.modules import Classifier, trainer
 from tests.texts import loader as texts_loader
 from tests.texts import texts
 
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
 
 def llama(seed: int, vocabulary: int = 300, **config: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
@@ -88,8 +90,8 @@ def test_without_logits_the_same_is_trained_and_logged(loss: Any, alpha: float) 
 
 def test_another_family_with_tied_embeddings_is_distilled_alike() -> None:
     torch.manual_seed(0)
-    student = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0))
-    assert assert_equal_training(student, llama(2)).logits == [None] * 3
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, **dict.fromkeys(DROPOUTS, 0.0))
+    assert assert_equal_training(GPT2LMHeadModel(config), llama(2)).logits == [None] * 3
 
 
 def test_hidden_states_are_compared_beside_it_and_the_monitor_counts_the_same_agreement() -> None:
