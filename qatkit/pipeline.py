@@ -9,14 +9,17 @@ import shutil
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import distributed, nn
 
-from qatkit.architecture import Architecture, build_architecture
+from qatkit import blocks, tasks
+from qatkit.architecture import Architecture, architecture_of, build_architecture
+from qatkit.callbacks.batches import first_batches
 from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
 from qatkit.errors import QatkitError
 from qatkit.factories import build
@@ -98,11 +101,14 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last one before compression, and every compressing one."""
+        """The stages that a comparison shows: the last one before compression, and every one from there on."""
         names = list(self.recipe.stages)
-        compressing = [name for name in names if self.recipe.stages[name].compresses]
-        before = names[: names.index(compressing[0])] if compressing else names
-        return before[-1:] + compressing
+        return names[max(len(self.uncompressed) - 1, 0) :]
+
+    @property
+    def uncompressed(self) -> list[str]:
+        """The stages before the first compressing one; those after it train what it made, if nothing more."""
+        return list(takewhile(lambda name: not self.recipe.stages[name].compresses, self.recipe.stages))
 
 
 def run_stages(run: Run, until: str | None = None, force: bool = False, progress: bool = False) -> list[str]:
@@ -200,10 +206,15 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     before = run.record(parent) if parent and stage.model is None else None
     architecture = before.architecture if before else Architecture(stage.model) if stage.model else None
     held = before.zeros if before and stage.hold_sparsity else {}
+    model = run.start_model(name)
+    if stage.shrink is not None:
+        batches = _training_batches(run.build_data(stage.batch_size), stage.shrink.calibration_batches)
+        model = blocks.shrink.apply(stage.shrink, model, batches, tasks.call, tasks.mean_loss)
+        architecture = architecture_of(model, architecture or Architecture(run.recipe.model), run.allow)
     result = train(
         run.recipe,
         name,
-        run.start_model(name),
+        model,
         teacher,
         run.build_data,
         folder,
@@ -212,7 +223,8 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         progress,
     )
     if result.trainer.is_global_zero:
-        model = finished_model(run.start_model(name), result)
+        fresh = run.start_model(name) if stage.shrink is None else run.build_model(architecture)
+        model = finished_model(fresh, result)
         record = StageRecord(
             name=name,
             fingerprint=own,
@@ -228,3 +240,13 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     result.trainer.strategy.barrier(f"stage {name}")
     del result
     gc.collect()
+
+
+def _training_batches(data: LightningDataModule, count: int) -> list[Any]:
+    """The first batches of the training data, the same on every process."""
+    data.prepare_data()
+    data.setup("fit")
+    batches = [list(first_batches(data.train_dataloader(), count))]
+    if distributed.is_available() and distributed.is_initialized():  # by the stage before; each process has its slice
+        distributed.broadcast_object_list(batches)
+    return batches[0]

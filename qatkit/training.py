@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from qatkit import blocks
+from qatkit.analysis.cost import macs, parameters
 from qatkit.blocks.names import outside
 from qatkit.callbacks import CompressionMonitor
 from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
@@ -30,7 +31,7 @@ from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import QuantizeConfig, Recipe, TrainerConfig
-from qatkit.tasks import evaluate
+from qatkit.tasks import call, evaluate, one_sample
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,11 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader()).items()}
     data.setup("test")
     metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader()).items()}
+    sample = one_sample(next(iter(data.test_dataloader())))
+    cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
     layers = [asdict(row) for row in layer_table(model)]
     zeros = count_zeros(model, record.zeros)
-    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, layers=layers))
+    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
     (folder / "last.ckpt").unlink(missing_ok=True)
     (folder / "started.json").unlink(missing_ok=True)
 

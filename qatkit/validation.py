@@ -53,6 +53,9 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     for name, stage in recipe.stages.items():
         if stage.model is not None:
             model = meta_model(stage.model, allow, f"stages.{name}.model")
+        if stage.shrink is not None:
+            with _at(f"stages.{name}.shrink"):
+                model = blocks.shrink.check(stage.shrink, model)
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)

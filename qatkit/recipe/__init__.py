@@ -14,6 +14,7 @@ from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
+from qatkit.recipe.shrink import ShrinkConfig
 from qatkit.recipe.stage import StageConfig
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizeConfig",
     "RampConfig",
     "Recipe",
+    "ShrinkConfig",
     "StageConfig",
     "TrainerConfig",
 ]
@@ -53,7 +55,7 @@ class TrainerConfig:
 class ExportConfig:
     """The file format that the results are written in."""
 
-    format: Literal["onnx", "dense"] = MISSING
+    format: Literal["onnx", "dense", "sparse"] = MISSING
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,21 @@ class Recipe:
         first = next(iter(self.stages))
         if self.stages[first].model is not None:
             raise ValueError(f"stages.{first}.model: no stage comes before it; write it as the recipe's model")
-        zeros = False
+        zeros, quantized = False, ""
         for name, stage in self.stages.items():
-            zeros = stage.model is None and zeros
+            if stage.model is not None:
+                zeros, quantized = False, ""
+            if stage.shrink is not None and zeros and stage.hold_sparsity:
+                raise ValueError(
+                    f"stages.{name}.shrink: an earlier stage made zeros, and what is cut out would change their share; "
+                    "shrink before prune, or write hold_sparsity: false"
+                )
+            if stage.shrink is not None and quantized:
+                raise ValueError(
+                    f"stages.{name}.shrink: stage '{quantized}' has fitted the weights to a grid of the larger model; "
+                    "shrink before quantize"
+                )
+            quantized = name if stage.quantize is not None else quantized
             zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
             if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(

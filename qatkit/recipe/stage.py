@@ -9,6 +9,7 @@ from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
+from qatkit.recipe.shrink import ShrinkConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StageConfig:
     """Batches per optimizer step."""
     model: FactoryConfig | None = None
     """Begin with this model instead of the one that the stage before left, such as a small student."""
+    shrink: ShrinkConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
@@ -48,7 +50,10 @@ class StageConfig:
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
 
+        if self.model is not None and self.shrink is not None:
+            raise ValueError("shrink: a stage with a model of its own has nothing to cut yet; write the size in model")
+
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return any(block is not None for block in (self.quantize, self.prune, self.model))
+        return any(block is not None for block in (self.quantize, self.prune, self.shrink, self.model))
