@@ -2,6 +2,7 @@
 
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
+from qatkit.callbacks.generation import Generation
 from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.lora import LoRA
 from qatkit.callbacks.monitor import CompressionMonitor
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionMatch",
     "CompressionMonitor",
     "ConstantPruning",
+    "Generation",
     "HiddenMatch",
     "KnowledgeDistillation",
     "LoRA",

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from qatkit.callbacks.divergence import Divergence, NanWatch
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
 from qatkit.callbacks.fused import Fused, fused
+from qatkit.callbacks.generation import Generation, Writers, refuse_plans
 from qatkit.callbacks.lessons import Call, Lesson, cached_lesson, live_lesson
 from qatkit.callbacks.positions import find, is_causal
 from torch import Tensor, nn
@@ -52,6 +53,10 @@ class KnowledgeDistillation(Callback):
         attention: Attention to compare as well.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
         vocab_size: Tokens of the tokenizer that both use, where their logits are padded to different widths.
+        on_policy: Lets the student continue the texts of some batches, which are then trained with the distillation
+            term alone (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
+        sequence_level: Lets the teacher continue them, to be trained on as if they were data (Kim and Rush 2016,
+            https://arxiv.org/abs/1606.07947); alpha 0 uses nothing else of the teacher.
         fused: Leave out the logits of a causal language model of transformers that `training_step` calls by keywords,
             with labels, for its ``loss``: this is then computed with the distillation term, a few rows at a time, and
             ``logits`` is None. Where that is not possible (a quantized output layer, "mse") logits are made as ever.
@@ -80,6 +85,8 @@ class KnowledgeDistillation(Callback):
         attention: AttentionMatch | None = None,
         ramp: float = 0.0,
         vocab_size: int | None = None,
+        on_policy: Generation | None = None,
+        sequence_level: Generation | None = None,
         fused: bool = False,
     ) -> None:
         for name, value in (("alpha", alpha), ("ramp", ramp)):
@@ -94,6 +101,7 @@ class KnowledgeDistillation(Callback):
         self.cache = teacher if isinstance(teacher, CachedTeacher) else None
         if self.cache is not None:
             self.divergence.check_cache(self.cache)
+            refuse_plans(on_policy, sequence_level)
         model = teacher if isinstance(teacher, nn.Module) else nn.Identity()
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(model)
         self.alpha = alpha
@@ -106,6 +114,7 @@ class KnowledgeDistillation(Callback):
         """Called in every training step, with what tells where student and teacher name the same class."""
         self._calls: list[Call] = []
         self._batch: Any = None
+        self.writers = Writers(on_policy, sequence_level)
         self._undo: list[Any] = []
         self._causal = False
         self._nan = NanWatch()
@@ -145,8 +154,10 @@ class KnowledgeDistillation(Callback):
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
-            self._batch = args[0] if args else kwargs.get("batch")
             try:
+                args = self.writers.rewritten(args, trainer, _progress, student, self.teacher.model)
+                self.features.take(1)  # what the teacher computed while it wrote
+                self._batch = args[0] if args else kwargs.get("batch")
                 return self._distilled(trainer, pl_module, step(*args, **kwargs))
             finally:
                 self._calls.clear()
@@ -249,9 +260,13 @@ class KnowledgeDistillation(Callback):
         labels, present = (find(name, args, kwargs, self._batch) for name in ("labels", "attention_mask"))
         lesson = None
         if isinstance(self._fused, Fused) and self._fused.labels is not None:
-            lesson = self._fused.finish(output, args, kwargs, present, self.alpha * self._rise(trainer))
+            lesson = self._fused.finish(output, args, kwargs, present, self._weight(trainer))
         self._calls.append(Call(args, kwargs, output, states, labels, present, lesson))
         return None if lesson is None else output
+
+    def _weight(self, trainer: Trainer) -> float:
+        """Of the distillation term now: all where the student wrote the texts, as nobody wants it to copy itself."""
+        return 1.0 if self.writers.now == "student" else self.alpha * self._rise(trainer)
 
     def _rise(self, trainer: Trainer) -> float:
         return min(1.0, _progress(trainer) / self.ramp) if self.ramp else 1.0
@@ -289,7 +304,7 @@ class KnowledgeDistillation(Callback):
             features = self.features.loss(call.states, self.features.take(1) | dict(lesson.states), call.present)
             if features is not None:
                 extra.append(features)
-        distillation, alpha = torch.stack(terms).mean(), self.alpha * self._rise(trainer)
+        distillation, alpha = torch.stack(terms).mean(), self._weight(trainer)
         if isinstance(self._fused, Fused) and any(call.lesson for call in self._calls):
             trained = self._fused.total(self._calls, loss, alpha)
         else:

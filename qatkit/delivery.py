@@ -172,7 +172,8 @@ def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
     """Weights on their grids by layer, before the stage's first step (None where it has no step) and after its last."""
     config = run.recipe.stages[stage]
     after = weight_histograms(run.load_model(stage))
-    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps else {}
+    same = config.shrink is None  # a shrunk model begins with other weights than the stage before left
+    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps and same else {}
     return {name: {"before": before.get(name), "after": histogram} for name, histogram in after.items()}
 
 

@@ -229,7 +229,7 @@ def _shapes(run: Run, stage: str) -> tuple[nn.Module, nn.Module]:
 
     own = run.recipe.stages[stage].model
     with torch.device("meta"):
-        student = run.build_model(Architecture(own)) if own is not None else built(run.parent_of(stage))
+        student = run.build_model(Architecture(own)) if own is not None else built(run.recipe.parent_of(stage))
         return student, built(run.recipe.teacher_of(stage))
 
 

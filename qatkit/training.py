@@ -83,7 +83,7 @@ def train(
     callbacks: list[Callback] = [callback for callback in (pruning, quantize, lora, monitor) if callback is not None]
     if stage.distill is not None:
         assert taught is not None
-        callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, taught.vocab_size))
+        callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, taught.vocab_size, recipe.seed))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"

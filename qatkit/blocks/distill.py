@@ -9,14 +9,15 @@ from torch import nn
 
 from qatkit.blocks.names import STUDENT
 from qatkit.distillation.cache import CachedTeacher
+from qatkit.distillation.generation import check_length
 from qatkit.distillation.teacher import Teacher
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import base_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
-from qatkit.recipe import DistillConfig, TrainerConfig
+from qatkit.recipe import DistillConfig, GenerationConfig, TrainerConfig
 
 if TYPE_CHECKING:
-    from qatkit.callbacks import HiddenMatch, KnowledgeDistillation
+    from qatkit.callbacks import Generation, HiddenMatch, KnowledgeDistillation
 
 
 class LowBitTeacher(Teacher):
@@ -44,8 +45,14 @@ class LowBitTeacher(Teacher):
         return self
 
 
-def check(config: DistillConfig, trainer: TrainerConfig, model: nn.Module, teacher: nn.Module) -> None:
+def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, teacher: nn.Module) -> None:
     """Check what can be known of the two models before a weight is read."""
+    for key, plan, model in (
+        ("on_policy", config.on_policy, student),
+        ("sequence_level", config.sequence_level, teacher),
+    ):
+        if plan is not None:
+            check_length(model, key, (plan.prompt or 1) + plan.new_tokens)
     if config.teacher_bits is not None:
         if not base_layers(teacher):
             raise QatkitError(
@@ -59,7 +66,7 @@ def check(config: DistillConfig, trainer: TrainerConfig, model: nn.Module, teach
             raise QatkitError(f"teacher_{said}; leave teacher_bits out, or write a device that it supports") from error
     if config.hidden is not None:
         for role, layers, found in (
-            ("student", config.hidden.layers.keys(), model),
+            ("student", config.hidden.layers.keys(), student),
             ("teacher", config.hidden.layers.values(), teacher),
         ):
             names = dict(found.named_modules())
@@ -85,7 +92,7 @@ def teacher(config: DistillConfig, model: nn.Module) -> Teacher:
 
 
 def callback(
-    config: DistillConfig, teacher: Teacher | CachedTeacher, vocab_size: int | None = None
+    config: DistillConfig, teacher: Teacher | CachedTeacher, vocab_size: int | None, seed: int
 ) -> KnowledgeDistillation:
     """What adds the teacher to the loss."""
     from qatkit.callbacks import KnowledgeDistillation
@@ -101,6 +108,8 @@ def callback(
         ramp=config.ramp,
         vocab_size=vocab_size,
         fused=True,
+        on_policy=_generation(config.on_policy, seed),
+        sequence_level=_generation(config.sequence_level, seed),
     )
 
 
@@ -111,3 +120,11 @@ def _hidden(config: DistillConfig) -> HiddenMatch | None:
         return None
     widths = None if config.hidden.widths is None else (config.hidden.widths[0], config.hidden.widths[1])
     return HiddenMatch(config.hidden.layers, config.hidden.weight, config.hidden.loss, widths)
+
+
+def _generation(config: GenerationConfig | None, seed: int) -> Generation | None:
+    from qatkit.callbacks import Generation
+
+    if config is None:
+        return None
+    return Generation(config.share, config.prompt, config.new_tokens, config.temperature, seed=seed)

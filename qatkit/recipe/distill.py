@@ -44,6 +44,36 @@ class HiddenConfig:
 
 
 @dataclass(frozen=True)
+class GenerationConfig:
+    """Train some batches on texts that a model writes: beginnings of the data's texts, continued while training."""
+
+    fraction: float = 1.0
+    """Share of the batches, 0 to 1."""
+    ramp: float = 0.0
+    """Share of the stage over which `fraction` rises from 0, 0 to 1."""
+    prompt: int | None = None
+    """Tokens that are kept of a text; by default those before the first that has a label."""
+    new_tokens: int = 32
+    """Tokens that are written at most; a text ends earlier with an end-of-text token."""
+    temperature: float = 1.0
+    """Divides the logits before a token is drawn; 0 takes the most probable one."""
+
+    def __post_init__(self) -> None:
+        for name in ("fraction", "ramp"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: {value} is out of range; write a number from 0 to 1")
+        for name in ("prompt", "new_tokens"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}: {number} is out of range; write a whole number of at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature} is out of range; write 0 or a number above 0")
+
+    def share(self, progress: float) -> float:
+        """Share of the batches at a point of the stage, 0 to 1."""
+        return self.fraction * (min(1.0, progress / self.ramp) if self.ramp else 1.0)
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """Learn from a teacher's outputs: ``alpha * T**2 * KL(teacher || student) + (1 - alpha) * loss``."""
 
@@ -69,6 +99,10 @@ class DistillConfig:
     """Learn from what the teacher said before training; needs ``loss: kl``."""
     hidden: HiddenConfig | None = None
     """Compare hidden states as well."""
+    on_policy: GenerationConfig | None = None
+    """Language models: the student writes, and learns from the teacher alone how to go on."""
+    sequence_level: GenerationConfig | None = None
+    """Language models: the teacher writes, and its texts are trained on as data are."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -85,4 +119,17 @@ class DistillConfig:
             raise ValueError(
                 f"loss: '{self.loss}' needs all of the teacher's outputs, and a cache holds its best classes; write "
                 "kl, or leave cache out"
+            )
+        if self.on_policy is not None and self.sequence_level is not None:
+            fractions = self.on_policy.fraction, self.sequence_level.fraction
+            if sum(fractions) > 1:
+                raise ValueError(
+                    f"on_policy.fraction: {fractions[0]} and sequence_level.fraction: {fractions[1]} are more than all "
+                    "batches; write two numbers whose sum is at most 1"
+                )
+        written = self.on_policy or self.sequence_level
+        if self.cache is not None and written is not None:
+            raise ValueError(
+                "cache: a teacher that ran before training cannot answer texts that are written while training; leave "
+                "cache out, or on_policy and sequence_level"
             )

@@ -10,6 +10,7 @@ from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
+from qatkit.recipe.shrink import ShrinkConfig
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class StageConfig:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    start: str | None = None
+    """The earlier stage whose model this one goes on with; by default the one before."""
     model: FactoryConfig | None = None
     """Begin with this model instead of the one that the stage before left, such as a small student."""
+    shrink: ShrinkConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
@@ -47,6 +51,8 @@ class StageConfig:
             raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
+        if self.start is not None and self.model is not None:
+            raise ValueError(f"start: '{self.start}' and a model are given; write the one that the stage begins with")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
 
@@ -57,8 +63,10 @@ class StageConfig:
                 f"lora.bits: weights that are frozen in {self.lora.bits} bits cannot be quantized in the same stage; "
                 "write bits: null, or quantize in a stage of its own after it"
             )
+        if self.model is not None and self.shrink is not None:
+            raise ValueError("shrink: a stage with a model of its own has nothing to cut yet; write the size in model")
 
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return any(block is not None for block in (self.quantize, self.prune, self.model))
+        return any(block is not None for block in (self.quantize, self.prune, self.shrink, self.model))
