@@ -116,7 +116,9 @@ class LoRA(Callback):
         check_backend(trainer.strategy.root_device)
         names, dtype = base_layers(pl_module), COMPUTE.get(str(trainer.precision))
         if not names:
-            raise QatkitError(f"bits: the module has no plain linear layer to hold in {self.bits} bits; write bits=None")
+            raise QatkitError(
+                f"bits: the module has no plain linear layer to hold in {self.bits} bits; write bits=None"
+            )
         quantize_base(pl_module, names, self.bits, self.quant_type, self.double_quant, dtype)
 
     def _check_callbacks(self, trainer: Trainer) -> None:

@@ -49,7 +49,9 @@ class StageConfig:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
 
         if self.lora is not None and self.prune is not None:
-            raise ValueError("prune: lora freezes the weights of its stage; prune in a stage before, whose zeros it holds")
+            raise ValueError(
+                "prune: lora freezes the weights of its stage; prune in a stage before, whose zeros it holds"
+            )
         if self.lora is not None and self.lora.bits is not None and self.quantize is not None:
             raise ValueError(
                 f"lora.bits: weights that are frozen in {self.lora.bits} bits cannot be quantized in the same stage; "
