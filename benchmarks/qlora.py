@@ -5,8 +5,8 @@ Takes about four minutes on CPU; --quick proves the mechanics in half a minute a
 
 One Llama with random weights, first trained whole for some steps, then by every method for the same steps on the same
 batches of Python's standard library, on one thread with AdamW in float32. Methods take turns, step by step, so that
-what else the machine does hits all of them alike; time is CPU time, the median. Memory is the most bytes of tensors that
-were alive in a step, and with it what stays between steps: weights, optimizer state.
+what else the machine does hits all of them alike; time is CPU time, the median. Memory is what stays between steps
+(weights, optimizer state) and the most bytes of tensors that were alive in a step besides.
 """
 
 from __future__ import annotations
