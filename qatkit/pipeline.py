@@ -213,11 +213,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         progress,
     )
     if result.trainer.is_global_zero:
-<<<<<<< HEAD
-        model = finished_model(run.load_model(parent, quantizers=False), result, folder)
-=======
-        model = finished_model(run.start_model(name), result)
->>>>>>> main
+        model = finished_model(run.start_model(name), result, folder)
         record = StageRecord(
             name=name,
             fingerprint=own,

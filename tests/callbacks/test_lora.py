@@ -40,7 +40,8 @@ def test_adapters_learn_and_the_frozen_weights_stay(options: dict[str, Any]) -> 
     if "bits" not in options:
         assert all(torch.equal(value, start[name.split(".")[1] + ".weight"]) for name, value in frozen.items())
     assert merge(module) == callback.layers
-    torch.testing.assert_close(module(X), trained, rtol=1e-4, atol=1e-5)
+    # LLM.int8 rounds inputs as well where nothing needs a gradient
+    torch.testing.assert_close(module(X), trained, rtol=1e-4, atol=2e-2 if options.get("bits") == 8 else 1e-5)
     assert (trained - Classifier()(X)).abs().max() > 0.1
     assert sorted(module.net.state_dict()) == sorted(start)
 
@@ -84,7 +85,7 @@ def test_a_fit_that_is_stopped_and_resumed_ends_with_the_same_bits(
         qat = [QuantizationAwareTraining(QuantSpec(4, observer="lsq"))] if quantized else []
         saved = ModelCheckpoint(tmp_path, "last", save_top_k=1, every_n_train_steps=4, enable_version_counter=False)
         options_ = {"max_steps": steps, "enable_checkpointing": True}
-        trainer(*qat, lora(**options), saved, **options_).fit(module, batches(), ckpt_path=resume)
+        trainer(*qat, lora(**options), saved, **options_).fit(module, batches(4), ckpt_path=resume)
         return module.eval()
 
     whole = fit(8)
