@@ -77,7 +77,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
 
 
 def base_layers(model: nn.Module) -> list[str]:
-    """The layers whose frozen weights few bits may hold: plain linear ones, but no output layer and no shared weight."""
+    """The layers that few bits may hold: plain linear ones, but no output layer and no shared weight."""
     heads = _heads(model)
     owners = Counter(
         id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None

@@ -26,7 +26,7 @@ def check_backend(device: torch.device) -> None:
         from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(torch.ones(1, 64, device=device), quant_type="nf4")
-        functional.dequantize_4bit(packed, state)
+        functional.dequantize_4bit(packed, state).sum().item()
     except Exception as error:  # a missing library, kernel or device each raise something else
         said = " ".join(str(error).split())[:200]
         raise QatkitError(

@@ -1,8 +1,8 @@
 """Linear layers that compute with ``W + scaling * B A`` as one weight.
 
 peft adds ``B A x`` to the output of a layer. Where the weight is rounded that is another model than the merged one:
-``round(W) + B A`` is on no grid; and where it is sparse, ``B A`` fills the zeros. Here the update is added to the weight
-before either, in the arithmetic that the merge uses, so merging changes nothing. W is frozen and shared, never copied.
+``round(W) + B A`` is on no grid; and where it is sparse, ``B A`` fills the zeros. Here the update is added to the
+weight before either, in the arithmetic that the merge uses, so merging changes nothing.
 """
 
 from __future__ import annotations
