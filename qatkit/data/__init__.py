@@ -1,8 +1,10 @@
 """Data factories: functions that return a `LightningDataModule` of batches."""
 
+from qatkit.data.causal import causal_text
 from qatkit.data.datamodule import SplitDataModule
 from qatkit.data.digits import digits
+from qatkit.data.source import Source
 from qatkit.data.stdlib import stdlib_text, text_windows
 from qatkit.data.text import TextDataModule
 
-__all__ = ["SplitDataModule", "TextDataModule", "digits", "stdlib_text", "text_windows"]
+__all__ = ["Source", "SplitDataModule", "TextDataModule", "causal_text", "digits", "stdlib_text", "text_windows"]
