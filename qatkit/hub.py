@@ -37,7 +37,7 @@ def locate(
     return name, _is_only_cached(name, argument, marker, kind)
 
 
-def explain(error: BaseException, argument: str, name: str) -> str:
+def explain(error: BaseException, argument: str, name: str, described: str = "") -> str:
     """Why something of the hub cannot be loaded, in one line; the advice where a licence must be accepted first."""
     from huggingface_hub.errors import GatedRepoError
 
@@ -50,7 +50,8 @@ def explain(error: BaseException, argument: str, name: str) -> str:
             )
         seen = seen.__cause__ or seen.__context__
     said = " ".join(str(error).split())
-    return f"{argument}: '{name}' cannot be loaded ({said[:200]})"
+    wanted = f" as a {described}" if described else ""
+    return f"{argument}: '{name}' cannot be loaded{wanted} ({said[:200]})"
 
 
 def _is_only_cached(name: str, argument: str, marker: str, kind: Literal["model", "dataset"]) -> bool:

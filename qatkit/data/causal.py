@@ -8,10 +8,10 @@ from typing import Any
 
 from qatkit.data.columns import encode_texts, ids_of
 from qatkit.data.packing import PackedWindows
-from qatkit.data.source import BadRecord, Source
+from qatkit.data.source import Source
 from qatkit.data.streaming import StreamingDataModule
 from qatkit.data.tokenizers import load_tokenizer
-from qatkit.data.tokens import Encode, Row, TokenDataModule, prepare
+from qatkit.data.tokens import Encode, Encoded, Row, TokenDataModule, prepare
 from qatkit.errors import QatkitError
 
 
@@ -48,11 +48,11 @@ def causal_text(
         if end is None:
             raise QatkitError(f"tokenizer: '{tokenizer}' has no end of text to set documents apart; write another")
 
-        def rows(texts: list[str]) -> list[Row]:
+        def rows(texts: list[str]) -> list[list[Row]]:
             # with what the tokenizer puts at a text's start: models of some families answer nonsense without it
-            return [{"input_ids": ids if ids[-1] == end else [*ids, end]} for ids in ids_of(loaded, texts)]
+            return [[{"input_ids": ids if ids[-1:] == [end] else [*ids, end]}] for ids in ids_of(loaded, texts)]
 
-        def encode(records: Sequence[Mapping[str, Any]]) -> list[Row | BadRecord]:
+        def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
             return encode_texts(records, column, rows)
 
         return encode

@@ -6,22 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qatkit.data.source import BadRecord
-from qatkit.data.tokens import Row
+from qatkit.data.tokens import Encoded, Row
 
 
-def ids_of(tokenizer: Any, texts: list[str], special: bool = True) -> list[list[int]]:
-    """Token ids of texts; what is written like a special token in a text is one."""
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts; what is written in a text like a special token is one."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(
-        texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+    found: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+        "input_ids"
+    ]
     return found
 
 
 def encode_texts(
-    records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[Row | BadRecord]]
-) -> list[Row | BadRecord]:
+    records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[list[Row]]]
+) -> list[Encoded]:
     """Encode one column of records at once, with a `BadRecord` in the place of each that has no text there."""
     checked = [text_in(record, column) for record in records]
     rows = iter(encode([text for text in checked if isinstance(text, str)]))

@@ -125,14 +125,15 @@ class StreamLoader:
         items = list(islice(self._items, READ_AHEAD))
         records = [self.place(item, self.read + number) for number, item in enumerate(items, 1)]
         self.read += len(items)
-        for where, row in rows_of(records, self.encode):
-            if isinstance(row, BadRecord):
+        for where, rows in rows_of(records, self.encode):
+            if isinstance(rows, BadRecord):
                 if not self.skip_bad:
-                    raise refuse(where, row)
-                self._leave_out(where, row)
+                    raise refuse(where, rows)
+                self._leave_out(where, rows)
                 continue
-            self._tokens += row["input_ids"]
-            self._ends.append(len(self._tokens))
+            for row in rows:
+                self._tokens += row["input_ids"]
+                self._ends.append(len(self._tokens))
         return bool(items)
 
     def _leave_out(self, where: str, reason: BadRecord) -> None:

@@ -32,7 +32,9 @@ CHUNK = 500
 
 Row = dict[str, Any]
 """A record in numbers: lists with a number per token, and plain numbers for the record."""
-Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Row | BadRecord]]
+Encoded = list[Row] | BadRecord
+"""What becomes of a record."""
+Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
 
 
 class Rows:
@@ -108,7 +110,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
     return folder
 
 
-def rows_of(records: Iterable[Record], encode: Encode) -> Iterator[tuple[str, Row | BadRecord]]:
+def rows_of(records: Iterable[Record], encode: Encode) -> Iterator[tuple[str, Encoded]]:
     """Records encoded a chunk at a time, in order, each beside the place where it stands."""
     records = iter(records)
     while chunk := list(islice(records, CHUNK)):
@@ -122,6 +124,16 @@ def refuse(where: str, reason: BadRecord) -> QatkitError:
     return QatkitError(f"{where}: {reason}; mend the record, or write source.skip_bad: true to leave such records out")
 
 
+def refuse_stream(source: Source) -> None:
+    """Only plain text can be read as a stream.
+
+    Raises:
+        QatkitError: the source is to be streamed.
+    """
+    if source.streaming:
+        raise QatkitError("source.streaming: only qatkit.data:causal_text reads a stream; write streaming: false")
+
+
 def _write(folder: Path, parts: dict[str, Part], source: Source, tokenizer: Any, encode: Encode) -> None:
     meta: dict[str, Any] = {"records": {}, "bad": 0, "first_bad": None, "dtypes": {}, "per_record": []}
     for split in SPLITS[1:] if source.streaming else SPLITS:
@@ -129,26 +141,27 @@ def _write(folder: Path, parts: dict[str, Part], source: Source, tokenizer: Any,
         ends, total = [], 0
         with ExitStack() as opened:
             files: dict[str, IO[bytes]] = {}
-            for where, row in rows_of(cut(split, parts, source), encode):
-                if isinstance(row, BadRecord):
+            for where, rows in rows_of(cut(split, parts, source), encode):
+                if isinstance(rows, BadRecord):
                     if not source.skip_bad:
-                        raise refuse(where, row)
+                        raise refuse(where, rows)
                     meta["bad"] += 1
-                    meta["first_bad"] = meta["first_bad"] or f"{where}: {row}"
+                    meta["first_bad"] = meta["first_bad"] or f"{where}: {rows}"
                     continue
-                for name, values in row.items():
-                    if name not in files:
-                        files[name] = opened.enter_context((folder / split / f"{name}.bin").open("wb"))
-                        meta["dtypes"][name] = _dtype(name, len(tokenizer))
-                        if not isinstance(values, list) and name not in meta["per_record"]:
-                            meta["per_record"].append(name)
-                    np.asarray(values, meta["dtypes"][name]).tofile(files[name])
-                total += len(row["input_ids"])
-                ends.append(total)
+                for row in rows:
+                    for name, values in row.items():
+                        if name not in files:
+                            files[name] = opened.enter_context((folder / split / f"{name}.bin").open("wb"))
+                            meta["dtypes"][name] = _dtype(name, len(tokenizer))
+                            if not isinstance(values, list) and name not in meta["per_record"]:
+                                meta["per_record"].append(name)
+                        np.asarray(values, meta["dtypes"][name]).tofile(files[name])
+                    total += len(row["input_ids"])
+                    ends.append(total)
+                meta["records"][split] = meta["records"].get(split, 0) + 1
         if not ends:
             raise _empty(split, split in parts, meta, source)
         np.asarray(ends, np.int64).tofile(folder / split / "ends.bin")
-        meta["records"][split] = len(ends)
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -206,6 +219,8 @@ class TokenDataModule(SplitDataModule):
         super().__init__(train, val, test, batch_size, seed, epoch_batches, collate)
         self.context = context
         self.packed = packed
+        self.classes: list[str] | None = None
+        """Names of the classes, where texts belong to one each."""
 
     @property
     def folder(self) -> Path:
