@@ -21,6 +21,7 @@ from qatkit.errors import QatkitError
 from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
+from qatkit.matching import check_data
 from qatkit.recipe import Recipe
 from qatkit.tracking import Tracking, check_logger
 from qatkit.training import finished_model, save_result, train
@@ -188,6 +189,7 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     folds = run.record(parent).folds if parent else []
     held = run.record(parent).zeros if parent and stage.hold_sparsity else {}
     model = run.load_model(parent, quantizers=False)
+    check_data(model, run.build_data(stage.batch_size))
     result = train(
         run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), list(held), progress
     )

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": PLAIN,
     "distillation": PLAIN,
     "hub": PLAIN,
+    "matching": PLAIN,
     "models": PLAIN | {"hub"},
     "data": PLAIN | {"hub"},
     "callbacks": PLAIN | TECHNIQUES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,14 @@ def causal_text(
 
     module = TokenDataModule if not source.streaming else StreamingDataModule
     data = module(
-        folder, lambda rows, split: PackedWindows(rows, context), context, batch_size, seed, epoch_batches, packed=True
+        folder,
+        partial(load_tokenizer, tokenizer),
+        lambda rows, split: PackedWindows(rows, context),
+        context,
+        batch_size,
+        seed,
+        epoch_batches,
+        packed=True,
     )
     if isinstance(data, StreamingDataModule):
         data.read_from(source, encoder)

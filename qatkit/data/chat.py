@@ -67,7 +67,7 @@ def chat(
         return pad(samples, padding_id(load()), context)
 
     return TokenDataModule(
-        folder, lambda rows, split: Answers(rows), context, batch_size, seed, epoch_batches, collate=collate
+        folder, load, lambda rows, split: Answers(rows), context, batch_size, seed, epoch_batches, collate=collate
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,14 @@ def text_classification(
         return pad(samples, padding_id(load_tokenizer(tokenizer)), context)
 
     data = TokenDataModule(
-        folder, lambda rows, split: Records(rows), context, batch_size, seed, epoch_batches, collate=collate
+        folder,
+        partial(load_tokenizer, tokenizer),
+        lambda rows, split: Records(rows),
+        context,
+        batch_size,
+        seed,
+        epoch_batches,
+        collate=collate,
     )
     data.classes = list(classes)
     return data

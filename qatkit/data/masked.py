@@ -121,7 +121,7 @@ def masked_text(
         return {**pad(samples, padding_id(load()), context), "task": "masked"}
 
     return TokenDataModule(
-        folder,
+        folder, load,
         lambda rows, split: MaskedRecords(rows, collator, seed, moving=split == "train"),
         context, batch_size, seed, epoch_batches, collate=collate,
     )  # fmt: skip

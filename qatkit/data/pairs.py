@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,5 +89,12 @@ def text_pairs(
         return {**batch, "labels": torch.arange(len(samples)), "task": "pairs", "pooling": pooling}
 
     return TokenDataModule(
-        folder, lambda rows, split: Pairs(rows), context, batch_size, seed, epoch_batches, collate=collate
+        folder,
+        partial(load_tokenizer, tokenizer),
+        lambda rows, split: Pairs(rows),
+        context,
+        batch_size,
+        seed,
+        epoch_batches,
+        collate=collate,
     )

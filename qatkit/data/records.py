@@ -16,7 +16,7 @@ from qatkit.data.source import BadRecord
 from qatkit.data.tokens import Encoded, Row, Rows
 
 MULTIPLE = 8
-"""Rows of a batch are as long as a multiple of it, which matrix units like, and which a compiler sees less shapes of."""
+"""Rows of a batch are as long as a multiple of it: matrix units like it, and a compiler sees fewer shapes."""
 
 
 class Records(Dataset[dict[str, Tensor]]):

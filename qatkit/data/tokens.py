@@ -3,7 +3,6 @@
 split/NAME.bin    a value per token ("input_ids", "trained") or per record ("labels"), one record after the other
 split/ends.bin    where each record ends, in tokens
 meta.json         dtypes, how many records there are and how many were left out, the names of classes
-tokenizer/        what made the tokens
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch.utils.data import Dataset
 from qatkit.data.datamodule import Collate, SplitDataModule
 from qatkit.data.source import BadRecord, Part, Record, Source, cut, open_parts
 from qatkit.data.text import SPLITS, cached_folder
-from qatkit.data.tokenizers import fingerprint, load_tokenizer
+from qatkit.data.tokenizers import fingerprint
 from qatkit.errors import QatkitError, QatkitWarning
 
 CHUNK = 500
@@ -162,7 +161,6 @@ def _write(folder: Path, parts: dict[str, Part], source: Source, tokenizer: Any,
         if not ends:
             raise _empty(split, split in parts, meta, source)
         np.asarray(ends, np.int64).tofile(folder / split / "ends.bin")
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -188,6 +186,7 @@ class TokenDataModule(SplitDataModule):
 
     Args:
         folder: Gives the folder, and makes it where it does not exist yet.
+        tokenizer: Gives what makes tokens of text.
         dataset: Makes a data set of something that opens a split, and the split's name.
         context: Tokens of a sample at most.
         packed: Whether samples are windows of several documents.
@@ -203,6 +202,7 @@ class TokenDataModule(SplitDataModule):
     def __init__(
         self,
         folder: Callable[[], Path],
+        tokenizer: Callable[[], Any],
         dataset: Callable[[Callable[[], Rows], str], Dataset[Any]],
         context: int,
         batch_size: int,
@@ -214,6 +214,7 @@ class TokenDataModule(SplitDataModule):
         if epoch_batches < 1:
             raise QatkitError(f"epoch_batches: {epoch_batches} is out of range; write a whole number of at least 1")
         self._folder = folder
+        self._tokenizer = tokenizer
         self._made: Path | None = None
         train, val, test = (dataset(partial(self._rows, split), split) for split in SPLITS)
         super().__init__(train, val, test, batch_size, seed, epoch_batches, collate)
@@ -235,7 +236,7 @@ class TokenDataModule(SplitDataModule):
     @property
     def tokenizer(self) -> Any:
         """What the text was tokenized with, to be saved beside the model."""
-        return load_tokenizer(str(self.folder / "tokenizer"))
+        return self._tokenizer()
 
     def _rows(self, split: str) -> Rows:
         return Rows(self.folder / split)
