@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_the_loss_of_packed_documents_is_that_of_each_of_them_alone(
         for row, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
             borders = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
             assert len(borders) > 2
-            for start, end in zip(borders, borders[1:], strict=False):
+            for start, end in pairwise(borders):
                 alone = row[None, start:end]
                 if end - start > 1:
                     loss = float(model(input_ids=alone, labels=alone).loss)
@@ -74,7 +75,7 @@ def test_the_windows_hold_every_document_once_and_whole(source: Source, tokenize
         windows = torch.cat([split[index]["input_ids"] for index in range(len(split))])  # type: ignore[arg-type]
         assert windows.tolist() == stream[: len(windows)].tolist()
         texts.append(data.tokenizer.decode(stream.tolist()).split("<|endoftext|>")[:-1])
-    assert sorted(sum(texts, [])) == sorted(SENTENCES)
+    assert sorted(text for part in texts for text in part) == sorted(SENTENCES)
     assert all(len(part) > 5 for part in texts)
 
 
