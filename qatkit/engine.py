@@ -33,13 +33,15 @@ class CompressionModule(LightningModule):
         model: The model to train.
         stage: Learning rate, schedule and length.
         seed: Random numbers of an epoch depend on it, the epoch and the rank alone, so that a resumed run repeats them.
+        compiled: Whether the model is compiled, once it is prepared and sharded.
     """
 
-    def __init__(self, model: nn.Module, stage: StageConfig, seed: int) -> None:
+    def __init__(self, model: nn.Module, stage: StageConfig, seed: int, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
         self.seed = seed
+        self.compiled = compiled
         self._weighting = TokenWeighting()
         self._scores = Scores()
         self._labels: Tensor | None = None  # that counted in this epoch
@@ -48,6 +50,8 @@ class CompressionModule(LightningModule):
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
+        if self.compiled:
+            self.model.compile()  # in place: names of parameters stay as they are
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -65,6 +65,8 @@ def tokenize_chat(
                 messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             return list(marked["input_ids"]), [int(own) for own in marked["assistant_masks"]]
+        if any(turn["role"] == "assistant" and not isinstance(turn.get("content"), str) for turn in messages):
+            raise BadRecord("a turn of the assistant has no text, and the chat template does not mark its turns")
         text = _render(tokenizer, messages, tools)
         spans = assistant_spans(tokenizer, messages, text, tools)
     except BadRecord as reason:
@@ -103,8 +105,6 @@ def assistant_spans(tokenizer: Any, messages: list[Message], text: str, tools: A
 
 def _after_answer(tokenizer: Any, messages: Sequence[Message], turn: int, tools: Any) -> tuple[str, str]:
     """What a template writes before and after the text of an answer."""
-    if not isinstance(messages[turn].get("content"), str):
-        raise BadRecord("a turn of the assistant has no text, and the chat template does not mark its turns")
     marked = [dict(message) for message in messages]
     marked[turn]["content"] = _MARK
     before, mark, after = _render(tokenizer, marked, tools).rpartition(_MARK)

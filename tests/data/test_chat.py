@@ -121,7 +121,7 @@ def test_all_labels_masked_after_truncation_is_an_error(tmp_path: Path) -> None:
     source = Source(str(file), str(file), str(file))
     with pytest.raises(QatkitError, match=r"chat\.jsonl:1: has no token of the assistant's to learn"):
         chat(source, tokenizer, context=8, truncate=True).prepare_data()
-    chat(source, tokenizer, context=60, truncate=True).prepare_data()
+    chat(source, tokenizer, context=150, truncate=True).prepare_data()
 
 
 def test_a_tokenizer_without_a_chat_template_is_named_and_a_file_may_give_one(tmp_path: Path) -> None:

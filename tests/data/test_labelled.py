@@ -90,7 +90,7 @@ def test_a_pass_over_training_texts_hides_other_tokens_and_evaluation_always_the
     for found, number in ((first, 0), (again, 0), (later, 1)):
         data.train.set_pass(number)  # type: ignore[attr-defined]
         data.test.set_pass(number)  # type: ignore[attr-defined]
-        found += [data.train[3]["labels"].tolist(), data.test[3]["labels"].tolist()]
+        found += [[split[row]["labels"].tolist() for row in range(8)] for split in (data.train, data.test)]
     assert first == again
     assert later[0] != first[0]
     assert later[1] == first[1]
