@@ -12,7 +12,7 @@ TIMEOUT = 10.0
 
 
 def locate(
-    name: str, argument: str, holds: str, marker: str, kind: Literal["model", "dataset"] = "model"
+    name: str, argument: str, holds: str, marker: str | None, kind: Literal["model", "dataset"] = "model"
 ) -> tuple[str, bool]:
     """The folder that a name stands for, or the name itself where it is one of the hub.
 
@@ -20,7 +20,7 @@ def locate(
         name: A folder, or the name of a repository on the hub; what is a folder here is taken as that.
         argument: What the name was given as, for errors.
         holds: What the folder should hold, for errors.
-        marker: A file that a copy in the hub's cache must have.
+        marker: A file that a model in the hub's cache must have; None for a data set.
         kind: Of the repository.
 
     Returns:
@@ -54,19 +54,29 @@ def explain(error: BaseException, argument: str, name: str, described: str = "")
     return f"{argument}: '{name}' cannot be loaded{wanted} ({said[:200]})"
 
 
-def _is_only_cached(name: str, argument: str, marker: str, kind: Literal["model", "dataset"]) -> bool:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal["model", "dataset"]) -> bool:
+    from huggingface_hub import HfApi
 
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
     except Exception as error:  # those of the hub's HTTP library share no class with the hub's own
-        if isinstance(try_to_load_from_cache(name, marker, repo_type=kind), str):
+        if _is_cached(name, marker):
             return True
         raise QatkitError(
             f"{_asked(error, argument, name)}; write a folder that holds the {kind}, or the name of one on the hub "
             "while there is a network"
         ) from error
     return False
+
+
+def _is_cached(name: str, marker: str | None) -> bool:
+    if marker is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(name, marker), str)
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
 def _asked(error: Exception, argument: str, name: str) -> str:

@@ -57,7 +57,7 @@ def open_split(source: Source, split: str) -> IterableDataset:
 def _builder(source: Source) -> Any:
     from datasets import load_dataset_builder
 
-    name, offline = locate(source.path, "source.path", "files", "README.md", "dataset")
+    name, offline = locate(source.path, "source.path", "files", None, "dataset")
     if offline:
         from datasets import config
 
