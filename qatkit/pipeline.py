@@ -25,6 +25,7 @@ from qatkit.errors import QatkitError
 from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
+from qatkit.matching import check_data
 from qatkit.recipe import Recipe
 from qatkit.teachers import teaching
 from qatkit.tracking import Tracking, check_logger
@@ -206,6 +207,7 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         batches = _training_batches(run.build_data(stage.batch_size), stage.shrink.calibration_batches)
         model = blocks.shrink.apply(stage.shrink, model, batches, tasks.call, tasks.mean_loss)
         architecture = architecture_of(model, architecture or Architecture(run.recipe.model), run.allow)
+    check_data(model, run.build_data(stage.batch_size))
     result = train(
         run.recipe,
         name,

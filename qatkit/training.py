@@ -109,7 +109,7 @@ def train(
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each take every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
-    module = CompressionModule(model, stage, recipe.seed)
+    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile)
     resumed = last.exists()
     _same_processes(trainer, name, folder, resumed)
     handler = signal.getsignal(signal.SIGINT)

@@ -29,8 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": PLAIN,
     "distillation": PLAIN,
     "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
-    "models": PLAIN,
-    "data": PLAIN,
+    "hub": PLAIN,
+    "matching": PLAIN,
+    "models": PLAIN | {"hub"},
+    "data": PLAIN | {"hub"},
     "callbacks": PLAIN | TECHNIQUES | {"lora"},
     "tasks": PLAIN,
     "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},

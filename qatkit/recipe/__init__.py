@@ -46,6 +46,8 @@ class TrainerConfig:
     devices: int | str = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    """Hand the model to torch.compile: the first steps take minutes, those after them less."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Where curves and tables go besides CSV files."""
 
