@@ -120,10 +120,10 @@ def export(run: RunArgument, allow: Allow = None) -> None:
 
     Example: qatkit export runs/digits_int4
     """
-    from qatkit.delivery import export_run
+    from qatkit.delivery import export_run, exported_bytes
 
     for path in export_run(_open(run, allow)):
-        typer.echo(f"{path} ({path.stat().st_size:,} bytes)")
+        typer.echo(f"{path} ({exported_bytes(path):,} bytes)")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from qatkit.analysis.page import render
 from qatkit.analysis.report import markdown
 from qatkit.checkpoint import write_atomically
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.compressed import export_compressed
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
@@ -33,12 +34,24 @@ from qatkit.pipeline import Run
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
 
-SUFFIXES = {"onnx": "onnx", "dense": "safetensors"}
+NAMES = {"onnx": "model.onnx", "dense": "model.safetensors", "compressed_tensors": ""}
+
+RUNTIMES = {"onnx": ["onnx", "onnxruntime"], "dense": [], "compressed_tensors": ["transformers", "compressed_tensors"]}
 
 
 def exported_path(run: Run, stage: str) -> Path:
-    """Where the exported file of a stage is."""
-    return run.out / "export" / stage / f"model.{SUFFIXES[_format(run)]}"
+    """Where the exported file of a stage is, or the folder that is loaded as a whole."""
+    return run.out / "export" / stage / NAMES[_format(run)]
+
+
+def exported_bytes(path: Path) -> int:
+    """The size of an exported file, or of the weights in an exported folder."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _verification(run: Run, stage: str) -> Path:
+    return run.out / "export" / stage / "verification.json"
 
 
 def export_run(run: Run) -> list[Path]:
@@ -56,9 +69,12 @@ def export_run(run: Run) -> list[Path]:
         model = run.load_model(stage).eval()
         if _format(run) == "onnx":
             export_onnx(model, _example(data), path)
-        else:
+        elif _format(run) == "dense":
             export_dense(model, path)
-            _describe(model, data, path.parent)
+            _describe(model, data, folder=path.parent)
+        else:
+            export_compressed(model, path)
+            _describe(data, folder=path)
         paths.append(path)
     return paths
 
@@ -77,7 +93,7 @@ def verify_run(run: Run) -> dict[str, Verification]:
             raise QatkitError(f"{path} does not exist; run `qatkit export {run.out}` first")
         model = run.load_model(stage).eval()
         checked[stage] = verify(model, path, data.test_dataloader())
-        write_atomically(path.parent / "verification.json", json.dumps(asdict(checked[stage]), indent=1))
+        write_atomically(_verification(run, stage), json.dumps(asdict(checked[stage]), indent=1))
     return checked
 
 
@@ -88,7 +104,7 @@ def report_run(run: Run) -> dict[str, Any]:
     rows = []
     for stage, path in paths.items():
         record = run.record(stage)
-        verification = path.parent / "verification.json"
+        verification = _verification(run, stage)
         if not verification.exists():
             raise QatkitError(f"'{stage}' was not verified; run `qatkit verify {run.out}` first")
         config = run.recipe.stages[stage]
@@ -101,7 +117,7 @@ def report_run(run: Run) -> dict[str, Any]:
                     for name, value in record.metrics.items()
                     if name.startswith("test/")
                 },
-                "bytes": path.stat().st_size,
+                "bytes": exported_bytes(path),
                 "latency": latencies.get(stage, []),
                 "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
                 "verification": json.loads(verification.read_text()),
@@ -119,7 +135,9 @@ def report_run(run: Run) -> dict[str, Any]:
         "recipe": (run.out / "recipe.yaml").read_text(encoding="utf-8"),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
-            name: version(name) for name in ("qatkit", "torch", "lightning", "onnx", "onnxruntime") if _installed(name)
+            name: version(name)
+            for name in ("qatkit", "torch", "lightning", *RUNTIMES[_format(run)])
+            if _installed(name)
         }
         | {"python": platform.python_version()},
     }
@@ -221,9 +239,9 @@ def _example(data: LightningDataModule) -> Tensor:
     return inputs
 
 
-def _describe(model: nn.Module, data: LightningDataModule, folder: Path) -> None:
+def _describe(*owners: nn.Module | LightningDataModule, folder: Path) -> None:
     """Beside the weights of a model of transformers: its config and tokenizer, so that `from_pretrained` loads all."""
-    for part in (getattr(model, "config", None), getattr(data, "tokenizer", None)):
+    for part in (getattr(owner, name, None) for owner in owners for name in ("config", "tokenizer")):
         if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
 

@@ -12,7 +12,9 @@ from torch import nn
 
 from qatkit import blocks
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.compressed import check_layers, check_model
 from qatkit.factories import build, check_arguments, resolve
+from qatkit.quantization.selection import select
 from qatkit.recipe import Recipe
 from qatkit.tracking import check_logger
 
@@ -59,7 +61,19 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)
+    if recipe.export is not None and recipe.export.format == "compressed_tensors":
+        _check_compressed(recipe, model)
     return layers
+
+
+def _check_compressed(recipe: Recipe, model: nn.Module) -> None:
+    """Whether the export can hold what the stages will train."""
+    check_model(model)
+    for name, stage in recipe.stages.items():
+        if stage.quantize is not None:
+            how = {key: value for key, value in stage.quantize.arguments.items() if key != "share_inputs"}
+            with _at(f"stages.{name}.quantize"):
+                check_layers(model, select(model, **how), kv_cache=stage.quantize.kv_cache is not None)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
     "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks"},
-    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks"},
+    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks", "export", "quantization"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}

@@ -53,7 +53,8 @@ class TrainerConfig:
 class ExportConfig:
     """The file format that the results are written in."""
 
-    format: Literal["onnx", "dense"] = MISSING
+    format: Literal["onnx", "dense", "compressed_tensors"] = MISSING
+    """ONNX; safetensors with the rounded weights; or codes and scales in a folder for transformers and vLLM."""
 
 
 @dataclass(frozen=True)
