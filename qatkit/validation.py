@@ -7,15 +7,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from qatkit import blocks
+from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
-from qatkit.factories import build, check_arguments, resolve
+from qatkit.factories import check_arguments, resolve
 from qatkit.quantization.selection import select
-from qatkit.recipe import Recipe
+from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.tracking import check_logger
 
 # What the pipeline passes to a data factory besides the recipe's arguments.
@@ -52,28 +52,29 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
-    model = _meta_model(recipe, allow)
+    model = meta_model(recipe.model, allow)
     layers = {}
+    compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"
+    if compressed:
+        check_model(model)
     for name, stage in recipe.stages.items():
+        if stage.model is not None:
+            model = meta_model(stage.model, allow, f"stages.{name}.model")
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)
-    if recipe.export is not None and recipe.export.format == "compressed_tensors":
-        _check_compressed(recipe, model)
+                if compressed:
+                    _check_compressed(stage.quantize, model)
     return layers
 
 
-def _check_compressed(recipe: Recipe, model: nn.Module) -> None:
-    """Whether the export can hold what the stages will train."""
-    check_model(model)
-    for name, stage in recipe.stages.items():
-        if stage.quantize is not None:
-            how = {key: value for key, value in stage.quantize.arguments.items() if key != "share_inputs"}
-            with _at(f"stages.{name}.quantize"):
-                check_layers(model, select(model, **how), kv_cache=stage.quantize.kv_cache is not None)
+def _check_compressed(config: QuantizeConfig, model: nn.Module) -> None:
+    """Whether the export can hold what a stage will train."""
+    how = {key: value for key, value in config.arguments.items() if key != "share_inputs"}
+    check_layers(model, select(model, **how), kv_cache=config.kv_cache is not None)
 
 
 @contextmanager
@@ -84,22 +85,3 @@ def _at(key: str) -> Iterator[None]:
     except QatkitError as error:
         joint = "." if re.match(r"\w+(\[[^]]*\])?(\.\w+)*:|\w+\[", str(error)) else ": "
         raise QatkitError(f"{key}{joint}{error}") from None
-
-
-def _meta_model(recipe: Recipe, allow: Sequence[str]) -> nn.Module:
-    """The recipe's model with shapes and names but without values."""
-    try:
-        with torch.device("meta"):
-            model = build(recipe.model, "model", allow)
-    except QatkitError:
-        raise
-    except Exception as error:  # a factory may raise anything
-        said = f"{type(error).__name__}: {error}"
-        raise QatkitError(
-            f"model.factory: '{recipe.model.factory}' fails on torch's meta device ({said[:300]}); "
-            "it must build a model without reading the values of its weights"
-        ) from error
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise QatkitError(f"model.factory: '{recipe.model.factory}' returned {kind}; it must return an nn.Module")
-    return model

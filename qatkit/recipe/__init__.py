@@ -82,8 +82,12 @@ class Recipe:
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"stages.{name}: '{name}' is no plain name; write letters, digits and _ only")
+        first = next(iter(self.stages))
+        if self.stages[first].model is not None:
+            raise ValueError(f"stages.{first}.model: no stage comes before it; write it as the recipe's model")
         zeros = False
         for name, stage in self.stages.items():
+            zeros = stage.model is None and zeros
             zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
             if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qatkit.recipe.common import MISSING
+from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
@@ -27,6 +27,8 @@ class StageConfig:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    model: FactoryConfig | None = None
+    """Begin with this model instead of the one that the stage before left, such as a small student."""
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
@@ -49,4 +51,4 @@ class StageConfig:
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return self.quantize is not None or self.prune is not None
+        return any(block is not None for block in (self.quantize, self.prune, self.model))
