@@ -25,6 +25,7 @@ from qatkit.analysis.page import render
 from qatkit.analysis.report import markdown
 from qatkit.checkpoint import write_atomically
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.evaluation import evaluate_run
 from qatkit.export.compressed import export_compressed
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
@@ -101,6 +102,7 @@ def report_run(run: Run) -> dict[str, Any]:
     """Measure the exported files in one process and write ``report.json`` and ``report.md``."""
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     latencies = compare(paths, _example(_data(run))) if _format(run) == "onnx" else {}
+    scores = evaluate_run(run, _data(run)) if run.recipe.evaluate else {}
     rows = []
     for stage, path in paths.items():
         record = run.record(stage)
@@ -121,6 +123,7 @@ def report_run(run: Run) -> dict[str, Any]:
                 "latency": latencies.get(stage, []),
                 "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
                 "verification": json.loads(verification.read_text()),
+                "language": scores.get(stage),
                 "layers": record.layers,
                 "histograms": _histograms(run, stage),
                 "seconds": record.seconds,

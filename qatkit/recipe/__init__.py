@@ -12,6 +12,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.stage import StageConfig
@@ -19,6 +20,7 @@ from qatkit.recipe.stage import StageConfig
 __all__ = [
     "MISSING",
     "DistillConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "FactoryConfig",
     "LayerConfig",
@@ -68,6 +70,7 @@ class Recipe:
     seed: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig | None = None
+    evaluate: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
         if self.stages == MISSING:
