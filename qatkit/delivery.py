@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from qatkit.analysis.bench import compare
+from qatkit.analysis.bench import compare, side_by_side
 from qatkit.analysis.curves import read_curves
 from qatkit.analysis.histograms import weight_histograms
 from qatkit.analysis.page import render
@@ -30,14 +31,20 @@ from qatkit.export.compressed import export_compressed
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
+from qatkit.export.sparse import dense_bytes, export_sparse
 from qatkit.export.verify import Verification, verify
 from qatkit.pipeline import Run
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
+from qatkit.tasks import call, one_sample
 
-NAMES = {"onnx": "model.onnx", "dense": "model.safetensors", "compressed_tensors": ""}
-
-RUNTIMES = {"onnx": ["onnx", "onnxruntime"], "dense": [], "compressed_tensors": ["transformers", "compressed_tensors"]}
+NAMES = {
+    "onnx": "model.onnx",
+    "dense": "model.safetensors",
+    "sparse": "model.sparse.safetensors",
+    "compressed_tensors": "",
+}
+RUNTIMES = {"onnx": ["onnx", "onnxruntime"], "compressed_tensors": ["transformers", "compressed_tensors"]}
 
 
 def exported_path(run: Run, stage: str) -> Path:
@@ -70,12 +77,12 @@ def export_run(run: Run) -> list[Path]:
         model = run.load_model(stage).eval()
         if _format(run) == "onnx":
             export_onnx(model, _example(data), path)
-        elif _format(run) == "dense":
-            export_dense(model, path)
-            _describe(model, data, folder=path.parent)
-        else:
+        elif _format(run) == "compressed_tensors":
             export_compressed(model, path)
             _describe(data, folder=path)
+        else:
+            (export_sparse if _format(run) == "sparse" else export_dense)(model, path)
+            _describe(model, data, folder=path.parent)
         paths.append(path)
     return paths
 
@@ -103,6 +110,7 @@ def report_run(run: Run) -> dict[str, Any]:
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     latencies = compare(paths, _example(_data(run))) if _format(run) == "onnx" else {}
     scores = evaluate_run(run, _data(run)) if run.recipe.evaluate else {}
+    costs = _latencies(run)
     rows = []
     for stage, path in paths.items():
         record = run.record(stage)
@@ -113,13 +121,15 @@ def report_run(run: Run) -> dict[str, Any]:
         rows.append(
             {
                 "stage": stage,
-                "kind": "dense" if not config.compresses else "trained" if config.max_steps else "post-training",
+                "kind": "dense" if stage in run.uncompressed else "trained" if config.max_steps else "post-training",
                 **{
                     f"test_{name.removeprefix('test/')}": value
                     for name, value in record.metrics.items()
                     if name.startswith("test/")
                 },
                 "bytes": exported_bytes(path),
+                "dense_bytes": dense_bytes(path) if _format(run) == "sparse" else None,
+                "cost": record.cost | costs.get(stage, {}),
                 "latency": latencies.get(stage, []),
                 "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
                 "verification": json.loads(verification.read_text()),
@@ -139,7 +149,7 @@ def report_run(run: Run) -> dict[str, Any]:
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
             name: version(name)
-            for name in ("qatkit", "torch", "lightning", *RUNTIMES[_format(run)])
+            for name in ("qatkit", "torch", "lightning", *RUNTIMES.get(_format(run), []))
             if _installed(name)
         }
         | {"python": platform.python_version()},
@@ -178,6 +188,20 @@ def track_run(run: Run, content: dict[str, Any]) -> None:
     run.tracking.log_report(content, [page for page in pages if page.exists()], models)
 
 
+def _latencies(run: Run) -> dict[str, dict[str, float]]:
+    """How long plain torch takes for one sample, where the stages do not all have the same model."""
+    if all(run.record(stage).architecture is None for stage in run.rows):
+        return {}
+    batch = one_sample(next(iter(_data(run).test_dataloader())))
+    models = {stage: run.load_model(stage, quantizers=False).eval() for stage in run.rows}
+    with torch.inference_mode():
+        times = side_by_side({stage: partial(call, model, batch) for stage, model in models.items()})
+    return {
+        stage: {"torch_ms": median * 1e3, "torch_low_ms": low * 1e3, "torch_high_ms": high * 1e3}
+        for stage, (low, median, high) in times.items()
+    }
+
+
 def _training(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
     return {
@@ -193,7 +217,8 @@ def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
     """Weights on their grids by layer, before the stage's first step (None where it has no step) and after its last."""
     config = run.recipe.stages[stage]
     after = weight_histograms(run.load_model(stage))
-    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps else {}
+    same = config.shrink is None  # a shrunk model begins with other weights than the stage before left
+    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps and same else {}
     return {name: {"before": before.get(name), "after": histogram} for name, histogram in after.items()}
 
 

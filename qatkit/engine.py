@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import StageConfig
-from qatkit.tasks import Scores, answers, is_text, model_inputs, perplexity, to_logits, token_loss
+from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, perplexity, to_logits, token_loss
 
 SCALE_LR = 0.2
 """Learned scales move at this share of the learning rate: a step of Adam is as large as the learning rate whatever the
@@ -64,13 +64,16 @@ class CompressionModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits, labels = answers(self._logits(batch), batch)
-        if is_text(batch):
-            loss, count = token_loss(logits, labels)
+        args, kwargs = model_inputs(batch)
+        output = self(*args, **kwargs)
+        if is_text(batch) and getattr(output, "logits", output) is None:  # a callback made the loss without them
+            loss, count = output.loss, (batch["labels"][:, 1:] != IGNORED).sum()
+        else:
+            logits, labels = answers(to_logits(output), batch)
+            loss, count = token_loss(logits, labels) if is_text(batch) else (F.cross_entropy(logits, labels), None)
+        if count is not None:
             first = batch_idx % self.trainer.accumulate_grad_batches == 0
             self._weighting.add(count, first, self._mean_over_processes)
-        else:
-            loss = F.cross_entropy(logits, labels)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 

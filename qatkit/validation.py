@@ -52,17 +52,29 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
-    model = meta_model(recipe.model, allow)
+    models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
     layers = {}
     compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"
     if compressed:
-        check_model(model)
+        check_model(models[None])
     for name, stage in recipe.stages.items():
         if stage.model is not None:
             model = meta_model(stage.model, allow, f"stages.{name}.model")
+        else:
+            model = models[recipe.parent_of(name)]
+        if stage.shrink is not None:
+            with _at(f"stages.{name}.shrink"):
+                model = blocks.shrink.check(stage.shrink, model)
+        models[name] = model
+        if stage.distill is not None:
+            with _at(f"stages.{name}.distill"):
+                blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
+        if stage.lora is not None:
+            with _at(f"stages.{name}.lora"):
+                blocks.lora.check(stage.lora, stage, recipe.trainer, model)
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)

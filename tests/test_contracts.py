@@ -28,9 +28,10 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": PLAIN,
     "pruning": PLAIN,
     "distillation": PLAIN,
+    "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
     "models": PLAIN,
     "data": PLAIN,
-    "callbacks": PLAIN | TECHNIQUES,
+    "callbacks": PLAIN | TECHNIQUES | {"lora"},
     "tasks": PLAIN,
     "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},
     "architecture": PLAIN | {"recipe", "factories"},
@@ -39,11 +40,11 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": PLAIN | TECHNIQUES | {"export", "tasks"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora"},
     "validation": PLAIN
     | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
 }
-EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
+EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 EVERYTHING |= {"planner", "cli_plan", "evaluation"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
 HEAVY |= {"matplotlib", "jinja2"}

@@ -10,6 +10,7 @@ _RUNTIMES = {
     "onnx": "ONNX Runtime",
     "dense": "PyTorch, reading the dense file,",
     "compressed_tensors": "transformers, reading the compressed folder,",
+    "sparse": "PyTorch, reading the sparse file,",
 }
 
 
