@@ -12,6 +12,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
+from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
@@ -22,6 +23,7 @@ __all__ = [
     "MISSING",
     "CacheConfig",
     "DistillConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "FactoryConfig",
     "GenerationConfig",
@@ -62,7 +64,9 @@ class TrainerConfig:
 class ExportConfig:
     """The file format that the results are written in."""
 
-    format: Literal["onnx", "dense", "sparse"] = MISSING
+    format: Literal["onnx", "dense", "sparse", "compressed_tensors"] = MISSING
+    """ONNX; safetensors with the rounded weights, or with those that are not zero; or codes and scales in a folder for
+    transformers and vLLM."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Recipe:
     seed: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig | None = None
+    evaluate: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
         if self.stages == MISSING:
