@@ -72,7 +72,8 @@ class CompressionModule(LightningModule):
         args, kwargs = model_inputs(batch)
         output = self(*args, **kwargs)
         if is_text(batch) and getattr(output, "logits", output) is None:  # a callback made the loss without them
-            loss, count = output.loss, (batch["labels"][:, 1:] != IGNORED).sum()
+            loss: Tensor = output.loss
+            count: Tensor | None = (batch["labels"][:, 1:] != IGNORED).sum()
         else:
             logits, labels = answers(to_logits(output), batch)
             loss, count = token_loss(logits, labels) if is_text(batch) else (F.cross_entropy(logits, labels), None)
