@@ -36,9 +36,9 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     return inputs
 
 
-def fingerprint(inputs: dict[str, Any], parent: str | None) -> str:
-    """A hash of a stage's inputs, chained to that of the stage before it."""
-    return hashlib.sha256(json.dumps([inputs, parent], sort_keys=True).encode()).hexdigest()
+def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
+    """A hash of a stage's inputs, chained to those of the stage before it and of the one that teaches it."""
+    return hashlib.sha256(json.dumps([inputs, parent, teacher], sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -59,6 +59,19 @@ def call(model: Callable[..., Any], batch: Any) -> Tensor:
     return to_logits(model(*args, **kwargs))
 
 
+def one_sample(batch: Any) -> Any:
+    """The first sample of a batch, as a batch of one."""
+    if isinstance(batch, Mapping):
+        return {key: value[:1] for key, value in batch.items()}
+    return [part[:1] for part in batch]
+
+
+def mean_loss(model: Callable[..., Any], batch: Any) -> Tensor:
+    """Cross-entropy of a batch, the mean over its samples or tokens, with its graph."""
+    logits, labels = answers(call(model, batch), batch)
+    return token_loss(logits, labels)[0] if is_text(batch) else F.cross_entropy(logits, labels)
+
+
 def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits beside the labels that they are to give, a row per question: ``[rows, classes]`` and ``[rows]``.
 
