@@ -38,7 +38,8 @@ def plan(
 
 def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: bool = False) -> None:
     """Print what every stage that trains takes on each device; refuse what does not fit unless `force`."""
-    from qatkit.planner import check_fit, device_of, gigabytes, plan_recipe
+    from qatkit.planner import device_of, gigabytes, plan_recipe
+    from qatkit.planner_fit import check_fit
 
     plans = plan_recipe(recipe, allow)
     found = device_of(recipe.trainer)

@@ -1,32 +1,32 @@
-"""Whether the stages of a recipe fit the device, told before anything is loaded; and what would."""
+"""What a recipe's stages take in memory, told before anything is loaded."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from qatkit import blocks
 from qatkit.analysis.memory import Step, StepMemory, state_memory, step_memory
 from qatkit.architecture import meta_model
-from qatkit.distillation.losses import jsd_loss, kd_loss, log_probabilities, mse_loss, reverse_kl_loss
-from qatkit.errors import QatkitError
+from qatkit.callbacks.fused import output_layer
+from qatkit.distillation.blocks import DIVERGENCES
+from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
+from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
 from qatkit.factories import resolve
+from qatkit.lora.attach import base_layers
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
-from qatkit.tasks import answers, call, token_loss
+from qatkit.tasks import call, mean_loss
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-NF4 = 4.127
-"""Bits per weight of NF4 with double quantization: blocks of 64, their scales in 8 bits, those in blocks of 256."""
-RANK = 16
-"""Of the adapters that are offered where training all weights does not fit."""
+BITS = {4: 4.127, 8: 8.0}
+"""Bits per weight that bitsandbytes holds: those of NF4 have scales of 8 bits for 64, and scales of these for 256."""
 
 
 @dataclass(frozen=True)
@@ -88,40 +88,45 @@ class Setting:
     context: int | None
     """Tokens of a sample; None where samples are no texts."""
     autocast: torch.dtype | None
-    rank: int | None = None
-    """Train adapters of this rank, and no weights."""
-    bits: float | None = None
-    """Of the frozen weights below adapters."""
 
     def memory(self) -> tuple[StepMemory, str]:
         """What is predicted, and why activations are not, where they are not."""
-        model = copy.deepcopy(self.model)
+        model, teacher = copy.deepcopy(self.model), _held_teacher(self.teacher, self.stage.distill)
+        lora, distill = self.stage.lora, self.stage.distill
+        bits: dict[str, float] = {}
+        if lora is not None and lora.bits is not None:
+            bits = dict.fromkeys(_names_of_weights(base_layers(model)), BITS[lora.bits])
         if self.stage.quantize is not None:
             prepare_qat(model, **self.stage.quantize.arguments)
-        held = {} if self.bits is None else {f"{name}.base_layer.weight": self.bits for name in _adaptable(model)}
-        if self.rank is not None:
-            _adapt(model, self.rank)
+        if lora is not None:
+            blocks.lora.attach_to(model, lora, held=())
+        taught: dict[str, float] = {}
+        if teacher is not None and distill is not None and distill.teacher_bits is not None:
+            taught = dict.fromkeys(_names_of_weights(base_layers(teacher)), BITS[distill.teacher_bits])
         if self.context is None:
-            return state_memory(model, self.teacher), "the data does not say how long a sample is"
-        step = text_step(self.context, self.stage.batch_size, self.stage.distill)
+            return state_memory(model, teacher, bits, taught), "the data does not say how long a sample is"
+        step = text_step(self.context, self.stage.batch_size, distill)
         try:
-            return step_memory(model, step, self.teacher, self.autocast, self.stage.accumulate > 1, held), ""
+            found = step_memory(model, step, teacher, self.autocast, self.stage.accumulate > 1, bits, taught)
         except Exception as error:  # foreign code: shapes that depend on values, such as those of routed experts
             said = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            return state_memory(model, self.teacher), f"a step without values fails ({said})"
+            return state_memory(model, teacher, bits, taught), f"a step without values fails ({said})"
+        return found, ""
 
 
 def settings(recipe: Recipe, allow: Sequence[str] = ()) -> Iterator[tuple[str, Setting]]:
     """The stages that train, in their order."""
-    model = meta_model(recipe.model, allow)
-    models: dict[str | None, nn.Module] = {None: model}
+    models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
     for name, stage in recipe.stages.items():
-        if stage.model is not None:
-            model = meta_model(stage.model, allow, f"stages.{name}.model")
-        models[name] = model
+        own = stage.model
+        model = models[recipe.parent_of(name)] if own is None else meta_model(own, allow, f"stages.{name}.model")
+        models[name] = model if stage.shrink is None else blocks.shrink.check(stage.shrink, model)
         if stage.max_steps:
             teacher = models[recipe.teacher_of(name)] if stage.distill is not None else None
-            yield name, Setting(model, teacher, stage, _context(recipe, allow), AUTOCAST[recipe.trainer.precision])
+            yield (
+                name,
+                Setting(models[name], teacher, stage, _context(recipe, allow), AUTOCAST[recipe.trainer.precision]),
+            )
 
 
 def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:
@@ -133,123 +138,78 @@ def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:
     return default if isinstance(default, int) else None
 
 
+def _held_teacher(teacher: nn.Module | None, distill: DistillConfig | None) -> nn.Module | None:
+    """The teacher as far as it is on the student's device."""
+    if teacher is None or distill is None or distill.cache is not None or distill.teacher_device is not None:
+        return None
+    teacher = copy.deepcopy(teacher)
+    return teacher.to(getattr(torch, distill.teacher_dtype)) if distill.teacher_dtype else teacher
+
+
+def _names_of_weights(layers: Sequence[str]) -> list[str]:
+    return [f"{layer}.{part}" for layer in layers for part in ("weight", "base_layer.weight")]  # plain, or below peft's
+
+
 def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> Step:
     """The loss of one batch of texts as `CompressionModule` and `KnowledgeDistillation` compute it.
 
-    Without a teacher, a distilling step reads the teacher's answers from a cache, which are small.
+    Args:
+        context: Tokens of a text.
+        batch_size: Texts.
+        distill: What is learned from a teacher; without one, from a cache.
     """
 
     def step(model: nn.Module, teacher: nn.Module | None) -> Tensor:
         tokens = torch.zeros(batch_size, context, dtype=torch.long)
         batch = {"input_ids": tokens, "labels": tokens}
-        logits = call(model, batch)
-        loss, _ = token_loss(*answers(logits, batch))
         if distill is None:
-            return loss
-        if teacher is None:
-            apart = log_probabilities(logits, distill.temperature)[..., 0].mean()
-        else:
-            with torch.no_grad():
-                taught = call(teacher.eval(), batch)
-            apart = _divergence(logits, taught, distill, torch.ones_like(tokens, dtype=torch.bool))
-        return distill.alpha * apart + (1 - distill.alpha) * loss
+            return mean_loss(model, batch)
+        layer = output_layer(model)
+        theirs = output_layer(teacher) if teacher is not None else layer
+        if layer is not None and theirs is not None and distill.loss in DIVERGENCES:
+            return _fused(model, layer, teacher, theirs, tokens, distill)
+        logits = call(model, batch)
+        with torch.no_grad():
+            said = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
+        loss = distill.alpha * _divergence(logits, said, distill)
+        return loss + (1 - distill.alpha) * torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
     return step
 
 
-def _divergence(student: Tensor, teacher: Tensor, distill: DistillConfig, mask: Tensor) -> Tensor:
+def _fused(
+    model: nn.Module,
+    layer: nn.Linear,
+    teacher: nn.Module | None,
+    theirs: nn.Linear,
+    tokens: Tensor,
+    distill: DistillConfig,
+) -> Tensor:
+    """Both losses from the inputs of the output layers, as `qatkit.callbacks.fused` takes them."""
+    batch = {"input_ids": tokens}
+    layer.forward = theirs.forward = lambda hidden: hidden  # type: ignore[method-assign]  # on copies
+    hidden = call(model, batch)
+    rows = tokens.numel()
+    if teacher is None:
+        best = distill.cache.top_k if distill.cache is not None else 1
+        answer: Head | BestClasses = BestClasses(
+            torch.zeros(rows, best, dtype=torch.int32), torch.zeros(rows, best), torch.zeros(rows)
+        )
+    else:
+        with torch.no_grad():
+            answer = Head(call(teacher.eval(), batch).flatten(0, 1), theirs.weight.detach(), theirs.bias)
+    student = Head(hidden.flatten(0, 1), layer.weight, layer.bias)
+    counted = torch.ones(rows, dtype=torch.bool)
+    how = (distill.temperature, distill.alpha, distill.loss, distill.beta)
+    return linear_kd_terms(student, answer, tokens.flatten(), counted, *how).loss
+
+
+def _divergence(student: Tensor, teacher: Tensor, distill: DistillConfig) -> Tensor:
     if distill.loss == "mse":
-        return mse_loss(student, teacher, mask)
+        return mse_loss(student, teacher)
     if distill.loss == "jsd":
-        return jsd_loss(student, teacher, distill.temperature, mask, beta=distill.beta)
-    return (kd_loss if distill.loss == "kl" else reverse_kl_loss)(student, teacher, distill.temperature, mask)
-
-
-def _adaptable(model: nn.Module) -> list[str]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head]
-
-
-def _adapt(model: nn.Module, rank: int) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = _adaptable(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), model, low_cpu_mem_usage=True)
-
-
-def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] = ()) -> None:
-    """Refuse a stage that needs more than its device has, and name what would fit.
-
-    Raises:
-        QatkitError: with the number, and the changes with theirs.
-    """
-    device = device_of(recipe.trainer)
-    for plan in plans:
-        if device.memory is None or plan.on_each <= device.memory:
-            continue
-        setting = dict(settings(recipe, allow))[plan.stage]
-        fitting = [
-            f"{words} ({gigabytes(size)})"
-            for words, size in _options(recipe, plan.stage, setting, device, allow)
-            if size <= device.memory
-        ]
-        advice = f"write {'; or '.join(fitting)}" if fitting else "nothing that is known makes it fit: a smaller model"
-        raise QatkitError(
-            f"stages.{plan.stage}: training needs {gigabytes(plan.on_each)} on each device, and {device.name} has "
-            f"{gigabytes(device.memory)}; {advice}; or --force"
-        )
-
-
-def _options(
-    recipe: Recipe, stage: str, setting: Setting, device: Device, allow: Sequence[str]
-) -> Iterator[tuple[str, int]]:
-    """Changes of a recipe that need less, one by one and then those of them together that change no result much."""
-
-    def size(changed: Setting) -> int:
-        return changed.memory()[0].on_each(device.count, recipe.trainer.strategy)
-
-    together, words = setting, []
-    for word, change in _changes(recipe, stage, setting, allow):
-        try:
-            yield word, size(change(setting))
-            together = change(together)
-        except Exception:
-            continue
-        words.append(word)
-    if len(words) > 1:
-        yield " with ".join(words), size(together)
-    if setting.stage.quantize is None and find_spec("peft") is not None:
-        yield f"stages.{stage}.lora={{rank: {RANK}}}", size(replace(together, rank=RANK))
-        yield f"stages.{stage}.lora={{rank: {RANK}, bits: 4}}", size(replace(together, rank=RANK, bits=NF4))
-
-
-def _changes(
-    recipe: Recipe, stage: str, setting: Setting, allow: Sequence[str]
-) -> Iterator[tuple[str, Callable[[Setting], Setting]]]:
-    if setting.context is not None and setting.stage.batch_size > 1:
-        accumulate = setting.stage.batch_size * setting.stage.accumulate
-        yield (
-            f"stages.{stage}.batch_size=1 stages.{stage}.accumulate={accumulate}",
-            lambda now: replace(now, stage=replace(now.stage, batch_size=1, accumulate=accumulate)),
-        )
-    if setting.context is not None and setting.autocast is None:
-        yield "trainer.precision=bf16-mixed", lambda now: replace(now, autocast=torch.bfloat16)
-    if setting.stage.model is None and _takes_checkpointing(recipe, allow):
-        args: dict[str, Any] = {**recipe.model.args, "gradient_checkpointing": True}
-        yield (
-            "model.args.gradient_checkpointing=true",
-            lambda now: replace(now, model=meta_model(replace(recipe.model, args=args), allow)),
-        )
-
-
-def _takes_checkpointing(recipe: Recipe, allow: Sequence[str]) -> bool:
-    if recipe.model.args.get("gradient_checkpointing"):
-        return False
-    return (
-        "gradient_checkpointing" in inspect.signature(resolve(recipe.model.factory, "model.factory", allow)).parameters
-    )
+        return jsd_loss(student, teacher, distill.temperature, beta=distill.beta)
+    return (kd_loss if distill.loss == "kl" else reverse_kl_loss)(student, teacher, distill.temperature)
 
 
 def gigabytes(size: int) -> str:

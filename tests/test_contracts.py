@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
 }
 EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
-EVERYTHING |= {"planner", "cli_plan", "evaluation"}
+EVERYTHING |= {"planner", "planner_fit", "cli_plan", "evaluation"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
 HEAVY |= {"matplotlib", "jinja2"}
 MAY_LOAD = {

@@ -63,6 +63,7 @@ def step_memory(
     autocast: torch.dtype | None = None,
     accumulates: bool = False,
     bits: Mapping[str, float] | None = None,
+    teacher_bits: Mapping[str, float] | None = None,
 ) -> StepMemory:
     """Predict what one training step with AdamW holds.
 
@@ -75,7 +76,9 @@ def step_memory(
         teacher: On the meta device; None where there is none, or where its answers are read from a cache.
         autocast: The dtype that products are computed in, where it is not that of the weights.
         accumulates: Gradients of several batches are added up.
-        bits: Bits per number of the parameters that are held in fewer than their dtype has, by name.
+        bits: Bits per number of the frozen parameters that are held in fewer than their dtype has, by name; one of them
+            at a time is whole while it is multiplied.
+        teacher_bits: The same of the teacher.
 
     Raises:
         Exception: whatever the model raises where its shapes depend on values.
@@ -111,7 +114,8 @@ def step_memory(
         (_bytes(parameter) for parameter in trained), default=0
     )  # Adam's denominator, one weight at a time
     backward = gradients + allocations.other_peak if accumulates else allocations.peak
-    weights, held = _held(model, bits or {}), _held(teacher, {})
+    weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
+    whole = max(_largest(model, bits or {}), _largest(teacher, teacher_bits or {}))
     return StepMemory(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in trained),
@@ -119,16 +123,21 @@ def step_memory(
         teacher=held,
         gradients=gradients,
         optimizer=moments,
-        activations=allocations.other_peak,
-        total=weights + held + moments + max(gradients + forward, backward, gradients + update),
+        activations=allocations.other_peak + whole,
+        total=weights + held + moments + max(gradients + forward + whole, backward + whole, gradients + update),
     )
 
 
-def state_memory(model: nn.Module, teacher: nn.Module | None = None) -> StepMemory:
+def state_memory(
+    model: nn.Module,
+    teacher: nn.Module | None = None,
+    bits: Mapping[str, float] | None = None,
+    teacher_bits: Mapping[str, float] | None = None,
+) -> StepMemory:
     """The part of `step_memory` that the batches have nothing to do with; activations are None."""
     sizes = {id(p): (p.numel(), _bytes(p)) for p in model.parameters() if p.requires_grad}
     gradients = sum(size for _, size in sizes.values())
-    weights, held = _held(model, {}), _held(teacher, {})
+    weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
     return StepMemory(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(count for count, _ in sizes.values()),
@@ -211,6 +220,11 @@ def _held(module: nn.Module | None, bits: Mapping[str, float]) -> int:
     held = {id(tensor): _bytes(tensor) for tensor in (*module.parameters(), *module.buffers())}
     held |= {id(p): round(p.numel() * bits[name] / 8) for name, p in module.named_parameters() if name in bits}
     return sum(held.values())
+
+
+def _largest(module: nn.Module | None, bits: Mapping[str, float]) -> int:
+    found = module.named_parameters() if module is not None else ()
+    return max((_bytes(parameter) for name, parameter in found if name in bits), default=0)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -10,13 +10,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from qatkit import QatkitError, planner
+from qatkit import QatkitError, blocks, planner_fit
 from qatkit.analysis.memory import step_memory
 from qatkit.engine import CompressionModule
 from qatkit.loading import load_recipe
 from qatkit.pipeline import Run
-from qatkit.planner import check_fit, plan_recipe
+from qatkit.planner import plan_recipe
+from qatkit.planner_fit import check_fit
 from qatkit.recipe import Recipe
+from qatkit.teachers import Teaching
 from qatkit.training import train
 
 RECIPE = """
@@ -59,10 +61,11 @@ def measured(recipe: Recipe, stage: str, folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(CompressionModule, "on_train_end", lambda self: profiler.stop())
     run = Run(recipe, folder)
     model = run.build_model()
-    teacher = run.build_model() if recipe.stages[stage].distill else None
-    models = [part for part in (model, teacher) if part is not None]
+    distill = recipe.stages[stage].distill
+    taught = Teaching(blocks.distill.teacher(distill, run.build_model()), None) if distill is not None else None
+    models = [model] if taught is None else [model, taught.teacher.model]
     folder.mkdir(parents=True)
-    train(recipe, stage, model, teacher, run.build_data, folder, [])
+    train(recipe, stage, model, taught, run.build_data, folder, [])
     now = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -82,10 +85,12 @@ def close(predicted: int, found: int) -> None:
         ("dense", []),
         ("dense", ["trainer.precision=bf16-mixed", "stages.dense.batch_size=8"]),
         ("dense", ["stages.dense.batch_size=1", "model.args.layers=6", "stages.dense.accumulate=2"]),
+        ("dense", ["stages.dense.lora={rank: 8}", "model.args.hidden=64"]),
         ("qat", []),
+        ("qat", ["stages.qat.quantize.include=['*.mlp.*']", "stages.qat.quantize.exclude=[]"]),
         ("qat", ["stages.qat.quantize={weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}"]),
     ],
-    ids=["full", "bf16", "accumulated", "w8a8 and kd", "int4 in groups and kd"],
+    ids=["full", "bf16", "accumulated", "lora", "w8a8 and kd", "w8a8 in part and kd", "int4 in groups and kd"],
 )
 def test_a_llama_takes_what_was_predicted(
     stage: str, overrides: list[str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +134,7 @@ def test_a_stage_that_cannot_fit_is_refused_with_the_number_and_what_would_fit(
     plans = plan_recipe(loaded)
     check_fit(loaded, plans)  # this machine has room
     need = plans[0].memory.total
-    monkeypatch.setattr(planner, "device_of", lambda trainer: planner.Device("a small device", need // 2, 1))
+    monkeypatch.setattr(planner_fit, "device_of", lambda trainer: planner_fit.Device("a small device", need // 2, 1))
     with pytest.raises(QatkitError) as caught:
         check_fit(loaded, plans)
     message = str(caught.value)
@@ -138,7 +143,7 @@ def test_a_stage_that_cannot_fit_is_refused_with_the_number_and_what_would_fit(
     )
     assert "stages.dense.batch_size=1 stages.dense.accumulate=64 (" in message
     assert message.endswith("; or --force")
-    monkeypatch.setattr(planner, "device_of", lambda trainer: planner.Device("a toy", 1000, 1))
+    monkeypatch.setattr(planner_fit, "device_of", lambda trainer: planner_fit.Device("a toy", 1000, 1))
     with pytest.raises(QatkitError, match=r"nothing that is known makes it fit"):
         check_fit(loaded, plans)
 
