@@ -114,6 +114,34 @@ def run(
         typer.echo("nothing is exported or compared: " + ("--until" if until else "the recipe has no export block"))
 
 
+@app.command("cache-teacher")
+def cache_teacher(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what the teachers of a recipe say of the training data, for stages whose distill block has a cache.
+
+    `qatkit run` does it by itself before such a stage; by this command it can be done elsewhere, on a larger machine
+    for example. Run it again after a kill: it goes on where it was.
+
+    Example: qatkit cache-teacher mine.yaml --out runs/mine
+    """
+    from qatkit.loading import load_recipe
+    from qatkit.validation import validate_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    validate_recipe(loaded, allow or [])
+    from qatkit.pipeline import Run
+    from qatkit.teachers import write_caches
+
+    for line in write_caches(Run(loaded, out or Path("runs") / loaded.name, allow or [])):
+        if not quiet:
+            typer.echo(line)
+
+
 @app.command()
 def export(run: RunArgument, allow: Allow = None) -> None:
     """Write the finished stages of a run in the recipe's export format.

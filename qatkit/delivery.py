@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from qatkit.analysis.bench import compare
+from qatkit.analysis.bench import compare, side_by_side
 from qatkit.analysis.curves import read_curves
 from qatkit.analysis.histograms import weight_histograms
 from qatkit.analysis.page import render
@@ -28,12 +29,14 @@ from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
+from qatkit.export.sparse import dense_bytes, export_sparse
 from qatkit.export.verify import Verification, verify
 from qatkit.pipeline import Run
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
+from qatkit.tasks import call, one_sample
 
-SUFFIXES = {"onnx": "onnx", "dense": "safetensors"}
+SUFFIXES = {"onnx": "onnx", "dense": "safetensors", "sparse": "sparse.safetensors"}
 
 
 def exported_path(run: Run, stage: str) -> Path:
@@ -57,7 +60,7 @@ def export_run(run: Run) -> list[Path]:
         if _format(run) == "onnx":
             export_onnx(model, _example(data), path)
         else:
-            export_dense(model, path)
+            (export_sparse if _format(run) == "sparse" else export_dense)(model, path)
             _describe(model, data, path.parent)
         paths.append(path)
     return paths
@@ -85,6 +88,7 @@ def report_run(run: Run) -> dict[str, Any]:
     """Measure the exported files in one process and write ``report.json`` and ``report.md``."""
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     latencies = compare(paths, _example(_data(run))) if _format(run) == "onnx" else {}
+    costs = _latencies(run)
     rows = []
     for stage, path in paths.items():
         record = run.record(stage)
@@ -95,13 +99,15 @@ def report_run(run: Run) -> dict[str, Any]:
         rows.append(
             {
                 "stage": stage,
-                "kind": "dense" if not config.compresses else "trained" if config.max_steps else "post-training",
+                "kind": "dense" if stage in run.uncompressed else "trained" if config.max_steps else "post-training",
                 **{
                     f"test_{name.removeprefix('test/')}": value
                     for name, value in record.metrics.items()
                     if name.startswith("test/")
                 },
                 "bytes": path.stat().st_size,
+                "dense_bytes": dense_bytes(path) if _format(run) == "sparse" else None,
+                "cost": record.cost | costs.get(stage, {}),
                 "latency": latencies.get(stage, []),
                 "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
                 "verification": json.loads(verification.read_text()),
@@ -157,6 +163,20 @@ def track_run(run: Run, content: dict[str, Any]) -> None:
     run.tracking.log_report(content, [page for page in pages if page.exists()], models)
 
 
+def _latencies(run: Run) -> dict[str, dict[str, float]]:
+    """How long plain torch takes for one sample, where the stages do not all have the same model."""
+    if all(run.record(stage).architecture is None for stage in run.rows):
+        return {}
+    batch = one_sample(next(iter(_data(run).test_dataloader())))
+    models = {stage: run.load_model(stage, quantizers=False).eval() for stage in run.rows}
+    with torch.inference_mode():
+        times = side_by_side({stage: partial(call, model, batch) for stage, model in models.items()})
+    return {
+        stage: {"torch_ms": median * 1e3, "torch_low_ms": low * 1e3, "torch_high_ms": high * 1e3}
+        for stage, (low, median, high) in times.items()
+    }
+
+
 def _training(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
     return {
@@ -172,15 +192,14 @@ def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
     """Weights on their grids by layer, before the stage's first step (None where it has no step) and after its last."""
     config = run.recipe.stages[stage]
     after = weight_histograms(run.load_model(stage))
-    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps else {}
+    same = config.shrink is None  # a shrunk model begins with other weights than the stage before left
+    before = weight_histograms(_start_of(run, stage)) if after and config.max_steps and same else {}
     return {name: {"before": before.get(name), "after": histogram} for name, histogram in after.items()}
 
 
 def _start_of(run: Run, stage: str) -> nn.Module:
     """The fake-quantized model as the stage's first step met it."""
-    names = list(run.recipe.stages)
-    position = names.index(stage)
-    model = run.load_model(names[position - 1] if position else None, quantizers=False)
+    model = run.start_model(stage)
     config = run.recipe.stages[stage].quantize
     assert config is not None
     with warnings.catch_warnings():

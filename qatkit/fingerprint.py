@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -22,18 +23,22 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     A model or data argument that is the path of an existing file counts with the file's content, not only its name.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
-    for key in ("model", "data"):
-        config: FactoryConfig = getattr(recipe, key)
+    factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
+    for key, config in factories.items():
         inputs |= flatten(config, f"{key}.")
+    inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
+    inputs |= flatten(recipe.stages[stage], f"stages.{stage}.")
+    if (own := recipe.stages[stage].model) is not None:
+        factories[f"stages.{stage}.model"] = own
+    for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
             inputs[f"{name} (content)"] = _sha256(path)
-    inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
-    return inputs | flatten(recipe.stages[stage], f"stages.{stage}.")
+    return inputs
 
 
-def fingerprint(inputs: dict[str, Any], parent: str | None) -> str:
-    """A hash of a stage's inputs, chained to that of the stage before it."""
-    return hashlib.sha256(json.dumps([inputs, parent], sort_keys=True).encode()).hexdigest()
+def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
+    """A hash of a stage's inputs, chained to those of the stage before it and of the one that teaches it."""
+    return hashlib.sha256(json.dumps([inputs, parent, teacher], sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -76,6 +81,10 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
     elif isinstance(value, list):
         for index, part in enumerate(value):
             yield from _files(part, f"{name}[{index}]")
+    elif isinstance(value, str) and any(sign in value for sign in "*?["):
+        for found in sorted(glob.glob(value, recursive=True)):
+            if Path(found).is_file():
+                yield f"{name} {found}", Path(found)
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
         with suppress(OSError):  # too long for a name, or not ours to look at
             if Path(value).is_file():

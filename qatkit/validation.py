@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from qatkit import blocks
+from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.factories import build, check_arguments, resolve
+from qatkit.factories import check_arguments, resolve
 from qatkit.recipe import Recipe
 from qatkit.tracking import check_logger
 
@@ -50,12 +50,26 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
-    model = _meta_model(recipe, allow)
+    models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
     layers = {}
     for name, stage in recipe.stages.items():
+        if stage.model is not None:
+            model = meta_model(stage.model, allow, f"stages.{name}.model")
+        else:
+            model = models[recipe.parent_of(name)]
+        if stage.shrink is not None:
+            with _at(f"stages.{name}.shrink"):
+                model = blocks.shrink.check(stage.shrink, model)
+        models[name] = model
+        if stage.distill is not None:
+            with _at(f"stages.{name}.distill"):
+                blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
+        if stage.lora is not None:
+            with _at(f"stages.{name}.lora"):
+                blocks.lora.check(stage.lora, stage, recipe.trainer, model)
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)
@@ -70,22 +84,3 @@ def _at(key: str) -> Iterator[None]:
     except QatkitError as error:
         joint = "." if re.match(r"\w+(\[[^]]*\])?(\.\w+)*:|\w+\[", str(error)) else ": "
         raise QatkitError(f"{key}{joint}{error}") from None
-
-
-def _meta_model(recipe: Recipe, allow: Sequence[str]) -> nn.Module:
-    """The recipe's model with shapes and names but without values."""
-    try:
-        with torch.device("meta"):
-            model = build(recipe.model, "model", allow)
-    except QatkitError:
-        raise
-    except Exception as error:  # a factory may raise anything
-        said = f"{type(error).__name__}: {error}"
-        raise QatkitError(
-            f"model.factory: '{recipe.model.factory}' fails on torch's meta device ({said[:300]}); "
-            "it must build a model without reading the values of its weights"
-        ) from error
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise QatkitError(f"model.factory: '{recipe.model.factory}' returned {kind}; it must return an nn.Module")
-    return model

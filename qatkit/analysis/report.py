@@ -57,6 +57,36 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
+def model_table(report: dict[str, Any]) -> list[list[str]]:
+    """A header and a row per stage about its model, with ratios to the first; empty where all have the same model."""
+    rows = report["rows"]
+    if not all("torch_ms" in row.get("cost", {}) for row in rows):
+        return []
+    first = rows[0]["cost"]
+    table = [["stage", "parameters", "MACs of one sample", "plain torch, one sample"]]
+    for row in rows:
+        cost, itself = row["cost"], row is rows[0]
+        table.append(
+            [
+                row["stage"],
+                f"{cost['parameters']}" + _ratio(first["parameters"] / cost["parameters"], "fewer", itself),
+                f"{cost['macs']}" + _ratio(first["macs"] / cost["macs"], "fewer", itself),
+                f"{cost['torch_ms']:.3f} ms" + _ratio(first["torch_ms"] / cost["torch_ms"], "speed", itself),
+            ]
+        )
+    return table
+
+
+def sparse_notes(report: dict[str, Any]) -> list[str]:
+    """A sentence for every sparse file: its size against the dense weights."""
+    return [
+        f"{row['stage']}: {row['bytes'] / 1000:.1f} kB without zeros, {row['bytes'] / row['dense_bytes']:.1%} of the "
+        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take dense"
+        for row in report["rows"]
+        if row.get("dense_bytes")
+    ]
+
+
 def split_note(report: dict[str, Any]) -> str:
     """What the judging numbers were measured on, in a sentence."""
     if metric_of(report).percent:
@@ -86,6 +116,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"{split_note(report)} Size is that of the file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
+    if table := model_table(report):
+        lines += ["", "## Models", "", *_table(table[0], table[1:])]
+    if notes := sparse_notes(report):
+        lines += ["", "## Without zeros", "", *(f"- {note}" for note in notes)]
     if notes := kernel_notes(report):
         lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
     for row in report["rows"]:

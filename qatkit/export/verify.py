@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.onnx_weights import check_onnx_weights
 from qatkit.export.runtime import load_runtime
+from qatkit.export.sparse import is_sparse, read_weights
 from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import fake_quantizers, quantized_weights, strip_qat
@@ -34,9 +34,9 @@ class Verification:
     failures: list[str]
     """What differs, in words; empty where the file computes what was trained."""
     format: str
-    """"onnx" or "dense"."""
+    """"onnx", "dense" or "sparse"."""
     layers: int
-    """Quantized layers whose integer codes (onnx) or weights (dense) were compared."""
+    """Quantized layers whose integer codes (onnx) or weights (dense, sparse) were compared."""
     weights: int
     """Numbers in them."""
     samples: int
@@ -72,8 +72,8 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     Weights: every integer code, scale and zero point in the file, and the weights the runtime decodes from them, must
     equal the model's (``==``); and so must biases. Outputs: where inputs
     of layers are quantized, the mean difference must stay within 1 % of the quantization error (another order of
-    summation may move a value across a rounding border); elsewhere within 1e-4 of the mean output. A dense file must
-    give equal weights and, where no inputs are quantized, equal outputs.
+    summation may move a value across a rounding border); elsewhere within 1e-4 of the mean output. A dense or sparse
+    file must give equal weights and, where no inputs are quantized, equal outputs.
 
     Args:
         model: What was exported: plain, or prepared and calibrated. Left as it is.
@@ -120,7 +120,7 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     return Verification(
         passed=not failures,
         failures=failures,
-        format=_FORMATS[path.suffix],
+        format="sparse" if dense and is_sparse(path) else _FORMATS[path.suffix],
         layers=quantized,
         weights=weights,
         samples=outputs.samples,
@@ -195,8 +195,8 @@ def _open_dense(trained: nn.Module, path: Path) -> tuple[int, list[str], Callabl
         if isinstance(layer, QATLayer | QATExperts):
             expected |= {f"{name}.{part}" if name else part: value for part, value in layer.shipped().items()}
     try:
-        loaded.load_state_dict(load_file(path), strict=True)
-    except (RuntimeError, SafetensorError) as error:
+        loaded.load_state_dict(read_weights(path), strict=True)
+    except (RuntimeError, KeyError, SafetensorError) as error:
         return weights, [f"{path.name} does not load into the plain model: {error}"], None
     failures = []
     for key, tensor in loaded.state_dict().items():

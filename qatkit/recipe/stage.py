@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qatkit.recipe.common import MISSING
+from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
+from qatkit.recipe.shrink import ShrinkConfig
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,17 @@ class StageConfig:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    start: str | None = None
+    """The earlier stage whose model this one goes on with; by default the one before."""
+    model: FactoryConfig | None = None
+    """Begin with this model instead of the one that the stage before left, such as a small student."""
+    shrink: ShrinkConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
     """Keep the zeros that an earlier stage made."""
     quantize: QuantizeConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -43,10 +51,24 @@ class StageConfig:
             raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
+        if self.start is not None and self.model is not None:
+            raise ValueError(f"start: '{self.start}' and a model are given; write the one that the stage begins with")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
+
+        if self.model is not None and self.shrink is not None:
+            raise ValueError("shrink: a stage with a model of its own has nothing to cut yet; write the size in model")
+        if self.lora is not None and self.prune is not None:
+            raise ValueError(
+                "prune: lora freezes the weights of its stage; prune in a stage before, whose zeros it holds"
+            )
+        if self.lora is not None and self.lora.bits is not None and self.quantize is not None:
+            raise ValueError(
+                f"lora.bits: weights that are frozen in {self.lora.bits} bits cannot be quantized in the same stage; "
+                "write bits: null, or quantize in a stage of its own after it"
+            )
 
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return self.quantize is not None or self.prune is not None
+        return any(block is not None for block in (self.quantize, self.prune, self.shrink, self.model))
