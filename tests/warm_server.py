@@ -14,6 +14,7 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -125,6 +126,7 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
     kind = arguments[0] if arguments else ""
     if kind not in ("-c", "-m") and (not kind or kind.startswith("-")):
         os.execv(sys.executable, [sys.executable, *arguments])
+    multiprocessing.set_executable(sys.executable)  # it hands on more than the standard streams
     sys.executable = python  # the processes that this one starts are forks too
     if kind == "-c":
         sys.argv[:] = ["-c", *arguments[2:]]
