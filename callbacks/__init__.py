@@ -7,6 +7,7 @@ from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from qatkit.callbacks.quantization import QuantizationAwareTraining
+from qatkit.callbacks.rewinding import WeightRewinding
 from qatkit.callbacks.srste import SparseRefinedSTE
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "MovementPruning",
     "QuantizationAwareTraining",
     "SparseRefinedSTE",
+    "WeightRewinding",
     "load_quantized",
 ]

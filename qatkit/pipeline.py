@@ -45,9 +45,9 @@ class Run:
         """Where a stage's files are."""
         return self.out / "stages" / stage
 
-    def build_model(self) -> nn.Module:
-        """The recipe's model as its factory makes it; the same initial weights every time."""
-        torch.manual_seed(self.recipe.seed)
+    def build_model(self, seed: int | None = None) -> nn.Module:
+        """The recipe's model as its factory makes it; the same initial weights every time, or those of another seed."""
+        torch.manual_seed(self.recipe.seed if seed is None else seed)
         model = build(self.recipe.model, "model", self.allow)
         if not isinstance(model, nn.Module):
             raise QatkitError(f"model.factory: {self.recipe.model.factory} returned no nn.Module but {type(model)}")
@@ -188,9 +188,13 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
     folds = run.record(parent).folds if parent else []
     held = run.record(parent).zeros if parent and stage.hold_sparsity else {}
     model = run.load_model(parent, quantizers=False)
+    earlier = None
+    if (back := stage.rewind) is not None:
+        earlier = run.load_model(back.stage) if back.seed is None else run.build_model(back.seed)
     result = train(
-        run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), list(held), progress
-    )
+        run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), list(held), earlier,
+        progress,
+    )  # fmt: skip
     if result.trainer.is_global_zero:
         model = finished_model(run.load_model(parent, quantizers=False), result)
         record = StageRecord(

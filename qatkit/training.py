@@ -56,6 +56,7 @@ def train(
     folder: Path,
     loggers: Sequence[Logger],
     held: Sequence[str] = (),
+    earlier: nn.Module | None = None,
     progress: bool = False,
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
@@ -69,14 +70,17 @@ def train(
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
         held: Layers whose zeros an earlier stage made.
+        earlier: The model whose weights the stage goes back to, where it rewinds.
         progress: Draw a bar.
     """
     stage = recipe.stages[name]
     quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
     monitor = CompressionMonitor()
     pruning = blocks.prune.callback(stage.prune, held)
+    rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     # pruning comes first: ranges are then calibrated on the pruned weights
-    callbacks: list[Callback] = [callback for callback in (pruning, quantize, monitor) if callback is not None]
+    ordered = (pruning, rewinding, quantize, monitor)
+    callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert teacher is not None
         callbacks.append(blocks.distill.callback(stage.distill, teacher))

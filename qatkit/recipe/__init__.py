@@ -12,6 +12,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, expanded
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.stage import StageConfig
@@ -22,10 +23,13 @@ __all__ = [
     "ExportConfig",
     "FactoryConfig",
     "LayerConfig",
+    "LotteryConfig",
+    "PartConfig",
     "PruneConfig",
     "QuantizeConfig",
     "RampConfig",
     "Recipe",
+    "RewindConfig",
     "StageConfig",
     "TrainerConfig",
 ]
@@ -58,7 +62,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its data, and the ordered stages it goes through."""
+    """A model, its data, and the ordered stages it goes through; a ``lottery`` block becomes its stages at once."""
 
     name: str = MISSING
     model: FactoryConfig = MISSING
@@ -81,20 +85,46 @@ class Recipe:
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"stages.{name}: '{name}' is no plain name; write letters, digits and _ only")
-        zeros = False
-        for name, stage in self.stages.items():
-            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
-            if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
-                raise ValueError(
-                    f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
-                    "write awq or mse, or hold_sparsity: false"
-                )
+        object.__setattr__(self, "stages", expanded(self.stages, self.seed))
+        self._check_zeros()
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
             wanted = stage.distill.teacher if stage.distill else None
             if wanted is not None and wanted not in names[:position]:
                 raise ValueError(
                     f"stages.{name}.distill.teacher: '{wanted}' is no earlier stage; write one of {names[:position]}"
+                )
+
+    def _check_zeros(self) -> None:
+        """What stages say of zeros and of going back must fit the stages before them."""
+        zeros = False
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            if stage.rewind is not None:
+                self._check_rewind(name, names[:position], zeros and stage.hold_sparsity)
+            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
+            if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
+                raise ValueError(
+                    f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
+                    "write awq or mse, or hold_sparsity: false"
+                )
+
+    def _check_rewind(self, name: str, earlier: list[str], zeros: bool) -> None:
+        stage = self.stages[name]
+        assert stage.rewind is not None
+        target = stage.rewind.stage
+        if target is not None and target not in earlier:
+            raise ValueError(f"stages.{name}.rewind.stage: '{target}' is no earlier stage; write one of {earlier}")
+        if stage.prune is None and not zeros:
+            raise ValueError(
+                f"stages.{name}.rewind: the stage has no zeros to put weights under; write prune: {{sparsity: 0.5}} "
+                "beside it"
+            )
+        for between in [*earlier, name]:
+            if self.stages[between].quantize is not None:
+                raise ValueError(
+                    f"stages.{name}.rewind: stage '{between}' quantizes, which changes the layers that weights would "
+                    "go back to; quantize in a stage after the last rewind"
                 )
 
     def teacher_of(self, name: str) -> str | None:

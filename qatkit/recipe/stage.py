@@ -7,6 +7,7 @@ from typing import Literal
 
 from qatkit.recipe.common import MISSING
 from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
 
@@ -32,6 +33,10 @@ class StageConfig:
     hold_sparsity: bool = True
     """Keep the zeros that an earlier stage made."""
     quantize: QuantizeConfig | None = None
+    lottery: LotteryConfig | None = None
+    """Stands for stages of its own; a `Recipe` holds these instead."""
+    rewind: RewindConfig | None = None
+    part: PartConfig | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -45,8 +50,18 @@ class StageConfig:
             raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
+        if self.part is not None and self.part.start + self.max_steps > self.part.of:
+            raise ValueError(
+                f"part.of: {self.part.of} is less than the {self.part.start} steps before the stage and its "
+                f"{self.max_steps}; write at least their sum"
+            )
 
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return self.quantize is not None or self.prune is not None
+        return self.quantize is not None or self.prune is not None or self.rewind is not None
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the learning-rate schedule, which may be longer than the stage."""
+        return self.max_steps if self.part is None else self.part.of
