@@ -5,6 +5,7 @@ from qatkit.callbacks.features import AttentionMatch, HiddenMatch
 from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
+from qatkit.callbacks.one_shot import OneShotPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from qatkit.callbacks.quantization import QuantizationAwareTraining
 from qatkit.callbacks.rewinding import WeightRewinding
@@ -18,6 +19,7 @@ __all__ = [
     "KnowledgeDistillation",
     "MagnitudePruning",
     "MovementPruning",
+    "OneShotPruning",
     "QuantizationAwareTraining",
     "SparseRefinedSTE",
     "WeightRewinding",

@@ -95,7 +95,11 @@ def report_run(run: Run) -> dict[str, Any]:
         rows.append(
             {
                 "stage": stage,
-                "kind": "dense" if not config.compresses else "trained" if config.max_steps else "post-training",
+                "kind": "dense"
+                if not run.recipe.compressed(stage)
+                else "trained"
+                if config.max_steps
+                else "post-training",
                 **{
                     f"test_{name.removeprefix('test/')}": value
                     for name, value in record.metrics.items()

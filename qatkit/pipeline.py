@@ -87,9 +87,9 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last one before compression, and every compressing one."""
+        """The stages that a comparison shows: the last one before compression, and every compressed one."""
         names = list(self.recipe.stages)
-        compressing = [name for name in names if self.recipe.stages[name].compresses]
+        compressing = [name for name in names if self.recipe.compressed(name)]
         before = names[: names.index(compressing[0])] if compressing else names
         return before[-1:] + compressing
 

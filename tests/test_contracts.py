@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": PLAIN | TECHNIQUES | {"export"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "tasks"},
     "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}

@@ -80,8 +80,8 @@ def rewound(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "to_init: {max_steps: 0, rewind: {stage: null}}",
         "fresh: {max_steps: 0, rewind: {seed: 9}}",
     ]
-    run = run_of(tmp_path_factory.mktemp("rewound"), f"stages={{{', '.join(stages)}}}", "model.factory=qatkit.models:cnn",
-                 "model.args={channels: [8, 8]}")  # fmt: skip
+    model = ["model.factory=qatkit.models:cnn", "model.args={channels: [8, 8]}"]
+    run = run_of(tmp_path_factory.mktemp("rewound"), f"stages={{{', '.join(stages)}}}", *model)
     run_stages(run)
     return run
 

@@ -95,6 +95,15 @@ class Recipe:
                     f"stages.{name}.distill.teacher: '{wanted}' is no earlier stage; write one of {names[:position]}"
                 )
 
+    def compressed(self, name: str) -> bool:
+        """Whether what a stage leaves is compressed: the stage compresses, or holds zeros that an earlier one made."""
+        zeros = False
+        for stage_name, stage in self.stages.items():
+            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
+            if stage_name == name:
+                return zeros or stage.compresses
+        raise KeyError(name)
+
     def _check_zeros(self) -> None:
         """What stages say of zeros and of going back must fit the stages before them."""
         zeros = False
@@ -102,6 +111,12 @@ class Recipe:
         for position, (name, stage) in enumerate(self.stages.items()):
             if stage.rewind is not None:
                 self._check_rewind(name, names[:position], zeros and stage.hold_sparsity)
+            method = stage.prune.method if stage.prune is not None else "magnitude"
+            if method in ("wanda", "sparsegpt", "taylor") and self.trainer.strategy == "fsdp2":
+                raise ValueError(
+                    f"stages.{name}.prune.method: '{method}' needs whole weights, and fsdp2 shards them; write "
+                    "magnitude, or trainer.strategy: ddp"
+                )
             zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
             if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(

@@ -129,7 +129,7 @@ def _rounds(
     rest: dict[str, Any] = {"max_steps": stage.max_steps}
     if first:
         found[f"{name}_start"] = replace(dense, max_steps=first, part=PartConfig(stage.max_steps))
-        rest: dict[str, Any] = {"max_steps": stage.max_steps - first, "part": PartConfig(stage.max_steps, first)}
+        rest = {"max_steps": stage.max_steps - first, "part": PartConfig(stage.max_steps, first)}
     found[f"{name}_0"] = replace(dense, **rest)
     rewind = None if lottery.rewind == "learning_rate" else RewindConfig(f"{name}_start" if first else before)
     for number in range(1, lottery.rounds + 1):

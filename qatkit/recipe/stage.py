@@ -56,6 +56,16 @@ class StageConfig:
                 f"{self.max_steps}; write at least their sum"
             )
 
+        if self.prune is not None and not self.prune.at_once:
+            how = "ramp" if self.prune.ramp is not None else "method"
+            if self.max_steps == 0:
+                raise ValueError(f"prune.{how}: it prunes while training, and max_steps is 0; write sparsity: 0.5")
+            if self.rewind is not None:
+                raise ValueError(
+                    f"prune.{how}: it prunes while training, and rewind needs zeros to put weights under at the start; "
+                    "write sparsity: 0.5"
+                )
+
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
