@@ -164,7 +164,8 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_its_share_of_zeros_which_later_stages_hold(tmp_path: Path, method: str) -> None:
-    stages = f"stages={{dense: {{max_steps: 20}}, prune: {{max_steps: 20, prune: {METHODS[method]}}}, more: {{max_steps: 5}}}}"
+    prune = f"{{max_steps: 20, prune: {METHODS[method]}}}"
+    stages = f"stages={{dense: {{max_steps: 20}}, prune: {prune}, more: {{max_steps: 5}}}}"
     run = run_of(tmp_path, stages, "export=null")
     run_stages(run)
     zeros = run.record("prune").zeros

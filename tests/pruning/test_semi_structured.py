@@ -35,6 +35,7 @@ def test_a_model_that_is_not_on_a_gpu_is_told_so_and_stays_as_it_was() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sparse_kernels_compute_what_the_dense_ones_do() -> None:
     model = network().cuda().bfloat16()
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
@@ -47,9 +48,10 @@ def test_sparse_kernels_compute_what_the_dense_ones_do() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_that_the_kernels_cannot_take_are_named() -> None:
     model = nn.Sequential(network()[0], nn.ReLU(), nn.Linear(512, 3)).cuda().bfloat16()
-    with pytest.raises(QatkitError, match="layer '2': its weight of shape .* is not 2:4 sparse"):
+    with pytest.raises(QatkitError, match=r"layer '2': its weight of shape .* is not 2:4 sparse"):
         use_sparse_kernels(model)
     model[2].weight.data.mul_(nm_mask(model[2].weight, 2, 4))
     with pytest.warns(QatkitWarning, match=r"layers \['2'\] stay dense"):
