@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test lint types bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qatkit run vision/digits_int4 --out runs/demo
 
+# each worker starts with a part of the tests in their order and takes over from another when it is done, so that few
+# modules have their fixtures made twice
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qatkit.architecture import Architecture
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.state import load_quantizers, quantizer_prefixes, save_quantizers
@@ -38,6 +39,8 @@ class StageRecord:
     """Weights that are zero in every layer whose zeros are held, counted in the saved weights."""
     metrics: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    architecture: Architecture | None = None
+    """What the model is built from, where that is not the recipe's model."""
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -90,6 +93,8 @@ def read_record(folder: Path) -> StageRecord | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["folds"] = [(conv, bn) for conv, bn in content["folds"]]
+        if content.get("architecture") is not None:
+            content["architecture"] = Architecture.from_plain(content["architecture"])
         return StageRecord(**content)
     except (ValueError, TypeError, KeyError) as error:
         raise QatkitError(f"{path}: not a stage record ({error}); delete the folder to run the stage again") from error
@@ -119,7 +124,7 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
 
     Args:
         folder: The stage's folder.
-        model: The recipe's model, as its factory makes it.
+        model: What the stage's record says it is built from: by default the recipe's model, as its factory makes it.
         quantizers: Whether the model is to be fake-quantized again where the stage was.
 
     Raises:

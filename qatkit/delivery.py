@@ -182,9 +182,7 @@ def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
 
 def _start_of(run: Run, stage: str) -> nn.Module:
     """The fake-quantized model as the stage's first step met it."""
-    names = list(run.recipe.stages)
-    position = names.index(stage)
-    model = run.load_model(names[position - 1] if position else None, quantizers=False)
+    model = run.start_model(stage)
     config = run.recipe.stages[stage].quantize
     assert config is not None
     with warnings.catch_warnings():

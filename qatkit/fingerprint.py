@@ -22,13 +22,17 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     A model or data argument that is the path of an existing file counts with the file's content, not only its name.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
-    for key in ("model", "data"):
-        config: FactoryConfig = getattr(recipe, key)
+    factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
+    for key, config in factories.items():
         inputs |= flatten(config, f"{key}.")
+    inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
+    inputs |= flatten(recipe.stages[stage], f"stages.{stage}.")
+    if (own := recipe.stages[stage].model) is not None:
+        factories[f"stages.{stage}.model"] = own
+    for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
             inputs[f"{name} (content)"] = _sha256(path)
-    inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
-    return inputs | flatten(recipe.stages[stage], f"stages.{stage}.")
+    return inputs
 
 
 def fingerprint(inputs: dict[str, Any], parent: str | None) -> str:

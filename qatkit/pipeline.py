@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
+from qatkit.architecture import Architecture, build_architecture
 from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
 from qatkit.errors import QatkitError
 from qatkit.factories import build
@@ -45,13 +46,15 @@ class Run:
         """Where a stage's files are."""
         return self.out / "stages" / stage
 
-    def build_model(self, seed: int | None = None) -> nn.Module:
-        """The recipe's model as its factory makes it; the same initial weights every time, or those of another seed."""
+    def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
+        """A model as its factory makes it, by default the recipe's; the same initial weights every time.
+
+        Args:
+            architecture: What it is built from.
+            seed: Gives other weights than the recipe's own does.
+        """
         torch.manual_seed(self.recipe.seed if seed is None else seed)
-        model = build(self.recipe.model, "model", self.allow)
-        if not isinstance(model, nn.Module):
-            raise QatkitError(f"model.factory: {self.recipe.model.factory} returned no nn.Module but {type(model)}")
-        return model
+        return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
 
     def build_data(self, batch_size: int) -> LightningDataModule:
         """The recipe's data, in the order that the seed decides."""
@@ -69,10 +72,23 @@ class Run:
             stage: Its name.
             quantizers: False gives the plain layers with their unrounded weights.
         """
-        model = self.build_model()
+        record = self.find(stage) if stage is not None else None
+        model = self.build_model(record.architecture if record else None)
         if stage is not None:
             load_stage(self.folder(stage), model, quantizers)
         return model
+
+    def start_model(self, stage: str) -> nn.Module:
+        """The model that a stage begins with, plain layers, on the CPU: its own, or what the stage before it left."""
+        if (own := self.recipe.stages[stage].model) is not None:
+            return self.build_model(Architecture(own))
+        return self.load_model(self.parent_of(stage), quantizers=False)
+
+    def parent_of(self, stage: str) -> str | None:
+        """The stage before, or None for the first."""
+        names = list(self.recipe.stages)
+        position = names.index(stage)
+        return names[position - 1] if position else None
 
     def find(self, stage: str) -> StageRecord | None:
         """What is written of a stage, or None while it is not finished."""
@@ -185,24 +201,34 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         write_atomically(folder / "started.json", json.dumps(started_with))
     stage = run.recipe.stages[name]
     teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
-    folds = run.record(parent).folds if parent else []
-    held = run.record(parent).zeros if parent and stage.hold_sparsity else {}
-    model = run.load_model(parent, quantizers=False)
+    # a stage with a model of its own takes over nothing from the stage before
+    before = run.record(parent) if parent and stage.model is None else None
+    architecture = before.architecture if before else Architecture(stage.model) if stage.model else None
+    held = before.zeros if before and stage.hold_sparsity else {}
     earlier = None
     if (back := stage.rewind) is not None:
-        earlier = run.load_model(back.stage) if back.seed is None else run.build_model(back.seed)
+        earlier = run.load_model(back.stage) if back.seed is None else run.build_model(architecture, back.seed)
     result = train(
-        run.recipe, name, model, teacher, run.build_data, folder, run.tracking.loggers(name), list(held), earlier,
+        run.recipe,
+        name,
+        run.start_model(name),
+        teacher,
+        run.build_data,
+        folder,
+        run.tracking.loggers(name),
+        list(held),
+        earlier,
         progress,
-    )  # fmt: skip
+    )
     if result.trainer.is_global_zero:
-        model = finished_model(run.load_model(parent, quantizers=False), result)
+        model = finished_model(run.start_model(name), result)
         record = StageRecord(
             name=name,
             fingerprint=own,
             inputs=inputs,
-            folds=[*folds, *result.folds],
+            folds=[*(before.folds if before else []), *result.folds],
             zeros=dict.fromkeys(result.held, 0),  # counted when the weights are saved
+            architecture=architecture,
             seconds=round(time.perf_counter() - started, 3),
             versions={package: version(package) for package in ("qatkit", "torch", "lightning")},
         )

@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import nn
-
 from qatkit import blocks
+from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.factories import build, check_arguments, resolve
+from qatkit.factories import check_arguments, resolve
 from qatkit.recipe import Recipe
 from qatkit.tracking import check_logger
 
@@ -50,9 +48,11 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
-    model = _meta_model(recipe, allow)
+    model = meta_model(recipe.model, allow)
     layers = {}
     for name, stage in recipe.stages.items():
+        if stage.model is not None:
+            model = meta_model(stage.model, allow, f"stages.{name}.model")
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
@@ -70,22 +70,3 @@ def _at(key: str) -> Iterator[None]:
     except QatkitError as error:
         joint = "." if re.match(r"\w+(\[[^]]*\])?(\.\w+)*:|\w+\[", str(error)) else ": "
         raise QatkitError(f"{key}{joint}{error}") from None
-
-
-def _meta_model(recipe: Recipe, allow: Sequence[str]) -> nn.Module:
-    """The recipe's model with shapes and names but without values."""
-    try:
-        with torch.device("meta"):
-            model = build(recipe.model, "model", allow)
-    except QatkitError:
-        raise
-    except Exception as error:  # a factory may raise anything
-        said = f"{type(error).__name__}: {error}"
-        raise QatkitError(
-            f"model.factory: '{recipe.model.factory}' fails on torch's meta device ({said[:300]}); "
-            "it must build a model without reading the values of its weights"
-        ) from error
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise QatkitError(f"model.factory: '{recipe.model.factory}' returned {kind}; it must return an nn.Module")
-    return model

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import torch
+
+# for fixtures of a module, which are made before the one below, and for the processes that tests start
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -33,13 +33,14 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks": PLAIN | TECHNIQUES,
     "tasks": PLAIN,
     "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},
-    "checkpoint": PLAIN | TECHNIQUES,
+    "architecture": PLAIN | {"recipe", "factories"},
+    "checkpoint": PLAIN | TECHNIQUES | {"architecture"},
     "export": PLAIN | TECHNIQUES | {"tasks"},
     "analysis": PLAIN | TECHNIQUES | {"export"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
     "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "tasks"},
-    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks"},
+    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks", "architecture"},
 }
 EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}

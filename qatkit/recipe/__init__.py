@@ -85,6 +85,9 @@ class Recipe:
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"stages.{name}: '{name}' is no plain name; write letters, digits and _ only")
+        first = next(iter(self.stages))
+        if self.stages[first].model is not None:
+            raise ValueError(f"stages.{first}.model: no stage comes before it; write it as the recipe's model")
         object.__setattr__(self, "stages", expanded(self.stages, self.seed))
         self._check_zeros()
         names = list(self.stages)
@@ -99,7 +102,7 @@ class Recipe:
         """Whether what a stage leaves is compressed: the stage compresses, or holds zeros that an earlier one made."""
         zeros = False
         for stage_name, stage in self.stages.items():
-            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
+            zeros = stage.holds_zeros(zeros)
             if stage_name == name:
                 return zeros or stage.compresses
         raise KeyError(name)
@@ -110,14 +113,14 @@ class Recipe:
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
             if stage.rewind is not None:
-                self._check_rewind(name, names[:position], zeros and stage.hold_sparsity)
+                self._check_rewind(name, names[:position], stage.holds_zeros(zeros))
             method = stage.prune.method if stage.prune is not None else "magnitude"
             if method in ("wanda", "sparsegpt", "taylor") and self.trainer.strategy == "fsdp2":
                 raise ValueError(
                     f"stages.{name}.prune.method: '{method}' needs whole weights, and fsdp2 shards them; write "
                     "magnitude, or trainer.strategy: ddp"
                 )
-            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
+            zeros = stage.holds_zeros(zeros)
             if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
@@ -130,15 +133,21 @@ class Recipe:
         target = stage.rewind.stage
         if target is not None and target not in earlier:
             raise ValueError(f"stages.{name}.rewind.stage: '{target}' is no earlier stage; write one of {earlier}")
-        if stage.prune is None and not zeros:
+        if not zeros:
             raise ValueError(
                 f"stages.{name}.rewind: the stage has no zeros to put weights under; write prune: {{sparsity: 0.5}} "
                 "beside it"
             )
-        for between in [*earlier, name]:
-            if self.stages[between].quantize is not None:
+        since = earlier.index(target) + 1 if target is not None else 0
+        for between in [*earlier[since if stage.rewind.seed is None else len(earlier) :], name]:
+            if self.stages[between].model is not None:
                 raise ValueError(
-                    f"stages.{name}.rewind: stage '{between}' quantizes, which changes the layers that weights would "
+                    f"stages.{name}.rewind: stage '{between}' begins with another model; go back to a stage after it"
+                )
+        for before in [*earlier, name]:
+            if self.stages[before].quantize is not None:
+                raise ValueError(
+                    f"stages.{name}.rewind: stage '{before}' quantizes, which changes the layers that weights would "
                     "go back to; quantize in a stage after the last rewind"
                 )
 

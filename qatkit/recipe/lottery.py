@@ -88,13 +88,13 @@ def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageCon
     found: dict[str, StageConfig] = {}
     zeros = False
     for name, stage in stages.items():
-        zeros = zeros and stage.hold_sparsity
-        if zeros and stage.lottery is not None:
+        zeros = stage.holds_zeros(zeros)
+        if zeros and stage.lottery is not None and stage.prune is None:
             raise ValueError(
                 f"stages.{name}.lottery: it starts from a dense model, and an earlier stage has made zeros; write "
                 "hold_sparsity: false to let them grow again"
             )
-        zeros = zeros or stage.prune is not None or stage.lottery is not None
+        zeros = zeros or stage.lottery is not None
         before = next(reversed(found), None)
         more = {name: stage} if stage.lottery is None else _rounds(name, stage, stage.lottery, before, seed)
         for each in more:
@@ -112,11 +112,11 @@ def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageCon
 def _rounds(
     name: str, stage: StageConfig, lottery: LotteryConfig, before: str | None, seed: int
 ) -> dict[str, StageConfig]:
-    for block in ("prune", "quantize", "rewind", "part"):
+    for block in ("model", "prune", "quantize", "rewind", "part"):
         if getattr(stage, block) is not None:
             raise ValueError(
-                f"stages.{name}.{block}: it has no meaning beside lottery, which makes stages of its own; leave it "
-                "out, or write it in a stage after this one"
+                f"stages.{name}.{block}: it has no meaning beside lottery, which stands for several stages; write it "
+                "in a stage of its own"
             )
     first = lottery.rewind if isinstance(lottery.rewind, int) else 0
     if first >= stage.max_steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qatkit.recipe.common import MISSING
+from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig
 from qatkit.recipe.prune import PruneConfig
@@ -28,6 +28,8 @@ class StageConfig:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    model: FactoryConfig | None = None
+    """Begin with this model instead of the one that the stage before left, such as a small student."""
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
@@ -69,9 +71,13 @@ class StageConfig:
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return self.quantize is not None or self.prune is not None or self.rewind is not None
+        return any(block is not None for block in (self.quantize, self.prune, self.model, self.rewind))
 
     @property
     def schedule_steps(self) -> int:
         """Steps of the learning-rate schedule, which may be longer than the stage."""
         return self.max_steps if self.part is None else self.part.of
+
+    def holds_zeros(self, before: bool) -> bool:
+        """Whether zeros are held in this stage, given whether they were in the stage before."""
+        return self.prune is not None or (before and self.hold_sparsity and self.model is None)
