@@ -11,7 +11,7 @@ import pytest
 import torch
 
 WORKER = Path(__file__).parent / "pruning_worker.py"
-KINDS = ("layer", "model", "nm", "movement", "block")
+KINDS = ("layer", "model", "nm", "movement", "block", "srste", "rewind")
 
 
 @pytest.fixture(scope="module")
