@@ -7,7 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Size:
     rounds: tuple[tuple[float, int], ...] = tuple(ROUNDS.items())
 
 
-FULL = Size(1000, recovery.FULL)
+FULL = Size(1000, replace(recovery.FULL, steps=200))
 QUICK = Size(12, recovery.QUICK, (4, 4), ((0.8, 1), (0.9, 2)))
 
 

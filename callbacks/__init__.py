@@ -2,7 +2,9 @@
 
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
+from qatkit.callbacks.generation import Generation
 from qatkit.callbacks.loading import load_quantized
+from qatkit.callbacks.lora import LoRA
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
 from qatkit.callbacks.one_shot import OneShotPruning
@@ -15,8 +17,10 @@ __all__ = [
     "AttentionMatch",
     "CompressionMonitor",
     "ConstantPruning",
+    "Generation",
     "HiddenMatch",
     "KnowledgeDistillation",
+    "LoRA",
     "MagnitudePruning",
     "MovementPruning",
     "OneShotPruning",

@@ -203,7 +203,7 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
         ),
         (
             "stages={a: {max_steps: 1}, b: {max_steps: 1, prune: {sparsity: 0.5}, rewind: {stage: c}}}",
-            r"stages\.b\.rewind\.stage: 'c' is no earlier stage; write one of \['a'\]",
+            r"stages\.b\.rewind\.stage: 'c' is no earlier stage of the same model; write one of \['a'\]",
         ),
         (
             "stages={a: {max_steps: 1, quantize: {weight: {num_bits: 4}}}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from qatkit.pruning.masks import check_block, check_nm
 from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
 from qatkit.recipe import PruneConfig
-from qatkit.tasks import answers, call, token_loss
+from qatkit.tasks import mean_loss
 
 if TYPE_CHECKING:
     from qatkit.callbacks.holding import HeldZeros
@@ -58,7 +58,7 @@ def callback(config: PruneConfig | None, held: Sequence[str]) -> HeldZeros | Non
         assert nm is not None
         return SparseRefinedSTE(nm, include=include, exclude=exclude)
     if config.method != "magnitude":
-        loss = _loss if config.method == "taylor" else None
+        loss = mean_loss if config.method == "taylor" else None
         return OneShotPruning(
             config.method, config.sparsity, nm, config.scope, include, exclude, config.calibration_batches, loss
         )
@@ -72,8 +72,3 @@ def callback(config: PruneConfig | None, held: Sequence[str]) -> HeldZeros | Non
         exclude=exclude,
         layers=inside_keys(config.layers),
     )
-
-
-def _loss(model: nn.Module, batch: Any) -> Tensor:
-    rows, labels = answers(call(model, batch), batch)
-    return token_loss(rows, labels)[0]
