@@ -130,10 +130,11 @@ class CompressionModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.stage.lr, self.stage.weight_decay))
+        stage = self.stage
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, stage.lr, stage.weight_decay))
+        start, steps = stage.part.start if stage.part else 0, max(stage.schedule_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: lr_factor(step / max(self.stage.max_steps, 1), self.stage.schedule, self.stage.warmup),
+            optimizer, lambda step: lr_factor((start + step) / steps, stage.schedule, stage.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": PLAIN | TECHNIQUES | {"export", "tasks"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
     "validation": PLAIN
     | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
 }
