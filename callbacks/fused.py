@@ -145,6 +145,9 @@ class Fused:
             return None
         if hasattr(self.layer.weight, "full_tensor"):  # sharded apart from the model that is called
             return None
+        device = tokens.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
+            return None  # gradients are made before the loss is scaled, and would round to 0
         self.labels = labels
         self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         return {name: value for name, value in kwargs.items() if name != "labels"}
