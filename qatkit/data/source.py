@@ -197,7 +197,7 @@ def _read_table(file: Path) -> Iterator[Record]:
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)

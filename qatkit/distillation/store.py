@@ -118,7 +118,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
 
 def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
     """Rows as an Arrow file, with the number of classes beside them."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"classes": str(classes)})
     sink = pa.BufferOutputStream()

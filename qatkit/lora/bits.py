@@ -137,7 +137,7 @@ def _load_4bit(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     statistics = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
     if statistics:
         packed, device = state_dict[f"{prefix}weight"], layer.weight.device
-        layer.weight = bnb.Params4bit.from_prequantized(packed, statistics, device=device, module=layer)  # type: ignore[arg-type]
+        layer.weight = bnb.Params4bit.from_prequantized(packed, statistics, device=device, module=layer)
 
 
 def _load_8bit(layer: nn.Module, *_: Any) -> None:

@@ -42,7 +42,7 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
     if not layers:
         raise QatkitError(f"include {list(include)} selects {list(chosen)}, of which none is linear")
     for name, layer in layers.items():
-        _check(name, layer.weight)
+        _check(name, cast(Tensor, layer.weight))
     taken, refused = {}, {}
     for name, layer in layers.items():
         try:
@@ -75,7 +75,7 @@ def is_two_of_four(weight: Tensor) -> bool:
     return bool(((weight != 0).view(weight.shape[0], -1, 4).sum(dim=2) <= 2).all())
 
 
-def _check(name: str, weight: nn.Parameter) -> None:
+def _check(name: str, weight: Tensor) -> None:
     part = local(cast(Tensor, weight))
     if part.device.type != "cuda":
         raise QatkitError(
