@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
     if not layers:
         raise QatkitError(f"include {list(include)} selects {list(chosen)}, of which none is linear")
     for name, layer in layers.items():
-        _check(name, cast(Tensor, layer.weight))
+        _check(name, layer.weight)
     taken, refused = {}, {}
     for name, layer in layers.items():
         try:
@@ -76,7 +75,7 @@ def is_two_of_four(weight: Tensor) -> bool:
 
 
 def _check(name: str, weight: Tensor) -> None:
-    part = local(cast(Tensor, weight))
+    part = local(weight)
     if part.device.type != "cuda":
         raise QatkitError(
             f"layer '{name}': it is on {part.device.type}, and 2:4 kernels need an NVIDIA GPU; write model.cuda(), or "
