@@ -38,6 +38,8 @@ class StageRecord:
     zeros: dict[str, int] = field(default_factory=dict)
     """Weights that are zero in every layer whose zeros are held, counted in the saved weights."""
     metrics: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, int] = field(default_factory=dict)
+    """``parameters``, and ``macs``: multiply-adds for one sample of the test split."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
     """What the model is built from, where that is not the recipe's model."""

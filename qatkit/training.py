@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from qatkit import blocks
+from qatkit.analysis.cost import macs, parameters
 from qatkit.blocks.names import outside
 from qatkit.callbacks import CompressionMonitor
 from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
@@ -31,7 +32,8 @@ from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
-from qatkit.tasks import evaluate
+from qatkit.tasks import call, evaluate, one_sample
+from qatkit.teachers import Teaching
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,12 @@ def train(
     recipe: Recipe,
     name: str,
     model: nn.Module,
-    teacher: nn.Module | None,
+    taught: Teaching | None,
     data: Callable[[int], LightningDataModule],
     folder: Path,
     loggers: Sequence[Logger],
     held: Sequence[str] = (),
+    earlier: nn.Module | None = None,
     progress: bool = False,
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
@@ -66,11 +69,12 @@ def train(
         recipe: The whole recipe.
         name: The stage to train.
         model: The model at the stage's start, plain layers, on the CPU.
-        teacher: The model that teaches, where the stage distils.
+        taught: What the stage learns from, where it distils.
         data: Makes the data module for a batch size.
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
         held: Layers whose zeros an earlier stage made.
+        earlier: The model whose weights the stage goes back to, where it rewinds.
         progress: Draw a bar.
     """
     stage = recipe.stages[name]
@@ -78,11 +82,13 @@ def train(
     monitor = CompressionMonitor()
     pruning = blocks.prune.callback(stage.prune, [] if stage.lora else held)
     lora = blocks.lora.callback(stage.lora, held, recipe.seed) if stage.lora else None
+    rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     # pruning comes first: ranges are then calibrated on the pruned weights
-    callbacks: list[Callback] = [callback for callback in (pruning, quantize, lora, monitor) if callback is not None]
+    ordered = (pruning, rewinding, quantize, lora, monitor)
+    callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
-        assert teacher is not None
-        callbacks.append(blocks.distill.callback(stage.distill, teacher))
+        assert taught is not None
+        callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, recipe.seed, taught.vocab_size))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"
@@ -107,7 +113,7 @@ def train(
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each take every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
-    module = CompressionModule(model, stage, recipe.seed)
+    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile)
     resumed = last.exists()
     _same_processes(trainer, name, folder, resumed)
     handler = signal.getsignal(signal.SIGINT)
@@ -175,9 +181,11 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader()).items()}
     data.setup("test")
     metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader()).items()}
+    sample = one_sample(next(iter(data.test_dataloader())))
+    cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
     layers = [asdict(row) for row in layer_table(model)]
     zeros = count_zeros(model, record.zeros)
-    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, layers=layers))
+    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
     (folder / "last.ckpt").unlink(missing_ok=True)
     (folder / "started.json").unlink(missing_ok=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import TypedDict
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
-from qatkit.export.runtime import Runtime, load_runtime
+from qatkit.export.runtime import load_runtime
 
 
 class Latency(TypedDict):
@@ -85,13 +86,8 @@ def compare(
     rows: dict[str, list[Latency]] = {name: [] for name in paths}
     for size in batch_sizes:
         x = _batch(example, size)
-        calls = {name: _warm_up(runtime, x) for name, runtime in runtimes.items()}
-        times: dict[str, list[float]] = {name: [] for name in paths}
-        for _ in range(repeats):
-            for name, runtime in runtimes.items():
-                times[name].append(_time(runtime, x, calls[name]))
-        for name, measured in times.items():
-            low, median, high = quantiles(measured, n=4, method="inclusive") if repeats > 1 else measured * 3
+        measured = side_by_side({name: partial(runtime, x) for name, runtime in runtimes.items()}, repeats)
+        for name, (low, median, high) in measured.items():
             rows[name].append(
                 Latency(
                     batch_size=size,
@@ -105,22 +101,44 @@ def compare(
     return rows
 
 
+def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, tuple[float, float, float]]:
+    """Time calls in turn: A, B, C, A, B, C.
+
+    Args:
+        calls: What to time, by name.
+        repeats: Rounds; each times every call once, over as many runs of it as fill 2 ms.
+
+    Returns:
+        First quartile, median and third quartile of the seconds that one run takes.
+    """
+    counts = {name: _warm_up(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(_time(call, counts[name]))
+    found = {}
+    for name, measured in times.items():
+        low, median, high = quantiles(measured, n=4, method="inclusive") if repeats > 1 else measured * 3
+        found[name] = (low, median, high)
+    return found
+
+
 def _batch(example: Tensor, size: int) -> Tensor:
     copies = -(-size // len(example))
     return torch.cat([example] * copies)[:size].contiguous()
 
 
-def _warm_up(runtime: Runtime, x: Tensor, seconds: float = 0.02, block: float = 2e-3) -> int:
+def _warm_up(call: Callable[[], object], seconds: float = 0.02, block: float = 2e-3) -> int:
     """Run until caches and memory pools are warm; returns how many calls fill one timed block."""
     start, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < seconds or count < 3:
-        runtime(x)
+        call()
         count += 1
     return max(1, round(block * count / passed))
 
 
-def _time(runtime: Runtime, x: Tensor, calls: int) -> float:
+def _time(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
-        runtime(x)
+        call()
     return (time.perf_counter() - start) / calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qatkit.analysis.metrics import metric_of
+from qatkit.analysis.metrics import PERPLEXITY, metric_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +14,26 @@ def headers(report: dict[str, Any]) -> list[str]:
     """The columns of the comparison; one for each batch size that was measured."""
     sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
     judged = f"test {metric_of(report).name}"
-    return ["stage", "what", judged, "in the runtime", "size", *(f"batch of {n}" for n in sizes), "parity"]
+    speed = [f"batch of {n}" for n in sizes]
+    return ["stage", "what", judged, "in the runtime", *_language_headers(report), "size", *speed, "parity"]
+
+
+def _language_headers(report: dict[str, Any]) -> list[str]:
+    """Of what the ``evaluate`` block of the recipe measured."""
+    measured = report["rows"][0].get("language")
+    if not measured:
+        return []
+    seen = f"{measured['context']} tokens by {measured['stride']}"
+    return [f"perplexity, {seen}", "next token of dense", "KL to dense", *measured["tasks"]]
+
+
+def _language_cells(row: dict[str, Any]) -> list[str]:
+    measured = row.get("language")
+    if not measured:
+        return []
+    shown = f"{PERPLEXITY.show(measured['perplexity'])} (loss {measured['loss']:.4f})"
+    tasks = (f"{value:.4f}" for value in measured["tasks"].values())
+    return [shown, f"{measured['agreement']:.2%}", f"{measured['kl']:.4f}", *tasks]
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
@@ -31,6 +50,7 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
                 f"{row['kind']} {' '.join(bits)}".strip(),
                 metric.show(metric.of(row)) + loss,
                 metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
+                *_language_cells(row),
                 f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
                 *(
                     f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", row is first)
@@ -57,11 +77,49 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
+def model_table(report: dict[str, Any]) -> list[list[str]]:
+    """A header and a row per stage about its model, with ratios to the first; empty where all have the same model."""
+    rows = report["rows"]
+    if not all("torch_ms" in row.get("cost", {}) for row in rows):
+        return []
+    first = rows[0]["cost"]
+    table = [["stage", "parameters", "MACs of one sample", "plain torch, one sample"]]
+    for row in rows:
+        cost, itself = row["cost"], row is rows[0]
+        table.append(
+            [
+                row["stage"],
+                f"{cost['parameters']}" + _ratio(first["parameters"] / cost["parameters"], "fewer", itself),
+                f"{cost['macs']}" + _ratio(first["macs"] / cost["macs"], "fewer", itself),
+                f"{cost['torch_ms']:.3f} ms" + _ratio(first["torch_ms"] / cost["torch_ms"], "speed", itself),
+            ]
+        )
+    return table
+
+
+def sparse_notes(report: dict[str, Any]) -> list[str]:
+    """A sentence for every sparse file: its size against the dense weights."""
+    return [
+        f"{row['stage']}: {row['bytes'] / 1000:.1f} kB without zeros, {row['bytes'] / row['dense_bytes']:.1%} of the "
+        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take dense"
+        for row in report["rows"]
+        if row.get("dense_bytes")
+    ]
+
+
 def split_note(report: dict[str, Any]) -> str:
     """What the judging numbers were measured on, in a sentence."""
     if metric_of(report).percent:
         return "Accuracies are of the held-out test split."
-    return "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+    note = "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+    if measured := report["rows"][0].get("language"):
+        note += (
+            f" Of {measured['context']} tokens by {measured['stride']}: windows of {measured['context']} tokens that "
+            f"advance by {measured['stride']}, so that each token is predicted once, from at least "
+            f"{measured['context'] - measured['stride']} before it where the text has them. KL is KL(dense || row) in "
+            "nats per token."
+        )
+    return note
 
 
 def _ratio(ratio: float, word: str, itself: bool) -> str:
@@ -86,6 +144,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"{split_note(report)} Size is that of the file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
+    if table := model_table(report):
+        lines += ["", "## Models", "", *_table(table[0], table[1:])]
+    if notes := sparse_notes(report):
+        lines += ["", "## Without zeros", "", *(f"- {note}" for note in notes)]
     if notes := kernel_notes(report):
         lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
     for row in report["rows"]:

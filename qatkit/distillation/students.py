@@ -69,6 +69,15 @@ def student_from_teacher(
     return student
 
 
+def depth_of(teacher: nn.Module) -> int:
+    """How many layers a model of transformers has.
+
+    Raises:
+        QatkitError: the model has no config or several stacks.
+    """
+    return _stack(teacher)[1]
+
+
 def _stack(teacher: nn.Module) -> tuple[str, int]:
     """Name and size of the one list of layers that the config counts."""
     config = getattr(teacher, "config", None)

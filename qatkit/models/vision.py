@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 
-def cnn(
-    channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8
-) -> nn.Sequential:
+class Chain(nn.Sequential):
+    """Layers in a row, which say what widths `cnn` or `mlp` would make them from."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What the factory's arguments would be now: a shrunk model is written down with them."""
+        convolutions = [layer.out_channels for layer in self if isinstance(layer, nn.Conv2d)]
+        if convolutions:
+            return {"channels": convolutions}
+        return {"hidden": [layer.out_features for layer in self if isinstance(layer, nn.Linear)][:-1]}
+
+
+def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8) -> Chain:
     """A convolutional classifier: blocks of 3x3 convolution, BatchNorm and ReLU, pooled by 2 after each but the first.
 
     It ends in a flattened linear layer rather than an average pool: max pooling and flattening move integers unchanged,
@@ -41,10 +51,10 @@ def cnn(
     if size < 1:
         raise ValueError(f"channels: {len(channels)} blocks pool the image away; write fewer")
     layers |= {"flatten": nn.Flatten(), "classifier": nn.Linear(in_channels * size * size, num_classes)}
-    return nn.Sequential(OrderedDict(layers))
+    return Chain(OrderedDict(layers))
 
 
-def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> nn.Sequential:
+def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> Chain:
     """A multilayer perceptron with ReLU between its layers; images are flattened.
 
     Args:
@@ -61,4 +71,4 @@ def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: 
     for out in hidden:
         layers += [nn.Linear(in_features, out), nn.ReLU()]
         in_features = out
-    return nn.Sequential(*layers, nn.Linear(in_features, num_classes))
+    return Chain(*layers, nn.Linear(in_features, num_classes))

@@ -80,7 +80,7 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
     Raises:
         QatkitError: the model is no such model, or there are no batches.
     """
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     config: Any = model.config
     count, heads = config.num_hidden_layers, config.num_attention_heads
     device = next(model.parameters()).device
@@ -147,7 +147,7 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
     Raises:
         QatkitError: a size is larger than it was or does not fit the others, or a parameter's axes are not known.
     """
-    prefix = _prefix(model)
+    prefix = prefix_of(model)
     config: Any = copy.deepcopy(model.config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     old = Shape(
@@ -195,14 +195,15 @@ def _head_norms(x: Tensor, heads: int) -> Tensor:
     return norms.mean(dim=0)
 
 
-def _prefix(model: nn.Module) -> str:
+def prefix_of(model: nn.Module) -> str:
     """What stands before ``layers.0``."""
     for name, _ in model.named_modules():
         if name.endswith("layers.0.self_attn.q_proj") and hasattr(model, "config"):
             return str(name.removesuffix("layers.0.self_attn.q_proj"))
     raise QatkitError(
         f"model: {type(model).__name__} is no Llama-like model of transformers, with layers.0.self_attn.q_proj and a "
-        "config; structured pruning knows Llama, Mistral, Qwen2 and Qwen3"
+        "config that can say every size; structured pruning knows Llama, Mistral, Qwen2 and Qwen3 (of others layers "
+        "can be dropped by their place, but a config such as BERT's cannot say that heads are missing)"
     )
 
 
