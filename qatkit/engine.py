@@ -72,7 +72,8 @@ class CompressionModule(LightningModule):
         args, kwargs = model_inputs(batch)
         output = self(*args, **kwargs)
         if is_text(batch) and getattr(output, "logits", output) is None:  # a callback made the loss without them
-            loss, count = output.loss, (batch["labels"][:, 1:] != IGNORED).sum()
+            loss: Tensor = output.loss
+            count: Tensor | None = (batch["labels"][:, 1:] != IGNORED).sum()
         else:
             logits, labels = answers(to_logits(output), batch)
             loss, count = token_loss(logits, labels) if is_text(batch) else (F.cross_entropy(logits, labels), None)
@@ -129,10 +130,11 @@ class CompressionModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.stage.lr, self.stage.weight_decay))
+        stage = self.stage
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, stage.lr, stage.weight_decay))
+        start, steps = stage.part.start if stage.part else 0, max(stage.schedule_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: lr_factor(step / max(self.stage.max_steps, 1), self.stage.schedule, self.stage.warmup),
+            optimizer, lambda step: lr_factor((start + step) / steps, stage.schedule, stage.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

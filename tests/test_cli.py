@@ -106,6 +106,7 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("validate", "vision/digits_int4", "seed=${oc.env:HOME}"), "seed"),
         (("verify", "nowhere"), "nowhere: no run is here"),
         (("show", "vision/digits"), "vision/digits"),
+        (("plan", "vision/digits_int4"), "no config that says how many layers and heads"),
     ],
 )
 def test_a_mistake_is_one_message_with_exit_code_2_and_leaves_nothing(
@@ -121,7 +122,7 @@ def test_a_mistake_is_one_message_with_exit_code_2_and_leaves_nothing(
 
 
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
-    for command in ("list", "show", "validate", "run", "export", "verify", "report"):
+    for command in ("list", "show", "validate", "run", "export", "verify", "report", "plan"):
         assert f"Example: qatkit {command}" in qatkit(command, "--help", cwd=tmp_path).stdout.replace("\n", " ")
 
 

@@ -39,13 +39,15 @@ ALLOWED: dict[str, set[str]] = {
     "architecture": PLAIN | {"recipe", "factories"},
     "checkpoint": PLAIN | TECHNIQUES | {"architecture"},
     "export": PLAIN | TECHNIQUES | {"tasks"},
-    "analysis": PLAIN | TECHNIQUES | {"export"},
+    "analysis": PLAIN | TECHNIQUES | {"export", "tasks"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora"},
-    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks", "architecture"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
+    "validation": PLAIN
+    | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
 }
 EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
+EVERYTHING |= {"planner", "planner_fit", "cli_plan", "evaluation"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
 HEAVY |= {"matplotlib", "jinja2"}
 MAY_LOAD = {

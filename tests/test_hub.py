@@ -49,7 +49,7 @@ def run(code: str, endpoint: str, home: Path) -> dict[str, Any]:
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
         [sys.executable, "-c", f"{PRELUDE}\n{code}\nprint(json.dumps(result))"],
-        env=environment, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parent.parent,
+        env=environment, capture_output=True, text=True, timeout=290, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -69,6 +69,7 @@ def repositories(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.timeout(600)
 def test_a_model_and_a_data_set_come_from_the_hub_and_later_from_its_cache(repositories: Path, tmp_path: Path) -> None:
     loading = """
 model = causal_lm("team/model")

@@ -12,7 +12,7 @@ import torch
 from tests import warm
 
 WORKER = Path(__file__).parent / "pruning_worker.py"
-KINDS = ("layer", "model", "nm", "movement", "block")
+KINDS = ("layer", "model", "nm", "movement", "block", "srste", "rewind")
 
 
 @pytest.fixture(scope="module")
