@@ -100,7 +100,7 @@ def step_memory(
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         allocations = _Allocations()
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(allocations.keep_gradient)
+            parameter.register_post_accumulate_grad_hook(allocations.keep_gradient)  # type: ignore[no-untyped-call]
         context = torch.autocast("cpu", autocast) if autocast is not None else contextlib.nullcontext()
         with allocations:
             with context:
@@ -150,11 +150,11 @@ def state_memory(
     )
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Counts the bytes of storages that operators make, until the last tensor on them goes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.gradients = 0
         self.other_peak = 0
