@@ -110,8 +110,8 @@ class LoRA(Callback):
         assert self.bits is not None
         if any(isinstance(module, QATLayer) for module in pl_module.modules()):
             raise QatkitError(
-                f"bits: weights that bitsandbytes holds in {self.bits} bits cannot be fake-quantized as well; merge the "
-                "adapters, and quantize in a fit of its own"
+                f"bits: weights that bitsandbytes holds in {self.bits} bits cannot be fake-quantized as well; merge "
+                "the adapters, and quantize in a fit of its own"
             )
         check_backend(trainer.strategy.root_device)
         names, dtype = base_layers(pl_module), COMPUTE.get(str(trainer.precision))

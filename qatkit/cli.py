@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qatkit.cli_arguments import Allow, AsJson, Overrides, Quiet, RecipeArgument, RunArgument
+from qatkit.cli_plan import plan, print_training
 from qatkit.cli_sensitivity import allocate, sensitivity
 from qatkit.errors import QatkitError, QatkitWarning
 
@@ -57,8 +58,13 @@ def show(name: Annotated[str, typer.Argument(help="A name from `qatkit list`.")]
 
 
 @app.command()
-def validate(recipe: RecipeArgument, overrides: Overrides = None, allow: Allow = None) -> None:
-    """Check a recipe down to its layers, without reading data or training.
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="Accept stages that need more memory than the device has.")] = False,
+    allow: Allow = None,
+) -> None:
+    """Check a recipe down to its layers, and predict its memory, without reading data or training.
 
     Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
     """
@@ -70,6 +76,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, allow: Allow =
     typer.echo(f"{loaded.name}: valid, stages {', '.join(loaded.stages)}")
     for stage, names in layers.items():
         typer.echo(f"  {stage}: quantizes {len(names)} layers: {', '.join(names[:6])}{', ...' if names[6:] else ''}")
+    print_training(loaded, allow or [], force)
 
 
 @app.command()
@@ -78,7 +85,9 @@ def run(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[bool, typer.Option(help="Train stages again whose values have changed.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Train stages again whose values have changed, even if memory does not suffice.")
+    ] = False,
     allow: Allow = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -94,6 +103,8 @@ def run(
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline import Run, is_first_process, run_stages
 
+    if is_first_process():
+        print_training(loaded, allow or [], force, quiet or as_json)
     # Lightning sets its level when it is imported; what it says at start is for whoever writes a Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
@@ -148,10 +159,10 @@ def export(run: RunArgument, allow: Allow = None) -> None:
 
     Example: qatkit export runs/digits_int4
     """
-    from qatkit.delivery import export_run
+    from qatkit.delivery import export_run, exported_bytes
 
     for path in export_run(_open(run, allow)):
-        typer.echo(f"{path} ({path.stat().st_size:,} bytes)")
+        typer.echo(f"{path} ({exported_bytes(path):,} bytes)")
 
 
 @app.command()
@@ -201,6 +212,7 @@ def report(
 
 app.command()(sensitivity)
 app.command()(allocate)
+app.command()(plan)
 
 
 def _measured(metrics: dict[str, float]) -> str:

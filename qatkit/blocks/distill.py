@@ -45,10 +45,10 @@ class LowBitTeacher(Teacher):
         return self
 
 
-def check(config: DistillConfig, trainer: TrainerConfig, model: nn.Module, teacher: nn.Module) -> None:
+def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, teacher: nn.Module) -> None:
     """Check what can be known of the two models before a weight is read."""
     for key, plan, writer in (
-        ("on_policy", config.on_policy, model),
+        ("on_policy", config.on_policy, student),
         ("sequence_level", config.sequence_level, teacher),
     ):
         if plan is not None:
@@ -66,7 +66,7 @@ def check(config: DistillConfig, trainer: TrainerConfig, model: nn.Module, teach
             raise QatkitError(f"teacher_{said}; leave teacher_bits out, or write a device that it supports") from error
     if config.hidden is not None:
         for role, layers, found in (
-            ("student", config.hidden.layers.keys(), model),
+            ("student", config.hidden.layers.keys(), student),
             ("teacher", config.hidden.layers.values(), teacher),
         ):
             names = dict(found.named_modules())

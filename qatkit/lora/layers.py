@@ -1,8 +1,8 @@
 """Linear layers that compute with ``W + scaling * B A`` as one weight.
 
 peft adds ``B A x`` to the output of a layer. Where the weight is rounded that is another model than the merged one:
-``round(W) + B A`` is on no grid; and where it is sparse, ``B A`` fills the zeros. Here the update is added to the weight
-before either, in the arithmetic that the merge uses, so merging changes nothing. W is frozen and shared, never copied.
+``round(W) + B A`` is on no grid; and where it is sparse, ``B A`` fills the zeros. Here the update is added to the
+weight before either, in the arithmetic that the merge uses, so merging changes nothing.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def merge_layer(layer: AdaptedWeight, device: torch.device | None = None) -> Non
     """Put the merged weight in the place of W and take the factors away, in place; `device` is where to compute."""
     layer.weight.copy_(layer.merged_weight(device))
     del layer.lora_A, layer.lora_B, layer.lora_alpha, layer.held
-    layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))
+    layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))  # type: ignore[assignment]
 
 
 SWAPS: dict[type[nn.Module], type[AdaptedWeight]] = {nn.Linear: AdaptedLinear, QATLinear: AdaptedQATLinear}

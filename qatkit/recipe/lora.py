@@ -50,8 +50,8 @@ class LoraConfig:
         """
         if sharded and self.bits is not None:
             raise ValueError(
-                f"{key}.lora.bits: FSDP2 shards floating-point parameters, and bitsandbytes packs {self.bits} bits into "
-                "bytes with scales beside them; write trainer.strategy: ddp, or bits: null"
+                f"{key}.lora.bits: FSDP2 shards floating-point parameters, and bitsandbytes packs {self.bits} bits "
+                "into bytes with scales beside them; write trainer.strategy: ddp, or bits: null"
             )
         for name in ("dora", "dropout", "bits"):
             if zeros and (value := getattr(self, name)):
