@@ -2,22 +2,30 @@
 
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
+from qatkit.callbacks.generation import Generation
 from qatkit.callbacks.loading import load_quantized
+from qatkit.callbacks.lora import LoRA
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
+from qatkit.callbacks.one_shot import OneShotPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from qatkit.callbacks.quantization import QuantizationAwareTraining
+from qatkit.callbacks.rewinding import WeightRewinding
 from qatkit.callbacks.srste import SparseRefinedSTE
 
 __all__ = [
     "AttentionMatch",
     "CompressionMonitor",
     "ConstantPruning",
+    "Generation",
     "HiddenMatch",
     "KnowledgeDistillation",
+    "LoRA",
     "MagnitudePruning",
     "MovementPruning",
+    "OneShotPruning",
     "QuantizationAwareTraining",
     "SparseRefinedSTE",
+    "WeightRewinding",
     "load_quantized",
 ]

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from qatkit.callbacks.divergence import Divergence, NanWatch
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
-from qatkit.callbacks.outputs import logits_of
-from qatkit.callbacks.positions import counted, find, is_causal
+from qatkit.callbacks.fused import Fused, fused
+from qatkit.callbacks.generation import Generation, Writers, refuse_plans
+from qatkit.callbacks.lessons import Call, Lesson, cached_lesson, live_lesson
+from qatkit.callbacks.positions import find, is_causal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from qatkit.distillation.losses import check_beta, jsd_loss, kd_loss, mse_loss, reverse_kl_loss
+from qatkit.distillation.cache import CachedTeacher
 from qatkit.distillation.teacher import Teacher
-from qatkit.distillation.vocabulary import trim_to_vocabulary
 from qatkit.errors import QatkitError
 from qatkit.quantization.prepare import fake_quantizers
 
-LOSSES = ("kl", "reverse_kl", "jsd", "mse")
-EVERY = 50
-"""Optimizer steps between two looks for NaN on a device that would have to be waited for."""
+logger = logging.getLogger(__name__)
 
 
 class KnowledgeDistillation(Callback):
@@ -37,8 +38,9 @@ class KnowledgeDistillation(Callback):
     language model of transformers, whose logits answer to the next label, both are shifted.
 
     Args:
-        teacher: The model that teaches, called as the student is; "self" for a copy of the student as it is before
-            other callbacks quantize it.
+        teacher: The model that teaches, called as the student is: a module, a `Teacher` with a device or dtype of its
+            own, or a `CachedTeacher`, which knows the samples by what the student is called with. "self" for a copy of
+            the student as it is before other callbacks quantize it.
         temperature: Divides both sets of logits; above 0. Not used by "mse".
         alpha: Weight of the distillation term, 0 to 1; the loss that `training_step` returns gets the rest.
         student: Name of the submodule whose output is distilled, such as "model"; by default the
@@ -51,6 +53,13 @@ class KnowledgeDistillation(Callback):
         attention: Attention to compare as well.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
         vocab_size: Tokens of the tokenizer that both use, where their logits are padded to different widths.
+        on_policy: Lets the student continue the texts of some batches, which are then trained with the distillation
+            term alone (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
+        sequence_level: Lets the teacher continue them, to be trained on as if they were data (Kim and Rush 2016,
+            https://arxiv.org/abs/1606.07947); alpha 0 uses nothing else of the teacher.
+        fused: Leave out the logits of a causal language model of transformers that `training_step` calls by keywords,
+            with labels, for its ``loss``: this is then computed with the distillation term, a few rows at a time, and
+            ``logits`` is None. Where that is not possible (a quantized output layer, "mse") logits are made as ever.
 
     Raises:
         QatkitError: the teacher is the student or trains with it, answers NaN or in another shape, `student` names no
@@ -65,7 +74,7 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | Literal["self"],
+        teacher: nn.Module | Teacher | CachedTeacher | Literal["self"],
         temperature: float = 1.0,
         alpha: float = 0.5,
         student: str | None = None,
@@ -76,36 +85,40 @@ class KnowledgeDistillation(Callback):
         attention: AttentionMatch | None = None,
         ramp: float = 0.0,
         vocab_size: int | None = None,
+        on_policy: Generation | None = None,
+        sequence_level: Generation | None = None,
+        fused: bool = False,
     ) -> None:
-        if not temperature > 0:
-            raise QatkitError(f"temperature: {temperature} is out of range; write a number above 0")
         for name, value in (("alpha", alpha), ("ramp", ramp)):
             if not 0 <= value <= 1:
                 raise QatkitError(f"{name}: {value} is out of range; write a number from 0 to 1")
-        if loss not in LOSSES:
-            raise QatkitError(f"loss: '{loss}' is unknown; write one of {list(LOSSES)}")
         if isinstance(outputs, str):
             raise QatkitError(f"outputs: '{outputs}' is no list; write ['{outputs}']")
         if isinstance(teacher, str) and teacher != "self":
             raise QatkitError(f"teacher: '{teacher}' is no model; pass a torch.nn.Module or write 'self'")
-        check_beta(beta)
+        self.divergence = Divergence(loss, temperature, beta, vocab_size)
         self.from_self = isinstance(teacher, str)
-        self.teacher = Teacher(nn.Identity() if isinstance(teacher, str) else teacher)
-        self.temperature = temperature
+        self.cache = teacher if isinstance(teacher, CachedTeacher) else None
+        if self.cache is not None:
+            self.divergence.check_cache(self.cache)
+            refuse_plans(on_policy, sequence_level)
+        model = teacher if isinstance(teacher, nn.Module) else nn.Identity()
+        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(model)
         self.alpha = alpha
         self.student = student
-        self.loss = loss
-        self.beta = beta
         self.outputs = outputs
         self.features = FeatureMatch(hidden, attention)
         self.ramp = ramp
-        self.vocab_size = vocab_size
-        self.watch: Callable[[Tensor, Tensor], None] | None = None
-        """Called with the logits of student and teacher, without gradients, in every training step."""
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any, dict[str, Tensor]]] = []
+        self.fused = fused
+        self.watch: Callable[[Callable[[], Tensor]], None] | None = None
+        """Called in every training step, with what tells where student and teacher name the same class."""
+        self._calls: list[Call] = []
+        self._batch: Any = None
+        self.writers = Writers(on_policy, sequence_level)
         self._undo: list[Any] = []
         self._causal = False
-        self._nan: Tensor | None = None
+        self._nan = NanWatch()
+        self._fused: Fused | str | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -134,19 +147,23 @@ class KnowledgeDistillation(Callback):
             raise QatkitError(
                 "teacher: it is part of the module that trains, and would teach itself; pass copy.deepcopy(...) of it"
             )
-        self._causal = is_causal(self.teacher.model)
-        self._nan = None
+        self._causal = is_causal(student if self.cache is not None else self.teacher.model)
+        self._nan = NanWatch()
         step = pl_module.training_step
         own = pl_module.__dict__.get("training_step")
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
             try:
-                result = step(*args, **kwargs)
-                batch = args[0] if args else kwargs.get("batch")
-                return self._distilled(trainer, pl_module, result, batch)
+                args = self.writers.rewritten(args, trainer, _progress, student, self.teacher.model)
+                self.features.take(1)  # what the teacher computed while it wrote
+                self._batch = args[0] if args else kwargs.get("batch")
+                return self._distilled(trainer, pl_module, step(*args, **kwargs))
             finally:
                 self._calls.clear()
+                self._batch = None
+                if isinstance(self._fused, Fused):
+                    self._fused.end()
 
         def restore() -> None:
             if own is None:
@@ -157,14 +174,21 @@ class KnowledgeDistillation(Callback):
         # on the instance: the class, and other modules made from it, stay as the user wrote them
         pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance
         self._undo = [restore]
-        self._undo += self.features.attach(student, self.teacher.model)
+        self._undo += self.features.attach(student, None if self.cache is not None else self.teacher.model)
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._record(trainer, args, kwargs, output)
+
         # after the hooks on its layers: when the student has been called, they have run
-        self._undo.append(student.register_forward_hook(self._record, with_kwargs=True).remove)
+        self._undo.append(student.register_forward_hook(record, with_kwargs=True).remove)
+        if self.fused:
+            self._undo.append(student.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teacher.to(pl_module.device)
-        trainer.precision_plugin.convert_module(self.teacher.model)  # "bf16-true" hands both models bf16 inputs
+        if self.teacher.dtype is None:
+            trainer.precision_plugin.convert_module(self.teacher.model)  # "bf16-true" hands both models bf16 inputs
         trained = {id(weight) for optimizer in trainer.optimizers for weight in _weights(optimizer)}
         for name, weight in self.teacher.model.named_parameters():
             if id(weight) in trained:
@@ -174,6 +198,14 @@ class KnowledgeDistillation(Callback):
                 )
         if self.features.projections is not None:
             self._train_projections(trainer, pl_module, self.features.projections)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.fused and self._fused is None:  # by now every callback has done what it does to layers
+            teacher = self.cache or self.teacher
+            self._fused = fused(self._student(pl_module), teacher, self.divergence, self.outputs)
+            if isinstance(self._fused, str):
+                logger.info("distillation over whole logits: %s", self._fused)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -188,13 +220,11 @@ class KnowledgeDistillation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # elsewhere than on the CPU, reading the number waits for the device
-        if self._nan is not None and (self._nan.device.type == "cpu" or trainer.global_step % EVERY == 0):
-            self._check_nan()
+        self._nan.after_batch(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_nan()
+        self._nan.check()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -205,6 +235,7 @@ class KnowledgeDistillation(Callback):
         for undo in self._undo:
             undo()
         self._undo = []
+        self._fused = None
         self.features.take(0)
         self.features.take(1)
 
@@ -216,9 +247,29 @@ class KnowledgeDistillation(Callback):
         except AttributeError:
             raise QatkitError(f"student: '{self.student}' is no submodule; {_children(pl_module)}") from None
 
-    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.is_grad_enabled():
-            self._calls.append((args, kwargs, output, self.features.take(0)))
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(self._fused, Fused) or not torch.is_grad_enabled():
+            return None
+        changed = self._fused.begin(args, kwargs, find("labels", args, kwargs, self._batch))
+        return None if changed is None else (args, changed)
+
+    def _record(self, trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        states = self.features.take(0)
+        labels, present = (find(name, args, kwargs, self._batch) for name in ("labels", "attention_mask"))
+        lesson = None
+        if isinstance(self._fused, Fused) and self._fused.labels is not None:
+            lesson = self._fused.finish(output, args, kwargs, present, self._weight(trainer))
+        self._calls.append(Call(args, kwargs, output, states, labels, present, lesson))
+        return None if lesson is None else output
+
+    def _weight(self, trainer: Trainer) -> float:
+        """Of the distillation term now: all where the student wrote the texts, as nobody wants it to copy itself."""
+        return 1.0 if self.writers.now == "student" else self.alpha * self._rise(trainer)
+
+    def _rise(self, trainer: Trainer) -> float:
+        return min(1.0, _progress(trainer) / self.ramp) if self.ramp else 1.0
 
     def _train_projections(self, trainer: Trainer, pl_module: LightningModule, projections: nn.Module) -> None:
         if any(hasattr(weight, "full_tensor") for weight in pl_module.parameters()):
@@ -231,7 +282,7 @@ class KnowledgeDistillation(Callback):
         # restored, so that a checkpoint's fits
         trainer.optimizers[0].param_groups[0]["params"] += list(projections.parameters())
 
-    def _distilled(self, trainer: Trainer, pl_module: LightningModule, result: Any, batch: Any) -> Any:
+    def _distilled(self, trainer: Trainer, pl_module: LightningModule, result: Any) -> Any:
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if loss is None:
             return result  # Lightning's way to skip a step
@@ -243,67 +294,34 @@ class KnowledgeDistillation(Callback):
                 f"nothing to distil; {_children(pl_module)}"
             )
         terms, extra = [], []
-        for args, kwargs, output, ours in self._calls:
-            answer = self.teacher(*args, **kwargs)
-            labels, present = (find(name, args, kwargs, batch) for name in ("labels", "attention_mask"))
-            pairs = zip(logits_of(output, self.outputs), logits_of(answer, self.outputs), strict=True)
-            for student, teacher in pairs:
-                self._note_nan(trainer, teacher)
-                terms.append(self._divergence(student, teacher, labels, present))
-                if self.watch is not None:
-                    self.watch(student.detach(), teacher.detach())
-            features = self.features.loss(ours, self.features.take(1), present)
+        for call in self._calls:
+            lesson = call.lesson or self._lesson(call)
+            for answer in lesson.answers:
+                self._nan.note(trainer, answer)
+            if self.watch is not None:
+                for agreement in lesson.agreements:
+                    self.watch(agreement)
+            terms += lesson.divergences
+            features = self.features.loss(call.states, self.features.take(1) | dict(lesson.states), call.present)
             if features is not None:
                 extra.append(features)
-        distillation = torch.stack(terms).mean()
-        rise = min(1.0, _progress(trainer) / self.ramp) if self.ramp else 1.0
-        alpha = self.alpha * rise
-        total = alpha * distillation + (1 - alpha) * loss
+        distillation, alpha = torch.stack(terms).mean(), self._weight(trainer)
+        if isinstance(self._fused, Fused) and any(call.lesson for call in self._calls):
+            trained = self._fused.total(self._calls, loss, alpha)
+        else:
+            trained = alpha * distillation + (1 - alpha) * loss
         pl_module.log("train/kd_loss", distillation.detach(), on_step=True)
         pl_module.log("train/label_loss", loss.detach(), on_step=True)
         if extra:
             feature_loss = torch.stack(extra).mean()
-            total = total + rise * feature_loss
+            trained = trained + self._rise(trainer) * feature_loss
             pl_module.log("train/feature_loss", feature_loss.detach(), on_step=True)
-        return {**result, "loss": total} if isinstance(result, Mapping) else total
+        return {**result, "loss": trained} if isinstance(result, Mapping) else trained
 
-    def _divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None, present: Tensor | None) -> Tensor:
-        if student.shape[:-1] == teacher.shape[:-1] and self.vocab_size is not None:
-            student, teacher = trim_to_vocabulary(student, teacher, self.vocab_size)
-        if student.shape != teacher.shape:
-            raise QatkitError(
-                f"teacher: its outputs have shape {list(teacher.shape)}, the student's {list(student.shape)}; they "
-                "must be equal. Where both use one tokenizer and only pad their logits differently, write "
-                "vocab_size=len(tokenizer)"
-            )
-        mask = counted(student, labels, present, self._causal)
-        if self.loss == "mse":
-            return mse_loss(student, teacher, mask)
-        if student.dim() < 2 or student.shape[-1] == 1:
-            raise QatkitError(
-                f"loss: '{self.loss}' compares probabilities of classes, and outputs of shape {list(student.shape)} "
-                "have no two; write loss='mse'"
-            )
-        if self.loss == "jsd":
-            return jsd_loss(student, teacher, self.temperature, mask, beta=self.beta)
-        return (kd_loss if self.loss == "kl" else reverse_kl_loss)(student, teacher, self.temperature, mask)
-
-    def _note_nan(self, trainer: Trainer, teacher: Tensor) -> None:
-        """Remember the first batch with a NaN, on the device: to ask it would make every step wait."""
-        if self._nan is None:
-            self._nan = torch.full((), -1, dtype=torch.int64, device=teacher.device)
-        batch = trainer.fit_loop.total_batch_idx
-        self._nan = torch.where((self._nan < 0) & teacher.isnan().any(), batch, self._nan)
-        if self._nan.device.type == "cpu":
-            self._check_nan()
-
-    def _check_nan(self) -> None:
-        if self._nan is not None and self._nan >= 0:
-            batch, self._nan = int(self._nan), None
-            raise QatkitError(
-                f"teacher: its outputs for training batch {batch}, counted from 0, hold NaN; check that batch for "
-                "empty or overlong inputs, and the precision: a teacher trained in bf16 overflows in fp16"
-            )
+    def _lesson(self, call: Call) -> Lesson:
+        if self.cache is not None:
+            return cached_lesson(self.cache, call, self.divergence, self.outputs, self._causal)
+        return live_lesson(self.teacher, call, self.divergence, self.outputs, self._causal)
 
 
 def _frozen_copy(student: nn.Module, trainer: Trainer) -> nn.Module:

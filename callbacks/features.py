@@ -78,8 +78,12 @@ class FeatureMatch:
                 self.projections = Projections(len(hidden.layers), *hidden.widths)
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
-    def attach(self, student: nn.Module, teacher: nn.Module) -> list[Callable[[], None]]:
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> list[Callable[[], None]]:
         """Put hooks on the layers; returns what removes them.
+
+        Args:
+            student: Trains.
+            teacher: Answers; None where its states come from elsewhere.
 
         Raises:
             QatkitError: a name is no submodule.
@@ -87,6 +91,8 @@ class FeatureMatch:
         pairs = [pair for match in (self.hidden, self.attention) if match is not None for pair in match.layers.items()]
         undo: list[Callable[[], None]] = []
         for side, (role, model) in enumerate((("student", student), ("teacher", teacher))):
+            if model is None:
+                continue
             for name in dict.fromkeys(pair[side] for pair in pairs):
                 try:
                     layer = model.get_submodule(name)

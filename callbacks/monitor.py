@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -116,9 +117,9 @@ class CompressionMonitor(Callback):
         self._observe(trainer, pl_module)
         self._teachers = [other for other in _callbacks(trainer) if isinstance(other, KnowledgeDistillation)]
 
-        def compare(student: Tensor, teacher: Tensor) -> None:
+        def compare(agreement: Callable[[], Tensor]) -> None:
             if trainer.global_step % max(self.every // COMPARISONS, 1) == 0:
-                same = student.argmax(dim=-1) == teacher.argmax(dim=-1)
+                same = agreement()
                 self._agreed = same.sum() if self._agreed is None else self._agreed + same.sum()
                 self._compared += same.numel()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qatkit.cli_arguments import Allow, AsJson, Overrides, Quiet, RecipeArgument, RunArgument
+from qatkit.cli_plan import plan, print_training
 from qatkit.cli_sensitivity import allocate, sensitivity
 from qatkit.errors import QatkitError, QatkitWarning
 
@@ -57,8 +58,13 @@ def show(name: Annotated[str, typer.Argument(help="A name from `qatkit list`.")]
 
 
 @app.command()
-def validate(recipe: RecipeArgument, overrides: Overrides = None, allow: Allow = None) -> None:
-    """Check a recipe down to its layers, without reading data or training.
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="Accept stages that need more memory than the device has.")] = False,
+    allow: Allow = None,
+) -> None:
+    """Check a recipe down to its layers, and predict its memory, without reading data or training.
 
     Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
     """
@@ -70,6 +76,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, allow: Allow =
     typer.echo(f"{loaded.name}: valid, stages {', '.join(loaded.stages)}")
     for stage, names in layers.items():
         typer.echo(f"  {stage}: quantizes {len(names)} layers: {', '.join(names[:6])}{', ...' if names[6:] else ''}")
+    print_training(loaded, allow or [], force)
 
 
 @app.command()
@@ -78,7 +85,9 @@ def run(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
-    force: Annotated[bool, typer.Option(help="Train stages again whose values have changed.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Train stages again whose values have changed, even if memory does not suffice.")
+    ] = False,
     allow: Allow = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -94,6 +103,8 @@ def run(
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline import Run, is_first_process, run_stages
 
+    if is_first_process():
+        print_training(loaded, allow or [], force, quiet or as_json)
     # Lightning sets its level when it is imported; what it says at start is for whoever writes a Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
@@ -114,16 +125,44 @@ def run(
         typer.echo("nothing is exported or compared: " + ("--until" if until else "the recipe has no export block"))
 
 
+@app.command("cache-teacher")
+def cache_teacher(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what the teachers of a recipe say of the training data, for stages whose distill block has a cache.
+
+    `qatkit run` does it by itself before such a stage; by this command it can be done elsewhere, on a larger machine
+    for example. Run it again after a kill: it goes on where it was.
+
+    Example: qatkit cache-teacher mine.yaml --out runs/mine
+    """
+    from qatkit.loading import load_recipe
+    from qatkit.validation import validate_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    validate_recipe(loaded, allow or [])
+    from qatkit.pipeline import Run
+    from qatkit.teachers import write_caches
+
+    for line in write_caches(Run(loaded, out or Path("runs") / loaded.name, allow or [])):
+        if not quiet:
+            typer.echo(line)
+
+
 @app.command()
 def export(run: RunArgument, allow: Allow = None) -> None:
     """Write the finished stages of a run in the recipe's export format.
 
     Example: qatkit export runs/digits_int4
     """
-    from qatkit.delivery import export_run
+    from qatkit.delivery import export_run, exported_bytes
 
     for path in export_run(_open(run, allow)):
-        typer.echo(f"{path} ({path.stat().st_size:,} bytes)")
+        typer.echo(f"{path} ({exported_bytes(path):,} bytes)")
 
 
 @app.command()
@@ -173,6 +212,7 @@ def report(
 
 app.command()(sensitivity)
 app.command()(allocate)
+app.command()(plan)
 
 
 def _measured(metrics: dict[str, float]) -> str:

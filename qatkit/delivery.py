@@ -26,6 +26,8 @@ from qatkit.analysis.page import render
 from qatkit.analysis.report import markdown
 from qatkit.checkpoint import write_atomically
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.evaluation import evaluate_run
+from qatkit.export.compressed import export_compressed
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
@@ -36,12 +38,28 @@ from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.tasks import call, one_sample
 
-SUFFIXES = {"onnx": "onnx", "dense": "safetensors", "sparse": "sparse.safetensors"}
+NAMES = {
+    "onnx": "model.onnx",
+    "dense": "model.safetensors",
+    "sparse": "model.sparse.safetensors",
+    "compressed_tensors": "",
+}
+RUNTIMES = {"onnx": ["onnx", "onnxruntime"], "compressed_tensors": ["transformers", "compressed_tensors"]}
 
 
 def exported_path(run: Run, stage: str) -> Path:
-    """Where the exported file of a stage is."""
-    return run.out / "export" / stage / f"model.{SUFFIXES[_format(run)]}"
+    """Where the exported file of a stage is, or the folder that is loaded as a whole."""
+    return run.out / "export" / stage / NAMES[_format(run)]
+
+
+def exported_bytes(path: Path) -> int:
+    """The size of an exported file, or of the weights in an exported folder."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _verification(run: Run, stage: str) -> Path:
+    return run.out / "export" / stage / "verification.json"
 
 
 def export_run(run: Run) -> list[Path]:
@@ -59,9 +77,12 @@ def export_run(run: Run) -> list[Path]:
         model = run.load_model(stage).eval()
         if _format(run) == "onnx":
             export_onnx(model, _example(data), path)
+        elif _format(run) == "compressed_tensors":
+            export_compressed(model, path)
+            _describe(data, folder=path)
         else:
             (export_sparse if _format(run) == "sparse" else export_dense)(model, path)
-            _describe(model, data, path.parent)
+            _describe(model, data, folder=path.parent)
         paths.append(path)
     return paths
 
@@ -80,7 +101,7 @@ def verify_run(run: Run) -> dict[str, Verification]:
             raise QatkitError(f"{path} does not exist; run `qatkit export {run.out}` first")
         model = run.load_model(stage).eval()
         checked[stage] = verify(model, path, data.test_dataloader())
-        write_atomically(path.parent / "verification.json", json.dumps(asdict(checked[stage]), indent=1))
+        write_atomically(_verification(run, stage), json.dumps(asdict(checked[stage]), indent=1))
     return checked
 
 
@@ -88,11 +109,12 @@ def report_run(run: Run) -> dict[str, Any]:
     """Measure the exported files in one process and write ``report.json`` and ``report.md``."""
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     latencies = compare(paths, _example(_data(run))) if _format(run) == "onnx" else {}
+    scores = evaluate_run(run, _data(run)) if run.recipe.evaluate else {}
     costs = _latencies(run)
     rows = []
     for stage, path in paths.items():
         record = run.record(stage)
-        verification = path.parent / "verification.json"
+        verification = _verification(run, stage)
         if not verification.exists():
             raise QatkitError(f"'{stage}' was not verified; run `qatkit verify {run.out}` first")
         config = run.recipe.stages[stage]
@@ -105,12 +127,13 @@ def report_run(run: Run) -> dict[str, Any]:
                     for name, value in record.metrics.items()
                     if name.startswith("test/")
                 },
-                "bytes": path.stat().st_size,
+                "bytes": exported_bytes(path),
                 "dense_bytes": dense_bytes(path) if _format(run) == "sparse" else None,
                 "cost": record.cost | costs.get(stage, {}),
                 "latency": latencies.get(stage, []),
                 "kernels": asdict(integer_kernels(path)) if _format(run) == "onnx" else None,
                 "verification": json.loads(verification.read_text()),
+                "language": scores.get(stage),
                 "layers": record.layers,
                 "histograms": _histograms(run, stage),
                 "seconds": record.seconds,
@@ -125,7 +148,9 @@ def report_run(run: Run) -> dict[str, Any]:
         "recipe": (run.out / "recipe.yaml").read_text(encoding="utf-8"),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()},
         "versions": {
-            name: version(name) for name in ("qatkit", "torch", "lightning", "onnx", "onnxruntime") if _installed(name)
+            name: version(name)
+            for name in ("qatkit", "torch", "lightning", *RUNTIMES.get(_format(run), []))
+            if _installed(name)
         }
         | {"python": platform.python_version()},
     }
@@ -240,9 +265,9 @@ def _example(data: LightningDataModule) -> Tensor:
     return inputs
 
 
-def _describe(model: nn.Module, data: LightningDataModule, folder: Path) -> None:
+def _describe(*owners: nn.Module | LightningDataModule, folder: Path) -> None:
     """Beside the weights of a model of transformers: its config and tokenizer, so that `from_pretrained` loads all."""
-    for part in (getattr(model, "config", None), getattr(data, "tokenizer", None)):
+    for part in (getattr(owner, name, None) for owner in owners for name in ("config", "tokenizer")):
         if part is not None and hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -35,9 +36,9 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     return inputs
 
 
-def fingerprint(inputs: dict[str, Any], parent: str | None) -> str:
-    """A hash of a stage's inputs, chained to that of the stage before it."""
-    return hashlib.sha256(json.dumps([inputs, parent], sort_keys=True).encode()).hexdigest()
+def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
+    """A hash of a stage's inputs, chained to those of the stage before it and of the one that teaches it."""
+    return hashlib.sha256(json.dumps([inputs, parent, teacher], sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -80,6 +81,10 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
     elif isinstance(value, list):
         for index, part in enumerate(value):
             yield from _files(part, f"{name}[{index}]")
+    elif isinstance(value, str) and any(sign in value for sign in "*?["):
+        for found in sorted(glob.glob(value, recursive=True)):
+            if Path(found).is_file():
+                yield f"{name} {found}", Path(found)
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
         with suppress(OSError):  # too long for a name, or not ours to look at
             if Path(value).is_file():

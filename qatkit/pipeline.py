@@ -25,7 +25,9 @@ from qatkit.errors import QatkitError
 from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
+from qatkit.matching import check_data
 from qatkit.recipe import Recipe
+from qatkit.teachers import teaching
 from qatkit.tracking import Tracking, check_logger
 from qatkit.training import finished_model, save_result, train
 
@@ -49,9 +51,14 @@ class Run:
         """Where a stage's files are."""
         return self.out / "stages" / stage
 
-    def build_model(self, architecture: Architecture | None = None) -> nn.Module:
-        """A model as its factory makes it, by default the recipe's; the same initial weights every time."""
-        torch.manual_seed(self.recipe.seed)
+    def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
+        """A model as its factory makes it, by default the recipe's; the same initial weights every time.
+
+        Args:
+            architecture: What it is built from.
+            seed: Gives other weights than the recipe's own does.
+        """
+        torch.manual_seed(self.recipe.seed if seed is None else seed)
         return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
 
     def build_data(self, batch_size: int) -> LightningDataModule:
@@ -80,13 +87,7 @@ class Run:
         """The model that a stage begins with, plain layers, on the CPU: its own, or what the stage before it left."""
         if (own := self.recipe.stages[stage].model) is not None:
             return self.build_model(Architecture(own))
-        return self.load_model(self.parent_of(stage), quantizers=False)
-
-    def parent_of(self, stage: str) -> str | None:
-        """The stage before, or None for the first."""
-        names = list(self.recipe.stages)
-        position = names.index(stage)
-        return names[position - 1] if position else None
+        return self.load_model(self.recipe.parent_of(stage), quantizers=False)
 
     def find(self, stage: str) -> StageRecord | None:
         """What is written of a stage, or None while it is not finished."""
@@ -101,14 +102,15 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last one before compression, and every one from there on."""
+        """The stages that a comparison shows: the last before compression or adapters, and all from there on."""
         names = list(self.recipe.stages)
         return names[max(len(self.uncompressed) - 1, 0) :]
 
     @property
     def uncompressed(self) -> list[str]:
-        """The stages before the first compressing one; those after it train what it made, if nothing more."""
-        return list(takewhile(lambda name: not self.recipe.stages[name].compresses, self.recipe.stages))
+        """The stages before the first that compresses or adapts; those after it train what it made, if nothing more."""
+        stages = self.recipe.stages
+        return list(takewhile(lambda name: not stages[name].compresses and stages[name].lora is None, stages))
 
 
 def run_stages(run: Run, until: str | None = None, force: bool = False, progress: bool = False) -> list[str]:
@@ -142,12 +144,10 @@ def run_stages(run: Run, until: str | None = None, force: bool = False, progress
     # decided once, from values that every process computes alike: a process may look while another one deletes
     finished = {name for name in todo if (record := run.find(name)) and record.fingerprint == prints[name][1]}
     trained = []
-    parent: str | None = None
     for name in todo:
         if name not in finished:
-            _run_stage(run, name, parent, prints[name], progress)
+            _run_stage(run, name, prints[name], progress)
             trained.append(name)
-        parent = name
     return trained
 
 
@@ -158,16 +158,18 @@ def is_first_process() -> bool:
 
 def _fingerprints(run: Run, names: list[str]) -> dict[str, tuple[dict[str, Any], str]]:
     prints: dict[str, tuple[dict[str, Any], str]] = {}
-    parent: str | None = None
     for name in names:
-        inputs = stage_inputs(run.recipe, name)
-        prints[name] = (inputs, parent := fingerprint(inputs, parent))
+        inputs, parent = stage_inputs(run.recipe, name), run.recipe.parent_of(name)
+        # a teacher need not be among the stages that the model comes from
+        teacher = run.recipe.teacher_of(name) if run.recipe.stages[name].distill else None
+        before, beside = (prints[stage][1] if stage else None for stage in (parent, teacher))
+        prints[name] = (inputs, fingerprint(inputs, before, beside))
     return prints
 
 
 def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, Any], str]], force: bool) -> None:
     """Every stage that is there, finished or started, must be the one that the recipe describes now."""
-    for position, name in enumerate(names):
+    for name in names:
         inputs, _ = prints[name]
         folder = run.folder(name)
         try:
@@ -186,13 +188,12 @@ def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, 
         except QatkitError:
             if not force:
                 raise
-            for later in reversed(names[position:]):  # the record first: a stage without it is not finished
-                (run.folder(later) / "stage.json").unlink(missing_ok=True)
-                shutil.rmtree(run.folder(later), ignore_errors=True)
-            return
+            # those made from it are found by the fingerprints, which hold that of the stage before
+            (folder / "stage.json").unlink(missing_ok=True)  # the record first: a stage without it is not finished
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, Any], str], progress: bool) -> None:
+def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress: bool) -> None:
     inputs, own = print_
     folder = run.folder(name)
     started = time.perf_counter()
@@ -201,9 +202,9 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         started_with = read_started(folder) | {"inputs": inputs, "fingerprint": own}
         write_atomically(folder / "started.json", json.dumps(started_with))
     stage = run.recipe.stages[name]
-    teacher = run.load_model(run.recipe.teacher_of(name)) if stage.distill else None
-    # a stage with a model of its own takes over nothing from the stage before
-    before = run.record(parent) if parent and stage.model is None else None
+    taught = teaching(run, name, is_first_process()) if stage.distill else None
+    parent = run.recipe.parent_of(name)
+    before = run.record(parent) if parent else None
     architecture = before.architecture if before else Architecture(stage.model) if stage.model else None
     held = before.zeros if before and stage.hold_sparsity else {}
     model = run.start_model(name)
@@ -211,20 +212,27 @@ def _run_stage(run: Run, name: str, parent: str | None, print_: tuple[dict[str, 
         batches = _training_batches(run.build_data(stage.batch_size), stage.shrink.calibration_batches)
         model = blocks.shrink.apply(stage.shrink, model, batches, tasks.call, tasks.mean_loss)
         architecture = architecture_of(model, architecture or Architecture(run.recipe.model), run.allow)
+    earlier = None
+    if (back := stage.rewind) is not None:
+        earlier = (
+            run.build_model(architecture, back.seed) if back.seed is not None else run.load_model(back.stage, False)
+        )
+    check_data(model, run.build_data(stage.batch_size))
     result = train(
         run.recipe,
         name,
         model,
-        teacher,
+        taught,
         run.build_data,
         folder,
         run.tracking.loggers(name),
         list(held),
+        earlier,
         progress,
     )
     if result.trainer.is_global_zero:
         fresh = run.start_model(name) if stage.shrink is None else run.build_model(architecture)
-        model = finished_model(fresh, result)
+        model = finished_model(fresh, result, folder)
         record = StageRecord(
             name=name,
             fingerprint=own,

@@ -277,7 +277,10 @@ def _model_artifact(content: Mapping[str, Any], row: Mapping[str, Any], path: Pa
     metadata = {"stage": row["stage"], "format": content["format"], **_numbers(row), **row["verification"]}
     artifact = wandb.Artifact(f"{content['name']}-{row['stage']}", type="model", metadata=metadata)
     # not copied: offline runs would otherwise double every model in the user's home folder
-    artifact.add_file(str(path.resolve()), policy="immutable")
+    if path.is_dir():
+        artifact.add_dir(str(path.resolve()), policy="immutable")
+    else:
+        artifact.add_file(str(path.resolve()), policy="immutable")
     return artifact
 
 

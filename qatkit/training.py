@@ -26,12 +26,14 @@ from qatkit.callbacks import CompressionMonitor
 from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitError
+from qatkit.lora.attach import to_full_precision
 from qatkit.progress import StageProgress
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
-from qatkit.recipe import QuantizeConfig, Recipe, TrainerConfig
+from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
 from qatkit.tasks import call, evaluate, one_sample
+from qatkit.teachers import Teaching
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Trained:
     held: list[str]
     """Layers whose zeros are held."""
     quantize: QuantizeConfig | None
+    lora: LoraConfig | None
     monitor: CompressionMonitor
 
 
@@ -52,11 +55,12 @@ def train(
     recipe: Recipe,
     name: str,
     model: nn.Module,
-    teacher: nn.Module | None,
+    taught: Teaching | None,
     data: Callable[[int], LightningDataModule],
     folder: Path,
     loggers: Sequence[Logger],
     held: Sequence[str] = (),
+    earlier: nn.Module | None = None,
     progress: bool = False,
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
@@ -65,22 +69,26 @@ def train(
         recipe: The whole recipe.
         name: The stage to train.
         model: The model at the stage's start, plain layers, on the CPU.
-        teacher: The model that teaches, where the stage distils.
+        taught: What the stage learns from, where it distils.
         data: Makes the data module for a batch size.
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
         held: Layers whose zeros an earlier stage made.
+        earlier: The model whose weights the stage goes back to, where it rewinds.
         progress: Draw a bar.
     """
     stage = recipe.stages[name]
     quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
     monitor = CompressionMonitor()
-    pruning = blocks.prune.callback(stage.prune, held)
+    pruning = blocks.prune.callback(stage.prune, [] if stage.lora else held)
+    lora = blocks.lora.callback(stage.lora, held, recipe.seed) if stage.lora else None
+    rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     # pruning comes first: ranges are then calibrated on the pruned weights
-    callbacks: list[Callback] = [callback for callback in (pruning, quantize, monitor) if callback is not None]
+    ordered = (pruning, rewinding, quantize, lora, monitor)
+    callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
-        assert teacher is not None
-        callbacks.append(blocks.distill.callback(stage.distill, teacher))
+        assert taught is not None
+        callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, recipe.seed, taught.vocab_size))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"
@@ -105,7 +113,7 @@ def train(
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each take every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
-    module = CompressionModule(model, stage, recipe.seed)
+    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile)
     resumed = last.exists()
     _same_processes(trainer, name, folder, resumed)
     handler = signal.getsignal(signal.SIGINT)
@@ -125,11 +133,13 @@ def train(
             f"stages.{name}: training ended at step {trainer.global_step} of {stage.max_steps}; the data gave "
             f"{trainer.num_training_batches} batches of {stage.batch_size}; write a smaller batch_size"
         )
+    if stage.lora is not None and stage.lora.bits is not None:
+        to_full_precision(module.model)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
     folds = [(outside(first), outside(second)) for first, second in quantize.folds] if quantize else []
-    zeros = [outside(layer) for layer in pruning.layers] if pruning else []
-    return Trained(trainer, weights, folds, zeros, stage.quantize, monitor)
+    zeros = [outside(layer) for layer in pruning.layers] if pruning else list(held) if lora else []
+    return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor)
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:
@@ -146,12 +156,20 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
     write_atomically(folder / "started.json", json.dumps(started | {"processes": trainer.world_size}))
 
 
-def finished_model(model: nn.Module, trained: Trained) -> nn.Module:
-    """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded."""
+def finished_model(model: nn.Module, trained: Trained, folder: Path) -> nn.Module:
+    """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded.
+
+    Adapters are saved in the stage's folder and merged.
+    """
     replay_folds(model, trained.folds)
     if trained.quantize is not None:
         prepare_qat(model, **trained.quantize.arguments)
+    if trained.lora is not None:
+        blocks.lora.attach_to(model, trained.lora, trained.held)
     model.load_state_dict(trained.weights, strict=True)
+    if trained.lora is not None:
+        moved = bool(trained.folds) or (trained.quantize is not None and trained.quantize.moves_weights)
+        blocks.lora.finish(model, moved, folder, trained.trainer.strategy.root_device)
     return model.eval()
 
 

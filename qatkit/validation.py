@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from torch import nn
+
 from qatkit import blocks
 from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.compressed import check_layers, check_model
 from qatkit.factories import check_arguments, resolve
-from qatkit.recipe import Recipe
+from qatkit.quantization.selection import select
+from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.tracking import check_logger
 
 # What the pipeline passes to a data factory besides the recipe's arguments.
@@ -48,21 +52,41 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
-    model = meta_model(recipe.model, allow)
+    models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
     layers = {}
+    compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"
+    if compressed:
+        check_model(models[None])
     for name, stage in recipe.stages.items():
         if stage.model is not None:
             model = meta_model(stage.model, allow, f"stages.{name}.model")
+        else:
+            model = models[recipe.parent_of(name)]
         if stage.shrink is not None:
             with _at(f"stages.{name}.shrink"):
                 model = blocks.shrink.check(stage.shrink, model)
+        models[name] = model
+        if stage.distill is not None:
+            with _at(f"stages.{name}.distill"):
+                blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)
+        if stage.lora is not None:
+            with _at(f"stages.{name}.lora"):
+                blocks.lora.check(stage.lora, stage, recipe.trainer, model)
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)
+                if compressed:
+                    _check_compressed(stage.quantize, model)
     return layers
+
+
+def _check_compressed(config: QuantizeConfig, model: nn.Module) -> None:
+    """Whether the export can hold what a stage will train."""
+    how = {key: value for key, value in config.arguments.items() if key != "share_inputs"}
+    check_layers(model, select(model, **how), kv_cache=config.kv_cache is not None)
 
 
 @contextmanager

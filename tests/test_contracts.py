@@ -28,21 +28,26 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": PLAIN,
     "pruning": PLAIN,
     "distillation": PLAIN,
-    "models": PLAIN,
-    "data": PLAIN,
-    "callbacks": PLAIN | TECHNIQUES,
+    "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
+    "hub": PLAIN,
+    "matching": PLAIN,
+    "models": PLAIN | {"hub"},
+    "data": PLAIN | {"hub"},
+    "callbacks": PLAIN | TECHNIQUES | {"lora"},
     "tasks": PLAIN,
     "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},
     "architecture": PLAIN | {"recipe", "factories"},
     "checkpoint": PLAIN | TECHNIQUES | {"architecture"},
     "export": PLAIN | TECHNIQUES | {"tasks"},
-    "analysis": PLAIN | TECHNIQUES | {"export"},
+    "analysis": PLAIN | TECHNIQUES | {"export", "tasks"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks"},
-    "validation": PLAIN | {"recipe", "schema", "factories", "tracking", "blocks", "architecture"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
+    "validation": PLAIN
+    | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
 }
-EVERYTHING = {"training", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
+EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
+EVERYTHING |= {"planner", "planner_fit", "cli_plan", "evaluation"}
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
 HEAVY |= {"matplotlib", "jinja2"}
 MAY_LOAD = {

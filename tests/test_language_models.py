@@ -160,6 +160,37 @@ def test_a_stage_that_broke_off_within_a_pass_over_the_text_ends_with_the_same_b
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.out / "stages", tmp_path / "stages")
+    shutil.copy(finished.out / "recipe.yaml", tmp_path)
+    run = Run(
+        load_recipe("llm/int4_qat", [*SMALL, "export.format=compressed_tensors", "evaluate={stride: 4}"]), tmp_path
+    )
+    assert [path.name for path in export_run(run)] == ["dense", "ptq", "qat"]
+    assert all(check.passed for check in verify_run(run).values())
+    report = {row["stage"]: row for row in report_run(run)["rows"]}
+    assert report["qat"]["verification"]["runtime_metric"] == report["qat"]["verification"]["trained_metric"]
+    assert report["qat"]["bytes"] < 0.6 * report["dense"]["bytes"]  # half of these weights are the embedding
+    scores = {stage: row["language"] for stage, row in report.items()}
+    assert (scores["dense"]["context"], scores["dense"]["stride"]) == (16, 4)
+    assert (scores["dense"]["kl"], scores["dense"]["agreement"]) == (0.0, 1.0)
+    assert scores["qat"]["kl"] > 0
+    assert scores["qat"]["agreement"] < 1
+    assert 0 < scores["dense"]["loss"] < report["dense"]["test_loss"]  # more is seen before each token
+    header = "| in the runtime | perplexity, 16 tokens by 4 | next token of dense | KL to dense | size |"
+    assert header in (tmp_path / "report.md").read_text()
+    folder = tmp_path / "export" / "qat"
+    tokens = AutoTokenizer.from_pretrained(folder)("def decode(self, value):", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        assert torch.equal(loaded, finished.load_model("qat").eval()(tokens).logits)
+    write_page([tmp_path], tmp_path / "page.html")
+    assert (
+        "transformers, reading the compressed folder, computes what training computed"
+        in (tmp_path / "page.html").read_text()
+    )
+
+
 def test_onnx_is_refused_before_anything_is_written(finished: Run) -> None:
     run = Run(load_recipe("llm/int4_qat", [*SMALL, "export.format=onnx"]), finished.out)
     with pytest.raises(QatkitError, match=r"export\.format: 'onnx' takes models of one input.*format: dense"):

@@ -147,3 +147,26 @@ def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
     )
     with pytest.warns(QatkitWarning, match=r"stages\.qat\.distill: no stage comes before it to teach"):
         validate_recipe(load_recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("vision/digits_int4", [], r"export\.format: 'compressed_tensors' is for models of transformers.*format: onnx"),
+        (
+            "llm/int4_qat",
+            ["stages.qat.quantize.weight.num_bits=3"],
+            r"stages\.qat\.quantize: layer 'model\.layers\.0\.self_attn\.q_proj': 3 bits .* weight: \{num_bits: 4\}",
+        ),
+        (
+            "llm/int4_qat",
+            ["stages.ptq.quantize.kv_cache={strategy: token}"],
+            r"stages\.ptq\.quantize\.kv_cache: transformers does not round keys and values",
+        ),
+    ],
+)
+def test_what_the_export_cannot_hold_is_refused_before_training(
+    recipe: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(QatkitError, match=message):
+        validate_recipe(load_recipe(recipe, [*overrides, "export.format=compressed_tensors"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qatkit.analysis.metrics import metric_of
+from qatkit.analysis.metrics import PERPLEXITY, metric_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,7 +14,26 @@ def headers(report: dict[str, Any]) -> list[str]:
     """The columns of the comparison; one for each batch size that was measured."""
     sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
     judged = f"test {metric_of(report).name}"
-    return ["stage", "what", judged, "in the runtime", "size", *(f"batch of {n}" for n in sizes), "parity"]
+    speed = [f"batch of {n}" for n in sizes]
+    return ["stage", "what", judged, "in the runtime", *_language_headers(report), "size", *speed, "parity"]
+
+
+def _language_headers(report: dict[str, Any]) -> list[str]:
+    """Of what the ``evaluate`` block of the recipe measured."""
+    measured = report["rows"][0].get("language")
+    if not measured:
+        return []
+    seen = f"{measured['context']} tokens by {measured['stride']}"
+    return [f"perplexity, {seen}", "next token of dense", "KL to dense", *measured["tasks"]]
+
+
+def _language_cells(row: dict[str, Any]) -> list[str]:
+    measured = row.get("language")
+    if not measured:
+        return []
+    shown = f"{PERPLEXITY.show(measured['perplexity'])} (loss {measured['loss']:.4f})"
+    tasks = (f"{value:.4f}" for value in measured["tasks"].values())
+    return [shown, f"{measured['agreement']:.2%}", f"{measured['kl']:.4f}", *tasks]
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
@@ -31,6 +50,7 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
                 f"{row['kind']} {' '.join(bits)}".strip(),
                 metric.show(metric.of(row)) + loss,
                 metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
+                *_language_cells(row),
                 f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
                 *(
                     f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", row is first)
@@ -91,7 +111,15 @@ def split_note(report: dict[str, Any]) -> str:
     """What the judging numbers were measured on, in a sentence."""
     if metric_of(report).percent:
         return "Accuracies are of the held-out test split."
-    return "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+    note = "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+    if measured := report["rows"][0].get("language"):
+        note += (
+            f" Of {measured['context']} tokens by {measured['stride']}: windows of {measured['context']} tokens that "
+            f"advance by {measured['stride']}, so that each token is predicted once, from at least "
+            f"{measured['context'] - measured['stride']} before it where the text has them. KL is KL(dense || row) in "
+            "nats per token."
+        )
+    return note
 
 
 def _ratio(ratio: float, word: str, itself: bool) -> str:

@@ -9,6 +9,7 @@ from qatkit.analysis.metrics import Metric, metric_of
 _RUNTIMES = {
     "onnx": "ONNX Runtime",
     "dense": "PyTorch, reading the dense file,",
+    "compressed_tensors": "transformers, reading the compressed folder,",
     "sparse": "PyTorch, reading the sparse file,",
 }
 
@@ -46,7 +47,7 @@ def parity(check: dict[str, Any]) -> Parity:
         )
     sentences = []
     if check["layers"]:
-        what = "weights" if check["format"] in ("dense", "sparse") else "integer weights"
+        what = "integer weights" if check["format"] == "onnx" else "weights"
         sentences.append(
             f"Every one of the {check['weights']:,} {what} in {check['layers']} layers of the file is the trained one."
         )

@@ -12,6 +12,10 @@ Divergence = Callable[[Tensor, Tensor, list[Tensor], float], Tensor]
 and beta; returns the divergence of every row ``[rows, 1]`` and leaves its gradient for the student's scaled logits in
 the place of the teacher's."""
 
+Best = tuple[Tensor, Tensor]
+"""A teacher's best classes, int64 ``[rows, k]``, and the log-probabilities ``[rows, k + 1]`` of these and of all
+others together, normalised."""
+
 
 class Block:
     """Turns rows of logits into their gradient, with scratch memory that all calls share.
@@ -44,39 +48,51 @@ class Block:
         self.divergence = divergence
         self.beta = beta
 
-    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor | None, share: Tensor) -> Tensor:
-        """The loss of these rows; their gradient takes the place of the student's logits.
+    def __call__(
+        self, student: Tensor, teacher: Tensor | Best, labels: Tensor | None, share: Tensor, label_share: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence and cross-entropy of these rows; the gradient of the loss takes the place of the student's logits.
 
         Args:
             student: Logits over the temperature ``[rows, classes]``, overwritten.
-            teacher: The same of the teacher, overwritten.
-            labels: Class numbers ``[rows]``, valid ones wherever `share` is above 0.
-            share: Weight of each row ``[rows]``, in the dtype of the arithmetic.
+            teacher: The same of the teacher, overwritten; ``[rows, fewer]`` where the student has padding classes
+                behind those of the teacher. Or its best classes.
+            labels: Class numbers ``[rows]``, valid ones wherever `label_share` is above 0.
+            share: Weight of each row in the divergence ``[rows]``, in the dtype of the arithmetic.
+            label_share: The same in the cross-entropy.
         """
         scratch = list(self.scratch[:, : len(student)])
         share = share.unsqueeze(1)  # [rows, 1], as everything below that is one per row
         exact = student.dtype == self.scratch.dtype
         s = student if exact else scratch[3].copy_(student)
-        t = teacher if exact else scratch[4].copy_(teacher)
         s -= s.amax(dim=1, keepdim=True)
-        t -= t.amax(dim=1, keepdim=True)
-        divergence = self.divergence(s, t, scratch, self.beta)
-        loss = (share * divergence).sum() * (self.alpha * self.temperature**2)
+        if isinstance(teacher, Tensor):
+            narrow = teacher.shape[1]
+            t = teacher if exact else scratch[4][:, :narrow].copy_(teacher)
+            t -= t.amax(dim=1, keepdim=True)
+            divergence = self.divergence(s[:, :narrow], t, [part[:, :narrow] for part in scratch], self.beta)
+        else:
+            narrow = s.shape[1]
+            divergence, t = _best_kl(s, teacher, scratch[0])
+        soft = (share * divergence).sum() * self.temperature**2
         weight = share * (self.alpha * self.temperature)
-        if labels is None or self.alpha == 1:
-            torch.mul(t, weight, out=s)
+        if labels is None:
+            cross_entropy = torch.zeros_like(soft)
+            torch.mul(t, weight, out=s[:, :narrow])
+            s[:, narrow:] = 0
         else:
             s *= self.temperature
             target = s.gather(1, labels.unsqueeze(1))
             total = s.exp_().sum(dim=1, keepdim=True)
-            hard = share * (1 - self.alpha)
-            loss += (hard * (total.log() - target)).sum()
+            label_share = label_share.unsqueeze(1)
+            cross_entropy = (label_share * (total.log() - target)).sum()
+            hard = label_share * (1 - self.alpha)
             s *= hard / total
             s.scatter_add_(1, labels.unsqueeze(1), -hard)
-            s.addcmul_(t, weight)
+            s[:, :narrow].addcmul_(t, weight)
         if not exact:
             student.copy_(s)
-        return loss
+        return soft, cross_entropy
 
 
 def _kl(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
@@ -115,6 +131,21 @@ def _jsd(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
     mean = _dot(q, ratio)
     ratio.sub_(mean).mul_(q).mul_(1 - beta)
     return beta * teacher + (1 - beta) * (mean - q_total.log())
+
+
+def _best_kl(s: Tensor, best: Best, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """KL over k classes and the rest as one more; gradient ``q - p`` of these, shared out in the rest as q is."""
+    indices, log_p = best
+    q = torch.exp(s, out=scratch)
+    total = q.sum(dim=1, keepdim=True)
+    top = q.gather(1, indices)
+    # a sum of what is there, as 1 minus the best would round to 0
+    rest = q.scatter_(1, indices, 0).sum(dim=1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
+    log_q = torch.cat([s.gather(1, indices), rest.log()], dim=1) - total.log()
+    p = log_p.exp()
+    gradient = q.mul_(1 / total - p[:, -1:] / rest)
+    gradient.scatter_(1, indices, top / total - p[:, :-1])
+    return _dot(p, log_p - log_q), gradient
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

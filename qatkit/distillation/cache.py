@@ -1,16 +1,13 @@
-"""A teacher that ran once: its best classes for every token on disk, served by the number of the sample.
+"""A teacher that ran once: its best classes for every token on disk, served for the samples of any batch.
 
-A token costs ``4 * k + 2`` bytes up to 65,536 classes and ``5 * k + 2`` above: class numbers in 16 or 24 bits,
-log-probabilities and that of all other classes in float16. For k = 64 these are 258 and 322 bytes.
+`qatkit.distillation.store` says what a token costs, `qatkit.distillation.keys` how a sample is known again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,31 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkit.distillation.sparse import sparse_kd_loss, top_k_log_probabilities
+from qatkit.distillation.keys import inputs_of, present_tokens, sample_keys
+from qatkit.distillation.sparse import sparse_kd_loss
+from qatkit.distillation.store import Targets, open_table, pack, spread, table_bytes, unpack, write_whole
 from qatkit.errors import QatkitError
 
 MANIFEST = "cache.json"
-SHORT = 1 << 16
-"""Classes that 16 bits can number."""
-LOWEST = torch.finfo(torch.float16).min
 
-
-@dataclass(frozen=True)
-class Targets:
-    """What the teacher said of some samples, padded to the longest."""
-
-    indices: Tensor
-    """Classes int64 ``[samples, length, k]``."""
-    log_p: Tensor
-    """Their log-probabilities float32 ``[samples, length, k]``."""
-    log_tail: Tensor
-    """The log-probability of all other classes ``[samples, length]``."""
-    mask: Tensor
-    """True where the cache holds a token ``[samples, length]``."""
+Answer = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+"""Logits ``[samples, length, classes]`` or ``[samples, classes]``, alone or with hidden states by the layer's name."""
 
 
 def cache_teacher(
-    teacher: Callable[[Any], Tensor],
+    teacher: Callable[[Any], Answer],
     batches: Iterable[Any],
     folder: Path,
     fingerprint: Mapping[str, str],
@@ -53,8 +38,9 @@ def cache_teacher(
     """Write the teacher's k most probable classes of every token, and go on where a run that was killed stopped.
 
     Args:
-        teacher: Answers a batch with logits ``[samples, length, classes]``.
-        batches: All batches, in the same order in every run; samples are numbered from 0 as they come.
+        teacher: Answers a batch.
+        batches: All batches, in the same order in every run; samples are numbered from 0 as they come. The tokens of a
+            batch that is a mapping count where its "attention_mask" is not 0.
         folder: Where to; Arrow files of `shard_batches` batches each, and a manifest.
         fingerprint: What the cache depends on, such as hashes of model, tokenizer and data order; see `model_hash`.
         k: Classes kept of every token.
@@ -77,20 +63,23 @@ def cache_teacher(
             return int(found["samples"])
     else:
         found = {"fingerprint": dict(fingerprint), "settings": settings}
-        _write(manifest, json.dumps(found, indent=1).encode())
+        write_whole(manifest, json.dumps(found, indent=1).encode())
     remaining = iter(batches)
-    samples = shard = 0
+    samples = tokens = shard = 0
     while part := list(islice(remaining, shard_batches)):
         path = folder / f"{shard:06d}.arrow"
-        if not path.exists():
-            rows = []
-            for number, batch in enumerate(part, start=shard * shard_batches):
-                with torch.no_grad():
-                    rows += list(_rows(teacher(batch), k, temperature, number))
-            _write(path, _table(rows))
-        samples += _length(path)
+        if path.exists():
+            _refuse_order(folder, path, part)
+        else:
+            write_whole(path, _answers(teacher, part, k, temperature, shard * shard_batches))
+        table = open_table([path])
+        samples += table.num_rows
+        tokens += sum(len(kept) // 2 for kept in table["log_tail"].to_pylist())  # two bytes each
         shard += 1
-    _write(manifest, json.dumps(found | {"samples": samples, "shards": shard}, indent=1).encode())
+    if shard == 0:
+        raise QatkitError("teacher cache: the data gave no batch; check the training data")
+    done = found | {"samples": samples, "tokens": tokens, "shards": shard}
+    write_whole(manifest, json.dumps(done, indent=1).encode())
     return samples
 
 
@@ -100,25 +89,33 @@ class CachedTeacher:
     Args:
         folder: Of the cache.
         fingerprint: What it must have been made from.
+        command: What makes it, for errors.
 
     Raises:
         QatkitError: there is no cache, it is not complete, or it was made from something else.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
-        import pyarrow as pa  # type: ignore[import-untyped]
-
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, str], command: str = "cache_teacher(..., folder)"
+    ) -> None:
         manifest = folder / MANIFEST
         if not manifest.exists():
-            raise QatkitError(f"teacher cache: {folder} holds none; run cache_teacher(..., folder) first")
+            raise QatkitError(f"teacher cache: {folder} holds none; run {command} first")
         found = json.loads(manifest.read_text())
         _refuse_changes(folder, found, dict(fingerprint), found["settings"])
         if "samples" not in found:
-            raise QatkitError(f"teacher cache: {folder} is not complete; run cache_teacher again, it goes on by itself")
+            raise QatkitError(f"teacher cache: {folder} is not complete; run {command} again, it goes on by itself")
+        self.folder = folder
         self.k: int = found["settings"]["k"]
         self.temperature: float = found["settings"]["temperature"]
-        files = [pa.memory_map(str(folder / f"{shard:06d}.arrow")) for shard in range(found["shards"])]
-        self._table = pa.concat_tables([pa.ipc.open_file(file).read_all() for file in files])
+        self.tokens: int = found["tokens"]
+        """Of all samples together."""
+        self._command = command
+        self._table = open_table([folder / f"{shard:06d}.arrow" for shard in range(found["shards"])])
+        self.classes = int(self._table.schema.metadata[b"classes"])
+        """Of the teacher's logits."""
+        keys = self._table["key"].to_pylist()
+        self._rows: dict[bytes, int] = dict(zip(keys, range(len(keys)), strict=True))
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -135,13 +132,27 @@ class CachedTeacher:
         numbers = [int(number) for number in samples]
         if not all(0 <= number < len(self) for number in numbers):
             raise QatkitError(f"samples: {numbers} are not all in the cache; it holds 0 to {len(self) - 1}")
-        rows = [self._table.slice(number, 1).to_pylist()[0] for number in numbers]
-        parts = [_unpack(row, self.k) for row in rows]
-        lengths = torch.tensor([len(part[2]) for part in parts])
-        indices, log_p, log_tail = (
-            nn.utils.rnn.pad_sequence([part[place] for part in parts], batch_first=True) for place in range(3)
-        )
-        return Targets(indices, log_p, log_tail, torch.arange(int(lengths.max())) < lengths[:, None])
+        return unpack([self._table.slice(number, 1).to_pylist()[0] for number in numbers], self.k)
+
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Targets:
+        """What the teacher said of the samples of a call of the student, token by token where the call has them.
+
+        Args:
+            args: What the student is called with.
+            kwargs: The same by name.
+
+        Raises:
+            QatkitError: a sample is not in the cache.
+        """
+        rows = [self._rows.get(key) for key in sample_keys(args, kwargs)]
+        missing = [place for place, row in enumerate(rows) if row is None]
+        if missing:
+            raise QatkitError(
+                f"teacher cache: {len(missing)} of the {len(rows)} samples of a batch are not among the {len(self)} in "
+                f"{self.folder}: it is shorter than the data, or a random augmentation changed them; leave the "
+                f"augmentation out, or delete the folder and run {self._command} over all data"
+            )
+        return spread(self([row for row in rows if row is not None]), present_tokens(args, kwargs))
 
     def loss(
         self,
@@ -173,6 +184,19 @@ class CachedTeacher:
         return sparse_kd_loss(student, indices, log_p, log_tail, self.temperature, mask, labels)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether `cache_teacher` came to its end in a folder."""
+    manifest = folder / MANIFEST
+    return manifest.exists() and "samples" in json.loads(manifest.read_text())
+
+
+def fingerprint_of(folder: Path) -> dict[str, str]:
+    """What a cache was made from; empty where there is none."""
+    manifest = folder / MANIFEST
+    found: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
+    return found
+
+
 def model_hash(model: nn.Module) -> str:
     """A hash of a model's weights and their names, for a fingerprint."""
     digest = hashlib.sha256()
@@ -183,62 +207,34 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _rows(logits: Tensor, k: int, temperature: float, batch: int) -> Iterator[dict[str, bytes]]:
-    """A sample each: the bytes of its tokens."""
-    if logits.isnan().any():
-        raise QatkitError(f"teacher: its logits for batch {batch}, counted from 0, hold NaN; check that batch")
-    indices, log_p, log_tail = (part.cpu() for part in top_k_log_probabilities(logits, k, temperature))
-    columns = {
-        "low": (indices % SHORT).to(torch.uint16),
-        "high": (indices // SHORT).to(torch.uint8),
-        "log_p": log_p.clamp(min=LOWEST).half(),
-        "log_tail": log_tail.clamp(min=LOWEST).half(),
-    }
-    if logits.shape[-1] <= SHORT:
-        columns["high"] = columns["high"][..., :0]
-    for sample in range(len(logits)):
-        yield {name: column[sample].numpy().tobytes() for name, column in columns.items()}
+def _answers(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temperature: float, first: int) -> bytes:
+    """The file of some batches, numbered from `first`."""
+    rows: list[dict[str, bytes]] = []
+    classes = 0
+    for number, batch in enumerate(part, start=first):
+        with torch.no_grad():
+            answer = teacher(batch)
+        logits, hidden = answer if isinstance(answer, tuple) else (answer, {})
+        if logits.isnan().any():
+            raise QatkitError(f"teacher: its logits for batch {number}, counted from 0, hold NaN; check that batch")
+        if logits.dim() == 2:  # one answer for a whole sample
+            logits = logits[:, None]
+        args, kwargs = inputs_of(batch)
+        present = present_tokens(args, kwargs)
+        if present is not None and present.shape != logits.shape[:2]:
+            present = None
+        rows += pack(logits, sample_keys(args, kwargs), k, temperature, present, hidden)
+        classes = logits.shape[-1]
+    return table_bytes(rows, classes)
 
 
-def _unpack(row: dict[str, bytes], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes ``[length, k]``, their log-probabilities, and those of the tail ``[length]``."""
-
-    def column(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.frombuffer(bytearray(row[name]), dtype=dtype)
-
-    indices = column("low", torch.uint16).long().view(-1, k)
-    if row["high"]:
-        indices += column("high", torch.uint8).long().view(-1, k) * SHORT
-    log_p, log_tail = column("log_p", torch.float16).float(), column("log_tail", torch.float16).float()
-    return indices, log_p.view(-1, k), log_tail
-
-
-def _table(rows: list[dict[str, bytes]]) -> bytes:
-    import pyarrow as pa
-
-    table = pa.Table.from_pylist(rows)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def _length(path: Path) -> int:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as file:
-        return int(pa.ipc.open_file(file).read_all().num_rows)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a file that is there is complete, whenever the process was killed."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
+    keys = [key for batch in part for key in sample_keys(*inputs_of(batch))]
+    if keys != open_table([path])["key"].to_pylist():
+        raise QatkitError(
+            f"teacher cache: the samples of {path} are not those that the data now give in its place: another order, "
+            f"another batch size or other data; delete {folder} and make it again"
+        )
 
 
 def _refuse_changes(folder: Path, found: dict[str, Any], fingerprint: dict[str, str], settings: dict[str, Any]) -> None:

@@ -65,10 +65,11 @@ def trim_to_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int) -> tup
         )
     if widths[0] == widths[1]:
         return student, teacher
-    _tell(*widths, vocab_size)
+    tell_trimmed(*widths, vocab_size)
     return student[..., :vocab_size], teacher[..., :vocab_size]
 
 
 @cache  # one line, not one per step
-def _tell(student: int, teacher: int, vocab_size: int) -> None:
+def tell_trimmed(student: int, teacher: int, vocab_size: int) -> None:
+    """Say which widths are trimmed to how many tokens."""
     logger.info("logits padded to %d (student) and %d (teacher) are trimmed to %d tokens", student, teacher, vocab_size)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.compressed_check import open_compressed
 from qatkit.export.onnx_weights import check_onnx_weights
 from qatkit.export.runtime import load_runtime
 from qatkit.export.sparse import is_sparse, read_weights
@@ -34,9 +35,9 @@ class Verification:
     failures: list[str]
     """What differs, in words; empty where the file computes what was trained."""
     format: str
-    """"onnx", "dense" or "sparse"."""
+    """"onnx", "dense", "sparse" or "compressed_tensors"."""
     layers: int
-    """Quantized layers whose integer codes (onnx) or weights (dense, sparse) were compared."""
+    """Quantized layers whose codes (onnx, compressed_tensors) or weights (dense, sparse) were compared."""
     weights: int
     """Numbers in them."""
     samples: int
@@ -73,11 +74,12 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     equal the model's (``==``); and so must biases. Outputs: where inputs
     of layers are quantized, the mean difference must stay within 1 % of the quantization error (another order of
     summation may move a value across a rounding border); elsewhere within 1e-4 of the mean output. A dense or sparse
-    file must give equal weights and, where no inputs are quantized, equal outputs.
+    file must give equal weights and, where no inputs are quantized, equal outputs. A folder of compressed-tensors is
+    loaded by transformers; in float32 its outputs must be equal.
 
     Args:
         model: What was exported: plain, or prepared and calibrated. Left as it is.
-        path: A ``.onnx`` or ``.safetensors`` file.
+        path: A ``.onnx`` or ``.safetensors`` file, or the folder that `export_compressed` wrote.
         batches: Pairs of inputs and class labels, ``[batch, ...]`` and ``[batch]``, or mappings as models of
             transformers take them, with ``labels``; see `qatkit.tasks`.
         threads: Threads of the runtime; None leaves the choice to it.
@@ -98,7 +100,8 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
         True
     """
     path = Path(path)
-    if path.suffix not in _FORMATS:
+    form = "compressed_tensors" if path.is_dir() else _FORMATS.get(path.suffix)
+    if form is None:
         raise QatkitError(f"{path}: '{path.suffix}' files cannot be verified; give one of {sorted(_FORMATS)}")
     if not path.exists():
         raise QatkitError(f"{path}: there is no such file; export the model first")
@@ -106,11 +109,11 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     floating = copy.deepcopy(trained)
     strip_qat(floating)
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
-    dense = path.suffix == ".safetensors"
-    weights, failures, runtime = _open_dense(trained, path) if dense else _open_onnx(trained, path, threads)
+    weights, failures, runtime = _open(form, trained, path, threads)
     outputs = _compare_outputs(trained, floating if quantizers else None, runtime, batches, failures)
     rounds_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
-    bound, allowed = _bound(dense, rounds_inputs, outputs)
+    half = any(weight.dtype in (torch.float16, torch.bfloat16) for weight in trained.parameters())
+    bound, allowed = _bound(form, rounds_inputs, half, outputs)
     if outputs.mean_error is not None and allowed is not None and not outputs.mean_error <= allowed:  # NaN fails too
         failures.append(
             f"outputs: the mean difference from the trained model is {outputs.mean_error:.3g}, and {bound} is "
@@ -120,7 +123,7 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     return Verification(
         passed=not failures,
         failures=failures,
-        format="sparse" if dense and is_sparse(path) else _FORMATS[path.suffix],
+        format="sparse" if form == "dense" and is_sparse(path) else form,
         layers=quantized,
         weights=weights,
         samples=outputs.samples,
@@ -165,14 +168,23 @@ class _Outputs:
     runtime_metric: float | None = None
 
 
-def _bound(dense: bool, rounds_inputs: bool, outputs: _Outputs) -> tuple[str, float | None]:
-    if dense and rounds_inputs:
+def _bound(form: str, rounds_inputs: bool, half: bool, outputs: _Outputs) -> tuple[str, float | None]:
+    if form == "dense" and rounds_inputs:
         return "none, since a dense file does not round activations", None
-    if dense:
+    # transformers rounds inputs as training does, but in their dtype: in half precision a scale has fewer digits
+    if form == "dense" or (form == "compressed_tensors" and not (half and rounds_inputs)):
         return "exactly equal outputs", 0.0
     if rounds_inputs:  # float32 noise is allowed even where quantization happens to change nothing
         return "1 % of the quantization error", max(0.01 * outputs.quantization_error, 1e-6 * outputs.mean_output)
     return "1e-4 of the mean output", 1e-4 * outputs.mean_output
+
+
+def _open(
+    form: str, trained: nn.Module, path: Path, threads: int | None
+) -> tuple[int, list[str], Callable[..., Any] | None]:
+    if form == "compressed_tensors":
+        return open_compressed(trained, path)
+    return _open_dense(trained, path) if form == "dense" else _open_onnx(trained, path, threads)
 
 
 def _open_onnx(

@@ -30,14 +30,20 @@ class QATLayer(nn.Module):
         """The unrounded weight as quantization sees it, ``[out, in, ...]``."""
         return self.weight.t() if self.transposed else self.weight
 
+    @torch.no_grad()
+    def set_matrix(self, values: Tensor) -> None:
+        """Overwrite the unrounded weight; `values` are ``[out, in, ...]``."""
+        self.matrix.copy_(values)
+
     def fake_quantized_weight(self) -> Tensor:
         """The weight as the forward pass uses it, in its own dtype and layout."""
         return self._weight_and_scale()[0]
 
     def _weight_and_scale(self) -> tuple[Tensor, Tensor | None]:
         if self.weight_fake_quant is None:
-            return self.weight, None
-        weight, scale = self.weight_fake_quant.with_scale(self.matrix)
+            weight, scale = self.matrix, None
+        else:
+            weight, scale = self.weight_fake_quant.with_scale(self.matrix)
         return weight.t() if self.transposed else weight, scale
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -48,10 +54,11 @@ class QATLayer(nn.Module):
         output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
         """
         weight, weight_scale = self._weight_and_scale()
-        input_scale = None
-        if self.input_fake_quant is not None:
-            x, input_scale = self.input_fake_quant.with_scale(x)
+        x, input_scale = self._quantized_input(x)
         return x, weight, self._rounded_bias(weight_scale, input_scale)
+
+    def _quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (x, None) if self.input_fake_quant is None else self.input_fake_quant.with_scale(x)
 
     def shipped(self) -> dict[str, Tensor]:
         """Weight and bias as the forward pass uses them, by parameter name: what a plain layer has to hold."""

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
-from qatkit.recipe.distill import DistillConfig
+from qatkit.recipe.distill import CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
+from qatkit.recipe.evaluate import EvaluateConfig
+from qatkit.recipe.lora import LoraConfig
+from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, check_rewind, expanded
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
@@ -19,14 +22,22 @@ from qatkit.recipe.stage import StageConfig
 
 __all__ = [
     "MISSING",
+    "CacheConfig",
     "DistillConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "FactoryConfig",
+    "GenerationConfig",
+    "HiddenConfig",
     "LayerConfig",
+    "LoraConfig",
+    "LotteryConfig",
+    "PartConfig",
     "PruneConfig",
     "QuantizeConfig",
     "RampConfig",
     "Recipe",
+    "RewindConfig",
     "ShrinkConfig",
     "StageConfig",
     "TrainerConfig",
@@ -41,6 +52,8 @@ class TrainerConfig:
     devices: int | str = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    """Hand the model to torch.compile: the first steps take minutes, those after them less."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Where curves and tables go besides CSV files."""
 
@@ -55,12 +68,14 @@ class TrainerConfig:
 class ExportConfig:
     """The file format that the results are written in."""
 
-    format: Literal["onnx", "dense", "sparse"] = MISSING
+    format: Literal["onnx", "dense", "sparse", "compressed_tensors"] = MISSING
+    """ONNX; safetensors with the rounded weights, or with those that are not zero; or codes and scales in a folder for
+    transformers and vLLM."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its data, and the ordered stages it goes through."""
+    """A model, its data, and the ordered stages it goes through; a ``lottery`` block becomes its stages at once."""
 
     name: str = MISSING
     model: FactoryConfig = MISSING
@@ -69,6 +84,7 @@ class Recipe:
     seed: int = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig | None = None
+    evaluate: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
         if self.stages == MISSING:
@@ -86,11 +102,21 @@ class Recipe:
         first = next(iter(self.stages))
         if self.stages[first].model is not None:
             raise ValueError(f"stages.{first}.model: no stage comes before it; write it as the recipe's model")
-        zeros, quantized = False, ""
+        object.__setattr__(self, "stages", expanded(self.stages, self.seed))
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            teacher = stage.distill.teacher if stage.distill else None
+            for key, wanted in (("start", stage.start), ("distill.teacher", teacher)):
+                if wanted is not None and wanted not in names[:position]:
+                    raise ValueError(
+                        f"stages.{name}.{key}: '{wanted}' is no earlier stage; write one of {names[:position]}"
+                    )
+        zeros: dict[str | None, bool] = {None: False}
+        grids: dict[str | None, str] = {None: ""}  # the last stage that quantized
         for name, stage in self.stages.items():
-            if stage.model is not None:
-                zeros, quantized = False, ""
-            if stage.shrink is not None and zeros and stage.hold_sparsity:
+            parent = self.parent_of(name)
+            held, quantized = zeros[parent] and stage.hold_sparsity, grids[parent]
+            if stage.shrink is not None and held:
                 raise ValueError(
                     f"stages.{name}.shrink: an earlier stage made zeros, and what is cut out would change their share; "
                     "shrink before prune, or write hold_sparsity: false"
@@ -100,20 +126,39 @@ class Recipe:
                     f"stages.{name}.shrink: stage '{quantized}' has fitted the weights to a grid of the larger model; "
                     "shrink before quantize"
                 )
-            quantized = name if stage.quantize is not None else quantized
-            zeros = stage.prune is not None or (zeros and stage.hold_sparsity)
-            if zeros and stage.quantize is not None and stage.quantize.init == "gptq":
+            zeros[name] = stage.prune is not None or held
+            grids[name] = name if stage.quantize is not None else quantized
+            if zeros[name] and stage.quantize is not None and stage.quantize.init == "gptq":
                 raise ValueError(
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
                     "write awq or mse, or hold_sparsity: false"
                 )
-        names = list(self.stages)
-        for position, (name, stage) in enumerate(self.stages.items()):
-            wanted = stage.distill.teacher if stage.distill else None
-            if wanted is not None and wanted not in names[:position]:
+            if stage.rewind is not None:
+                check_rewind(name, self.stages, self._line_of(name), zeros[name])
+            method = stage.prune.method if stage.prune is not None else None
+            if method in ("wanda", "sparsegpt", "taylor") and self.trainer.strategy == "fsdp2":
                 raise ValueError(
-                    f"stages.{name}.distill.teacher: '{wanted}' is no earlier stage; write one of {names[:position]}"
+                    f"stages.{name}.prune.method: '{method}' needs whole weights, and fsdp2 shards them; write "
+                    "magnitude, or trainer.strategy: ddp"
                 )
+            if stage.lora is not None:
+                stage.lora.check(f"stages.{name}", zeros[name], self.trainer.strategy == "fsdp2")
+
+    def parent_of(self, name: str) -> str | None:
+        """The stage whose model stage `name` goes on with; None where it begins with the recipe's or its own."""
+        stage = self.stages[name]
+        if stage.start is not None or stage.model is not None:
+            return stage.start
+        names = list(self.stages)
+        position = names.index(name)
+        return names[position - 1] if position else None
+
+    def _line_of(self, name: str) -> list[str]:
+        """The stages that stage `name` goes back to, the last first and with itself."""
+        line = [name]
+        while (parent := self.parent_of(line[-1])) is not None:
+            line.append(parent)
+        return line
 
     def teacher_of(self, name: str) -> str | None:
         """The stage whose result teaches stage `name`: the named one, else the input of the first compressing stage.

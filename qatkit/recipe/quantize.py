@@ -81,6 +81,11 @@ class QuantizeConfig(LayerConfig):
             )
 
     @property
+    def moves_weights(self) -> bool:
+        """Whether the weights that training starts from are not those of the stage before."""
+        return self.init in ("gptq", "awq", "smoothquant")
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What `prepare_qat` is called with."""
         return {

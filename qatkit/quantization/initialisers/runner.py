@@ -246,7 +246,7 @@ class _Initialiser:
             fake_quant.initialize(matrix)  # the scale over the scales
         if self.method == "gptq":
             rounded, *qparams = gptq(matrix.flatten(1), hessian, fake_quant.spec)
-            matrix.copy_(rounded.view_as(matrix))
+            layer.set_matrix(rounded.view_as(matrix))
         else:
             qparams = list(awq_clip(matrix.flatten(1), hessian, fake_quant.spec))
         fake_quant.set_qparams(*qparams)

@@ -1,0 +1,155 @@
+"""A teacher cached on disk against one that runs: what a training step costs, and what the student learns.
+
+Run: python benchmarks/cached_teacher.py [--quick]
+Takes about five minutes on two cores; --quick shows the mechanics in seconds and writes no results.
+
+Text: Python's standard library. The teacher is a Llama of 4 layers trained on it, the student one of 2 layers. Every
+variant trains the same student on the same windows in the same order, once per seed; the rounds go through the variants
+in turn, in one process on one thread. A step is measured from the end of one to the end of the next, data included, in
+CPU time, which other processes disturb less than the time on the wall; medians over all steps but the first of a fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from harness import Claim, finish
+from lightning.pytorch import Callback, Trainer
+from qatkit.callbacks import KnowledgeDistillation
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from qatkit.data import stdlib_text
+from qatkit.distillation.cache import CachedTeacher, cache_teacher
+from qatkit.engine import CompressionModule
+from qatkit.models import llama
+from qatkit.recipe import StageConfig
+from qatkit.tasks import call, evaluate
+
+VARIANTS = {"without": "no teacher", "live": "live teacher", "cached": "cached teacher, k = 64"}
+ALPHA, K = 0.5, 64
+
+
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    vocabulary: int
+    context: int
+    batch: int
+    teacher_steps: int
+    steps: int
+    seeds: tuple[int, ...]
+
+
+FULL = Size(hidden=192, vocabulary=2048, context=128, batch=16, teacher_steps=150, steps=100, seeds=(0, 1, 2))
+QUICK = Size(hidden=32, vocabulary=300, context=32, batch=8, teacher_steps=5, steps=5, seeds=(0,))
+
+
+class Times(Callback):
+    """CPU seconds of every step but the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = time.process_time()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def model(size: Size, layers: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return llama(size.vocabulary, size.hidden, layers, 4, 2, size.hidden * 8 // 3, size.context)
+
+
+def fit(net: nn.Module, rows: Any, size: Size, steps: int, seed: int, *callbacks: Callback) -> list[float]:
+    """Train; the seconds of the steps."""
+    times = Times()
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(rows, size.batch, shuffle=True, generator=order, drop_last=True)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, callbacks=[*callbacks, times], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(CompressionModule(net, StageConfig(max_steps=steps, lr=2e-3, warmup=0.05), seed), loader)
+    return times.seconds
+
+
+def main(size: Size) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    files = ["*"] if size is FULL else ["email/*"]
+    data = stdlib_text(size.context, size.vocabulary, files, *((0.02, 0.02) if size is FULL else (0.2, 0.2)), seed=0)
+    data.prepare_data()
+    teacher = model(size, 4, 0)
+    fit(teacher, data.train, size, size.teacher_steps, 0)
+    teacher.eval()
+    rows = Subset(data.train, range(size.steps * size.batch))
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def answer(batch: Any) -> Tensor:
+            return call(teacher, batch)
+
+        started = time.process_time()
+        cache_teacher(answer, DataLoader(rows, size.batch), Path(folder), {}, K)
+        written = time.process_time() - started
+        cached = CachedTeacher(Path(folder), {})
+        bytes_per_token = sum(path.stat().st_size for path in Path(folder).glob("*.arrow")) / cached.tokens
+        teachers: dict[str, Any] = {"live": teacher, "cached": cached}
+        for seed in size.seeds:
+            for variant in VARIANTS:
+                student = model(size, 2, seed + 1)
+                distil = [
+                    KnowledgeDistillation(teachers[name], alpha=ALPHA, student="model", fused=True)
+                    for name in teachers
+                    if name == variant
+                ]
+                seconds[variant] += fit(student, rows, size, size.steps, seed, *distil)
+                losses[variant].append(evaluate(student.eval(), DataLoader(data.val, size.batch))["loss"])
+                print(f"seed {seed}, {VARIANTS[variant]}: loss {losses[variant][-1]:.4f}", file=sys.stderr)
+    step = {variant: median(values) for variant, values in seconds.items()}
+    deviation = {variant: stdev(values) if len(values) > 1 else 0.0 for variant, values in losses.items()}
+    table = [
+        {
+            "variant": VARIANTS[variant],
+            "held-out loss": f"{mean(losses[variant]):.3f} ± {deviation[variant]:.3f}",
+            "step, ms": f"{step[variant] * 1000:.0f}",
+            "of no teacher": f"{step[variant] / step['without']:.2f}x",
+            "of live": f"{step[variant] / step['live']:.2f}x",
+        }
+        for variant in VARIANTS
+    ]
+    apart = abs(mean(losses["cached"]) / mean(losses["live"]) - 1)
+    slower = step["cached"] / step["without"]
+    claims = [
+        Claim("held-out loss from the cache against live", "within 2 %", f"{apart:.2%}", apart <= 0.02),
+        Claim("step time from the cache over no teacher", "<= 1.15x", f"{slower:.2f}x", slower <= 1.15),
+        Claim("bytes per token, k = 64", "<= 350", f"{bytes_per_token:.0f}", bytes_per_token <= 350),
+    ]
+    print(f"writing the cache: {written:.1f} s for {cached.tokens:,} tokens")
+    if size is QUICK:
+        for row in table:
+            print(" | ".join(row.values()))
+        return
+    finish("cached_teacher", table, claims, size.seeds)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    main(QUICK if parser.parse_args().quick else FULL)

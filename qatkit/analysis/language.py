@@ -1,0 +1,179 @@
+"""How well a language model predicts held-out text, and how far it is from the dense model it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit.errors import QatkitError
+from qatkit.tasks import IGNORED, call, is_text, perplexity
+
+Text = tuple[Tensor, Tensor]
+"""Tokens and their labels, ``[tokens]`` each."""
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """A model on held-out text, every token predicted once."""
+
+    context: int
+    """Tokens that the model sees at most, the predicted one among them."""
+    stride: int
+    """Tokens between two windows: beyond the first window, each is predicted from at least ``context - stride``."""
+    tokens: int
+    loss: float
+    """Per token, in nats."""
+    perplexity: float
+    agreement: float
+    """Share of tokens for which it and the dense model name the same one as the likeliest."""
+    kl: float
+    """KL(dense || model) per token, in nats."""
+
+
+def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Overlapping windows over a text: begin, end, and the first token that no window before has predicted.
+
+    Example:
+        >>> list(windows(10, context=6, stride=2))
+        [(0, 6, 1), (2, 8, 6), (4, 10, 8)]
+    """
+    new = 1  # nothing comes before the first token
+    for begin in range(0, length, stride):
+        end = min(begin + context, length)
+        if end > new:
+            yield begin, end, new
+        new = max(new, end)
+        if end == length:
+            return
+
+
+@torch.no_grad()
+def score(
+    model: Callable[..., Any],
+    dense: Callable[..., Any] | None,
+    texts: Sequence[Text],
+    context: int,
+    stride: int,
+    batch_size: int = 8,
+) -> LanguageScore:
+    """Measure a causal language model over texts with a sliding window.
+
+    Args:
+        model: Called with ``input_ids``; in eval mode.
+        dense: What it is compared with; None where it is the dense model itself.
+        texts: Tokens and labels; a label of -100 does not count.
+        context: Tokens of a window.
+        stride: Tokens between two windows, at most `context`; half of it by habit.
+        batch_size: Windows at once.
+
+    Raises:
+        QatkitError: the numbers do not fit, or no token counts.
+    """
+    if context < 2 or not 1 <= stride <= context:
+        raise QatkitError(
+            f"evaluate.stride: {stride} with context {context} is out of range; write context 2 or more and a stride "
+            "from 1 to it"
+        )
+    loss = kl = 0.0
+    count = same = 0
+    for tokens, labels in _batches(texts, context, stride, batch_size):
+        logits = call(model, {"input_ids": tokens})[:, :-1]
+        counted = labels[:, 1:] != IGNORED
+        wanted = labels[:, 1:][counted]
+        ours = F.log_softmax(logits[counted].float(), dim=-1)
+        count += len(wanted)
+        loss += float(F.nll_loss(ours, wanted, reduction="sum"))
+        if dense is None:
+            same += len(wanted)
+            continue
+        theirs = F.log_softmax(call(dense, {"input_ids": tokens})[:, :-1][counted].float(), dim=-1)
+        kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    if count == 0:
+        raise QatkitError("evaluate: no label of the test texts counts; give texts whose labels are not all -100")
+    mean = loss / count
+    return LanguageScore(context, stride, count, mean, perplexity(mean), same / count, kl / count)
+
+
+def _batches(texts: Sequence[Text], context: int, stride: int, size: int) -> Iterator[Text]:
+    """Windows of one length together; labels of tokens that were predicted before do not count."""
+    waiting: dict[int, list[Text]] = {}
+    for tokens, labels in texts:
+        for begin, end, new in windows(len(tokens), context, stride):
+            own = labels[begin:end].clone()
+            own[: new - begin] = IGNORED
+            group = waiting.setdefault(end - begin, [])
+            group.append((tokens[begin:end], own))
+            if len(group) == size:
+                yield _stacked(waiting.pop(end - begin))
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def _stacked(group: Sequence[Text]) -> Text:
+    tokens, labels = zip(*group, strict=True)
+    return torch.stack(tokens), torch.stack(labels)
+
+
+def texts_of(batches: Iterable[Any]) -> list[Text]:
+    """The held-out texts of a test split: one, where its batches are windows cut from a stream of tokens.
+
+    That is so where every token is a label and nothing says where a row ends; other rows stay texts of their own, and
+    padding is cut off.
+
+    Raises:
+        QatkitError: the batches are no texts.
+    """
+    rows: list[Text] = []
+    stream = True
+    for batch in batches:
+        if not is_text(batch):
+            raise QatkitError("evaluate: it is for language models, and the data's batches are no texts; leave it out")
+        stream = stream and set(batch) <= {"input_ids", "labels"} and torch.equal(batch["input_ids"], batch["labels"])
+        mask = batch.get("attention_mask")
+        for index, (tokens, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+            kept = slice(None) if mask is None else mask[index].bool()
+            rows.append((tokens[kept].cpu(), labels[kept].cpu()))
+    if stream and rows:
+        return [(torch.cat([tokens for tokens, _ in rows]), torch.cat([labels for _, labels in rows]))]
+    return rows
+
+
+def harness(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None = None, batch_size: int = 8
+) -> dict[str, float]:
+    """Run tasks of lm-evaluation-harness on a model of transformers.
+
+    Args:
+        model: In eval mode.
+        tokenizer: Of transformers.
+        tasks: Names that ``lm_eval ls tasks`` lists.
+        limit: Samples of each task; all by default.
+        batch_size: Samples at once.
+
+    Returns:
+        The first metric of every task, under ``task metric``.
+
+    Raises:
+        QatkitError: lm-evaluation-harness is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise QatkitError("evaluate.tasks: lm_eval is not installed; run: pip install 'qatkit[lm-eval]'")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0)["results"]
+    return {f"{task} {name}": value for task, row in found.items() for name, value in _first_metric(row)}
+
+
+def _first_metric(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    # keys are "metric,filter"; beside them stand the alias and standard errors
+    numbers = [(key.partition(",")[0], value) for key, value in row.items() if "," in key and "stderr" not in key]
+    return [(name, float(value)) for name, value in numbers[:1]]

@@ -1,0 +1,102 @@
+"""Reading a compressed-tensors folder back: its codes and scales from the file, its weights from transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.export.compressed import quietly
+from qatkit.quantization.arithmetic import quantize
+from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.prepare import qat_layers, quantized_weights
+from qatkit.quantization.state import quantizer_prefixes
+
+
+@torch.no_grad()
+def open_compressed(trained: nn.Module, folder: Path) -> tuple[int, list[str], Callable[..., Any] | None]:
+    """Compare a folder's codes, scales and decoded weights with a model, and load it as transformers does.
+
+    Args:
+        trained: The model, in eval mode on the CPU.
+        folder: What `export_compressed` wrote.
+
+    Returns:
+        How many quantized weights were compared, what differs in words, and the loaded model, or None.
+
+    Raises:
+        QatkitError: compressed-tensors is not installed.
+    """
+    try:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    except ImportError as error:
+        raise QatkitError(f"{folder}: compressed_tensors is missing; run: pip install 'qatkit[llm]'") from error
+    weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            return weights, [f"{file.name} cannot be read: {error}"], None
+    failures: list[str] = []
+    own = quantizer_prefixes(trained)
+    expected = {key: value for key, value in trained.state_dict().items() if not key.startswith(own)}
+    for name, layer in qat_layers(trained):
+        assert layer.weight_fake_quant is not None
+        packed = tensors.get(f"{name}.weight_packed")
+        found = tensors.get(f"{name}.weight")
+        if packed is not None:
+            shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
+            found = unpack_from_int32(packed, layer.weight_fake_quant.spec.num_bits, shape)
+        scale, zero_point = layer.weight_fake_quant.qparams(layer.matrix)
+        codes = quantize(layer.matrix, scale, zero_point, layer.weight_fake_quant.spec)
+        failures += _compare(f"{name}.weight", "codes", found, codes)
+        failures += _compare(f"{name}.weight_scale", "scales", tensors.get(f"{name}.weight_scale"), scale)
+        if (inputs := layer.input_fake_quant) is not None and not inputs.dynamic:
+            found = tensors.get(f"{name}.input_scale")
+            failures += _compare(f"{name}.input_scale", "scales", found, _static_scale(inputs))
+        expected |= {f"{name}.{part}": value for part, value in layer.shipped().items()}
+    try:
+        loaded = _load(folder)
+    except Exception as error:  # transformers raises many kinds
+        said = " ".join(str(error).split())
+        return weights, [*failures, f"transformers cannot load {folder.name}: {said[:300]}"], None
+    decoded = loaded.state_dict()
+    for key, value in expected.items():
+        failures += _compare(key, "values", decoded.get(key), value)
+    return weights, failures, loaded
+
+
+def _load(folder: Path) -> nn.Module:
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = getattr(transformers, config["architectures"][0])
+    with quietly():
+        loaded: nn.Module = kind.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+        if (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
+            quantizer.compressor.decompress_model(loaded)  # else the first forward pass does it
+    return loaded
+
+
+def _compare(key: str, what: str, found: Tensor | None, expected: Tensor) -> list[str]:
+    if found is None:
+        return [f"'{key}': the folder has no such {what}"]
+    if found.shape != expected.shape:
+        return [f"'{key}': {what} of shape {list(found.shape)} instead of {list(expected.shape)}"]
+    wrong = found.float() != expected.float()  # bfloat16, float8 and int8 are exact in float32
+    if not wrong.any():
+        return []
+    first = wrong.nonzero()[0].tolist()
+    return [f"'{key}': {int(wrong.sum())} of {wrong.numel()} {what} differ, the first at {first}"]
+
+
+def _static_scale(fake_quant: FakeQuantize) -> Tensor:
+    return fake_quant.qparams(torch.empty(0))[0]

@@ -1,0 +1,108 @@
+"""Sliding windows count every token once; the distance to the dense model is what float64 says."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit.analysis.language import harness, score, texts_of, windows
+from qatkit.tasks import IGNORED
+from tests.texts import VOCAB, tiny_llama
+
+TEXT = torch.randint(VOCAB, (45,), generator=torch.Generator().manual_seed(0))
+
+
+def perplexity_of_transformers(model: torch.nn.Module, tokens: Tensor, context: int, stride: int) -> float:
+    """The loop of transformers' documentation page on the perplexity of fixed-length models, its mean made exact."""
+    total = count = end_before = 0.0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context, len(tokens))
+        inputs = tokens[None, begin:end]
+        labels = inputs.clone()
+        labels[:, : -(end - int(end_before))] = -100
+        scored = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(inputs, labels=labels).loss) * scored if scored else 0.0
+        count += scored
+        end_before = end
+        if end == len(tokens):
+            break
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 8), (16, 5), (12, 12), (16, 1), (64, 32)])
+def test_perplexity_is_that_of_the_loop_in_the_documentation_of_transformers(context: int, stride: int) -> None:
+    model = tiny_llama().eval()
+    found = score(model, None, [(TEXT, TEXT)], context, stride, batch_size=3)
+    assert found.perplexity == pytest.approx(perplexity_of_transformers(model, TEXT, context, stride), rel=1e-5)
+    assert (found.context, found.stride, found.agreement, found.kl) == (context, stride, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 45])
+@pytest.mark.parametrize(("context", "stride"), [(16, 8), (16, 7), (16, 16), (2, 1)])
+def test_every_token_but_the_first_is_predicted_once(length: int, context: int, stride: int) -> None:
+    predicted = [
+        token for begin, end, new in windows(length, context, stride) for token in range(max(new, begin + 1), end)
+    ]
+    if stride < context:
+        assert predicted == list(range(1, length))
+    else:  # the first token of a window has nothing before it
+        assert predicted == [token for token in range(1, length) if token % stride]
+
+
+def test_agreement_and_kl_are_those_of_float64() -> None:
+    dense, rounded = tiny_llama().eval(), tiny_llama().eval()
+    prepare_qat(rounded, QuantSpec(2), exclude=["lm_head"])
+    labels = TEXT.clone()
+    labels[10:20] = IGNORED
+    found = score(rounded, dense, [(TEXT[:16], labels[:16])], context=16, stride=8)
+    with torch.no_grad():
+        p, q = (model(TEXT[None, :16]).logits[0, :9].double().log_softmax(-1) for model in (dense, rounded))
+    assert found.tokens == 9
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found.kl > 0
+    assert found.agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert found.loss == pytest.approx(float(-q[range(9), TEXT[1:10]].mean()), rel=1e-5)
+
+
+def test_windows_of_a_stream_are_one_text_and_padded_rows_are_texts_of_their_own() -> None:
+    rows = TEXT[:40].view(5, 8)
+    ((tokens, labels),) = texts_of([{"input_ids": part, "labels": part} for part in rows.split(2)])
+    assert torch.equal(tokens, TEXT[:40])
+    assert torch.equal(labels, TEXT[:40])
+    mask = torch.ones_like(rows)
+    mask[1, 5:] = 0
+    padded = texts_of([{"input_ids": rows, "labels": rows, "attention_mask": mask}])
+    assert [len(tokens) for tokens, _ in padded] == [8, 5, 8, 8, 8]
+    with pytest.raises(QatkitError, match="evaluate: it is for language models"):
+        texts_of([(torch.rand(2, 3), torch.zeros(2))])
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(QatkitError, match=r"evaluate\.stride: 9 with context 8 is out of range"):
+        score(tiny_llama(), None, [(TEXT, TEXT)], context=8, stride=9)
+    nothing = torch.full_like(TEXT, IGNORED)
+    with pytest.raises(QatkitError, match="no label of the test texts counts"):
+        score(tiny_llama().eval(), None, [(TEXT, nothing)], context=16, stride=8)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_tasks_name_the_extra_that_they_need() -> None:
+    with pytest.raises(QatkitError, match=r"evaluate\.tasks: .*pip install 'qatkit\[lm-eval\]'"):
+        harness(tiny_llama(), None, ["arc_easy"])
+
+
+@pytest.mark.network
+def test_a_task_of_the_harness_gives_a_number() -> None:
+    pytest.importorskip("lm_eval")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = "HuggingFaceTB/SmolLM2-135M"
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    found = harness(model, AutoTokenizer.from_pretrained(name), ["arc_easy"], limit=4)
+    assert 0 <= found["arc_easy acc"] <= 1
