@@ -86,7 +86,7 @@ def main(quick: bool) -> None:
     torch.manual_seed(0)
     size = dict(SIZES["quick" if quick else "full"])
     rows, context = size.pop("rows"), size["context"]
-    warm, steps = (2, 3) if quick else (60, 40)
+    warm, steps = (2, 3) if quick else (40, 24)
     data = stdlib_text(
         vocab_size=512 if quick else 2048, context=context, include=["email/*"] if quick else ["*"],
         val_fraction=0.02, test_fraction=0.01, batch_size=rows, seed=0,

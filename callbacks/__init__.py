@@ -7,8 +7,10 @@ from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.lora import LoRA
 from qatkit.callbacks.monitor import CompressionMonitor
 from qatkit.callbacks.movement import MovementPruning
+from qatkit.callbacks.one_shot import OneShotPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from qatkit.callbacks.quantization import QuantizationAwareTraining
+from qatkit.callbacks.rewinding import WeightRewinding
 from qatkit.callbacks.srste import SparseRefinedSTE
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
+    "OneShotPruning",
     "QuantizationAwareTraining",
     "SparseRefinedSTE",
+    "WeightRewinding",
     "load_quantized",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from qatkit.errors import QatkitError
+
+Result = TypeVar("Result")
 
 
 def first_batches(loader: Any, count: int) -> Iterator[Any]:
@@ -31,3 +34,33 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def as_training_does(
+    trainer: Trainer, module: LightningModule, forward: Callable[[LightningModule, Any], Result]
+) -> Callable[[Any], Result]:
+    """`forward` of a batch that is where and in the precision that training has it."""
+
+    def run(batch: Any) -> Result:
+        batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+        with trainer.precision_plugin.forward_context():
+            return forward(module, batch)
+
+    return run
+
+
+def module_forward(module: LightningModule, batch: Any) -> object:
+    """Call the module on a batch: its items as keywords if it is a mapping, its first element if it is a tuple or list.
+
+    Raises:
+        QatkitError: the module takes something else.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return module(**batch)
+        return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    except (TypeError, NotImplementedError) as error:
+        raise QatkitError(
+            f"calibration: calling {type(module).__name__} on a training batch failed ({error}); write "
+            "calibration_forward=lambda module, batch: module.my_model(batch['x'])"
+        ) from error

@@ -298,8 +298,9 @@ class KnowledgeDistillation(Callback):
             lesson = call.lesson or self._lesson(call)
             for answer in lesson.answers:
                 self._nan.note(trainer, answer)
-            for agreement in lesson.agreements if self.watch is not None else ():
-                self.watch(agreement)
+            if self.watch is not None:
+                for agreement in lesson.agreements:
+                    self.watch(agreement)
             terms += lesson.divergences
             features = self.features.loss(call.states, self.features.take(1) | dict(lesson.states), call.present)
             if features is not None:

@@ -105,7 +105,7 @@ class LiveHead:
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Head:
         """For a call of the student, where the student is."""
-        self.layer.forward = _identity  # type: ignore[method-assign]  # on the instance
+        self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         try:
             hidden = self.teacher(*args, **kwargs).logits
         finally:
@@ -145,8 +145,11 @@ class Fused:
             return None
         if hasattr(self.layer.weight, "full_tensor"):  # sharded apart from the model that is called
             return None
+        device = tokens.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
+            return None  # gradients are made before the loss is scaled, and would round to 0
         self.labels = labels
-        self.layer.forward = _identity  # type: ignore[method-assign]  # on the instance
+        self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         return {name: value for name, value in kwargs.items() if name != "labels"}
 
     def end(self) -> None:
@@ -236,9 +239,8 @@ def _agreement(student: Head, teacher: Head | BestClasses) -> Tensor:
 
 
 def _best(head: Head) -> Tensor:
-    best = [
-        F.linear(part.to(head.weight.dtype), head.weight, head.bias).argmax(dim=-1) for part in head.hidden.split(ROWS)
-    ]
+    parts: Sequence[Tensor] = torch.split(head.hidden, ROWS)
+    best = [F.linear(part.to(head.weight.dtype), head.weight, head.bias).argmax(dim=-1) for part in parts]
     return torch.cat(best)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -80,6 +80,13 @@ class HeldZeros(Callback):
     def start(self, pl_module: LightningModule) -> None:
         """Make the first zeros, and name the held layers."""
         raise NotImplementedError
+
+    def check_not_empty(self, layers: Mapping[str, nn.Module]) -> None:
+        """Raise for a layer of zeros alone, as LoRA's adapters start: nothing in it could be ranked, nor ever train."""
+        weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
+        for name, zeros in count_zeros(weights).items():
+            if zeros == weights[name].numel():
+                raise QatkitError(f"layer '{name}': it holds only zeros, which pruning would keep; exclude the layer")
 
     def resume(self, pl_module: LightningModule, recorded: dict[str, int]) -> None:
         """Go on with the zeros that the loaded weights have."""

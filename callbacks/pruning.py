@@ -130,6 +130,7 @@ class MagnitudePruning(HeldZeros):
 
     @override
     def start(self, pl_module: LightningModule) -> None:
+        self.check_not_empty(self.select(pl_module))
         self._prune(pl_module, self._level_at(0.0))
 
     @override
@@ -210,9 +211,6 @@ class MagnitudePruning(HeldZeros):
             return  # nothing is pruned yet, so zeros that layers may start with are free to move
         layers = self.select(pl_module)
         weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
-        for name, zeros in count_zeros(weights).items():
-            if zeros == weights[name].numel():
-                raise QatkitError(f"layer '{name}': it holds only zeros, which pruning would keep; exclude the layer")
         # every mask before the first change: after an error the module is still the user's
         for name, mask in self._masks_at(weights, level).items():
             apply_mask(weights[name], mask)
@@ -257,10 +255,8 @@ class ConstantPruning(HeldZeros):
     def start(self, pl_module: LightningModule) -> None:
         layers = self.select(pl_module)
         weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
+        self.check_not_empty(layers)
         zeros = count_zeros(weights)
-        for name, weight in weights.items():
-            if zeros[name] == weight.numel():
-                raise QatkitError(f"layer '{name}': it holds only zeros, and would never train; exclude the layer")
         self.layers = [name for name in layers if zeros[name]]
         if not self.layers:
             raise QatkitError(

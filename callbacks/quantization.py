@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
-from qatkit.callbacks.batches import first_batches
+from qatkit.callbacks.batches import as_training_does, first_batches, module_forward
 from qatkit.callbacks.decay import DecayExemption
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -89,7 +89,7 @@ class QuantizationAwareTraining(Callback):
         self.share_inputs = share_inputs
         self.init = init
         self.calibration_batches = calibration_batches
-        self.calibration_forward = calibration_forward or _forward
+        self.calibration_forward = calibration_forward or module_forward
         self.layers: list[str] = []
         """Names of the swapped layers, once `setup` has run."""
         self.folds: list[Fold] = []
@@ -152,7 +152,7 @@ class QuantizationAwareTraining(Callback):
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with isolate_rng():
-            calibrate(pl_module, self._batches(trainer), self._forward_of(trainer, pl_module))
+            calibrate(pl_module, self._batches(trainer), as_training_does(trainer, pl_module, self.calibration_forward))
 
     def _initialise(self, trainer: Trainer, pl_module: LightningModule, method: Method) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
@@ -161,7 +161,12 @@ class QuantizationAwareTraining(Callback):
                 "max_steps: 0 on one process or with strategy: ddp, and train from its result"
             )
         with isolate_rng():
-            initialise(pl_module, method, self._batches(trainer), self._forward_of(trainer, pl_module))
+            initialise(
+                pl_module,
+                method,
+                self._batches(trainer),
+                as_training_does(trainer, pl_module, self.calibration_forward),
+            )
         if dist.is_available() and dist.is_initialized():
             # every process has seen batches of its own: what the first one found holds
             for tensor in pl_module.state_dict().values():
@@ -169,14 +174,6 @@ class QuantizationAwareTraining(Callback):
 
     def _batches(self, trainer: Trainer) -> Iterator[Any]:
         return first_batches(trainer.train_dataloader, self.calibration_batches)
-
-    def _forward_of(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[Any], None]:
-        def forward(batch: Any) -> None:
-            batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
-            with trainer.precision_plugin.forward_context():
-                self.calibration_forward(pl_module, batch)
-
-        return forward
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,15 +213,3 @@ class QuantizationAwareTraining(Callback):
         """The fake quantizers this callback put in: a Trainer may hold several such callbacks."""
         own = set(self.layers)
         return [(name, fq) for name, fq in fake_quantizers(pl_module) if name.rpartition(".")[0] in own]
-
-
-def _forward(module: LightningModule, batch: Any) -> object:
-    try:
-        if isinstance(batch, Mapping):
-            return module(**batch)
-        return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    except (TypeError, NotImplementedError) as error:
-        raise QatkitError(
-            f"calibration: calling {type(module).__name__} on a training batch failed ({error}); write "
-            "QuantizationAwareTraining(..., calibration_forward=lambda module, batch: module.my_model(batch['x']))"
-        ) from error

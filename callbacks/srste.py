@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +15,7 @@ from typing_extensions import override
 
 from qatkit.errors import QatkitError
 from qatkit.pruning.masks import apply_mask, check_nm, nm_mask
-from qatkit.pruning.shards import local
+from qatkit.pruning.shards import local, rows_here
 
 
 class SparseRefinedSTE(HeldZeros):
@@ -24,7 +25,7 @@ class SparseRefinedSTE(HeldZeros):
     the mask of the present ``w`` in every step. It is the one callback with dense gradients: pruned weights go on
     training, and come back where they grow larger than their neighbours. Between two steps the module holds the sparse
     weights, so what is validated and saved is N:M sparse; the callback keeps the pruned values, which takes the memory
-    of the layers' weights once more. They are not saved: after a resume they start from 0.
+    of the layers' weights once more. They are saved with a checkpoint, beside the weights.
 
     Args:
         nm: ``(N, M)`` keeps N of every M neighbouring inputs.
@@ -78,13 +79,19 @@ class SparseRefinedSTE(HeldZeros):
 
     @override
     def start(self, pl_module: LightningModule) -> None:
-        self.layers = list(self.select(pl_module))
+        layers = self.select(pl_module)
+        self.check_not_empty(layers)
+        self.layers = list(layers)
         self._take_out(pl_module)
 
     @override
     def resume(self, pl_module: LightningModule, recorded: dict[str, int]) -> None:
         super().resume(pl_module, recorded)
-        self._take_out(pl_module)
+        loaded, self._pruned = self._pruned, {}
+        for name, weight in self.weights(pl_module).items():
+            self._pruned[name] = torch.zeros_like(weight, requires_grad=False)
+            if name in loaded:
+                local(self._pruned[name]).copy_(rows_here(loaded[name], weight))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -93,9 +100,10 @@ class SparseRefinedSTE(HeldZeros):
         self._stepped = True
         with torch.no_grad():
             for name, weight in self.weights(pl_module).items():
-                local(weight.detach()).add_(self._pruned[name])
+                pruned = local(self._pruned[name])
+                local(weight.detach()).add_(pruned)
                 if weight.grad is not None:
-                    local(weight.grad).add_(self._pruned[name], alpha=self.decay)
+                    local(weight.grad).add_(pruned, alpha=self.decay)
 
     @override
     def put_back(self, pl_module: LightningModule) -> None:
@@ -106,11 +114,21 @@ class SparseRefinedSTE(HeldZeros):
         """Split every weight into the N:M sparse part, which stays, and the values it is without."""
         for name, weight in self.weights(pl_module).items():
             mask = nm_mask(weight, *self.nm)
-            self._pruned[name] = local(weight.detach()).clone()
+            self._pruned[name] = weight.detach().clone()
             apply_mask(self._pruned[name], ~mask)
             apply_mask(weight, mask)
         self._stepped = False
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._pruned = {}
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        whole = {
+            name: pruned.full_tensor() if hasattr(pruned, "full_tensor") else pruned
+            for name, pruned in self._pruned.items()
+        }
+        return state | {"pruned": whole}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._pruned = dict(state_dict["pruned"])

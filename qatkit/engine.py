@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from qatkit.errors import QatkitError
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import StageConfig
-from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, perplexity, to_logits, token_loss
+from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, to_logits, token_loss
 
 SCALE_LR = 0.2
 """Learned scales move at this share of the learning rate: a step of Adam is as large as the learning rate whatever the
@@ -23,7 +24,7 @@ gradient, and scales are several times smaller than weights."""
 
 
 class CompressionModule(LightningModule):
-    """A classifier or a causal language model in one stage of a recipe; its batches decide which, see `qatkit.tasks`.
+    """A classifier, a language model or an encoder in one stage of a recipe; batches decide which, see `qatkit.tasks`.
 
     The loss is cross-entropy. That of a text is the mean over all tokens of an optimizer step, however they are shared
     out among processes and accumulated batches; see `TokenWeighting`.
@@ -32,26 +33,30 @@ class CompressionModule(LightningModule):
         model: The model to train.
         stage: Learning rate, schedule and length.
         seed: Random numbers of an epoch depend on it, the epoch and the rank alone, so that a resumed run repeats them.
+        compiled: Whether the model is compiled, once it is prepared and sharded.
     """
 
-    def __init__(self, model: nn.Module, stage: StageConfig, seed: int) -> None:
+    def __init__(self, model: nn.Module, stage: StageConfig, seed: int, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
         self.stage = stage
         self.seed = seed
+        self.compiled = compiled
         self._weighting = TokenWeighting()
         self._scores = Scores()
+        self._labels: Tensor | None = None  # that counted in this epoch
 
     @override
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
+        if self.compiled:
+            self.model.compile()  # in place: names of parameters stay as they are
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # a whole batch may come as keywords; given the labels, models of transformers compute a loss of their own
-        kwargs.pop("labels", None)
-        return self.model(*args, **kwargs)
+        return self.model(*args, **model_inputs(kwargs)[1])
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -67,11 +72,13 @@ class CompressionModule(LightningModule):
         args, kwargs = model_inputs(batch)
         output = self(*args, **kwargs)
         if is_text(batch) and getattr(output, "logits", output) is None:  # a callback made the loss without them
-            loss, count = output.loss, (batch["labels"][:, 1:] != IGNORED).sum()
+            loss: Tensor = output.loss
+            count: Tensor | None = (batch["labels"][:, 1:] != IGNORED).sum()
         else:
             logits, labels = answers(to_logits(output), batch)
             loss, count = token_loss(logits, labels) if is_text(batch) else (F.cross_entropy(logits, labels), None)
         if count is not None:
+            self._labels = count if self._labels is None else self._labels + count
             first = batch_idx % self.trainer.accumulate_grad_batches == 0
             self._weighting.add(count, first, self._mean_over_processes)
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -89,13 +96,23 @@ class CompressionModule(LightningModule):
             self._weighting.correct(self.parameters(), accumulated, self._mean_over_processes)
 
     @override
+    def on_train_epoch_end(self) -> None:
+        labels, self._labels = self._labels, None
+        # the same on every process, so that all of them stop
+        if labels is not None and self._mean_over_processes(labels.float()) == 0:
+            raise QatkitError(
+                f"data: every label of an epoch was {IGNORED}, so nothing is learned; give labels to the tokens to be "
+                "learned"
+            )
+
+    @override
     def on_validation_epoch_start(self) -> None:
         self._scores = Scores()
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         logits = self._logits(batch)
-        if is_text(batch):
+        if isinstance(batch, Mapping):
             self._scores.add(logits, batch)
             return
         logits, labels = answers(logits, batch)
@@ -107,17 +124,17 @@ class CompressionModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self._scores.count == 0:
             return
-        sums = torch.tensor([self._scores.loss, self._scores.right, self._scores.count], device=self.device)
-        loss, right, count = self._mean_over_processes(sums).tolist()
-        values = {"loss": loss / count, "perplexity": perplexity(loss / count), "accuracy": right / count}
+        sums = self._scores.sums().to(self.device, torch.float32)
+        values = self._scores.replaced(self._mean_over_processes(sums)).metrics()
         self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.stage.lr, self.stage.weight_decay))
+        stage = self.stage
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, stage.lr, stage.weight_decay))
+        start, steps = stage.part.start if stage.part else 0, max(stage.schedule_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: lr_factor(step / max(self.stage.max_steps, 1), self.stage.schedule, self.stage.warmup),
+            optimizer, lambda step: lr_factor((start + step) / steps, stage.schedule, stage.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -80,6 +81,10 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
     elif isinstance(value, list):
         for index, part in enumerate(value):
             yield from _files(part, f"{name}[{index}]")
+    elif isinstance(value, str) and any(sign in value for sign in "*?["):
+        for found in sorted(glob.glob(value, recursive=True)):
+            if Path(found).is_file():
+                yield f"{name} {found}", Path(found)
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
         with suppress(OSError):  # too long for a name, or not ours to look at
             if Path(value).is_file():

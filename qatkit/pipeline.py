@@ -25,6 +25,7 @@ from qatkit.errors import QatkitError
 from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
+from qatkit.matching import check_data
 from qatkit.recipe import Recipe
 from qatkit.teachers import teaching
 from qatkit.tracking import Tracking, check_logger
@@ -50,9 +51,14 @@ class Run:
         """Where a stage's files are."""
         return self.out / "stages" / stage
 
-    def build_model(self, architecture: Architecture | None = None) -> nn.Module:
-        """A model as its factory makes it, by default the recipe's; the same initial weights every time."""
-        torch.manual_seed(self.recipe.seed)
+    def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
+        """A model as its factory makes it, by default the recipe's; the same initial weights every time.
+
+        Args:
+            architecture: What it is built from.
+            seed: Gives other weights than the recipe's own does.
+        """
+        torch.manual_seed(self.recipe.seed if seed is None else seed)
         return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
 
     def build_data(self, batch_size: int) -> LightningDataModule:
@@ -206,6 +212,12 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         batches = _training_batches(run.build_data(stage.batch_size), stage.shrink.calibration_batches)
         model = blocks.shrink.apply(stage.shrink, model, batches, tasks.call, tasks.mean_loss)
         architecture = architecture_of(model, architecture or Architecture(run.recipe.model), run.allow)
+    earlier = None
+    if (back := stage.rewind) is not None:
+        earlier = (
+            run.build_model(architecture, back.seed) if back.seed is not None else run.load_model(back.stage, False)
+        )
+    check_data(model, run.build_data(stage.batch_size))
     result = train(
         run.recipe,
         name,
@@ -215,6 +227,7 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         folder,
         run.tracking.loggers(name),
         list(held),
+        earlier,
         progress,
     )
     if result.trainer.is_global_zero:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from qatkit import blocks
 from qatkit.architecture import Architecture
-from qatkit.distillation.cache import CachedTeacher, cache_teacher, is_complete
+from qatkit.distillation.cache import CachedTeacher, cache_teacher, fingerprint_of, is_complete
 from qatkit.distillation.vocabulary import Tokenizer, shared_vocab_size
 from qatkit.errors import QatkitError
 from qatkit.fingerprint import stage_inputs
@@ -106,7 +106,7 @@ def write_cache(run: Run, stage: str) -> Path:
     assert distill.cache is not None
     rows, prints, size = _inputs(run, stage)
     if is_complete(folder):
-        CachedTeacher(folder, prints)  # says what differs
+        CachedTeacher(folder, _served(folder, prints))  # says what differs
         return folder
     device = torch.device(distill.teacher_device or blocks.distill.device_of(run.recipe.trainer))
     model = run.load_model(run.recipe.teacher_of(stage))
@@ -120,7 +120,12 @@ def write_cache(run: Run, stage: str) -> Path:
             logits = to_logits(teacher(*args, **kwargs))
             return logits[..., :size], dict(states)
 
-        cache_teacher(answer, rows, folder, prints, distill.cache.top_k, distill.temperature)
+        try:
+            cache_teacher(answer, rows, folder, prints, distill.cache.top_k, distill.temperature)
+        except QatkitError as error:
+            if str(error).startswith("k: "):
+                raise QatkitError(f"stages.{stage}.distill.cache.top_{error}") from None
+            raise
     return folder
 
 
@@ -132,7 +137,8 @@ def open_cache(run: Run, stage: str) -> tuple[CachedTeacher, int | None]:
     """
     _, prints, size = _inputs(run, stage)
     command = f"`qatkit cache-teacher RECIPE --out {run.out}`"
-    return CachedTeacher(cache_folder(run, stage), prints, command), size
+    folder = cache_folder(run, stage)
+    return CachedTeacher(folder, _served(folder, prints), command), size
 
 
 def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule, stage: str) -> int | None:
@@ -218,6 +224,12 @@ def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[
                 epoch += 1
             rows, told = Subset(rows, order[:wanted]), f"{wanted} in the order of seed {run.recipe.seed}"
     return DataLoader(rows, config.batch_size, collate_fn=loader.collate_fn), told
+
+
+def _served(folder: Path, prints: dict[str, str]) -> dict[str, str]:
+    """What a cache must have been made from: one of all samples serves a stage that sees fewer."""
+    held = fingerprint_of(folder).get("samples")
+    return prints | {"samples": held} if held == "all" else prints
 
 
 def _shapes(run: Run, stage: str) -> tuple[nn.Module, nn.Module]:

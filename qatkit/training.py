@@ -60,6 +60,7 @@ def train(
     folder: Path,
     loggers: Sequence[Logger],
     held: Sequence[str] = (),
+    earlier: nn.Module | None = None,
     progress: bool = False,
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
@@ -73,6 +74,7 @@ def train(
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
         held: Layers whose zeros an earlier stage made.
+        earlier: The model whose weights the stage goes back to, where it rewinds.
         progress: Draw a bar.
     """
     stage = recipe.stages[name]
@@ -80,8 +82,10 @@ def train(
     monitor = CompressionMonitor()
     pruning = blocks.prune.callback(stage.prune, [] if stage.lora else held)
     lora = blocks.lora.callback(stage.lora, held, recipe.seed) if stage.lora else None
+    rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     # pruning comes first: ranges are then calibrated on the pruned weights
-    callbacks: list[Callback] = [callback for callback in (pruning, quantize, lora, monitor) if callback is not None]
+    ordered = (pruning, rewinding, quantize, lora, monitor)
+    callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert taught is not None
         callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, recipe.seed, taught.vocab_size))
@@ -109,7 +113,7 @@ def train(
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each take every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
-    module = CompressionModule(model, stage, recipe.seed)
+    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile)
     resumed = last.exists()
     _same_processes(trainer, name, folder, resumed)
     handler = signal.getsignal(signal.SIGINT)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_what_is_shrunk_loads_without_qatkit_in_the_quick_mode() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "shrink.py"), "--quick"]
+    command = [warm.python(), str(ROOT / "benchmarks" / "shrink.py"), "--quick"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 7]
     assert {(name, how) for name, how, *_ in rows} == {
@@ -21,7 +22,7 @@ def test_what_is_shrunk_loads_without_qatkit_in_the_quick_mode() -> None:
 
 
 def test_the_recovery_benchmark_runs_every_method_in_its_quick_mode() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "qat_recovery.py"), "--quick", "--jobs", "2"]
+    command = [warm.python(), str(ROOT / "benchmarks" / "qat_recovery.py"), "--quick", "--jobs", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 6]
     methods = {(form, method) for form, method, *_ in rows}
@@ -33,7 +34,7 @@ def test_the_recovery_benchmark_runs_every_method_in_its_quick_mode() -> None:
 
 
 def test_the_distillation_benchmark_trains_both_students_of_both_recipes_in_its_quick_mode() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "distill_recipes.py"), "--quick", "--jobs", "2"]
+    command = [warm.python(), str(ROOT / "benchmarks" / "distill_recipes.py"), "--quick", "--jobs", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     for name, stages in (("vision/digits_distill", "teacher"), ("llm/distill_layers", "dense")):
         line = next(line for line in out.splitlines() if line.startswith(f"recipe {name} | seed 0"))

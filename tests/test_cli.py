@@ -10,7 +10,6 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -18,13 +17,13 @@ import onnx
 import pytest
 
 from qatkit.loading import list_recipes
+from tests import warm
 
 SHORT = ["stages.dense.max_steps=30", "stages.qat.max_steps=20", "model.args.channels=[8,8]"]
 
 
 def qatkit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "qatkit"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+    return subprocess.run([warm.qatkit(), *arguments], cwd=cwd, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_json_is_the_report_alone_and_quiet_is_silent(run: Path) -> None:
 
 
 def test_a_terminal_sees_a_bar_for_each_stage_with_metrics(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "qatkit"), "run", "vision/digits_int4", *SHORT, "--until", "ptq"]
+    command = [warm.qatkit(), "run", "vision/digits_int4", *SHORT, "--until", "ptq"]
     master, slave = pty.openpty()
     size = struct.pack("HHHH", 40, 160, 0, 0)
     fcntl.ioctl(slave, termios.TIOCSWINSZ, size)
@@ -137,6 +136,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_costs(name: str, tmp_pat
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_the_demo_recipe_runs_on_two_processes_and_only_the_first_one_writes(strategy: str, tmp_path: Path) -> None:
+    warm.with_peers()
     parallel = ["trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}"]
     done = qatkit("run", "vision/digits_int4", *SHORT, *parallel, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -29,8 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": PLAIN,
     "distillation": PLAIN,
     "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
-    "models": PLAIN,
-    "data": PLAIN,
+    "hub": PLAIN,
+    "matching": PLAIN,
+    "models": PLAIN | {"hub"},
+    "data": PLAIN | {"hub"},
     "callbacks": PLAIN | TECHNIQUES | {"lora"},
     "tasks": PLAIN,
     "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},
@@ -40,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": PLAIN | TECHNIQUES | {"export", "tasks"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
-    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora"},
+    "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
     "validation": PLAIN
     | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
 }

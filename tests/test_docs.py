@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -54,7 +56,7 @@ def write_named_blocks(page: Path, folder: Path) -> None:
 
 def environment() -> dict[str, str]:
     return os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{warm.commands()}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "WANDB_SILENT": "true",
     }
 
@@ -73,7 +75,7 @@ def test_every_recipe_of_the_page_is_valid(page: Path, tmp_path: Path) -> None:
     write_named_blocks(page, tmp_path)
     for recipe in blocks(page, "yaml"):
         (tmp_path / "recipe.yaml").write_text(recipe)
-        command = ["qatkit", "validate", "recipe.yaml", "--allow", "my_package"]
+        command = [warm.qatkit(), "validate", "recipe.yaml", "--allow", "my_package"]
         subprocess.run(command, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(tmp_path)}, check=True)
 
 
@@ -82,7 +84,7 @@ def test_the_python_of_the_page_runs(page: Path, tmp_path: Path) -> None:
     code = "\n".join(block for block in blocks(page, "python") if not NAMED.match(block))
     if code:
         code = PRELUDE + code.replace("max_epochs=10", "max_epochs=1, logger=False, enable_checkpointing=False")
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
+        subprocess.run([warm.python(), "-c", code], cwd=tmp_path, env=environment(), check=True)
 
 
 def test_the_callbacks_work_in_an_interactive_session_as_in_a_notebook(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_every_example_is_run_below() -> None:
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_example_runs_and_says_what_it_is_there_to_show(example: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example)],
+        [warm.python(), str(ROOT / "examples" / example)],
         cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert EXAMPLES[example] in done.stdout

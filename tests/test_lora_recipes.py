@@ -120,7 +120,7 @@ def test_the_recipe_that_ships_runs_made_small(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "lora_cache"))  # one corpus for all
     small = list(SMALL)
     for stage, config in load_recipe(f"llm/{name}").stages.items():
-        small += [f"stages.{stage}.max_steps={min(config.max_steps, 6)}", f"stages.{stage}.batch_size=4"]
+        small += [f"stages.{stage}.max_steps={min(config.max_steps, 6)}", f"stages.{stage}.batch_size=16"]
         small += [f"stages.{stage}.quantize.weight.group_size=16"] if config.quantize else []
     recipe = load_recipe(f"llm/{name}", small)
     validate_recipe(recipe)

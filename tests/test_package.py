@@ -21,6 +21,18 @@ def python(interpreter: Path, *arguments: str, cwd: Path, path: str = "") -> sub
     return subprocess.run([str(interpreter), *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+def environment(python_of: str, folder: Path) -> Path:
+    """An empty environment; it needs no pip of its own, whose installation takes longer than all the rest."""
+    subprocess.run([python_of, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return folder / "bin" / "python"
+
+
+def install(interpreter: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "-q", *arguments]
+    done = subprocess.run(command, cwd=interpreter.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A wheel and an sdist, built from a copy without the repository's leftovers."""
@@ -35,11 +47,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=["wheel", "sdist"])
 def installed(request: pytest.FixtureRequest, built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds this package alone; what it depends on is lent by the environment of the tests."""
-    folder = tmp_path_factory.mktemp(request.param)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    interpreter = folder / "bin" / "python"
-    done = python(interpreter, "-m", "pip", "install", "-q", "--no-deps", str(built[request.param]), cwd=folder)
-    assert done.returncode == 0, done.stderr
+    interpreter = environment(sys.executable, tmp_path_factory.mktemp(request.param))
+    install(interpreter, "--no-deps", str(built[request.param]))
     return interpreter
 
 
@@ -94,11 +103,9 @@ def test_recipes_are_read_on_newer_pythons(built: dict[str, Path], version: str,
     found = interpreter_of(version)
     if found is None:
         pytest.skip(f"no Python {version} on this machine")
-    subprocess.run([found, "-m", "venv", str(tmp_path / "env")], check=True)
-    interpreter = tmp_path / "env" / "bin" / "python"
-    install = ["-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
-    assert python(interpreter, *install, "omegaconf", "typer", "rich", cwd=tmp_path).returncode == 0
-    assert python(interpreter, *install, "--no-deps", str(built["wheel"]), cwd=tmp_path).returncode == 0
+    interpreter = environment(found, tmp_path / "env")
+    install(interpreter, "-c", str(ROOT / "constraints.txt"), "omegaconf", "typer", "rich")
+    install(interpreter, "--no-deps", str(built["wheel"]))
     done = python(interpreter, str(interpreter.parent / "qatkit"), "show", "vision/digits_int4", cwd=tmp_path)
     assert "name: digits_int4" in done.stdout
     code = "from qatkit.loading import load_recipe; print(load_recipe('vision/digits_int4').seed)"

@@ -100,7 +100,7 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ("stages.prune.prune.nm=[4, 2]", r"stages\.prune\.prune\.nm: \[4, 2\] is no pair N < M; write \[2, 4\]"),
         (
             "stages.prune.prune.sparsity=0.5",
-            r"stages\.prune\.prune\.sparsity: \['sparsity', 'nm'\] is given; write one",
+            r"stages\.prune\.prune\.sparsity: \['sparsity', 'nm'\] is given with method: magnitude; write one of",
         ),
         ("stages.prune.prune.include=[hed]", r"stages\.prune\.prune\.include\[0\]: 'hed' matches no layer"),
         ("stages.prune.prune.nm=[2, 7]", r"stages\.prune\.prune: layer '1': its weight of shape .* groups of 7 do not"),
@@ -109,6 +109,33 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
             r"stages\.prune\.prune: layer '1': blocks of 3 by 3 do not",
         ),
         ("stages.prune.prune.nm=null", r"stages\.prune\.prune\.sparsity: nothing is given"),
+        ("stages.prune.prune={sparsity: 1.0}", r"prune\.sparsity: 1\.0 is out of range"),
+        ("stages.prune.prune={sparsity: -0.5}", r"prune\.sparsity: -0\.5 is out of range"),
+        ("stages.prune.prune={ramp: {final: 1.5}}", r"prune\.ramp\.final: 1\.5 is out of range"),
+        ("stages.prune.prune={ramp: {final: 0.5, start: 0.6}}", r"prune\.ramp\.end: 0\.5 is not after start: 0\.6"),
+        ("stages.prune.prune={sparsity: 0.5, layers: {'1': 1.0}}", r"prune\.layers\.1: 1\.0 is out of range"),
+        ("stages.prune.prune={sparsity: 0.5, layers: {'9': 0.5}}", r"prune\.layers\['9'\]: '9' matches no layer"),
+        ("stages.prune.prune={nm: [2, 4], layers: {'1': 0.1}}", r"prune\.layers: .* goes together with method: magnit"),
+        ("stages.prune.prune={nm: [2, 4], scope: model}", r"prune\.scope: model goes together with magnitude, taylor"),
+        ("stages.prune.prune={nm: [2, 4], block: [2, 2]}", r"prune\.block: .* goes together with method: magnitude by"),
+        ("stages.prune.prune={method: wanda, sparsity: 0.5, scope: model}", r"prune\.scope: model goes together with"),
+        (
+            "stages.prune.prune={method: wanda, ramp: {final: 0.5}}",
+            r"prune\.ramp: \['ramp'\] is given with method: wand",
+        ),
+        ("stages.prune.prune={method: movement, sparsity: 0.5}", r"prune\.sparsity: .*; write one of ramp: {final"),
+        (
+            "stages.prune.prune={method: movement, ramp: {final: 0.5}}",
+            r"prune\.ramp\.start: 0\.0 with initial: 0\.0 prune",
+        ),
+        ("stages.prune.prune={method: srste, sparsity: 0.5}", r"prune\.sparsity: .*; write one of nm: \[2, 4\]"),
+        ("stages.prune={max_steps: 0, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: it prunes while training, and max"),
+        ("stages.prune={max_steps: 0, prune: {method: srste, nm: [2, 4]}}", r"prune\.method: it prunes while training"),
+        (
+            "stages.prune.prune={method: taylor, sparsity: 0.5, calibration_batches: 0}",
+            r"calibration_batches: 0 is out",
+        ),
+        ("stages.prune={max_steps: 5, rewind: {}, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: .* rewind needs zeros"),
     ],
 )
 def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
@@ -116,6 +143,39 @@ def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(QatkitError, match=message):
         validate_recipe(run_of(tmp_path, override).recipe)
+
+
+def test_methods_that_fit_no_layer_or_no_strategy_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    cnn = ["model={factory: 'qatkit.models:cnn'}", "stages.prune.prune={method: wanda, sparsity: 0.5}"]
+    with pytest.raises(QatkitError, match=r"stages\.prune\.prune: layer 'conv1': 'wanda' prunes linear layers"):
+        validate_recipe(run_of(tmp_path, *cnn).recipe)
+    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' needs whole weights, and fsdp2 shards them"):
+        run_of(tmp_path, "trainer.strategy=fsdp2", "stages.prune.prune={method: taylor, sparsity: 0.5}")
+
+
+METHODS = {
+    "wanda": "{method: wanda, nm: [2, 4]}",
+    "sparsegpt": "{method: sparsegpt, sparsity: 0.5}",
+    "taylor": "{method: taylor, sparsity: 0.5, scope: model}",
+    "movement": "{method: movement, ramp: {final: 0.5, start: 0.1}}",
+    "srste": "{method: srste, nm: [2, 4]}",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_its_share_of_zeros_which_later_stages_hold(tmp_path: Path, method: str) -> None:
+    prune = f"{{max_steps: 20, prune: {METHODS[method]}}}"
+    stages = f"stages={{dense: {{max_steps: 20}}, prune: {prune}, more: {{max_steps: 5}}}}"
+    run = run_of(tmp_path, stages, "export=null")
+    run_stages(run)
+    zeros = run.record("prune").zeros
+    assert sum(zeros.values()) == (2048 + 320) / 2
+    assert run.record("more").zeros == zeros
+    one, two = (load_file(run.folder(stage) / "model" / "model.safetensors") for stage in ("prune", "more"))
+    for name in ("1.weight", "3.weight"):
+        assert torch.equal(one[name] != 0, two[name] != 0)
+        assert not torch.equal(one[name], two[name])
+    assert run.rows == ["dense", "prune", "more"]
 
 
 def test_gptq_is_refused_where_it_would_move_the_zeros_before_anything_runs(tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_a_mapping_with_a_label_per_sample_is_a_classification_too() -> None:
             return {"logits": torch.eye(4)[input_ids]}
 
     batch = {"input_ids": torch.tensor([0, 1, 2, 3]), "labels": torch.tensor([0, 1, 1, 1])}
-    assert evaluate(Classifier(), [batch]) == {"accuracy": 0.5}
+    found = evaluate(Classifier(), [batch])
+    assert found["accuracy"] == 0.5
+    assert found["loss"] == pytest.approx(math.log(math.e + 3) - 0.5)
 
 
 def test_logits_are_found_in_what_models_return() -> None:

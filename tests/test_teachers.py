@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from qatkit import QatkitError
 from qatkit.cli import app
 from qatkit.loading import load_recipe
+from qatkit.models import llama
 from qatkit.pipeline import Run, run_stages
-from qatkit.teachers import cache_folder, open_cache, write_cache
+from qatkit.teachers import cache_folder, open_cache, vocabulary, write_cache
 
 TEXT = """\
 name: cached
@@ -169,6 +170,28 @@ def test_hidden_states_come_from_the_cache_where_the_recipe_compares_them(out: P
     found = cached.answer((), {"input_ids": rows["input_ids"]}).hidden["model.layers.1"]
     torch.testing.assert_close(found, state, rtol=2e-3, atol=2e-3)
     run_stages(run)
+
+
+def test_models_of_different_tokenizers_are_refused_by_both_names_and_sizes(out: Path, folder: Path) -> None:
+    run = start(out, folder)
+    data = run.build_data(16)
+    student, teacher = llama(300, 16, 1, 2, 1, 16, 16), llama(310, 16, 1, 2, 1, 16, 16)
+    ours = out / "ours"
+    data.tokenizer.save_pretrained(ours)
+    student.config._name_or_path = teacher.config._name_or_path = str(ours)
+    assert vocabulary(student, teacher, data, "qat") == 300
+    assert vocabulary(student, student, data, "qat") is None
+    other = data.tokenizer
+    other.add_tokens(["<one more>"])
+    other.save_pretrained(out / "theirs")
+    teacher.config._name_or_path = str(out / "theirs")
+    with pytest.raises(QatkitError, match=r"stages\.qat\.distill\.teacher: .*ours', 300 tokens.*theirs', 301 tokens"):
+        vocabulary(student, teacher, data, "qat")
+
+
+def test_more_classes_than_there_are_cannot_be_kept(out: Path, folder: Path) -> None:
+    with pytest.raises(QatkitError, match=r"stages\.qat\.distill\.cache\.top_k: 300 is out of range; .* 1 to 299"):
+        write_cache(start(out, folder, "stages.qat.distill.cache.top_k=300"), "qat")
 
 
 def test_padded_vocabularies_are_trimmed_with_one_line_and_other_tokenizers_refused(

@@ -9,7 +9,6 @@ import re
 import signal
 import struct
 import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
 from qatkit.tracking import Tracking
 from qatkit.validation import validate_recipe
+from tests import warm
 
 SHORT = ["stages.dense.max_steps=20", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]
 STAGES = ["dense", "ptq", "qat"]
@@ -143,9 +143,9 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     # a terminal: W&B asks for an account where it finds one, and would wait here for ever
     keyboard, terminal = pty.openpty()
     options: dict[str, Any] = {"env": environment, "stdin": terminal, "timeout": 120, "cwd": folder}
-    killed = subprocess.run([sys.executable, "-c", KILLED_IN_QAT, *arguments], **options)
+    killed = subprocess.run([warm.python(), "-c", KILLED_IN_QAT, *arguments], **options)
     assert killed.returncode == -signal.SIGKILL
-    subprocess.run([sys.executable, "-m", "qatkit.cli", *arguments], check=True, **options)
+    subprocess.run([warm.python(), "-m", "qatkit.cli", *arguments], check=True, **options)
     os.close(keyboard)
     os.close(terminal)
     first, second = (Records(path) for path in run_files(out))

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from qatkit.blocks.names import inside, inside_keys
 from qatkit.pruning.layers import check_pattern, prunable_layers
 from qatkit.pruning.masks import check_block, check_nm
+from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
 from qatkit.recipe import PruneConfig
+from qatkit.tasks import mean_loss
 
 if TYPE_CHECKING:
     from qatkit.callbacks.holding import HeldZeros
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 def check(config: PruneConfig, model: nn.Module) -> list[str]:
     """The layers that are pruned, after everything that can be known of them was checked."""
     chosen = prunable_layers(model, config.include, config.exclude)
+    if config.method in ("wanda", "sparsegpt"):
+        check_linear(config.method, chosen)
     for pattern in config.layers:
         check_pattern(f"layers['{pattern}']", pattern, list(chosen))
     for layer, module in chosen.items():
@@ -34,17 +38,37 @@ def check(config: PruneConfig, model: nn.Module) -> list[str]:
 
 def callback(config: PruneConfig | None, held: Sequence[str]) -> HeldZeros | None:
     """What prunes, or holds the zeros of the layers `held`, or None where there is nothing to do."""
-    from qatkit.callbacks import ConstantPruning, MagnitudePruning
+    from qatkit.callbacks import (
+        ConstantPruning,
+        MagnitudePruning,
+        MovementPruning,
+        OneShotPruning,
+        SparseRefinedSTE,
+    )
 
     if config is None:
         return ConstantPruning(inside(held)) if held else None
+    nm = None if config.nm is None else (config.nm[0], config.nm[1])
+    ramp = None if config.ramp is None else Ramp(**asdict(config.ramp))
+    include, exclude = inside(config.include), inside(config.exclude)
+    if config.method == "movement":
+        assert ramp is not None
+        return MovementPruning(ramp, config.scope, include, exclude)
+    if config.method == "srste":
+        assert nm is not None
+        return SparseRefinedSTE(nm, include=include, exclude=exclude)
+    if config.method != "magnitude":
+        loss = mean_loss if config.method == "taylor" else None
+        return OneShotPruning(
+            config.method, config.sparsity, nm, config.scope, include, exclude, config.calibration_batches, loss
+        )
     return MagnitudePruning(
         sparsity=config.sparsity,
         scope=config.scope,
-        nm=None if config.nm is None else (config.nm[0], config.nm[1]),
+        nm=nm,
         block=None if config.block is None else (config.block[0], config.block[1]),
-        ramp=None if config.ramp is None else Ramp(**asdict(config.ramp)),
-        include=inside(config.include),
-        exclude=inside(config.exclude),
+        ramp=ramp,
+        include=include,
+        exclude=exclude,
         layers=inside_keys(config.layers),
     )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+@runtime_checkable
+class Passes(Protocol):
+    """A data set whose samples depend on how often it was gone through."""
+
+    def set_pass(self, number: int) -> None: ...
 
 
 class SlicedSampler(DistributedSampler[Any]):
@@ -30,16 +37,54 @@ class SlicedSampler(DistributedSampler[Any]):
         self.size = min(size or self.num_samples, self.num_samples)
         self.slices = max(self.num_samples // max(self.size, 1), 1)
         self.slice = 0
+        self.skip = 0
+        """Samples to leave out at the start of the next slice, once: those that a resumed run has seen."""
 
     def set_epoch(self, epoch: int) -> None:
         self.slice = epoch % self.slices
         super().set_epoch(epoch // self.slices)
+        if isinstance(self.dataset, Passes):
+            self.dataset.set_pass(epoch // self.slices)
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(super().__iter__(), self.slice * self.size, (self.slice + 1) * self.size)
+        skip, self.skip = self.skip, 0
+        return islice(super().__iter__(), self.slice * self.size + skip, (self.slice + 1) * self.size)
+
+
+Collate = Callable[[Sequence[Any]], Any]
+"""Makes a batch of samples."""
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A `DataLoader` in the order of a `SlicedSampler`, with the state that Lightning keeps in a checkpoint.
+
+    A run that resumes in the middle of an epoch gets the batch that it would have got next, and the samples before that
+    are not read again.
+    """
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int, sampler: SlicedSampler, collate: Collate | None) -> None:
+        super().__init__(dataset, batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
+        self._served = self._skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # of a private class of torch
+        assert isinstance(self.sampler, SlicedSampler)
+        assert self.batch_size is not None
+        self._served, self._skip = self._skip, 0
+        self.sampler.skip = self._served * self.batch_size
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given out."""
+        return {"batches": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next epoch after as many batches; after a whole one, at its start."""
+        self._skip = state["batches"] % max(len(self), 1)
 
 
 class SplitDataModule(LightningDataModule):
@@ -55,6 +100,7 @@ class SplitDataModule(LightningDataModule):
         batch_size: Samples per device and step.
         seed: Decides the order.
         epoch_batches: Batches of an epoch at most, see `SlicedSampler`; None makes it the whole training set.
+        collate: Makes a batch of samples; by default torch's own way.
     """
 
     def __init__(
@@ -65,21 +111,23 @@ class SplitDataModule(LightningDataModule):
         batch_size: int = 64,
         seed: int = 0,
         epoch_batches: int | None = None,
+        collate: Collate | None = None,
     ) -> None:
         super().__init__()
         self.train, self.val, self.test = train, val, test
         self.batch_size = batch_size
         self.seed = seed
         self.epoch_batches = epoch_batches
+        self.collate = collate
 
     def train_dataloader(self) -> DataLoader[Any]:
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         size = self.epoch_batches * self.batch_size if self.epoch_batches else None
         sampler = SlicedSampler(self.train, world, rank, self.seed, size)
-        return DataLoader(self.train, self.batch_size, sampler=sampler, drop_last=True)
+        return ResumableLoader(self.train, self.batch_size, sampler, self.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.val, self.batch_size)
+        return DataLoader(self.val, self.batch_size, collate_fn=self.collate)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.test, self.batch_size)
+        return DataLoader(self.test, self.batch_size, collate_fn=self.collate)

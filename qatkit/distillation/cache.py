@@ -190,6 +190,13 @@ def is_complete(folder: Path) -> bool:
     return manifest.exists() and "samples" in json.loads(manifest.read_text())
 
 
+def fingerprint_of(folder: Path) -> dict[str, str]:
+    """What a cache was made from; empty where there is none."""
+    manifest = folder / MANIFEST
+    found: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
+    return found
+
+
 def model_hash(model: nn.Module) -> str:
     """A hash of a model's weights and their names, for a fingerprint."""
     digest = hashlib.sha256()

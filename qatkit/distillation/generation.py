@@ -142,10 +142,10 @@ def generated_batch(
     try:
         model.eval()
         # not those of the model: a chat model's top_k or repetition penalty would draw from another distribution
+        drawn = {"do_sample": True, "top_k": 0, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         generator.generation_config = type(settings)(
-            max_new_tokens=new_tokens, do_sample=temperature > 0, top_k=0, use_cache=True,
-            temperature=temperature if temperature > 0 else None, eos_token_id=list(eos) or None, pad_token_id=filler,
-        )  # fmt: skip
+            max_new_tokens=new_tokens, use_cache=True, eos_token_id=list(eos) or None, pad_token_id=filler, **drawn
+        )
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             torch.manual_seed(seed)
             texts: Tensor = generator.generate(

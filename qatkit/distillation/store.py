@@ -43,8 +43,13 @@ class Targets:
 
     def map(self, change: Any) -> Targets:
         """The same with every tensor changed by a function."""
-        parts = (change(part) for part in (self.indices, self.log_p, self.log_tail, self.mask))
-        return Targets(*parts, {name: change(state) for name, state in self.hidden.items()})
+        return Targets(
+            change(self.indices),
+            change(self.log_p),
+            change(self.log_tail),
+            change(self.mask),
+            {name: change(state) for name, state in self.hidden.items()},
+        )
 
 
 def pack(
@@ -113,7 +118,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
 
 def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
     """Rows as an Arrow file, with the number of classes beside them."""
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"classes": str(classes)})
     sink = pa.BufferOutputStream()

@@ -8,10 +8,10 @@ Every 4-bit layer that passes through here has that switched off.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qatkit.errors import QatkitError
 
@@ -89,7 +89,7 @@ def make_safe(model: nn.Module) -> list[str]:
     """
     found = [(name, layer) for name, layer in model.named_modules() if kind_of(layer) == 4]
     for _, layer in found:
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
+        cast(Any, layer).support_avx512bf16_for_cpu = False
     return [name for name, _ in found]
 
 
@@ -113,7 +113,7 @@ def dequantized(layer: nn.Module, device: torch.device | str | None = None) -> n
     if kind_of(layer) == 4:
         plain = functional.dequantize_4bit(weight.data, weight.quant_state)
     else:
-        scales: Tensor = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
+        scales = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
         plain = functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
     assert isinstance(layer, nn.Linear)
     made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -137,7 +137,7 @@ def _load_4bit(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     statistics = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
     if statistics:
         packed, device = state_dict[f"{prefix}weight"], layer.weight.device
-        layer.weight = bnb.Params4bit.from_prequantized(packed, statistics, device=device, module=layer)  # type: ignore[arg-type]
+        layer.weight = bnb.Params4bit.from_prequantized(packed, statistics, device=device, module=layer)
 
 
 def _load_8bit(layer: nn.Module, *_: Any) -> None:

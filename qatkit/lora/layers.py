@@ -117,7 +117,7 @@ def merge_layer(layer: AdaptedWeight, device: torch.device | None = None) -> Non
     """Put the merged weight in the place of W and take the factors away, in place; `device` is where to compute."""
     layer.weight.copy_(layer.merged_weight(device))
     del layer.lora_A, layer.lora_B, layer.lora_alpha, layer.held
-    layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))
+    layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))  # type: ignore[assignment]
 
 
 SWAPS: dict[type[nn.Module], type[AdaptedWeight]] = {nn.Linear: AdaptedLinear, QATLinear: AdaptedQATLinear}

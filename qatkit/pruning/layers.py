@@ -52,8 +52,12 @@ def prunable_layers(
                 f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); make "
                 "it permanent (prune.remove, remove_weight_norm), or exclude the layer"
             )
-        if not layer.weight.is_floating_point():
-            raise QatkitError(f"layer '{name}': its weight is {layer.weight.dtype}, no float; exclude the layer")
+        if not layer.weight.is_floating_point() or _is_codes(layer.weight):
+            kind = layer.weight.dtype if not layer.weight.is_floating_point() else type(layer.weight).__name__
+            raise QatkitError(
+                f"layer '{name}': its weight is {kind}, no float: it is quantized already; prune the model before it "
+                "is quantized, or exclude the layer"
+            )
         if id(layer.weight) in elsewhere:
             raise QatkitError(
                 f"layer '{name}': its weight is also that of '{elsewhere[id(layer.weight)]}', which would be pruned "
@@ -64,6 +68,11 @@ def prunable_layers(
     if not chosen:
         raise QatkitError(f"include {list(include)} minus exclude {list(exclude)} leaves no layer to prune")
     return chosen
+
+
+def _is_codes(weight: nn.Parameter) -> bool:
+    """Whether a tensor subclass, such as torchao's and bitsandbytes', says that its codes are floats."""
+    return type(weight) is not nn.Parameter and not hasattr(weight, "to_local")  # FSDP2's shards are floats
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import prunable_layers
-from qatkit.pruning.masks import apply_mask, check_nm, check_sparsity, nm_mask
+from qatkit.pruning.masks import apply_mask, check_floor, check_nm, check_sparsity, nm_mask
 from qatkit.pruning.scores import row_mask, wanda_scores
 from qatkit.pruning.sparsegpt import sparsegpt
 
@@ -50,7 +50,7 @@ def prune_one_shot(
 
     Raises:
         QatkitError: a pattern matches nothing, settings are out of range or do not fit a layer, no batches, or a layer
-            that they never reach.
+            that they never reach or that would lose all its weights.
 
     Example:
         >>> import torch
@@ -71,6 +71,11 @@ def prune_one_shot(
     for name, layer in layers.items():
         if nm is not None:
             check_nm(name, layer.weight, *nm)
+        else:
+            total, width = layer.weight.numel(), layer.weight.shape[1]
+            share = sparsity or 0.0
+            pruned = round(share * width) * (total // width) if method == "wanda" else round(share * total)
+            check_floor(name, total - pruned, total)
     kept = list(batches)
     if not kept:
         raise QatkitError("prune_one_shot: there are no batches; pass a few that the model was trained on")
@@ -84,6 +89,16 @@ def prune_one_shot(
             scores = wanda_scores(layer.weight, seen[name].sqrt())
             apply_mask(layer.weight, nm_mask(scores, *nm) if nm is not None else row_mask(scores, sparsity or 0.0))
     return list(layers)
+
+
+def check_linear(method: str, layers: Mapping[str, nn.Module]) -> None:
+    """Raise if one of the layers is not linear."""
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise QatkitError(
+                f"layer '{name}': '{method}' prunes linear layers, and this is a {type(layer).__name__}; exclude the "
+                "layer"
+            )
 
 
 def _block(name: str) -> str:

@@ -85,7 +85,7 @@ def _by_part(model: nn.Module, values: Mapping[str, Tensor]) -> Importance:
             sums["layers"][index] += value.sum()
         axes = (BLOCK if index >= 0 else around).get(module, ())  # `shrink` refuses what has no axes
         for dimension, axis in enumerate(axes[: value.dim()]):
-            along = value.sum(dim=[other for other in range(value.dim()) if other != dimension])
+            along = value.movedim(dimension, 0).flatten(1).sum(dim=1) if value.dim() > 1 else value
             if axis == "hidden":
                 sums["hidden"] += along
             elif axis == "neuron":

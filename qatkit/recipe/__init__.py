@@ -14,6 +14,7 @@ from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
 from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.lora import LoraConfig
+from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, check_rewind, expanded
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
@@ -30,10 +31,13 @@ __all__ = [
     "HiddenConfig",
     "LayerConfig",
     "LoraConfig",
+    "LotteryConfig",
+    "PartConfig",
     "PruneConfig",
     "QuantizeConfig",
     "RampConfig",
     "Recipe",
+    "RewindConfig",
     "ShrinkConfig",
     "StageConfig",
     "TrainerConfig",
@@ -48,6 +52,8 @@ class TrainerConfig:
     devices: int | str = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    """Hand the model to torch.compile: the first steps take minutes, those after them less."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Where curves and tables go besides CSV files."""
 
@@ -69,7 +75,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its data, and the ordered stages it goes through."""
+    """A model, its data, and the ordered stages it goes through; a ``lottery`` block becomes its stages at once."""
 
     name: str = MISSING
     model: FactoryConfig = MISSING
@@ -96,6 +102,7 @@ class Recipe:
         first = next(iter(self.stages))
         if self.stages[first].model is not None:
             raise ValueError(f"stages.{first}.model: no stage comes before it; write it as the recipe's model")
+        object.__setattr__(self, "stages", expanded(self.stages, self.seed))
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
             teacher = stage.distill.teacher if stage.distill else None
@@ -126,6 +133,14 @@ class Recipe:
                     f"stages.{name}.quantize.init: 'gptq' corrects weights for each other, and would move the zeros; "
                     "write awq or mse, or hold_sparsity: false"
                 )
+            if stage.rewind is not None:
+                check_rewind(name, self.stages, self._line_of(name), zeros[name])
+            method = stage.prune.method if stage.prune is not None else None
+            if method in ("wanda", "sparsegpt", "taylor") and self.trainer.strategy == "fsdp2":
+                raise ValueError(
+                    f"stages.{name}.prune.method: '{method}' needs whole weights, and fsdp2 shards them; write "
+                    "magnitude, or trainer.strategy: ddp"
+                )
             if stage.lora is not None:
                 stage.lora.check(f"stages.{name}", zeros[name], self.trainer.strategy == "fsdp2")
 
@@ -137,6 +152,13 @@ class Recipe:
         names = list(self.stages)
         position = names.index(name)
         return names[position - 1] if position else None
+
+    def _line_of(self, name: str) -> list[str]:
+        """The stages that stage `name` goes back to, the last first and with itself."""
+        line = [name]
+        while (parent := self.parent_of(line[-1])) is not None:
+            line.append(parent)
+        return line
 
     def teacher_of(self, name: str) -> str | None:
         """The stage whose result teaches stage `name`: the named one, else the input of the first compressing stage.

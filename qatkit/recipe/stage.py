@@ -8,6 +8,7 @@ from typing import Literal
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.lora import LoraConfig
+from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
@@ -40,6 +41,10 @@ class StageConfig:
     """Keep the zeros that an earlier stage made."""
     quantize: QuantizeConfig | None = None
     lora: LoraConfig | None = None
+    lottery: LotteryConfig | None = None
+    """Stands for stages of its own; a `Recipe` holds these instead."""
+    rewind: RewindConfig | None = None
+    part: PartConfig | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -55,6 +60,21 @@ class StageConfig:
             raise ValueError(f"start: '{self.start}' and a model are given; write the one that the stage begins with")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
+        if self.part is not None and self.part.start + self.max_steps > self.part.of:
+            raise ValueError(
+                f"part.of: {self.part.of} is less than the {self.part.start} steps before the stage and its "
+                f"{self.max_steps}; write at least their sum"
+            )
+
+        if self.prune is not None and not self.prune.at_once:
+            how = "ramp" if self.prune.ramp is not None else "method"
+            if self.max_steps == 0:
+                raise ValueError(f"prune.{how}: it prunes while training, and max_steps is 0; write sparsity: 0.5")
+            if self.rewind is not None:
+                raise ValueError(
+                    f"prune.{how}: it prunes while training, and rewind needs zeros to put weights under at the start; "
+                    "write sparsity: 0.5"
+                )
 
         if self.model is not None and self.shrink is not None:
             raise ValueError("shrink: a stage with a model of its own has nothing to cut yet; write the size in model")
@@ -71,4 +91,9 @@ class StageConfig:
     @property
     def compresses(self) -> bool:
         """Whether this stage changes what the model can represent."""
-        return any(block is not None for block in (self.quantize, self.prune, self.shrink, self.model))
+        return any(block is not None for block in (self.quantize, self.prune, self.shrink, self.model, self.rewind))
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the learning-rate schedule, which may be longer than the stage."""
+        return self.max_steps if self.part is None else self.part.of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.models import cnn
+from tests import warm
 from tests.callbacks.modules import Classifier, batches, network, trainer
 
 W4 = QuantSpec(num_bits=4, observer="lsq")
@@ -138,7 +138,6 @@ def test_a_compiled_module_trains_to_the_same_weights(compiled: str) -> None:
 
 
 CLI = """
-import sys
 import torch
 from lightning.pytorch.cli import LightningCLI
 from tests.callbacks.modules import Classifier, batches
@@ -179,7 +178,7 @@ trainer:
 
 def test_a_lightning_cli_config_names_the_callbacks_by_class_path(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(YAML)
-    command = [sys.executable, "-c", CLI, "fit", "--config", str(tmp_path / "config.yaml")]
+    command = [warm.python(), "-c", CLI, "fit", "--config", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     names = ["QuantizationAwareTraining", "KnowledgeDistillation", "CompressionMonitor"]

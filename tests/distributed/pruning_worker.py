@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from qatkit.callbacks.movement import MovementPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
+from qatkit.callbacks.rewinding import WeightRewinding
+from qatkit.callbacks.srste import SparseRefinedSTE
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
@@ -29,7 +31,10 @@ PRUNINGS: dict[str, dict[str, Any]] = {
     "nm": {"nm": (2, 4)},
     "movement": {"ramp": Ramp(0.6, start=0.2, end=0.9), "scope": "model"},
     "block": {"sparsity": 0.5, "block": (4, 4), "exclude": ["model.4"]},
+    "srste": {"nm": (2, 4), "decay": 0.05},
+    "rewind": {"sparsity": 0.5, "scope": "model"},
 }
+KINDS: dict[str, Any] = {"movement": MovementPruning, "srste": SparseRefinedSTE}
 
 
 class Classifier(LightningModule):
@@ -63,7 +68,7 @@ class Classifier(LightningModule):
         return DataLoader(TensorDataset(x[rows], x[rows][:, :3].argmax(dim=1)), batch_size=BATCH)
 
 
-def fit(mode: str, callback: Any, folder: Path, epochs: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
+def fit(mode: str, callbacks: Any, folder: Path, epochs: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
     module = Classifier()
     # the strategy's own defaults would make it tensor-parallel and leave every process with its own gradients
     fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -73,7 +78,7 @@ def fit(mode: str, callback: Any, folder: Path, epochs: int, checkpoint: Path | 
         strategy={"single": "auto", "ddp": "ddp", "fsdp2": fsdp2}[mode],
         max_epochs=epochs,
         accumulate_grad_batches=2 if mode == "single" else 1,
-        callbacks=[callback, ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)],
+        callbacks=[*callbacks, ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)],
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
@@ -88,15 +93,17 @@ def main(mode: str, out: Path) -> None:
     content: dict[str, Any] = {}
     for name, options in PRUNINGS.items():
         folder = out.with_suffix("") / name
-        kind = MovementPruning if name == "movement" else MagnitudePruning
-        whole = fit(mode, kind(**options), folder / "whole", 2)
-        resumed = fit(mode, kind(**options), folder / "resumed", 2, folder / "whole" / "epoch=0.ckpt")
+        kind = KINDS.get(name, MagnitudePruning)
+        earlier = [WeightRewinding({key: value * 0.9 + 0.01 for key, value in Classifier().state_dict().items()})]
+        more = earlier if name == "rewind" else []
+        whole = fit(mode, [kind(**options), *more], folder / "whole", 2)
+        resumed = fit(mode, [kind(**options), *more], folder / "resumed", 2, folder / "whole" / "epoch=0.ckpt")
         record = torch.load(folder / "whole" / "epoch=1.ckpt", weights_only=True)["callbacks"]
         (state,) = (value for key, value in record.items() if key.startswith(kind.__name__))
         content[name] = {"whole": whole, "resumed": resumed, "zeros": state["zeros"]}
         if name == "nm":
             finished = folder / "whole" / "epoch=1.ckpt"
-            content["held"] = fit(mode, ConstantPruning(), folder / "held", 3, finished)
+            content["held"] = fit(mode, [ConstantPruning()], folder / "held", 3, finished)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(content, out)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from qatkit.callbacks.features import FeatureMatch, HiddenMatch
 
+from tests import warm
+
 WORKER = Path(__file__).parent / "distillation_worker.py"
 
 
 def run(mode: str, folder: Path) -> dict[str, Any]:
     out = folder / f"{mode}.pt"
-    subprocess.run([sys.executable, str(WORKER), mode, str(out)], check=True, timeout=240, cwd=folder)
+    subprocess.run([warm.python(), str(WORKER), mode, str(out)], check=True, timeout=240, cwd=folder)
     result: dict[str, Any] = torch.load(out, weights_only=True)
     return result
 

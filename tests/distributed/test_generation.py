@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests import warm
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_two_processes_take_turns_together_and_write_texts_of_their_own(tmp_path: Path) -> None:
     worker = Path(__file__).parent / "generation_worker.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(worker), str(tmp_path / "out.pt")]
+    command = [warm.python(), str(worker), str(tmp_path / "out.pt")]
     subprocess.run(command, check=True, timeout=240, cwd=tmp_path, env=environment)
     found: dict[str, Any] = torch.load(tmp_path / "out.pt", weights_only=True)
     for mode in ("ddp", "fsdp2"):

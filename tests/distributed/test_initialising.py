@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+from tests import warm
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def start(mode: str, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.distributed.init_worker", mode, str(out)]
+    command = [warm.python(), "-m", "tests.distributed.init_worker", mode, str(out)]
     return subprocess.run(command, check=False, timeout=240, cwd=ROOT, capture_output=True, text=True)
 
 

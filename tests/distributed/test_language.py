@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from qatkit.tasks import evaluate
+from tests import warm
 from tests.test_engine import gradients
 from tests.texts import loader, tiny_llama
 
@@ -23,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("language")
     worker = Path(__file__).parent / "language_worker.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(worker), str(folder / "out.pt")]
+    command = [warm.python(), str(worker), str(folder / "out.pt")]
     subprocess.run(command, check=True, timeout=240, cwd=folder, env=environment)
     found: dict[str, Any] = torch.load(folder / "out.pt", weights_only=True)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qatkit import quantize
+from tests import warm
 from tests.distributed.lora_worker import SPEC, main, network
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
     folder = tmp_path_factory.mktemp("lora")
     worker = Path(__file__).parent / "lora_worker.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(worker), "two", str(folder / "two.pt")]
+    command = [warm.python(), str(worker), "two", str(folder / "two.pt")]
     subprocess.run(command, check=True, timeout=240, cwd=folder, env=environment)
     main("single", folder / "single.pt")
     found: dict[str, dict[str, Tensor]] = torch.load(folder / "single.pt", weights_only=True)

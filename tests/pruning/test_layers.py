@@ -52,5 +52,19 @@ def test_weights_that_are_computed_or_no_floats_are_refused() -> None:
         prunable_layers(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))))
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.int8, no float"):
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.int8, no float.* prune the model before"):
         prunable_layers(nn.Sequential(layer))
+
+
+def test_models_that_other_libraries_have_quantized_are_refused() -> None:
+    import bitsandbytes
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_(model, Int8WeightOnlyConfig())
+    assert model[0].weight.is_floating_point(), "it says so"
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is Int8Tensor, no float: it is quantized already"):
+        prunable_layers(model)
+    four = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64))
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is .*: it is quantized already"):
+        prunable_layers(four)

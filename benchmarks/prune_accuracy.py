@@ -1,0 +1,177 @@
+"""What pruning costs in accuracy, and what training and a teacher win back: a digits CNN, and a small Llama on text.
+
+Every trained row takes the same steps of the same optimizer; "dense trained on" takes them too. For the text, recovered
+= (2:4 magnitude - row) / (2:4 magnitude - dense trained on), by the loss on held-out files. Seeds are orders of the
+training data, and of the CNN also its first weights. What a job gave is kept in ``results/prune_accuracy_jobs.json``: a
+stopped benchmark continues there.
+
+Run: python benchmarks/prune_accuracy.py [--quick] [--jobs 2]
+The full mode takes about half an hour of a core; --quick shows the mechanics and writes no results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import recovery
+from harness import RESULTS, Claim, finish, spread
+from pruned import FULL, QUICK, Job, Size, do
+
+SEEDS = (0, 1, 2)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+TEXT_RAMPS = (0.5, 0.8)
+"""The text is trained along a ramp at these alone, with one seed: a step of it costs as much as a minute of the CNN."""
+STARTS = ("magnitude", "wanda", "sparsegpt")
+TRAINED = ("2:4 magnitude, trained", "2:4 magnitude, trained + KD", "2:4 sparsegpt, trained + KD")
+JOURNAL = RESULTS / "prune_accuracy_jobs.json"
+
+
+class Journal:
+    """What every job gave, on disk after each."""
+
+    def __init__(self, path: Path, size: Size, folder: Path, base: Path, workers: int) -> None:
+        self.path, self.size, self.folder, self.base, self.workers = path, size, folder, base, workers
+        self.content: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        dense = recovery.evaluate(recovery.base_model(size.text, base), size.text)
+        before = self.content.setdefault("text | dense", {"loss": dense})["loss"]
+        if abs(before - dense) > 1e-4:
+            raise SystemExit(f"{path} was made from another dense model ({before} and not {dense})")
+
+    def run(self, jobs: Iterable[Job]) -> None:
+        """Do the jobs that have not been done."""
+        todo = [job for job in dict.fromkeys(jobs) if _key(job) not in self.content]
+        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(do, job, self.size, self.folder, self.base): job for job in todo}
+            for count, future in enumerate(as_completed(futures), 1):
+                key = _key(futures[future])
+                self.content[key] = future.result()
+                self.path.write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
+                print(f"{count}/{len(todo)} {key}: {future.result()}", flush=True)
+
+    def values(self, name: str, task: str, method: str, sparsity: float = 0.0) -> list[float]:
+        """A value of a row over the seeds that it has been run with."""
+        keys = dict.fromkeys(_key(Job(task, method, sparsity, seed)) for seed in SEEDS)
+        return [self.content[key][name] for key in keys if key in self.content]
+
+
+def _key(job: Job) -> str:
+    parts = [job.task, job.method, *([f"{job.sparsity:.0%}"] if job.sparsity else [])]
+    return " | ".join([*parts, *([f"seed {job.seed}"] if job.seeded else [])])
+
+
+def all_jobs(journal: Journal, sparsities: Iterable[float], seeds: Iterable[int]) -> None:
+    """Do everything: the dense CNNs first, from which the others start."""
+    seeds, sparsities = list(seeds), list(sparsities)
+    journal.run(Job("digits", "dense", seed=seed) for seed in seeds)
+    methods = ["one-shot", "gradual", "gradual + KD"]
+    jobs = [Job("digits", "lottery", seed=seed) for seed in seeds]
+    jobs += [Job("digits", "dense trained on", seed=seed) for seed in seeds]
+    jobs += [Job("digits", method, s, seed) for method in methods for s in sparsities for seed in seeds]
+    jobs += [Job("text", method, seed=seed) for method in ("dense trained on", *TRAINED) for seed in seeds]
+    jobs += [Job("text", f"2:4 {start}") for start in STARTS]
+    jobs += [Job("text", "one-shot", s) for s in sparsities]
+    jobs += [Job("text", method, s) for method in methods[1:] for s in TEXT_RAMPS if s in sparsities]
+    journal.run(jobs)
+
+
+def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any]]:
+    """The table: accuracy of the digits, loss and share recovered of the text."""
+    sparsities = list(sparsities)
+    dense = mean(journal.values("accuracy", "digits", "dense"))
+
+    def digits_row(method: str, zeros: list[float], accuracies: list[float]) -> dict[str, Any]:
+        return _row("digits", method, zeros, spread(accuracies), f"{(mean(accuracies) - dense) * 100:+.2f}", len(zeros))
+
+    rows = []
+    for method, shares in (
+        ("dense", [0.0]), ("dense trained on", [0.0]),
+        ("one-shot", sparsities), ("gradual", sparsities), ("gradual + KD", sparsities),
+    ):  # fmt: skip
+        for share in shares:
+            found = [journal.values(name, "digits", method, share) for name in ("zeros", "accuracy")]
+            rows.append(digits_row(method, *found))
+    for sparsity, _ in journal.size.rounds:
+        for name, words in (("ticket", "lottery ticket"), ("reinit", "the ticket's mask, fresh weights")):
+            found = [journal.values(f"{key} {sparsity:.0%}", "digits", "lottery") for key in ("zeros", name)]
+            rows.append(digits_row(words, *found))
+
+    yardstick, rounded = _text_scale(journal)
+    methods = [("dense trained on", 0.0), *((f"2:4 {start}", 0.0) for start in STARTS), *((m, 0.0) for m in TRAINED)]
+    methods += [("one-shot", share) for share in sparsities]
+    methods += [(m, share) for m in ("gradual", "gradual + KD") for share in TEXT_RAMPS if share in sparsities]
+    rows.append(_row("text", "dense", [0.0], f"{journal.content['text | dense']['loss']:.4f}", "-", 1))
+    for method, share in methods:
+        losses, zeros = (journal.values(name, "text", method, share) for name in ("loss", "zeros"))
+        shown = f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else "")
+        recovered = f"{(rounded - mean(losses)) / (rounded - yardstick) * 100:.1f} %" if "trained" in method else "-"
+        rows.append(_row("text", method, zeros, shown, recovered if "2:4" in method else "-", len(losses)))
+    return rows
+
+
+def _text_scale(journal: Journal) -> tuple[float, float]:
+    """The losses between which a 2:4 row stands: dense trained on, and 2:4 by magnitude at once."""
+    rounded = journal.content[_key(Job("text", "2:4 magnitude"))]["loss"]
+    return mean(journal.values("loss", "text", "dense trained on")), rounded
+
+
+def _row(task: str, method: str, zeros: list[float], value: str, against: str, seeds: int) -> dict[str, Any]:
+    return {
+        "task": task,
+        "method": method,
+        "zeros": f"{mean(zeros):.1%}",
+        "test accuracy, or held-out loss": value,
+        "points against dense, or recovered": against,
+        "seeds": seeds,
+    }
+
+
+def claims_of(journal: Journal) -> list[Claim]:
+    """What the project wants of itself, and what was seen."""
+    dense = mean(journal.values("accuracy", "digits", "dense"))
+    gradual = mean(journal.values("accuracy", "digits", "gradual + KD", 0.9))
+    seen = f"{gradual:.2%} and {dense:.2%}"
+    claims = [Claim("digits: gradual + KD at 90 % against dense", "within 1 point", seen, dense - gradual <= 0.01)]
+    ticket, control = (journal.values(f"{name} 90%", "digits", "lottery") for name in ("ticket", "reinit"))
+    wide = max(stdev(ticket), stdev(control))
+    seen = f"{spread(ticket)} and {spread(control)}"
+    text = "digits: winning ticket against fresh weights at 90 %"
+    claims.append(Claim(text, "above by more than the spread", seen, mean(ticket) - mean(control) > wide))
+    yardstick, rounded = _text_scale(journal)
+    for method in TRAINED[1:]:
+        share = (rounded - mean(journal.values("loss", "text", method))) / (rounded - yardstick)
+        claims.append(Claim(f"text: recovered by {method}", ">= 94 %", f"{share * 100:.1f} %", share >= 0.94))
+    return claims
+
+
+def main(quick: bool, jobs: int) -> None:
+    if quick:
+        with tempfile.TemporaryDirectory() as folder:
+            journal = Journal(Path(folder) / "jobs.json", QUICK, Path(folder), Path(folder) / "base.pt", jobs)
+            all_jobs(journal, (0.5, 0.9), SEEDS[:2])
+            for row in rows_of(journal, (0.5, 0.9)):
+                print(" | ".join(map(str, row.values())))
+            for claim in claims_of(journal):
+                print(claim.text)
+        return
+    base, folder = Path("build/qat_recovery/base.pt"), Path("build/prune_accuracy")
+    for path in (base.parent, folder):
+        path.mkdir(parents=True, exist_ok=True)
+    journal = Journal(JOURNAL, FULL, folder, base, jobs)
+    all_jobs(journal, SPARSITIES, SEEDS)
+    finish("prune_accuracy", rows_of(journal, SPARSITIES), claims_of(journal), SEEDS)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    main(arguments.quick, arguments.jobs)

@@ -1,0 +1,77 @@
+"""Plain text for a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qatkit.data.columns import encode_texts, ids_of
+from qatkit.data.packing import PackedWindows
+from qatkit.data.source import Source
+from qatkit.data.streaming import StreamingDataModule
+from qatkit.data.tokenizers import load_tokenizer
+from qatkit.data.tokens import Encode, Encoded, Row, TokenDataModule, prepare
+from qatkit.errors import QatkitError
+
+
+def causal_text(
+    source: Source,
+    tokenizer: str,
+    context: int = 512,
+    column: str = "text",
+    epoch_batches: int = 100,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> TokenDataModule:
+    """Documents packed into windows of tokens, an end of text after each, none of which sees another.
+
+    Tokens are kept in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and made again when files, tokenizer or
+    options change. With `source.streaming` those of training are made on the way instead.
+
+    Args:
+        source: Where the documents come from.
+        tokenizer: A folder that holds one, or the name of a model on the hub.
+        context: Tokens of a window, at least 2.
+        column: Holds the text of a record.
+        epoch_batches: Batches between two validations and checkpoints; fewer where the text is shorter.
+        batch_size: Windows per device and step.
+        seed: Decides the training order.
+
+    Raises:
+        QatkitError: a record has no text in that column, or a split is left without one.
+    """
+
+    def encoder() -> Encode:
+        loaded = load_tokenizer(tokenizer)
+        end = loaded.eos_token_id
+        if end is None:
+            raise QatkitError(f"tokenizer: '{tokenizer}' has no end of text to set documents apart; write another")
+
+        def rows(texts: list[str]) -> list[list[Row]]:
+            # with what the tokenizer puts at a text's start: models of some families answer nonsense without it
+            return [[{"input_ids": ids if ids[-1:] == [end] else [*ids, end]}] for ids in ids_of(loaded, texts)]
+
+        def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+            return encode_texts(records, column, rows)
+
+        return encode
+
+    def folder() -> Path:
+        return prepare(source, load_tokenizer(tokenizer), {"kind": "causal_text", "column": column}, encoder())
+
+    module = TokenDataModule if not source.streaming else StreamingDataModule
+    data = module(
+        folder,
+        partial(load_tokenizer, tokenizer),
+        lambda rows, split: PackedWindows(rows, context),
+        context,
+        batch_size,
+        seed,
+        epoch_batches,
+        packed=True,
+    )
+    if isinstance(data, StreamingDataModule):
+        data.read_from(source, encoder)
+    return data

@@ -1,0 +1,104 @@
+"""Texts that belong to a class each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qatkit.data.columns import text_in
+from qatkit.data.records import Records, fitting, pad
+from qatkit.data.source import BadRecord, Source
+from qatkit.data.tokenizers import load_tokenizer, padding_id
+from qatkit.data.tokens import Encoded, TokenDataModule, prepare, refuse_stream
+from qatkit.errors import QatkitError
+
+
+def text_classification(
+    source: Source,
+    tokenizer: str,
+    classes: Sequence[str],
+    context: int = 128,
+    column: str = "text",
+    partner: str | None = None,
+    label: str = "label",
+    truncate: bool = True,
+    epoch_batches: int = 100,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> TokenDataModule:
+    """Texts, or pairs of texts, with a class for each, as the tokenizer's own model wants them.
+
+    Args:
+        source: Where the records come from.
+        tokenizer: A folder that holds one, or the name of a model on the hub.
+        classes: Names of the classes, in the order of the model's outputs. A record names one, or gives its number.
+        context: Tokens of a text at most.
+        column: Holds the text of a record.
+        partner: Holds the second text of a record, where a class is that of a pair.
+        label: Holds the class of a record.
+        truncate: Cut longer texts off instead of refusing them.
+        epoch_batches: Batches between two validations and checkpoints; fewer where there are fewer records.
+        batch_size: Texts per device and step.
+        seed: Decides the training order.
+
+    Raises:
+        QatkitError: fewer than two classes, a record has no text or none of them, or a split is left without a record.
+    """
+    refuse_stream(source)
+    if len(set(classes)) < max(2, len(classes)):
+        raise QatkitError(f"classes: {list(classes)} are not two or more different names; write them")
+    columns = [column] if partner is None else [column, partner]
+
+    def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:
+        texts = [text_in(record, name) for name in columns]
+        for bad in texts:
+            if isinstance(bad, BadRecord):
+                return bad
+        number = _class_of(record, label, classes)
+        if isinstance(number, BadRecord):
+            return number
+        cut = {"truncation": True, "max_length": context} if truncate else {}
+        encoded = loaded(*texts, return_attention_mask=False, verbose=False, **cut)
+        return fitting({**{name: list(ids) for name, ids in encoded.items()}, "labels": number}, context)
+
+    def folder() -> Path:
+        loaded = load_tokenizer(tokenizer)
+
+        def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+            return [encode_one(loaded, record) for record in records]
+
+        options = [list(classes), context, columns, label, truncate]
+        return prepare(source, loaded, {"kind": "classification", "options": options}, encode)
+
+    def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return pad(samples, padding_id(load_tokenizer(tokenizer)), context)
+
+    data = TokenDataModule(
+        folder,
+        partial(load_tokenizer, tokenizer),
+        lambda rows, split: Records(rows),
+        context,
+        batch_size,
+        seed,
+        epoch_batches,
+        collate=collate,
+    )
+    data.classes = list(classes)
+    return data
+
+
+def _class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:
+    if column not in record:
+        return BadRecord(f"has no column '{column}' but {sorted(map(str, record))}")
+    value = record[column]
+    if isinstance(value, str) and value in classes:
+        return list(classes).index(value)
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(classes):
+        return number
+    return BadRecord(f"its {column} {json.dumps(value, default=str)} is none of {list(classes)}, and no number of one")

@@ -1,0 +1,40 @@
+"""Columns of records, and the tokens of their text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qatkit.data.source import BadRecord
+from qatkit.data.tokens import Encoded, Row
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts; what is written in a text like a special token is one."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+        "input_ids"
+    ]
+    return found
+
+
+def encode_texts(
+    records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[list[Row]]]
+) -> list[Encoded]:
+    """Encode one column of records at once, with a `BadRecord` in the place of each that has no text there."""
+    checked = [text_in(record, column) for record in records]
+    rows = iter(encode([text for text in checked if isinstance(text, str)]))
+    return [next(rows) if isinstance(text, str) else text for text in checked]
+
+
+def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
+    """The text of a record, or why it has none."""
+    if column not in record:
+        return BadRecord(f"has no column '{column}' but {sorted(map(str, record))}")
+    text = record[column]
+    if not isinstance(text, str):
+        return BadRecord(f"column '{column}' holds {type(text).__name__} and no text")
+    if not text.strip():
+        return BadRecord(f"column '{column}' is empty")
+    return text

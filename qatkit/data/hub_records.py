@@ -1,0 +1,91 @@
+"""Records of a data set on the hub, through the `datasets` library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from qatkit.data.source import Part, Record, Source
+from qatkit.errors import QatkitError
+from qatkit.hub import explain, locate
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_NAMES = {"val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+"""What data sets call their splits."""
+
+
+def hub_parts(source: Source) -> dict[str, Part]:
+    """The splits of a data set on the hub.
+
+    Raises:
+        QatkitError: the hub does not know it, does not give it or does not answer, or it has no such subset or split.
+    """
+    builder = _builder(source)
+    try:
+        names = [str(name) for name in builder.info.splits or _split_names(source)]
+    except Exception as error:  # the library raises what its parts raise
+        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another") from error
+    if "train" not in names:
+        raise QatkitError(f"source.path: '{source.path}' has the splits {names} and no 'train'; write another data set")
+    chosen = {"train": "train"}
+    for split, wanted in (("val", source.val), ("test", source.test)):
+        if wanted is not None and wanted not in names:
+            raise QatkitError(f"source.{split}: '{wanted}' is no split of '{source.path}'; write one of {names}")
+        found = [wanted] if wanted is not None else [name for name in _NAMES[split] if name in names]
+        if found:
+            chosen[split] = found[0]
+    key = {"dataset": source.path, "subset": source.subset, "commit": builder.hash}
+    return {split: Part({**key, "split": name}, _reader(source, name)) for split, name in chosen.items()}
+
+
+def open_split(source: Source, split: str) -> IterableDataset:
+    """A split as it comes over the network, nothing kept.
+
+    Raises:
+        QatkitError: the hub does not give it.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.path, source.subset, split=split, streaming=True, revision=source.revision)
+    except Exception as error:  # the library raises what its parts raise
+        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another") from error
+
+
+def _builder(source: Source) -> Any:
+    from datasets import load_dataset_builder
+
+    name, offline = locate(source.path, "source.path", "files", None, "dataset")
+    if offline:
+        from datasets import config
+
+        config.HF_HUB_OFFLINE = True  # the library would ask again and again
+    try:
+        return load_dataset_builder(name, source.subset, revision=source.revision)
+    except Exception as error:  # the library raises what its parts raise
+        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another path or subset") from error
+
+
+def _split_names(source: Source) -> list[str]:
+    from datasets import get_dataset_split_names
+
+    return list(get_dataset_split_names(source.path, source.subset, revision=source.revision))
+
+
+def _reader(source: Source, split: str) -> Callable[[], Iterator[Record]]:
+    def read() -> Iterator[Record]:
+        for number, record in enumerate(open_split(source, split) if source.streaming else _loaded(source, split), 1):
+            yield f"{source.path}, {split}, row {number}", record
+
+    return read
+
+
+def _loaded(source: Source, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.path, source.subset, split=split, revision=source.revision)
+    except Exception as error:  # the library raises what its parts raise
+        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another") from error

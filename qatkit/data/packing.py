@@ -1,0 +1,81 @@
+"""Documents side by side in windows of equal length, none of which sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qatkit.data.tokens import Rows
+from qatkit.errors import QatkitError
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+
+class PackedWindows(Dataset[dict[str, Tensor]]):
+    """A split's tokens, cut into windows: ``input_ids``, ``labels`` and ``position_ids``, each ``[context]`` int64.
+
+    Positions begin again at 0 with every document and every window, which is how models of transformers know that a
+    token sees only those before it in its own document. The first token of a document has nothing to be predicted from,
+    so its label does not count. What is left over at the end of the stream is dropped.
+
+    Args:
+        open_rows: Gives the split; called when the first window is read.
+        context: Tokens of a window, at least 2.
+
+    Raises:
+        QatkitError: `context` is below 2, or the split is shorter than one window.
+    """
+
+    def __init__(self, open_rows: Callable[[], Rows], context: int) -> None:
+        if context < 2:
+            raise QatkitError(f"context: {context} leaves no token to predict; write 2 or more")
+        self.open_rows = open_rows
+        self.context = context
+
+    @cached_property
+    def _rows(self) -> Rows:
+        rows = self.open_rows()
+        if rows.ends[-1] < self.context:
+            raise QatkitError(
+                f"context: {self.context} is longer than the {rows.folder.name} split of {rows.ends[-1]} tokens; "
+                "write less"
+            )
+        return rows
+
+    def __len__(self) -> int:
+        return int(self._rows.ends[-1]) // self.context
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = index * self.context
+        rows = self._rows
+        tokens = rows.streams["input_ids"][start : start + self.context]
+        first, last = np.searchsorted(rows.ends, [start, start + self.context], side="right")
+        return window(tokens, rows.ends[first:last] - start)
+
+
+def window(tokens: NDArray[np.integer], borders: NDArray[np.int64]) -> dict[str, Tensor]:
+    """One window.
+
+    Args:
+        tokens: ``[context]``.
+        borders: Where documents begin inside the window, 0 left out.
+
+    Example:
+        >>> window(np.array([7, 8, 9, 5, 6]), np.array([3]))["position_ids"].tolist()
+        [0, 1, 2, 0, 1]
+    """
+    input_ids = torch.from_numpy(tokens.astype(np.int64))
+    starts = np.zeros(len(tokens), np.int64)
+    inside = borders[borders < len(tokens)]
+    starts[inside] = inside
+    positions = np.arange(len(tokens)) - np.maximum.accumulate(starts)
+    labels = input_ids.clone()
+    labels[torch.from_numpy(positions == 0)] = IGNORED
+    return {"input_ids": input_ids, "labels": labels, "position_ids": torch.from_numpy(positions)}

@@ -1,0 +1,100 @@
+"""Texts that belong together, for a model whose embeddings say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from qatkit.data.columns import text_in
+from qatkit.data.records import Records, fitting, pad
+from qatkit.data.source import BadRecord, Source
+from qatkit.data.tokenizers import load_tokenizer, padding_id
+from qatkit.data.tokens import Encoded, Row, Rows, TokenDataModule, prepare, refuse_stream
+
+Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class Pairs(Dataset[Pair]):
+    """Two samples per record, which stand in the rows one after the other."""
+
+    def __init__(self, open_rows: Callable[[], Rows]) -> None:
+        self.records = Records(open_rows)
+
+    def __len__(self) -> int:
+        return len(self.records) // 2
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.records[2 * index], self.records[2 * index + 1]
+
+
+def text_pairs(
+    source: Source,
+    tokenizer: str,
+    context: int = 128,
+    columns: tuple[str, str] = ("text", "partner"),
+    pooling: Literal["mean", "cls", "last"] = "mean",
+    truncate: bool = True,
+    epoch_batches: int = 100,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> TokenDataModule:
+    """Pairs of texts, such as a question and its answer: each is to be nearest to its own partner among the batch's.
+
+    Args:
+        source: Where the records come from.
+        tokenizer: A folder that holds one, or the name of a model on the hub.
+        context: Tokens of a text at most.
+        columns: Hold the two texts of a record.
+        pooling: Makes one embedding of the hidden states: their mean, that of the first token, or that of the last.
+        truncate: Cut longer texts off instead of refusing them.
+        epoch_batches: Batches between two validations and checkpoints; fewer where there are fewer records.
+        batch_size: Pairs per device and step; the more, the harder to tell them apart.
+        seed: Decides the training order.
+
+    Raises:
+        QatkitError: a record lacks one of the texts, or a split is left without a record.
+    """
+    refuse_stream(source)
+
+    def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:
+        rows: list[Row] = []
+        for name in columns:
+            text = text_in(record, name)
+            if isinstance(text, BadRecord):
+                return text
+            cut = {"truncation": True, "max_length": context} if truncate else {}
+            encoded = fitting({"input_ids": list(loaded(text, verbose=False, **cut)["input_ids"])}, context)
+            if isinstance(encoded, BadRecord):
+                return encoded
+            rows += encoded
+        return rows
+
+    def folder() -> Path:
+        loaded = load_tokenizer(tokenizer)
+
+        def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+            return [encode_one(loaded, record) for record in records]
+
+        return prepare(source, loaded, {"kind": "pairs", "options": [list(columns), context, truncate]}, encode)
+
+    def collate(samples: Sequence[Pair]) -> dict[str, Any]:
+        rows = [sample[side] for side in (0, 1) for sample in samples]
+        batch = pad(rows, padding_id(load_tokenizer(tokenizer)), context)
+        return {**batch, "labels": torch.arange(len(samples)), "task": "pairs", "pooling": pooling}
+
+    return TokenDataModule(
+        folder,
+        partial(load_tokenizer, tokenizer),
+        lambda rows, split: Pairs(rows),
+        context,
+        batch_size,
+        seed,
+        epoch_batches,
+        collate=collate,
+    )

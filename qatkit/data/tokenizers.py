@@ -1,0 +1,60 @@
+"""A tokenizer of transformers, from a folder or the hub, and all that decides what it makes of a text."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qatkit.errors import QatkitError
+from qatkit.hub import explain, locate
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        name: A folder that holds it, or the name of a model on the hub.
+        chat_template: A file with a Jinja template that takes the place of the tokenizer's own.
+
+    Raises:
+        QatkitError: the folder holds none, the hub does not give it, or the template cannot be read.
+    """
+    source, offline = locate(name, "tokenizer", "a tokenizer", "tokenizer_config.json")
+    from transformers import AutoTokenizer
+
+    try:
+        # asked about code of its own, transformers would wait for an answer on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    except Exception as error:  # the library raises what its parts raise
+        raise QatkitError(f"{explain(error, 'tokenizer', name)}; write a folder or a name that holds one") from error
+    if not tokenizer.is_fast:
+        raise QatkitError(f"tokenizer: '{name}' has no tokenizer.json; write one that has, as nearly all models do")
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise QatkitError(f"chat_template: '{chat_template}' cannot be read ({error}); write a file") from error
+    return tokenizer
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of everything that a saved tokenizer consists of."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def padding_id(tokenizer: Any) -> int:
+    """What fills up a row of a batch: the padding token, or the end of text, which attention and labels leave out."""
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    return 0

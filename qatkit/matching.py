@@ -1,0 +1,49 @@
+"""Whether data and model belong together: what would otherwise be an index out of range in the middle of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qatkit.errors import QatkitError
+
+
+def check_data(model: nn.Module, data: Any) -> None:
+    """Compare what data and model say of themselves; those that say nothing are taken as they are.
+
+    Args:
+        model: A model of transformers, or any other.
+        data: A data module, perhaps with a ``tokenizer``, ``classes``, a ``context`` and ``packed``.
+
+    Raises:
+        QatkitError: tokens, classes, length or packing of the data are not those of the model.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return
+    tokenizer = getattr(data, "tokenizer", None)
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer is not None and known is not None and len(tokenizer) > known:
+        raise QatkitError(
+            f"data: its tokenizer has {len(tokenizer)} tokens, and the model's vocabulary {known}; write the tokenizer "
+            "that the model was trained with"
+        )
+    classes = getattr(data, "classes", None)
+    if classes is not None and config.num_labels != len(classes):
+        raise QatkitError(
+            f"data.args.classes: they are {len(classes)}, and the model has {config.num_labels} outputs; write "
+            f"model.args.num_classes: {len(classes)}"
+        )
+    context = getattr(data, "context", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest is not None and context > longest:
+        raise QatkitError(
+            f"data.args.context: {context} is longer than the {longest} positions of the model; write {longest} or less"
+        )
+    attention = str(getattr(config, "_attn_implementation", ""))
+    if getattr(data, "packed", False) and "flash" in attention and data.batch_size > 1:
+        raise QatkitError(
+            f"data: with attn_implementation {attention} documents of a window are only kept apart in batches of 1; "
+            "write batch_size: 1 and a larger context, or sdpa"
+        )

@@ -1,0 +1,176 @@
+"""Pretrained models of transformers, from a folder or from the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.hub import explain, locate
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+def causal_lm(
+    name_or_path: str,
+    dtype: Dtype = "float32",
+    attn_implementation: Attention = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """A pretrained language model of transformers, from a folder or from the hub.
+
+    On torch's meta device, where recipes are validated, only its config is read.
+
+    Args:
+        name_or_path: A folder that `save_pretrained` wrote (config.json and weights), or the name of a model on the
+            hub, such as "Qwen/Qwen3-0.6B"; what is a folder here is taken as that.
+        dtype: Of the weights. float32 is for training all of them; bf16-mixed computes faster on them.
+        attn_implementation: How transformers computes attention.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        QatkitError: the folder holds no model, or the hub does not have it, does not give it or cannot be reached.
+
+    Example:
+        >>> import tempfile
+        >>> from qatkit.models import llama
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     llama(vocab_size=300, hidden=32, layers=1, heads=2, kv_heads=1).save_pretrained(folder)
+        ...     type(causal_lm(folder)).__name__
+        'LlamaForCausalLM'
+    """
+    return _load("CausalLM", "causal language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+
+
+def masked_lm(
+    name_or_path: str,
+    dtype: Dtype = "float32",
+    attn_implementation: Attention = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """A pretrained model that fills in masked tokens, such as BERT; for the data of `qatkit.data:masked_text`.
+
+    Args:
+        name_or_path: A folder or a name on the hub, as for `causal_lm`.
+        dtype: Of the weights.
+        attn_implementation: How transformers computes attention.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        QatkitError: as `causal_lm`.
+    """
+    return _load("MaskedLM", "masked language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+
+
+def sequence_classifier(
+    name_or_path: str,
+    num_classes: int,
+    dtype: Dtype = "float32",
+    attn_implementation: Attention = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """A pretrained model with a class for every text; for the data of `qatkit.data:text_classification`.
+
+    A model that was not trained to classify gets a head with random weights. A decoder reads the class off the last
+    token that is no padding; where its config names no padding token, that is the end of text, as in qatkit's data.
+
+    Args:
+        name_or_path: A folder or a name on the hub, as for `causal_lm`.
+        num_classes: Outputs, at least 2.
+        dtype: Of the weights.
+        attn_implementation: How transformers computes attention.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        QatkitError: as `causal_lm`, or the model was trained for another number of classes.
+    """
+    if num_classes < 2:
+        raise QatkitError(f"num_classes: {num_classes} leaves nothing to tell apart; write 2 or more")
+    model = _load(
+        "SequenceClassification", "classifier of texts", name_or_path, dtype, attn_implementation,
+        gradient_checkpointing, num_labels=num_classes,
+    )  # fmt: skip
+    config: Any = model.config
+    if config.pad_token_id is None and config.eos_token_id is not None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    return model
+
+
+def embedding_model(
+    name_or_path: str,
+    dtype: Dtype = "float32",
+    attn_implementation: Attention = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """A pretrained model without a head, whose hidden states become embeddings; for `qatkit.data:text_pairs`.
+
+    Args:
+        name_or_path: A folder or a name on the hub, as for `causal_lm`.
+        dtype: Of the weights.
+        attn_implementation: How transformers computes attention.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        QatkitError: as `causal_lm`.
+    """
+    model = _load("", "model without a head", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+    pooler = getattr(model, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)  # embeddings are pooled from hidden states; it would wait for gradients in vain
+    return model
+
+
+def _load(
+    kind: str,
+    described: str,
+    name: str,
+    dtype: Dtype,
+    attention: Attention,
+    checkpointing: bool,
+    **settings: Any,
+) -> nn.Module:
+    source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
+    if source != name or Path(source).is_dir():
+        _check_folder(Path(source))
+    import transformers
+
+    factory = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    # asked about code of its own, transformers would wait for an answer on the terminal
+    reading = {"local_files_only": offline, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **reading, **settings)
+        if torch.get_default_device().type == "meta":
+            model = factory.from_config(config, **options)
+        else:
+            model = factory.from_pretrained(source, config=config, **reading, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise QatkitError(
+            f"{explain(error, 'name_or_path', name, described)}; write a folder or a name that holds one"
+        ) from error
+    model.config.use_cache = False  # training and evaluation see whole sequences
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found: nn.Module = model
+    return found
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QatkitError(
+            f"name_or_path: {folder} has no config.json that can be read ({error}); write a folder that "
+            "save_pretrained wrote"
+        ) from error
+    if "model_type" not in config:
+        raise QatkitError(f"name_or_path: {folder / 'config.json'} names no model_type; it is not of transformers")
+    if not [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+        raise QatkitError(f"name_or_path: {folder} holds no .safetensors file; copy the model's weights there")

@@ -1,0 +1,147 @@
+"""Conversations: the tokens that are learned are those that transformers says the assistant wrote."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qatkit import QatkitError
+from qatkit.data import Source, chat
+from qatkit.data.chat_template import messages_of, tokenize_chat
+from qatkit.data.source import BadRecord
+from qatkit.data.tokenizers import load_tokenizer
+from qatkit.errors import QatkitWarning
+from qatkit.tasks import IGNORED
+from tests.data.corpus import save_tokenizer, write_lines
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{% generation %}{{ ' ' + message['content'] | trim + ' <|endoftext|>' }}"
+    "{% endgeneration %}{% endif %}{% endfor %}"
+)
+# as Qwen3 does it: the last answer has an empty thought before it, which earlier ones have not
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": " How many red boxes? "},
+    {"role": "assistant", "content": "Ada counts the red boxes: 3."},
+    {"role": "user", "content": "And the keys?"},
+    {"role": "assistant", "content": "Grace moves the small keys."},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "qatkit"
+
+
+def learned(tokenizer: Any, messages: Any) -> tuple[list[int], list[int]]:
+    found = tokenize_chat(tokenizer, messages)
+    assert not isinstance(found, BadRecord), found
+    return found
+
+
+@pytest.mark.parametrize("talk", [TALK, TALK[:2], [{"role": "system", "content": "Be short."}, *TALK]], ids=len)
+@pytest.mark.parametrize("template", [CHATML, LLAMA_2, THINKING], ids=["chatml", "llama_2", "thinking"])
+def test_the_learned_tokens_are_those_of_transformers_with_and_without_marks_in_the_template(
+    template: str, talk: list[dict[str, str]], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path / "tokenizer", template))
+    expected = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    assert 0 < sum(expected["assistant_masks"]) < len(expected["input_ids"])
+    assert learned(tokenizer, talk) == (expected["input_ids"], expected["assistant_masks"])
+    # with a template that does not say which turns are the assistant's, they are found in what it writes
+    tokenizer.chat_template = re.sub(r"\{% (end)?generation %\}", "", template)
+    assert learned(tokenizer, talk) == (expected["input_ids"], expected["assistant_masks"])
+
+
+def test_a_batch_learns_the_answers_and_nothing_else(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
+    records = [{"instruction": "Say it.", "input": str(n), "output": f"It is {n}."} for n in range(60)]
+    file = write_lines(tmp_path / "chat.jsonl", records)
+    data = chat(Source(str(file), val_fraction=0.2, test_fraction=0.2), tokenizer, context=200, batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].shape[1] % 8 == 0
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        said = data.tokenizer.decode(labels[labels != IGNORED])
+        number = re.findall(r"\d+", said)[0]
+        assert said == f"It is {number}.<|im_end|>"
+        whole = f"<|im_start|>user\nSay it.\n\n{number}<|im_end|>\n<|im_start|>assistant\nIt is {number}.<|im_end|>\n"
+        assert data.tokenizer.decode(ids[mask.bool()]) == whole
+        assert torch.equal(labels[~mask.bool()], torch.full_like(labels[~mask.bool()], IGNORED))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": TALK[:1]}, "has no turn of the assistant, so there is nothing to learn"),
+        ({"text": "a"}, r"has no 'messages', 'conversations', 'prompt' or 'instruction' but \['text'\]"),
+        ({"messages": "hello"}, r"its messages are no list of"),
+        ({"prompt": "a", "completion": None}, "'prompt' and 'completion' are not both text"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "a turn is from 'robot'; write one of human, gpt"),
+        ({"messages": [TALK[0], {"role": "assistant", "content": "a" * 500}]}, r"has \d+ tokens, and context is 100"),
+        ({"messages": [TALK[0], {"role": "assistant"}]}, "a turn of the assistant has no text"),
+    ],
+)
+def test_a_record_that_teaches_nothing_or_does_not_fit_is_named_by_its_line(
+    record: Any, reason: str, tmp_path: Path
+) -> None:
+    template = re.sub(r"\{% (end)?generation %\}", "", CHATML)
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", template)
+    good = [{"messages": [TALK[0], {"role": "assistant", "content": f"{n}."}]} for n in range(60)]
+    file = str(write_lines(tmp_path / "chat.jsonl", [*good, record]))
+    shares = {"val_fraction": 0.2, "test_fraction": 0.2}
+    with pytest.raises(QatkitError, match=rf"chat\.jsonl:61: .*{reason}"):
+        chat(Source(file, **shares), tokenizer, context=100).prepare_data()
+    with pytest.warns(QatkitWarning, match=r"1 of 61 records were left out, the first: .*chat\.jsonl:61"):
+        chat(Source(file, **shares, skip_bad=True), tokenizer, context=100).prepare_data()
+
+
+def test_all_labels_masked_after_truncation_is_an_error(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
+    file = write_lines(tmp_path / "chat.jsonl", [{"messages": TALK}])
+    source = Source(str(file), str(file), str(file))
+    with pytest.raises(QatkitError, match=r"chat\.jsonl:1: has no token of the assistant's to learn"):
+        chat(source, tokenizer, context=8, truncate=True).prepare_data()
+    chat(source, tokenizer, context=150, truncate=True).prepare_data()
+
+
+def test_a_tokenizer_without_a_chat_template_is_named_and_a_file_may_give_one(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    file = str(write_lines(tmp_path / "chat.jsonl", [{"messages": TALK}]))
+    with pytest.raises(QatkitError, match=r"tokenizer: '.*' has no chat template; write chat_template: FILE\.jinja"):
+        chat(Source(file, file, file), tokenizer).prepare_data()
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    data = chat(Source(file, file, file), tokenizer, chat_template=str(tmp_path / "chatml.jinja"), batch_size=1)
+    assert (next(iter(data.train_dataloader()))["labels"] != IGNORED).any()
+    assert data.tokenizer.chat_template == CHATML
+
+
+def test_the_usual_shapes_of_conversations_are_one() -> None:
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    for record in (
+        {"messages": [asked, answered]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": "a", "response": "b"},
+        {"prompt": [asked], "completion": [answered]},
+        {"instruction": "a", "input": "", "output": "b"},
+    ):
+        assert messages_of(record) == [asked, answered]

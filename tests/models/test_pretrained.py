@@ -1,0 +1,79 @@
+"""Models for classes, hidden tokens and embeddings: loaded as asked, and refused where they do not fit the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qatkit import QatkitError
+from qatkit.matching import check_data
+from qatkit.models import causal_lm, embedding_model, masked_lm, sequence_classifier
+from tests.models.families import tiny
+
+
+def saved(folder: Path, family: str, kind: str = "CausalLM", **config: Any) -> str:
+    tiny(family, kind, **config).save_pretrained(folder)  # type: ignore[operator]
+    return str(folder)
+
+
+def test_each_factory_gives_the_model_of_its_kind_also_without_memory(tmp_path: Path) -> None:
+    bert, llama = saved(tmp_path / "bert", "bert", "MaskedLM"), saved(tmp_path / "llama", "llama")
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            found = [
+                masked_lm(bert),
+                sequence_classifier(bert, 3),
+                embedding_model(bert),
+                sequence_classifier(llama, 2),
+                embedding_model(llama, dtype="bfloat16", attn_implementation="eager", gradient_checkpointing=True),
+            ]
+        assert [type(model).__name__ for model in found] == [
+            "BertForMaskedLM", "BertForSequenceClassification", "BertModel", "LlamaForSequenceClassification",
+            "LlamaModel",
+        ]  # fmt: skip
+        assert next(found[4].parameters()).dtype == torch.bfloat16
+        assert found[4].config._attn_implementation == "eager"  # type: ignore[union-attr]
+        assert found[4].is_gradient_checkpointing
+
+
+def test_a_model_trained_for_other_classes_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "bert", "SequenceClassification", num_labels=3)
+    with pytest.raises(QatkitError, match=r"name_or_path: .* cannot be loaded as a classifier of texts"):
+        sequence_classifier(folder, 5)
+    with pytest.raises(QatkitError, match=r"num_classes: 1 leaves nothing to tell apart"):
+        sequence_classifier(folder, 1)
+
+
+def data(**values: Any) -> Any:
+    return SimpleNamespace(**{"batch_size": 4, **values})
+
+
+def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> None:
+    model = tiny("gpt2")
+    check_data(model, data(tokenizer=range(300), context=64))
+    with pytest.raises(QatkitError, match=r"its tokenizer has 301 tokens, and the model's vocabulary 300"):
+        check_data(model, data(tokenizer=range(301)))
+    with pytest.raises(QatkitError, match=r"data\.args\.context: 65 is longer than the 64 positions of the model"):
+        check_data(model, data(context=65))
+    classifier = tiny("bert", "SequenceClassification", num_labels=3)
+    with pytest.raises(QatkitError, match=r"data\.args\.classes: they are 2, and the model has 3 outputs"):
+        check_data(classifier, data(classes=["a", "b"]))
+    model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
+    with pytest.raises(QatkitError, match=r"kept apart in batches of 1; write batch_size: 1"):
+        check_data(model, data(packed=True))
+    check_data(model, data(packed=True, batch_size=1))
+    check_data(torch.nn.Linear(2, 2), data(tokenizer=range(301)))
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}'
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(QatkitError, match=r"cannot be loaded as a causal language model"):
+        causal_lm(str(tmp_path))
