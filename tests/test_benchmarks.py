@@ -44,7 +44,7 @@ def test_the_distillation_benchmark_trains_both_students_of_both_recipes_in_its_
 
 
 def test_the_pruning_benchmark_runs_every_method_in_its_quick_mode() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "prune_accuracy.py"), "--quick", "--jobs", "2"]
+    command = [warm.python(), str(ROOT / "benchmarks" / "prune_accuracy.py"), "--quick", "--jobs", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 5]
     methods = {(task, method, zeros) for task, method, zeros, *_ in rows}
