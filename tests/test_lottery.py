@@ -101,7 +101,7 @@ def test_a_round_starts_with_earlier_weights_under_the_zeros_of_the_trained_ones
 
 def test_the_zeros_stay_with_initial_and_with_fresh_weights(rewound: Run) -> None:
     late = weights(rewound, "to_early")
-    for stage, model in (("to_init", rewound.build_model()), ("fresh", rewound.build_model(9))):
+    for stage, model in (("to_init", rewound.build_model()), ("fresh", rewound.build_model(seed=9))):
         for name, value in weights(rewound, stage).items():
             expected = model.state_dict()[name]
             assert torch.equal(value, expected * (late[name] != 0) if late[name].dim() > 1 else expected), name

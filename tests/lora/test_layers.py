@@ -141,7 +141,7 @@ def test_no_merged_or_rounded_weight_is_kept_for_the_backward_pass() -> None:
             network(torch.randn(4, 256)).sum().backward()
         peaks[name] = memory.peak / (4 * 256 * 256)
     assert peaks["adapters"] < 9, "more than the weights of one layer at a time"
-    assert peaks["full"] > 24, "the measure must see what plain training keeps"
+    assert peaks["full"] > 12, "the measure must see what plain training keeps: the gradients alone are 12"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -118,7 +118,8 @@ def test_any_scale_gives_codes_inside_the_range_and_the_nearest_value(
     grid = every_value(spec)
     offset = unblocked(aligned(zero_point, x, spec).expand_as(size_of), x.shape, spec)
     nearest = (v.unsqueeze(-1) - (grid - offset.unsqueeze(-1))).abs().amin(dim=-1)
-    torch.testing.assert_close((v - rounded).abs(), nearest, rtol=1e-4, atol=1e-4)
+    # both are differences of float32 numbers, so what rounding leaves in them grows with the numbers
+    assert ((v - rounded).abs() - nearest).abs().le(1e-4 + 1e-6 * v.abs()).all()
 
 
 @pytest.mark.parametrize(
