@@ -70,9 +70,8 @@ def _key(job: Job) -> str:
 def all_jobs(journal: Journal, sparsities: Iterable[float], seeds: Iterable[int]) -> None:
     """Do everything: the dense CNNs first, from which the others start."""
     seeds, sparsities = list(seeds), list(sparsities)
-    journal.run(Job("digits", "dense", seed=seed) for seed in seeds)
     methods = ["one-shot", "gradual", "gradual + KD"]
-    jobs = [Job("digits", "lottery", seed=seed) for seed in seeds]
+    jobs = [Job("digits", method, seed=seed) for method in ("dense", "lottery") for seed in seeds]
     jobs += [Job("digits", "dense trained on", seed=seed) for seed in seeds]
     jobs += [Job("digits", method, s, seed) for method in methods for s in sparsities for seed in seeds]
     jobs += [Job("text", method, seed=seed) for method in ("dense trained on", *TRAINED) for seed in seeds]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -94,7 +95,9 @@ def _digits(job: Job, size: Size, folder: Path) -> dict[str, float]:
         model.load_state_dict(torch.load(path))
     else:
         _fit(model, stage, data.train_dataloader(), job.seed)
-        torch.save(model.state_dict(), path)
+        temporary = path.with_suffix(f".{os.getpid()}")  # another job may train the same model meanwhile
+        torch.save(model.state_dict(), temporary)
+        temporary.rename(path)
     if job.method != "dense":
         teacher = copy.deepcopy(model) if job.method.endswith("+ KD") else None
         how = _callbacks(job, model, [], "model")

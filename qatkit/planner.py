@@ -187,7 +187,7 @@ def _fused(
 ) -> Tensor:
     """Both losses from the inputs of the output layers, as `qatkit.callbacks.fused` takes them."""
     batch = {"input_ids": tokens}
-    layer.forward = theirs.forward = lambda hidden: hidden  # type: ignore[assignment, method-assign]  # on copies
+    layer.forward = theirs.forward = lambda input: input  # type: ignore[method-assign]  # on copies
     hidden = call(model, batch)
     rows = tokens.numel()
     if teacher is None:

@@ -198,7 +198,8 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
     prints |= {key: str(value) for key, value in inputs.items() if key.startswith("data.")}
     if (tokenizer := getattr(data, "tokenizer", None)) is not None:
         prints["tokenizer"] = _hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    prints["samples"] = told
+    assert distill.cache is not None
+    prints |= {"top_k": str(distill.cache.top_k), "temperature": str(distill.temperature), "samples": told}
     prints["classes"] = "all" if size is None else str(size)
     prints["hidden"] = ", ".join(sorted(set(distill.hidden.layers.values()))) if distill.hidden else "none"
     held = (run.recipe.trainer.precision, distill.teacher_dtype, distill.teacher_bits)

@@ -41,3 +41,16 @@ def test_the_distillation_benchmark_trains_both_students_of_both_recipes_in_its_
         cells = dict(cell.split(" ") for cell in line.split(" | "))
         assert {stages, "alone", "distilled"} <= set(cells)
         assert cells["alone"] != cells["distilled"]
+
+
+def test_the_pruning_benchmark_runs_every_method_in_its_quick_mode() -> None:
+    command = [warm.python(), str(ROOT / "benchmarks" / "prune_accuracy.py"), "--quick", "--jobs", "2"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 5]
+    methods = {(task, method, zeros) for task, method, zeros, *_ in rows}
+    for method in ("one-shot", "gradual", "gradual + KD"):
+        assert {("digits", method, "50.0%"), ("digits", method, "90.0%"), ("text", method, "50.0%")} <= methods
+    for start in ("magnitude", "wanda", "sparsegpt"):
+        assert ("text", f"2:4 {start}", "50.0%") in methods
+    assert {("text", f"2:4 {m}, trained + KD", "50.0%") for m in ("magnitude", "sparsegpt")} <= methods
+    assert {method for _, method, _ in methods} >= {"lottery ticket", "the ticket's mask, fresh weights"}

@@ -25,13 +25,13 @@ model:
   args: {vocab_size: 300, hidden: 32, layers: 2, heads: 2, kv_heads: 1, intermediate: 64, context: 24}
 data:
   factory: "qatkit.data:stdlib_text"
-  args: {vocab_size: 300, context: 16, include: ["email/*"], val_fraction: 0.2, test_fraction: 0.1, epoch_batches: 5}
+  args: {vocab_size: 300, context: 16, include: ["email/*"], val_fraction: 0.2, test_fraction: 0.1, epoch_batches: 10}
 trainer: {accelerator: cpu}
 stages:
-  dense: {max_steps: 30, batch_size: 8, lr: 3.0e-3}
+  dense: {max_steps: 30, batch_size: 32, lr: 3.0e-3}
   qat:
     max_steps: 20
-    batch_size: 8
+    batch_size: 32
     lr: 1.0e-3
     distill:
       alpha: 0.5

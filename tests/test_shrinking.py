@@ -24,7 +24,8 @@ TEXT = [
     "data.args={vocab_size: 300, context: 16, include: ['email/*'], val_fraction: 0.2, test_fraction: 0.1, "
     "epoch_batches: 10}",
     "stages.dense.max_steps=40",
-    "stages.recover.max_steps=20",
+    "stages.recover.max_steps=30",
+    "stages.recover.lr=6e-3",
     "stages.cut.shrink={layers: 2, heads: 0.5, neurons: 0.5, hidden: 24, calibration_batches: 2}",
     "trainer.accelerator=cpu",
 ]

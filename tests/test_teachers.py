@@ -96,7 +96,7 @@ def test_from_the_cache_a_stage_trains_as_with_the_live_teacher(out: Path, folde
     [
         ("data.args.context=8", r"data\.args\.context: was 16, is now 8"),
         ("stages.qat.distill.temperature=1.0", r"temperature: was 2\.0, is now 1\.0"),
-        ("stages.qat.distill.cache.top_k=32", "k: was 64, is now 32"),
+        ("stages.qat.distill.cache.top_k=32", "top_k: was 64, is now 32"),
         ("stages.qat.max_steps=12", "samples: was 160 in the order of seed 0, is now 192 in the order of seed 0"),
     ],
 )

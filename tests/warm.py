@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+# as it is before any test changes it; libraries read some of it when they are imported
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 SERVER = Path(__file__).with_name("warm_server.py")
 CLIENT = """#!{executable} -IS
 import array, json, os, signal, socket, sys
@@ -43,9 +45,8 @@ sys.exit(os.WEXITSTATUS(status))
 
 def serve(path: Path) -> None:
     """Start a server, which ends with this process."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(SERVER), str(path)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=path.parent)
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=path.parent)
     atexit.register(server.kill)
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n", "the server of tests/warm.py did not start"

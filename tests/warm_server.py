@@ -59,6 +59,7 @@ def main(path: str) -> tuple[dict[str, Any], list[int]]:
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     for name in LOADED:
         importlib.import_module(name)
+    importlib.import_module("exporting").operators()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)

@@ -150,7 +150,7 @@ def state_memory(
     )
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Counts the bytes of storages that operators make, until the last tensor on them goes."""
 
     def __init__(self) -> None:

@@ -80,8 +80,8 @@ def _quantizable(model: nn.Module) -> Iterable[tuple[Any, int]]:
         if type(module) is nn.Linear and module is not head:
             yield module.weight, module.in_features
         elif type(module).__name__ == "Conv1D":
-            weight: Any = module.weight
-            yield weight, weight.shape[0]  # GPT-2's, [in, out]
+            weight: Any = module.weight  # GPT-2's, [in, out]
+            yield weight, weight.shape[0]
         elif is_experts(module):
             for _, experts in expert_weights(module):
                 yield experts, experts.shape[1 if module.is_transposed else 2]

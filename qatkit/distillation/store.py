@@ -8,7 +8,7 @@ log-probabilities and that of all other classes in float16. For k = 64 these are
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Targets:
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     """The outputs of layers of the teacher by name, float32 ``[samples, length, width]``, where they were asked for."""
 
-    def map(self, change: Any) -> Targets:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
         """The same with every tensor changed by a function."""
         return Targets(
             change(self.indices),

@@ -119,7 +119,10 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
     else:
         from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(_config(list(names), adapter), model)
+        # under another root: under FSDP2 peft takes a LightningModule, which knows a device mesh, for a model of
+        # transformers, and asks for its config
+        root = nn.ModuleDict({"root": model})
+        inject_adapter_in_model(_config([f"root.{name}" for name in names], adapter), root)
     for parameter in trained:
         parameter.requires_grad_(True)
 
