@@ -238,7 +238,7 @@ def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
 
 
 def _refuse_changes(folder: Path, found: dict[str, Any], fingerprint: dict[str, str], settings: dict[str, Any]) -> None:
-    was, now = found["fingerprint"] | found["settings"], fingerprint | settings
+    was, now = found["settings"] | found["fingerprint"], settings | fingerprint
     changes = [
         f"{key}: was {was.get(key, 'absent')}, is now {now.get(key, 'absent')}"
         for key in dict.fromkeys([*was, *now])
