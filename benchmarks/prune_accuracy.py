@@ -153,17 +153,16 @@ def claims_of(journal: Journal) -> list[Claim]:
 def main(quick: bool, jobs: int) -> None:
     if quick:
         with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder) / "jobs.json", QUICK, Path(folder), Path(folder) / "base.pt", jobs)
+            journal = Journal(Path(folder) / "jobs.json", QUICK, Path(folder), Path(folder) / "base.safetensors", jobs)
             all_jobs(journal, (0.5, 0.9), SEEDS[:2])
             for row in rows_of(journal, (0.5, 0.9)):
                 print(" | ".join(map(str, row.values())))
             for claim in claims_of(journal):
                 print(claim.text)
         return
-    base, folder = Path("build/qat_recovery/base.pt"), Path("build/prune_accuracy")
-    for path in (base.parent, folder):
-        path.mkdir(parents=True, exist_ok=True)
-    journal = Journal(JOURNAL, FULL, folder, base, jobs)
+    folder = Path("build/prune_accuracy")
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(JOURNAL, FULL, folder, recovery.BASE, jobs)
     all_jobs(journal, SPARSITIES, SEEDS)
     finish("prune_accuracy", rows_of(journal, SPARSITIES), claims_of(journal), SEEDS)
 

@@ -24,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import RESULTS, Claim, finish
-from recovery import FORMATS, FULL, QUICK, Job, Size, base_model, do, evaluate, mixed_layers
+from recovery import BASE, FORMATS, FULL, QUICK, Job, Size, base_model, do, evaluate, mixed_layers
 
 RATES = (3e-4, 1e-3)
 SEEDS = (0, 1, 2)
@@ -209,15 +209,13 @@ def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
 def main(quick: bool, jobs: int) -> None:
     if quick:
         with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder) / "jobs.json", QUICK, Path(folder) / "base.pt", jobs)
+            journal = Journal(Path(folder) / "jobs.json", QUICK, Path(folder) / "base.safetensors", jobs)
             formats = ["W3 g32", "W2 g32"]
             all_jobs(journal, formats, formats)
             for row in rows_of(journal, formats):
                 print(" | ".join(map(str, row.values())))
         return
-    base = Path("build/qat_recovery/base.pt")
-    base.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(JOURNAL, FULL, base, jobs)
+    journal = Journal(JOURNAL, FULL, BASE, jobs)
     all_jobs(journal, list(FORMATS), list(HEADLINES))
     finish("qat_recovery", rows_of(journal, list(FORMATS)), claims_of(journal, list(FORMATS)), SEEDS)
 

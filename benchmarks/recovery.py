@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import RESULTS
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +28,8 @@ from qatkit.quantization.initialisers.runner import Method, initialise
 from qatkit.quantization.sensitivity import measure_sensitivity
 
 CONTEXT, VOCABULARY = 128, 2048
+BASE = RESULTS / "qat_recovery_base.safetensors"
+"""The dense model of the full benchmarks on this text, which took minutes to train."""
 TOKEN8 = QuantSpec(8, symmetric=False, strategy="token")
 TOKEN4 = QuantSpec(4, symmetric=False, strategy="token")
 FP8_TOKEN = QuantSpec(8, type="float", strategy="token")
@@ -96,14 +100,17 @@ class Job:
 
 
 def base_model(size: Size, path: Path) -> nn.Module:
-    """The dense model; trained and written to `path` where it is not there yet."""
+    """The dense model; trained and written to `path` where it is not there yet.
+
+    Kept in float16, which costs the loss less than 1e-4: every machine then starts from the same small file.
+    """
     torch.manual_seed(0)
     model = llama(vocab_size=VOCABULARY, context=CONTEXT, **dict(size.model))
-    if path.exists():
-        model.load_state_dict(torch.load(path))
-    else:
+    if not path.exists():
         train(model, size.base_steps, size.batch, lr=3e-3, seed=1000)
-        torch.save(model.state_dict(), path)
+        save_model(model.half(), str(path))
+        model.float()
+    load_model(model, path)
     return model.eval()
 
 
@@ -153,6 +160,7 @@ def teach(dense: nn.Module, size: Size, seed: int, folder: Path) -> Tensor:
     In float16: what is lost is 5e-4 of a logit, far below what the model knows of it.
     """
     path = folder / f"taught_{seed}.npy"
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}")
         shape = (size.steps, size.batch * (CONTEXT - 1), VOCABULARY)
@@ -206,7 +214,9 @@ def do(job: Job, size: Size, path: Path, layers: dict[str, Scheme] | None = None
     elif not method.startswith("dense"):
         prepare(model, job, method, size, layers)
     if job.trains:
-        taught = teach(dense, size, job.seed, path.parent) if kd else None
+        # gigabytes, which are made again in minutes: not beside the results
+        folder = Path("build/qat_recovery") if path == BASE else path.parent
+        taught = teach(dense, size, job.seed, folder) if kd else None
         train(model, size.steps, size.batch, job.lr, job.seed, kd, taught)
     return evaluate(model, size)
 

@@ -38,7 +38,7 @@ class CompressionModule(LightningModule):
 
     def __init__(self, model: nn.Module, stage: StageConfig, seed: int, compiled: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # from_pretrained gives models that evaluate, and Lightning leaves them so
         self.stage = stage
         self.seed = seed
         self.compiled = compiled

@@ -116,3 +116,8 @@ def test_a_whole_batch_may_be_given_as_keywords_and_its_labels_stay_out_of_the_m
     output = module(**texts())
     assert output.loss is None
     assert output.logits.shape == (8, 12, VOCAB)
+
+
+def test_a_model_that_comes_in_evaluation_mode_is_trained_with_its_dropout() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
+    assert CompressionModule(model, StageConfig(max_steps=1), seed=0).model[1].training
