@@ -49,7 +49,8 @@ def serve(path: Path) -> None:
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=path.parent)
     atexit.register(server.kill)
     assert server.stdout is not None
-    assert server.stdout.readline() == b"ready\n", "the server of tests/warm.py did not start"
+    said = server.stdout.readline()
+    assert said == b"ready\n", f"the server of tests/warm.py did not start: {said!r}, {server.poll()}"
 
 
 @functools.cache
