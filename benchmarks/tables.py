@@ -3,7 +3,7 @@
 Run: python benchmarks/tables.py [--check]
 
 A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->``; what stands between is replaced by the rows of
-``results/NAME.json``; with ``targets:`` in the place of ``table:``, by what the project wanted of itself and what was seen.
+``results/NAME.json``; with ``targets:`` in the place of ``table:``, by what the project wanted of itself, and seen.
 """
 
 from __future__ import annotations
