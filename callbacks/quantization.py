@@ -22,7 +22,7 @@ from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.initialisers.runner import Method, initialise
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
-from qatkit.quantization.selection import select
+from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
@@ -74,12 +74,7 @@ class QuantizationAwareTraining(Callback):
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
-        for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
-            if spec is not None and not isinstance(spec, QuantSpec):
-                raise QatkitError(f"{name}: {spec!r} is no QuantSpec; write QuantSpec(num_bits=8)")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise QatkitError(f"{name}: '{patterns}' is no list of patterns; write ['{patterns}']")
+        check_arguments(weight, activation, include, exclude, layers or {}, kv_cache)
         self.weight = weight
         self.activation = activation
         self.include = list(include)
