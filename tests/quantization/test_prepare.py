@@ -185,7 +185,7 @@ def test_a_module_without_a_weight_of_its_own_is_named_when_a_pattern_selects_it
     model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
     with pytest.raises(QatkitError, match="'rnn' selects 'rnn', a LSTM, which cannot be quantized"):
         prepare_qat(model, W4, include=["rnn"])
-    with pytest.raises(QatkitError, match="'att.*' selects 'attention', a MultiheadAttention, which cannot"):
+    with pytest.raises(QatkitError, match=r"'att\*n' selects 'attention', a MultiheadAttention, which cannot"):
         prepare_qat(model, W4, include=["att*n"])
 
 
