@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -22,7 +22,7 @@ from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.initialisers.runner import Method, initialise
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
-from qatkit.quantization.selection import select
+from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
@@ -74,12 +74,11 @@ class QuantizationAwareTraining(Callback):
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
-        for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
-            if spec is not None and not isinstance(spec, QuantSpec):
-                raise QatkitError(f"{name}: {spec!r} is no QuantSpec; write QuantSpec(num_bits=8)")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise QatkitError(f"{name}: '{patterns}' is no list of patterns; write ['{patterns}']")
+        check_arguments(weight, activation, include, exclude, layers or {}, kv_cache)
+        if init is not None and init not in get_args(Method):
+            raise QatkitError(f"init: '{init}' is unknown; write one of {', '.join(get_args(Method))}")
+        if calibration_batches < 1:
+            raise QatkitError(f"calibration_batches: {calibration_batches} is out of range; write at least 1")
         self.weight = weight
         self.activation = activation
         self.include = list(include)
@@ -117,7 +116,10 @@ class QuantizationAwareTraining(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
-        if trainer.ckpt_path is not None or (self.init is None and all(fq.ready for _, fq in self._own(pl_module))):
+        if trainer.ckpt_path is not None:
+            self._initialised = True  # what it restores has been initialised: a fit after this one trains on
+            return
+        if self.init is None and all(fq.ready for _, fq in self._own(pl_module)):
             return
         trainer.fit_loop.setup_data()  # before random numbers are isolated: it draws the seed of the training order
         if self.init is not None and not self._initialised:

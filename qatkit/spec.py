@@ -68,6 +68,10 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if type(self.num_bits) is not int:
             raise ValueError(f"num_bits: {self.num_bits!r} is no whole number; write one from 2 to 8")
+        if type(self.symmetric) is not bool:
+            raise ValueError(f"symmetric: {self.symmetric!r} is neither True nor False; write one of them")
+        if self.group_size is not None and type(self.group_size) is not int:
+            raise ValueError(f"group_size: {self.group_size!r} is no whole number; write one such as 32")
         for name, kind in (
             ("type", ElementType), ("strategy", Strategy), ("observer", Observer), ("scale_dtype", ScaleDtype),
             ("scale_rule", ScaleRule),

@@ -110,6 +110,16 @@ def test_foreign_code_needs_permission_to_be_validated_too(recipe_file: Path) ->
             "stages.qat.quantize",
             ["layer 'enter'", "group_size 3 does not divide its 8 inputs", "4, 8"],
         ),
+        (
+            ["stages.qat.quantize.weight={num_bits: 4, observer: mse}", "stages.qat.quantize.init=awq"],
+            "stages.qat.quantize.init",
+            ["awq: nothing is known about what comes before the layers of a ModuleDict", "use gptq"],
+        ),
+        (
+            ["stages.qat.quantize={activation: {num_bits: 8, strategy: token}, init: gptq}"],
+            "stages.qat.quantize.init",
+            ["gptq: it sets weights and their scales, and no weight is quantized"],
+        ),
         (["model.factory=validation_code:nett"], "model.factory", ["no 'nett'", "did you mean 'net'?"]),
         (["model.args.widht=8"], "model.args.widht", ["no such argument", "'width'?"]),
         (["model.args.width=wide"], "model.args.width", ["'wide' is not a whole number"]),

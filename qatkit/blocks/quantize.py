@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qatkit.blocks.names import inside, inside_keys
+from qatkit.errors import QatkitError
+from qatkit.quantization.initialisers.runner import check_method
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.recipe import QuantizeConfig
 
@@ -17,7 +19,13 @@ if TYPE_CHECKING:
 def check(config: QuantizeConfig, model: nn.Module) -> list[str]:
     """The layers that are quantized, after everything that can be known of them was checked."""
     names = prepare_qat(model, **config.arguments)
-    strip_qat(model)
+    try:
+        if config.init is not None:
+            check_method(model, config.init)
+    except QatkitError as error:
+        raise QatkitError(f"init: {error}") from None
+    finally:
+        strip_qat(model)
     return names
 
 

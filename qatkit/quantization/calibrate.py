@@ -32,8 +32,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
         Names of the fake quantizers that were set.
 
     Raises:
-        QatkitError: no batches, a layer that the batches never reach, or activations that are not finite. The model's
-            scales are then as they were.
+        QatkitError: nothing is prepared, no batches, a layer that the batches never reach, or activations that are not
+            finite. The model's scales are then as they were.
 
     Example:
         >>> import torch
@@ -43,7 +43,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
         >>> calibrate(model, [torch.randn(4, 8)])
         ['0.input_fake_quant']
     """
-    watched = [(name, fq) for name, fq in fake_quantizers(model) if fq.role == "activation" and _is_static(fq)]
+    quantizers = fake_quantizers(model)
+    if not quantizers:
+        raise QatkitError("calibrate: the model has no fake-quantized layer; call prepare_qat before")
+    watched = [(name, fq) for name, fq in quantizers if fq.role == "activation" and _is_static(fq)]
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     count = 0
@@ -79,7 +82,9 @@ def _set_scales(watched: list[tuple[str, FakeQuantize]], observers: list[RangeOb
     # becomes inf, because a MAX over NaN may drop it, and one rank raising alone would leave the others waiting.
     unseen = torch.full((2,), -torch.inf)
     rows = [
-        unseen if o.low is None or o.high is None else torch.cat([-o.low, o.high]).cpu().nan_to_num(torch.inf)
+        unseen
+        if o.low is None or o.high is None
+        else torch.cat([-o.low, o.high]).cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
         for o in observers
     ]
     joined = torch.stack([*rows, torch.full((2,), float(count))]).to(device)
@@ -101,14 +106,20 @@ def _set_scales(watched: list[tuple[str, FakeQuantize]], observers: list[RangeOb
                 f"calibration: layer '{layer}' was never run, so its input has no range; exclude it from quantization"
             )
     parts = torch.split(sums.cpu(), [3 + sum(len(c) for c in _counts(o)) for o in observers])
+    found: list[tuple[torch.Tensor, ...]] = []
     for (_, fake_quant), observer, seen, part in zip(watched, observers, ranges, parts, strict=True):
         low, high = -seen[:1], seen[1:]
         if fake_quant.tensor_scale is not None:
-            fake_quant.set_tensor_scale(tensor_scale_of(torch.maximum(-low, high), fake_quant.spec))
+            found.append((tensor_scale_of(torch.maximum(-low, high), fake_quant.spec),))
             continue
         mean = (part[:2] / part[2].clamp(min=1)).float()
         counts = None if observer.counts is None else part[3:].long()
-        fake_quant.set_qparams(*static_qparams(low, high, mean, counts, fake_quant.spec))
+        found.append(static_qparams(low, high, mean, counts, fake_quant.spec))
+    for (_, fake_quant), numbers in zip(watched, found, strict=True):  # an interrupt in a search leaves all as it was
+        if len(numbers) == 1:
+            fake_quant.set_tensor_scale(*numbers)
+        else:
+            fake_quant.set_qparams(*numbers)
 
 
 def _counts(observer: RangeObserver) -> list[torch.Tensor]:

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from qatkit.errors import QatkitWarning
 
 Fold = tuple[str, str]
 
+_NORMS: dict[type[nn.Module], type[_BatchNorm]] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
+"""By convolution, the BatchNorm over its outputs. Behind a linear layer BatchNorm1d may mean tokens by channels."""
+
 
 def fold_batchnorm(model: nn.Module) -> list[Fold]:
-    """Fold every BatchNorm2d that follows a convolution into it, in place; eval mode computes what it did before.
+    """Fold every BatchNorm that follows a convolution into it, in place; eval mode computes what it did before.
 
     The convolution keeps its name and gains a bias; the BatchNorm becomes `nn.Identity`. Pairs are found by tracing
     with `torch.fx`; where the whole model cannot be traced, its parts are tried.
@@ -29,14 +33,14 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
         >>> fold_batchnorm(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
         [('0', '1')]
     """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return []
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     folds = [fold for fold in _find(model, "") if uses[id(model.get_submodule(fold[0]).weight)] == 1]  # not a tied one
     for conv_name, bn_name in folds:
         conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d)
+        assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+        assert isinstance(bn, _BatchNorm)
         assert bn.running_mean is not None
         assert bn.running_var is not None
         with torch.no_grad():
@@ -48,7 +52,7 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
         conv.weight = nn.Parameter(weight.detach(), requires_grad=trains)
         conv.bias = nn.Parameter(bias.detach(), requires_grad=trains)
         model.set_submodule(bn_name, nn.Identity())
-    left = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         warnings.warn(
             f"BatchNorm not folded, because no convolution feeds it alone or torch.fx cannot trace its module: {left}; "
@@ -63,14 +67,14 @@ def replay_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
     """Give a freshly built model the structure that `fold_batchnorm` left, so that its checkpoint loads."""
     for conv_name, bn_name in folds:
         conv = model.get_submodule(conv_name)
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, nn.Conv1d | nn.Conv2d)
         if conv.bias is None:
             conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
         model.set_submodule(bn_name, nn.Identity())
 
 
 def _find(module: nn.Module, prefix: str) -> list[Fold]:
-    if not any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):
+    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
         return []
     try:
         graph = fx.Tracer().trace(module)
@@ -86,9 +90,9 @@ def _find(module: nn.Module, prefix: str) -> list[Fold]:
             and before.op == "call_module"
             and len(before.users) == 1
             and times[str(node.target)] == times[str(before.target)] == 1
-            and type(bn := module.get_submodule(str(node.target))) is nn.BatchNorm2d
+            and type(bn := module.get_submodule(str(node.target)))
+            is _NORMS.get(type(module.get_submodule(str(before.target))))
             and bn.running_mean is not None
-            and type(module.get_submodule(str(before.target))) is nn.Conv2d
         ):
             folds.append((f"{prefix}{before.target}", f"{prefix}{node.target}"))
     return folds

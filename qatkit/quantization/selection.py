@@ -11,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.quantization.experts import expert_weights, is_experts
+from qatkit.quantization.experts import QATExperts, expert_weights, is_experts
 from qatkit.quantization.kv_cache import attention_modules, check_kv_quantization
 from qatkit.quantization.layers import SWAPS, QATLayer, swap_of
 from qatkit.schemes import Scheme, check_kv_cache
@@ -49,6 +49,7 @@ def select(
             is not finite.
     """
     layers = layers or {}
+    check_arguments(weight, activation, include, exclude, layers, kv_cache)
     default = Scheme(weight, activation)
     if kv_cache is not None:
         check_kv_cache(kv_cache)
@@ -68,15 +69,15 @@ def select(
     excluded = {name for name in known if any(fnmatchcase(name, pattern) for pattern in exclude)}
     named = [(f"include[{index}]", pattern) for index, pattern in enumerate(include)]
     named += [(f"layers['{pattern}']", pattern) for pattern in layers]
+    patterns = [pattern for _, pattern in named]
+    for name, module in foreign.items():
+        if isinstance(module, QATLayer | QATExperts) and name not in excluded and _matches(name, module, patterns):
+            raise QatkitError(f"layer '{name}' is already fake-quantized; exclude it, or call strip_qat(model) first")
     for key, pattern in named:
         _check_pattern(key, pattern, fits, foreign, must_fit=True)
     attention = dict(attention_modules(model)) if kv_cache is not None else {}
     for index, pattern in enumerate(exclude):
         _check_pattern(f"exclude[{index}]", pattern, fits | attention, foreign, must_fit=False)
-    patterns = [pattern for _, pattern in named]
-    for name, module in foreign.items():
-        if isinstance(module, QATLayer) and name not in excluded and _matches(name, module, patterns):
-            raise QatkitError(f"layer '{name}' is already fake-quantized; exclude it, or call strip_qat(model) first")
     chosen: Selection = {}
     for name, module in fits.items():
         if name in excluded or not _matches(name, module, patterns):
@@ -95,14 +96,38 @@ def select(
     return chosen
 
 
+def check_arguments(
+    weight: object,
+    activation: object,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    layers: Mapping[str, object],
+    kv_cache: object,
+) -> None:
+    """Refuse what `prepare_qat` and the callback cannot take, such as a scheme where a spec is expected."""
+    for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
+        if isinstance(spec, Scheme):
+            raise QatkitError(f"{name}: a scheme holds two specs; write weight=w8a8.weight, activation=w8a8.activation")
+        if spec is not None and not isinstance(spec, QuantSpec):
+            raise QatkitError(f"{name}: {spec!r} is no QuantSpec; write QuantSpec(num_bits=8)")
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise QatkitError(f"{name}: '{patterns}' is no list of patterns; write ['{patterns}']")
+    for glob, how in layers.items():
+        if not isinstance(how, Scheme):
+            raise QatkitError(
+                f"layers['{glob}']: {how!r} is no Scheme; write scheme('W8A16') or Scheme(weight=QuantSpec(num_bits=8))"
+            )
+
+
 def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Layers that can be quantized, and other modules that have a weight."""
+    """Layers that can be quantized, and other modules that hold parameters."""
     fits: dict[str, nn.Module] = {}
     foreign: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if swap_of(type(module)) is not None or is_experts(module):
             fits[name] = module
-        elif isinstance(module, tuple(SWAPS)) or getattr(module, "weight", None) is not None:
+        elif name and (hasattr(module, "weight") or next(module.parameters(recurse=False), None) is not None):
             foreign[name] = module
     return fits, foreign
 
@@ -137,7 +162,7 @@ def _warn_of_missed(foreign: Mapping[str, nn.Module], excluded: set[str], patter
     missed = [
         f"{name} ({type(module).__name__})"
         for name, module in foreign.items()
-        if isinstance(module, tuple(SWAPS)) and name not in excluded and _matches(name, module, patterns)
+        if _multiplies(module) and name not in excluded and _matches(name, module, patterns)
     ]
     if missed:
         warnings.warn(
@@ -146,6 +171,13 @@ def _warn_of_missed(foreign: Mapping[str, nn.Module], excluded: set[str], patter
             QatkitWarning,
             stacklevel=4,
         )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module is of the kinds that hold most weights of a model: what a glob passes over ships unquantized."""
+    kinds = (*SWAPS, nn.modules.conv._ConvNd, nn.RNNBase)
+    # experts that transformers does not mark: one matrix for each, which a token or a position never is
+    return isinstance(module, kinds) or any(min(weight.shape) > 1 for _, weight in expert_weights(module))
 
 
 def _check_ties(model: nn.Module, chosen: Selection) -> None:

@@ -100,7 +100,7 @@ def layer_groups(model: nn.Module, include: Sequence[str] = ("*",), exclude: Seq
 
     Runtimes join q/k/v and gate/up into one product, and two roundings of a tied weight would be two weights.
     """
-    chosen = select(model, QuantSpec(strategy="tensor"), include=include, exclude=exclude)  # which fits every layer
+    chosen = select(model, QuantSpec(strategy="channel"), include=include, exclude=exclude)  # which fits every layer
     root = {name: name for name in chosen}
 
     def find(name: str) -> str:

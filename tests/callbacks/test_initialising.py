@@ -52,6 +52,24 @@ def test_a_method_that_sets_scales_is_refused_where_they_are_computed_and_nothin
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(module.parameters(), before, strict=True))
 
 
+def test_a_fit_after_a_resumed_one_trains_on_and_does_not_initialise_again(tmp_path: Path) -> None:
+    first = trainer(QuantizationAwareTraining(weight=W3, init="gptq"), max_steps=4)
+    first.fit(Classifier(), batches())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    module, callback = Classifier(), QuantizationAwareTraining(weight=W3, init="gptq")
+    trainer(callback, max_steps=8).fit(module, batches(), ckpt_path=tmp_path / "half.ckpt")
+    before = [parameter.clone() for parameter in module.parameters()]
+    trainer(callback, max_steps=0).fit(module, batches())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(module.parameters(), before, strict=True))
+
+
+def test_an_unknown_starting_point_is_refused_before_a_module_is_touched() -> None:
+    with pytest.raises(QatkitError, match="init: 'gpqt' is unknown; write one of rtn, mse, gptq, awq, smoothquant"):
+        QuantizationAwareTraining(weight=W3, init="gpqt")  # type: ignore[arg-type]
+    with pytest.raises(QatkitError, match="calibration_batches: 0 is out of range; write at least 1"):
+        QuantizationAwareTraining(weight=W3, calibration_batches=0)
+
+
 def test_a_recipe_compares_starting_points_as_stages_without_steps(tmp_path: Path) -> None:
     text = tmp_path / "recipe.yaml"
     text.write_text(

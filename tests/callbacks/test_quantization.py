@@ -14,7 +14,7 @@ from qatkit.callbacks import CompressionMonitor, QuantizationAwareTraining
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit import QatkitError, QATLinear, QuantSpec
+from qatkit import QatkitError, QatkitWarning, QATLinear, QuantSpec
 from qatkit.quantization.prepare import fake_quantizers
 from tests.callbacks.modules import Classifier, batches, network, trainer
 
@@ -245,6 +245,7 @@ def test_a_batchnorm_that_cannot_be_folded_keeps_its_statistics_while_its_scale_
     norm.running_mean.fill_(0.3)
     weight = norm.weight.clone()
     module = Classifier(net)
-    trainer(QuantizationAwareTraining(weight=QuantSpec(num_bits=4))).fit(module, batches(), batches(2))
+    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['net.1'\]"):
+        trainer(QuantizationAwareTraining(weight=QuantSpec(num_bits=4))).fit(module, batches(), batches(2))
     assert torch.equal(norm.running_mean, torch.full((16,), 0.3))
     assert not torch.equal(norm.weight, weight)

@@ -148,6 +148,8 @@ def test_an_all_zero_channel_gets_the_widest_scale_and_an_all_zero_tensor_gets_o
         ({"group_size": 32}, "group_size: 32 has no meaning with strategy 'channel'"),
         ({"observer": "lqs"}, "observer: 'lqs' is unknown; write one of minmax, absmean, mse"),
         ({"num_bits": "4"}, "num_bits: '4' is no whole number"),
+        ({"symmetric": "false"}, "symmetric: 'false' is neither True nor False"),
+        ({"strategy": "group", "group_size": "32"}, "group_size: '32' is no whole number; write one such as 32"),
         ({"strategy": "token", "observer": "lsq"}, "observer: 'lsq' cannot be used with strategy 'token'"),
     ],
 )

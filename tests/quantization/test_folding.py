@@ -58,6 +58,23 @@ def test_the_folded_model_computes_the_same_function_and_keeps_what_cannot_be_fo
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_convolution_over_sequences_is_folded_and_a_linear_layer_is_named() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4, bias=False), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 4))
+    model.append(nn.BatchNorm1d(4))
+    for _ in range(5):
+        model(torch.randn(8, 4, 6) * 2 + 1)
+    x = torch.randn(3, 4, 6)
+    expected = model.eval()(x)
+    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['4'\]"):
+        folds = fold_batchnorm(model)
+    assert folds == [("0", "1")]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    fresh = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4, bias=False), nn.BatchNorm1d(4), *model[2:])
+    replay_folds(fresh, folds)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
 def test_the_folded_weights_and_biases_are_still_trained() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))
     fold_batchnorm(model)

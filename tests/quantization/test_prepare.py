@@ -10,9 +10,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qatkit import (
     QatkitError,
@@ -23,6 +25,7 @@ from qatkit import (
     calibrate,
     fake_quantize,
     prepare_qat,
+    scheme,
     strip_qat,
 )
 from qatkit.quantization.layers import SWAPS
@@ -143,6 +146,10 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
         ({"include": ["block.1"]}, r"include\[0\]: 'block.1' matches no layer; the nearest are \['block.0'"),
         ({"include": ["*"], "exclude": ["hed"]}, r"exclude\[0\]: 'hed' matches no layer; the nearest are \['head', "),
         ({"include": ["norm"]}, r"'norm' selects 'norm', a LayerNorm, which cannot be quantized"),
+        ({"include": "head"}, r"include: 'head' is no list of patterns; write \['head'\]"),
+        ({"weight": "W4A16"}, r"weight: 'W4A16' is no QuantSpec; write QuantSpec\(num_bits=8\)"),
+        ({"weight": scheme("W8A8")}, r"weight: a scheme holds two specs; write weight=w8a8.weight, activation="),
+        ({"layers": {"head": W4}}, r"layers\['head'\]: QuantSpec\(.*\) is no Scheme; write scheme\('W8A16'\)"),
         ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is for activations"),
         ({"weight": QuantSpec(observer="kl")}, "weight.observer: 'kl' is for activations; write minmax, mse or lsq"),
         ({"activation": QuantSpec(2, type="ternary", observer="mse")}, "activation.strategy: 'channel' is for weights"),
@@ -174,7 +181,37 @@ def test_a_selection_that_cannot_be_done_is_refused_and_changes_nothing(options:
     assert not any(type(module) in SWAPS.values() for module in model.modules())
 
 
+def test_a_module_without_a_weight_of_its_own_is_named_when_a_pattern_selects_it() -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
+    with pytest.raises(QatkitError, match="'rnn' selects 'rnn', a LSTM, which cannot be quantized"):
+        prepare_qat(model, W4, include=["rnn"])
+    with pytest.raises(QatkitError, match=r"'att\*n' selects 'attention', a MultiheadAttention, which cannot"):
+        prepare_qat(model, W4, include=["att*n"])
+
+
+def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:
+    config = transformers.Llama4TextConfig(hidden_size=8, intermediate_size=8, num_local_experts=2)
+    model = nn.ModuleDict(
+        {
+            "experts": Llama4TextExperts(config),  # transformers does not mark these as fused experts
+            "up": nn.ConvTranspose2d(2, 2, 1),
+            "rnn": nn.LSTM(8, 8),
+            "head": nn.Linear(8, 8),
+            "norm": nn.LayerNorm(8),
+        }
+    )
+    missed = r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose2d\), rnn \(LSTM\); name them in"
+    with pytest.warns(QatkitWarning, match=missed):
+        assert prepare_qat(model, W4) == ["head"]
+    strip_qat(model)
+    assert prepare_qat(model, W4, exclude=["experts", "up", "rnn"]) == ["head"]  # no warning: that would be an error
+
+
 def test_a_second_preparation_and_a_weight_that_is_not_finite_are_refused() -> None:
+    whole = nn.Sequential(nn.Linear(4, 4))
+    prepare_qat(whole, W4)
+    with pytest.raises(QatkitError, match="layer '0' is already fake-quantized; exclude it, or call strip_qat"):
+        prepare_qat(whole, W4)
     model = Tied()
     prepare_qat(model, W4, include=["head"])
     with pytest.raises(QatkitError, match="layer 'head' is already fake-quantized"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,6 +133,25 @@ def test_layers_that_read_one_input_or_hold_one_weight_move_together() -> None:
     assert found.groups[0].weights == 64 * 32  # the tied matrix is stored once
     assert found.groups[0].options["int4"].bytes == 64 * 32 // 2 + 64 * 4
     assert found.groups[1].weights == 32 * 32 + 2 * 16 * 32
+
+
+def test_fused_experts_are_measured_where_every_expert_has_scales_of_its_own() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model, tokens = transformers.MixtralForCausalLM(config), torch.arange(8)[None]
+    found = measure_sensitivity(
+        model,
+        {"int4": Scheme(QuantSpec(4)), "W8A8": scheme("W8A8")},
+        lambda model: float(model(tokens, labels=tokens).loss),
+        include=["*.experts"],
+    )
+    (group,) = found.groups
+    assert (group.layers, group.weights) == (("model.layers.0.mlp.experts",), 4 * 3 * 32 * 48)
+    assert group.options["int4"].bytes == group.weights // 2 + 4 * 4 * (2 * 48 + 32)  # a scale for each expert's output
+    (said,) = found.left_out
+    assert said.startswith("W8A8 is left out: layer 'model.layers.0.mlp.experts': fused experts route their inputs")
 
 
 def uniform(sensitivity: Sensitivity, candidate: str) -> dict[str, str]:

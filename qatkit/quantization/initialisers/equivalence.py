@@ -108,7 +108,7 @@ def _table_fold(block: nn.Module, edge: Edge, kind: str) -> Iterator[Fold]:
         if not _is_linear(module):
             raise QatkitError(
                 f"layer '{name}' of {kind} is a {type(module).__name__}, not a linear layer, so its input cannot be "
-                "scaled; merge adapters before, or write method: gptq"
+                "scaled; merge adapters before, or use gptq"
             )
     if _is_linear(producer):  # with fewer heads of values than of queries one output serves several inputs
         if _matrix(producer).shape[0] != _matrix(consumers[0]).shape[1]:

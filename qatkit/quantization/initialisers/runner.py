@@ -71,10 +71,7 @@ def initialise(
         >>> initialise(model, "gptq", [torch.randn(32, 8)])
         ['0', '2']
     """
-    if method not in get_args(Method):
-        raise QatkitError(f"method: '{method}' is unknown; write one of {', '.join(get_args(Method))}")
-    if not quantized_weights(model) and not qat_layers(model):
-        raise QatkitError(f"{method}: the model has no fake-quantized layer; call prepare_qat before")
+    check_method(model, method)
     undo = Undo()
     try:
         if method in ("rtn", "mse"):
@@ -84,6 +81,27 @@ def initialise(
     except BaseException:
         undo()
         raise
+
+
+def check_method(model: nn.Module, method: str) -> None:
+    """Refuse what `initialise` refuses before it reads a batch; the prepared model may be on the meta device.
+
+    Raises:
+        QatkitError: as `initialise` says.
+    """
+    if method not in get_args(Method):
+        raise QatkitError(f"method: '{method}' is unknown; write one of {', '.join(get_args(Method))}")
+    weights = quantized_weights(model)
+    if not weights and not qat_layers(model):
+        raise QatkitError(f"{method}: the model has no fake-quantized layer; call prepare_qat before")
+    if not weights and method != "smoothquant":
+        raise QatkitError(f"{method}: it sets weights and their scales, and no weight is quantized; give a weight spec")
+    if method in ("gptq", "awq", "smoothquant"):
+        _Initialiser(model, method, Undo()).folds(find_blocks(model))
+    else:
+        for name, _, fake_quant in weights:
+            if fake_quant.computed:
+                _refuse_computed(name, fake_quant, method)
 
 
 @contextmanager
@@ -123,7 +141,6 @@ def _from_weights(model: nn.Module, method: str, undo: Undo) -> list[str]:
     names = []
     for name, weight, fake_quant in quantized_weights(model):
         if fake_quant.computed:
-            _refuse_computed(name, fake_quant, method)
             continue
         undo.keep(*fake_quant.parameters(), *fake_quant.buffers())
         fake_quant.initialize(weight)
@@ -158,7 +175,7 @@ class _Initialiser:
         if not batches:
             raise QatkitError(f"{self.method}: the data gave no batch; it needs at least one")
         layers, blocks = list(self.names), find_blocks(self.model)
-        folds = [] if self.method == "gptq" else self._folds(blocks)
+        folds = self.folds(blocks)
         with unquantized(layers, "input_fake_quant"):
             with unquantized(layers, "weight_fake_quant"):
                 runs = capture(blocks, batches, forward)
@@ -193,13 +210,16 @@ class _Initialiser:
                     "initialise before calibrate"
                 )
 
-    def _folds(self, blocks: list[nn.Module]) -> list[Fold]:
+    def folds(self, blocks: list[nn.Module]) -> list[Fold]:
+        """Where the method moves scales; none with gptq."""
+        if self.method == "gptq":
+            return []
         for block in blocks or [self.model]:
             if qat_layers(block) and not find_folds(block, self.uses):
                 raise QatkitError(
                     f"{self.method}: nothing is known about what comes before the layers of a {type(block).__name__} "
                     f"of {type(self.model).__name__}; known are {', '.join(BLOCKS)} and nn.Sequential of Linear and "
-                    "ReLU; write method: gptq"
+                    "ReLU; use gptq"
                 )
         return find_folds(self.model, self.uses)
 

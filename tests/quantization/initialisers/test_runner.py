@@ -368,7 +368,7 @@ def test_mistakes_are_named_before_anything_runs() -> None:
             cnn(),
             W3_CHANNEL,
             DATA,
-            r"awq: nothing is known about .* layers of a Sequential of Sequential; .* write method: gptq",
+            r"awq: nothing is known about .* layers of a Sequential of Sequential; .* use gptq",
         ),
         ("smoothquant", encoder, QuantSpec(8), DATA, "layers of a TransformerEncoderLayer of TransformerEncoder; "),
     ]
@@ -376,6 +376,14 @@ def test_mistakes_are_named_before_anything_runs() -> None:
         prepare_qat(model, weight=spec, exclude=["*.out_proj"] if model is encoder else [])
         with pytest.raises(QatkitError, match=message):
             initialise(model, method, batches, forward)
+
+
+def test_a_method_that_sets_weights_is_refused_where_none_is_quantized() -> None:
+    for method in ("rtn", "mse", "gptq", "awq"):
+        model = mlp()
+        prepare_qat(model, activation=A8)
+        with pytest.raises(QatkitError, match=f"{method}: it sets weights .* no weight is quantized; give a weight"):
+            initialise(model, method, DATA)  # type: ignore[arg-type]
 
 
 def test_a_plain_model_is_refused() -> None:
