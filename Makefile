@@ -1,13 +1,16 @@
-# The two commands of the README: `make demo` and `make test`. Each does all the set-up it needs.
+# The commands of the README: `make demo`, `make demo-llm` and `make test`. Each does all the set-up it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo demo-llm test lint types bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qatkit run vision/digits_int4 --out runs/demo
+
+demo-llm: $(VENV)/.llm
+	$(BIN)/qatkit run llm/sparse24_kd_int4 --out runs/demo-llm
 
 # each worker starts with a part of the tests in their order and takes over from another when it is done, so that few
 # modules have their fixtures made twice
@@ -34,10 +37,15 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
+$(VENV)/.llm: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[llm,report]'
+	touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.llm
 
 clean:
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache
