@@ -44,6 +44,7 @@ ROWS = {
 QUICK = [
     "model.args={vocab_size: 300, hidden: 32, layers: 2, heads: 2, kv_heads: 1, intermediate: 64, context: 16}",
     "data.args={vocab_size: 300, context: 16, include: ['email/*'], val_fraction: 0.2, test_fraction: 0.1}",
+    *(f"stages.{stage}.batch_size=64" for stage in ("dense", "magnitude24", "one_shot", "sparse24", "int4")),
     *(f"stages.{stage}.max_steps={steps}" for stage, steps in (("dense", 20), ("sparse24", 6), ("int4", 6))),
     *(f"stages.{stage}.quantize.weight.group_size=16" for stage in ("one_shot", "int4")),
 ]

@@ -23,6 +23,7 @@ SMALL = [
     "data.args={vocab_size: 300, context: 16, include: ['email/*'], val_fraction: 0.2, test_fraction: 0.1, "
     "epoch_batches: 10}",
     "trainer.accelerator=cpu", "evaluate.stride=8",
+    *(f"stages.{stage}.batch_size=64" for stage in ("dense", "magnitude24", "one_shot", "sparse24", "int4")),
     *(f"stages.{stage}.max_steps={steps}" for stage, steps in (("dense", 60), ("sparse24", 10), ("int4", 10))),
     *(f"stages.{stage}.quantize.weight.group_size=16" for stage in ("one_shot", "int4")),
 ]  # fmt: skip
