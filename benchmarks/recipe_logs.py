@@ -79,7 +79,7 @@ def _validations(report: dict[str, Any]) -> Iterator[list[str]]:
         losses = curves.get("val/loss", {"steps": [], "values": []})
         judged = curves.get(f"val/{metric.name}", losses)
         for step, value, loss in zip(losses["steps"], judged["values"], losses["values"], strict=True):
-            yield [stage["stage"], f"{step} of {stage['steps']}", metric.show(value), f"{loss:.4f}"]
+            yield [stage["stage"], f"{step + 1} of {stage['steps']}", metric.show(value), f"{loss:.4f}"]
 
 
 def _table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
