@@ -6,7 +6,11 @@ import ast
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests import warm
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 
