@@ -64,7 +64,7 @@ def log(name: str, report: dict[str, Any]) -> str:
         "",
         "## Training",
         "",
-        *_table(["stage", "step", f"validation {metric.name}", "validation loss"], _validations(report)),
+        *_table(["stage", "step", f"validation {metric.name}"], _validations(report)),
         "",
         f"{report['machine']['cpus']} CPU cores; {versions}; recipe {values_of(name)}.",
     ]
@@ -72,14 +72,14 @@ def log(name: str, report: dict[str, Any]) -> str:
 
 
 def _validations(report: dict[str, Any]) -> Iterator[list[str]]:
-    """A row for every validation of every stage that trained."""
+    """A row for every validation of every stage, the last of them of what the stage left."""
     metric = metric_of(report)
+    name = f"val/{metric.name}"
     for stage in report["stages"]:
-        curves = stage["curves"]["metrics"]
-        losses = curves.get("val/loss", {"steps": [], "values": []})
-        judged = curves.get(f"val/{metric.name}", losses)
-        for step, value, loss in zip(losses["steps"], judged["values"], losses["values"], strict=True):
-            yield [stage["stage"], f"{step + 1} of {stage['steps']}", metric.show(value), f"{loss:.4f}"]
+        curve = stage["curves"]["metrics"].get(name, {"steps": [], "values": []})
+        seen = {step + 1: value for step, value in zip(curve["steps"], curve["values"], strict=True)}
+        for step, value in (seen | {stage["steps"]: stage["metrics"][name]}).items():
+            yield [stage["stage"], f"{step} of {stage['steps']}", metric.show(value)]
 
 
 def _table(headers: list[str], rows: Iterable[list[str]]) -> list[str]:
