@@ -29,7 +29,9 @@ SMALL = [
     "stages.qat.max_steps=20",
     "stages.ptq.quantize.weight.group_size=16",
     "stages.qat.quantize.weight.group_size=16",
+    "evaluate={stride: 4}",
 ]
+DENSE = [*SMALL, "export={format: dense}", "evaluate=null"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         torch.set_num_threads(1)
-        run = Run(load_recipe("llm/int4_qat", SMALL), tmp_path_factory.mktemp("language"))
+        run = Run(load_recipe("llm/int4_qat", DENSE), tmp_path_factory.mktemp("language"))
         assert run_stages(run) == ["dense", "ptq", "qat"]
         export_run(run)
         yield run
@@ -163,9 +165,7 @@ def test_a_stage_that_broke_off_within_a_pass_over_the_text_ends_with_the_same_b
 def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finished: Run, tmp_path: Path) -> None:
     shutil.copytree(finished.out / "stages", tmp_path / "stages")
     shutil.copy(finished.out / "recipe.yaml", tmp_path)
-    run = Run(
-        load_recipe("llm/int4_qat", [*SMALL, "export.format=compressed_tensors", "evaluate={stride: 4}"]), tmp_path
-    )
+    run = Run(load_recipe("llm/int4_qat", SMALL), tmp_path)
     assert [path.name for path in export_run(run)] == ["dense", "ptq", "qat"]
     assert all(check.passed for check in verify_run(run).values())
     report = {row["stage"]: row for row in report_run(run)["rows"]}
@@ -192,6 +192,6 @@ def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finish
 
 
 def test_onnx_is_refused_before_anything_is_written(finished: Run) -> None:
-    run = Run(load_recipe("llm/int4_qat", [*SMALL, "export.format=onnx"]), finished.out)
+    run = Run(load_recipe("llm/int4_qat", [*DENSE, "export.format=onnx"]), finished.out)
     with pytest.raises(QatkitError, match=r"export\.format: 'onnx' takes models of one input.*format: dense"):
         export_run(run)
