@@ -48,7 +48,7 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
     check_optimizer(name, parameters[0].device)
     from bitsandbytes import optim
 
-    manager: Any = optim.GlobalOptimManager.get_instance()  # type: ignore[no-untyped-call]
+    manager: Any = optim.GlobalOptimManager.get_instance()
     whole = whole_moments(model)
     for parameter in parameters:
         if id(parameter) in whole:

@@ -97,8 +97,8 @@ def test_the_stage_that_quantizes_ships_what_training_rounded(done: Run) -> None
     assert checks["int4"].mean_error == 0.0
     assert list(checks) == ["dense", "lora", "qlora", "qat", "prune", "sparse", "int4"]
     assert {cells[0]: cells[1] for cells in comparison(report_run(done))} == {
-        "dense": "dense", "lora": "trained LoRA", "qlora": "trained QLoRA", "qat": "trained LoRA w4a16",
-        "prune": "trained", "sparse": "trained LoRA", "int4": "trained LoRA w4a16",
+        "dense": "dense", "lora": "trained LoRA", "qlora": "trained QLoRA", "qat": "trained LoRA w4a32",
+        "prune": "trained", "sparse": "trained LoRA", "int4": "trained LoRA w4a32",
     }  # fmt: skip
     assert (done.folder("qat") / "adapter" / "adapter_model.safetensors").exists()
 

@@ -74,12 +74,20 @@ def test_the_stage_ends_after_as_many_validations_without_an_improvement(done: R
     assert sorted(path.name for path in done.folder("dense").iterdir()) == ["logs", "model", "stage.json"]
 
 
-def test_its_result_is_the_model_of_the_best_validation(done: Run, tmp_path: Path) -> None:
-    record = done.record("dense").early_stopping
+@pytest.mark.parametrize("block", ["", "lora={rank: 4, bits: 4}", "quantize={weight: {num_bits: 4, observer: lsq}}"])
+def test_its_result_is_the_model_of_the_best_validation(block: str, tmp_path: Path) -> None:
+    options = [f"stages.dense.{block}"] if block else []
+    run = run_of(tmp_path, *options)
+    run_stages(run)
+    record = run.record("dense").early_stopping
     assert record is not None
-    until_best = run_of(tmp_path, f"stages.dense.max_steps={record['best_step']}", "stages.dense.early_stopping=null")
+    steps = record["best_step"]
+    assert steps < record["steps"]
+    until_best = run_of(
+        tmp_path, *options, f"stages.dense.max_steps={steps}", "stages.dense.early_stopping=null", name="best"
+    )
     run_stages(until_best)
-    expected, found = weights(until_best), weights(done)
+    expected, found = weights(until_best), weights(run)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import struct
 import subprocess
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -259,6 +260,10 @@ def test_samples_are_a_table_of_their_stage(nobody: None, tmp_path: Path) -> Non
     trainer.fit(CompressionModule(tiny("gpt2"), StageConfig(max_steps=6), seed=0), loader(2))
     tracking.close()
     (path,) = run_files(tmp_path / "run")
+    deadline = time.monotonic() + 60  # W&B's own process writes the file
+    while "exit" not in {record.WhichOneof("record_type") for record in read_records(path)}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert Records(path).typed("table-file") == Counter({"dense/samples": 2})
     tables = [
         json.loads(found.read_text()) for found in tmp_path.glob("run/wandb/offline-run-*/files/media/table/**/*.json")
