@@ -2,6 +2,7 @@
 
 from qatkit.callbacks.distillation import KnowledgeDistillation
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
+from qatkit.callbacks.finite import NonFiniteSteps
 from qatkit.callbacks.generation import Generation
 from qatkit.callbacks.loading import load_quantized
 from qatkit.callbacks.lora import LoRA
@@ -11,6 +12,7 @@ from qatkit.callbacks.one_shot import OneShotPruning
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from qatkit.callbacks.quantization import QuantizationAwareTraining
 from qatkit.callbacks.rewinding import WeightRewinding
+from qatkit.callbacks.samples import TextSamples
 from qatkit.callbacks.srste import SparseRefinedSTE
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "LoRA",
     "MagnitudePruning",
     "MovementPruning",
+    "NonFiniteSteps",
     "OneShotPruning",
     "QuantizationAwareTraining",
     "SparseRefinedSTE",
+    "TextSamples",
     "WeightRewinding",
     "load_quantized",
 ]

@@ -99,7 +99,7 @@ class Writers:
         plan = self.plans[who]
         model = writer_in(student, "on_policy") if who == "student" else writer_in(teacher, "sequence_level")
         prompts, mask = cut_prompts(args[0], plan.prompt)
-        eos = plan.eos if plan.eos is not None else _ends(model, trainer)
+        eos = plan.eos if plan.eos is not None else ends_of(model, tokenizer_of(trainer))
         seed = _seed(plan.seed, trainer.global_step, batch_idx, trainer.global_rank + 1)
         batch = generated_batch(model, prompts, mask, plan.new_tokens, plan.temperature, eos, seed)
         return (batch, *args[1:])
@@ -127,10 +127,15 @@ def refuse_plans(on_policy: Generation | None, sequence_level: Generation | None
             raise QatkitError(f"{key}: a cache knows only the data's texts; pass the teacher itself, or leave it out")
 
 
-def _ends(writer: Any, trainer: Trainer) -> list[int]:
+def tokenizer_of(trainer: Trainer) -> Any:
+    """The tokenizer that a data module may have."""
+    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+
+
+def ends_of(writer: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text of a model of transformers."""
     found = writer.generation_config.eos_token_id
     if found is None:
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         found = getattr(tokenizer, "eos_token_id", None)
     return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [int(found)]
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import Adapter, attach, base_layers, check_inside, target_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
+from qatkit.lora.heads import check_heads, classification_heads
 from qatkit.quantization.layers import QATLayer
 
 COMPUTE = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
@@ -95,6 +96,7 @@ class LoRA(Callback):
         known = {name for name, _ in pl_module.named_modules()}
         if missing := [name for name in self.held if name not in known]:
             raise QatkitError(f"held: the module has no layer {missing}; write names such as '{names[0]}'")
+        check_heads(classification_heads(pl_module), self.held)
         held = [name for name in self.held if name in layers]  # the others are frozen anyway
         if held or any(isinstance(layer, QATLayer) for layer in layers.values()):
             check_inside(layers, self.adapter, bool(held))

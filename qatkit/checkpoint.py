@@ -43,6 +43,9 @@ class StageRecord:
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
     """What the model is built from, where that is not the recipe's model."""
+    early_stopping: dict[str, Any] | None = None
+    """Where the block is on: whether it ``stopped`` the stage, after how many ``steps``, and the best validation: its
+    ``best_step`` and ``val/loss``."""
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 

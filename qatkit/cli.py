@@ -118,6 +118,9 @@ def run(
     for name in loaded.stages:
         if (record := this.find(name)) is not None and not (quiet or as_json):
             state = f"trained in {record.seconds:.1f} s" if name in trained else "finished before, untouched"
+            if (early := record.early_stopping) is not None:
+                stopped = f"stopped after {early['steps']} steps" if early["stopped"] else "not stopped early"
+                state += f", {stopped}, best at step {early['best_step']}"
             typer.echo(f"stage {name}: {state}, {_measured(record.metrics)}")
     if until is None and loaded.export is not None:
         _deliver(this, quiet, as_json)

@@ -122,6 +122,7 @@ def report_run(run: Run) -> dict[str, Any]:
             {
                 "stage": stage,
                 "kind": "dense" if stage in run.uncompressed else "trained" if config.max_steps else "post-training",
+                "adapters": config.lora.title if config.lora is not None and config.max_steps else "",
                 **{
                     f"test_{name.removeprefix('test/')}": value
                     for name, value in record.metrics.items()
@@ -206,7 +207,7 @@ def _training(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
     return {
         "stage": stage,
-        "steps": run.recipe.stages[stage].max_steps,
+        "steps": (record.early_stopping or {}).get("steps", run.recipe.stages[stage].max_steps),
         "seconds": record.seconds,
         "metrics": record.metrics,
         "curves": read_curves(run.folder(stage) / "logs"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.modules import FakeQuantize
-from qatkit.recipe import StageConfig
+from qatkit.optimizers import build_optimizer, learned_scales
+from qatkit.recipe import ScheduleName, StageConfig
 from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, to_logits, token_loss
 
 SCALE_LR = 0.2
@@ -131,10 +131,11 @@ class CompressionModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         stage = self.stage
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, stage.lr, stage.weight_decay))
+        groups = parameter_groups(self.model, stage.lr, stage.weight_decay)
+        optimizer = build_optimizer(stage.optimizer, self.model, groups)
         start, steps = stage.part.start if stage.part else 0, max(stage.schedule_steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor((start + step) / steps, stage.schedule, stage.warmup)
+            optimizer, lambda step: lr_factor((start + step) / steps, stage.schedule, stage.warmup, stage.decay)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -209,12 +210,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
         [(1, 0.01), (1, 0.0)]
     """
-    scales = {
-        id(learned)
-        for module in model.modules()
-        if isinstance(module, FakeQuantize)
-        for learned in module.parameters(recurse=False)  # a scale, and with LSQ+ an offset
-    }
+    scales = learned_scales(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = [parameter for parameter in trained if id(parameter) not in scales]
     groups = [
@@ -225,13 +221,16 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     return [group for group in groups if group["params"]]
 
 
-def lr_factor(progress: float, schedule: Literal["cosine", "linear", "constant"], warmup: float = 0.0) -> float:
+def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, decay: float = 0.2) -> float:
     """Share of the peak learning rate at a point of the stage.
 
     Args:
         progress: How much of the stage is done, 0 to 1.
-        schedule: What follows the warm-up: half a cosine to 0, a line to 0, or the peak.
+        schedule: What follows the warm-up: half a cosine to 0, a line to 0, the peak, or ("wsd") the peak and then
+            ``1 - sqrt(share of the decay that is done)``; Hägele et al. (2024), "Scaling Laws and Compute-Optimal
+            Training Beyond Fixed Training Durations", equation 1.
         warmup: Share of the stage over which the rate rises from 0.
+        decay: Share of the stage over which "wsd" falls to 0, at its end.
 
     Example:
         >>> lr_factor(0.5, "cosine")
@@ -239,6 +238,9 @@ def lr_factor(progress: float, schedule: Literal["cosine", "linear", "constant"]
     """
     if progress < warmup:
         return progress / warmup
+    if schedule == "wsd":
+        fallen = 1 - (1 - min(progress, 1.0)) / decay
+        return 1 - math.sqrt(fallen) if fallen > 0 else 1.0
     rest = min((progress - warmup) / (1 - warmup), 1.0) if warmup < 1 else 1.0
     if schedule == "cosine":
         return round(0.5 * (1 + math.cos(math.pi * rest)), 12)

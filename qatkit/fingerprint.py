@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import json
@@ -27,7 +28,8 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     for key, config in factories.items():
         inputs |= flatten(config, f"{key}.")
     inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
-    inputs |= flatten(recipe.stages[stage], f"stages.{stage}.")
+    # samples are to be read, and change nothing
+    inputs |= flatten(dataclasses.replace(recipe.stages[stage], samples=None), f"stages.{stage}.")
     if (own := recipe.stages[stage].model) is not None:
         factories[f"stages.{stage}.model"] = own
     for key, config in factories.items():

@@ -240,11 +240,13 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
             folds=[*(before.folds if before else []), *result.folds],
             zeros=dict.fromkeys(result.held, 0),  # counted when the weights are saved
             architecture=architecture,
+            early_stopping=result.early_stopping,
             seconds=round(time.perf_counter() - started, 3),
             versions={package: version(package) for package in ("qatkit", "torch", "lightning")},
         )
         save_result(folder, model, record, run.build_data(stage.batch_size))
-        run.tracking.log_stage(name, run.record(name).metrics, result.monitor.codes if stage.quantize else [])
+        codes = result.monitor.codes if stage.quantize else []
+        run.tracking.log_stage(name, run.record(name).metrics, codes, result.trainer.global_step)
     result.trainer.strategy.barrier(f"stage {name}")
     del result
     gc.collect()

@@ -20,6 +20,7 @@ from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
 from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
 from qatkit.factories import resolve
 from qatkit.lora.attach import base_layers
+from qatkit.optimizers import moment_memory
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
 from qatkit.tasks import call, mean_loss
@@ -53,9 +54,7 @@ class StagePlan:
 
 def device_of(trainer: TrainerConfig) -> Device:
     """The devices that Lightning will choose, and what each has."""
-    kind = trainer.accelerator
-    if kind in ("auto", "gpu"):
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = blocks.lora.device_of(trainer).type
     if kind == "cuda" and torch.cuda.is_available():
         count = torch.cuda.device_count() if trainer.devices == "auto" else int(trainer.devices)
         properties = torch.cuda.get_device_properties(0)
@@ -88,6 +87,8 @@ class Setting:
     context: int | None
     """Tokens of a sample; None where samples are no texts."""
     autocast: torch.dtype | None
+    device: str
+    """Its type."""
 
     def memory(self) -> tuple[StepMemory, str]:
         """What is predicted, and why activations are not, where they are not."""
@@ -103,14 +104,15 @@ class Setting:
         taught: dict[str, float] = {}
         if teacher is not None and distill is not None and distill.teacher_bits is not None:
             taught = dict.fromkeys(_names_of_weights(base_layers(teacher)), BITS[distill.teacher_bits])
+        moments = moment_memory(self.stage.optimizer, model, self.device)
         if self.context is None:
-            return state_memory(model, teacher, bits, taught), "the data does not say how long a sample is"
+            return state_memory(model, teacher, bits, taught, moments), "the data does not say how long a sample is"
         step = text_step(self.context, self.stage.batch_size, distill)
         try:
-            found = step_memory(model, step, teacher, self.autocast, self.stage.accumulate > 1, bits, taught)
+            found = step_memory(model, step, teacher, self.autocast, self.stage.accumulate > 1, bits, taught, moments)
         except Exception as error:  # foreign code: shapes that depend on values, such as those of routed experts
             said = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            return state_memory(model, teacher, bits, taught), f"a step without values fails ({said})"
+            return state_memory(model, teacher, bits, taught, moments), f"a step without values fails ({said})"
         return found, ""
 
 
@@ -123,10 +125,8 @@ def settings(recipe: Recipe, allow: Sequence[str] = ()) -> Iterator[tuple[str, S
         models[name] = model if stage.shrink is None else blocks.shrink.check(stage.shrink, model)
         if stage.max_steps:
             teacher = models[recipe.teacher_of(name)] if stage.distill is not None else None
-            yield (
-                name,
-                Setting(models[name], teacher, stage, _context(recipe, allow), AUTOCAST[recipe.trainer.precision]),
-            )
+            precision, device = AUTOCAST[recipe.trainer.precision], blocks.lora.device_of(recipe.trainer).type
+            yield name, Setting(models[name], teacher, stage, _context(recipe, allow), precision, device)
 
 
 def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:

@@ -82,6 +82,11 @@ def _changes(
             )
     if setting.context is not None and setting.autocast is None:
         yield "trainer.precision=bf16-mixed", lambda now: replace(now, autocast=torch.bfloat16)
+    if setting.stage.optimizer == "adamw" and setting.stage.lora is None and recipe.trainer.strategy != "fsdp2":
+        yield (
+            f"stages.{stage}.optimizer=adamw8bit",
+            lambda now: replace(now, stage=replace(now.stage, optimizer="adamw8bit")),
+        )
     if setting.stage.model is None and _takes_checkpointing(recipe, allow):
         args: dict[str, Any] = {**recipe.model.args, "gradient_checkpointing": True}
         yield (

@@ -86,15 +86,15 @@ class Tracking:
             found.append(_StageLogger(run, stage, self._give_up))
         return found
 
-    def log_stage(self, stage: str, metrics: Mapping[str, float], codes: Sequence[int]) -> None:
+    def log_stage(self, stage: str, metrics: Mapping[str, float], codes: Sequence[int], steps: int) -> None:
         """Send what was measured on a finished stage.
 
         Args:
             stage: Its name.
             metrics: By name, such as "test/accuracy".
             codes: A histogram of its integer weights from the lowest code to the highest; empty where it has none.
+            steps: That it was trained for.
         """
-        steps = self.recipe.stages[stage].max_steps
         if self.recipe.trainer.logger == "tensorboard":
             board = self._board(stage)
             board.log_metrics(dict(metrics), steps)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from qatkit import blocks
 from qatkit.analysis.cost import macs, parameters
 from qatkit.blocks.names import outside
-from qatkit.callbacks import CompressionMonitor
+from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
 from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitError
@@ -32,6 +32,7 @@ from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
+from qatkit.stopping import StopEarly
 from qatkit.tasks import call, evaluate, one_sample
 from qatkit.teachers import Teaching
 
@@ -49,6 +50,7 @@ class Trained:
     quantize: QuantizeConfig | None
     lora: LoraConfig | None
     monitor: CompressionMonitor
+    early_stopping: dict[str, Any] | None
 
 
 def train(
@@ -83,8 +85,10 @@ def train(
     pruning = blocks.prune.callback(stage.prune, [] if stage.lora else held)
     lora = blocks.lora.callback(stage.lora, held, recipe.seed) if stage.lora else None
     rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
-    # pruning comes first: ranges are then calibrated on the pruned weights
-    ordered = (pruning, rewinding, quantize, lora, monitor)
+    stopping = StopEarly(stage.early_stopping, name, folder) if stage.early_stopping else None
+    samples = blocks.samples.callback(stage.samples, folder) if stage.samples else None
+    # steps that are left out come first, as others read gradients; pruning before ranges are calibrated on its weights
+    ordered = (NonFiniteSteps(), stopping, pruning, rewinding, quantize, lora, monitor, samples)
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert taught is not None
@@ -128,7 +132,7 @@ def train(
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
-    if trainer.global_step < stage.max_steps:
+    if trainer.global_step < stage.max_steps and not (stopping is not None and stopping.stopped):
         raise QatkitError(
             f"stages.{name}: training ended at step {trainer.global_step} of {stage.max_steps}; the data gave "
             f"{trainer.num_training_batches} batches of {stage.batch_size}; write a smaller batch_size"
@@ -139,7 +143,8 @@ def train(
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
     folds = [(outside(first), outside(second)) for first, second in quantize.folds] if quantize else []
     zeros = [outside(layer) for layer in pruning.layers] if pruning else list(held) if lora else []
-    return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor)
+    record = stopping.record(trainer) if stopping is not None else None
+    return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor, record)
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:
@@ -186,8 +191,8 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     layers = [asdict(row) for row in layer_table(model)]
     zeros = count_zeros(model, record.zeros)
     save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
-    (folder / "last.ckpt").unlink(missing_ok=True)
-    (folder / "started.json").unlink(missing_ok=True)
+    for file in ("last.ckpt", "best.ckpt", "started.json"):
+        (folder / file).unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> ModelCheckpoint:

@@ -14,6 +14,7 @@ from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
 from qatkit.factories import check_arguments, resolve
+from qatkit.optimizers import check_optimizer
 from qatkit.quantization.selection import select
 from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.tracking import check_logger
@@ -66,9 +67,15 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             with _at(f"stages.{name}.shrink"):
                 model = blocks.shrink.check(stage.shrink, model)
         models[name] = model
+        if stage.max_steps:
+            with _at(f"stages.{name}"):
+                check_optimizer(stage.optimizer, blocks.lora.device_of(recipe.trainer))
         if stage.distill is not None:
             with _at(f"stages.{name}.distill"):
                 blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
+        if stage.samples is not None:
+            with _at(f"stages.{name}.samples"):
+                blocks.samples.check(stage.samples, model)
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
                 blocks.prune.check(stage.prune, model)

@@ -35,16 +35,19 @@ ALLOWED: dict[str, set[str]] = {
     "data": PLAIN | {"hub"},
     "callbacks": PLAIN | TECHNIQUES | {"lora"},
     "tasks": PLAIN,
-    "engine": PLAIN | TECHNIQUES | {"recipe", "tasks"},
+    "optimizers": PLAIN | {"quantization"},
+    "engine": PLAIN | TECHNIQUES | {"recipe", "tasks", "optimizers"},
     "architecture": PLAIN | {"recipe", "factories"},
     "checkpoint": PLAIN | TECHNIQUES | {"architecture"},
     "export": PLAIN | TECHNIQUES | {"tasks"},
-    "analysis": PLAIN | TECHNIQUES | {"export", "tasks"},
+    "analysis": PLAIN | TECHNIQUES | {"export", "tasks", "optimizers"},
+    "stopping": PLAIN | {"recipe"},
     "tracking": PLAIN | {"recipe"},
     "progress": PLAIN,
     "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
     "validation": PLAIN
-    | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"},
+    | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"}
+    | {"optimizers"},
 }
 EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 EVERYTHING |= {"planner", "planner_fit", "cli_plan", "evaluation"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
+from transformers import get_wsd_schedule
 
 from qatkit import QuantSpec, prepare_qat
 from qatkit.engine import SCALE_LR, CompressionModule, lr_factor, parameter_groups
@@ -28,12 +29,27 @@ from tests.texts import VOCAB, loader, texts, tiny_llama
         (0.05, "cosine", 0.1, 0.5),
         (0.55, "linear", 0.1, 0.5),
         (1.0, "constant", 1.0, 1.0),
+        (0.05, "wsd", 0.1, 0.5),
+        (0.5, "wsd", 0.1, 1.0),
+        (0.8, "wsd", 0.1, 1.0),
+        (0.85, "wsd", 0.1, 0.5),
+        (0.9, "wsd", 0.1, 1 - 0.5**0.5),
+        (1.0, "wsd", 0.1, 0.0),
     ],
 )
 def test_the_learning_rate_rises_over_the_warmup_and_then_follows_its_schedule(
     progress: float, schedule: str, warmup: float, factor: float
 ) -> None:
     assert lr_factor(progress, schedule, warmup) == pytest.approx(factor)  # type: ignore[arg-type]
+
+
+def test_wsd_is_that_of_transformers_with_a_root_in_its_decay() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    theirs = get_wsd_schedule(
+        torch.optim.SGD([parameter], lr=1.0), 10, 30, num_training_steps=100, decay_type="1-sqrt"
+    ).lr_lambdas[0]
+    for step in range(101):
+        assert lr_factor(step / 100, "wsd", 0.1, 0.3) == pytest.approx(theirs(step), abs=1e-7), step
 
 
 def test_weight_decay_is_for_matrices_and_scales_move_slower() -> None:

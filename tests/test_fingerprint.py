@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qatkit.fingerprint import stage_inputs
-from qatkit.recipe import FactoryConfig, Recipe, StageConfig
+from qatkit.recipe import EarlyStoppingConfig, FactoryConfig, Recipe, SamplesConfig, StageConfig
 
 
 def test_the_content_of_files_counts_also_of_those_that_a_glob_names(
@@ -28,3 +29,13 @@ def test_the_content_of_files_counts_also_of_those_that_a_glob_names(
     before = inputs("*.jsonl")
     (tmp_path / "c.jsonl").write_text("new")
     assert set(inputs("*.jsonl")) - set(before) == {"data.args.source.path c.jsonl (content)"}
+
+
+def test_what_is_only_to_be_read_may_change_and_what_trains_may_not() -> None:
+    def inputs(**options: Any) -> dict[str, object]:
+        model, data = FactoryConfig("qatkit.models:mlp"), FactoryConfig("qatkit.data:digits")
+        return stage_inputs(Recipe("x", model, data, {"dense": StageConfig(10, **options)}), "dense")
+
+    assert inputs(samples=SamplesConfig(5, ["def"])) == inputs()
+    for options in ({"optimizer": "adamw8bit"}, {"schedule": "wsd"}, {"early_stopping": EarlyStoppingConfig()}):
+        assert inputs(**options) != inputs(), options

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qatkit import QatkitError
-from qatkit.delivery import export_run, verify_run
+from qatkit.analysis.report import comparison
+from qatkit.delivery import export_run, report_run, verify_run
 from qatkit.loading import load_recipe
 from qatkit.lora.bits import dequantized, quantize_base
 from qatkit.pipeline import Run, run_stages
@@ -95,6 +96,10 @@ def test_the_stage_that_quantizes_ships_what_training_rounded(done: Run) -> None
     assert all(check.passed for check in checks.values())
     assert checks["int4"].mean_error == 0.0
     assert list(checks) == ["dense", "lora", "qlora", "qat", "prune", "sparse", "int4"]
+    assert {cells[0]: cells[1] for cells in comparison(report_run(done))} == {
+        "dense": "dense", "lora": "trained LoRA", "qlora": "trained QLoRA", "qat": "trained LoRA w4a32",
+        "prune": "trained", "sparse": "trained LoRA", "int4": "trained LoRA w4a32",
+    }  # fmt: skip
     assert (done.folder("qat") / "adapter" / "adapter_model.safetensors").exists()
 
 

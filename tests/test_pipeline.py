@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qatkit import QatkitError
+from qatkit.engine import CompressionModule
 from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
 from qatkit.quantization.prepare import qat_layers
@@ -244,3 +246,26 @@ def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) ->
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command continues from the last checkpoint" in errors
+
+
+def test_a_stage_whose_loss_becomes_nan_keeps_its_checkpoint_and_continues_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ill = start(tmp_path / "whole"), start(tmp_path / "ill")
+    run_stages(whole, until="dense")
+    original = CompressionModule.training_step
+
+    def overflowing(self: CompressionModule, *args: Any) -> torch.Tensor:
+        loss = original(self, *args)
+        return loss * torch.inf if self.trainer.global_step >= 25 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompressionModule, "training_step", overflowing)
+        with pytest.raises(QatkitError) as caught:
+            run_stages(ill, until="dense")
+    checkpoint = ill.folder("dense") / "last.ckpt"
+    assert "the loss was NaN or infinite in 10 steps in a row, up to step 35" in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 19
+    run_stages(ill, until="dense")
+    assert files(ill.out) == files(whole.out)

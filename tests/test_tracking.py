@@ -9,6 +9,7 @@ import re
 import signal
 import struct
 import subprocess
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,15 +18,23 @@ from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch import Trainer
+from qatkit.callbacks import TextSamples
+from transformers import AutoTokenizer
 from wandb.proto import wandb_internal_pb2
 
 from qatkit import QatkitError
+from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitWarning
 from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
+from qatkit.recipe import StageConfig
 from qatkit.tracking import Tracking
 from qatkit.validation import validate_recipe
 from tests import warm
+from tests.data.corpus import save_tokenizer
+from tests.models.families import tiny
+from tests.texts import loader
 
 SHORT = ["stages.dense.max_steps=20", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]
 STAGES = ["dense", "ptq", "qat"]
@@ -238,6 +247,30 @@ def test_the_comparison_is_the_summary_of_the_run(killed_and_resumed: tuple[Path
 def test_the_curves_are_in_csv_files_too(killed_and_resumed: tuple[Path, Records, Records]) -> None:
     logs = killed_and_resumed[0] / "stages" / "qat" / "logs"
     assert all("train/loss" in (logs / f"attempt_{n}" / "metrics.csv").read_text() for n in range(2))
+
+
+def test_samples_are_a_table_of_their_stage(nobody: None, tmp_path: Path) -> None:
+    tracking = Tracking(recipe("wandb"), tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "tokenizer"))
+    samples = TextSamples(3, ["Ada counts the", "Alan"], tmp_path / "samples.jsonl", 4, tokenizer)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=6, callbacks=[samples], logger=tracking.loggers("dense"),
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(CompressionModule(tiny("gpt2"), StageConfig(max_steps=6), seed=0), loader(2))
+    tracking.close()
+    (path,) = run_files(tmp_path / "run")
+    deadline = time.monotonic() + 60  # W&B's own process writes the file
+    while "exit" not in {record.WhichOneof("record_type") for record in read_records(path)}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert Records(path).typed("table-file") == Counter({"dense/samples": 2})
+    tables = [
+        json.loads(found.read_text()) for found in tmp_path.glob("run/wandb/offline-run-*/files/media/table/**/*.json")
+    ]
+    written = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert sorted(row for table in tables for row in table["data"]) == sorted(list(row.values()) for row in written)
+    assert {tuple(table["columns"]) for table in tables} == {("step", "prompt", "text")}
 
 
 def recipe(logger: str) -> Any:

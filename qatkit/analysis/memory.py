@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from qatkit.optimizers import MomentMemory, moment_memory
 from qatkit.quantization.modules import FakeQuantize
 
 Step = Callable[[nn.Module, nn.Module | None], Tensor]
@@ -37,7 +38,7 @@ class StepMemory:
     """Those of the teacher."""
     gradients: int
     optimizer: int
-    """Two moments for every trained number."""
+    """Two moments for every trained number, paged ones among them, which `total` is without."""
     activations: int | None
     """The most that a step holds besides: what the backward pass needs, and what comes and goes. None: not known."""
     total: int
@@ -64,8 +65,9 @@ def step_memory(
     accumulates: bool = False,
     bits: Mapping[str, float] | None = None,
     teacher_bits: Mapping[str, float] | None = None,
+    moments: MomentMemory | None = None,
 ) -> StepMemory:
-    """Predict what one training step with AdamW holds.
+    """Predict what one training step holds.
 
     Gradients of the step before are held until the backward pass begins, as in Lightning.
 
@@ -79,6 +81,7 @@ def step_memory(
         bits: Bits per number of the frozen parameters that are held in fewer than their dtype has, by name; one of them
             at a time is whole while it is multiplied.
         teacher_bits: The same of the teacher.
+        moments: What the optimizer takes; by default torch's AdamW.
 
     Raises:
         Exception: whatever the model raises where its shapes depend on values.
@@ -109,10 +112,7 @@ def step_memory(
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
     gradients = sum(_bytes(parameter) for parameter in trained)
-    moments = 2 * gradients
-    update = 2 * max(
-        (_bytes(parameter) for parameter in trained), default=0
-    )  # Adam's denominator, one weight at a time
+    moments = moments or moment_memory("adamw", model)
     backward = gradients + allocations.other_peak if accumulates else allocations.peak
     weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
     whole = max(_largest(model, bits or {}), _largest(teacher, teacher_bits or {}))
@@ -122,9 +122,12 @@ def step_memory(
         weights=weights,
         teacher=held,
         gradients=gradients,
-        optimizer=moments,
+        optimizer=moments.held,
         activations=allocations.other_peak + whole,
-        total=weights + held + moments + max(gradients + forward + whole, backward + whole, gradients + update),
+        total=weights
+        + held
+        + (moments.held - moments.paged)
+        + max(gradients + forward + whole, backward + whole, gradients + moments.update),
     )
 
 
@@ -133,20 +136,22 @@ def state_memory(
     teacher: nn.Module | None = None,
     bits: Mapping[str, float] | None = None,
     teacher_bits: Mapping[str, float] | None = None,
+    moments: MomentMemory | None = None,
 ) -> StepMemory:
     """The part of `step_memory` that the batches have nothing to do with; activations are None."""
     sizes = {id(p): (p.numel(), _bytes(p)) for p in model.parameters() if p.requires_grad}
     gradients = sum(size for _, size in sizes.values())
     weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
+    moments = moments or moment_memory("adamw", model)
     return StepMemory(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(count for count, _ in sizes.values()),
         weights=weights,
         teacher=held,
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=moments.held,
         activations=None,
-        total=weights + held + 3 * gradients,
+        total=weights + held + gradients + moments.held - moments.paged,
     )
 
 

@@ -47,7 +47,7 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 row["stage"],
-                f"{row['kind']} {' '.join(bits)}".strip(),
+                " ".join(word for word in (row["kind"], row.get("adapters"), *bits) if word),
                 metric.show(metric.of(row)) + loss,
                 metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
                 *_language_cells(row),

@@ -5,6 +5,6 @@ inside the block; `callback` is called for the stage that trains. Layer names in
 the LightningModule that trains it, the model is called ``model``.
 """
 
-from qatkit.blocks import distill, lora, prune, quantize, rewind, shrink
+from qatkit.blocks import distill, lora, prune, quantize, rewind, samples, shrink
 
-__all__ = ["distill", "lora", "prune", "quantize", "rewind", "shrink"]
+__all__ = ["distill", "lora", "prune", "quantize", "rewind", "samples", "shrink"]

@@ -37,7 +37,7 @@ def check(config: LoraConfig, stage: StageConfig, trainer: TrainerConfig, model:
     if config.bits is not None:
         if not base_layers(model):
             raise QatkitError(f"bits: the model has no plain linear layer to hold in {config.bits} bits; leave it out")
-        check_backend(_device(trainer.accelerator))
+        check_backend(device_of(trainer))
     return names
 
 
@@ -83,8 +83,9 @@ def _adapter(config: LoraConfig) -> Adapter:
     return Adapter(config.rank, config.alpha, config.dropout, config.dora)
 
 
-def _device(accelerator: str) -> torch.device:
-    if accelerator in ("cpu", "cuda", "mps"):
-        return torch.device(accelerator)
+def device_of(trainer: TrainerConfig) -> torch.device:
+    """Where Lightning will train, as far as that is known before there is a Trainer."""
+    if trainer.accelerator in ("cpu", "cuda", "mps"):
+        return torch.device(trainer.accelerator)
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device(found.type if found is not None else "cpu")

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.lora.bits import dequantized, kind_of, make_safe, set_child
+from qatkit.lora.heads import check_heads, classification_heads, inside_of
 from qatkit.lora.layers import SWAPS, AdaptedWeight, adapt, merge_layer
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize, full_tensor
+from qatkit.quantization.state import quantizer_prefixes
 
 NAME = "default"
 """What peft calls the adapter."""
@@ -39,7 +41,8 @@ class Adapter:
 def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str]:
     """The linear layers that the globs select, in the model's order.
 
-    The output layer of a language model is only taken by a pattern that names it.
+    The output layer of a language model is only taken by a pattern that names it, and the head of a classifier by none,
+    as it is trained whole.
 
     Raises:
         QatkitError: a pattern matches no linear layer, or a layer whose weight belongs to another one as well.
@@ -48,7 +51,10 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         >>> target_layers(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
         ['0', '2']
     """
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    whole = classification_heads(model)
+    linear = {
+        name: module for name, module in model.named_modules() if _is_linear(module) and not inside_of(name, whole)
+    }
     heads = _heads(model)
     uses: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -59,6 +65,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         if not found:
             near = difflib.get_close_matches(pattern, linear, n=3, cutoff=0.3) or list(linear)[:3]
             known = f"the nearest are {near}" if near else "the model has none"
+            known += f"; {whole} is trained whole" if any(inside_of(pattern, whole) for pattern in targets) else ""
             raise QatkitError(f"targets[{index}]: '{pattern}' matches no linear layer; {known}")
     chosen = []
     for name, module in linear.items():
@@ -77,15 +84,18 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
 
 
 def base_layers(model: nn.Module) -> list[str]:
-    """The layers that few bits may hold: plain linear ones, but no output layer and no shared weight."""
-    heads = _heads(model)
+    """The layers that few bits may hold: plain linear ones, but no output layer, no head and no shared weight."""
+    heads, whole = _heads(model), classification_heads(model)
     owners = Counter(
         id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None
     )
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module not in heads and owners[id(module.weight)] == 1
+        if type(module) is nn.Linear
+        and module not in heads
+        and not inside_of(name, whole)
+        and owners[id(module.weight)] == 1
     ]
 
 
@@ -93,7 +103,8 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
     """Freeze a model and put adapters on some of its layers, in place; it computes what it did.
 
     Layers are peft's, unless one of them is fake-quantized or keeps its zeros: then all are `AdaptedWeight`, whose
-    update is part of the weight. Scales of fake quantizers stay trainable.
+    update is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a classifier of
+    transformers: where the model was not trained to classify, its weights are random.
 
     Args:
         model: Any module.
@@ -105,6 +116,8 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
         QatkitError: the adapter or a layer's type does not go with an update inside the weight.
     """
     layers = {name: model.get_submodule(name) for name in names}
+    heads = classification_heads(model)
+    check_heads(heads, held)
     inside = bool(held) or any(isinstance(layer, QATLayer) for layer in layers.values())
     if inside:
         check_inside(layers, adapter, bool(held))
@@ -123,7 +136,7 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
         # transformers, and asks for its config
         root = nn.ModuleDict({"root": model})
         inject_adapter_in_model(_config([f"root.{name}" for name in names], adapter), root)
-    for parameter in trained:
+    for parameter in (*trained, *(p for name in heads for p in model.get_submodule(name).parameters())):
         parameter.requires_grad_(True)
 
 
@@ -176,7 +189,12 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
         for key, value in _factors(layer).items():
             tensors[f"base_model.model.{name}.{key}"] = full_tensor(value).detach().cpu().contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
+    heads, quantizers = classification_heads(model), quantizer_prefixes(model)
+    for key, value in model.state_dict().items():
+        if inside_of(key, heads) and not key.startswith(quantizers):
+            tensors[f"base_model.model.{key}"] = full_tensor(value).detach().cpu().contiguous().clone()
     config = _config(list(layers), _adapter_of(next(iter(layers.values()))))
+    config.modules_to_save = heads or None
     config.base_model_name_or_path, config.inference_mode = base, True
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     # written here: peft would write its sets in another order on every run

@@ -18,12 +18,14 @@ from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, check
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
-from qatkit.recipe.stage import StageConfig
+from qatkit.recipe.stage import ScheduleName, StageConfig
+from qatkit.recipe.watching import EarlyStoppingConfig, SamplesConfig
 
 __all__ = [
     "MISSING",
     "CacheConfig",
     "DistillConfig",
+    "EarlyStoppingConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FactoryConfig",
@@ -38,6 +40,8 @@ __all__ = [
     "RampConfig",
     "Recipe",
     "RewindConfig",
+    "SamplesConfig",
+    "ScheduleName",
     "ShrinkConfig",
     "StageConfig",
     "TrainerConfig",
@@ -140,6 +144,11 @@ class Recipe:
                 raise ValueError(
                     f"stages.{name}.prune.method: '{method}' needs whole weights, and fsdp2 shards them; write "
                     "magnitude, or trainer.strategy: ddp"
+                )
+            if stage.optimizer != "adamw" and self.trainer.strategy == "fsdp2":
+                raise ValueError(
+                    f"stages.{name}.optimizer: '{stage.optimizer}' updates whole tensors, and fsdp2 shards them; write "
+                    "adamw, or trainer.strategy: ddp"
                 )
             if stage.lora is not None:
                 stage.lora.check(f"stages.{name}", zeros[name], self.trainer.strategy == "fsdp2")

@@ -40,6 +40,17 @@ class LoraConfig:
         if self.dora and self.bits == 8:
             raise ValueError("dora: peft cannot train it over 8 bits of bitsandbytes; write bits: 4 or dora: false")
 
+    @property
+    def title(self) -> str:
+        """What the field calls it.
+
+        Example:
+            >>> LoraConfig().title, LoraConfig(bits=4).title, LoraConfig(bits=8).title
+            ('LoRA', 'QLoRA', 'LoRA over 8 bits')
+        """
+        name = ("Q" if self.bits == 4 else "") + ("DoRA" if self.dora else "LoRA")
+        return f"{name} over 8 bits" if self.bits == 8 else name
+
     def check(self, key: str, zeros: bool, sharded: bool) -> None:
         """Raise unless the block goes with the rest of the recipe.
 

@@ -114,7 +114,7 @@ def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageCon
 def _rounds(
     name: str, stage: StageConfig, lottery: LotteryConfig, before: str | None, seed: int
 ) -> dict[str, StageConfig]:
-    for block in ("model", "shrink", "prune", "quantize", "lora", "rewind", "part"):
+    for block in ("model", "shrink", "prune", "quantize", "lora", "rewind", "part", "early_stopping"):
         if getattr(stage, block) is not None:
             raise ValueError(
                 f"stages.{name}.{block}: it has no meaning beside lottery, which stands for several stages; write it "

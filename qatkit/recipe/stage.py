@@ -12,6 +12,9 @@ from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.quantize import QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
+from qatkit.recipe.watching import EarlyStoppingConfig, SamplesConfig
+
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,19 @@ class StageConfig:
     """Samples per device and step."""
     lr: float = 1e-3
     weight_decay: float = 0.01
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """torch's AdamW, or one of bitsandbytes: moments in 8 bits, or in memory that a GPU shares with the machine."""
+    schedule: ScheduleName = "cosine"
     warmup: float = 0.0
     """Share of the stage over which the learning rate rises from zero, 0 to 1."""
+    decay: float = 0.2
+    """With schedule wsd (warm-up, stable, decay): share of the stage, at its end, over which the rate falls to zero."""
     gradient_clip: float | None = None
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
+    early_stopping: EarlyStoppingConfig | None = None
+    samples: SamplesConfig | None = None
     start: str | None = None
     """The earlier stage whose model this one goes on with; by default the one before."""
     model: FactoryConfig | None = None
@@ -56,6 +65,13 @@ class StageConfig:
             raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: {self.decay} is out of range; write a share above 0 and up to 1")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"decay: {self.decay} and a warmup of {self.warmup} are more than the stage; write two shares with a "
+                "sum of at most 1"
+            )
         if self.start is not None and self.model is not None:
             raise ValueError(f"start: '{self.start}' and a model are given; write the one that the stage begins with")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
@@ -66,8 +82,16 @@ class StageConfig:
                 f"{self.max_steps}; write at least their sum"
             )
 
+        for block in ("early_stopping", "samples"):
+            if getattr(self, block) is not None and self.max_steps == 0:
+                raise ValueError(f"{block}: the stage does not train, as max_steps is 0; leave it out")
         if self.prune is not None and not self.prune.at_once:
             how = "ramp" if self.prune.ramp is not None else "method"
+            if self.early_stopping is not None:
+                raise ValueError(
+                    f"early_stopping: prune.{how} makes zeros until the stage ends, and the best validation would be "
+                    "one with few of them; write it in a stage after this one"
+                )
             if self.max_steps == 0:
                 raise ValueError(f"prune.{how}: it prunes while training, and max_steps is 0; write sparsity: 0.5")
             if self.rewind is not None:

@@ -86,11 +86,21 @@ def close(predicted: int, found: int) -> None:
         ("dense", ["trainer.precision=bf16-mixed", "stages.dense.batch_size=8"]),
         ("dense", ["stages.dense.batch_size=1", "model.args.layers=6", "stages.dense.accumulate=2"]),
         ("dense", ["stages.dense.lora={rank: 8}", "model.args.hidden=64"]),
+        ("dense", ["stages.dense.optimizer=adamw8bit", "model.args.hidden=128"]),
         ("qat", []),
         ("qat", ["stages.qat.quantize.include=['*.mlp.*']", "stages.qat.quantize.exclude=[]"]),
         ("qat", ["stages.qat.quantize={weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}"]),
     ],
-    ids=["full", "bf16", "accumulated", "lora", "w8a8 and kd", "w8a8 in part and kd", "int4 in groups and kd"],
+    ids=[
+        "full",
+        "bf16",
+        "accumulated",
+        "lora",
+        "8-bit moments",
+        "w8a8 and kd",
+        "w8a8 in part and kd",
+        "int4 in groups and kd",
+    ],
 )
 def test_a_llama_takes_what_was_predicted(
     stage: str, overrides: list[str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

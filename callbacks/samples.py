@@ -1,0 +1,131 @@
+"""Texts that a language model writes now and then while it trains."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from qatkit.callbacks.generation import ends_of, tokenizer_of
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from qatkit.distillation.generation import check_length, generated_batch, writer_in
+from qatkit.errors import QatkitError
+
+
+class TextSamples(Callback):
+    """Lets the model continue prompts and writes down what it says: in a file, and as a table on W&B or TensorBoard.
+
+    Every token is the most probable one, in eval mode and with random numbers of its own, so that training ends with
+    the same bits as without. A resumed run replaces what was written after its checkpoint.
+
+    Args:
+        every: Optimizer steps between two times.
+        prompts: Beginnings of texts.
+        path: A file of JSON lines, each with "step", "prompt" and "text".
+        max_new_tokens: Tokens to write at most.
+        tokenizer: Of transformers; by default the attribute ``tokenizer`` of the data module.
+
+    Raises:
+        QatkitError: there is no tokenizer, the model cannot write texts, or a text is longer than it has positions.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from qatkit.callbacks import TextSamples
+        >>> trainer = Trainer(callbacks=[TextSamples(every=100, prompts=["def main"], path=Path("samples.jsonl"))])
+    """
+
+    def __init__(
+        self, every: int, prompts: Sequence[str], path: Path, max_new_tokens: int = 32, tokenizer: Any = None
+    ) -> None:
+        if every < 1:
+            raise QatkitError(f"every: {every} is out of range; write a whole number of at least 1")
+        if isinstance(prompts, str):
+            raise QatkitError(f"prompts: '{prompts}' is no list; write ['{prompts}']")
+        self.every = every
+        self.prompts = list(prompts)
+        self.path = path
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = tokenizer
+        self._tokens: list[list[int]] = []
+        self._last = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tokenizer = self.tokenizer or tokenizer_of(trainer)
+        if self.tokenizer is None:
+            raise QatkitError(
+                "prompts: the data has no tokenizer to read them; write samples for a language model's data"
+            )
+        self._tokens = [self.tokenizer(prompt)["input_ids"] for prompt in self.prompts]
+        check_length(pl_module, "prompts", max(map(len, self._tokens)) + self.max_new_tokens)
+        self._last = trainer.global_step
+        if trainer.is_global_zero and self.path.exists():
+            kept = [row for row in _rows(self.path) if row["step"] <= trainer.global_step]
+            self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every or step == self._last:  # more batches of an accumulated step
+            return
+        self._last = step
+        sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
+        if not (trainer.is_global_zero or sharded):  # every process has to gather its share of the weights
+            return
+        texts = self._texts(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        rows = [{"step": step, "prompt": p, "text": text} for p, text in zip(self.prompts, texts, strict=True)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(map(_line, rows))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_text("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                for index, row in enumerate(rows):
+                    shown = f"**{row['prompt']}**\n```\n{row['text']}\n```"
+                    logger.experiment.add_text(f"samples/{index}", shown, step)
+
+    def _texts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """What the model writes behind every prompt."""
+        model: Any = writer_in(pl_module, "prompts")
+        longest = max(map(len, self._tokens))
+        # padded on the left, as generate() wants them
+        tokens = torch.tensor([[0] * (longest - len(row)) + row for row in self._tokens])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in self._tokens])
+        compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())
+        # it would be compiled again for every length of a text
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        ends = ends_of(model, self.tokenizer)
+        with eager, trainer.precision_plugin.forward_context():
+            batch = generated_batch(model, tokens, mask, self.max_new_tokens, 0.0, ends, seed=0)
+        return [self._decoded(ids, labels) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+
+    def _decoded(self, ids: Tensor, labels: Tensor) -> str:
+        text: str = self.tokenizer.decode(ids[labels >= 0], skip_special_tokens=True)
+        return text
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # a killed process may leave the last line half written
+            break
+    return found

@@ -1,0 +1,100 @@
+"""Early stopping of a stage: Lightning's own, with the best model kept and put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from qatkit.errors import QatkitError
+from qatkit.recipe import EarlyStoppingConfig
+
+MONITORED = "val/loss"
+
+
+class StopEarly(EarlyStopping):
+    """Ends a stage when the validation loss no longer falls, and leaves the weights of its best validation.
+
+    Args:
+        config: The block of the recipe.
+        stage: Its stage, for errors.
+        folder: Where ``best.ckpt`` is kept.
+
+    Raises:
+        QatkitError: the stage is never validated, or its loss never was a number.
+    """
+
+    def __init__(self, config: EarlyStoppingConfig, stage: str, folder: Path) -> None:
+        # after a validation: at the end of an epoch that max_steps cut off the metric is that of the epoch before
+        super().__init__(
+            MONITORED, config.min_delta, config.patience, check_finite=False, check_on_train_epoch_end=False
+        )
+        self.key = f"stages.{stage}.early_stopping"
+        self.path = folder / "best.ckpt"
+        self.best_step = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended the stage."""
+        return self.wait_count >= self.patience
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best_step": self.best_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.best_step = state_dict["best_step"]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if sum(trainer.num_val_batches) == 0:
+            raise QatkitError(
+                f"{self.key}: the data has no validation batches, whose loss it waits for; give the data some, or "
+                "leave it out"
+            )
+        epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        if epoch > trainer.max_steps:
+            raise QatkitError(
+                f"{self.key}: the first validation is at the end of an epoch of {epoch} steps, and max_steps is "
+                f"{trainer.max_steps}; write more, or shorter epochs (epoch_batches of texts)"
+            )
+        # a run that was killed between the decision and the end of the stage must not go on
+        trainer.should_stop = trainer.should_stop or self.stopped
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        before = self.best_score
+        super().on_validation_end(trainer, pl_module)
+        if self.best_score is not before:
+            self.best_step = trainer.global_step
+            trainer.save_checkpoint(self.path, weights_only=True)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best_score.isinf():
+            raise QatkitError(
+                f"{self.key}: no validation gave a loss that is a number; look at {MONITORED} in the stage's logs, and "
+                "try a smaller lr"
+            )
+        state = torch.load(self.path, map_location="cpu", weights_only=True)["state_dict"]
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            set_model_state_dict(pl_module, state, options=StateDictOptions(full_state_dict=True))
+        else:
+            pl_module.load_state_dict(state)
+
+    def record(self, trainer: Trainer) -> dict[str, Any]:
+        """What the stage's record says of it."""
+        return {
+            "stopped": self.stopped,
+            "steps": trainer.global_step,
+            "best_step": self.best_step,
+            MONITORED: float(self.best_score),
+        }

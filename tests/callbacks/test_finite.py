@@ -1,0 +1,82 @@
+"""Steps with a loss or a gradient that is no number: left out, counted, and the end of training where they go on."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from qatkit.callbacks import NonFiniteSteps
+from torch import Tensor
+
+from qatkit import QatkitError
+from tests.callbacks.modules import Classifier, batches, trainer
+
+
+class Ill(Classifier):
+    """Its loss is NaN, or only its gradient is, in some batches."""
+
+    def __init__(self, bad: set[int], of: str = "loss", value: float = torch.nan) -> None:
+        super().__init__()
+        self.bad, self.of, self.value = bad, of, value
+        self.weights: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.weights.append(self.net[0].weight.detach().clone())
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx not in self.bad:
+            return loss
+        if self.of == "gradient":  # the root's slope at 0 is infinite, and 0 times that is NaN
+            return loss + (0.0 * self.net[0].weight).abs().sqrt().sum()
+        return loss * self.value
+
+
+@pytest.mark.parametrize(("of", "value"), [("loss", torch.nan), ("loss", torch.inf), ("gradient", 0.0)])
+def test_a_bad_step_changes_no_weight_and_the_next_one_goes_on(of: str, value: float) -> None:
+    module = Ill({3, 4}, of, value)
+    trainer(NonFiniteSteps(limit=3)).fit(module, batches())
+    seen = [*module.weights, module.net[0].weight.detach()]
+    changed = [not torch.equal(before, after) for before, after in pairwise(seen)]
+    assert changed == [True, True, True, False, False, True, True, True]
+    assert all(weight.isfinite().all() for weight in seen)
+
+
+def test_it_changes_nothing_where_every_step_is_good() -> None:
+    plain, watched = Classifier(), Classifier()
+    trainer().fit(plain, batches())
+    trainer(NonFiniteSteps()).fit(watched, batches())
+    assert torch.equal(plain.net[0].weight, watched.net[0].weight)
+
+
+def test_one_bad_batch_spoils_the_step_that_it_is_accumulated_in() -> None:
+    module = Ill({3})
+    trainer(NonFiniteSteps(limit=2), max_steps=4, accumulate_grad_batches=2).fit(module, batches())
+    changed = [not torch.equal(module.weights[i], module.weights[i + 2]) for i in (0, 2, 4)]
+    assert changed == [True, False, True]
+
+
+def test_too_many_in_a_row_end_training_with_the_step_and_the_last_checkpoint(tmp_path: Path) -> None:
+    module = Ill({2, 4, 5, 6})
+    kept = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2)
+    watch = NonFiniteSteps(limit=3)
+    with pytest.raises(QatkitError) as caught:
+        trainer(watch, kept, enable_checkpointing=True).fit(module, batches())
+    message = str(caught.value)
+    assert message.startswith(
+        "training: the loss was NaN or infinite in 3 steps in a row, up to step 7; they changed no"
+    )
+    assert f"Training continues from the last checkpoint, {tmp_path / 'last.ckpt'}. Try a smaller lr" in message
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 6
+    assert torch.equal(state["state_dict"]["net.0.weight"], module.weights[-1])
+    assert state["callbacks"]["NonFiniteSteps"] == {"in_a_row": 2}
+
+
+def test_without_a_checkpoint_it_says_that_there_is_none() -> None:
+    with pytest.raises(QatkitError, match=r"the gradient was NaN .* No checkpoint was written before\. Try a smaller"):
+        trainer(NonFiniteSteps(limit=2)).fit(Ill({0, 1}, "gradient"), batches())
+    with pytest.raises(QatkitError, match="limit: 0 is out of range"):
+        NonFiniteSteps(limit=0)
