@@ -50,7 +50,10 @@ def weights(folder: Path, stage: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("recipe", [IMAGES, TEXT], ids=["channels", "transformer"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(IMAGES, id="channels"), pytest.param(TEXT, id="transformer", marks=pytest.mark.slow)],
+)
 def test_two_processes_cut_what_one_cuts_also_where_they_start_there_and_train_it(
     recipe: str, strategy: str, tmp_path: Path
 ) -> None:
