@@ -81,7 +81,9 @@ class MovementPruning(MagnitudePruning):
                 weight = pl_module.get_submodule(name).weight
                 assert isinstance(weight, nn.Parameter)
                 if weight.grad is not None:
-                    add_movement(local(scores), local(weight), local(weight.grad))
+                    # where float16 overflowed the scaler skips the step, but one NaN would stay in the sum for ever
+                    gradient = local(weight.grad).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+                    add_movement(local(scores), local(weight), gradient)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override

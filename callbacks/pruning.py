@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -13,14 +14,15 @@ from qatkit.callbacks.holding import HeldZeros
 from torch import Tensor, nn
 from typing_extensions import override
 
-from qatkit.errors import QatkitError
-from qatkit.pruning.layers import check_pattern, matches
+from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.pruning.layers import check_pattern, share_of
 from qatkit.pruning.masks import (
     apply_mask,
     block_mask,
     check_block,
     check_floor,
     check_nm,
+    check_pair,
     check_sparsity,
     count_zeros,
     global_masks,
@@ -77,12 +79,16 @@ class MagnitudePruning(HeldZeros):
         given = [key for key, value in (("sparsity", sparsity), ("ramp", ramp), ("nm", nm)) if value is not None]
         if len(given) != 1:
             raise QatkitError(
-                f"MagnitudePruning: {' and '.join(given) or 'nothing'} is given; write one of sparsity=0.5, "
-                "ramp=Ramp(0.5) and nm=(2, 4)"
+                f"MagnitudePruning: {' and '.join(given) or 'nothing'} {'are' if given else 'is'} given; write one of "
+                "sparsity=0.5, ramp=Ramp(0.5) and nm=(2, 4)"
             )
         if sparsity is not None:
             check_sparsity("sparsity", sparsity)
         self.ramp = ramp if ramp is not None else Ramp(sparsity or 0.0, end=0.0)
+        if nm is not None:
+            check_pair("nm", nm, (2, 4))
+        if block is not None:
+            check_pair("block", block, (16, 16))
         if nm is None and not self.ramp.final:
             raise QatkitError("sparsity: 0.0 prunes nothing; write a share of zeros above 0, such as 0.5")
         if scope not in ("layer", "model"):
@@ -121,6 +127,8 @@ class MagnitudePruning(HeldZeros):
         for pattern in self.layer_sparsity:
             check_pattern(f"layers['{pattern}']", pattern, list(layers))
         layers = {name: layer for name, layer in layers.items() if self._ramp_of(name).final or self.nm}
+        if not layers:
+            raise QatkitError(f"layers: {self.layer_sparsity} leaves no layer to prune; write a share above 0 for one")
         for name, layer in layers.items():
             if self.nm is not None:
                 check_nm(name, layer.weight, *self.nm)  # type: ignore[arg-type]  # a Parameter
@@ -161,6 +169,16 @@ class MagnitudePruning(HeldZeros):
             self._prune(pl_module, level)
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.nm is None and self._level < UPDATES:
+            warnings.warn(
+                f"ramp: training ended at {self._share_at(max(self._level, 0)):.1%} zeros of {self.ramp.final:.1%}; "
+                f"let the ramp end before training may stop, such as Ramp({self.ramp.final}, end=0.5)",
+                QatkitWarning,
+                stacklevel=2,
+            )
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"level": self._level, "settings": self._settings()}
 
@@ -185,10 +203,8 @@ class MagnitudePruning(HeldZeros):
         }
 
     def _ramp_of(self, name: str) -> Ramp:
-        for pattern, share in reversed(self.layer_sparsity.items()):
-            if matches(name, [pattern]):
-                return replace(self.ramp, final=share, initial=min(self.ramp.initial, share))
-        return self.ramp
+        share = share_of(name, self.layer_sparsity, self.ramp.final)
+        return replace(self.ramp, final=share, initial=min(self.ramp.initial, share))
 
     def _level_at(self, progress: float) -> int:
         start, end = self.ramp.start, self.ramp.end
@@ -218,7 +234,7 @@ class MagnitudePruning(HeldZeros):
 
     def _masks_at(self, weights: dict[str, nn.Parameter], level: int) -> dict[str, Tensor]:
         if self.nm is not None:
-            return {name: nm_mask(weight, *self.nm) for name, weight in weights.items()}
+            return {name: nm_mask(weight, *self.nm, name) for name, weight in weights.items()}
         if self.scope == "model":
             masks = global_masks(weights, self._share_at(level))
             kept = total_counts({name: int(mask.sum()) for name, mask in masks.items()}, weights)

@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.masks import apply_mask, count_zeros, nonzeros
-from qatkit.pruning.shards import local, rows_here
+from qatkit.pruning.masks import apply_mask, nonzeros
+from qatkit.pruning.shards import local, rows_here, total_counts
 
 
 class WeightRewinding(Callback):
@@ -56,18 +56,21 @@ class WeightRewinding(Callback):
         _check_fits(self._earlier, current)
         held = {name: weight for each in self._pruning(trainer) for name, weight in each.weights(pl_module).items()}
         masks = {name: nonzeros(weight) for name, weight in held.items()}
-        before = count_zeros(held)
+        lost = {
+            name: int((mask & (rows_here(self._earlier[f"{name}.weight"], held[name]).to(mask.device) == 0)).sum())
+            for name, mask in masks.items()
+        }
+        for name, count in total_counts(lost, held).items():
+            if count:  # before the first change: after an error the module is still the user's
+                raise QatkitError(
+                    f"layer '{name}': {count} weights that were kept are 0 at the time to go back to, and would count "
+                    "as pruned; go back to a later step, or exclude the layer"
+                )
         with torch.no_grad():
             for name, tensor in current.items():
                 local(tensor).copy_(rows_here(self._earlier[name], tensor))
         for name, weight in held.items():
             apply_mask(weight, masks[name])
-        for name, zeros in count_zeros(held).items():
-            if zeros != before[name]:
-                raise QatkitError(
-                    f"layer '{name}': {zeros - before[name]} weights that were kept are 0 at the time to go back to, "
-                    "and would count as pruned; go back to a later step, or exclude the layer"
-                )
 
     def _pruning(self, trainer: Trainer) -> list[HeldZeros]:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning

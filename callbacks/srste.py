@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.masks import apply_mask, check_nm, nm_mask
+from qatkit.pruning.masks import apply_mask, check_nm, check_pair, nm_mask
 from qatkit.pruning.shards import local, rows_here
 
 
@@ -52,6 +52,7 @@ class SparseRefinedSTE(HeldZeros):
         super().__init__(include, exclude)
         if not decay >= 0:
             raise QatkitError(f"decay: {decay} is out of range; write 0 or a small number above it, such as 2e-4")
+        check_pair("nm", nm, (2, 4))
         self.nm = nm
         self.decay = decay
         self._pruned: dict[str, Tensor] = {}
@@ -113,7 +114,7 @@ class SparseRefinedSTE(HeldZeros):
     def _take_out(self, pl_module: LightningModule) -> None:
         """Split every weight into the N:M sparse part, which stays, and the values it is without."""
         for name, weight in self.weights(pl_module).items():
-            mask = nm_mask(weight, *self.nm)
+            mask = nm_mask(weight, *self.nm, name)
             self._pruned[name] = weight.detach().clone()
             apply_mask(self._pruned[name], ~mask)
             apply_mask(weight, mask)

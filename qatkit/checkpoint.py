@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -109,6 +110,15 @@ def count_zeros(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Weights that are exactly zero, for each of the named layers."""
     layers = {name: model.get_submodule(name) for name in names}
     return {name: int((cast(torch.Tensor, layer.weight) == 0).sum()) for name, layer in layers.items()}
+
+
+def measured_zeros(folder: Path) -> dict[str, list[int]]:
+    """Of every layer whose zeros a finished stage holds: how many its saved weight has, and of how many."""
+    record = read_record(folder)
+    names = record.zeros if record is not None else {}
+    with safe_open(folder / "model" / "model.safetensors", framework="pt") as file:
+        weights = {name: file.get_tensor(f"{name}.weight") for name in names}
+    return {name: [int((weight == 0).sum()), weight.numel()] for name, weight in weights.items()}
 
 
 def read_started(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qatkit.analysis.curves import read_curves
 from qatkit.analysis.histograms import weight_histograms
 from qatkit.analysis.page import render
 from qatkit.analysis.report import markdown
-from qatkit.checkpoint import write_atomically
+from qatkit.checkpoint import measured_zeros, write_atomically
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.evaluation import evaluate_run
 from qatkit.export.compressed import export_compressed
@@ -136,6 +136,7 @@ def report_run(run: Run) -> dict[str, Any]:
                 "verification": json.loads(verification.read_text()),
                 "language": scores.get(stage),
                 "layers": record.layers,
+                "zeros": measured_zeros(run.folder(stage)),
                 "histograms": _histograms(run, stage),
                 "seconds": record.seconds,
             }

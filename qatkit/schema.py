@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
@@ -125,7 +126,10 @@ def _read_union(options: tuple[Any, ...], value: Any, path: str, resolved: bool)
 
 def _read_list(origin: Any, options: tuple[Any, ...], value: Any, path: str, resolved: bool) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise QatkitError(f"{path}: {show(value)} is not a list; write [{value if _is_scalar(value) else '...'}]")
+        items = str(value) if _is_scalar(value) else "..."
+        if re.fullmatch(r"\d+:\d+", items):  # 2:4, as N:M sparsity is written everywhere but in YAML
+            items = items.replace(":", ", ")
+        raise QatkitError(f"{path}: {show(value)} is not a list; write [{items}]")
     if origin is tuple and options[-1] is not Ellipsis:
         if len(value) != len(options):
             raise QatkitError(f"{path}: {show(value)} has {len(value)} values; write {len(options)}")

@@ -188,6 +188,10 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
     [
         ("stages.ticket.lottery.rounds=0", r"stages\.ticket\.lottery\.rounds: 0 is out of range"),
         ("stages.ticket.lottery.share=1.0", r"stages\.ticket\.lottery\.share: 1\.0 is out of range"),
+        (
+            "stages.ticket.lottery={rounds: 40, share: 0.5}",
+            r"stages\.ticket\.lottery\.rounds: 40 rounds that prune 0\.5 each leave no weight",
+        ),
         ("stages.ticket.lottery.rewind=start", r"lottery\.rewind: 'start' is unknown; write init, learning_rate or a"),
         ("stages.ticket.lottery.rewind=0", r"lottery\.rewind: 0 is out of range; write init, or at least 1 step"),
         ("stages.ticket.lottery.rewind=60", r"lottery\.rewind: 60 is not before the end of its 60 steps"),

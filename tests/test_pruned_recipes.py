@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qatkit import QatkitError
-from qatkit.delivery import export_run, verify_run
+from qatkit.delivery import export_run, report_run, verify_run, write_page
 from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
 from qatkit.quantization.arithmetic import quantize
@@ -71,6 +71,24 @@ def test_the_record_counts_the_zeros_of_the_saved_weights_of_every_stage(done: R
         assert len(zeros) == 2
 
 
+def test_the_report_states_the_zeros_of_every_layer_and_of_all_together(done: Run, tmp_path: Path) -> None:
+    export_run(done)
+    verify_run(done)
+    rows = {row["stage"]: row["zeros"] for row in report_run(done)["rows"]}
+    assert rows["dense"] == {}
+    weights = load_file(done.folder("qat") / "model" / "model.safetensors")
+    assert list(rows["qat"]) == ["1", "3"]
+    for layer, counts in rows["qat"].items():
+        weight = weights[f"{layer}.weight"]
+        assert counts == [int((weight == 0).sum()), weight.numel()]
+    page = (done.out / "report.md").read_text()
+    assert "| layer | prune | ptq | qat |" in page
+    assert "| all 2 layers | 50.00% | 50.00% | 50.00% |" in page
+    assert "| 3 | 50.00% | 50.00% | 50.00% |" in page
+    write_page([done.out], tmp_path / "page.html")
+    assert "<h2>Zeros</h2>" in (tmp_path / "page.html").read_text()
+
+
 def test_a_file_with_other_zeros_than_recorded_is_refused(done: Run) -> None:
     path = done.folder("prune") / "model" / "model.safetensors"
     weights = load_file(path)
@@ -110,6 +128,20 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ),
         ("stages.prune.prune.nm=null", r"stages\.prune\.prune\.sparsity: nothing is given"),
         ("stages.prune.prune={sparsity: 1.0}", r"prune\.sparsity: 1\.0 is out of range"),
+        ("stages.prune.prune={nm: 2:4}", r"prune\.nm: '2:4' is not a list; write \[2, 4\]"),
+        ("stages.prune.prune={sparsity: 0.9999}", r"stages\.prune\.prune: layer '1': pruning would leave 0 of its"),
+        (
+            "stages.prune.prune={sparsity: 0.5, layers: {'3': 0.9999}}",
+            r"stages\.prune\.prune: layer '3': pruning would leave",
+        ),
+        (
+            "stages.prune.prune={sparsity: 0.5, layers: {'*': 0.0}}",
+            r"stages\.prune\.prune\.layers: {'\*': 0.0} leaves no layer",
+        ),
+        (
+            "stages.prune.prune={sparsity: 0.5, calibration_batches: 4}",
+            r"prune\.calibration_batches: 4 goes together with method: wanda, sparsegpt, taylor; leave it out",
+        ),
         ("stages.prune.prune={sparsity: -0.5}", r"prune\.sparsity: -0\.5 is out of range"),
         ("stages.prune.prune={ramp: {final: 1.5}}", r"prune\.ramp\.final: 1\.5 is out of range"),
         ("stages.prune.prune={ramp: {final: 0.5, start: 0.6}}", r"prune\.ramp\.end: 0\.5 is not after start: 0\.6"),

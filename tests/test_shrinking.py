@@ -149,12 +149,14 @@ def test_a_started_shrink_goes_on_with_the_same_bits(images: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("{heads: 3}", r"stages\.cut\.shrink\.shape\.heads: 3 query heads do not go with 2"),
-        ("{layers: 9}", r"shape\.layers: 9 is out of range; write a number from 1 to 3"),
+        ("{heads: 3}", r"stages\.cut\.shrink\.heads: 3 query heads do not go with 2"),
+        ("{layers: 9}", r"stages\.cut\.shrink\.layers: 9 is out of range; write a number from 1 to 3"),
         ("{layers: 4, layers_by: last}", r"a student of 4 layers cannot be mapped to a teacher of 3"),
         ("{keep_layers: [2, 1]}", r"layers: \[2, 1\] are no layers of the teacher in rising order"),
         ("{neurons: 64}", r"stages\.cut\.shrink: the sizes are those that the model has"),
         ("{channels: 0.5}", r"stages\.cut\.shrink\.channels: LlamaForCausalLM has no method arguments\(\)"),
+        ("{kv_heads: 9}", r"stages\.cut\.shrink\.kv_heads: 9 is out of range; write a number from 1 to 2"),
+        ("{channels: 8}", r"stages\.cut\.shrink\.channels: 8\.0 is out of range; write a share between 0 and 1"),
         ("{heads: 0}", r"stages\.cut\.shrink\.heads: 0 is out of range"),
         ("{hidden: 1.5}", r"stages\.cut\.shrink\.hidden: 1\.5 is out of range"),
         ("{layers_by: last}", r"stages\.cut\.shrink\.layers: nothing is given to shrink to"),
@@ -166,6 +168,21 @@ def test_a_started_shrink_goes_on_with_the_same_bits(images: Run, tmp_path: Path
 def test_a_size_that_cannot_be_is_refused_before_a_weight_is_read(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=message):
         validate_recipe(load_recipe("llm/shrink", [*TEXT, f"stages.cut.shrink={override}"]))
+
+
+@pytest.mark.parametrize(
+    ("shrink", "message"),
+    [
+        ("{neurons: 0.5}", r"stages\.shrink\.shrink\.neurons: .* is no Llama-like .*; for convolutional networks"),
+        ("{channels: 0.5, exclude: [conv1, con9]}", r"stages\.shrink\.shrink\.exclude\[1\]: 'con9' matches no layer"),
+    ],
+)
+def test_what_does_not_fit_a_convolutional_network_is_told_by_its_key(
+    tmp_path: Path, shrink: str, message: str
+) -> None:
+    run = images_of(tmp_path, f"stages.shrink.shrink={shrink}")
+    with pytest.raises(QatkitError, match=message):
+        validate_recipe(run.recipe)
 
 
 def test_later_stages_are_validated_on_the_smaller_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qatkit.analysis.metrics import PERPLEXITY, metric_of
@@ -97,6 +98,24 @@ def model_table(report: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def zeros_table(report: dict[str, Any]) -> list[list[str]]:
+    """A header and a row per layer whose zeros a stage holds, all of them together first; empty where none does."""
+    rows = [row for row in report["rows"] if row.get("zeros")]
+    layers = dict.fromkeys(layer for row in rows for layer in row["zeros"])
+    if not layers:
+        return []
+
+    def share(found: Iterable[tuple[int, int]]) -> str:
+        zeros, weights = map(sum, zip(*found, strict=True))
+        return f"{zeros / weights:.2%}"
+
+    table = [["layer", *(row["stage"] for row in rows)]]
+    table.append([f"all {len(layers)} layers", *(share(row["zeros"].values()) for row in rows)])
+    for layer in layers:
+        table.append([layer, *(share([row["zeros"][layer]]) if layer in row["zeros"] else "-" for row in rows)])
+    return table
+
+
 def sparse_notes(report: dict[str, Any]) -> list[str]:
     """A sentence for every sparse file: its size against the dense weights."""
     return [
@@ -146,6 +165,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
     if table := model_table(report):
         lines += ["", "## Models", "", *_table(table[0], table[1:])]
+    if table := zeros_table(report):
+        lines += ["", "## Zeros", "", *_table(table[0], table[1:]), "", "Counted in the saved weights."]
     if notes := sparse_notes(report):
         lines += ["", "## Without zeros", "", *(f"- {note}" for note in notes)]
     if notes := kernel_notes(report):

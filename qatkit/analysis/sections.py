@@ -9,7 +9,7 @@ from typing import Any
 from qatkit.analysis.figures import GROUPS, Point, curve_groups, tradeoff, training_curves
 from qatkit.analysis.layer_figures import beyond, largest, layer_picture, weight_histogram
 from qatkit.analysis.metrics import Metric, metric_of
-from qatkit.analysis.report import comparison, headers, model_table, sparse_notes, split_note
+from qatkit.analysis.report import comparison, headers, model_table, sparse_notes, split_note, zeros_table
 from qatkit.analysis.svg import KINDS, SERIES
 from qatkit.analysis.words import headline, parity, tiles
 
@@ -50,6 +50,7 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         "rows": rows,
         "tradeoffs": _tradeoffs(key, metric, entries),
         "models": model_table(report),
+        "zeros": zeros_table(report),
         "sparse": sparse_notes(report),
         "parity": [(row["stage"], parity(row["verification"])) for row in report["rows"]],
         "stages": [_training(key, metric, stage) for stage in report["stages"]],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
 from qatkit.blocks.names import inside, inside_keys
-from qatkit.pruning.layers import check_pattern, prunable_layers
-from qatkit.pruning.masks import check_block, check_nm
+from qatkit.errors import QatkitError
+from qatkit.pruning.layers import check_pattern, prunable_layers, share_of
+from qatkit.pruning.masks import check_block, check_floor, check_nm
 from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
 from qatkit.recipe import PruneConfig
@@ -33,7 +34,27 @@ def check(config: PruneConfig, model: nn.Module) -> list[str]:
             check_nm(layer, weight, config.nm[0], config.nm[1])
         if config.block is not None:
             check_block(layer, weight, (config.block[0], config.block[1]))
+    if config.nm is None:
+        _check_shares(config, {layer: cast(Tensor, module.weight) for layer, module in chosen.items()})
     return list(chosen)
+
+
+def _check_shares(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
+    """Whether something is pruned, and as far as it is known before training, something left."""
+    share = config.sparsity if config.ramp is None else config.ramp.final
+    assert share is not None
+    if config.scope == "model":  # how much of each layer goes depends on its values
+        total = sum(weight.numel() for weight in weights.values())
+        check_floor(", ".join(weights), total - round(share * total), total)
+        return
+    shares = {layer: share_of(layer, config.layers, share) for layer in weights}
+    if not any(shares.values()):
+        raise QatkitError(f"layers: {dict(config.layers)} leaves no layer to prune; write a share above 0 for one")
+    for layer, weight in weights.items():
+        total = weight.numel()
+        if config.block is not None:
+            total //= config.block[0] * config.block[1] * (weight[0, 0].numel())
+        check_floor(layer, total - round(shares[layer] * total), total)
 
 
 def callback(config: PruneConfig | None, held: Sequence[str]) -> HeldZeros | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from qatkit.distillation.students import depth_of, student_from_teacher
 from qatkit.errors import QatkitError
 from qatkit.pruning.channel_scores import channel_scores, last_layer
 from qatkit.pruning.channels import prune_channels
-from qatkit.pruning.layers import prunable_layers
+from qatkit.pruning.layers import check_pattern, prunable_layers
 from qatkit.pruning.structure import Importance, Shape, importance, prefix_of, shrink
 from qatkit.pruning.weight_importance import magnitude_importance, taylor_importance
 from qatkit.recipe import ShrinkConfig
@@ -34,7 +35,9 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
                 "like from, so its new sizes could not be written down; add one, as qatkit.models.vision has"
             )
         if config.exclude:
-            prunable_layers(model, include=config.exclude)  # for its check of patterns
+            names = list(prunable_layers(model))
+            for index, pattern in enumerate(config.exclude):
+                check_pattern(f"exclude[{index}]", pattern, names)
         if find_spec("torch_pruning") is None:
             raise QatkitError("channels: they are cut out by Torch-Pruning; pip install torch-pruning")
         return model
@@ -49,7 +52,10 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
                 neurons=torch.zeros(count, sizes.intermediate_size, device="cpu"),
                 heads=torch.zeros(count, sizes.num_attention_heads, device="cpu"),
             )
-            smaller = shrink(smaller, equal, shape)
+            try:
+                smaller = shrink(smaller, equal, shape)
+            except QatkitError as error:  # in the words of the block
+                raise QatkitError(re.sub(r"^shape\.", "", re.sub(r"^shape\.groups", "kv_heads", str(error)))) from None
     if sum(p.numel() for p in smaller.parameters()) == sum(p.numel() for p in model.parameters()):
         raise QatkitError("the sizes are those that the model has, so nothing is cut; write smaller ones")
     return smaller
@@ -98,9 +104,19 @@ def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
 def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
     """The sizes that importance decides about."""
     by_score = config.layers if config.layers_by == "score" else None
-    if all(size is None for size in (by_score, config.heads, config.kv_heads, config.neurons, config.hidden)):
+    wanting = ("heads", "kv_heads", "neurons", "hidden")
+    keys = [
+        *(["layers"] if by_score is not None else []),
+        *(key for key in wanting if getattr(config, key) is not None),
+    ]
+    if not keys:
         return Shape()
-    prefix_of(model)
+    try:
+        prefix_of(model)
+    except QatkitError as error:
+        raise QatkitError(
+            f"{keys[0]}: {str(error).removeprefix('model: ')}; for convolutional networks write channels: 0.5"
+        ) from None
     sizes: Any = model.config
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     wanted = None if config.heads is None else _size(config.heads, heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -23,7 +23,7 @@ def prunable_layers(
 
     Raises:
         QatkitError: a pattern matches no layer, nothing is left, or a weight is no float, is computed by a hook or is
-            used by another kind of layer too.
+            used by another kind of layer or by an excluded one too.
 
     Example:
         >>> from torch import nn
@@ -42,6 +42,7 @@ def prunable_layers(
         if name not in layers
         for parameter in module.parameters(recurse=False)
     }
+    left_out = {id(layer.weight): name for name, layer in layers.items() if matches(name, exclude)}
     chosen: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for name, layer in layers.items():
@@ -63,6 +64,11 @@ def prunable_layers(
                 f"layer '{name}': its weight is also that of '{elsewhere[id(layer.weight)]}', which would be pruned "
                 "with it; exclude the layer"
             )
+        if id(layer.weight) in left_out:
+            raise QatkitError(
+                f"layer '{name}': its weight is also that of '{left_out[id(layer.weight)]}', which is excluded and "
+                "would be pruned with it; exclude both, or neither"
+            )
         seen.add(id(layer.weight))
         chosen[name] = layer
     if not chosen:
@@ -73,6 +79,11 @@ def prunable_layers(
 def _is_codes(weight: nn.Parameter) -> bool:
     """Whether a tensor subclass, such as torchao's and bitsandbytes', says that its codes are floats."""
     return type(weight) is not nn.Parameter and not hasattr(weight, "to_local")  # FSDP2's shards are floats
+
+
+def share_of(name: str, shares: Mapping[str, float], default: float) -> float:
+    """The share of the last glob that matches the name, or the default where none does."""
+    return next((share for pattern, share in reversed(shares.items()) if matches(name, [pattern])), default)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

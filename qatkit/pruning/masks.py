@@ -57,7 +57,7 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
     return lowest(weights, count)
 
 
-def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
+def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
     """Keep the `n` largest magnitudes of every `m` neighbours along the inputs; of equal ones those that come last.
 
     2:4 is what NVIDIA's sparse tensor cores take: Mishra et al. (2021, https://arxiv.org/abs/2104.08378), section 3.
@@ -66,24 +66,32 @@ def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
         weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose neighbours are input channels.
         n: How many of each group are kept.
         m: Size of a group; divides the inputs.
+        name: The layer's, for errors.
 
     Returns:
         The mask, bool, in the weight's shape; of a sharded weight, the mask of the local shard.
 
     Raises:
-        QatkitError: `n` and `m` make no pattern, or `m` does not divide the inputs.
+        QatkitError: `n` and `m` make no pattern, `m` does not divide the inputs, or a value is not finite.
 
     Example:
         >>> import torch
         >>> nm_mask(torch.tensor([[0.1, -3.0, 2.0, -0.2]]), 2, 4)
         tensor([[False,  True,  True, False]])
     """
-    check_nm("weight", weight, n, m)
+    check_nm(name, weight, n, m)
     rows = local(weight.detach()).movedim(1, -1).contiguous()
     mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    strange = torch.zeros((), dtype=torch.bool, device=rows.device)  # read once, after all chunks: a GPU need not wait
     for values, kept in zip(chunks(rows.view(-1), m), chunks(mask.view(-1), m), strict=True):
         groups = values.abs().view(-1, m)
+        if len(groups):
+            strange |= ~groups.amax().isfinite()
         kept.view(-1, m).copy_(_two_of_four(groups) if (n, m) == (2, 4) else _largest(groups, n))
+    if strange:  # comparisons with NaN are all false, and would keep fewer than n
+        raise QatkitError(
+            f"layer '{name}': values to rank are NaN or infinite; the training diverged, or the checkpoint is damaged"
+        )
     return mask.movedim(-1, 1).contiguous()
 
 
@@ -181,8 +189,14 @@ def count_zeros(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 def check_sparsity(key: str, sparsity: float) -> None:
     """Raise if a share of zeros is not one."""
-    if not 0 <= sparsity < 1:
-        raise QatkitError(f"{key}: {sparsity} is out of range; write a share of zeros from 0 to below 1, such as 0.5")
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise QatkitError(f"{key}: {sparsity!r} is out of range; write a share of zeros from 0 to below 1, such as 0.5")
+
+
+def check_pair(key: str, pair: object, example: tuple[int, int]) -> None:
+    """Raise if what should be two whole numbers is not, such as the text 2:4."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+        raise QatkitError(f"{key}: {pair!r} is no pair of whole numbers; write {example}")
 
 
 def check_floor(name: str, kept: int, total: int) -> None:

@@ -50,7 +50,8 @@ def prune_one_shot(
 
     Raises:
         QatkitError: a pattern matches nothing, settings are out of range or do not fit a layer, no batches, or a layer
-            that they never reach or that would lose all its weights.
+            that they never reach, whose inputs are not finite or that would lose all its weights. What the batches
+            show is seen block by block, so after such an error the blocks before are pruned.
 
     Example:
         >>> import torch
@@ -121,7 +122,10 @@ def _inputs(
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2).float()
-            found = x.t() @ x if gram else x.square().sum(dim=0)
+            with torch.autocast(
+                x.device.type, enabled=False
+            ):  # in which products would be bfloat16, and their sums too
+                found = x.t() @ x if gram else x.square().sum(dim=0)
             sums[name] = sums[name] + found if name in sums else found
 
         return add
@@ -142,4 +146,10 @@ def _inputs(
     missed = [name for name in layers if name not in sums]
     if missed:
         raise QatkitError(f"layer '{missed[0]}': the batches never reach it; exclude it, or pass batches that do")
+    strange = [name for name, found in sums.items() if not found.isfinite().all()]
+    if strange:
+        raise QatkitError(
+            f"layer '{strange[0]}': its inputs are NaN or infinite on the batches; the training diverged, or they hold "
+            "such values: pass others"
+        )
     return sums

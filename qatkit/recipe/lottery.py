@@ -138,6 +138,11 @@ def _rounds(
     rewind = None if lottery.rewind == "learning_rate" else RewindConfig(f"{name}_start" if first else before)
     for number in range(1, lottery.rounds + 1):
         sparsity = round(1 - (1 - lottery.share) ** number, 10)
+        if sparsity == 1:
+            raise ValueError(
+                f"stages.{name}.lottery.rounds: {lottery.rounds} rounds that prune {lottery.share} each leave no "
+                "weight; write fewer"
+            )
         prune = PruneConfig(sparsity, scope=lottery.scope, include=lottery.include, exclude=lottery.exclude)
         found[f"{name}_{number}"] = replace(plain, **rest, prune=prune, rewind=rewind)
     if lottery.reinit:

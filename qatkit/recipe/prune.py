@@ -36,6 +36,8 @@ GOALS: dict[Method, tuple[str, ...]] = {
     "srste": ("nm",),
 }
 """The keys that say how much is pruned, one of which a method takes."""
+LOOKING: tuple[Method, ...] = ("wanda", "sparsegpt", "taylor")
+"""The methods that look at training batches."""
 EXAMPLES = {"sparsity": "sparsity: 0.5", "ramp": "ramp: {final: 0.8, start: 0.1}", "nm": "nm: [2, 4]"}
 
 
@@ -96,7 +98,9 @@ class PruneConfig:
     def _check_together(self) -> None:
         """Refuse what would be ignored."""
         plain = self.method == "magnitude" and self.nm is None
+        counts = self.calibration_batches != PruneConfig.calibration_batches
         for key, value, fits, where in (
+            ("calibration_batches", counts, self.method in LOOKING, f"method: {', '.join(LOOKING)}"),
             ("block", self.block, plain and self.scope == "layer", "method: magnitude by layer, without nm"),
             ("layers", self.layers, plain and self.scope == "layer", "method: magnitude by layer, without nm"),
             (

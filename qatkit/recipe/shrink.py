@@ -25,7 +25,7 @@ class ShrinkConfig:
     hidden: int | float | None = None
     """Width of the residual stream."""
     channels: float | None = None
-    """Channels of every layer of a convolutional network but the last; what depends on one goes with it."""
+    """A share: channels of every layer of a convolutional network but the last; what depends on one goes with it."""
     exclude: list[str] = field(default_factory=list)
     """With `channels`: globs over layers that keep theirs."""
     importance: Literal["activation", "magnitude", "taylor"] = "activation"
@@ -41,7 +41,8 @@ class ShrinkConfig:
         for key in given:
             size = sizes[key]
             if (isinstance(size, int) and size < 1) or (isinstance(size, float) and not 0 < size < 1):
-                raise ValueError(f"{key}: {size} is out of range; write how many stay, or a share between 0 and 1")
+                number = "" if key == "channels" else "how many stay, or "
+                raise ValueError(f"{key}: {size} is out of range; write {number}a share between 0 and 1")
         if self.layers is not None and self.keep_layers is not None:
             raise ValueError(f"keep_layers: {self.keep_layers} and layers: {self.layers} are given; write one of them")
         if self.layers is None and self.layers_by != "score":

@@ -294,53 +294,6 @@ def test_a_convolution_in_channels_last_is_pruned_and_held() -> None:
     assert zeros(module, 1) == 32
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "nothing is given; write one of sparsity=0.5"),
-        ({"sparsity": 0.5, "nm": (2, 4)}, "sparsity and nm is given; write one of"),
-        ({"sparsity": 1.0}, "sparsity: 1.0 is out of range"),
-        ({"sparsity": 0.0}, "sparsity: 0.0 prunes nothing"),
-        ({"sparsity": 0.5, "scope": "global"}, "scope: 'global' is unknown; write 'layer' or 'model'"),
-        ({"sparsity": 0.5, "scope": "model", "layers": {"*": 0.1}}, "layers: .* no meaning with scope='model'"),
-        ({"nm": (2, 4), "layers": {"*": 0.1}}, "layers: .* no meaning with nm"),
-        ({"nm": (2, 4), "scope": "model"}, "scope: 'model' has no meaning with nm"),
-        ({"sparsity": 0.5, "block": (2, 2), "scope": "model"}, r"block: \(2, 2\) does not go together"),
-        ({"sparsity": 0.5, "layers": {"a": 2.0}}, r"layers\['a'\]: 2.0 is out of range"),
-        ({"sparsity": 0.5, "include": "*"}, r"include: '\*' is no list of patterns"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(QatkitError, match=message):
-        MagnitudePruning(**settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sparsity": 0.5, "include": ["net.1"]}, r"include\[0\]: 'net.1' matches no layer"),
-        ({"sparsity": 0.5, "layers": {"head": 0.1}}, r"layers\['head'\]: 'head' matches no layer"),
-        ({"nm": (2, 3)}, r"layer 'net.0': its weight of shape \[16, 8\] has inputs that groups of 3 do not divide"),
-        ({"sparsity": 0.5, "block": (4, 4)}, r"layer 'net.2': blocks of 4 by 4 do not divide"),
-        ({"sparsity": 0.73, "scope": "model"}, r"layer 'net.2': pruning would leave 0 of its 48 weights"),
-    ],
-)
-def test_a_mistake_leaves_the_module_as_it_was(settings: dict[str, Any], message: str) -> None:
-    module = Classifier()
-    with torch.no_grad():
-        module.net[2].weight.mul_(1e-6)
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(QatkitError, match=message):
-        trainer(MagnitudePruning(**settings)).fit(module, batches())
-    for key, value in module.state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
-def test_a_ramp_in_a_training_without_an_end_is_an_error() -> None:
-    with pytest.raises(QatkitError, match="ramp: training has no end to take a share of"):
-        trainer(MagnitudePruning(ramp=Ramp(0.5)), max_steps=-1, max_epochs=-1).fit(Classifier(), batches())
-
-
 def test_the_callback_serves_a_second_fit_and_is_pickled() -> None:
     import pickle
 

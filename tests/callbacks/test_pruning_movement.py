@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from qatkit.callbacks.movement import MovementPruning
 from torch.nn import functional as F
@@ -41,6 +42,26 @@ def test_the_weights_that_moved_towards_zero_are_pruned(scope: Any) -> None:
     assert torch.equal(kept, torch.cat(expected))
     magnitudes = network()[0].weight.detach().abs().flatten()
     assert not torch.equal(expected[0][:128], magnitudes >= magnitudes.sort().values[round(0.4 * 128)])
+
+
+def test_a_step_that_overflows_and_is_skipped_counts_for_nothing() -> None:
+    class Overflow(Callback):
+        """Gradients of one step, as float16 may give them, and what the gradient scaler makes of them."""
+
+        def __init__(self, value: float | None) -> None:
+            self.value = value
+
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step == 2:
+                pl_module.net[0].weight.grad.fill_(self.value if self.value is not None else 0.0)
+
+    found = []
+    for value in (0.0, torch.inf, torch.nan):
+        module, prune = SGD(), MovementPruning(Ramp(0.4, start=0.8, end=0.8))
+        trainer(Overflow(value), prune, Overflow(None), max_steps=6).fit(module, batches())
+        found.append(module.net[0].weight)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_along_a_ramp_the_count_is_exact_and_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -103,7 +103,11 @@ def test_rewinding_that_cannot_work_is_refused() -> None:
         trainer(MagnitudePruning(0.5), WeightRewinding(few)).fit(Classifier(), batches())
     zero = earlier() | {"net.2.weight": torch.zeros(3, 16)}
     with pytest.raises(QatkitError, match=r"layer 'net\.2': 24 weights that were kept are 0 at the time to go back to"):
-        trainer(MagnitudePruning(0.5), WeightRewinding(zero)).fit(Classifier(), batches())
+        trainer(MagnitudePruning(0.5), WeightRewinding(zero)).fit(module := Classifier(), batches())
+    for index in (0, 2):  # nothing went back
+        before = network()[index]
+        assert torch.equal(module.net[index].weight, before.weight * magnitude_mask(before.weight, 0.5))
+        assert torch.equal(module.net[index].bias, before.bias)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,30 @@ def test_channels_of_a_residual_sum_go_together_and_numbers_are_rounded() -> Non
     assert small(IMAGES).shape == (4, 3)
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(1, 6, 1)
+        self.norm, self.head = nn.BatchNorm2d(14), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.cat([self.left(x), self.right(x)], dim=1)).relu().mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_behind_a_concatenation_the_norm_and_the_head_lose_the_channels_of_each_branch(scored: bool) -> None:
+    model = Branches()
+    model(5 * IMAGES)  # for statistics that tell channels apart
+    scores = {"left": torch.arange(8.0), "right": torch.arange(6.0)} if scored else None
+    small = prune_channels(model.eval(), IMAGES, 0.5, exclude=["head"], scores=scores)
+    off = [removed(model.left.weight, small.left.weight), removed(model.right.weight, small.right.weight)]
+    assert [len(channels) for channels in off] == [4, 3]
+    assert not scored or off == [[0, 1, 2, 3], [0, 1, 2]]
+    with torch.no_grad():
+        model.head.weight[:, off[0] + [8 + channel for channel in off[1]]] = 0
+        torch.testing.assert_close(small(IMAGES), model(IMAGES), atol=1e-6, rtol=0)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(QatkitError, match=r"shape would become \[4, 5\] instead of \[4, 10\]; name the layer"):
         prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5)

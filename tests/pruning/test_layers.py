@@ -28,6 +28,16 @@ def test_two_layers_with_one_weight_are_one() -> None:
     assert list(prunable_layers(model)) == ["a", "c"]
 
 
+def test_a_weight_of_an_excluded_layer_is_not_pruned_under_another_name() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    for excluded, other in (("a", "b"), ("b", "a")):
+        with pytest.raises(QatkitError, match=f"layer '{other}': its weight is also that of '{excluded}', which"):
+            prunable_layers(model, exclude=[excluded])
+    assert list(prunable_layers(model, exclude=["a", "b"])) == ["c"]
+    assert list(prunable_layers(model, include=["a"])) == ["a"]  # as a later stage holds it
+
+
 def test_a_weight_that_an_embedding_uses_too_is_refused() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "up": nn.Linear(4, 4), "head": nn.Linear(4, 10)})
     model["head"].weight = model["embed"].weight

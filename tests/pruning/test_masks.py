@@ -59,6 +59,14 @@ def test_two_of_four_is_right_for_every_order_and_every_tie() -> None:
     assert torch.equal(nm_mask(weight, 2, 4), nm_by_definition(weight, 2, 4))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4)])
+def test_a_group_with_a_value_that_cannot_be_ranked_is_refused(pattern: tuple[int, int], value: float) -> None:
+    # 3 > nan, nan > 5 and 5 > 2: by comparisons alone one of four would be kept
+    with pytest.raises(QatkitError, match=r"layer 'head': values to rank are NaN or infinite"):
+        nm_mask(torch.tensor([[3.0, value, 5.0, 2.0]]), *pattern, name="head")
+
+
 def test_the_groups_of_a_convolution_are_input_channels() -> None:
     weight = torch.randn(6, 8, 3, 2)
     mask = nm_mask(weight, 2, 4)

@@ -153,5 +153,17 @@ def test_mistakes_are_named() -> None:
             prune_one_shot(model, [torch.randn(2, 32)], **settings)
     with pytest.raises(QatkitError, match="there are no batches"):
         prune_one_shot(model, [], sparsity=0.5)
-    with pytest.raises(QatkitError, match="the inputs of the layer are NaN or infinite"):
-        prune_one_shot(Blocks(), [torch.full((2, 32), torch.nan)], sparsity=0.5)
+    for method in ("wanda", "sparsegpt"):
+        with pytest.raises(QatkitError, match=r"layer 'layers\.0\.0': its inputs are NaN or infinite"):
+            prune_one_shot(Blocks(), [torch.full((2, 32), torch.nan)], method, sparsity=0.5)
+
+
+def test_what_the_inputs_say_is_summed_in_float32_where_the_model_runs_in_bfloat16() -> None:
+    # the batches are bfloat16 numbers already, so the first layer sees the same inputs either way
+    batches, found = [correlated(64, 32).bfloat16().float() for _ in range(8)], []
+    for mixed in (False, True):
+        model = Blocks()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            prune_one_shot(model, batches, "sparsegpt", sparsity=0.5, include=["layers.0.0"])
+        found.append(model.layers[0][0].weight)
+    assert torch.equal(*found)

@@ -1,0 +1,77 @@
+"""What MagnitudePruning refuses or warns of, and that the module is then as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from qatkit.callbacks.pruning import MagnitudePruning
+
+from qatkit import QatkitError, QatkitWarning
+from qatkit.pruning.schedule import Ramp
+from tests.callbacks.modules import Classifier, batches, trainer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "nothing is given; write one of sparsity=0.5"),
+        ({"sparsity": 0.5, "nm": (2, 4)}, "sparsity and nm are given; write one of"),
+        ({"sparsity": 1.0}, "sparsity: 1.0 is out of range"),
+        ({"sparsity": 0.0}, "sparsity: 0.0 prunes nothing"),
+        ({"sparsity": "0.5"}, "sparsity: '0.5' is out of range"),
+        ({"nm": "2:4"}, r"nm: '2:4' is no pair of whole numbers; write \(2, 4\)"),
+        ({"nm": (2, 4, 8)}, r"nm: \(2, 4, 8\) is no pair"),
+        ({"sparsity": 0.5, "block": 4}, r"block: 4 is no pair of whole numbers; write \(16, 16\)"),
+        ({"sparsity": 0.5, "scope": "global"}, "scope: 'global' is unknown; write 'layer' or 'model'"),
+        ({"sparsity": 0.5, "scope": "model", "layers": {"*": 0.1}}, "layers: .* no meaning with scope='model'"),
+        ({"nm": (2, 4), "layers": {"*": 0.1}}, "layers: .* no meaning with nm"),
+        ({"nm": (2, 4), "scope": "model"}, "scope: 'model' has no meaning with nm"),
+        ({"sparsity": 0.5, "block": (2, 2), "scope": "model"}, r"block: \(2, 2\) does not go together"),
+        ({"sparsity": 0.5, "layers": {"a": 2.0}}, r"layers\['a'\]: 2.0 is out of range"),
+        ({"sparsity": 0.5, "include": "*"}, r"include: '\*' is no list of patterns"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(QatkitError, match=message):
+        MagnitudePruning(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 0.5, "include": ["net.1"]}, r"include\[0\]: 'net.1' matches no layer"),
+        ({"sparsity": 0.5, "layers": {"head": 0.1}}, r"layers\['head'\]: 'head' matches no layer"),
+        ({"sparsity": 0.5, "layers": {"*": 0.0}}, r"layers: {'\*': 0.0} leaves no layer to prune"),
+        ({"nm": (2, 3)}, r"layer 'net.0': its weight of shape \[16, 8\] has inputs that groups of 3 do not divide"),
+        ({"sparsity": 0.5, "block": (4, 4)}, r"layer 'net.2': blocks of 4 by 4 do not divide"),
+        ({"sparsity": 0.73, "scope": "model"}, r"layer 'net.2': pruning would leave 0 of its 48 weights"),
+    ],
+)
+def test_a_mistake_leaves_the_module_as_it_was(settings: dict[str, Any], message: str) -> None:
+    module = Classifier()
+    with torch.no_grad():
+        module.net[2].weight.mul_(1e-6)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(QatkitError, match=message):
+        trainer(MagnitudePruning(**settings)).fit(module, batches())
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_training_that_stops_before_the_ramp_is_over_says_how_many_zeros_there_are() -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 5
+
+    prune = MagnitudePruning(ramp=Ramp(0.8, end=1.0))
+    with pytest.warns(QatkitWarning, match=r"ramp: training ended at 70\.0% zeros of 80\.0%; .* Ramp\(0\.8, end=0\.5"):
+        trainer(prune, Stops(), max_steps=10).fit(Classifier(), batches())
+
+
+def test_a_ramp_in_a_training_without_an_end_is_an_error() -> None:
+    with pytest.raises(QatkitError, match="ramp: training has no end to take a share of"):
+        trainer(MagnitudePruning(ramp=Ramp(0.5)), max_steps=-1, max_epochs=-1).fit(Classifier(), batches())
