@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
-from qatkit.recipe.distill import CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
+from qatkit.recipe.distill import AttentionConfig, CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
 from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, check_rewind, expanded
@@ -22,6 +22,7 @@ from qatkit.recipe.stage import StageConfig
 
 __all__ = [
     "MISSING",
+    "AttentionConfig",
     "CacheConfig",
     "DistillConfig",
     "EvaluateConfig",
