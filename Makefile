@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test slow lint types bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qatkit run vision/digits_int4 --out runs/demo
@@ -13,6 +13,9 @@ demo: $(VENV)/.demo
 # modules have their fixtures made twice
 test: lint types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

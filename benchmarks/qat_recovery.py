@@ -29,7 +29,7 @@ from recovery import BASE, FORMATS, FULL, QUICK, Job, Size, base_model, do, eval
 RATES = (3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 AGAINST_TORCHAO = ("W3 g32", "W2 g32")
-HEADLINES = ("W4 channel", "W3 g32", "W2 g32", "ternary", "W4A8", "W4A4")
+HEADLINES = ("W4 channel", "W3 g32", "W2 g32", "ternary", "W4A8", "W4A4", "W4A4 g32")
 STARTS = (("W2 g32", "rtn"), ("W2 g32", "gptq"), ("W2 g32", "awq"), ("W4A4", "smoothquant"))
 JOURNAL = RESULTS / "qat_recovery_jobs.json"
 
@@ -184,7 +184,7 @@ def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
         spread = max(stdev(losses), stdev(on))
         seen = f"{mean(losses):.4f} and {yardstick:.4f}, spread {spread:.4f}"
         claims.append(Claim(f"{form}: loss of QAT + KD", "<= yardstick", seen, mean(losses) <= yardstick))
-    for form, target in (("W2 g32", 0.93), ("ternary", 0.85), ("W4A8", 0.97), ("W4A4", 0.85)):
+    for form, target in (("W2 g32", 0.93), ("ternary", 0.85), ("W4A8", 0.97), ("W4A4", 0.85), ("W4A4 g32", 0.85)):
         share = recovered(form, journal.seeds(form, "QAT + KD"))
         claims.append(
             Claim(f"{form}: recovered by QAT + KD", f">= {target:.0%}", f"{share * 100:.1f} %", share >= target)

@@ -73,6 +73,7 @@ FORMATS: dict[str, Format] = {
     "ternary": Format(Scheme(QuantSpec(2, type="ternary", observer="absmean", strategy="group", group_size=32))),
     "W4A8": Format(_int(4, None, TOKEN8), torchao=("int4", "per_channel")),
     "W4A4": Format(_int(4, None, TOKEN4), torchao=("int4", "per_channel")),
+    "W4A4 g32": Format(_int(4, activation=QuantSpec(4, symmetric=False, strategy="group", group_size=32))),
     "FP8": Format(Scheme(QuantSpec(8, type="float"), FP8_TOKEN)),
     "NVFP4": Format(scheme("NVFP4")),
     "MXFP4": Format(scheme("MXFP4")),

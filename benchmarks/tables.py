@@ -3,7 +3,7 @@
 Run: python benchmarks/tables.py [--check]
 
 A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->``; what stands between is replaced by the rows of
-``results/NAME.json``.
+``results/NAME.json``; with ``targets:`` in the place of ``table:``, by what the project wanted of itself, and seen.
 """
 
 from __future__ import annotations
@@ -16,30 +16,49 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (table|targets): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table(name: str) -> str:
     """The rows of one benchmark as Markdown, and below them the versions, seeds and machine they come from."""
-    content = json.loads((Path(__file__).parent / "results" / f"{name}.json").read_text())
-    rows: list[dict[str, Any]] = content["rows"]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+    content = _result(name)
+    lines = _lines(content["rows"])
     versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
     seeds = f", seeds {', '.join(map(str, content['seeds']))}" if content["seeds"] else ""
     made = f"`python benchmarks/{name}.py`: {content['machine']['cpus']} CPU cores{seeds}; {versions}."
     return "\n".join([*lines, "", made, ""])
 
 
+def targets(name: str) -> str:
+    """What the project wanted of itself in one benchmark, and what was seen; a missed target stays in the list."""
+    claims = _result(name)["claims"]
+    words = ("target", "wanted", "seen", "")
+    rows = [(c["text"], c["target"], c["measured"], "" if c["holds"] else "**missed**") for c in claims]
+    return "\n".join([*_lines([dict(zip(words, row, strict=True)) for row in rows]), ""])
+
+
+def _result(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(__file__).parent / "results" / f"{name}.json").read_text())
+    return content
+
+
+def _lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return lines + ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+
+
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+WRITERS = {"table": table, "targets": targets}
 
 
 def main(check: bool) -> int:
     stale = []
     for page in PAGES:
         text = page.read_text()
-        written = MARK.sub(lambda found: found[1] + table(found[2]) + found[4], text)
+        written = MARK.sub(lambda found: found[1] + WRITERS[found[2]](found[3]) + found[5], text)
         if written != text:
             stale.append(page.name)
             if not check:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests import warm
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

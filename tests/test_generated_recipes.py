@@ -17,6 +17,8 @@ from qatkit.pipeline import Run, run_stages
 from qatkit.validation import validate_recipe
 from tests.recipes import assert_says, refusal
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: written
 seed: 3

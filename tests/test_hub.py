@@ -23,6 +23,8 @@ from qatkit import QatkitError
 from qatkit.data import Source, causal_text
 from qatkit.models import causal_lm, masked_lm
 
+pytestmark = pytest.mark.slow
+
 def attempt(make):
     start = time.perf_counter()
     try:
