@@ -134,10 +134,11 @@ def main(size: Size) -> None:
         }
         for variant in VARIANTS
     ]
-    apart = abs(mean(losses["cached"]) / mean(losses["live"]) - 1)
+    # of the seed where they differ most: over seeds, differences of both signs would cancel
+    apart = max(abs(cached / live - 1) for cached, live in zip(losses["cached"], losses["live"], strict=True))
     slower = step["cached"] / step["without"]
     claims = [
-        Claim("held-out loss from the cache against live", "within 2 %", f"{apart:.2%}", apart <= 0.02),
+        Claim("held-out loss from the cache against live, worst seed", "within 2 %", f"{apart:.2%}", apart <= 0.02),
         Claim("step time from the cache over no teacher", "<= 1.15x", f"{slower:.2f}x", slower <= 1.15),
         Claim("bytes per token, k = 64", "<= 350", f"{bytes_per_token:.0f}", bytes_per_token <= 350),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from qatkit.callbacks.fused import Fused, fused
 from qatkit.callbacks.generation import Generation, Writers, refuse_plans
 from qatkit.callbacks.lessons import Call, Lesson, cached_lesson, live_lesson
 from qatkit.callbacks.positions import find, is_causal
+from qatkit.callbacks.teachers import frozen_copy, held, refuse_part, refuse_trained
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -22,7 +22,6 @@ from typing_extensions import override
 from qatkit.distillation.cache import CachedTeacher
 from qatkit.distillation.teacher import Teacher
 from qatkit.errors import QatkitError
-from qatkit.quantization.prepare import fake_quantizers
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +93,13 @@ class KnowledgeDistillation(Callback):
                 raise QatkitError(f"{name}: {value} is out of range; write a number from 0 to 1")
         if isinstance(outputs, str):
             raise QatkitError(f"outputs: '{outputs}' is no list; write ['{outputs}']")
-        if isinstance(teacher, str) and teacher != "self":
-            raise QatkitError(f"teacher: '{teacher}' is no model; pass a torch.nn.Module or write 'self'")
         self.divergence = Divergence(loss, temperature, beta, vocab_size)
-        self.from_self = isinstance(teacher, str)
+        self.from_self = teacher == "self"
         self.cache = teacher if isinstance(teacher, CachedTeacher) else None
         if self.cache is not None:
             self.divergence.check_cache(self.cache)
             refuse_plans(on_policy, sequence_level)
-        model = teacher if isinstance(teacher, nn.Module) else nn.Identity()
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(model)
+        self.teacher = held(teacher) or Teacher(nn.Identity())
         self.alpha = alpha
         self.student = student
         self.outputs = outputs
@@ -142,11 +138,8 @@ class KnowledgeDistillation(Callback):
             )
         student = self._student(pl_module)
         if self.from_self:
-            self.teacher = Teacher(_frozen_copy(student, trainer))
-        if any(module is self.teacher.model for module in pl_module.modules()):
-            raise QatkitError(
-                "teacher: it is part of the module that trains, and would teach itself; pass copy.deepcopy(...) of it"
-            )
+            self.teacher = Teacher(frozen_copy(student, trainer))
+        refuse_part(self.teacher.model, pl_module)
         self._causal = is_causal(student if self.cache is not None else self.teacher.model)
         self._nan = NanWatch()
         step = pl_module.training_step
@@ -174,7 +167,7 @@ class KnowledgeDistillation(Callback):
         # on the instance: the class, and other modules made from it, stay as the user wrote them
         pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance
         self._undo = [restore]
-        self._undo += self.features.attach(student, None if self.cache is not None else self.teacher.model)
+        self._undo += self.features.attach(student, self.teacher.model if self.cache is None else self.cache.layers)
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._record(trainer, args, kwargs, output)
@@ -189,15 +182,8 @@ class KnowledgeDistillation(Callback):
         self.teacher.to(pl_module.device)
         if self.teacher.dtype is None:
             trainer.precision_plugin.convert_module(self.teacher.model)  # "bf16-true" hands both models bf16 inputs
-        trained = {id(weight) for optimizer in trainer.optimizers for weight in _weights(optimizer)}
-        for name, weight in self.teacher.model.named_parameters():
-            if id(weight) in trained:
-                raise QatkitError(
-                    f"teacher: its parameter '{name}' is one that the optimizer trains, so it would follow the "
-                    "student; pass copy.deepcopy(...) of it, or keep it out of configure_optimizers"
-                )
-        if self.features.projections is not None:
-            self._train_projections(trainer, pl_module, self.features.projections)
+        refuse_trained(self.teacher.model, trainer)
+        self.features.train_projections(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -209,12 +195,7 @@ class KnowledgeDistillation(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self.features.projections is not None and trainer.world_size > 1:
-            for weight in self.features.projections.parameters():
-                if weight.grad is not None:  # not in the module that the strategy wraps, so it averages nothing
-                    reduced = trainer.strategy.reduce(weight.grad, reduce_op="mean")
-                    assert isinstance(reduced, Tensor)
-                    weight.grad = reduced
+        self.features.average_gradients(trainer)
 
     @override
     def on_train_batch_end(
@@ -271,17 +252,6 @@ class KnowledgeDistillation(Callback):
     def _rise(self, trainer: Trainer) -> float:
         return min(1.0, _progress(trainer) / self.ramp) if self.ramp else 1.0
 
-    def _train_projections(self, trainer: Trainer, pl_module: LightningModule, projections: nn.Module) -> None:
-        if any(hasattr(weight, "full_tensor") for weight in pl_module.parameters()):
-            raise QatkitError(
-                "hidden.widths: learned maps cannot be trained beside sharded weights in one optimizer; compare layers "
-                "of equal width, or use attention=AttentionMatch(..., heads=...), which needs none"
-            )
-        projections.to(pl_module.device)
-        # in a group that exists: a scheduler made for the optimizer counts its groups. Before the optimizer's state is
-        # restored, so that a checkpoint's fits
-        trainer.optimizers[0].param_groups[0]["params"] += list(projections.parameters())
-
     def _distilled(self, trainer: Trainer, pl_module: LightningModule, result: Any) -> Any:
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if loss is None:
@@ -324,24 +294,10 @@ class KnowledgeDistillation(Callback):
         return live_lesson(self.teacher, call, self.divergence, self.outputs, self._causal)
 
 
-def _frozen_copy(student: nn.Module, trainer: Trainer) -> nn.Module:
-    if fake_quantizers(student):
-        raise QatkitError(
-            "teacher: 'self' is quantized already and would teach its own errors; put KnowledgeDistillation before "
-            "QuantizationAwareTraining in the list of callbacks, or pass the model itself"
-        )
-    # a LightningModule holds its Trainer, and that the data: they are no part of a teacher
-    return copy.deepcopy(student, {id(trainer): None}).requires_grad_(False)
-
-
 def _progress(trainer: Trainer) -> float:
     """Of training, 0 to 1."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps
-
-
-def _weights(optimizer: Any) -> list[Tensor]:
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def _children(pl_module: LightningModule) -> str:

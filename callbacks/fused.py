@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.divergence import Divergence
 from qatkit.callbacks.lessons import Call, Lesson
-from qatkit.callbacks.positions import counted
+from qatkit.callbacks.positions import counted, is_causal
+from qatkit.callbacks.teachers import asked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +73,8 @@ def fused(
     layer = output_layer(student)
     if divergence.loss not in DIVERGENCES or outputs is not None:
         return f"loss '{divergence.loss}' and outputs {outputs} compare them"
+    if not is_causal(student):
+        return "the student is no causal language model, and its labels are no next tokens"
     if layer is None or not makes_logits(student, layer):
         return "those of the student do not come from a plain linear layer"
     classes, size = layer.out_features, divergence.vocab_size
@@ -107,7 +110,7 @@ class LiveHead:
         """For a call of the student, where the student is."""
         self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         try:
-            hidden = self.teacher(*args, **kwargs).logits
+            hidden = asked(self.teacher, tuple(args), dict(kwargs)).logits
         finally:
             self.layer.__dict__.pop("forward", None)
         if self._last is None:

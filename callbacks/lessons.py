@@ -9,6 +9,7 @@ from typing import Any
 from qatkit.callbacks.divergence import Divergence
 from qatkit.callbacks.outputs import logits_of
 from qatkit.callbacks.positions import counted
+from qatkit.callbacks.teachers import asked
 from torch import Tensor
 
 from qatkit.distillation.cache import CachedTeacher
@@ -65,7 +66,7 @@ def live_lesson(
         QatkitError: the outputs do not fit.
     """
     lesson = Lesson([], [])
-    answer = teacher(*call.args, **call.kwargs)
+    answer = asked(teacher, call.args, call.kwargs)
     for student, said in zip(logits_of(call.output, outputs), logits_of(answer, outputs), strict=True):
         lesson.answers.append(said)
         ours, theirs = divergence.trimmed(student, said.to(student.device))
@@ -91,5 +92,5 @@ def cached_lesson(
     return Lesson(
         [divergence.from_cache(ours, fitting, mask)],
         [lambda: ours.argmax(dim=-1) == fitting.indices[..., 0]],
-        states=targets.hidden,
+        states=fitting.hidden,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ WEIGHTS = ("config.json", "*.safetensors")
 class Teaching:
     """What a stage learns from."""
 
+    block: DistillConfig
+    """With a name for every layer that is compared."""
     teacher: Teacher | CachedTeacher
     vocab_size: int | None
     """Tokens that student and teacher share, where their logits are padded to different widths."""
@@ -53,18 +56,18 @@ def teaching(run: Run, stage: str, first_process: bool) -> Teaching:
     Raises:
         QatkitError: the cache is of something else, or the two models do not share a vocabulary.
     """
-    distill = _block(run, stage)
+    shapes = _shapes(run, stage)
+    distill = blocks.distill.resolved(_block(run, stage), *shapes)
     data = run.build_data(run.recipe.stages[stage].batch_size)
     if distill.cache is None:
         model = run.load_model(run.recipe.teacher_of(stage))
-        return Teaching(blocks.distill.teacher(distill, model), vocabulary(*_shapes(run, stage), data, stage))
+        return Teaching(distill, blocks.distill.teacher(distill, model), vocabulary(*shapes, data, stage))
     if first_process:
         write_cache(run, stage)
     else:
-        while not is_complete(cache_folder(run, stage)):
-            time.sleep(1)
+        _wait_for(cache_folder(run, stage))
     cached, size = open_cache(run, stage)
-    return Teaching(cached, size)
+    return Teaching(distill, cached, size)
 
 
 def cache_folder(run: Run, stage: str) -> Path:
@@ -102,7 +105,7 @@ def write_cache(run: Run, stage: str) -> Path:
     Raises:
         QatkitError: the teacher's stage is not finished, or the folder holds a cache of something else.
     """
-    folder, distill = cache_folder(run, stage), _block(run, stage)
+    folder, distill = cache_folder(run, stage), blocks.distill.resolved(_block(run, stage), *_shapes(run, stage))
     assert distill.cache is not None
     rows, prints, size = _inputs(run, stage)
     if is_complete(folder):
@@ -112,7 +115,7 @@ def write_cache(run: Run, stage: str) -> Path:
     model = run.load_model(run.recipe.teacher_of(stage))
     teacher = blocks.distill.teacher(distill, model).to(device)
     teacher.device = device  # inputs go where it is
-    layers = sorted(set(distill.hidden.layers.values())) if distill.hidden else []
+    layers = blocks.distill.compared_layers(distill)
     with _recorded(teacher.model, layers) as states, _precision(run.recipe.trainer, device):
 
         def answer(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -185,7 +188,8 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
             f"stages.{stage}.distill: stage '{source}' teaches and is not finished in {run.out}; run "
             f"`qatkit run RECIPE --out {run.out} --until {source}` first"
         )
-    size = vocabulary(*_shapes(run, stage), data, stage)
+    shapes = _shapes(run, stage)
+    size = vocabulary(*shapes, data, stage)
     prints = {"teacher": source or "the model as its factory makes it"}
     inputs = stage_inputs(run.recipe, stage)
     if source is None:
@@ -201,7 +205,7 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
     assert distill.cache is not None
     prints |= {"top_k": str(distill.cache.top_k), "temperature": str(distill.temperature), "samples": told}
     prints["classes"] = "all" if size is None else str(size)
-    prints["hidden"] = ", ".join(sorted(set(distill.hidden.layers.values()))) if distill.hidden else "none"
+    prints["hidden"] = ", ".join(blocks.distill.compared_layers(blocks.distill.resolved(distill, *shapes))) or "none"
     held = (run.recipe.trainer.precision, distill.teacher_dtype, distill.teacher_bits)
     return rows, prints | {"precision": " ".join(str(part) for part in held if part is not None)}, size
 
@@ -240,10 +244,25 @@ def _shapes(run: Run, stage: str) -> tuple[nn.Module, nn.Module]:
         record = run.find(source) if source is not None else None
         return run.build_model(record.architecture if record else None)
 
-    own = run.recipe.stages[stage].model
+    config = run.recipe.stages[stage]
     with torch.device("meta"):
+        own = config.model
         student = run.build_model(Architecture(own)) if own is not None else built(run.recipe.parent_of(stage))
-        return student, built(run.recipe.teacher_of(stage))
+        teacher = built(run.recipe.teacher_of(stage))
+    return student if config.shrink is None else blocks.shrink.check(config.shrink, student), teacher
+
+
+def _wait_for(folder: Path) -> None:
+    """Until the first process has written a cache.
+
+    Raises:
+        QatkitError: the process that started this one ended before.
+    """
+    starter = os.getppid()
+    while not is_complete(folder):
+        if os.getppid() != starter:  # nobody else would ever write it
+            raise QatkitError(f"teacher cache: the first process ended before {folder} was complete; see its error")
+        time.sleep(1)
 
 
 def _processes(trainer: TrainerConfig) -> int:

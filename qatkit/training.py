@@ -92,7 +92,7 @@ def train(
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert taught is not None
-        callbacks.append(blocks.distill.callback(stage.distill, taught.teacher, recipe.seed, taught.vocab_size))
+        callbacks.append(blocks.distill.callback(taught.block, taught.teacher, recipe.seed, taught.vocab_size))
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"

@@ -60,6 +60,34 @@ def test_a_stage_goes_on_with_the_named_stage_or_the_one_before(done: Run, stage
         assert all(torch.equal(start[key], left[key]) for key in left)
 
 
+@pytest.mark.parametrize(
+    ("stages", "teacher"),
+    [
+        ("a: {max_steps: 1}, b: {max_steps: 1, QUANT}, c: {max_steps: 1, DISTIL}", "a"),
+        ("a: {max_steps: 1}, b: {max_steps: 1}, c: {max_steps: 1, QUANT, DISTIL}", "b"),
+        # what other branches did does not count
+        ("a: {max_steps: 1}, x: {max_steps: 0, QUANT}, b: {max_steps: 0, start: a}, c: {max_steps: 1, DISTIL}", "b"),
+        ("a: {max_steps: 1}, x: {max_steps: 1}, c: {max_steps: 1, start: a, QUANT, DISTIL}", "a"),
+        ("a: {max_steps: 1}, b: {max_steps: 1, MODEL}, c: {max_steps: 1, QUANT, DISTIL}", "a"),
+        ("a: {max_steps: 1}, b: {max_steps: 1, MODEL}, c: {max_steps: 1, MODEL, DISTIL}", "a"),
+        ("a: {max_steps: 1, QUANT}, c: {max_steps: 1, DISTIL}", None),
+        ("a: {max_steps: 1}, b: {max_steps: 1, QUANT}, c: {max_steps: 1, distill: {teacher: b}}", "b"),
+    ],
+)
+def test_where_none_is_named_the_teacher_is_the_model_before_the_first_compression_on_the_way(
+    tmp_path: Path, stages: str, teacher: str | None
+) -> None:
+    for short, block in {
+        "QUANT": "quantize: {weight: {num_bits: 4}}",
+        "DISTIL": "distill: {alpha: 0.5}",
+        "MODEL": 'model: {factory: "qatkit.models:mlp", args: {hidden: [8]}}',
+    }.items():
+        stages = stages.replace(short, block)
+    head = RECIPE.partition("stages:")[0]
+    (tmp_path / "way.yaml").write_text(f"{head}stages: {{{stages}}}\n")
+    assert load_recipe(tmp_path / "way.yaml").teacher_of("c") == teacher
+
+
 def test_only_stages_of_the_branch_hold_its_zeros(done: Run) -> None:
     assert {name: bool(done.record(name).zeros) for name in done.recipe.stages} == {
         "dense": False, "sparse": True, "beside": False, "wide": False, "taught": False, "after": False,

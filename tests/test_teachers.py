@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from qatkit.loading import load_recipe
 from qatkit.models import llama
 from qatkit.pipeline import Run, run_stages
 from qatkit.teachers import cache_folder, open_cache, vocabulary, write_cache
+from qatkit.validation import validate_recipe
+from tests import warm
 
 TEXT = """\
 name: cached
@@ -170,6 +174,39 @@ def test_hidden_states_come_from_the_cache_where_the_recipe_compares_them(out: P
     found = cached.answer((), {"input_ids": rows["input_ids"]}).hidden["model.layers.1"]
     torch.testing.assert_close(found, state, rtol=2e-3, atol=2e-3)
     run_stages(run)
+
+
+def test_globs_name_the_layers_that_are_cached_and_compared(out: Path, folder: Path) -> None:
+    run = start(
+        out,
+        folder,
+        "stages.qat.shrink={layers: 1}",
+        "stages.qat.max_steps=2",
+        "stages.qat.distill.hidden={layers: {'model.layers.*': 'model.layers.*'}, loss: cosine}",
+        "stages.qat.distill.attention={layers: {'model.layers.*.self_attn.v_proj': 'model.layers.*.self_attn.v_proj'}, "
+        "heads: 2, weight: 10}",
+    )
+    validate_recipe(run.recipe)
+    write_cache(run, "qat")
+    held, _ = open_cache(run, "qat")
+    assert held.layers == ["model.layers.1", "model.layers.1.self_attn.v_proj"]  # the last of two, for the one kept
+    run_stages(run)
+
+
+def test_a_process_that_waits_for_a_cache_ends_with_the_one_that_was_to_write_it(tmp_path: Path) -> None:
+    # the first process starts the second, as Lightning does, and fails
+    code = (
+        "import os, sys, time; from pathlib import Path; from qatkit.teachers import _wait_for\n"
+        "if os.fork():\n    time.sleep(0.5); os._exit(0)\n"
+        f"try:\n    _wait_for(Path({str(tmp_path / 'none')!r}))\n"
+        f"except ValueError as error:\n    Path({str(tmp_path / 'said')!r}).write_text(str(error))\n"
+    )
+    subprocess.run([warm.python(), "-c", code], check=True, timeout=60)
+    for _ in range(600):
+        if (tmp_path / "said").exists() and (tmp_path / "said").read_text():
+            break
+        time.sleep(0.05)
+    assert "the first process ended before" in (tmp_path / "said").read_text()
 
 
 def test_models_of_different_tokenizers_are_refused_by_both_names_and_sizes(out: Path, folder: Path) -> None:

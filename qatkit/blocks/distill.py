@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qatkit.blocks.names import STUDENT
 from qatkit.distillation.cache import CachedTeacher
+from qatkit.distillation.features import pair_layers
 from qatkit.distillation.generation import check_length
 from qatkit.distillation.teacher import Teacher
 from qatkit.errors import QatkitError
@@ -17,7 +19,7 @@ from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.recipe import DistillConfig, GenerationConfig, TrainerConfig
 
 if TYPE_CHECKING:
-    from qatkit.callbacks import Generation, HiddenMatch, KnowledgeDistillation
+    from qatkit.callbacks import AttentionMatch, Generation, HiddenMatch, KnowledgeDistillation
 
 
 class LowBitTeacher(Teacher):
@@ -64,16 +66,31 @@ def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, tea
         except QatkitError as error:
             said = str(error).partition("; write")[0]
             raise QatkitError(f"teacher_{said}; leave teacher_bits out, or write a device that it supports") from error
-    if config.hidden is not None:
-        for role, layers, found in (
-            ("student", config.hidden.layers.keys(), student),
-            ("teacher", config.hidden.layers.values(), teacher),
-        ):
-            names = dict(found.named_modules())
-            for layer in layers:
-                if layer not in names:
-                    known = [name for name in names if name][:12]
-                    raise QatkitError(f"hidden.layers: '{layer}' is no layer of the {role}; it has {known}")
+    resolved(config, student, teacher)
+
+
+def resolved(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> DistillConfig:
+    """The block with a name for every layer that it compares, where it has globs.
+
+    Raises:
+        QatkitError: a name or glob matches no layer.
+    """
+    names, theirs = ([name for name, _ in model.named_modules()] for model in (student, teacher))
+    found: dict[str, Any] = {}
+    for key in ("hidden", "attention"):
+        if (match := getattr(config, key)) is not None:
+            try:
+                layers = pair_layers(match.layers, names, theirs, match.layers_by)
+            except QatkitError as error:
+                raise QatkitError(f"{key}.{error}") from None
+            found[key] = replace(match, layers=layers)
+    return replace(config, **found)
+
+
+def compared_layers(config: DistillConfig) -> list[str]:
+    """The teacher's layers whose outputs a resolved block compares."""
+    matches = [match for match in (config.hidden, config.attention) if match is not None]
+    return sorted({name for match in matches for name in match.layers.values()})
 
 
 def device_of(trainer: TrainerConfig) -> str:
@@ -105,6 +122,7 @@ def callback(
         loss=config.loss,
         beta=config.beta,
         hidden=_hidden(config),
+        attention=_attention(config),
         ramp=config.ramp,
         vocab_size=vocab_size,
         fused=True,
@@ -119,7 +137,14 @@ def _hidden(config: DistillConfig) -> HiddenMatch | None:
     if config.hidden is None:
         return None
     widths = None if config.hidden.widths is None else (config.hidden.widths[0], config.hidden.widths[1])
-    return HiddenMatch(config.hidden.layers, config.hidden.weight, config.hidden.loss, widths)
+    return HiddenMatch(config.hidden.layers, config.hidden.weight, config.hidden.loss, widths, config.hidden.layers_by)
+
+
+def _attention(config: DistillConfig) -> AttentionMatch | None:
+    from qatkit.callbacks import AttentionMatch
+
+    match = config.attention
+    return None if match is None else AttentionMatch(match.layers, match.weight, match.heads, match.layers_by)
 
 
 def _generation(config: GenerationConfig | None, seed: int) -> Generation | None:

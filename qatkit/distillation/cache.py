@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qatkit.distillation.keys import inputs_of, present_tokens, sample_keys
 from qatkit.distillation.sparse import sparse_kd_loss
-from qatkit.distillation.store import Targets, open_table, pack, spread, table_bytes, unpack, write_whole
+from qatkit.distillation.store import STATES, Targets, open_table, pack, spread, table_bytes, unpack, write_whole
 from qatkit.errors import QatkitError
 
 MANIFEST = "cache.json"
@@ -51,7 +51,8 @@ def cache_teacher(
         How many samples the cache holds.
 
     Raises:
-        QatkitError: the folder holds a cache of something else, the logits hold NaN, or `k` is out of range.
+        QatkitError: the folder holds a cache of something else, the logits hold NaN, `k` is out of range, or a state
+            is no vector of an answer or beyond float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"k": k, "temperature": temperature, "shard_batches": shard_batches}
@@ -114,6 +115,8 @@ class CachedTeacher:
         self._table = open_table([folder / f"{shard:06d}.arrow" for shard in range(found["shards"])])
         self.classes = int(self._table.schema.metadata[b"classes"])
         """Of the teacher's logits."""
+        self.layers = [name.removeprefix(STATES) for name in self._table.schema.names if name.startswith(STATES)]
+        """Of the teacher, whose outputs are in it."""
         keys = self._table["key"].to_pylist()
         self._rows: dict[bytes, int] = dict(zip(keys, range(len(keys)), strict=True))
 
@@ -217,6 +220,8 @@ def _answers(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temp
         logits, hidden = answer if isinstance(answer, tuple) else (answer, {})
         if logits.isnan().any():
             raise QatkitError(f"teacher: its logits for batch {number}, counted from 0, hold NaN; check that batch")
+        for name, state in hidden.items():
+            _check_state(name, state, logits)
         if logits.dim() == 2:  # one answer for a whole sample
             logits = logits[:, None]
         args, kwargs = inputs_of(batch)
@@ -226,6 +231,19 @@ def _answers(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temp
         rows += pack(logits, sample_keys(args, kwargs), k, temperature, present, hidden)
         classes = logits.shape[-1]
     return table_bytes(rows, classes)
+
+
+def _check_state(name: str, state: Tensor, logits: Tensor) -> None:
+    if state.shape[:-1] != logits.shape[:-1]:
+        raise QatkitError(
+            f"teacher cache: layer '{name}' returns {list(state.shape)} for answers {list(logits.shape)}, and a cache "
+            "keeps one vector for every answer; compare another layer, or take a live teacher"
+        )
+    if not state.half().isfinite().all():
+        raise QatkitError(
+            f"teacher cache: layer '{name}' returns numbers up to {state.abs().max():.3g}, and a cache keeps float16, "
+            "up to 65504; compare a layer behind a normalisation, or take a live teacher"
+        )
 
 
 def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -55,6 +56,47 @@ def layer_map(
             f"{student_layers} numbers from 0 to {teacher_layers - 1}"
         )
     return numbers
+
+
+def pair_layers(
+    layers: Mapping[str, str],
+    student: Sequence[str],
+    teacher: Sequence[str],
+    layers_by: Literal["uniform", "last"] = "uniform",
+) -> dict[str, str]:
+    """The teacher's layer for every layer of the student that a map of names or globs selects.
+
+    Args:
+        layers: Names or globs of the teacher's layers for those of the student; a ``*`` stands for what is between two
+            dots. The layers that a glob of the student matches are spread over those that its teacher's glob matches.
+        student: Names of all layers, in the model's order.
+        teacher: The same of the teacher.
+        layers_by: How they are spread, see `layer_map`.
+
+    Raises:
+        QatkitError: a name or glob matches nothing, or more layers of the student than of the teacher.
+
+    Example:
+        >>> pair_layers({"layers.*": "layers.*"}, ["layers.0"], ["layers", "layers.0", "layers.1", "layers.1.mlp"])
+        {'layers.0': 'layers.1'}
+    """
+    pairs: dict[str, str] = {}
+    for ours, theirs in layers.items():
+        matched = []
+        for role, pattern, names in (("student", ours, student), ("teacher", theirs, teacher)):
+            found = [name for name in names if name and _is_matched(name, pattern)]
+            if not found:
+                known = [name for name in names if name][:20]
+                raise QatkitError(f"layers: '{pattern}' is no submodule of the {role}; it has {known}")
+            matched.append(found)
+        if len(matched[0]) > len(matched[1]):
+            raise QatkitError(
+                f"layers: '{ours}' matches {len(matched[0])} layers of the student and '{theirs}' only "
+                f"{len(matched[1])} of the teacher; write a name for each, {{{matched[0][0]}: {matched[1][0]}, ...}}"
+            )
+        numbers = layer_map(len(matched[0]), len(matched[1]), layers_by)
+        pairs |= {name: matched[1][number] for name, number in zip(matched[0], numbers, strict=True)}
+    return pairs
 
 
 class Projections(nn.Module):
@@ -166,6 +208,11 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | N
     log_q, log_p = (_relations(vectors, heads, mask) for vectors in (student, teacher.detach()))
     divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)  # [batch, heads, length]
     return masked_mean(divergence.mean(dim=1), mask)
+
+
+def _is_matched(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _relations(vectors: Tensor, heads: int, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.recipe.common import MISSING, FactoryConfig
-from qatkit.recipe.distill import CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
+from qatkit.recipe.distill import AttentionConfig, CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
 from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.lora import LoraConfig
 from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, check_rewind, expanded
@@ -23,6 +23,7 @@ from qatkit.recipe.watching import EarlyStoppingConfig, SamplesConfig
 
 __all__ = [
     "MISSING",
+    "AttentionConfig",
     "CacheConfig",
     "DistillConfig",
     "EarlyStoppingConfig",
@@ -170,16 +171,27 @@ class Recipe:
         return line
 
     def teacher_of(self, name: str) -> str | None:
-        """The stage whose result teaches stage `name`: the named one, else the input of the first compressing stage.
+        """The stage whose result teaches stage `name`: the named one, else the model before the first compression.
 
-        None stands for the recipe's model as its factory made it.
+        This is looked for on the way of stages that `name` goes on with. A stage with a model of its own goes on with
+        none, and learns as the stage before it in the recipe does. None stands for the recipe's model as its factory
+        made it.
         """
         distill = self.stages[name].distill
         if distill is not None and distill.teacher is not None:
             return distill.teacher
-        before: str | None = None
-        for stage_name, stage in self.stages.items():
-            if stage.compresses or stage_name == name:
-                return before
-            before = stage_name
-        raise KeyError(name)
+        found = self._before(name)
+        stage: str | None = name
+        while stage is not None:
+            before = self._before(stage)
+            if self.stages[stage].compresses:
+                found = before
+            stage = before
+        return found
+
+    def _before(self, name: str) -> str | None:
+        names = list(self.stages)
+        position = names.index(name)
+        if self.stages[name].model is not None:
+            return names[position - 1] if position else None
+        return self.parent_of(name)

@@ -27,7 +27,9 @@ class HiddenConfig:
     """Hidden states of the student that are to be those of the teacher."""
 
     layers: dict[str, str] = MISSING
-    """The teacher's layer for each layer of the student, by their names in the two models."""
+    """The teacher's layer for each layer of the student, by their names in the two models or by globs."""
+    layers_by: Literal["uniform", "last"] = "uniform"
+    """Where a glob matches more layers of the teacher: spread over them with the last one, or the last ones."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
     loss: Literal["mse", "cosine"] = "mse"
@@ -35,12 +37,28 @@ class HiddenConfig:
     """Widths of student and teacher where they differ: a linear map for each pair is then learned."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight: {self.weight} is out of range; write a number above 0")
-        if not self.layers:
-            raise ValueError("layers: {} names no layers; write {layer of the student: layer of the teacher}")
+        _check_features(self.layers, self.weight)
         if self.widths is not None and (len(self.widths) != 2 or min(self.widths) < 1):
             raise ValueError(f"widths: {self.widths} are not two widths; write [of the student, of the teacher]")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What the student attends to, which is to be what the teacher attends to."""
+
+    layers: dict[str, str] = MISSING
+    """As in ``hidden``: convolutions, or the layers that make queries, keys or values."""
+    layers_by: Literal["uniform", "last"] = "uniform"
+    """As in ``hidden``."""
+    weight: float = 1.0
+    """Weight of the mean over the layers, added to the loss; above 0."""
+    heads: int | None = None
+    """Relation heads of queries, keys or values; null transfers the attention of feature maps."""
+
+    def __post_init__(self) -> None:
+        _check_features(self.layers, self.weight)
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"heads: {self.heads} is out of range; write a whole number of at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class DistillConfig:
     ramp: float = 0.0
     """Share of the stage over which the distillation term rises to its weight, 0 to 1."""
     teacher: str | None = None
-    """The stage whose result teaches; by default the input of the recipe's first compressing stage."""
+    """The stage whose result teaches; by default the model before the first compression on this stage's way."""
     teacher_bits: int | None = None
     """8 or 4: bitsandbytes holds the weights of the teacher's linear layers, all but the output layer."""
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -99,6 +117,8 @@ class DistillConfig:
     """Learn from what the teacher said before training; needs ``loss: kl``."""
     hidden: HiddenConfig | None = None
     """Compare hidden states as well."""
+    attention: AttentionConfig | None = None
+    """Compare attention as well."""
     on_policy: GenerationConfig | None = None
     """Language models: the student writes, and learns from the teacher alone how to go on."""
     sequence_level: GenerationConfig | None = None
@@ -120,6 +140,10 @@ class DistillConfig:
                 f"loss: '{self.loss}' needs all of the teacher's outputs, and a cache holds its best classes; write "
                 "kl, or leave cache out"
             )
+        if self.cache is not None and self.attention is not None and self.attention.heads is None:
+            raise ValueError(
+                "attention: a cache keeps vectors of tokens and no feature maps; write heads, or leave cache out"
+            )
         if self.on_policy is not None and self.sequence_level is not None:
             fractions = self.on_policy.fraction, self.sequence_level.fraction
             if sum(fractions) > 1:
@@ -130,3 +154,10 @@ class DistillConfig:
         for name in ("on_policy", "sequence_level"):
             if self.cache is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: a cache knows only the data's texts; leave cache out, or {name}")
+
+
+def _check_features(layers: dict[str, str], weight: float) -> None:
+    if not weight > 0:
+        raise ValueError(f"weight: {weight} is out of range; write a number above 0")
+    if not layers:
+        raise ValueError("layers: {} names no layers; write {layer of the student: layer of the teacher}")

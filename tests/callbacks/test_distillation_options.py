@@ -197,6 +197,7 @@ def test_hidden_states_of_another_width_are_compared_through_learned_maps_that_r
     # one batch over and over: which batch Lightning goes on with after a resume is its own affair
     data = DataLoader([batches().dataset[:16]] * 8, batch_size=None)
     whole, callback = Scheduled(), distil()
+    callback.features.attach(network(), teacher(24))
     start = copy.deepcopy(callback.features.projections)
     assert start is not None
     fit = trainer(callback)
@@ -283,7 +284,8 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
         ),
         (
             lambda: KnowledgeDistillation(teacher(), hidden=HiddenMatch({"net.1": "1"})),
-            r"\[16, 16\], the teacher's \[16, 32\]; where only the widths differ",
+            r"hidden.widths: None, .* 'net.1' of the student returns \[16, 16\], '1' of the teacher \[16, 32\]; "
+            r"write widths=\(16, 32\)",
         ),
         (lambda: HiddenMatch({}), "hidden.layers: {} names no layers"),
         (lambda: AttentionMatch({"a": "b"}, weight=0.0), "attention.weight: 0.0 is out of range"),

@@ -12,7 +12,7 @@ import torch
 from qatkit.callbacks import CompressionMonitor, HiddenMatch, KnowledgeDistillation, QuantizationAwareTraining
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qatkit import QatkitError, QuantSpec
 from qatkit.distillation.cache import CachedTeacher, cache_teacher
@@ -92,6 +92,16 @@ def test_another_family_with_tied_embeddings_is_distilled_alike() -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, **dict.fromkeys(DROPOUTS, 0.0))
     assert assert_equal_training(GPT2LMHeadModel(config), llama(2)).logits == [None] * 3
+
+
+def test_a_masked_language_model_keeps_its_logits_as_its_labels_are_no_next_tokens() -> None:
+    def bert(seed: int) -> BertForMaskedLM:
+        torch.manual_seed(seed)
+        dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return BertForMaskedLM(BertConfig(vocab_size=300, initializer_range=0.5, **shape, **dropouts))
+
+    assert None not in assert_equal_training(bert(1), bert(2)).logits
 
 
 def test_hidden_states_are_compared_beside_it_and_the_monitor_counts_the_same_agreement() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit import QatkitError
-from qatkit.distillation.cache import CachedTeacher, cache_teacher, model_hash
+from qatkit.distillation.cache import CachedTeacher, cache_teacher, is_complete, model_hash
 from qatkit.distillation.sparse import top_k_kd_loss
 from tests.distillation.tensors import sines
 
@@ -86,6 +89,28 @@ def test_after_a_kill_only_the_unfinished_file_is_computed_again_and_the_cache_i
     again = Logits()
     assert cache_teacher(again, batches(), tmp_path / "cut", FINGERPRINT, **options) == SAMPLES
     assert not again.calls
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(tmp_path: Path) -> None:
+    code = (
+        "import time\nfrom pathlib import Path\nfrom qatkit.distillation.cache import cache_teacher\n"
+        "from tests.distillation.test_cache import FINGERPRINT, Logits, batches\nlogits = Logits()\n"
+        "def slow(batch):\n    time.sleep(0.2)\n    return logits(batch)\n"
+        f"cache_teacher(slow, batches(), Path({str(tmp_path / 'cut')!r}), FINGERPRINT, k=8, shard_batches=1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    while not (tmp_path / "cut" / "000001.arrow").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not is_complete(tmp_path / "cut")
+    teacher = Logits()
+    for folder, answers in (("whole", Logits()), ("cut", teacher)):
+        cache_teacher(answers, batches(), tmp_path / folder, FINGERPRINT, k=8, shard_batches=1)
+    assert len(teacher.calls) < len(batches())
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 

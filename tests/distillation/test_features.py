@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from qatkit.distillation.features import (
     hidden_cosine_loss,
     hidden_mse_loss,
     layer_map,
+    pair_layers,
     relation_loss,
 )
 from tests.distillation.tensors import sines
@@ -140,6 +143,31 @@ def test_layers_are_mapped(sizes: tuple[int, int], layers: str | list[int], expe
 def test_a_wrong_map_is_answered_with_what_to_write(sizes: tuple[int, int], layers: object, message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         layer_map(*sizes, layers)  # type: ignore[arg-type]
+
+
+LAYERS = [name for number in range(4) for name in (f"layers.{number}", f"layers.{number}.mlp")]
+
+
+@pytest.mark.parametrize(
+    ("layers", "layers_by", "expected"),
+    [
+        ({"layers.*": "layers.*"}, "uniform", {"layers.0": "layers.1", "layers.1": "layers.3"}),
+        ({"layers.*": "layers.*"}, "last", {"layers.0": "layers.2", "layers.1": "layers.3"}),
+        (
+            {"layers.*.mlp": "layers.[02].mlp"},
+            "uniform",
+            {"layers.0.mlp": "layers.0.mlp", "layers.1.mlp": "layers.2.mlp"},
+        ),
+        ({"layers.1": "layers.0"}, "uniform", {"layers.1": "layers.0"}),
+        (
+            {"layers.*": "layers.[23]", "layers.1": "layers.0"},
+            "uniform",
+            {"layers.0": "layers.2", "layers.1": "layers.0"},
+        ),
+    ],
+)
+def test_layers_are_paired_by_names_and_globs(layers: dict[str, str], layers_by: Any, expected: dict[str, str]) -> None:
+    assert pair_layers(layers, ["", "layers", *LAYERS[:4]], ["", "layers", *LAYERS], layers_by) == expected
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -1,6 +1,6 @@
 """Trains a small network with every part of distillation, on one process or two, and writes what came out.
 
-Usage: distillation_worker.py single|ddp|fsdp2 OUT
+Usage: distillation_worker.py single|ddp|whole|fsdp2 OUT; "whole" is one process without learned maps, as fsdp2 is
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def main(mode: str, out: Path) -> None:
     torch.set_num_threads(1)
     module = Classifier()
     # learned maps beside sharded weights are refused
-    hidden = HiddenMatch({"1": "1"}, widths=None if mode == "fsdp2" else (16, 24))
-    teacher = network(16 if mode == "fsdp2" else 24, 3)
+    mapped = mode in ("single", "ddp")
+    hidden = HiddenMatch({"1": "1"}, widths=(16, 24) if mapped else None)
+    teacher = network(24 if mapped else 16, 3)
     distillation = KnowledgeDistillation(
         teacher, temperature=2.0, alpha=1.0, student="model", loss="jsd", hidden=hidden, ramp=0.5
     )
@@ -70,10 +71,10 @@ def main(mode: str, out: Path) -> None:
     fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
     trainer = Trainer(
         accelerator="cpu",
-        devices=1 if mode == "single" else 2,
-        strategy={"single": "auto", "ddp": "ddp", "fsdp2": fsdp2}[mode],
+        devices=1 if mode in ("single", "whole") else 2,
+        strategy={"ddp": "ddp", "fsdp2": fsdp2}.get(mode, "auto"),
         max_steps=STEPS,
-        accumulate_grad_batches=2 if mode == "single" else 1,
+        accumulate_grad_batches=2 if mode in ("single", "whole") else 1,
         callbacks=[quantization, distillation],
         use_distributed_sampler=False,
         logger=False,
