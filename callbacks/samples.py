@@ -85,7 +85,9 @@ class TextSamples(Callback):
         texts = self._texts(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        rows = [{"step": step, "prompt": p, "text": text} for p, text in zip(self.prompts, texts, strict=True)]
+        rows: list[dict[str, Any]] = [
+            {"step": step, "prompt": p, "text": text} for p, text in zip(self.prompts, texts, strict=True)
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, rows))

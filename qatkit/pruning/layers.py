@@ -83,7 +83,7 @@ def _is_codes(weight: nn.Parameter) -> bool:
 
 def share_of(name: str, shares: Mapping[str, float], default: float) -> float:
     """The share of the last glob that matches the name, or the default where none does."""
-    return next((share for pattern, share in reversed(shares.items()) if matches(name, [pattern])), default)
+    return next((share for pattern, share in reversed(list(shares.items())) if matches(name, [pattern])), default)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
