@@ -3,10 +3,11 @@
 Run: python benchmarks/cached_teacher.py [--quick]
 Takes about five minutes on two cores; --quick shows the mechanics in seconds and writes no results.
 
-Text: Python's standard library. The teacher is a Llama of 4 layers trained on it, the student one of 2 layers. Every
-variant trains the same student on the same windows in the same order, once per seed; the rounds go through the variants
-in turn, in one process on one thread. A step is measured from the end of one to the end of the next, data included, in
-CPU time, which other processes disturb less than the time on the wall; medians over all steps but the first of a fit.
+Text: Python's standard library. The teacher is the Llama of 4 layers that `qat_recovery.py` trained on it, the student
+2 of its layers. Every variant trains the same student on the same windows in the same order, once per seed; the rounds
+go through the variants in turn, in one process on one thread. A step is measured from the end of one to the end of the
+next, data included, in CPU time, which other processes disturb less than the time on the wall; medians over all steps
+but the first of a fit.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import recovery
 import torch
 from harness import Claim, finish
 from lightning.pytorch import Callback, Trainer
@@ -31,8 +33,8 @@ from torch.utils.data import DataLoader, Subset
 
 from qatkit.data import stdlib_text
 from qatkit.distillation.cache import CachedTeacher, cache_teacher
+from qatkit.distillation.students import student_from_teacher
 from qatkit.engine import CompressionModule
-from qatkit.models import llama
 from qatkit.recipe import StageConfig
 from qatkit.tasks import call, evaluate
 
@@ -42,17 +44,19 @@ ALPHA, K = 0.5, 64
 
 @dataclass(frozen=True)
 class Size:
-    hidden: int
-    vocabulary: int
-    context: int
-    batch: int
-    teacher_steps: int
+    """How much of everything: the full benchmark, or a quick look at its mechanics."""
+
+    text: recovery.Size
+    base: Path | None
+    """Where the teacher is; None trains one."""
     steps: int
+    held_out: int
+    """Windows of the held-out loss."""
     seeds: tuple[int, ...]
 
 
-FULL = Size(hidden=192, vocabulary=2048, context=128, batch=16, teacher_steps=150, steps=100, seeds=(0, 1, 2))
-QUICK = Size(hidden=32, vocabulary=300, context=32, batch=8, teacher_steps=5, steps=5, seeds=(0,))
+FULL = Size(recovery.FULL, recovery.BASE, steps=100, held_out=400, seeds=(0, 1, 2))
+QUICK = Size(recovery.QUICK, None, steps=5, held_out=16, seeds=(0,))
 
 
 class Times(Callback):
@@ -69,21 +73,16 @@ class Times(Callback):
         self._last = now
 
 
-def model(size: Size, layers: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return llama(size.vocabulary, size.hidden, layers, 4, 2, size.hidden * 8 // 3, size.context)
-
-
-def fit(net: nn.Module, rows: Any, size: Size, steps: int, seed: int, *callbacks: Callback) -> list[float]:
+def fit(net: nn.Module, rows: Any, size: Size, seed: int, *callbacks: Callback) -> list[float]:
     """Train; the seconds of the steps."""
     times = Times()
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(rows, size.batch, shuffle=True, generator=order, drop_last=True)
+    loader = DataLoader(rows, size.text.batch, shuffle=True, generator=order, drop_last=True)
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, callbacks=[*callbacks, times], logger=False,
+        accelerator="cpu", max_steps=size.steps, gradient_clip_val=1.0, callbacks=[*callbacks, times], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(CompressionModule(net, StageConfig(max_steps=steps, lr=2e-3, warmup=0.05), seed), loader)
+    trainer.fit(CompressionModule(net, StageConfig(max_steps=size.steps, lr=1e-3, warmup=0.05), seed), loader)
     return times.seconds
 
 
@@ -91,13 +90,12 @@ def main(size: Size) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    files = ["*"] if size is FULL else ["email/*"]
-    data = stdlib_text(size.context, size.vocabulary, files, *((0.02, 0.02) if size is FULL else (0.2, 0.2)), seed=0)
+    data = stdlib_text(recovery.CONTEXT, recovery.VOCABULARY)
     data.prepare_data()
-    teacher = model(size, 4, 0)
-    fit(teacher, data.train, size, size.teacher_steps, 0)
-    teacher.eval()
-    rows = Subset(data.train, range(size.steps * size.batch))
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = recovery.base_model(size.text, size.base or Path(folder) / "base.safetensors")
+    rows = Subset(data.train, range(size.steps * size.text.batch))
+    held_out = Subset(data.val, range(size.held_out))
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
@@ -106,21 +104,21 @@ def main(size: Size) -> None:
             return call(teacher, batch)
 
         started = time.process_time()
-        cache_teacher(answer, DataLoader(rows, size.batch), Path(folder), {}, K)
+        cache_teacher(answer, DataLoader(rows, size.text.batch), Path(folder), {}, K)
         written = time.process_time() - started
         cached = CachedTeacher(Path(folder), {})
         bytes_per_token = sum(path.stat().st_size for path in Path(folder).glob("*.arrow")) / cached.tokens
         teachers: dict[str, Any] = {"live": teacher, "cached": cached}
         for seed in size.seeds:
             for variant in VARIANTS:
-                student = model(size, 2, seed + 1)
+                student = student_from_teacher(teacher, 2)
                 distil = [
                     KnowledgeDistillation(teachers[name], alpha=ALPHA, student="model", fused=True)
                     for name in teachers
                     if name == variant
                 ]
-                seconds[variant] += fit(student, rows, size, size.steps, seed, *distil)
-                losses[variant].append(evaluate(student.eval(), DataLoader(data.val, size.batch))["loss"])
+                seconds[variant] += fit(student, rows, size, seed, *distil)
+                losses[variant].append(evaluate(student.eval(), DataLoader(held_out, size.text.batch))["loss"])
                 print(f"seed {seed}, {VARIANTS[variant]}: loss {losses[variant][-1]:.4f}", file=sys.stderr)
     step = {variant: median(values) for variant, values in seconds.items()}
     deviation = {variant: stdev(values) if len(values) > 1 else 0.0 for variant, values in losses.items()}

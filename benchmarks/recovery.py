@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Format:
     """A way to hold the decoder's linear layers; the embedding, which is the output layer too, stays float32."""
 
     scheme: Scheme
+    layers: dict[str, Scheme] = field(default_factory=dict)
+    """Other schemes, by glob."""
     kv_cache: QuantSpec | None = None
     torchao: tuple[str, Any] | None = None
     """What torchao calls the weight: its dtype and granularity."""
@@ -74,7 +76,9 @@ FORMATS: dict[str, Format] = {
     "W4A8": Format(_int(4, None, TOKEN8), torchao=("int4", "per_channel")),
     "W4A4": Format(_int(4, None, TOKEN4), torchao=("int4", "per_channel")),
     "W4A4 g32": Format(_int(4, activation=QuantSpec(4, symmetric=False, strategy="group", group_size=32))),
-    "FP8": Format(Scheme(QuantSpec(8, type="float"), FP8_TOKEN)),
+    # the product of gate and up has the largest outliers of all inputs
+    "W4A4, down_proj A8": Format(_int(4, None, TOKEN4), {"*.down_proj": _int(4, None, TOKEN8)}),
+    "FP8 dynamic": Format(Scheme(QuantSpec(8, type="float"), FP8_TOKEN)),
     "NVFP4": Format(scheme("NVFP4")),
     "MXFP4": Format(scheme("MXFP4")),
     "Q4_0": Format(scheme("Q4_0")),
@@ -236,7 +240,7 @@ def prepare(model: nn.Module, job: Job, method: str, size: Size, layers: dict[st
             return replace(scheme.weight, observer="mse")
         return trained(scheme.weight) if method == "QAT" else scheme.weight
 
-    overrides = {glob: Scheme(weight_of(scheme), scheme.activation) for glob, scheme in (layers or {}).items()}
+    overrides = {glob: Scheme(weight_of(scheme), scheme.activation) for glob, scheme in (layers or form.layers).items()}
     prepare_qat(
         model, weight_of(form.scheme), form.scheme.activation, exclude=["lm_head"] if form.scheme.weight else [],
         layers=overrides, kv_cache=form.kv_cache,

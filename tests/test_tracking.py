@@ -5,36 +5,28 @@ from __future__ import annotations
 import json
 import os
 import pty
-import re
 import signal
-import struct
 import subprocess
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from lightning.pytorch import Trainer
 from qatkit.callbacks import TextSamples
 from transformers import AutoTokenizer
-from wandb.proto import wandb_internal_pb2
 
-from qatkit import QatkitError
 from qatkit.engine import CompressionModule
-from qatkit.errors import QatkitWarning
-from qatkit.loading import load_recipe
 from qatkit.pipeline import Run, run_stages
 from qatkit.recipe import StageConfig
 from qatkit.tracking import Tracking
-from qatkit.validation import validate_recipe
 from tests import warm
 from tests.data.corpus import save_tokenizer
 from tests.models.families import tiny
 from tests.texts import loader
+from tests.tracked import Records, read_records, recipe, run_files, stranger, trained
+from tests.tracked import nobody as nobody
 
 SHORT = ["stages.dense.max_steps=20", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]
 STAGES = ["dense", "ptq", "qat"]
@@ -52,93 +44,6 @@ def die(self, trainer, module, *rest):
 CompressionMonitor.on_train_batch_end = die
 main()
 """
-
-
-@pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Somebody without an account, and without anything that W&B keeps between runs."""
-    for name, value in stranger(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    for name in [name for name in os.environ if name.startswith("WANDB_") and name not in stranger(tmp_path)]:
-        monkeypatch.delenv(name)
-
-
-def stranger(folder: Path) -> dict[str, str]:
-    places = {f"WANDB_{kind}_DIR": str(folder / "home" / kind.lower()) for kind in ("DATA", "CACHE", "CONFIG")}
-    return {"WANDB_SILENT": "true", "NETRC": str(folder / "home" / "netrc"), **places}
-
-
-def read_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB, records in pieces) after 7 bytes."""
-    data, position, parts = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        if (left := 32768 - position % 32768) < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        piece = data[position + 7 : position + 7 + length]
-        if not kind or len(piece) < length:
-            return  # a killed process may leave the last piece half written
-        parts, position = (piece if kind in (1, 2) else parts + piece), position + 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            yield record
-
-
-class Records:
-    """What one process told W&B."""
-
-    def __init__(self, path: Path) -> None:
-        self.records = list(read_records(path))
-        (self.run,) = [record.run for record in self.records if record.WhichOneof("record_type") == "run"][:1]
-
-    def history(self) -> list[dict[str, Any]]:
-        rows = []
-        for record in self.records:
-            if record.WhichOneof("record_type") == "history":
-                row: dict[str, Any] = {}
-                for item in record.history.item:
-                    *outer, last = item.nested_key or [item.key]
-                    place = row
-                    for key in outer:
-                        place = place.setdefault(key, {})
-                    place[last] = json.loads(item.value_json)
-                rows.append(row)
-        return rows
-
-    def config(self) -> dict[str, Any]:
-        updates = list(self.run.config.update)
-        for record in self.records:
-            if record.WhichOneof("record_type") == "config":
-                updates.extend(record.config.update)
-        return {item.key: json.loads(item.value_json) for item in updates if item.key}
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json)
-            for record in self.records
-            if record.WhichOneof("record_type") == "summary"
-            for item in record.summary.update
-        }
-
-    def artifacts(self) -> dict[str, Any]:
-        found = [record.artifact for record in self.records if record.WhichOneof("record_type") == "artifact"]
-        return {artifact.name: artifact for artifact in found if artifact.type in ("report", "model")}
-
-    def typed(self, kind: str) -> Counter[str]:
-        """How often each name was logged with a value of a W&B type."""
-        return Counter(
-            name
-            for row in self.history()
-            for name, value in row.items()
-            if isinstance(value, dict) and value.get("_type") == kind
-        )
-
-
-def run_files(out: Path) -> list[Path]:
-    return sorted(out.glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
 
 
 @pytest.fixture(scope="module")
@@ -273,97 +178,6 @@ def test_samples_are_a_table_of_their_stage(nobody: None, tmp_path: Path) -> Non
     assert {tuple(table["columns"]) for table in tables} == {("step", "prompt", "text")}
 
 
-def recipe(logger: str) -> Any:
-    steps = ["stages.dense.max_steps=10", "stages.qat.max_steps=10", "model.args.channels=[8,8]"]
-    return load_recipe("vision/digits_int4", [*steps, f"trainer.logger={logger}"])
-
-
-def trained(out: Path, stage: str = "dense") -> bool:
-    return (out / "stages" / stage / "stage.json").exists() and bool(list(out.glob(f"stages/{stage}/logs/*/*.csv")))
-
-
-@pytest.mark.usefixtures("nobody")
-@pytest.mark.parametrize("mode", ["", "online", "offline"])
-def test_without_an_account_the_run_is_offline_whatever_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    if mode:
-        monkeypatch.setenv("WANDB_MODE", mode)
-    tracking = Tracking(recipe("wandb"), tmp_path)
-    names = [type(logger).__name__ for logger in tracking.loggers("dense")]
-    tracking.close()
-    assert names == ["CSVLogger", "_StageLogger"]
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
-
-
-@pytest.mark.usefixtures("nobody")
-def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = wandb.init(mode="offline", dir=tmp_path / "theirs", id="theirs")
-    tracking = Tracking(recipe("wandb"), tmp_path)
-    (_, logger) = tracking.loggers("dense")
-    logger.log_metrics({"loss": 1.0}, step=0)
-    tracking.close()
-    assert wandb.run is theirs
-    theirs.finish()
-    (own,) = run_files(tmp_path)
-    assert [row["dense/loss"] for row in Records(own).history()] == [1.0]
-    (other,) = run_files(tmp_path / "theirs")
-    assert b"dense/loss" not in other.read_bytes()
-
-
-@pytest.mark.usefixtures("nobody")
-def test_disabled_means_csv_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracking = Tracking(recipe("wandb"), tmp_path)
-    assert [type(logger).__name__ for logger in tracking.loggers("dense")] == ["CSVLogger"]
-    assert not list(tmp_path.glob("wandb*"))
-
-
-@pytest.mark.usefixtures("nobody")
-def test_a_run_that_cannot_start_online_is_kept_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    init = wandb.init
-
-    def unreachable(**options: Any) -> Any:
-        if options["mode"] != "offline":
-            raise wandb.errors.CommError("no route to host")
-        return init(**options)
-
-    monkeypatch.setattr(wandb, "login", lambda **_: True)
-    monkeypatch.setattr(wandb, "init", unreachable)
-    tracking = Tracking(recipe("wandb"), tmp_path)
-    with pytest.warns(QatkitWarning, match=r"cannot start online \(CommError: no route to host\); .*wandb sync"):
-        assert len(tracking.loggers("dense")) == 2
-    tracking.close()
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
-
-
-@pytest.mark.usefixtures("nobody")
-def test_training_goes_on_with_csv_where_wandb_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**_: Any) -> Any:
-        raise wandb.errors.UsageError("no service")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run_stages(Run(recipe("wandb"), tmp_path), until="ptq")
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, QatkitWarning)]
-    assert len(said) == 1  # once, not once per stage
-    assert re.match(r"trainer\.logger: W&B failed \(UsageError: no service\); the run goes on", said[0])
-    assert trained(tmp_path)
-
-
-@pytest.mark.usefixtures("nobody")
-def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dead(*_: Any, **__: Any) -> None:
-        raise ConnectionResetError("Connection lost")
-
-    monkeypatch.setattr(wandb.Run, "log", dead)
-    with pytest.warns(QatkitWarning, match="ConnectionResetError: Connection lost") as caught:
-        run_stages(Run(recipe("wandb"), tmp_path), until="ptq")
-    assert len([warning for warning in caught if issubclass(warning.category, QatkitWarning)]) == 1
-    assert trained(tmp_path)
-
-
 def test_tensorboard_has_a_folder_of_curves_for_every_stage(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -381,13 +195,3 @@ def test_tensorboard_has_a_folder_of_curves_for_every_stage(tmp_path: Path) -> N
     assert [event.step for event in boards["dense"].Scalars("train/loss")] == [9]
     assert [event.step for event in boards["qat"].Scalars("quant/clip_rate")] == [9]
     assert trained(tmp_path, "qat")
-
-
-@pytest.mark.parametrize("start", [validate_recipe, lambda recipe: run_stages(Run(recipe, Path("never")))])
-def test_a_missing_tensorboard_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch, start: Any) -> None:
-    from qatkit import tracking
-
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(QatkitError, match=r"^trainer.logger: 'tensorboard' needs .*`pip install tensorboard`"):
-        start(recipe("tensorboard"))
-    assert not Path("never").exists()

@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from qatkit import QuantSpec
+
 _SIZE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 64, "head_dim": 8, "pad_token_id": 0,
@@ -70,3 +72,24 @@ def output(model: Any, batch: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(batch)[0]
     return result
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 4),
+    ).eval()
+
+
+W3 = QuantSpec(3, observer="mse", strategy="group", group_size=16)
+W3_CHANNEL = QuantSpec(3, observer="lsq")
+A8 = QuantSpec(8, symmetric=False, strategy="tensor")
+DATA = [tokens(seed) for seed in range(4)]
