@@ -8,7 +8,7 @@ are, and once more with a few inputs made twenty times larger (and their weights
 them. The error is ``|X (W - Wq)^T|^2 / |X W^T|^2`` in float64, for SmoothQuant with 8-bit inputs as well. Each of the
 two sees the same tensors and takes scales by the same rule from ranges (minmax), or by its own search (mse). For
 SmoothQuant llm-compressor takes half of an input's range where the paper and we take its largest magnitude; which is
-better differs from layer to layer, so the claim is about their mean.
+better differs from layer to layer.
 
 llm-compressor's requirements exclude ours, so it is installed in a virtual environment of its own,
 ``build/llmcompressor``, with this environment's release of torch.
