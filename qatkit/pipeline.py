@@ -21,6 +21,7 @@ from qatkit import blocks, tasks
 from qatkit.architecture import Architecture, architecture_of, build_architecture
 from qatkit.callbacks.batches import first_batches
 from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
+from qatkit.data.datamodule import unsliced
 from qatkit.errors import QatkitError
 from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
@@ -253,10 +254,15 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
 
 
 def _training_batches(data: LightningDataModule, count: int) -> list[Any]:
-    """The first batches of the training data, the same on every process."""
+    """The first batches of the training data, the same on every process, and those of one process.
+
+    Processes have met where a stage was trained before, and not yet where it was finished by an earlier run: both must
+    give the same batches.
+    """
     data.prepare_data()
     data.setup("fit")
-    batches = [list(first_batches(data.train_dataloader(), count))]
-    if distributed.is_available() and distributed.is_initialized():  # by the stage before; each process has its slice
+    with unsliced():
+        batches = [list(first_batches(data.train_dataloader(), count))]
+    if distributed.is_available() and distributed.is_initialized():  # a data module of the user's may slice by itself
         distributed.broadcast_object_list(batches)
     return batches[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -87,6 +89,24 @@ class ResumableLoader(DataLoader[Any]):
         self._skip = state["batches"] % max(len(self), 1)
 
 
+_whole: ContextVar[bool] = ContextVar("whole", default=False)
+
+
+def world_and_rank() -> tuple[int, int]:
+    """How many processes share the training data, and which of them this one is."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() and not _whole.get() else (1, 0)
+
+
+@contextmanager
+def unsliced() -> Iterator[None]:
+    """Inside, every process reads the training data as one process would, whether or not it has met the others yet."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
 class SplitDataModule(LightningDataModule):
     """A data module over map-style train, validation and test sets.
 
@@ -121,7 +141,7 @@ class SplitDataModule(LightningDataModule):
         self.collate = collate
 
     def train_dataloader(self) -> DataLoader[Any]:
-        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        world, rank = world_and_rank()
         size = self.epoch_batches * self.batch_size if self.epoch_batches else None
         sampler = SlicedSampler(self.train, world, rank, self.seed, size)
         return ResumableLoader(self.train, self.batch_size, sampler, self.collate)

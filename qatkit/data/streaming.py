@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import default_collate
 from typing_extensions import override
 
+from qatkit.data.datamodule import world_and_rank
 from qatkit.data.packing import window
 from qatkit.data.source import BadRecord, Record, Source, is_local, local_files, read_file
 from qatkit.data.tokens import Encode, TokenDataModule, refuse, rows_of
@@ -76,7 +76,7 @@ class StreamLoader:
         return self.epoch_batches
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        world, rank = world_and_rank()
         self._served, self._skip = self._skip, 0
         while self._served < self.epoch_batches:
             windows = [self._window() for _ in range(world * self.batch_size)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DistributedSampler
 
-from qatkit.data.datamodule import SlicedSampler
+from qatkit.data.datamodule import SlicedSampler, SplitDataModule, unsliced
 
 DATA: Any = list(range(103))
 
@@ -34,3 +36,19 @@ def test_the_slices_of_one_pass_share_no_sample_and_every_pass_has_another_order
     assert len({sample for part in first for sample in part}) == 80
     assert order(samplers[0], 2) != order(samplers[0], 0)
     assert order(samplers[0], 0) == first[0]
+
+
+def test_what_is_read_unsliced_does_not_depend_on_whether_the_processes_have_met() -> None:
+    def first() -> list[int]:
+        loader = SplitDataModule(DATA, DATA, DATA, batch_size=4, seed=3).train_dataloader()
+        return next(iter(loader)).tolist()
+
+    alone = first()
+    distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        assert first() != alone  # its slice
+        with unsliced():
+            assert first() == alone
+        assert first() != alone
+    finally:
+        distributed.destroy_process_group()
