@@ -4,7 +4,7 @@ Run: python benchmarks/cached_teacher.py [--quick]
 Takes about five minutes on two cores; --quick shows the mechanics in seconds and writes no results.
 
 Text: Python's standard library. The teacher is the Llama of 4 layers that `qat_recovery.py` trained on it, the student
-2 of its layers. Every variant trains the same student on the same windows in the same order, once per seed; the rounds
+3 of its layers. Every variant trains the same student on the same windows in the same order, once per seed; the rounds
 go through the variants in turn, in one process on one thread. A step is measured from the end of one to the end of the
 next, data included, in CPU time, which other processes disturb less than the time on the wall; medians over all steps
 but the first of a fit.
@@ -49,14 +49,16 @@ class Size:
     text: recovery.Size
     base: Path | None
     """Where the teacher is; None trains one."""
+    layers: int
+    """Of the student."""
     steps: int
     held_out: int
     """Windows of the held-out loss."""
     seeds: tuple[int, ...]
 
 
-FULL = Size(recovery.FULL, recovery.BASE, steps=100, held_out=400, seeds=(0, 1, 2))
-QUICK = Size(recovery.QUICK, None, steps=5, held_out=16, seeds=(0,))
+FULL = Size(recovery.FULL, recovery.BASE, layers=3, steps=100, held_out=400, seeds=(0, 1, 2))
+QUICK = Size(recovery.QUICK, None, layers=1, steps=5, held_out=16, seeds=(0,))
 
 
 class Times(Callback):
@@ -111,7 +113,7 @@ def main(size: Size) -> None:
         teachers: dict[str, Any] = {"live": teacher, "cached": cached}
         for seed in size.seeds:
             for variant in VARIANTS:
-                student = student_from_teacher(teacher, 2)
+                student = student_from_teacher(teacher, size.layers)
                 distil = [
                     KnowledgeDistillation(teachers[name], alpha=ALPHA, student="model", fused=True)
                     for name in teachers
