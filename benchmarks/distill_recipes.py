@@ -3,7 +3,7 @@
 Both students of a seed begin with the same weights and see the same batches in the same order for as many steps; only
 the loss differs. Held-out data decides: accuracy of digits, loss of a text in nats per token.
 
-Run: python benchmarks/distill_recipes.py [--quick] [--jobs 2]
+Run: python benchmarks/distill_recipes.py [--quick] [--jobs 2] [--only RECIPE]
 The full mode takes some minutes on two cores and writes the logs beside the recipes; --quick shows the mechanics in
 less than a minute and writes nothing.
 """
@@ -129,11 +129,15 @@ def _spread(name: str, values: list[float]) -> str:
     return f"{mean(values) * 100:.2f} ± {deviation * 100:.2f}" if share else f"{mean(values):.4f} ± {deviation:.4f}"
 
 
-def main(quick: bool, workers: int) -> None:
+def main(quick: bool, workers: int, only: str | None) -> None:
     seeds = SEEDS[:1] if quick else SEEDS
-    measure_all = [(name, seed, quick) for seed in seeds for name in reversed(METRICS)]  # the long ones first
+    names = [only] if only else list(reversed(METRICS))  # the long ones first
+    measure_all = [(name, seed, quick) for seed in seeds for name in names]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = list(pool.map(measure, *zip(*measure_all, strict=True)))
+    if only:
+        before = json.loads((RESULTS / "distill_recipes.json").read_text())["jobs"]
+        jobs += [job for job in before if job["recipe"] != only]
     by_recipe = {name: [job for job in jobs if job["recipe"] == name] for name in METRICS}
     rows = [row(name, by_recipe[name]) for name in METRICS]
     if quick:
@@ -155,10 +159,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, tiny models, nothing written")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--only", choices=METRICS, help="run one recipe, and keep what the other gave")
     parser.add_argument("--logs", action="store_true", help="only write the logs again from the results")
     arguments = parser.parse_args()
     if arguments.logs:
         for shipped in METRICS:
             write_log(shipped)
         sys.exit(0)
-    main(arguments.quick, arguments.jobs)
+    main(arguments.quick, arguments.jobs, arguments.only)
