@@ -16,14 +16,14 @@ from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.hub_server import hub
 from tests.models.families import tiny
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import json, sys, time
 import torch
 from qatkit import QatkitError
 from qatkit.data import Source, causal_text
 from qatkit.models import causal_lm, masked_lm
-
-pytestmark = pytest.mark.slow
 
 def attempt(make):
     start = time.perf_counter()

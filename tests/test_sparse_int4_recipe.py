@@ -32,7 +32,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     """The run that the command of the Makefile leaves, and what it prints."""
-    makes = subprocess.run(["make", "-n", "demo-llm"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = ["make", "--no-print-directory", "-n", "demo-llm"]
+    makes = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     program, *arguments = shlex.split(makes.splitlines()[-1])
     assert program == ".venv/bin/qatkit"
     folder = tmp_path_factory.mktemp("demo")

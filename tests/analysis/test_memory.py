@@ -62,7 +62,7 @@ def measured(recipe: Recipe, stage: str, folder: Path, monkeypatch: pytest.Monke
     run = Run(recipe, folder)
     model = run.build_model()
     distill = recipe.stages[stage].distill
-    taught = Teaching(blocks.distill.teacher(distill, run.build_model()), None) if distill is not None else None
+    taught = distill and Teaching(distill, blocks.distill.teacher(distill, run.build_model()), None)
     models = [model] if taught is None else [model, taught.teacher.model]
     folder.mkdir(parents=True)
     train(recipe, stage, model, taught, run.build_data, folder, [])
