@@ -135,11 +135,11 @@ def main(quick: bool, workers: int, only: str | None) -> None:
     measure_all = [(name, seed, quick) for seed in seeds for name in names]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = list(pool.map(measure, *zip(*measure_all, strict=True)))
-    if only:
+    if only and not quick:
         before = json.loads((RESULTS / "distill_recipes.json").read_text())["jobs"]
         jobs += [job for job in before if job["recipe"] != only]
-    by_recipe = {name: [job for job in jobs if job["recipe"] == name] for name in METRICS}
-    rows = [row(name, by_recipe[name]) for name in METRICS]
+    by_recipe = {name: [job for job in jobs if job["recipe"] == name] for name in METRICS if name in names or not quick}
+    rows = [row(name, found) for name, found in by_recipe.items()]
     if quick:
         for job in jobs:
             print(" | ".join(f"{key} {value}" for key, value in job.items()))
