@@ -25,7 +25,7 @@ from qatkit.quantization.initialisers.equivalence import (
 )
 from qatkit.quantization.initialisers.gptq import gptq
 from qatkit.quantization.initialisers.hessian import InputStatistics, fits, watch
-from qatkit.quantization.initialisers.smoothquant import smoothquant_scales
+from qatkit.quantization.initialisers.smoothquant import smoothquant_search
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.observers import computed_qparams
@@ -276,11 +276,16 @@ class _Initialiser:
         """Find the scales of one input and move them into what makes it."""
         readers = [consumer for consumer in fold.consumers if isinstance(consumer, QATLayer) and consumer in watched]
         statistics = watched[readers[0]]
-        if statistics.absmax is None:
+        if statistics.rows == 0:
             return
         if self.method == "smoothquant":
-            weight_absmax = torch.stack([matrix.abs().amax(0) for matrix in fold_matrices(fold)]).amax(0)
-            scales = smoothquant_scales(statistics.absmax, weight_absmax)
+            scales = smoothquant_search(
+                [reader.matrix for reader in readers],
+                [reader.weight_fake_quant and reader.weight_fake_quant.spec for reader in readers],
+                [reader.input_fake_quant and reader.input_fake_quant.spec for reader in readers],
+                statistics,
+                torch.stack([matrix.abs().amax(0) for matrix in fold_matrices(fold)]).amax(0),
+            )
         else:
             quantized = [(r.matrix.detach(), r.weight_fake_quant.spec) for r in readers if r.weight_fake_quant]
             if not quantized:
