@@ -31,6 +31,7 @@ from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
 from qatkit.quantization.ranges import RangeObserver
+from qatkit.spec import QuantSpec
 
 Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
 
@@ -281,8 +282,8 @@ class _Initialiser:
         if self.method == "smoothquant":
             scales = smoothquant_search(
                 [reader.matrix for reader in readers],
-                [reader.weight_fake_quant and reader.weight_fake_quant.spec for reader in readers],
-                [reader.input_fake_quant and reader.input_fake_quant.spec for reader in readers],
+                [_spec(reader.weight_fake_quant) for reader in readers],
+                [_spec(reader.input_fake_quant) for reader in readers],
                 statistics,
                 torch.stack([matrix.abs().amax(0) for matrix in fold_matrices(fold)]).amax(0),
             )
@@ -305,6 +306,10 @@ class _Initialiser:
             watched[layer].rescale(scales)
             if self.method == "smoothquant":
                 self.done.append(self.names[layer])
+
+
+def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
+    return None if fake_quant is None else fake_quant.spec
 
 
 def _through(runs: list[Run], block: nn.Module, index: int) -> Iterator[object]:
