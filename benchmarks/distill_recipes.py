@@ -111,9 +111,11 @@ def write_log(name: str) -> None:
         "| seed | " + " | ".join(stages) + " | margin | seconds |",
         "|" + " --- |" * (len(stages) + 3),
     ]
+    scale, digits = (100, 2) if METRICS[name] == "test/accuracy" else (1, 4)
     for job in jobs:
-        cells = [f"{job[stage]:.4f}" for stage in stages]
-        lines.append(f"| {job['seed']} | " + " | ".join(cells) + f" | {margin(job):+.4f} | {job['seconds']:.0f} |")
+        cells = [f"{job[stage] * scale:.{digits}f}" for stage in stages]
+        cells += [f"{margin(job) * scale:+.{digits}f}", f"{job['seconds']:.0f}"]
+        lines.append(f"| {job['seed']} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"The student with its teacher over the same student alone: {summary['margin']}, {summary['seeds won']} seeds.",
