@@ -7,6 +7,7 @@ Every 4-bit layer that passes through here has that switched off.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
@@ -75,6 +76,8 @@ def quantize_base(
             made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
             made.register_load_state_dict_pre_hook(_load_8bit)
             made.plain_dtype = weight.dtype  # bitsandbytes keeps it of 4 bits alone
+            # it says on every call of every layer that inputs are multiplied in 16 bits
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)
         made.train(layer.training)
