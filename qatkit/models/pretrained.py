@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +116,7 @@ def reads_last_token(model_type: str) -> bool:
     return model_type in CAUSAL and model_type not in MASKED
 
 
+@lru_cache(maxsize=4)  # a run builds its models many times
 def _padding_of(name: str) -> int | None:
     """What the tokenizer beside a model fills up with; None where there is none."""
     source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
