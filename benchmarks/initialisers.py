@@ -7,8 +7,8 @@ A small Llama is trained on the standard library; layers of its last block and w
 are, and once more with a few inputs made twenty times larger (and their weights as much smaller), as large models have
 them. The error is ``|X (W - Wq)^T|^2 / |X W^T|^2`` in float64, for SmoothQuant with 8-bit inputs as well. Each of the
 two sees the same tensors and takes scales by the same rule from ranges (minmax), or by its own search (mse). For
-SmoothQuant llm-compressor takes half of an input's range where the paper and we take its largest magnitude; which is
-better differs from layer to layer.
+SmoothQuant llm-compressor stays at alpha 0.5, as its default is, and takes half of an input's range where the paper
+takes its largest magnitude; we search, on some of the rows.
 
 llm-compressor's requirements exclude ours, so it is installed in a virtual environment of its own,
 ``build/llmcompressor``, with this environment's release of torch.
@@ -37,13 +37,15 @@ from qatkit.data.stdlib import text_windows
 from qatkit.models.language import llama
 from qatkit.quantization.initialisers.awq import awq_clip, awq_scales
 from qatkit.quantization.initialisers.gptq import gptq
-from qatkit.quantization.initialisers.smoothquant import smoothquant_scales
+from qatkit.quantization.initialisers.hessian import InputStatistics
+from qatkit.quantization.initialisers.smoothquant import smoothquant_search
 from qatkit.quantization.observers import computed_qparams, mse_qparams
 
 OTHER = Path(__file__).parent.parent / "build" / "llmcompressor"
 RELEASE = "0.14.*"
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 FORMATS = {"W4 channel": (4, None), "W4 g128": (4, 128), "W3 g128": (3, 128)}
+TOKEN = QuantSpec(8, strategy="token", scale_rule="range")
 SEED = 0
 
 
@@ -96,12 +98,13 @@ def ours(weight: Tensor, x: Tensor, method: str, spec: QuantSpec) -> Tensor:
         )
         rounded = fake_quantize(scaled, *qparams, spec)
     else:
-        scales = smoothquant_scales(x.abs().amax(0), weight.abs().amax(0))
+        statistics = InputStatistics(second_moment=False)
+        statistics.update(x)
+        scales = smoothquant_search([weight], [spec], [TOKEN], statistics, weight.abs().amax(0))
         rounded = fake_quantize(weight * scales, *computed_qparams(weight * scales, spec), spec)
     x = x / scales
     if method == "smoothquant":
-        token = QuantSpec(8, strategy="token", scale_rule="range")
-        x = fake_quantize(x, *computed_qparams(x, token), token)
+        x = fake_quantize(x, *computed_qparams(x, TOKEN), TOKEN)
     return x.double() @ rounded.double().t()
 
 

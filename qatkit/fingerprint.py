@@ -15,7 +15,7 @@ from qatkit.errors import QatkitError
 from qatkit.loading import flatten
 from qatkit.recipe import FactoryConfig, Recipe
 
-_TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision")
+_TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:

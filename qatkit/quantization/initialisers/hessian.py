@@ -1,4 +1,4 @@
-"""What initialisers need to know of a layer's inputs, summed up so that no input is kept."""
+"""What initialisers need to know of a layer's inputs, summed up so that few inputs are kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from qatkit.quantization.layers import QATLayer, QATTransposedLinear
 
 _SAMPLES = 8  # of a convolution's batch that are unfolded at a time
+_ROWS = 256  # of the inputs that are kept at least, once there were as many
 
 
 class InputStatistics:
@@ -16,15 +17,17 @@ class InputStatistics:
 
     Attributes:
         rows: How many there were.
-        absmax: Largest magnitude of every input, float32 ``[in]``; None before the first row.
 
     Args:
-        second_moment: Also keep what `hessian` needs, ``[in, in]``.
+        second_moment: Keep what `hessian` needs, ``[in, in]``; otherwise keep some rows, for `sample`.
     """
 
     def __init__(self, second_moment: bool) -> None:
         self.rows = 0
-        self.absmax: Tensor | None = None
+        self._kept: list[Tensor] = []
+        self._stride = 1
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
         self._abssum: Tensor | None = None
         self._moment: Tensor | None = None
         self._second_moment = second_moment
@@ -34,14 +37,31 @@ class InputStatistics:
         if not len(rows):
             return
         rows = rows.detach().float()
-        if self.absmax is None or self._abssum is None:
-            self.absmax, self._abssum = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1])
+        if self._low is None or self._high is None or self._abssum is None:
+            self._low, self._high, self._abssum = (rows.new_zeros(rows.shape[1]) for _ in range(3))
             self._moment = rows.new_zeros(rows.shape[1], rows.shape[1]) if self._second_moment else None
+        if self._moment is None:
+            self._keep(rows)
         self.rows += len(rows)
-        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
+        low, high = rows.aminmax(dim=0)
+        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
         self._abssum += rows.abs().sum(0)
         if self._moment is not None:
             self._moment.addmm_(rows.t(), rows)
+
+    @property
+    def absmax(self) -> Tensor:
+        """Largest magnitude of every input, float32 ``[in]``."""
+        assert self._low is not None
+        assert self._high is not None
+        return torch.maximum(-self._low, self._high)
+
+    @property
+    def half_range(self) -> Tensor:
+        """Half of what lies between the smallest and the largest of every input and zero, float32 ``[in]``."""
+        assert self._low is not None
+        assert self._high is not None
+        return (self._high - self._low) / 2
 
     @property
     def magnitude(self) -> Tensor:
@@ -55,18 +75,31 @@ class InputStatistics:
         assert self._moment is not None
         return self._moment / self.rows
 
+    def _keep(self, rows: Tensor) -> None:
+        """Keep every `_stride`-th of all rows; when they become too many, every second of those."""
+        self._kept.append(rows[-self.rows % self._stride :: self._stride].clone())
+        while sum(map(len, self._kept)) >= 2 * _ROWS:
+            self._kept, self._stride = [torch.cat(self._kept)[::2]], 2 * self._stride
+
+    @property
+    def sample(self) -> Tensor:
+        """Rows at equal distances, float32 ``[n, in]``: all of few, between 256 and 512 of many."""
+        return torch.cat(self._kept)
+
     @property
     def finite(self) -> bool:
         """Whether every number that was taken in is finite."""
-        return self.absmax is None or bool(self.absmax.isfinite().all())
+        return self.rows == 0 or bool(self.half_range.isfinite().all())
 
     def rescale(self, scales: Tensor) -> None:
         """As if every row had been divided by `scales`, ``[in]``."""
-        assert self.absmax is not None
+        assert self._low is not None
+        assert self._high is not None
         assert self._abssum is not None
-        self.absmax, self._abssum = self.absmax / scales, self._abssum / scales
+        self._low, self._high, self._abssum = self._low / scales, self._high / scales, self._abssum / scales
         if self._moment is not None:
             self._moment /= scales[:, None] * scales
+        self._kept = [rows / scales for rows in self._kept]
 
 
 def fits(layer: QATLayer) -> bool:

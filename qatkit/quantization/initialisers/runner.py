@@ -25,12 +25,13 @@ from qatkit.quantization.initialisers.equivalence import (
 )
 from qatkit.quantization.initialisers.gptq import gptq
 from qatkit.quantization.initialisers.hessian import InputStatistics, fits, watch
-from qatkit.quantization.initialisers.smoothquant import smoothquant_scales
+from qatkit.quantization.initialisers.smoothquant import smoothquant_search
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
 from qatkit.quantization.ranges import RangeObserver
+from qatkit.spec import QuantSpec
 
 Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
 
@@ -276,11 +277,16 @@ class _Initialiser:
         """Find the scales of one input and move them into what makes it."""
         readers = [consumer for consumer in fold.consumers if isinstance(consumer, QATLayer) and consumer in watched]
         statistics = watched[readers[0]]
-        if statistics.absmax is None:
+        if statistics.rows == 0:
             return
         if self.method == "smoothquant":
-            weight_absmax = torch.stack([matrix.abs().amax(0) for matrix in fold_matrices(fold)]).amax(0)
-            scales = smoothquant_scales(statistics.absmax, weight_absmax)
+            scales = smoothquant_search(
+                [reader.matrix for reader in readers],
+                [_spec(reader.weight_fake_quant) for reader in readers],
+                [_spec(reader.input_fake_quant) for reader in readers],
+                statistics,
+                torch.stack([matrix.abs().amax(0) for matrix in fold_matrices(fold)]).amax(0),
+            )
         else:
             quantized = [(r.matrix.detach(), r.weight_fake_quant.spec) for r in readers if r.weight_fake_quant]
             if not quantized:
@@ -300,6 +306,10 @@ class _Initialiser:
             watched[layer].rescale(scales)
             if self.method == "smoothquant":
                 self.done.append(self.names[layer])
+
+
+def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
+    return None if fake_quant is None else fake_quant.spec
 
 
 def _through(runs: list[Run], block: nn.Module, index: int) -> Iterator[object]:
