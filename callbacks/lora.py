@@ -121,6 +121,8 @@ class LoRA(Callback):
             raise QatkitError(
                 f"bits: the module has no plain linear layer to hold in {self.bits} bits; write bits=None"
             )
+        # as Lightning does next where precision is "bf16-true": what is dequantized later has the dtype of all else
+        trainer.precision_plugin.convert_module(pl_module)
         quantize_base(pl_module, names, self.bits, self.quant_type, self.double_quant, dtype)
 
     def _check_callbacks(self, trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 
 from qatkit.errors import QatkitError
 from qatkit.optimizers import build_optimizer, learned_scales
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import ScheduleName, StageConfig
 from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, to_logits, token_loss
 
@@ -251,7 +253,24 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
     """Shard a model's parameters over the data-parallel processes with FSDP2, in place.
 
     Fake quantizers are in the model by now (callbacks swap in `setup`), so their scales are sharded with the weights.
+    What is trained in another dtype than the rest, such as the head of a classifier beside adapters, is gathered apart.
+
+    Raises:
+        QatkitError: a fake quantizer is trained in another dtype.
     """
     from torch.distributed.fsdp import fully_shard
 
+    dtypes = Counter(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    usual = {dtype for dtype, _ in dtypes.most_common(1)}
+    for name, module in model.named_modules():
+        trained = {p.dtype for p in module.parameters(recurse=False) if p.requires_grad}
+        if trained <= usual:
+            continue
+        if any(isinstance(part, FakeQuantize) for part in module.modules()):
+            found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise QatkitError(
+                f"trainer.strategy: FSDP2 gathers what is of one dtype, and '{name}' trains beside others in "
+                f"{found}; write strategy: ddp, or model.args.dtype: float32"
+            )
+        fully_shard(module, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])

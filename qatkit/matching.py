@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qatkit.errors import QatkitError
+from qatkit.models.pretrained import reads_last_token
 
 
 def check_data(model: nn.Module, data: Any) -> None:
@@ -14,10 +15,10 @@ def check_data(model: nn.Module, data: Any) -> None:
 
     Args:
         model: A model of transformers, or any other.
-        data: A data module, perhaps with a ``tokenizer``, ``classes``, a ``context`` and ``packed``.
+        data: A data module, perhaps with a ``tokenizer``, ``classes``, a ``context``, ``packed`` and ``padding``.
 
     Raises:
-        QatkitError: tokens, classes, length or packing of the data are not those of the model.
+        QatkitError: tokens, classes, padding, length or packing of the data are not those of the model.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -34,6 +35,13 @@ def check_data(model: nn.Module, data: Any) -> None:
         raise QatkitError(
             f"data.args.classes: they are {len(classes)}, and the model has {config.num_labels} outputs; write "
             f"model.args.num_classes: {len(classes)}"
+        )
+    padding, theirs = getattr(data, "padding", None), config.get_text_config().pad_token_id
+    if classes is not None and padding is not None and padding != theirs and reads_last_token(config.model_type):
+        raise QatkitError(
+            f"data.args.tokenizer: it fills rows up with token {padding}, and the model, which reads the class off the "
+            f"last token that is no padding, takes {theirs} for it; write the tokenizer that the model was trained "
+            f"with, or pad_token_id: {padding} into the model's config.json"
         )
     context = getattr(data, "context", None)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)

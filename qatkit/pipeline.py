@@ -90,6 +90,15 @@ class Run:
             return self.build_model(Architecture(own))
         return self.load_model(self.recipe.parent_of(stage), quantizers=False)
 
+    def is_original(self, stage: str) -> bool:
+        """Whether a stage trains the weights that the model's factory gives: no stage before has changed them."""
+        if self.recipe.stages[stage].shrink is not None:
+            return False
+        if (before := self.recipe.parent_of(stage)) is None:
+            return True
+        changed = self.recipe.stages[before]
+        return changed.max_steps == 0 and not changed.compresses and self.is_original(before)
+
     def find(self, stage: str) -> StageRecord | None:
         """What is written of a stage, or None while it is not finished."""
         return read_record(self.folder(stage))
@@ -174,10 +183,11 @@ def _check_folder(run: Run, names: list[str], prints: dict[str, tuple[dict[str, 
         inputs, _ = prints[name]
         folder = run.folder(name)
         try:
+            stale = False
             if (record := read_record(folder)) is not None:
                 refuse_changes(name, "finished", record.inputs, inputs, run.out)
                 stale = record.fingerprint != prints[name][1]
-            else:
+            elif (folder / "last.ckpt").exists():  # before it there is nothing that a change could cost
                 started = read_started(folder)
                 if started:
                     refuse_changes(name, "started", started["inputs"], inputs, run.out)
@@ -233,7 +243,7 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
     )
     if result.trainer.is_global_zero:
         fresh = run.start_model(name) if stage.shrink is None else run.build_model(architecture)
-        model = finished_model(fresh, result, folder)
+        model = finished_model(fresh, result, folder, run.is_original(name))
         record = StageRecord(
             name=name,
             fingerprint=own,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from qatkit import blocks
 from qatkit.architecture import Architecture
+from qatkit.data.streaming import StreamLoader
 from qatkit.distillation.cache import CachedTeacher, cache_teacher, fingerprint_of, is_complete
 from qatkit.distillation.vocabulary import Tokenizer, shared_vocab_size
 from qatkit.errors import QatkitError
@@ -213,11 +215,15 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
 def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[Any], str]:
     """All that a stage will see, each sample once, and which they are: all, or the first in the order of training."""
     loader, config = data.train_dataloader(), run.recipe.stages[stage]
+    processes = _processes(run.recipe.trainer)
+    if isinstance(loader, StreamLoader):  # its epochs are no passes: each begins where the one before it ended
+        looked_at = config.quantize.calibration_batches if config.quantize else 0
+        count = (config.max_steps * config.accumulate + looked_at) * processes
+        return islice(chain.from_iterable(repeat(loader)), count), f"{count * config.batch_size} of the stream"
     if not isinstance(loader, DataLoader):
         return loader, "all"
     rows, told = loader.dataset, "all"
     if isinstance(loader.sampler, DistributedSampler):
-        processes = _processes(run.recipe.trainer)
         wanted = config.max_steps * config.accumulate * config.batch_size * processes
         # what a pass leaves out for the sake of whole batches may differ with the number of processes
         if wanted <= len(rows) - processes * len(loader.sampler):  # type: ignore[arg-type]  # a map-style data set

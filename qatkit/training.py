@@ -161,10 +161,16 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
     write_atomically(folder / "started.json", json.dumps(started | {"processes": trainer.world_size}))
 
 
-def finished_model(model: nn.Module, trained: Trained, folder: Path) -> nn.Module:
+def finished_model(model: nn.Module, trained: Trained, folder: Path, original: bool) -> nn.Module:
     """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded.
 
     Adapters are saved in the stage's folder and merged.
+
+    Args:
+        model: The copy.
+        trained: What the fit left.
+        folder: The stage's folder.
+        original: The copy's weights are those that the name in its config stands for.
     """
     replay_folds(model, trained.folds)
     if trained.quantize is not None:
@@ -174,7 +180,7 @@ def finished_model(model: nn.Module, trained: Trained, folder: Path) -> nn.Modul
     model.load_state_dict(trained.weights, strict=True)
     if trained.lora is not None:
         moved = bool(trained.folds) or (trained.quantize is not None and trained.quantize.moves_weights)
-        blocks.lora.finish(model, moved, folder, trained.trainer.strategy.root_device)
+        blocks.lora.finish(model, moved, original, folder, trained.trainer.strategy.root_device)
     return model.eval()
 
 

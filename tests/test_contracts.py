@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "distillation": PLAIN,
     "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
     "hub": PLAIN,
-    "matching": PLAIN,
+    "matching": PLAIN | {"models"},
     "models": PLAIN | {"hub"},
     "data": PLAIN | {"hub"},
     "callbacks": PLAIN | TECHNIQUES | {"lora"},

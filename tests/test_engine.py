@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import get_wsd_schedule
 
-from qatkit import QuantSpec, prepare_qat
-from qatkit.engine import SCALE_LR, CompressionModule, lr_factor, parameter_groups
+from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit.engine import SCALE_LR, CompressionModule, lr_factor, parallelize, parameter_groups
+from qatkit.lora.attach import Adapter, attach, target_layers
 from qatkit.recipe import StageConfig
 from qatkit.tasks import evaluate
+from tests.models.families import tiny
 from tests.texts import VOCAB, loader, texts, tiny_llama
 
 
@@ -137,3 +142,28 @@ def test_a_whole_batch_may_be_given_as_keywords_and_its_labels_stay_out_of_the_m
 def test_a_model_that_comes_in_evaluation_mode_is_trained_with_its_dropout() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
     assert CompressionModule(model, StageConfig(max_steps=1), seed=0).model[1].training
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    distributed.destroy_process_group()
+
+
+def test_a_head_of_16_bits_is_sharded_beside_factors_of_32(mesh: DeviceMesh) -> None:
+    model = tiny("llama", "SequenceClassification", num_labels=2, pad_token_id=0).bfloat16()
+    attach(model, target_layers(model), Adapter(rank=2, alpha=4))
+    parallelize(model, mesh)
+    model(input_ids=torch.ones(2, 5, dtype=torch.long)).logits.float().sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for name, p in trained.items() if "lora_" in name} == {torch.float32}
+    assert trained["score.weight"].dtype == torch.bfloat16
+    assert all(p.grad is not None for p in trained.values())
+
+
+def test_weights_of_16_bits_with_scales_of_32_are_refused_where_they_are_sharded(mesh: DeviceMesh) -> None:
+    model = tiny_llama().bfloat16()
+    prepare_qat(model, weight=QuantSpec(4, observer="lsq"), exclude=["lm_head"])
+    with pytest.raises(QatkitError, match=r"trainer\.strategy: FSDP2 gathers .* in bfloat16 and float32; write"):
+        parallelize(model, mesh)

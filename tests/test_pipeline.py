@@ -118,8 +118,11 @@ def test_a_started_stage_that_changed_is_refused_too(tmp_path: Path) -> None:
 
     started = {"inputs": {**stage_inputs(run.recipe, "dense"), "stages.dense.lr": 0.5}, "fingerprint": "x"}
     (run.folder("dense") / "started.json").write_text(json.dumps(started))
+    (run.folder("dense") / "last.ckpt").touch()
     with pytest.raises(QatkitError, match=r"was started with other values:\n  stages\.dense\.lr: was 0\.5"):
         run_stages(run)
+    (run.folder("dense") / "last.ckpt").unlink()  # it ended before its first checkpoint: a mistake that is mended now
+    assert run_stages(run, until="dense") == ["dense"]
 
 
 COMMAND = """

@@ -23,6 +23,7 @@ from qatkit.pipeline import Run, run_stages
 from qatkit.teachers import cache_folder, open_cache, vocabulary, write_cache
 from qatkit.validation import validate_recipe
 from tests import warm
+from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 
 TEXT = """\
 name: cached
@@ -93,6 +94,21 @@ def test_from_the_cache_a_stage_trains_as_with_the_live_teacher(out: Path, folde
     )
     assert cache_folder(cached, "qat").is_dir()
     assert not (live.out / "teachers").exists()
+
+
+def test_of_a_stream_the_cache_holds_all_that_the_stage_reads_of_it_in_however_many_epochs(tmp_path: Path) -> None:
+    records = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in SENTENCES])
+    source = f"{{path: {records}, val: {records}, test: {records}, streaming: true}}"
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "recipe.yaml").write_text(TEXT)
+    run = start(
+        tmp_path / "run", tmp_path, "data.factory=qatkit.data:causal_text", "stages.dense.max_steps=1",
+        f"data.args={{source: {source}, tokenizer: {tokenizer}, context: 16, epoch_batches: 2}}",
+        "stages.qat.max_steps=5", "stages.qat.batch_size=4", "stages.qat.quantize.calibration_batches=3",
+        "stages.qat.quantize.activation={num_bits: 8, strategy: tensor}",
+    )  # fmt: skip
+    assert run_stages(run) == ["dense", "qat"]
+    assert len(open_cache(run, "qat")[0]) <= 4 * (5 + 3)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def texts_of(batches: Iterable[Any]) -> list[Text]:
     """The held-out texts of a test split: one, where its batches are windows cut from a stream of tokens.
 
     That is so where every token is a label and nothing says where a row ends; other rows stay texts of their own, and
-    padding is cut off.
+    padding is cut off. Where positions begin again in a row, which holds several documents, each of them is a text.
 
     Raises:
         QatkitError: the batches are no texts.
@@ -136,10 +136,12 @@ def texts_of(batches: Iterable[Any]) -> list[Text]:
         if not is_text(batch):
             raise QatkitError("evaluate: it is for language models, and the data's batches are no texts; leave it out")
         stream = stream and set(batch) <= {"input_ids", "labels"} and torch.equal(batch["input_ids"], batch["labels"])
-        mask = batch.get("attention_mask")
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         for index, (tokens, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-            kept = slice(None) if mask is None else mask[index].bool()
-            rows.append((tokens[kept].cpu(), labels[kept].cpu()))
+            kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[index].bool()
+            begins = [] if positions is None else (positions[index][kept] == 0).nonzero().flatten().tolist()
+            parts = (part[kept].cpu().tensor_split(begins) for part in (tokens, labels))
+            rows += [text for text in zip(*parts, strict=True) if len(text[0])]
     if stream and rows:
         return [(torch.cat([tokens for tokens, _ in rows]), torch.cat([labels for _, labels in rows]))]
     return rows

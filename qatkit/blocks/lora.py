@@ -65,17 +65,20 @@ def attach_to(model: nn.Module, config: LoraConfig, held: Sequence[str]) -> None
     attach(model, names, _adapter(config), set(held) & set(names))
 
 
-def finish(model: nn.Module, moved: bool, folder: Path, device: torch.device) -> None:
+def finish(model: nn.Module, moved: bool, original: bool, folder: Path, device: torch.device) -> None:
     """Save the adapters of a trained model beside the stage, where peft can use them, and merge them.
 
     Args:
         model: The model with its adapters.
         moved: The weights below them are not those of the stage's input, which is what peft would add the update to.
+        original: That input is the model which the name in the config stands for; if not, the adapters name no base, as
+            peft would load that one.
         folder: The stage's folder.
         device: Where training computed updates that are part of a weight.
     """
     if not moved and not any(getattr(layer, "held", False) for layer in adapted_layers(model).values()):
-        save_adapter(model, folder / "adapter", getattr(getattr(model, "config", None), "_name_or_path", ""))
+        base = getattr(getattr(model, "config", None), "_name_or_path", "") if original else ""
+        save_adapter(model, folder / "adapter", base)
     merge(model, device)
 
 

@@ -60,7 +60,8 @@ def tokenize_chat(
         tools: Functions the assistant may call, as JSON schemas.
     """
     try:
-        if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
+        # of several templates, transformers takes the one that is for tools, or "default"
+        if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)):
             marked = tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )

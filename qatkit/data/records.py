@@ -82,7 +82,7 @@ def pad(samples: Sequence[dict[str, Tensor]], padding: int, context: int) -> dic
 def fitting(row: Row, context: int) -> Encoded:
     """The row by itself, or why it is too long."""
     if (tokens := len(row["input_ids"])) > context:
-        return BadRecord(f"has {tokens} tokens, and context is {context}; write a larger context")
+        return BadRecord(f"has {tokens} tokens, and context is {context}; write a larger context, or truncate: true")
     return [row]
 
 

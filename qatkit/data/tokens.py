@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from qatkit.data.datamodule import Collate, SplitDataModule
 from qatkit.data.source import BadRecord, Part, Record, Source, cut, open_parts
 from qatkit.data.text import SPLITS, cached_folder
-from qatkit.data.tokenizers import fingerprint
+from qatkit.data.tokenizers import fingerprint, padding_id
 from qatkit.errors import QatkitError, QatkitWarning
 
 CHUNK = 500
@@ -237,6 +237,11 @@ class TokenDataModule(SplitDataModule):
     def tokenizer(self) -> Any:
         """What the text was tokenized with, to be saved beside the model."""
         return self._tokenizer()
+
+    @property
+    def padding(self) -> int:
+        """The token that rows of a batch are filled up with."""
+        return padding_id(self.tokenizer)
 
     def _rows(self, split: str) -> Rows:
         return Rows(self.folder / split)

@@ -131,11 +131,13 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
             adapt(layer, adapter.rank, adapter.alpha, name in held)
     else:
         from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import cast_adapter_dtype
 
         # under another root: under FSDP2 peft takes a LightningModule, which knows a device mesh, for a model of
         # transformers, and asks for its config
         root = nn.ModuleDict({"root": model})
         inject_adapter_in_model(_config([f"root.{name}" for name in names], adapter), root)
+        cast_adapter_dtype(root, NAME)  # as get_peft_model does: factors of 16 bits lose steps of a usual learning rate
     for parameter in (*trained, *(p for name in heads for p in model.get_submodule(name).parameters())):
         parameter.requires_grad_(True)
 

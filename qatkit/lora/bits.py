@@ -7,6 +7,7 @@ Every 4-bit layer that passes through here has that switched off.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
@@ -74,6 +75,9 @@ def quantize_base(
             made = bnb.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
             made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
             made.register_load_state_dict_pre_hook(_load_8bit)
+            made.plain_dtype = weight.dtype  # bitsandbytes keeps it of 4 bits alone
+            # it says on every call of every layer that inputs are multiplied in 16 bits
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)
         made.train(layer.training)
@@ -115,6 +119,7 @@ def dequantized(layer: nn.Module, device: torch.device | str | None = None) -> n
     else:
         scales = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
         plain = functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+        plain = plain.to(getattr(layer, "plain_dtype", plain.dtype))
     assert isinstance(layer, nn.Linear)
     made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     made.weight = nn.Parameter(plain.to(device), requires_grad=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +79,8 @@ def sequence_classifier(
     """A pretrained model with a class for every text; for the data of `qatkit.data:text_classification`.
 
     A model that was not trained to classify gets a head with random weights. A decoder reads the class off the last
-    token that is no padding; where its config names no padding token, that is the end of text, as in qatkit's data.
+    token that is no padding, which is what its tokenizer fills up with, as qatkit's data do: the padding token or else
+    the end of text. Many configs name none, or another one. Without a tokenizer beside it, it is what the config says.
 
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.
@@ -97,10 +99,36 @@ def sequence_classifier(
         gradient_checkpointing, num_labels=num_classes,
     )  # fmt: skip
     config: Any = model.config
-    if config.pad_token_id is None and config.eos_token_id is not None:
-        end = config.eos_token_id
-        config.pad_token_id = end[0] if isinstance(end, list) else end
+    if reads_last_token(config.model_type):
+        padding = _padding_of(name_or_path)
+        if padding is None and config.pad_token_id is None and config.eos_token_id is not None:
+            padding = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        if padding is not None:
+            config.get_text_config().pad_token_id = padding
     return model
+
+
+def reads_last_token(model_type: str) -> bool:
+    """Whether classifiers of a family are decoders, which find the end of a text by its padding."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    return model_type in CAUSAL and model_type not in MASKED
+
+
+@lru_cache(maxsize=4)  # a run builds its models many times
+def _padding_of(name: str) -> int | None:
+    """What the tokenizer beside a model fills up with; None where there is none."""
+    source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
+    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    except Exception:  # the library raises what its parts raise; data compare their padding with the model's
+        return None
+    return next((found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id) if found is not None), None)
 
 
 def embedding_model(

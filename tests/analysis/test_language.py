@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.analysis.language import harness, score, texts_of, windows
-from qatkit.tasks import IGNORED
+from qatkit.data.packing import window
+from qatkit.tasks import IGNORED, evaluate
 from tests.texts import VOCAB, tiny_llama
 
 TEXT = torch.randint(VOCAB, (45,), generator=torch.Generator().manual_seed(0))
@@ -81,6 +83,16 @@ def test_windows_of_a_stream_are_one_text_and_padded_rows_are_texts_of_their_own
     assert [len(tokens) for tokens, _ in padded] == [8, 5, 8, 8, 8]
     with pytest.raises(QatkitError, match="evaluate: it is for language models"):
         texts_of([(torch.rand(2, 3), torch.zeros(2))])
+
+
+def test_documents_of_a_window_are_texts_of_their_own_so_that_none_sees_another() -> None:
+    parts = [window(TEXT[:16].numpy(), np.array([5, 6])), window(TEXT[16:32].numpy(), np.array([], np.int64))]
+    batch = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+    assert [len(tokens) for tokens, _ in texts_of([batch])] == [5, 1, 10, 16]
+    model = tiny_llama().eval()
+    found = score(model, None, texts_of([batch]), context=16, stride=8)
+    assert found.tokens == 28
+    assert found.loss == pytest.approx(evaluate(model, [batch])["loss"], rel=1e-5)
 
 
 def test_numbers_that_do_not_fit_are_refused() -> None:

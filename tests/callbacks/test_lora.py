@@ -46,6 +46,19 @@ def test_adapters_learn_and_the_frozen_weights_stay(options: dict[str, Any]) -> 
     assert sorted(module.net.state_dict()) == sorted(start)
 
 
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_where_the_whole_module_trains_in_16_bits_the_merged_one_runs_in_them(
+    bits: int | None, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Classifier()
+    trainer(lora(bits=bits), max_steps=2, precision="bf16-true").fit(module, batches())
+    trained = module.eval()(X.bfloat16())
+    merge(module)
+    assert {value.dtype for value in module.state_dict().values()} == {torch.bfloat16}
+    torch.testing.assert_close(module(X.bfloat16()), trained, rtol=0.05, atol=0.05)
+    assert "inputs will be cast" not in capfd.readouterr().err + caplog.text
+
+
 def losses(validate: bool, **options: Any) -> list[float]:
     class Watched(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

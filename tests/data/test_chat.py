@@ -73,6 +73,13 @@ def test_the_learned_tokens_are_those_of_transformers_with_and_without_marks_in_
     assert learned(tokenizer, talk) == (expected["input_ids"], expected["assistant_masks"])
 
 
+def test_of_several_templates_the_one_that_transformers_takes_says_what_is_learned(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path / "tokenizer", CHATML))
+    expected = learned(tokenizer, TALK)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": LLAMA_2}
+    assert learned(tokenizer, TALK) == expected
+
+
 def test_a_batch_learns_the_answers_and_nothing_else(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
     records = [{"instruction": "Say it.", "input": str(n), "output": f"It is {n}."} for n in range(60)]

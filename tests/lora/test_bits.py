@@ -57,6 +57,24 @@ def test_the_merge_goes_into_the_dequantized_base_and_computes_what_the_adapters
     assert len(model[0].weight.unique()) > 1000, "rounded back to few bits, far fewer values would be left"
 
 
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_a_base_of_16_bits_factors_have_32_and_what_is_merged_runs_in_16(bits: int | None, dora: bool) -> None:
+    if dora and bits == 8:
+        pytest.skip("refused: peft does not train it")
+    model, x = network().bfloat16(), torch.randn(9, 64, dtype=torch.bfloat16)
+    if bits is not None:
+        quantize_base(model, ["0", "2"], bits)  # type: ignore[arg-type]
+    attach(model, ["0", "2"], Adapter(4, 8, dora=dora))
+    moved(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    trained = model(x)
+    assert trained.dtype == torch.bfloat16
+    merge(model)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
+    torch.testing.assert_close(model(x), trained, rtol=0.05, atol=0.02)
+
+
 def test_double_quantization_and_the_grids_are_those_of_bitsandbytes() -> None:
     for bits, quant_type, double_quant in FORMATS[:3]:
         weight = network()[0].weight

@@ -108,6 +108,7 @@ data:
 trainer: {{accelerator: cpu}}
 stages:
   lora: {{max_steps: 12, batch_size: 8, lr: 1.0e-2, lora: {{rank: 4, alpha: 8}}}}
+  more: {{max_steps: 1, batch_size: 8, lr: 1.0e-2, lora: {{rank: 4, alpha: 8}}}}
 """
 
 
@@ -126,3 +127,8 @@ def test_a_recipe_on_a_body_without_a_head_leaves_a_folder_that_peft_loads(
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3)
     theirs = PeftModel.from_pretrained(base, run.folder("lora") / "adapter")
     torch.testing.assert_close(logits(theirs), logits(run.load_model("lora")))
+    named = [
+        json.loads((run.folder(stage) / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        for stage in ("lora", "more")
+    ]
+    assert named == [str(tmp_path / "bert"), ""], "what the first stage trained is not the model of that name any more"

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from qatkit import QatkitError
+from qatkit.data import Source, text_classification
 from qatkit.matching import check_data
 from qatkit.models import causal_lm, embedding_model, masked_lm, sequence_classifier
+from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.models.families import tiny
 
 
@@ -46,6 +48,29 @@ def test_a_model_trained_for_other_classes_is_refused(tmp_path: Path) -> None:
         sequence_classifier(folder, 5)
     with pytest.raises(QatkitError, match=r"num_classes: 1 leaves nothing to tell apart"):
         sequence_classifier(folder, 1)
+
+
+@pytest.mark.parametrize("named", [None, 7])
+def test_a_decoder_reads_the_class_off_the_end_of_a_text_however_a_batch_is_filled_up(
+    named: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = saved(tmp_path / "model", "llama", vocab_size=301, eos_token_id=2, pad_token_id=named)
+    tokenizer = save_tokenizer(tmp_path / "model", pad_token="<pad>")
+    records = write_lines(tmp_path / "texts.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in SENTENCES])
+    texts = text_classification(Source(str(records)), tokenizer, ["a", "b"], context=64, batch_size=8)
+    batch = next(iter(texts.train_dataloader()))
+    assert (batch["attention_mask"] == 0).any(dim=1).all()
+    model = sequence_classifier(folder, 2).eval()
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        alone = torch.cat([model(input_ids=row[mask][None]).logits for row, mask in rows])
+    torch.testing.assert_close(logits, alone)
+    check_data(model, texts)
+    model.config.pad_token_id = 2  # type: ignore[union-attr]
+    with pytest.raises(QatkitError, match=r"fills rows up with token 300, and the model, .* takes 2 for it"):
+        check_data(model, texts)
 
 
 def data(**values: Any) -> Any:
