@@ -141,7 +141,8 @@ def over_the_model(numel: int, turns: int) -> tuple[list[dict[str, object]], lis
 
 def six_patterns(weight: Tensor) -> Tensor:
     """2:4 as ASP does: the sums of the six ways to keep two of four, as a product of matrices, and the best of them."""
-    patterns = torch.tensor([p for p in itertools.product((0.0, 1.0), repeat=4) if sum(p) == 2], dtype=weight.dtype)
+    two = [pattern for pattern in itertools.product((0.0, 1.0), repeat=4) if sum(pattern) == 2]
+    patterns = torch.tensor(two, dtype=weight.dtype, device=weight.device)
     best = (weight.abs().view(-1, 4) @ patterns.t()).argmax(dim=1)
     return patterns[best].view(weight.shape).bool()
 

@@ -63,7 +63,7 @@ def stepper(model: nn.Module, lr: float) -> tuple[Callable[[Any], float], torch.
         loss, _ = token_loss(*answers(call(model, batch), batch))
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step, optimizer
 

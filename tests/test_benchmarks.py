@@ -72,3 +72,13 @@ def test_the_pipeline_benchmark_measures_every_stage_and_its_yardstick_in_its_qu
     assert recovered["2:4 by magnitude and int4 by rounding, one-shot"] == 0
     assert {"2:4, trained + KD", "2:4 and int4, trained + KD"} <= set(loss)
     assert "recovered by 2:4, KD and int4" in out
+
+
+def test_the_gpu_benchmark_measures_every_method_in_its_quick_mode() -> None:
+    command = [warm.python(), str(ROOT / "benchmarks" / "gpu.py"), "--quick"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 3]
+    methods = [method for _, method, *_ in rows]
+    assert {"qatkit.linear_kd_loss", "plain torch", "global_unstructured", "six patterns", "LoRA"} <= set(methods)
+    assert methods.count("qatkit") == 2
+    assert all(float(milliseconds) > 0 for _, _, milliseconds, _ in rows)
