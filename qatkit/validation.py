@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from qatkit import blocks
+from qatkit.analysis.language import check_harness
 from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
@@ -35,7 +36,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
 
     Raises:
         QatkitError: a factory or an argument does not fit, a glob matches no layer, or a layer cannot be quantized as
-            the recipe says, or the logger's package is missing.
+            the recipe says, or a package that the recipe needs is missing.
 
     Example:
         >>> from qatkit.loading import load_recipe
@@ -43,6 +44,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         ['conv1', 'conv2', 'conv3', 'classifier']
     """
     check_logger(recipe.trainer)
+    if recipe.evaluate is not None and recipe.evaluate.tasks:
+        check_harness()
     for name, stage in recipe.stages.items():
         if stage.distill is not None and recipe.teacher_of(name) is None:
             warnings.warn(

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
     "validation": PLAIN
     | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"}
-    | {"optimizers"},
+    | {"optimizers", "analysis"},
 }
 EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}
 EVERYTHING |= {"planner", "planner_fit", "cli_plan", "evaluation"}

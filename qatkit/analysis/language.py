@@ -147,6 +147,16 @@ def texts_of(batches: Iterable[Any]) -> list[Text]:
     return rows
 
 
+def check_harness() -> None:
+    """Raise unless lm-evaluation-harness is installed.
+
+    Raises:
+        QatkitError: says how.
+    """
+    if find_spec("lm_eval") is None:
+        raise QatkitError("evaluate.tasks: lm_eval is not installed; run: pip install 'qatkit[lm-eval]'")
+
+
 def harness(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None = None, batch_size: int = 8
 ) -> dict[str, float]:
@@ -155,7 +165,7 @@ def harness(
     Args:
         model: In eval mode.
         tokenizer: Of transformers.
-        tasks: Names that ``lm_eval ls tasks`` lists.
+        tasks: Names that ``lm_eval ls tasks`` lists, or YAML files with tasks of your own.
         limit: Samples of each task; all by default.
         batch_size: Samples at once.
 
@@ -165,8 +175,7 @@ def harness(
     Raises:
         QatkitError: lm-evaluation-harness is not installed.
     """
-    if find_spec("lm_eval") is None:
-        raise QatkitError("evaluate.tasks: lm_eval is not installed; run: pip install 'qatkit[lm-eval]'")
+    check_harness()
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

@@ -14,7 +14,7 @@ class EvaluateConfig:
     stride: int | None = None
     """Tokens between two windows; half the context by default. Smaller is slower, and nearer to unlimited context."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness, which has to be installed (``qatkit[lm-eval]``)."""
+    """Tasks of lm-evaluation-harness, which has to be installed (``qatkit[lm-eval]``): names, or YAML files."""
     limit: int | None = None
     """Samples of each task; all by default."""
 

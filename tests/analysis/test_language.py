@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from importlib.util import find_spec
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.analysis.language import harness, score, texts_of, windows
 from qatkit.data.packing import window
+from qatkit.data.text import END_OF_TEXT, train_tokenizer
+from qatkit.loading import load_recipe
 from qatkit.tasks import IGNORED, evaluate
+from qatkit.validation import validate_recipe
 from tests.texts import VOCAB, tiny_llama
 
 TEXT = torch.randint(VOCAB, (45,), generator=torch.Generator().manual_seed(0))
@@ -103,18 +109,66 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
         score(tiny_llama().eval(), None, [(TEXT, nothing)], context=16, stride=8)
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
-def test_tasks_name_the_extra_that_they_need() -> None:
+def test_tasks_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(QatkitError, match=r"evaluate\.tasks: .*pip install 'qatkit\[lm-eval\]'"):
         harness(tiny_llama(), None, ["arc_easy"])
+    recipe = load_recipe("llm/int4_qat_lora", ["evaluate={tasks: [arc_easy]}"])
+    with pytest.raises(QatkitError, match=r"evaluate\.tasks: .*pip install 'qatkit\[lm-eval\]'"):
+        validate_recipe(recipe)  # not after hours of training
 
 
-@pytest.mark.network
-def test_a_task_of_the_harness_gives_a_number() -> None:
+QUESTIONS = [{"question": f"{a} + {b} =", "choices": [str(a + b), str(a - b), "no"]} for a in (3, 5, 7) for b in (1, 2)]
+TASKS = {
+    "sums": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "words": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+""",
+}
+
+
+def written_tasks(folder: Path) -> list[str]:
+    """Two tasks of the harness in files, over questions in another."""
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    for name, task in TASKS.items():
+        data = {"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")}
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(data)}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(head + task)
+    return [str(folder / f"{name}.yaml") for name in TASKS]
+
+
+@torch.no_grad()
+def log_likelihood(model: torch.nn.Module, tokens: list[int], known: int) -> float:
+    """Of the tokens behind the first `known` ones."""
+    log_p = model(torch.tensor([tokens])).logits[0].double().log_softmax(dim=-1)
+    return sum(float(log_p[at - 1, tokens[at]]) for at in range(known, len(tokens)))
+
+
+def test_tasks_of_the_harness_give_what_the_model_s_likelihoods_say(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    name = "HuggingFaceTB/SmolLM2-135M"
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
-    found = harness(model, AutoTokenizer.from_pretrained(name), ["arc_easy"], limit=4)
-    assert 0 <= found["arc_easy acc"] <= 1
+    model = tiny_llama().eval()
+    made = train_tokenizer([row["question"] for row in QUESTIONS], VOCAB)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END_OF_TEXT)
+    found = harness(model, tokenizer, written_tasks(tmp_path))
+    right = words = total = 0.0
+    for row in QUESTIONS:
+        question = tokenizer(row["question"])["input_ids"]
+        answers = [tokenizer(f"{row['question']} {choice}")["input_ids"] for choice in row["choices"]]
+        said = [log_likelihood(model, answer, len(question)) for answer in answers]
+        right += said[0] == max(said)
+        total += log_likelihood(model, [tokenizer.eos_token_id, *question], 1)
+        words += len(row["question"].split())
+    assert 0 < right < len(QUESTIONS)
+    assert found == {
+        "sums acc": pytest.approx(right / len(QUESTIONS)),
+        "words word_perplexity": pytest.approx(math.exp(-total / words), rel=1e-3),
+    }
