@@ -72,7 +72,8 @@ def plan_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> list[StagePlan]:
     plans = []
     for name, setting in settings(recipe, allow):
         memory, unknown = setting.memory()
-        plans.append(StagePlan(name, memory, memory.on_each(count, recipe.trainer.strategy), unknown))
+        each = memory.on_each(count, recipe.trainer.strategy, setting.fused)
+        plans.append(StagePlan(name, memory, each, unknown))
     return plans
 
 
@@ -89,6 +90,11 @@ class Setting:
     autocast: torch.dtype | None
     device: str
     """Its type."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether distillation computes the loss inside the student's call."""
+        return self.stage.distill is not None and self.stage.distill.loss in DIVERGENCES
 
     def memory(self) -> tuple[StepMemory, str]:
         """What is predicted, and why activations are not, where they are not."""

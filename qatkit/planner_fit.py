@@ -46,7 +46,7 @@ def _options(
     """Changes of a recipe that need less, one by one and then those of them together that change no result much."""
 
     def size(changed: Setting) -> int:
-        return changed.memory()[0].on_each(device.count, recipe.trainer.strategy)
+        return changed.memory()[0].on_each(device.count, recipe.trainer.strategy, changed.fused)
 
     together, words = setting, []
     for word, change in _changes(recipe, stage, setting, allow):

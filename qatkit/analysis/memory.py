@@ -44,16 +44,25 @@ class StepMemory:
     total: int
     """The most that is held at one time; less than the sum, where the parts are not held together."""
 
-    def on_each(self, devices: int, strategy: str) -> int:
+    def on_each(self, devices: int, strategy: str, fused: bool = False) -> int:
         """The most that one of several devices holds, bytes.
 
-        ddp keeps a copy of the gradients in its buckets. fsdp2 shares weights, gradients and moments out, and gathers
-        the weights for a step, and their gradients, whole: the model is one group.
+        ddp keeps a copy of the gradients in its buckets. fsdp2 shares weights, gradients and moments out and gathers
+        the weights for a step, and their gradients, whole: the model is one group. Weights are copied out of the buffer
+        that they are gathered in, which stays until the model's call ends, and gradients into one that they are reduced
+        in.
+
+        Args:
+            devices: How many.
+            strategy: ddp or fsdp2.
+            fused: The loss is computed before the model's call ends, as with a teacher.
         """
         if devices == 1:
             return self.total
         if strategy == "fsdp2":
-            return self.total - self.optimizer + (self.weights + self.gradients + self.optimizer) // devices
+            shares = (self.weights + self.gradients + self.optimizer) // devices
+            during = self.total - self.optimizer + (self.weights if fused else 0)
+            return shares + max(during, self.teacher + self.weights + max(self.weights, 2 * self.gradients))
         return self.total + self.gradients
 
 
