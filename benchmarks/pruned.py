@@ -116,7 +116,7 @@ def _text(job: Job, size: Size, base: Path) -> dict[str, float]:
             stage = StageConfig(
                 max_steps=size.text.steps, batch_size=size.text.batch, lr=1e-3, warmup=0.05, gradient_clip=1.0
             )
-            _fit(model, stage, _windows(size.text, job.seed), job.seed, how, teacher, 1.0, 0.9)
+            _fit(model, stage, _windows(size.text, job.seed), job.seed, how, teacher, 1.0, 0.5)
     return {"loss": recovery.evaluate(model.eval(), size.text), "zeros": _zeros(model, ["lm_head"])}
 
 
