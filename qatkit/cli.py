@@ -101,7 +101,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [])
     validate_recipe(loaded, allow or [])
-    from qatkit.pipeline import Run, is_first_process, run_stages
+    from qatkit.pipeline import Run, is_first_process, leave_processes, run_stages
 
     if is_first_process():
         print_training(loaded, allow or [], force, quiet or as_json)
@@ -113,6 +113,7 @@ def run(
     except KeyboardInterrupt:
         typer.echo("interrupted: the same command continues from the last checkpoint", err=True)
         raise typer.Exit(130) from None
+    leave_processes()
     if not is_first_process():
         return
     for name in loaded.stages:

@@ -166,6 +166,14 @@ def is_first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+def leave_processes() -> None:
+    """Make what follows the first process's own: data is not divided any more, and no library waits for the others."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _fingerprints(run: Run, names: list[str]) -> dict[str, tuple[dict[str, Any], str]]:
     prints: dict[str, tuple[dict[str, Any], str]] = {}
     for name in names:

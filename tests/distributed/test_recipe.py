@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 # the rows of a batch are divided among the processes, so that steps see the same tokens
 HALVED = [f"stages.{stage}.batch_size=32" for stage in ("dense", "magnitude24", "one_shot", "sparse24", "int4")]
 
+START = {"ddp": [], "fsdp2": ["stages.sparse24.prune.method=magnitude"]}
+
 
 def run_of(folder: Path, cache: Path, *overrides: str) -> Run:
     command = [warm.qatkit(), "run", "llm/sparse24_kd_int4", "--out", str(folder), "--quiet", *SMALL, *overrides]
@@ -40,9 +42,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
     return run_of(tmp_path_factory.mktemp("alone"), cache)
 
 
+def test_a_start_that_needs_whole_weights_is_refused_where_they_are_sharded(tmp_path: Path) -> None:
+    command = [warm.qatkit(), "run", "llm/sparse24_kd_int4", "--out", str(tmp_path), *SMALL]
+    sharded = ["trainer.devices=2", "trainer.strategy=fsdp2"]
+    done = subprocess.run([*command, *sharded], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "stages.sparse24.prune.method: 'sparsegpt' needs whole weights, and fsdp2 shards them" in done.stderr
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_run_the_whole_recipe_as_one_does(alone: Run, strategy: str, cache: Path, tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", cache, "trainer.devices=2", f"trainer.strategy={strategy}", *HALVED)
+    run = run_of(
+        tmp_path / "run", cache, "trainer.devices=2", f"trainer.strategy={strategy}", *HALVED, *START[strategy]
+    )
     for stage in run.rows:
         one, two = (r.record(stage).metrics["test/loss"] for r in (alone, run))
         assert abs(one - two) < 0.02 * one, f"{stage}: {one} on one process, {two} on two"
