@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from harness import Claim, finish
+from harness import RESULTS, Claim, finish
 from lightning.pytorch import LightningModule, Trainer
 from qatkit.callbacks.pruning import ConstantPruning
 from torch import Tensor, nn
@@ -246,9 +246,16 @@ def holding(steps: int) -> tuple[list[dict[str, object]], list[Claim]]:
     return [row], [Claim("ConstantPruning() adds to a step of 1024 tokens", "<= 2 %", f"{added:.2%}", added <= 0.02)]
 
 
-def main(numel: int, turns: int) -> None:
+def measured_before() -> tuple[list[dict[str, object]], list[Claim]]:
+    """What the results file says of masks over a model."""
+    content = json.loads((RESULTS / "prune_cost.json").read_text())
+    rows = [row for row in content["rows"] if row["what"].startswith(f"{SPARSITY:.0%} of")]
+    return rows, [Claim(**claim) for claim in content["claims"] if claim["text"].endswith("over the model")]
+
+
+def main(numel: int, turns: int, keep: bool) -> None:
     torch.manual_seed(0)
-    rows, claims = over_the_model(numel, turns)
+    rows, claims = measured_before() if keep else over_the_model(numel, turns)
     for more_rows, more_claims in (two_of_four(turns), holding(20 * turns)):
         rows += more_rows
         claims += more_claims
@@ -259,10 +266,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--numel", type=int, default=100_000_000)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="keep the rows over a model, whose code has not changed")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "DTYPE"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.one:
         one(*options.one, options.numel)
     else:
-        main(options.numel, options.turns)
+        main(options.numel, options.turns, options.keep)
