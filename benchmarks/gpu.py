@@ -1,7 +1,7 @@
 """What the costly parts take on a GPU: the fused distillation loss, masks, 2:4 products and a QLoRA step.
 
 Run: bash benchmarks/gpu.sh, which runs the tests that need a GPU first; or python benchmarks/gpu.py [--quick]
-Takes about three minutes of a GPU; --quick shows the mechanics on any device and writes no results.
+--quick shows the mechanics on any device and writes no results.
 
 Methods of a group take turns; time is the median by the device's own clock (CUDA events), after two turns that do not
 count. Memory is the most that torch's allocator held above what it held before. Liger Kernel and bitsandbytes have rows
@@ -164,7 +164,8 @@ def adapters(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]
     methods: Methods = {}
     for name in names:
         step, _ = stepper(prepared(base, name).to(device), 1e-3)
-        methods[name] = lambda step=step: step({"input_ids": tokens, "labels": tokens})  # type: ignore[misc]
+        # step=step: a lambda looks its names up when it is called, and would take the last one
+        methods[name] = lambda step=step: step({"input_ids": tokens, "labels": tokens})
     return measured(f"a step of a Llama of width {width}, 256 tokens", methods, size["turns"], device)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the tests that need one, then benchmarks/gpu.py. Takes minutes.
+# On a machine with a GPU: the tests that need one, then benchmarks/gpu.py.
 # PYTHON is a python with torch for CUDA; nothing is downloaded: qatkit is installed without its dependencies.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,12 +1,14 @@
 """What masks cost: 50 % of 100 million weights pruned over the model, 2:4 masks of one layer, and zeros that are held.
 
-Run: python benchmarks/prune_cost.py
+Run: python benchmarks/prune_cost.py [--keep]
 Takes about three minutes and 3 GB of memory.
 
 Every method gets the same four weights and runs in a process of its own, on one thread, in turns with the others. Its
 time is the median over the turns; its memory is how far the process's peak rises above what it needs for the weights.
 `global_unstructured` and qatkit also write the zeros; topk and kthvalue stop at the masks. Only qatkit tells equal
 magnitudes apart: what the others prune is the count they were asked for, more or less their ties.
+
+With --keep the rows over a model stay those of the run before, whose code has not changed since.
 
 Holding is measured in the training of a small transformer on 1024 tokens per step: the CPU time of every hook of the
 callback, over that of whole steps. What is held is read and written once per step however many tokens there are, so
