@@ -51,7 +51,7 @@ def trained(name: str, folder: Path, *overrides: str) -> Run:
         (MIXED, "stages.int4.distill.teacher_bits=4"),
         (MIXED, "stages.int4.distill.cache={top_k: 16}"),
         (MIXED, "stages.int4.optimizer=adamw8bit", "stages.sparse24.optimizer=paged_adamw"),
-        (MIXED, "stages.int4.quantize.init=gptq"),
+        (MIXED, "stages.int4.quantize.init=awq"),
         ("trainer.precision=16-mixed", "stages.sparse24.prune.method=wanda"),
     ],
     ids=lambda overrides: ", ".join(overrides) or "float32",
