@@ -102,21 +102,37 @@ def choose_qparams(
     if spec.two_level and tensor_scale is None:
         tensor_scale = tensor_scale_of(largest, spec)
     if not spec.symmetric:
-        scale = (high - low) / spec.qmax
+        scale = divided(high - low, spec.qmax)
     elif spec.scale_dtype == "float8_e8m0fnu":
         scale = _mx_scale(largest, spec)
     elif spec.scale_rule == "range":
-        scale = largest / ((spec.qmax - spec.qmin) / 2)
+        scale = divided(largest, (spec.qmax - spec.qmin) / 2)
     elif spec.scale_rule == "signed":
-        scale = torch.where(-low >= high, low, high) / spec.qmin
+        scale = divided(torch.where(-low >= high, low, high), spec.qmin)
     else:
-        scale = largest / spec.qmax
+        scale = divided(largest, spec.qmax)
     widest = scale.abs().amax() if scale.numel() else scale.new_ones(())
     scale = torch.where(scale != 0, scale, torch.where(widest > 0, widest, torch.ones_like(widest)))
     scale = round_scale(scale, spec, tensor_scale)
     if spec.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, round_zero_point(-low / scale, spec)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """``x / number``, rounded once wherever `x` lives: a scale of training on a GPU is that of export on the CPU.
+
+    By a Python number CUDA multiplies with its reciprocal, which is off in the last bit; by a tensor that lives on the
+    GPU it divides. Inductor sees through such a tensor. In float64 the reciprocal's error is too small to change what a
+    quotient of float32 by a number of few bits is rounded to: such a quotient is never that near to the middle of two.
+
+    Args:
+        x: float32.
+        number: Of few bits, as the largest codes are.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cuda":
+        return (x.double() / number).float()
+    return x / x.new_full((), number)
 
 
 def tensor_scale_of(largest: Tensor, spec: QuantSpec) -> Tensor:
@@ -157,7 +173,9 @@ def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = No
     """
     size = scale.float().abs()
     if spec.scale_dtype == "float8_e8m0fnu":
-        size = torch.exp2(torch.log2(size.clamp(2.0**-126, 2.0**127)).round())
+        # the nearest power of two by its logarithm; a logarithm itself would depend on the device in its last bit
+        mantissa, exponent = torch.frexp(size.clamp(2.0**-126, 2.0**127))
+        size = torch.exp2((exponent - (mantissa <= 0.5**0.5).int()).float())
     elif spec.two_level:
         assert tensor_scale is not None
         # the reciprocal of float32's smallest numbers is infinite: what is kept finite is e4m3 / tensor_scale

@@ -48,7 +48,7 @@ def to_codes(values: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
         return values.to(dtype)
     magnitudes = _magnitudes(spec, values.device)
     code = torch.searchsorted(magnitudes, values.abs().contiguous())
-    return (code + (torch.signbit(values) << (spec.num_bits - 1))).to(torch.uint8)
+    return (code + (torch.signbit(values).int() << (spec.num_bits - 1))).to(torch.uint8)
 
 
 def from_codes(codes: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
