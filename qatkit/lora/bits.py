@@ -3,6 +3,10 @@
 bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. From then on its
 gradients are lost and what dequantizes, merges or saves it reads garbage: a validation loop inside training is enough.
 Every 4-bit layer that passes through here has that switched off.
+
+Of an 8-bit weight it keeps codes and scales twice, and moves one of each when a model changes its device: what was
+packed on the CPU would meet inputs on a GPU there, and what was loaded after a move would not count. Every 8-bit layer
+that passes through here multiplies by its weight, wherever that is.
 """
 
 from __future__ import annotations
@@ -87,7 +91,7 @@ def quantize_base(
 
 
 def make_safe(model: nn.Module) -> list[str]:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model in place.
+    """Keep bitsandbytes from repacking the 4-bit weights of a model in place, and 8-bit ones on one device.
 
     Returns:
         The names of its 4-bit layers.
@@ -95,6 +99,9 @@ def make_safe(model: nn.Module) -> list[str]:
     found = [(name, layer) for name, layer in model.named_modules() if kind_of(layer) == 4]
     for _, layer in found:
         cast(Any, layer).support_avx512bf16_for_cpu = False
+    for layer in model.modules():
+        if kind_of(layer) == 8 and _follow_weight not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_follow_weight)
     return [name for name, _ in found]
 
 
@@ -144,6 +151,15 @@ def _load_4bit(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     if statistics:
         packed, device = state_dict[f"{prefix}weight"], layer.weight.device
         layer.weight = bnb.Params4bit.from_prequantized(packed, statistics, device=device, module=layer)
+
+
+def _follow_weight(layer: nn.Module, _: object) -> None:
+    """Multiply by the weight that `Module.to`, copies and state dicts have changed, not by what stood for it before."""
+    weight, state = cast(Any, layer.weight), cast(Any, layer).state
+    scales = weight.SCB if weight.SCB is not None else state.SCB
+    if weight.dtype is torch.int8 and scales is not None:
+        state.CB, state.SCB = weight.data, scales.to(weight.device)
+        weight.CB = weight.SCB = None  # as after every forward pass of bitsandbytes
 
 
 def _load_8bit(layer: nn.Module, *_: Any) -> None:

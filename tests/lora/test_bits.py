@@ -115,6 +115,18 @@ def test_a_state_dict_brings_back_another_base_even_after_the_layer_has_run(bits
     assert torch.equal(other(x), expected)
 
 
+def test_an_8_bit_layer_multiplies_by_what_a_move_to_a_device_has_put_into_its_weight() -> None:
+    fresh, ran, x = quantized(8), quantized(8), torch.randn(9, 64)
+    expected = ran(x)
+    for model in (fresh, ran):
+        for layer in (model[0], model[2]):
+            own = layer.weight  # a move keeps the parameter and changes the tensor in it
+            layer._apply(lambda tensor: torch.zeros_like(tensor))
+            assert layer.weight is own
+        assert not model(x).any()
+    assert expected.any()
+
+
 def test_adapters_alone_are_trained_over_few_bits() -> None:
     model = quantized()
     attach(model, ["0"], Adapter(rank=4))
