@@ -34,7 +34,7 @@ from qatkit.pruning.masks import apply_mask, global_masks, nm_mask
 FULL = {
     "tokens": 8192, "classes": 128256, "width": 2048, "teacher": 4096, "weights": 10**8, "side": 4096,
     "qat width": 4096, "qat wide": 14336, "qat tokens": 8192,
-    "hidden": 2048, "layers": 8, "rows": 2, "context": 1024, "vocabulary": 32000, "turns": 10,
+    "hidden": 2048, "layers": 8, "rows": 8, "context": 1024, "vocabulary": 32000, "turns": 10,
 }  # fmt: skip
 QUICK = {
     "tokens": 64, "classes": 512, "width": 32, "teacher": 64, "weights": 10**4, "side": 128,
@@ -126,7 +126,11 @@ def products(size: dict[str, int], device: torch.device) -> list[Row]:
 
 
 def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
-    """A training step of a Llama with AdamW, weights in bfloat16 on a GPU: all of them, LoRA and QLoRA."""
+    """A training step of a Llama with AdamW, weights in bfloat16 on a GPU: all of them, LoRA and QLoRA.
+
+    Adapters add several small kernels to each layer, which a step of few tokens waits for. Memory is that of a copy of
+    the weights, the optimizer and the step, for each method of its own.
+    """
     names = ["full fine-tuning", "LoRA", *(["QLoRA nf4"] if find_spec("bitsandbytes") else [])]
     width, cuda = size["hidden"], device.type == "cuda"
     with torch.device(device):
@@ -142,7 +146,7 @@ def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
     for name in names:
         held = torch.cuda.memory_allocated() if cuda else 0
         try:
-            step, _ = stepper(prepared(base, name), 1e-4)
+            step = stepper(prepared(base, name), 1e-4)[0]  # a name for the optimizer would keep it for the next method
             # step=step: a lambda looks its names up when it is called, and would take the last one
             once: Methods = {name: lambda step=step: step({"input_ids": tokens, "labels": tokens})}  # type: ignore[misc]
             rows += measured(what, once, size["turns"], device, held)
