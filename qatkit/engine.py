@@ -53,7 +53,7 @@ class CompressionModule(LightningModule):
         if self.device_mesh is not None:
             parallelize(self.model, self.device_mesh)
         if self.compiled:
-            self.model.compile(options=_exact_division())  # in place: names of parameters stay as they are
+            self.model.compile(options=exact_division())  # in place: names of parameters stay as they are
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +249,7 @@ def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, deca
     return 1 - rest if schedule == "linear" else 1.0
 
 
-def _exact_division() -> dict[str, bool] | None:
+def exact_division() -> dict[str, bool] | None:
     """The compiler's option to divide as torch does, for GPUs: Triton's own division is off in the last bit.
 
     Codes that training computed would differ from those of the file where a quotient lies between two.
