@@ -10,7 +10,7 @@ from qatkit.distillation.blocks import DIVERGENCES, Block
 from tests.distillation.tensors import sines
 
 pytest.importorskip("triton")  # it exists for Linux alone
-from qatkit.distillation.kernels import RowKernel  # noqa: E402
+from qatkit.distillation.kernels import RowKernel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU its own tests run the kernel")
 
