@@ -130,9 +130,11 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     # what does not belong is not entered: site-packages may hold twenty times as many files as the library
     for place, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in _LEFT_OUT and not folder.startswith("config-")]
-        for path in (Path(place, file) for file in files if file.endswith(".py")):
-            if not path.name.startswith("_sysconfigdata"):
-                yield path.relative_to(root).as_posix(), path
+        folder = Path(place)
+        below = folder.relative_to(root)
+        for file in files:
+            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
+                yield (below / file).as_posix(), folder / file
 
 
 def split_files(files: dict[str, Path], val_fraction: float, test_fraction: float) -> dict[str, dict[str, Path]]:
