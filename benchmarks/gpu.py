@@ -1,24 +1,25 @@
-"""What the costly parts take on a GPU: the fused distillation loss, masks, 2:4 products and a QLoRA step.
+"""What the costly parts take on a GPU: the fused distillation loss, masks, 2:4 products, QAT and adapters.
 
 Run: bash benchmarks/gpu.sh, which runs the tests that need a GPU first; or python benchmarks/gpu.py [--quick]
 --quick shows the mechanics on any device and writes no results.
 
 Methods of a group take turns; time is the median by the device's own clock (CUDA events), after two turns that do not
-count. Memory is the most that torch's allocator held above what it held before. Liger Kernel and bitsandbytes have rows
-where they are installed.
+count. Memory is the most that torch's allocator held above what it held before. Liger Kernel, torchao and bitsandbytes
+have rows where they are installed. A method that fails has a row that says so, and the script then exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from statistics import median
 from typing import Any
 
+import gpu_qat
 import torch
+from gpu_timing import FAILED, Methods, Row, failed, measured
 from harness import Claim, finish
 from kd_loss import ALPHA, TEMPERATURE, plain
 from prune_cost import six_patterns
@@ -30,47 +31,19 @@ from qatkit.distillation.chunked import linear_kd_loss
 from qatkit.models import llama
 from qatkit.pruning.masks import apply_mask, global_masks, nm_mask
 
-Methods = dict[str, Callable[[], object]]
-FULL = {"tokens": 8192, "classes": 128256, "width": 2048, "teacher": 4096, "weights": 10**8, "side": 4096, "turns": 10}
-QUICK = {"tokens": 64, "classes": 512, "width": 32, "teacher": 64, "weights": 10**4, "side": 128, "turns": 1}
+FULL = {
+    "tokens": 8192, "classes": 128256, "width": 2048, "teacher": 4096, "weights": 10**8, "side": 4096,
+    "qat width": 4096, "qat wide": 14336, "qat tokens": 8192,
+    "hidden": 2048, "layers": 8, "rows": 2, "context": 1024, "vocabulary": 32000, "turns": 10,
+}  # fmt: skip
+QUICK = {
+    "tokens": 64, "classes": 512, "width": 32, "teacher": 64, "weights": 10**4, "side": 128,
+    "qat width": 128, "qat wide": 256, "qat tokens": 32,
+    "hidden": 64, "layers": 1, "rows": 2, "context": 32, "vocabulary": 512, "turns": 1,
+}  # fmt: skip
 
 
-def measured(what: str, methods: Methods, turns: int, device: torch.device) -> list[dict[str, Any]]:
-    """Every method in turn: its median milliseconds and the most memory it took besides, in MB."""
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    memory = dict.fromkeys(methods, 0)
-    cuda = device.type == "cuda"
-    for turn in range(2 + turns):
-        for name, method in methods.items():
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                method()
-                end.record()
-                torch.cuda.synchronize()
-                took = begin.elapsed_time(end)
-                memory[name] = max(memory[name], torch.cuda.max_memory_allocated() - before)
-            else:
-                started = time.perf_counter()
-                method()
-                took = 1000 * (time.perf_counter() - started)
-            if turn >= 2:
-                times[name].append(took)
-    return [
-        {
-            "what": what,
-            "method": name,
-            "ms": round(median(times[name]), 3),
-            "extra memory, MB": round(memory[name] / 1e6) if cuda else "",
-        }
-        for name in methods
-    ]
-
-
-def distillation(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]:
+def distillation(size: dict[str, int], device: torch.device) -> list[Row]:
     """Cross-entropy and KL over a vocabulary, forward and backward, bfloat16."""
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     widths = size["width"], size["teacher"]
@@ -107,7 +80,7 @@ def distillation(size: dict[str, int], device: torch.device) -> list[dict[str, A
     return measured(what, methods, size["turns"], device)
 
 
-def masks(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]:
+def masks(size: dict[str, int], device: torch.device) -> list[Row]:
     """Half of the weights over a model, and 2:4 of one layer."""
     weights = [
         nn.Parameter(torch.randn(round(share * size["weights"]), device=device)) for share in (0.4, 0.3, 0.2, 0.1)
@@ -134,7 +107,7 @@ def masks(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]:
     return rows + measured(f"2:4 of {side} x {side} float32", two, size["turns"], device)
 
 
-def products(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]:
+def products(size: dict[str, int], device: torch.device) -> list[Row]:
     """A linear layer with 2:4 zeros by dense and by sparse kernels; no row where there are none."""
     if device.type != "cuda":
         return []
@@ -152,37 +125,53 @@ def products(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]
         return measured(f"{size['tokens']:,} x {side} x {side}, 2:4 zeros, bfloat16", methods, size["turns"], device)
 
 
-def adapters(size: dict[str, int], device: torch.device) -> list[dict[str, Any]]:
-    """A training step of a Llama with float32 weights through LoRA and, with bitsandbytes, QLoRA."""
-    names = ["LoRA", "QLoRA nf4"] if find_spec("bitsandbytes") else ["LoRA"]
-    width = min(size["width"], 1024)
-    base = llama(
-        vocab_size=2048, hidden=width, layers=4, heads=width // 32, kv_heads=width // 32, intermediate=4 * width,
-        context=512,
-    )  # fmt: skip
-    tokens = torch.randint(2048, (2, 128), device=device)
-    methods: Methods = {}
+def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
+    """A training step of a Llama with AdamW, weights in bfloat16 on a GPU: all of them, LoRA and QLoRA."""
+    names = ["full fine-tuning", "LoRA", *(["QLoRA nf4"] if find_spec("bitsandbytes") else [])]
+    width, cuda = size["hidden"], device.type == "cuda"
+    with torch.device(device):
+        base: nn.Module = llama(
+            vocab_size=size["vocabulary"], hidden=width, layers=size["layers"], heads=width // 32, kv_heads=width // 64,
+            intermediate=4 * width, context=size["context"],
+        )  # fmt: skip
+        tokens = torch.randint(size["vocabulary"], (size["rows"], size["context"]))
+    base = base.bfloat16() if cuda else base
+    count = sum(parameter.numel() for parameter in base.parameters()) / 1e6
+    what = f"a step of a Llama of {count:.0f}M weights, {tokens.numel():,} tokens, memory with weights and optimizer"
+    rows = []
     for name in names:
-        step, _ = stepper(prepared(base, name).to(device), 1e-3)
-        # step=step: a lambda looks its names up when it is called, and would take the last one
-        methods[name] = lambda step=step: step({"input_ids": tokens, "labels": tokens})
-    return measured(f"a step of a Llama of width {width}, 256 tokens", methods, size["turns"], device)
+        held = torch.cuda.memory_allocated() if cuda else 0
+        try:
+            step, _ = stepper(prepared(base, name), 1e-4)
+            # step=step: a lambda looks its names up when it is called, and would take the last one
+            once: Methods = {name: lambda step=step: step({"input_ids": tokens, "labels": tokens})}  # type: ignore[misc]
+            rows += measured(what, once, size["turns"], device, held)
+            del step, once
+        except Exception as error:  # the others are measured all the same
+            rows.append(failed(what, name, error))
+        gc.collect()
+    return rows
 
 
-def claims_of(rows: list[dict[str, Any]]) -> list[Claim]:
+PARTS: tuple[Callable[[dict[str, int], torch.device], list[Row]], ...] = (
+    distillation, masks, products, gpu_qat.steps, adapters
+)  # fmt: skip
+
+
+def claims_of(rows: list[Row]) -> list[Claim]:
     """What the project wants of itself on a GPU of the H100's class."""
-    found = {(row["what"].split(",")[0].split(" of")[0], row["method"]): row for row in rows}
-    ours, theirs = found["CE + KL", "qatkit.linear_kd_loss"], found.get(("CE + KL", "Liger Kernel"))
-    claims = [
-        Claim("linear_kd_loss, time", "<= 40 ms", f"{ours['ms']:.1f} ms", ours["ms"] <= 40),
-        Claim(
-            "linear_kd_loss, memory", "<= 3000 MB", f"{ours['extra memory, MB']} MB", ours["extra memory, MB"] <= 3000
-        ),
-    ]
-    if theirs:
+    broken = [f"{row['method']} ({row['what'].split(',')[0]})" for row in rows if row["ms"] == FAILED]
+    claims = [Claim("methods that ran", "all", f"failed: {', '.join(broken)}" if broken else "all", not broken)]
+    found = {row["method"]: row for row in rows if row["what"].startswith("CE + KL") and row["ms"] != FAILED}
+    ours, theirs = found.get("qatkit.linear_kd_loss"), found.get("Liger Kernel")
+    if ours:
+        time, memory = ours["ms"], ours["extra memory, MB"]
+        claims.append(Claim("linear_kd_loss, time", "<= 40 ms", f"{time:.1f} ms", time <= 40))
+        claims.append(Claim("linear_kd_loss, memory", "<= 3000 MB", f"{memory} MB", memory <= 3000))
+    if ours and theirs:
         text = f"{ours['ms']:.1f} ms against {theirs['ms']:.1f} ms"
         claims.append(Claim("linear_kd_loss against Liger Kernel", "not slower", text, ours["ms"] <= theirs["ms"]))
-    return claims
+    return claims + gpu_qat.claims_of(rows)
 
 
 def main(quick: bool) -> None:
@@ -190,11 +179,19 @@ def main(quick: bool) -> None:
     if not quick and device.type != "cuda":
         sys.exit("no CUDA device here; --quick shows the mechanics without one")
     torch.manual_seed(0)
-    rows = [row for part in (distillation, masks, products, adapters) for row in part(QUICK if quick else FULL, device)]
+    rows: list[Row] = []
+    for part in PARTS:
+        try:
+            rows += part(QUICK if quick else FULL, device)
+        except Exception as error:  # the other parts are measured all the same
+            rows.append(failed(part.__name__, "all methods", error))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if quick:
         for row in rows:
             print(" | ".join(str(value) for value in row.values()))
-        return
+        sys.exit(any(row["ms"] == FAILED for row in rows))
     for row in rows:
         row["what"] = f"{row['what']}; {torch.cuda.get_device_name()}"
     finish("gpu", rows, claims_of(rows))

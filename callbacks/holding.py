@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import prunable_layers
-from qatkit.pruning.masks import apply_mask, count_zeros, nonzeros
+from qatkit.pruning.masks import apply_masks, count_zeros, nonzeros
 
 
 class HeldZeros(Callback):
@@ -38,7 +38,7 @@ class HeldZeros(Callback):
         """Names of the held layers, once training has started."""
         self._module: weakref.ref[LightningModule] | None = None
         self._recorded: dict[str, int] | None = None
-        self._masks: dict[str, Tensor] | None = None
+        self._step: list[tuple[nn.Parameter, Tensor]] | None = None  # within a step: held weights, their masks
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -56,7 +56,7 @@ class HeldZeros(Callback):
                     f"callbacks: {type(earlier).__name__} would average weights before their zeros are put back; put "
                     f"{type(self).__name__} before it"
                 )
-        self.layers, self._recorded, self._masks = [], None, None
+        self.layers, self._recorded, self._step = [], None, None
         self._module = weakref.ref(pl_module)
 
     @override
@@ -117,12 +117,22 @@ class HeldZeros(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        weights = self.weights(pl_module)
-        if self._masks is None:  # else a second optimizer, or a second call of LBFGS, in the same batch
-            self._masks = {name: nonzeros(weight) for name, weight in weights.items()}
-        for name, weight in weights.items():
+        if self._step is None:  # else a second optimizer, or a second call of LBFGS, in the same batch
+            self._step = []
+            apply_masks(self._read(self.weights(pl_module).values(), self._step))
+        else:
+            apply_masks((weight.grad, mask) for weight, mask in self._step if weight.grad is not None)
+
+    @staticmethod
+    def _read(
+        weights: Iterable[nn.Parameter], step: list[tuple[nn.Parameter, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the masks, a layer at a time: each is still in the cache when its gradient takes it."""
+        for weight in weights:
+            mask = nonzeros(weight)
+            step.append((weight, mask))
             if weight.grad is not None:
-                apply_mask(weight.grad, self._masks[name])
+                yield weight.grad, mask
 
     @override
     def on_train_batch_end(
@@ -136,11 +146,10 @@ class HeldZeros(Callback):
 
     def put_back(self, pl_module: LightningModule) -> None:
         """After an optimizer step, set to zero what was; without a step there is nothing to do."""
-        if self._masks is None:
-            return
-        for name, weight in self.weights(pl_module).items():
-            apply_mask(weight, self._masks[name])
-        self._masks = None
+        if self._step is not None:
+            # backwards: the optimizer ended with the last layers, which the cache may still hold
+            apply_masks(reversed(self._step))
+        self._step = None
 
     @property
     @override

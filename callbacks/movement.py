@@ -76,7 +76,7 @@ class MovementPruning(MagnitudePruning):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._masks is None:
+        if self._step is None:
             for name, scores in self._scores.items():
                 weight = pl_module.get_submodule(name).weight
                 assert isinstance(weight, nn.Parameter)

@@ -13,6 +13,8 @@ from tests import exporting as exporting
 # for fixtures of a module, which are made before the one below, and for the processes that tests start
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+if not torch.cuda.is_available():  # Triton's kernels are run by its interpreter, which it decides where it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

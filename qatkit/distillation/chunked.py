@@ -8,6 +8,7 @@ multiplies them by one number.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -195,14 +196,23 @@ def _linear_kd(
     if teacher_hidden is not None and teacher_weight is not None:
         heads.append((teacher_hidden, teacher_weight, teacher_bias))
     rows = max(1, min(positions, WORKSPACE[device] // (len(heads) * classes * student_hidden.element_size())))
-    block_rows = max(1, min(rows, CACHED[device] // classes))
+    rows -= rows % 256 if rows > 256 else 0  # whole tiles of the matrix products
+    block: Any  # both are called alike
+    if device == "cuda" and teacher_hidden is not None and exact == torch.float32 and find_spec("triton"):
+        from qatkit.distillation.kernels import RowKernel  # there is no Triton where there is no GPU
+
+        block_rows = rows
+        block = RowKernel(temperature, alpha, kind, beta, hidden_grad or weight_grad or bias_grad)
+    else:
+        block_rows = max(1, min(rows, CACHED[device] // classes))
+        options = (temperature, alpha, DIVERGENCES[kind], beta)
+        block = Block(block_rows, classes, exact, student_hidden.device, *options)
     sums = share.new_zeros(2)
     hidden_out = student_hidden.new_empty(student_hidden.shape if hidden_grad else 0)
     weight_out = sums.new_zeros(student_weight.shape if weight_grad else 0)
     bias_out = sums.new_zeros(classes if bias_grad else 0)
     biases = [None if bias is None else bias / temperature for *_, bias in heads]
     logits = [student_hidden.new_empty(rows, len(weight)) for _, weight, _ in heads]
-    block = Block(block_rows, classes, exact, student_hidden.device, temperature, alpha, DIVERGENCES[kind], beta)
     with torch.autocast(student_hidden.device.type, enabled=False):
         for start in range(0, positions, rows):
             part = slice(start, min(start + rows, positions))
@@ -224,7 +234,12 @@ def _linear_kd(
                 torch.mm(student, student_weight, out=hidden_out[part])
             if weight_grad and weight_out.dtype == student.dtype:
                 weight_out.addmm_(student.t(), student_hidden[part])
-            elif weight_grad:  # the sum over the parts stays in float32
+            elif (
+                weight_grad and device == "cuda"
+            ):  # the sum over the parts stays in float32, and in the product's hands
+                product = student.t(), student_hidden[part]
+                torch.addmm(weight_out, *product, out_dtype=weight_out.dtype, out=weight_out)
+            elif weight_grad:
                 weight_out += student.t() @ student_hidden[part]
             if bias_grad:
                 bias_out += student.sum(dim=0, dtype=exact)

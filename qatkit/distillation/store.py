@@ -107,6 +107,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
     """
     if present is None or bool(present.all()):
         return targets
+    present = present.to(targets.mask.device)  # the batch may be on a GPU, and what is read from a file is not
 
     def place(part: Tensor) -> Tensor:
         out = part.new_zeros(*present.shape, *part.shape[2:])

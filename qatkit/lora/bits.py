@@ -73,7 +73,8 @@ def quantize_base(
             made.register_load_state_dict_pre_hook(_load_4bit)
         else:
             made = bnb.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
-            made.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+            # from the CPU: what lies on a GPU already it takes for quantized, and leaves as it is
+            made.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
             made.register_load_state_dict_pre_hook(_load_8bit)
             made.plain_dtype = weight.dtype  # bitsandbytes keeps it of 4 bits alone
             # it says on every call of every layer that inputs are multiplied in 16 bits

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qatkit.errors import QatkitError
+from qatkit.quantization.arithmetic import in_dtype
 from qatkit.quantization.layers import QATLinear
 from qatkit.quantization.modules import full_tensor
 
@@ -126,7 +127,7 @@ SWAPS: dict[type[nn.Module], type[AdaptedWeight]] = {nn.Linear: AdaptedLinear, Q
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float, held: bool) -> Tensor:
     """The one arithmetic of training and merging, in float32 unless the weight is wider, whatever autocast says."""
     with torch.autocast(weight.device.type, enabled=False):
-        merged = torch.addmm(weight.to(a.dtype), b, a, alpha=scaling).to(weight.dtype)
+        merged = in_dtype(torch.addmm(weight.to(a.dtype), b, a, alpha=scaling), weight.dtype)
     return torch.where(weight != 0, merged, weight) if held else merged
 
 

@@ -236,6 +236,15 @@ def fake_quantize(
     return unblocked(out, x.shape, spec)
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a dtype, for what an autograd function returns.
+
+    Of a `.to` that has nothing to convert torch.compile makes a result without a gradient, in torch 2.11 and with no
+    word said.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _round_clipped(v: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Round ``v = x / scale`` to the grid around zero; the zero point is added after, which keeps ties to even."""
     if spec.symmetric:
@@ -250,7 +259,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.spec, ctx.gradient_scale = spec, gradient_scale
-        return (_round_clipped(x.float() / scale, zero_point, spec) * scale).to(x.dtype)
+        return in_dtype(_round_clipped(x.float() / scale, zero_point, spec) * scale, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -275,7 +284,7 @@ class _FakeQuantizeWithin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        return (_round_clipped(x.float() / scale, zero_point, spec) * scale).to(x.dtype)
+        return in_dtype(_round_clipped(x.float() / scale, zero_point, spec) * scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

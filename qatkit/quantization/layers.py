@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qatkit.quantization.arithmetic import in_dtype
 from qatkit.quantization.modules import FakeQuantize
 
 
@@ -87,7 +88,7 @@ class _RoundToMultiple(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
         steps = x.float() / step
         # from 2**23 on every float is whole; below a step of 1e-38 the quotient is infinite, and the value is kept too
-        return torch.where(steps.abs() < 2**23, steps.round() * step, x.float()).to(x.dtype)
+        return in_dtype(torch.where(steps.abs() < 2**23, steps.round() * step, x.float()), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
