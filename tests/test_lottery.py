@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qatkit import QatkitError, magnitude_mask
 from qatkit.loading import load_recipe, recipe_to_yaml
 from qatkit.pipeline import Run, run_stages
 from qatkit.recipe import PartConfig, RewindConfig
+from tests import warm
 
 RECIPE = """
 name: lottery
@@ -122,14 +122,14 @@ run_stages(run_of(Path(sys.argv[1]), *sys.argv[2:]))
 def test_a_lottery_killed_in_the_middle_of_a_round_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = run_of(tmp_path / "whole", *KILLED)
     run_stages(whole)
-    command = [sys.executable, "-c", COMMAND, str(tmp_path / "killed"), *KILLED]
+    command = [warm.python(), "-c", COMMAND, str(tmp_path / "killed"), *KILLED]
     killed = run_of(tmp_path / "killed", *KILLED)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
     deadline = time.monotonic() + 200
     while not (killed.folder("ticket_1") / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate()  # until the process that writes the files has gone
     assert killed.find("ticket_0") is not None
     assert killed.find("ticket_1") is None
     assert run_stages(killed) == ["ticket_1", "ticket_2", "ticket_reinit"]

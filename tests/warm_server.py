@@ -24,10 +24,11 @@ import socket
 import sys
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-# none that starts a thread (onnxruntime) or writes to the streams (transformers' models)
+# none that starts a thread (onnxruntime)
 LOADED = (
     "torch.distributed.fsdp",
     "torch.onnx._internal.exporter._core",
@@ -41,6 +42,7 @@ LOADED = (
     "qatkit.delivery",
     "qatkit.cli",
 )
+CHATTING = ("transformers.models.llama.modeling_llama", "compressed_tensors.compressors")  # what they import warns
 
 
 STATUS = 0  # of a forked process
@@ -54,12 +56,28 @@ def leave() -> None:
     os._exit(STATUS)
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing on the error stream, also of what holds it already."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def main(path: str) -> tuple[dict[str, Any], list[int]]:
     """Serve for ever; what returns is a forked process, with its request and its standard streams."""
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     for name in LOADED:
         importlib.import_module(name)
-    importlib.import_module("exporting").operators()
+    with silence():
+        for name in CHATTING:
+            importlib.import_module(name)
+    importlib.import_module("exporting").ready()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)

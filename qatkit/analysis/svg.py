@@ -98,7 +98,7 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
         marks: By the gid of an artist, the words that appear when one points at it.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
+    figure.canvas.print_svg(buffer)  # type: ignore[attr-defined]  # savefig would draw once more, for the layout alone
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

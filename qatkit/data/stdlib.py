@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from importlib.metadata import version
@@ -118,18 +119,22 @@ def stdlib_files(root: Path | None = None, include: Sequence[str] = ("*",)) -> d
         QatkitError: a glob matches no file.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    names = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    kept = {name: names[name] for name in sorted(names) if _belongs(name)}
+    kept = dict(sorted(_walk(root)))
     for pattern in include:
         if not any(fnmatch(name, pattern) for name in kept):
             raise QatkitError(f"include: '{pattern}' matches no file of the library; write '*' or, say, 'json/*'")
     return {name: path for name, path in kept.items() if any(fnmatch(name, pattern) for pattern in include)}
 
 
-def _belongs(name: str) -> bool:
-    *folders, file = name.split("/")
-    generated = any(folder.startswith("config-") for folder in folders) or file.startswith("_sysconfigdata")
-    return not generated and not _LEFT_OUT & set(folders)
+def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+    # what does not belong is not entered: site-packages may hold twenty times as many files as the library
+    for place, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in _LEFT_OUT and not folder.startswith("config-")]
+        folder = Path(place)
+        below = folder.relative_to(root)
+        for file in files:
+            if file.endswith(".py") and not file.startswith("_sysconfigdata"):
+                yield (below / file).as_posix(), folder / file
 
 
 def split_files(files: dict[str, Path], val_fraction: float, test_fraction: float) -> dict[str, dict[str, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,15 @@ def test_names_have_forward_slashes_and_do_not_depend_on_where_the_library_is(tm
         (tmp_path / name).write_text("1")
     assert list(stdlib_files(tmp_path)) == ["b.py", "pkg/a.py"]
     assert list(stdlib_files(tmp_path, ["pkg/*"])) == ["pkg/a.py"]
+
+
+def test_what_does_not_belong_is_not_even_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    # an interpreter's site-packages may hold so many files that listing them takes most of a short run
+    scandir, seen = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda folder: seen.append(Path(folder).name) or scandir(folder))
+    stdlib_files()
+    assert {"json", "asyncio"} <= set(seen)
+    assert not {"site-packages", "test", "encodings"} & set(seen)
 
 
 def test_a_glob_that_matches_no_file_is_an_error() -> None:

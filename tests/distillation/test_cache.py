@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from qatkit import QatkitError
 from qatkit.distillation.cache import CachedTeacher, cache_teacher, is_complete, model_hash
 from qatkit.distillation.sparse import top_k_kd_loss
+from tests import warm
 from tests.distillation.tensors import sines
 
 FINGERPRINT = {"model": "a1", "data order": "b2", "tokenizer": "c3"}
@@ -100,12 +100,12 @@ def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(tmp_path: Path
         "def slow(batch):\n    time.sleep(0.2)\n    return logits(batch)\n"
         f"cache_teacher(slow, batches(), Path({str(tmp_path / 'cut')!r}), FINGERPRINT, k=8, shard_batches=1)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([warm.python(), "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     while not (tmp_path / "cut" / "000001.arrow").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate()  # until the process that writes the files has gone
     assert not is_complete(tmp_path / "cut")
     teacher = Logits()
     for folder, answers in (("whole", Logits()), ("cut", teacher)):
