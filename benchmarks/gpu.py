@@ -108,26 +108,31 @@ def masks(size: dict[str, int], device: torch.device) -> list[Row]:
 
 
 def products(size: dict[str, int], device: torch.device) -> list[Row]:
-    """A linear layer with 2:4 zeros by dense and by sparse kernels; no row where there are none."""
+    """Linear layers with 2:4 zeros by dense and by sparse kernels; no rows where there are none."""
     if device.type != "cuda":
         return []
     from qatkit.pruning.semi_structured import use_sparse_kernels
 
-    side = size["side"]
-    dense = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, torch.bfloat16)
-    sparse = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, torch.bfloat16)
-    with torch.no_grad():
-        dense[0].weight.mul_(nm_mask(dense[0].weight, 2, 4))
-        sparse[0].weight.copy_(dense[0].weight)
-        use_sparse_kernels(sparse)
-        x = torch.randn(size["tokens"], side, device=device, dtype=torch.bfloat16)
-        methods: Methods = {"dense": lambda: dense(x), "use_sparse_kernels": lambda: sparse(x)}
-        return measured(f"{size['tokens']:,} x {side} x {side}, 2:4 zeros, bfloat16", methods, size["turns"], device)
+    rows = []
+    for side in (size["side"], 2 * size["side"]):
+        dense = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, torch.bfloat16)
+        sparse = nn.Sequential(nn.Linear(side, side, bias=False)).to(device, torch.bfloat16)
+        with torch.no_grad():
+            dense[0].weight.mul_(nm_mask(dense[0].weight, 2, 4))
+            sparse[0].weight.copy_(dense[0].weight)
+            use_sparse_kernels(sparse)
+            x = torch.randn(size["tokens"], side, device=device, dtype=torch.bfloat16)
+            # each as it is called: both lambdas run before the next side
+            methods: Methods = {"dense": lambda: dense(x), "use_sparse_kernels": lambda: sparse(x)}  # noqa: B023
+            what = f"{size['tokens']:,} x {side} x {side}, 2:4 zeros, bfloat16"
+            rows += measured(what, methods, size["turns"], device, calls=20)
+    return rows
 
 
 def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
     """A training step of a Llama with AdamW, weights in bfloat16 on a GPU: all of them, LoRA and QLoRA.
 
+    Adapters are kept in float32 and multiplied in bfloat16, by autocast, as a Trainer with "bf16-mixed" does.
     Adapters add several small kernels to each layer, which a step of few tokens waits for. Memory is that of a copy of
     the weights, the optimizer and the step, for each method of its own.
     """
@@ -147,9 +152,12 @@ def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
         held = torch.cuda.memory_allocated() if cuda else 0
         try:
             step = stepper(prepared(base, name), 1e-4)[0]  # a name for the optimizer would keep it for the next method
-            # step=step: a lambda looks its names up when it is called, and would take the last one
-            once: Methods = {name: lambda step=step: step({"input_ids": tokens, "labels": tokens})}  # type: ignore[misc]
-            rows += measured(what, once, size["turns"], device, held)
+
+            def once(step: Callable[[Any], float] = step) -> None:
+                with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                    step({"input_ids": tokens, "labels": tokens})
+
+            rows += measured(what, {name: once}, size["turns"], device, held)
             del step, once
         except Exception as error:  # the others are measured all the same
             rows.append(failed(what, name, error))

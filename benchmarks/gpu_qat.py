@@ -61,7 +61,7 @@ def steps(size: dict[str, int], device: torch.device) -> list[Row]:
         methods[name] = step(model, model)
         if device.type == "cuda":
             methods[f"{name}, compiled"] = step(model, torch.compile(model))
-    return [*measured(what, methods, size["turns"], device), *rows]
+    return [*measured(what, methods, 2 * size["turns"], device, calls=5), *rows]
 
 
 def _torchao(model: nn.Module, inputs: bool) -> None:

@@ -137,6 +137,6 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_the_eager_one() -> No
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     # by itself Inductor divides less exactly than eager torch does, and a few values fall on the other side of a border
-    for options, error in ((None, 1e-2), (exact_division(), 2e-3)):
+    for options, error in ((exact_division(), 2e-3), (None, 5e-2)):
         for found, expected in zip(step(torch.compile(model, options=options)), step(model), strict=True):
-            assert (found - expected).norm() <= error * expected.norm()
+            assert (found - expected).norm() <= error * expected.norm(), options
