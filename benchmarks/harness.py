@@ -21,7 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("qatkit", "torch", "lightning", "transformers", "peft", "bitsandbytes", "onnxruntime", "scikit-learn")
+PACKAGES = (
+    "qatkit",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "onnxruntime",
+    "scikit-learn",
+    "torchao",
+    "liger-kernel",
+)
 
 
 @dataclass(frozen=True)
