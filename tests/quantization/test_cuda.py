@@ -136,7 +136,7 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_the_eager_one() -> No
         loss = run(x).square().mean()
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
-    # by itself Inductor divides less exactly than eager torch does, and a few values fall on the other side of a border
-    for options, error in ((exact_division(), 2e-3), (None, 5e-2)):
-        for found, expected in zip(step(torch.compile(model, options=options)), step(model), strict=True):
-            assert (found - expected).norm() <= error * expected.norm(), options
+    # by itself Inductor divides less exactly than eager torch does: a few values fall on the other side of a border,
+    # so that the gradient of a scale is off by some percent; qatkit's trainer compiles as here
+    for found, expected in zip(step(torch.compile(model, options=exact_division())), step(model), strict=True):
+        assert (found - expected).norm() <= 2e-3 * expected.norm()
