@@ -144,9 +144,11 @@ class RowKernel:
         divergence, cross_entropy = share.new_zeros(2, rows)
         # 16 bytes of each row per thread and turn; with fewer classes than lanes the rest idles
         block = min(2048, triton.next_power_of_2(classes))
-        _rows[(rows,)](
-            student, teacher, labels, share, label_share, divergence, cross_entropy,
-            student.stride(0), teacher.stride(0), classes, teacher.shape[1], self.temperature, self.alpha, self.beta,
-            KIND=self.kind, LABELS=labels is not None, GRADIENT=self.gradient, BLOCK=block, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(student):  # Triton launches on the current GPU
+            _rows[(rows,)](
+                student, teacher, labels, share, label_share, divergence, cross_entropy,
+                student.stride(0), teacher.stride(0), classes, teacher.shape[1],
+                self.temperature, self.alpha, self.beta,
+                KIND=self.kind, LABELS=labels is not None, GRADIENT=self.gradient, BLOCK=block, num_warps=8,
+            )  # fmt: skip
         return torch.dot(share, divergence) * self.temperature**2, torch.dot(label_share, cross_entropy)
