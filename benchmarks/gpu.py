@@ -149,6 +149,7 @@ def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
     what = f"a step of a Llama of {count:.0f}M weights, {tokens.numel():,} tokens, memory with weights and optimizer"
     rows = []
     for name in names:
+        gc.collect()
         held = torch.cuda.memory_allocated() if cuda else 0
         try:
             step = stepper(prepared(base, name), 1e-4)[0]  # a name for the optimizer would keep it for the next method

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -124,11 +122,7 @@ def test_recipes_are_read_on_newer_pythons(built: dict[str, Path], version: str,
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     module: str, code: str, command: str, tmp_path: Path
 ) -> None:
-    hide = (
-        "import sys\nfrom pathlib import Path\n"
-        f"hidden = [name for name in sys.modules if name.split('.')[0] == '{module}']\n"
-        f"sys.modules.update(dict.fromkeys([*hidden, '{module}']))\n"
-    )
-    done = python(Path(warm.python()), "-c", hide + code, cwd=tmp_path)
+    hide = f"import sys; sys.modules['{module}'] = None; from pathlib import Path; "
+    done = python(Path(sys.executable), "-c", hide + code, cwd=tmp_path)
     assert done.stderr.splitlines()[-1].startswith("qatkit.errors.QatkitError: ")
     assert f"pip install '{command}'" in done.stderr.splitlines()[-1]

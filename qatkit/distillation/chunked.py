@@ -8,6 +8,9 @@ multiplies them by one number.
 
 from __future__ import annotations
 
+import os
+import shutil
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -166,6 +169,13 @@ def _share(counted: Tensor, dtype: torch.dtype) -> Tensor:
     return counted.to(dtype) / counted.sum().clamp(min=1)
 
 
+@cache
+def _has_triton() -> bool:
+    """Whether Triton is installed, and the C compiler that it builds its launchers with."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return find_spec("triton") is not None and any(shutil.which(compiler) for compiler in compilers)
+
+
 @torch.library.custom_op("qatkit::linear_kd", mutates_args=())  # opaque to torch.compile, so that it breaks no graph
 def _linear_kd(
     student_hidden: Tensor,
@@ -196,9 +206,9 @@ def _linear_kd(
     if teacher_hidden is not None and teacher_weight is not None:
         heads.append((teacher_hidden, teacher_weight, teacher_bias))
     rows = max(1, min(positions, WORKSPACE[device] // (len(heads) * classes * student_hidden.element_size())))
-    rows -= rows % 256 if rows > 256 else 0  # whole tiles of the matrix products
+    rows -= rows % 256 if 256 < rows < positions else 0  # whole tiles of the matrix products
     block: Any  # both are called alike
-    if device == "cuda" and teacher_hidden is not None and exact == torch.float32 and find_spec("triton"):
+    if student_hidden.is_cuda and teacher_hidden is not None and exact == torch.float32 and _has_triton():
         from qatkit.distillation.kernels import RowKernel  # there is no Triton where there is no GPU
 
         block_rows = rows

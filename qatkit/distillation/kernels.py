@@ -1,8 +1,9 @@
 """The arithmetic of `qatkit.distillation.blocks` for GPUs, as one Triton kernel.
 
 Eager torch goes over the logits of a row a dozen times, in float32. What has to be moved is less: both rows are read
-for their maxima and sums, read again, and one is written, all in the dtype of the logits. On a GPU that is the
-difference between a loss that takes longer than its matrix products and one that hides behind them.
+for their maxima and sums (for the Jensen-Shannon divergence twice), read again, and one is written, all in the dtype of
+the logits. On a GPU that is the difference between a loss that takes longer than its matrix products and one that hides
+behind them.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def _rows(  # type: ignore[no-untyped-def]
     # what lies at one place is read before any thread may write: the reductions below are a barrier
     if LABELS:
         label = tl.load(labels + row)
-        target = tl.load(student + label).to(tl.float32)
-    # what all logits of a row have in common would cost their differences their last digits
-    s_shift, t_shift = tl.load(student).to(tl.float32), tl.load(teacher).to(tl.float32)
+        # a label that is no class shows, as a loss of NaN
+        target = tl.load(student + label, mask=label < classes, other=float("nan")).to(tl.float32)
+    # what logits have in common would cost their differences the last digits: it is taken off, by a large one of each
+    some = tl.arange(0, BLOCK)
+    s_shift = tl.max(tl.load(student + some, mask=some < narrow, other=float("-inf")).to(tl.float32), 0)
+    t_shift = tl.max(tl.load(teacher + some, mask=some < narrow, other=float("-inf")).to(tl.float32), 0)
     # every lane has its own maximum, so that nothing is reduced within the loop
     for start in range(0, classes, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -144,7 +148,8 @@ class RowKernel:
         divergence, cross_entropy = share.new_zeros(2, rows)
         # 16 bytes of each row per thread and turn; with fewer classes than lanes the rest idles
         block = min(2048, triton.next_power_of_2(classes))
-        with torch.cuda.device_of(student):  # Triton launches on the current GPU
+        # Triton launches on the current GPU
+        with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]
             _rows[(rows,)](
                 student, teacher, labels, share, label_share, divergence, cross_entropy,
                 student.stride(0), teacher.stride(0), classes, teacher.shape[1],

@@ -175,7 +175,8 @@ def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = No
     if spec.scale_dtype == "float8_e8m0fnu":
         # the nearest power of two by its logarithm; a logarithm itself would depend on the device in its last bit
         mantissa, exponent = torch.frexp(size.clamp(2.0**-126, 2.0**127))
-        size = torch.exp2((exponent - (mantissa <= 0.5**0.5).int()).float())
+        power = torch.exp2((exponent - (mantissa <= 0.5**0.5).int()).float())
+        size = torch.where(size.isnan(), size, power)  # the exponent of NaN may be any
     elif spec.two_level:
         assert tensor_scale is not None
         # the reciprocal of float32's smallest numbers is infinite: what is kept finite is e4m3 / tensor_scale

@@ -61,3 +61,17 @@ def test_without_a_gradient_the_logits_stay() -> None:
     kept, share = student.clone(), torch.ones(ROWS)
     RowKernel(1.0, ALPHA, "kl", BETA, False)(student, teacher, None, share, share)
     assert torch.equal(student, kept)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_banned_class_changes_nothing_for_the_others(kind: str) -> None:
+    student, teacher = sines(1, ROWS, 301, scale=3), sines(2, ROWS, 301, scale=3)
+    student[:, 0] = teacher[:, 0] = -1e9
+    compare(student, teacher, kind, 2.0, labels=False)
+
+
+def test_a_label_that_is_no_class_makes_a_loss_of_nan() -> None:
+    student, teacher, share = sines(1, ROWS, 301, scale=3), sines(2, ROWS, 301, scale=3), torch.ones(ROWS)
+    labels = torch.tensor([0, 301, 2, 3])
+    _, cross_entropy = RowKernel(1.0, ALPHA, "kl", BETA, True)(student, teacher, labels, share, share)
+    assert cross_entropy.isnan()
