@@ -244,9 +244,8 @@ def _linear_kd(
                 torch.mm(student, student_weight, out=hidden_out[part])
             if weight_grad and weight_out.dtype == student.dtype:
                 weight_out.addmm_(student.t(), student_hidden[part])
-            elif (
-                weight_grad and device == "cuda"
-            ):  # the sum over the parts stays in float32, and in the product's hands
+            elif weight_grad and student_hidden.is_cuda:
+                # the sum over the parts stays in float32, inside the product
                 product = student.t(), student_hidden[part]
                 torch.addmm(weight_out, *product, out_dtype=weight_out.dtype, out=weight_out)
             elif weight_grad:

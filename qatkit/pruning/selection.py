@@ -115,7 +115,7 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
 def chunks(flat: Tensor, multiple: int = 1) -> Sequence[Tensor]:
     """Parts of a flat tensor whose temporaries stay in a core's cache, or fill a GPU; whole multiples of a length."""
     size = 1 << 18 if flat.device.type == "cpu" else 1 << 24
-    if len(flat) <= size:  # a split that cuts nothing takes as long as all other calls for a small layer
+    if len(flat) <= size:  # small layers are many, and a split that cuts nothing is not free
         return [flat]
     return flat.split(max(size - size % multiple, multiple))  # type: ignore[no-any-return, no-untyped-call]
 
