@@ -18,11 +18,11 @@ from qatkit.export.onnx import export_onnx
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small model and one of about 300 times its work."""
+    """A small model and one of thousands of times its work, which is slower on a busy machine too."""
     folder = tmp_path_factory.mktemp("files")
     paths = {"small": folder / "small.onnx", "large": folder / "large.onnx"}
     export_onnx(nn.Sequential(nn.Linear(64, 4)), torch.rand(2, 64), paths["small"])
-    layers = [nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4)]
+    layers = [nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 4)]
     export_onnx(nn.Sequential(*layers), torch.rand(2, 64), paths["large"])
     return paths
 
