@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from gpu_timing import FAILED, Methods, Row, failed, measured
@@ -29,11 +30,11 @@ FORMATS: dict[str, tuple[QuantSpec, QuantSpec | None]] = {
 def steps(size: dict[str, int], device: torch.device) -> list[Row]:
     """Forward and backward of two feed-forward pairs of linear layers, bfloat16."""
     width, wide, tokens = size["qat width"], size["qat wide"], size["qat tokens"]
-    options = {"device": device, "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     pairs = [nn.Linear(*shape, bias=False, **options) for _ in range(2) for shape in ((width, wide), (wide, width))]
     base = nn.Sequential(*pairs)
-    x = torch.randn(tokens, width, **options, requires_grad=True)  # type: ignore[call-overload]  # of a layer before
-    slope = torch.randn(tokens, width, **options)  # type: ignore[call-overload]
+    x = torch.randn(tokens, width, **options, requires_grad=True)  # of a layer before
+    slope = torch.randn(tokens, width, **options)
 
     def step(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
         def once() -> None:

@@ -144,5 +144,5 @@ def test_the_demo_recipe_runs_on_two_processes_and_only_the_first_one_writes(str
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stage qat: trained in") == 1
     assert (tmp_path / "run" / "report.md").is_file()
-    again = qatkit("run", "vision/digits_int4", *SHORT, *parallel, "--out", "run", "--until", "qat", cwd=tmp_path)
+    again = qatkit("run", "vision/digits_int4", *SHORT, *parallel, "--out", "run", cwd=tmp_path)
     assert again.stdout.count("finished before, untouched") == 3, again.stdout

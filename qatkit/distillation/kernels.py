@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# what Triton compiles takes pointers and blocks, for which Python has no types: so it has none below
+
 
 @triton.jit
 def _shifted(values, top, shared):  # type: ignore[no-untyped-def]
@@ -148,7 +150,7 @@ class RowKernel:
         divergence, cross_entropy = share.new_zeros(2, rows)
         # 16 bytes of each row per thread and turn; with fewer classes than lanes the rest idles
         block = min(2048, triton.next_power_of_2(classes))
-        # Triton launches on the current GPU
+        # Triton launches on the current GPU; torch has no types for device_of
         with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]
             _rows[(rows,)](
                 student, teacher, labels, share, label_share, divergence, cross_entropy,

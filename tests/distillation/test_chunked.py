@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,14 @@ def test_a_second_backward_says_that_the_gradients_are_used_up() -> None:
 def test_a_mistake_is_answered_with_what_to_write(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         linear_kd_loss(**(example() | changes))
+
+
+def test_without_a_c_compiler_the_kernel_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not chunked._has_triton.__wrapped__()
+    compiler = tmp_path / "gcc"
+    compiler.touch(0o755)
+    assert chunked._has_triton.__wrapped__() == (find_spec("triton") is not None)
+    monkeypatch.setenv("CC", "missing")
+    assert not chunked._has_triton.__wrapped__()

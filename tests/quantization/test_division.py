@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qatkit import QuantSpec, fake_quantize, quantize
+from qatkit import QuantSpec, fake_quantize, quantize, scheme
 from qatkit.quantization.arithmetic import divided, round_scale
 from qatkit.quantization.observers import computed_qparams
 from tests.quantization.test_formats import SPECS
@@ -67,3 +67,11 @@ def test_compiled_scales_and_values_are_those_of_eager_torch() -> None:
         return fake_quantize(x, *computed_qparams(x, spec), spec)
 
     assert torch.equal(torch.compile(rounded)(x), rounded(x))
+
+
+def test_a_power_of_two_scale_that_is_nan_stays_nan() -> None:
+    spec = scheme("MXFP4").weight
+    assert spec is not None
+    found = round_scale(torch.tensor([float("nan"), 3.0]), spec)
+    assert found[0].isnan()
+    assert found[1] == 4.0
