@@ -15,7 +15,10 @@ Result = TypeVar("Result")
 
 
 def first_batches(loader: Any, count: int) -> Iterator[Any]:
-    """The first `count` batches of a loader, without moving the generators that decide the order of training.
+    """The first `count` batches of a loader, which then stands where it stood.
+
+    The generators that decide the order of training are put back, and a loader that keeps a state of its own, such as
+    a stream, is given that again.
 
     Raises:
         QatkitError: the module trains on several loaders at once, so that there is no one kind of batch.
@@ -29,11 +32,15 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
     sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
     generators = [source for source in sources if isinstance(source, torch.Generator)]
     states = [generator.get_state() for generator in generators]
+    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    place = loader.state_dict() if stateful else None
     try:
         yield from islice(loader, count)
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+        if stateful:
+            loader.load_state_dict(place)
 
 
 def as_training_does(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -65,16 +66,31 @@ class ResumableLoader(DataLoader[Any]):
 
     A run that resumes in the middle of an epoch gets the batch that it would have got next, and the samples before that
     are not read again.
+
+    Args:
+        dataset: A map-style data set.
+        batch_size: Samples of a batch.
+        sampler: Their order.
+        collate: Makes a batch of samples; by default torch's own way.
+        limit: Says, once training began, how many batches of an epoch it takes at most.
     """
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int, sampler: SlicedSampler, collate: Collate | None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        sampler: SlicedSampler,
+        collate: Collate | None = None,
+        limit: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         super().__init__(dataset, batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
+        self.limit = limit
         self._served = self._skip = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # of a private class of torch
         assert isinstance(self.sampler, SlicedSampler)
         assert self.batch_size is not None
-        self._served, self._skip = self._skip, 0
+        self._served, self._skip = batches_to_skip(self._skip, min(len(self), self.limit())), 0
         self.sampler.skip = self._served * self.batch_size
         for batch in super().__iter__():
             self._served += 1
@@ -86,7 +102,12 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next epoch after as many batches; after a whole one, at its start."""
-        self._skip = state["batches"] % max(len(self), 1)
+        self._served = self._skip = state["batches"]
+
+
+def batches_to_skip(served: int, epoch: float) -> int:
+    """How many batches of the next epoch were given out by a loader that stopped: none, if it had ended one."""
+    return served % max(int(epoch), 1)
 
 
 _whole: ContextVar[bool] = ContextVar("whole", default=False)
@@ -144,7 +165,11 @@ class SplitDataModule(LightningDataModule):
         world, rank = world_and_rank()
         size = self.epoch_batches * self.batch_size if self.epoch_batches else None
         sampler = SlicedSampler(self.train, world, rank, self.seed, size)
-        return ResumableLoader(self.train, self.batch_size, sampler, self.collate)
+        return ResumableLoader(self.train, self.batch_size, sampler, self.collate, self.batches_taken)
+
+    def batches_taken(self) -> float:
+        """How many batches of an epoch the trainer takes (`limit_train_batches`), infinite while it has none."""
+        return math.inf if self.trainer is None else self.trainer.num_training_batches
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.val, self.batch_size, collate_fn=self.collate)

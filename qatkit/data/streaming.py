@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from typing_extensions import override
 
-from qatkit.data.datamodule import world_and_rank
+from qatkit.data.datamodule import batches_to_skip, world_and_rank
 from qatkit.data.packing import window
 from qatkit.data.source import BadRecord, Record, Source, is_local, local_files, read_file
 from qatkit.data.tokens import Encode, TokenDataModule, refuse, rows_of
@@ -41,6 +41,7 @@ class StreamLoader:
         batch_size: Windows per process and step.
         epoch_batches: Batches of an epoch.
         skip_bad: Leave out records that cannot be used.
+        limit: Says, once training began, how many batches of an epoch it takes at most.
 
     Raises:
         QatkitError: a record cannot be used, or the stream has not one window.
@@ -55,6 +56,7 @@ class StreamLoader:
         batch_size: int,
         epoch_batches: int,
         skip_bad: bool,
+        limit: Callable[[], float],
     ) -> None:
         self.open_stream = open_stream
         self.place = place
@@ -63,6 +65,7 @@ class StreamLoader:
         self.batch_size = batch_size
         self.epoch_batches = epoch_batches
         self.skip_bad = skip_bad
+        self.limit = limit
         self.bad = 0
         """Records that were left out so far."""
         self.read = 0
@@ -77,7 +80,7 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         world, rank = world_and_rank()
-        self._served, self._skip = self._skip, 0
+        self._served, self._skip = batches_to_skip(self._skip, min(self.epoch_batches, self.limit())), 0
         while self._served < self.epoch_batches:
             windows = [self._window() for _ in range(world * self.batch_size)]
             self._served += 1
@@ -96,7 +99,7 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another loader stood."""
-        self._skip = state["batches"] % self.epoch_batches
+        self._served = self._skip = state["batches"]
         self._tokens, self._ends = list(state["tokens"]), list(state["ends"])
         self.read, self.bad = state["read"], state["bad"]
         self._open(state["stream"])
@@ -159,7 +162,7 @@ class StreamingDataModule(TokenDataModule):
         assert self.epoch_batches is not None
         return StreamLoader(
             open_stream, place, self._encoder(), self.context, self.batch_size, self.epoch_batches,
-            self._source.skip_bad,
+            self._source.skip_bad, self.batches_taken,
         )  # fmt: skip
 
 

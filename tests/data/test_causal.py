@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from qatkit.callbacks.batches import first_batches
 from torch import Tensor
 
 from qatkit import QatkitError
@@ -122,8 +123,10 @@ def test_an_epoch_of_a_stream_goes_on_where_the_one_before_it_ended(tmp_path: Pa
     assert all(torch.equal(first, second["input_ids"]) for first, second in zip(twice, long, strict=True))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("limit", [None, 3], ids=["whole epochs", "epochs of limit_train_batches"])
 def test_resuming_in_lightning_sees_the_batches_that_the_whole_run_saw(
-    tmp_path: Path, source: Source, tokenizer: str
+    limit: int | None, streaming: bool, tmp_path: Path, source: Source, tokenizer: str
 ) -> None:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -145,16 +148,39 @@ def test_resuming_in_lightning_sees_the_batches_that_the_whole_run_saw(
         module = Records()
         trainer = Trainer(
             accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, use_distributed_sampler=False,
+            enable_model_summary=False, use_distributed_sampler=False, limit_train_batches=limit,
             callbacks=[ModelCheckpoint(tmp_path / f"{steps}", every_n_train_steps=1, filename="{step}", save_top_k=-1)],
         )  # fmt: skip
-        data = causal_text(source, tokenizer, context=16, batch_size=4, epoch_batches=5)
+        data = causal_text(read, tokenizer, context=16, batch_size=4, epoch_batches=5)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt)
         return module.seen
 
+    read = source
+    if streaming:
+        for name in ("train", "val", "test"):
+            write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {text}"} for text in SENTENCES])
+        read = Source(*(str(tmp_path / f"{name}.jsonl") for name in ("train", "val", "test")), streaming=True)
     whole = fit(13)
     assert isinstance(causal_text(source, tokenizer).train_dataloader(), ResumableLoader)
-    assert fit(13, tmp_path / "13" / "step=7.ckpt") == whole[7:]
+    assert len({str(batch) for batch in whole}) > 5
+    for step in (5, 6, 7):  # 5 ends an epoch, and 6 one of three batches
+        assert fit(13, tmp_path / "13" / f"step={step}.ckpt") == whole[step:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_calibration_does_not_use_up_the_first_batches(
+    streaming: bool, tmp_path: Path, source: Source, tokenizer: str
+) -> None:
+    for name in ("train", "val", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in SENTENCES])
+    streamed = Source(*(str(tmp_path / f"{name}.jsonl") for name in ("train", "val", "test")), streaming=True)
+    make = lambda: causal_text(streamed if streaming else source, tokenizer, context=16, batch_size=2, epoch_batches=6)  # noqa: E731
+    expected = [batch["input_ids"] for batch in make().train_dataloader()]
+    loader = make().train_dataloader()
+    looked_at = [batch["input_ids"] for batch in first_batches(loader, 2)]
+    trained_on = [batch["input_ids"] for batch in loader]
+    assert torch.equal(torch.stack(looked_at), torch.stack(expected[:2]))
+    assert torch.equal(torch.stack(trained_on), torch.stack(expected))
 
 
 def test_tokens_are_made_once_and_again_when_the_file_changes(
