@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import distributed
 
 from qatkit.errors import QatkitError
 
@@ -54,6 +55,32 @@ def as_training_does(
             return forward(module, batch)
 
     return run
+
+
+def on_every_process(work: Callable[[], object]) -> None:
+    """Do what looks at a process's own batches, and fail on all of them where it fails on one.
+
+    Otherwise those that saw nothing wrong would wait for it in their next collective.
+
+    Raises:
+        Exception: what the work raised here.
+        QatkitError: it raised something on another process alone.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        work()
+        return
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as found:
+        error = found
+    errors: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(errors, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise QatkitError(f"process {rank}: {message}")
 
 
 def module_forward(module: LightningModule, batch: Any) -> object:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from qatkit.callbacks.batches import as_training_does, first_batches, module_forward
+from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
 from qatkit.callbacks.holding import HeldZeros
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -107,18 +107,22 @@ class OneShotPruning(HeldZeros):
         batches = first_batches(trainer.train_dataloader, self.calibration_batches)
         forward = as_training_does(trainer, pl_module, self.calibration_forward)
         with isolate_rng():
-            if self.method == "taylor":
-
-                def loss(batch: Any) -> Tensor:
-                    found = forward(batch)
-                    assert isinstance(found, Tensor)
-                    return found
-
-                prune_by_gradient(pl_module, batches, loss, self.sparsity, self.nm, self.scope, list(layers))
-            else:
-                prune_one_shot(pl_module, batches, self.method, self.sparsity, self.nm, list(layers), (), forward)
+            on_every_process(lambda: self._prune(pl_module, batches, forward))
         if dist.is_available() and dist.is_initialized():
             # every process has seen batches of its own: what the first one found holds
             for layer in layers.values():
                 dist.broadcast(layer.weight.data, 0)  # type: ignore[arg-type]  # a Parameter
         self.layers = list(layers)
+
+    def _prune(self, module: LightningModule, batches: Iterator[Any], forward: Callable[[Any], object]) -> None:
+        names = list(self.select(module))
+        if self.method != "taylor":
+            prune_one_shot(module, batches, self.method, self.sparsity, self.nm, names, (), forward)
+            return
+
+        def loss(batch: Any) -> Tensor:
+            found = forward(batch)
+            assert isinstance(found, Tensor)
+            return found
+
+        prune_by_gradient(module, batches, loss, self.sparsity, self.nm, self.scope, names)

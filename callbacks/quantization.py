@@ -9,7 +9,7 @@ from typing import Any, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
-from qatkit.callbacks.batches import as_training_does, first_batches, module_forward
+from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
 from qatkit.callbacks.decay import DecayExemption
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -162,13 +162,9 @@ class QuantizationAwareTraining(Callback):
                 f"init: '{method}' needs whole weights, and FSDP2 has sharded them; run it as a stage of its own with "
                 "max_steps: 0 on one process or with strategy: ddp, and train from its result"
             )
+        forward = as_training_does(trainer, pl_module, self.calibration_forward)
         with isolate_rng():
-            initialise(
-                pl_module,
-                method,
-                self._batches(trainer),
-                as_training_does(trainer, pl_module, self.calibration_forward),
-            )
+            on_every_process(lambda: initialise(pl_module, method, self._batches(trainer), forward))
         if dist.is_available() and dist.is_initialized():
             # every process has seen batches of its own: what the first one found holds
             for tensor in pl_module.state_dict().values():

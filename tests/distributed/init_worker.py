@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from qatkit.callbacks import QuantizationAwareTraining
+from qatkit.callbacks import OneShotPruning, QuantizationAwareTraining
+from qatkit.callbacks.batches import module_forward
 from torch import distributed
 
 from qatkit import QuantSpec
@@ -16,11 +18,22 @@ from qatkit.models import mlp
 from tests.distributed.worker import Classifier
 
 
+def diverged_on_one(module: LightningModule, batch: Any) -> object:
+    if distributed.get_rank() == 1:
+        batch = [batch[0] * float("nan"), *batch[1:]]
+    return module_forward(module, batch)
+
+
 def main(mode: str, out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = Classifier(mlp(in_features=64, hidden=[32]))
-    callback = QuantizationAwareTraining(weight=QuantSpec(num_bits=3, observer="lsq"), init="gptq")
+    forward = diverged_on_one if mode == "diverged" else module_forward
+    callback: Callback = QuantizationAwareTraining(
+        weight=QuantSpec(num_bits=3, observer="lsq"), init="gptq", calibration_forward=forward
+    )
+    if mode == "diverged pruning":
+        callback = OneShotPruning("wanda", nm=(2, 4), calibration_forward=diverged_on_one)
     fsdp2 = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=fsdp2 if mode == "fsdp2" else "ddp", max_steps=0, callbacks=[callback],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests import warm
@@ -31,3 +32,11 @@ def test_sharded_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
     result = start("fsdp2", tmp_path / "out.pt")
     assert result.returncode != 0
     assert "init: 'gptq' needs whole weights, and FSDP2 has sharded them; run it as a stage of its own" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["diverged", "diverged pruning"])
+def test_bad_batches_on_one_process_stop_both(mode: str, tmp_path: Path) -> None:
+    result = start(mode, tmp_path / "out.pt")
+    assert result.returncode != 0
+    assert "QatkitError: process 1: " in result.stderr
+    assert "layer 'model.1'" in result.stderr
