@@ -18,6 +18,7 @@ PLAIN = {"spec", "schemes", "errors"}
 ALLOWED: dict[str, set[str]] = {
     "spec": set(),
     "errors": set(),
+    "depth": set(),
     "schemes": {"spec", "errors"},
     "recipe": PLAIN,
     "strict_yaml": PLAIN,
@@ -26,8 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "fingerprint": PLAIN | {"recipe", "loading"},
     "factories": PLAIN | {"recipe", "schema", "loading"},
     "quantization": PLAIN,
-    "pruning": PLAIN,
-    "distillation": PLAIN,
+    "pruning": PLAIN | {"depth"},
+    "distillation": PLAIN | {"depth"},
     "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
     "hub": PLAIN,
     "matching": PLAIN | {"models"},
@@ -57,6 +58,7 @@ MAY_LOAD = {
     "spec": set(),
     "schemes": set(),
     "errors": set(),
+    "depth": set(),
     "recipe": set(),
     "quantization": {"torch", "safetensors"},
     "pruning": {"torch", "safetensors"},

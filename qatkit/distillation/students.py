@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from torch import nn
 
+from qatkit.depth import DEPTHS, shorten
 from qatkit.distillation.features import layer_map
 from qatkit.errors import QatkitError
 
 Model = TypeVar("Model", bound=nn.Module)
-
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
-"""What the configs of transformers call the number of layers."""
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "mlp_only_layers")
-"""Lists in configs with an entry for every layer."""
 
 
 def student_from_teacher(
@@ -65,7 +61,7 @@ def student_from_teacher(
     configs = {id(config): config for config in (getattr(part, "config", None) for part in student.modules())}
     for config in configs.values():
         if config is not None:
-            _shorten(config, depth, numbers)
+            shorten(config, depth, numbers)
     return student
 
 
@@ -99,14 +95,3 @@ def _stack(teacher: nn.Module) -> tuple[str, int]:
             "with one stack of layers can be cut, so build the student yourself"
         )
     return stacks[0], depth
-
-
-def _shorten(config: Any, depth: int, numbers: list[int]) -> None:
-    for key in PER_LAYER:
-        values = getattr(config, key, None)
-        if isinstance(values, (list, tuple)) and len(values) == depth:
-            setattr(config, key, [values[number] for number in numbers])
-    for key in DEPTHS:
-        if getattr(config, key, None) == depth:
-            setattr(config, key, len(numbers))
-            break

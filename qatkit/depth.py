@@ -1,0 +1,39 @@
+"""What the configs of transformers say layer by layer, for models that lose some of their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+"""What they call the number of layers."""
+PER_LAYER = (
+    "layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "attention_window", "layer_rope_theta",
+)  # fmt: skip
+"""Lists with an entry for every layer."""
+NUMBERS = ("mlp_only_layers", "moe_layers", "rope_scaling_layers")
+"""Lists of numbers of layers."""
+
+
+def shorten(config: Any, depth: int, numbers: Sequence[int]) -> None:
+    """Let a config say that of `depth` layers those of these numbers are left; one of another depth stays as it is.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], mlp_only_layers=[0, 3])
+        >>> shorten(config, 4, [1, 3])
+        >>> config
+        namespace(num_hidden_layers=2, no_rope_layers=[1, 0], mlp_only_layers=[1])
+    """
+    counts = next((key for key in DEPTHS if getattr(config, key, None) == depth), None)
+    if counts is None:
+        return
+    setattr(config, counts, len(numbers))
+    for key in PER_LAYER:
+        values = getattr(config, key, None)
+        if isinstance(values, (list, tuple)) and len(values) >= depth:  # SmolLM3's may be longer than there are layers
+            setattr(config, key, [values[number] for number in numbers])
+    for key in NUMBERS:
+        values = getattr(config, key, None)
+        if isinstance(values, (list, tuple)):
+            setattr(config, key, [new for new, number in enumerate(numbers) if number in values])
