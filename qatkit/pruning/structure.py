@@ -7,30 +7,16 @@ corrected config, which `from_pretrained` loads wherever transformers is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qatkit.depth import shorten
 from qatkit.errors import QatkitError
-
-# the axes of every parameter; "head" is heads * head_dim and "group" key-value heads * head_dim
-BLOCK = {
-    "input_layernorm": ("hidden",),
-    "post_attention_layernorm": ("hidden",),
-    "self_attn.q_proj": ("head", "hidden"),
-    "self_attn.k_proj": ("group", "hidden"),
-    "self_attn.v_proj": ("group", "hidden"),
-    "self_attn.o_proj": ("hidden", "head"),
-    "self_attn.q_norm": ("whole",),
-    "self_attn.k_norm": ("whole",),
-    "mlp.gate_proj": ("neuron", "hidden"),
-    "mlp.up_proj": ("neuron", "hidden"),
-    "mlp.down_proj": ("hidden", "neuron"),
-}
-AROUND = {"embed_tokens": ("whole", "hidden"), "norm": ("hidden",), "lm_head": ("whole", "hidden")}
+from qatkit.pruning.axes import axes_of, build_like, head_dim_of, prefix_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
     hidden channels, norms of head outputs, and for blocks one less the cosine of what comes in and what goes out.
 
     Args:
-        model: A Llama-like model of transformers (Llama, Mistral, Qwen2, Qwen3).
+        model: A Llama-like model of transformers (Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3).
         batches: What `forward` takes.
         forward: Runs the model on one batch; `model(batch)` by default.
 
@@ -145,11 +131,12 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
         The new model, with a config that says what it is.
 
     Raises:
-        QatkitError: a size is larger than it was or does not fit the others, or a parameter's axes are not known.
+        QatkitError: the model is no such model, or a size is larger than it was, does not fit the others or cannot be
+            said by the model's config.
     """
     prefix = prefix_of(model)
     config: Any = copy.deepcopy(model.config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     old = Shape(
         config.num_hidden_layers,
         config.hidden_size,
@@ -161,7 +148,6 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
     layers = _best(scores.layers, new["layers"]).tolist()
     hidden = _best(scores.hidden, new["hidden"])
     state: dict[str, Tensor] = {}
-    names = {f"{prefix}{name}" if name != "lm_head" else name: axes for name, axes in AROUND.items()}
     picks: dict[str, Tensor | None] = {"whole": None, "hidden": hidden}
     for position, index in enumerate(layers):
         queries, groups = _heads(scores.heads[index], new["heads"], old.groups or 1, new["groups"])
@@ -171,16 +157,15 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
             "group": _spread(groups, head_dim),
         }
         for name, value in model.get_submodule(f"{prefix}layers.{index}").state_dict().items():
-            state[f"{prefix}layers.{position}.{name}"] = _cut(name, value, BLOCK, inside)
+            axes = axes_of(prefix, f"{prefix}layers.{index}.{name}")
+            state[f"{prefix}layers.{position}.{name}"] = _cut(value, axes, inside)
     for name, value in model.state_dict().items():
         if not name.startswith(f"{prefix}layers."):
-            state[name] = _cut(name, value, names, picks)
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = new["layers"], len(hidden), new["neurons"]
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = new["heads"], new["groups"], head_dim
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in layers]
-    with torch.random.fork_rng(devices=[]):
-        smaller: Any = type(model)(config)
+            state[name] = _cut(value, axes_of(prefix, name), picks)
+    shorten(config, config.num_hidden_layers, layers)
+    config.hidden_size, config.intermediate_size, config.head_dim = len(hidden), new["neurons"], head_dim
+    config.num_attention_heads, config.num_key_value_heads = new["heads"], new["groups"]
+    smaller: Any = build_like(model, config, state)
     smaller.to(next(model.parameters()).device)
     # assigned, each in its own dtype: a cast of the whole model would round the rotary frequencies too
     smaller.load_state_dict(state, strict=True, assign=True)
@@ -193,18 +178,6 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
 def _head_norms(x: Tensor, heads: int) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(x.float().reshape(-1, heads, x.shape[-1] // heads), dim=-1)
     return norms.mean(dim=0)
-
-
-def prefix_of(model: nn.Module) -> str:
-    """What stands before ``layers.0``."""
-    for name, _ in model.named_modules():
-        if name.endswith("layers.0.self_attn.q_proj") and hasattr(model, "config"):
-            return str(name.removesuffix("layers.0.self_attn.q_proj"))
-    raise QatkitError(
-        f"model: {type(model).__name__} is no Llama-like model of transformers, with layers.0.self_attn.q_proj and a "
-        "config that can say every size; structured pruning knows Llama, Mistral, Qwen2 and Qwen3 (of others layers "
-        "can be dropped by their place, but a config such as BERT's cannot say that heads are missing)"
-    )
 
 
 def _checked(old: Shape, shape: Shape) -> dict[str, int]:
@@ -243,11 +216,8 @@ def _spread(heads: Tensor, head_dim: int) -> Tensor:
     return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
 
 
-def _cut(name: str, value: Tensor, axes: dict[str, tuple[str, ...]], picks: dict[str, Tensor | None]) -> Tensor:
-    module, _, kind = name.rpartition(".")
-    if module not in axes or kind not in ("weight", "bias"):
-        raise QatkitError(f"parameter '{name}': its axes are not known; structured pruning knows {sorted(axes)}")
-    for dimension, axis in enumerate(axes[module][: value.dim()]):
+def _cut(value: Tensor, axes: tuple[str, ...], picks: Mapping[str, Tensor | None]) -> Tensor:
+    for dimension, axis in enumerate(axes[: value.dim()]):
         pick = picks[axis]
         if pick is not None:
             value = value.index_select(dimension, pick.to(value.device))

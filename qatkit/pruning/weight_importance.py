@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.structure import AROUND, BLOCK, Importance, prefix_of
+from qatkit.pruning.axes import axes_of, prefix_of
+from qatkit.pruning.structure import Importance
 
 
 @torch.no_grad()
@@ -75,16 +76,12 @@ def _by_part(model: nn.Module, values: Mapping[str, Tensor]) -> Importance:
         "neurons": torch.zeros(count, config.intermediate_size, device=device),
         "heads": torch.zeros(count, heads, device=device),
     }
-    around = {f"{prefix}{name}" if name != "lm_head" else name: axes for name, axes in AROUND.items()}
     for name, value in values.items():
-        module = name.rpartition(".")[0]
         index = -1
         if name.startswith(f"{prefix}layers."):
-            number, _, module = module.removeprefix(f"{prefix}layers.").partition(".")
-            index = int(number)
+            index = int(name.removeprefix(f"{prefix}layers.").partition(".")[0])
             sums["layers"][index] += value.sum()
-        axes = (BLOCK if index >= 0 else around).get(module, ())  # `shrink` refuses what has no axes
-        for dimension, axis in enumerate(axes[: value.dim()]):
+        for dimension, axis in enumerate(axes_of(prefix, name)[: value.dim()]):
             along = value.movedim(dimension, 0).flatten(1).sum(dim=1) if value.dim() > 1 else value
             if axis == "hidden":
                 sums["hidden"] += along

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+)
 
 from qatkit import QatkitError
 from qatkit.pruning.structure import Importance, Shape, importance, shrink
@@ -87,6 +98,35 @@ def test_without_some_layers_it_is_the_model_that_skips_them() -> None:
     same(small, dense)
 
 
+def test_layers_that_a_config_tells_apart_stay_what_they_are(tmp_path: Path) -> None:
+    config = SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layers=[0, 1, 1, 0])
+    dense = model(config)
+    scores = replace(importance(dense, batches()), layers=torch.tensor([0.0, 2, 1, 3]))
+    small = shrink(dense, scores, Shape(layers=2))
+    assert small.config.no_rope_layers == [1, 0]
+    assert dense.config.no_rope_layers == [0, 1, 1, 0]
+    small.save_pretrained(tmp_path)
+    for index in (0, 2):
+        dense.model.layers[index].self_attn.o_proj.weight.data.zero_()
+        dense.model.layers[index].mlp.down_proj.weight.data.zero_()
+    same(small, dense)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), dense)
+
+
+def test_a_classifier_reads_what_is_left_of_the_stream() -> None:
+    torch.manual_seed(0)
+    dense = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
+    scores = importance(dense, batches())
+    small = shrink(dense, scores, Shape(layers=3, hidden=24, neurons=20, heads=4, groups=2))
+    kept = sorted(scores.hidden.argsort()[32 - 24 :].tolist())
+    assert torch.equal(small.score.weight, dense.score.weight[:, kept])
+    assert small(batches()[0]).logits.shape == (2, 3)
+    fewer = shrink(dense, scores, Shape(neurons=20))
+    for index, layer in enumerate(dense.model.layers):
+        layer.mlp.down_proj.weight.data[:, lowest(scores.neurons[index], 20)] = 0
+    same(fewer, dense)
+
+
 def test_without_some_channels_it_is_the_model_whose_stream_leaves_them_empty() -> None:
     dense = model()
     scores = importance(dense, batches())
@@ -108,8 +148,11 @@ def test_without_some_channels_it_is_the_model_whose_stream_leaves_them_empty() 
         LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
         Qwen2Config(**SIZES),
         Qwen3Config(**SIZES, head_dim=4),
+        MistralConfig(**SIZES, sliding_window=4),
+        GraniteConfig(**SIZES),
+        SmolLM3Config(**SIZES, pad_token_id=0),
     ],
-    ids=["llama", "qwen2", "qwen3"],
+    ids=["llama", "qwen2", "qwen3", "mistral", "granite", "smollm3"],
 )
 def test_plain_from_pretrained_loads_what_comes_out(config: Any, tmp_path: Path) -> None:
     dense = model(config).to(torch.bfloat16)
@@ -157,9 +200,14 @@ def test_models_that_it_does_not_know_are_refused() -> None:
     scores = Importance(torch.ones(4), torch.ones(32), torch.ones(4, 48), torch.ones(4, 8))
     with pytest.raises(QatkitError, match="Sequential is no Llama-like model of transformers"):
         shrink(nn.Sequential(nn.Linear(2, 2)), scores, Shape())
-    odd = LlamaForCausalLM(LlamaConfig(**SIZES))
-    odd.model.layers[0].mlp.gate_scale = nn.Linear(2, 2)
-    with pytest.raises(QatkitError, match=r"parameter 'mlp.gate_scale.weight': its axes are not known"):
-        shrink(odd, scores, Shape(neurons=8))
+    stable = model(StableLmConfig(**SIZES))  # its heads are always as wide as all of them fill the stream
+    for shape in (Shape(groups=2), Shape(hidden=24)):
+        with pytest.raises(
+            QatkitError, match=r"StableLmForCausalLM with .* its config cannot say .*; cut something else"
+        ):
+            shrink(stable, scores, shape)
+    with pytest.raises(QatkitError, match=r"with {'hidden_size': 30, .*} cannot be built \(ValueError"):
+        shrink(stable, scores, Shape(hidden=30))
+    assert shrink(stable, scores, Shape(neurons=8)).config.intermediate_size == 8
     with pytest.raises(QatkitError, match="there are no batches"):
         importance(model(), [])
