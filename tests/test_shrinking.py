@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,7 @@ def test_a_size_that_cannot_be_is_refused_before_a_weight_is_read(override: str,
     [
         ("{neurons: 0.5}", r"stages\.shrink\.shrink\.neurons: .* is no Llama-like .*; for convolutional networks"),
         ("{channels: 0.5, exclude: [conv1, con9]}", r"stages\.shrink\.shrink\.exclude\[1\]: 'con9' matches no layer"),
+        ("{channels: 0.1}", r"stages\.shrink\.shrink: layer 'conv1': .* \(in a recipe channels: 0\.125 or more\)"),
     ],
 )
 def test_what_does_not_fit_a_convolutional_network_is_told_by_its_key(
@@ -233,6 +235,70 @@ def test_heads_of_bert_are_refused_by_name_and_its_layers_can_go() -> None:
     with pytest.raises(QatkitError, match=r"BertForSequenceClassification is no Llama-like .* heads are missing"):
         check(ShrinkConfig(heads=1), bert)
     assert check(ShrinkConfig(layers=2, layers_by="uniform"), bert).config.num_hidden_layers == 2  # type: ignore[union-attr]
+
+
+def on_meta(name: str, **config: object) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4}
+    if name != "OPTForCausalLM":  # whose config knows neither
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 48}
+    with torch.device("meta"):
+        made: nn.Module = kind(kind.config_class(**sizes | config))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        (
+            "OPTForCausalLM",
+            {"heads": 0.5},
+            r"^heads: OPTForCausalLM is no Llama-like .*; of others whole layers can be",
+        ),
+        ("OPTForCausalLM", {"layers": 2}, r"^layers: OPTForCausalLM is no Llama-like .*keep_layers\), .* are missing$"),
+        ("CohereForCausalLM", {"neurons": 0.5}, r"^neurons: CohereForCausalLM is no Llama-like"),
+        ("StableLmForCausalLM", {"heads": 0.5}, r"^StableLmForCausalLM with {'num_attention_heads': 2, .* cannot say"),
+        ("StableLmForCausalLM", {"hidden": 24}, r"^StableLmForCausalLM with {'hidden_size': 24, .* cannot say"),
+        (
+            "Qwen3MoeForCausalLM",
+            {"keep_layers": [1, 2]},
+            r"^Qwen3MoeForCausalLM with {'num_hidden_layers': 2} has 'model",
+        ),
+    ],
+)
+def test_a_model_that_the_run_could_not_cut_is_refused_by_name_before(
+    name: str, size: dict[str, Any], message: str
+) -> None:
+    from qatkit.blocks.shrink import check
+    from qatkit.recipe import ShrinkConfig
+
+    # experts in every second layer: the second of the two that stay would have them, and it is the first
+    more = {"num_experts": 2, "decoder_sparse_step": 2} if "Moe" in name else {}
+    with pytest.raises(QatkitError, match=message):
+        check(ShrinkConfig(**size), on_meta(name, **more))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("OPTForCausalLM", {"keep_layers": [1, 3]}), ("StableLmForCausalLM", {"layers": 2})]
+)
+def test_what_such_a_model_can_lose_it_loses(name: str, size: dict[str, Any]) -> None:
+    from qatkit.blocks.shrink import check
+    from qatkit.recipe import ShrinkConfig
+
+    smaller: Any = check(ShrinkConfig(**size), on_meta(name))
+    assert smaller.config.num_hidden_layers == 2
+
+
+def test_a_weight_tied_between_convolutions_is_refused_before_a_stage_runs() -> None:
+    from qatkit.blocks.shrink import check
+    from qatkit.recipe import ShrinkConfig
+
+    model = cnn(channels=[8, 8, 8])
+    model.conv3.weight = model.conv2.weight
+    with pytest.raises(QatkitError, match=r"^layer 'conv3': its weight is also 'conv2\.weight'"):
+        check(ShrinkConfig(channels=0.5), model)
 
 
 def test_a_sparse_export_is_smaller_reads_back_equal_and_a_changed_one_fails(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from qatkit.distillation.students import depth_of, student_from_teacher
 from qatkit.errors import QatkitError
+from qatkit.pruning.axes import build_like, prefix_of
 from qatkit.pruning.channel_scores import channel_scores, last_layer
-from qatkit.pruning.channels import prune_channels
-from qatkit.pruning.layers import check_pattern, prunable_layers
-from qatkit.pruning.structure import Importance, Shape, importance, prefix_of, shrink
+from qatkit.pruning.channels import check_channels, prune_channels
+from qatkit.pruning.structure import Importance, Shape, importance, shrink
 from qatkit.pruning.weight_importance import magnitude_importance, taylor_importance
 from qatkit.recipe import ShrinkConfig
 
@@ -34,10 +35,7 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
                 f"channels: {type(model).__name__} has no method arguments() that says what its factory would make its "
                 "like from, so its new sizes could not be written down; add one, as qatkit.models.vision has"
             )
-        if config.exclude:
-            names = list(prunable_layers(model))
-            for index, pattern in enumerate(config.exclude):
-                check_pattern(f"exclude[{index}]", pattern, names)
+        check_channels(model, config.exclude, 1 - config.channels)
         if find_spec("torch_pruning") is None:
             raise QatkitError("channels: they are cut out by Torch-Pruning; pip install torch-pruning")
         return model
@@ -52,10 +50,9 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
                 neurons=torch.zeros(count, sizes.intermediate_size, device="cpu"),
                 heads=torch.zeros(count, sizes.num_attention_heads, device="cpu"),
             )
-            try:
-                smaller = shrink(smaller, equal, shape)
-            except QatkitError as error:  # in the words of the block
-                raise QatkitError(re.sub(r"^shape\.", "", re.sub(r"^shape\.groups", "kv_heads", str(error)))) from None
+            smaller = _in_words_of_the_block(lambda: shrink(smaller, equal, shape))
+        elif smaller is not model and hasattr(smaller.config, "to_dict"):  # its config is what it is loaded from
+            _in_words_of_the_block(lambda: build_like(model, copy.deepcopy(smaller.config), smaller.state_dict()))
     if sum(p.numel() for p in smaller.parameters()) == sum(p.numel() for p in model.parameters()):
         raise QatkitError("the sizes are those that the model has, so nothing is cut; write smaller ones")
     return smaller
@@ -114,9 +111,8 @@ def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
     try:
         prefix_of(model)
     except QatkitError as error:
-        raise QatkitError(
-            f"{keys[0]}: {str(error).removeprefix('model: ')}; for convolutional networks write channels: 0.5"
-        ) from None
+        network = "" if hasattr(model, "config") else "; for convolutional networks write channels: 0.5"
+        raise QatkitError(f"{keys[0]}: {str(error).removeprefix('model: ')}{network}") from None
     sizes: Any = model.config
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     wanted = None if config.heads is None else _size(config.heads, heads)
@@ -130,6 +126,14 @@ def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
         heads=wanted,
         groups=kept,
     )
+
+
+def _in_words_of_the_block(cut: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return cut()
+    except QatkitError as error:
+        said = re.sub(r"^(model: |shape\.)", "", re.sub(r"^shape\.groups", "kv_heads", str(error)))
+        raise QatkitError(said) from None
 
 
 def _size(wanted: int | float, whole: int) -> int:

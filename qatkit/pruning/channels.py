@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.layers import PRUNABLE, matches, prunable_layers
+from qatkit.pruning.layers import PRUNABLE, check_pattern, matches
 from qatkit.pruning.masks import check_sparsity
+
+ROUNDING = 1e-9  # else a tenth of 10 channels would be 0.99999 of one, and none
 
 
 def prune_channels(
@@ -40,22 +43,15 @@ def prune_channels(
         The smaller model; the old one stays as it is.
 
     Raises:
-        QatkitError: Torch-Pruning is not installed, a pattern matches nothing, a layer is no plain one, the ratio
-            leaves a layer no channel, or the output would have another shape.
+        QatkitError: Torch-Pruning is not installed, a pattern matches nothing, a layer is no plain one or has a weight
+            of another, the ratio leaves a layer no channel, or the output would have another shape.
     """
     check_sparsity("ratio", ratio)
+    check_channels(model, exclude)
     try:
         torch_pruning: Any = importlib.import_module("torch_pruning")
     except ImportError as error:
         raise QatkitError("channels are cut out by Torch-Pruning: pip install torch-pruning") from error
-    if exclude:
-        prunable_layers(model, include=exclude)  # for its check of patterns
-    for name, layer in model.named_modules():
-        if isinstance(layer, PRUNABLE) and type(layer) not in PRUNABLE:
-            raise QatkitError(
-                f"layer '{name}': {type(layer).__name__} is no plain layer, and may hold more than its weight; prune "
-                "before prepare_qat, or call strip_qat(model) first"
-            )
     smaller = copy.deepcopy(model).eval()
     with torch.no_grad():
         before = smaller(example).shape
@@ -63,12 +59,20 @@ def prune_channels(
         smaller,
         example,
         importance=_importance(torch_pruning, smaller, scores),
-        pruning_ratio=ratio,
+        pruning_ratio=ratio - ROUNDING,
         ignored_layers=[module for name, module in smaller.named_modules() if matches(name, exclude)],
         round_to=multiple,
     )
+    graph, roots = pruner.DG, pruner.root_module_types
+    groups = list(graph.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=roots))
+    if not groups:
+        raise QatkitError(f"exclude: {list(exclude)} leaves no layer whose channels can be cut out; exclude fewer")
+    narrowest = sorted((_narrowest(pruner, group) for group in groups), key=lambda found: found[1] / found[2])
     pruner.step()
-    _check_floor(model, smaller, ratio)
+    for name, channels, together in narrowest:
+        # Torch-Pruning leaves a group alone rather than take all that a layer of it has
+        if graph.get_out_channels(smaller.get_submodule(name)) == channels > _kept(channels, ratio):
+            raise _none_left(name, channels, ratio, max(together, multiple or 1))
     with torch.no_grad():
         after = smaller(example).shape
     if after != before:
@@ -77,6 +81,38 @@ def prune_channels(
             "makes the output, such as exclude=['classifier']"
         )
     return smaller.train(model.training)
+
+
+def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float = 0) -> None:
+    """Raise what `prune_channels` would of a model, as far as it can be known without an input.
+
+    Args:
+        model: Maybe on torch's meta device.
+        exclude: As there.
+        ratio: As there.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PRUNABLE)}
+    for index, pattern in enumerate(exclude):
+        check_pattern(f"exclude[{index}]", pattern, list(layers))
+    for name, layer in layers.items():
+        if type(layer) not in PRUNABLE:
+            raise QatkitError(
+                f"layer '{name}': {type(layer).__name__} is no plain layer, and may hold more than its weight; prune "
+                "before prepare_qat, or call strip_qat(model) first"
+            )
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if (other := owners.setdefault(id(parameter), f"{name}.{kind}")) != f"{name}.{kind}":
+                raise QatkitError(
+                    f"layer '{name}': its {kind} is also '{other}', and each would be cut by itself; use one module at "
+                    "both places, or give each a weight of its own"
+                )
+    # as a rule the last one makes the output and keeps its channels; where another does, excluding it changes nothing
+    channels = {name: len(layers[name].weight) for name in list(layers)[:-1] if not matches(name, exclude)}
+    if none := [name for name, count in channels.items() if not _kept(count, ratio)]:
+        name = min(none, key=lambda name: channels[name])
+        raise _none_left(name, channels[name], ratio)
 
 
 def _importance(torch_pruning: Any, model: nn.Module, scores: Mapping[str, Tensor] | None) -> Any:
@@ -98,9 +134,28 @@ def _importance(torch_pruning: Any, model: nn.Module, scores: Mapping[str, Tenso
     return mean_score
 
 
-def _check_floor(before: nn.Module, after: nn.Module, ratio: float) -> None:
-    """A layer keeps at least one channel: Torch-Pruning leaves one alone rather than take all that it has."""
-    for name, layer in after.named_modules():
-        old = before.get_submodule(name)
-        if isinstance(layer, PRUNABLE) and isinstance(old, PRUNABLE) and not layer.weight.numel():
-            raise QatkitError(f"ratio: {ratio} leaves layer '{name}' none of its {len(old.weight)} channels; cut less")
+def _narrowest(pruner: Any, group: Any) -> tuple[str, int, int]:
+    """Of layers whose channels go together the one with fewest: its name, its channels, and what they come in.
+
+    They come in more than one where a grouped convolution or norm loses as many of each of its groups.
+    """
+    names, graph = {module: name for name, module in pruner.model.named_modules()}, pruner.DG
+    making = [item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)]
+    channels = {names[layer]: graph.get_out_channels(layer) for layer in making if layer in names}
+    name = min(channels, key=lambda name: channels[name])
+    counts = pruner.in_channel_groups, pruner.out_channel_groups
+    return name, channels[name], max(part.get(item.dep.target.module, 1) for item in group for part in counts)
+
+
+def _kept(channels: int, ratio: float) -> int:
+    return int(channels * (1 - ratio + ROUNDING))
+
+
+def _none_left(name: str, channels: int, ratio: float, least: int = 1) -> QatkitError:
+    """A layer keeps at least one channel, of every group where it has groups."""
+    enough = 1 - math.ceil(1000 * least / channels) / 1000
+    write = f"ratio: {enough:.3g} or less (in a recipe channels: {1 - enough:.3g} or more), or " if enough > 0 else ""
+    found = f"{channels}, which stay in multiples of {least}" if least > 1 else f"{channels}"
+    return QatkitError(
+        f"layer '{name}': ratio: {ratio:.3g} leaves none of its channels ({found}); write {write}exclude: ['{name}']"
+    )

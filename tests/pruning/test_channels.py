@@ -56,6 +56,11 @@ def test_channels_of_a_residual_sum_go_together_and_numbers_are_rounded() -> Non
     assert small(IMAGES).shape == (4, 3)
 
 
+def test_what_is_added_to_an_excluded_layers_output_keeps_its_channels() -> None:
+    small = prune_channels(Residual(), IMAGES, 0.5, exclude=["head", "stem"])
+    assert (small.stem.out_channels, small.outer.out_channels, small.inner.out_channels) == (8, 8, 6)
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -91,3 +96,62 @@ def test_mistakes_are_named() -> None:
     prepare_qat(model, QuantSpec(num_bits=4))
     with pytest.raises(QatkitError, match=r"QATConv2d is no plain layer, .*; prune before prepare_qat"):
         prune_channels(model, IMAGES, 0.5, exclude=["classifier"])
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+        self.second, self.norm, self.head = nn.Conv2d(8, 6, 3), nn.GroupNorm(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(self.norm(self.second(x * self.gate(x).sigmoid())).mean(dim=(2, 3)))
+
+
+def test_a_layer_that_would_keep_no_channel_is_named_with_the_most_that_can_go() -> None:
+    for ratio in (0.9, 0.95):  # with 0.9 only the first would keep none
+        with pytest.raises(
+            QatkitError, match=r"'conv1': ratio: 0.9.* none of its channels \(8\); write ratio: 0.875 or"
+        ):
+            prune_channels(cnn(channels=[8, 16]), IMAGES, ratio, exclude=["classifier"])
+    small = prune_channels(cnn(channels=[8, 16]), IMAGES, 0.875, exclude=["classifier"])
+    assert (small.conv1.out_channels, small.conv2.out_channels) == (1, 2)
+    with pytest.raises(
+        QatkitError, match=r"'gate': ratio: 0.5 leaves none of its channels \(1\); write exclude: \['gate'"
+    ):
+        prune_channels(Gated(), IMAGES, 0.5, exclude=["head"])
+    with pytest.raises(
+        QatkitError, match=r"'second': .* \(6, which stay in multiples of 2\); write ratio: 0.666 or less"
+    ):
+        prune_channels(Gated(), IMAGES, 0.7, exclude=["head", "gate"])
+    assert prune_channels(Gated(), IMAGES, 0.666, exclude=["head", "gate"]).second.out_channels == 2
+    with pytest.raises(QatkitError, match=r"exclude: \['\*'\] leaves no layer whose channels can be cut out"):
+        prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5, exclude=["*"])
+
+
+def test_a_tenth_of_ten_channels_is_one() -> None:
+    small = prune_channels(cnn(channels=[10, 20]), IMAGES, 1 - 0.1, exclude=["classifier"])
+    assert (small.conv1.out_channels, small.conv2.out_channels) == (1, 2)
+
+
+class Twice(nn.Module):
+    def __init__(self, share: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.third = self.second if share == "module" else nn.Conv2d(8, 8, 3, padding=1)
+        self.third.weight = self.second.weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(x)).relu()).mean(dim=(2, 3)))
+
+
+def test_a_weight_of_two_layers_is_refused_and_a_layer_used_twice_is_cut_once() -> None:
+    with pytest.raises(
+        QatkitError, match=r"layer 'third': its weight is also 'second.weight', .*; use one module at both"
+    ):
+        prune_channels(Twice("weight"), IMAGES, 0.5, exclude=["head"])
+    small = prune_channels(Twice("module"), IMAGES, 0.5, exclude=["head"])
+    assert small.third is small.second
+    assert small.second.weight.shape == (4, 4, 3, 3)
