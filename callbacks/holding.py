@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +17,9 @@ from typing_extensions import override
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import prunable_layers
 from qatkit.pruning.masks import apply_masks, count_zeros, nonzeros
+
+AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+"""Callbacks whose averages keep a zero only where it was one all along."""
 
 
 class HeldZeros(Callback):
@@ -162,11 +165,27 @@ class HeldZeros(Callback):
         module = self._module() if self._module is not None else None
         if module is not None:
             self.put_back(module)
-        return {} if module is None else {"zeros": count_zeros(self.weights(module))}
+        # Lightning's tuners save and restore before there is a first zero: this is no checkpoint to go on from
+        return {"zeros": count_zeros(self.weights(module))} if module is not None and self.layers else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recorded = dict(state_dict["zeros"]) if "zeros" in state_dict else None
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        holding = [each for each in trainer.callbacks if isinstance(each, HeldZeros)]  # type: ignore[attr-defined]
+        chosen = {name for each in holding for name in each.select(pl_module)}
+        own = {each.state_key for each in holding}  # theirs is checked where it is loaded
+        for key, state in checkpoint.get("callbacks", {}).items():
+            recorded = state.get("zeros") if isinstance(state, dict) and key not in own else None
+            for name in recorded if isinstance(recorded, dict) else ():
+                if name not in chosen:
+                    raise QatkitError(
+                        f"layer '{name}': the checkpoint holds its zeros, and no callback would go on with them; "
+                        "resume with the patterns it was trained with, add ConstantPruning, or start from its weights "
+                        "without resuming"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         # a weak reference cannot be pickled, and copies of the weights of a step would be of no use

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from qatkit.errors import QatkitError
 from qatkit.pruning.gradient import prune_by_gradient
-from qatkit.pruning.masks import check_nm, check_pair, check_sparsity
+from qatkit.pruning.masks import check_nm, check_nm_pair, check_sparsity
 from qatkit.pruning.one_shot import check_linear, prune_one_shot
 
 
@@ -67,8 +67,8 @@ class OneShotPruning(HeldZeros):
             check_sparsity("sparsity", sparsity)
             if not sparsity:
                 raise QatkitError("sparsity: 0 prunes nothing; write a share of zeros above 0, such as 0.5")
-        else:
-            check_pair("nm", nm, (2, 4))
+        if nm is not None:
+            check_nm_pair(nm)
         if scope != "layer" and (method != "taylor" or nm is not None):
             raise QatkitError(f"scope: '{scope}' goes with method='taylor' and sparsity alone; leave it out")
         if method == "taylor" and calibration_forward is None:

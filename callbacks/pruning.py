@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from qatkit.callbacks.holding import HeldZeros
+from qatkit.callbacks.holding import AVERAGING, HeldZeros
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -22,6 +21,7 @@ from qatkit.pruning.masks import (
     check_block,
     check_floor,
     check_nm,
+    check_nm_pair,
     check_pair,
     check_sparsity,
     count_zeros,
@@ -84,9 +84,11 @@ class MagnitudePruning(HeldZeros):
             )
         if sparsity is not None:
             check_sparsity("sparsity", sparsity)
+        if ramp is not None and not isinstance(ramp, Ramp):
+            raise QatkitError(f"ramp: {ramp!r} is no ramp; write Ramp(0.5)")
         self.ramp = ramp if ramp is not None else Ramp(sparsity or 0.0, end=0.0)
         if nm is not None:
-            check_pair("nm", nm, (2, 4))
+            check_nm_pair(nm)
         if block is not None:
             check_pair("block", block, (16, 16))
         if nm is None and not self.ramp.final:
@@ -114,7 +116,7 @@ class MagnitudePruning(HeldZeros):
         if stage != "fit":
             return
         self._level = -1
-        averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]
         if averaging and self.ramp.end > self.ramp.start:
             raise QatkitError(
                 f"ramp: {type(averaging[0]).__name__} averages weights of before and after they are pruned, which "
@@ -243,7 +245,7 @@ class MagnitudePruning(HeldZeros):
             return masks
         shares = {name: self._share_at(level, name) for name in weights}
         if self.block is not None:
-            return {name: block_mask(weight, shares[name], self.block) for name, weight in weights.items()}
+            return {name: block_mask(weight, shares[name], self.block, name) for name, weight in weights.items()}
         return {name: global_masks({name: weight}, shares[name])[name] for name, weight in weights.items()}
 
 

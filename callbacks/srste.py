@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from qatkit.callbacks.holding import HeldZeros
+from qatkit.callbacks.holding import AVERAGING, HeldZeros
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.masks import apply_mask, check_nm, check_pair, nm_mask
+from qatkit.pruning.masks import apply_mask, check_nm, check_nm_pair, nm_mask
 from qatkit.pruning.shards import local, rows_here
 
 
@@ -52,11 +52,12 @@ class SparseRefinedSTE(HeldZeros):
         super().__init__(include, exclude)
         if not decay >= 0:
             raise QatkitError(f"decay: {decay} is out of range; write 0 or a small number above it, such as 2e-4")
-        check_pair("nm", nm, (2, 4))
+        check_nm_pair(nm)
         self.nm = nm
         self.decay = decay
         self._pruned: dict[str, Tensor] = {}
         self._stepped = False
+        self._after: RemovableHandle | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,7 +65,7 @@ class SparseRefinedSTE(HeldZeros):
         if stage != "fit":
             return
         self._pruned, self._stepped = {}, False
-        averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]
         if averaging:
             raise QatkitError(
                 f"callbacks: {type(averaging[0]).__name__} averages weights with different masks, which leaves no "
@@ -105,11 +106,16 @@ class SparseRefinedSTE(HeldZeros):
                 local(weight.detach()).add_(pruned)
                 if weight.grad is not None:
                     local(weight.grad).add_(pruned, alpha=self.decay)
+        # not at the batch's end: a module that optimizes by hand may step several times in one
+        self._after = optimizer.register_step_post_hook(lambda *_: self.put_back(pl_module))
 
     @override
     def put_back(self, pl_module: LightningModule) -> None:
         if self._stepped:
             self._take_out(pl_module)
+        if self._after is not None:
+            self._after.remove()
+        self._after = None
 
     def _take_out(self, pl_module: LightningModule) -> None:
         """Split every weight into the N:M sparse part, which stays, and the values it is without."""
@@ -133,3 +139,7 @@ class SparseRefinedSTE(HeldZeros):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._pruned = dict(state_dict["pruned"])
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_after": None}

@@ -82,13 +82,13 @@ def train(
     stage = recipe.stages[name]
     quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
     monitor = CompressionMonitor()
-    pruning = blocks.prune.callback(stage.prune, [] if stage.lora else held)
+    pruning = blocks.prune.callbacks(stage.prune, [] if stage.lora else held, model)
     lora = blocks.lora.callback(stage.lora, held, recipe.seed) if stage.lora else None
     rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     stopping = StopEarly(stage.early_stopping, name, folder) if stage.early_stopping else None
     samples = blocks.samples.callback(stage.samples, folder) if stage.samples else None
     # steps that are left out come first, as others read gradients; pruning before ranges are calibrated on its weights
-    ordered = (NonFiniteSteps(), stopping, pruning, rewinding, quantize, lora, monitor, samples)
+    ordered = (NonFiniteSteps(), stopping, *pruning, rewinding, quantize, lora, monitor, samples)
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert taught is not None
@@ -142,7 +142,8 @@ def train(
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=whole))
     folds = [(outside(first), outside(second)) for first, second in quantize.folds] if quantize else []
-    zeros = [outside(layer) for layer in pruning.layers] if pruning else list(held) if lora else []
+    zeros = list(dict.fromkeys(outside(layer) for each in pruning for layer in each.layers))
+    zeros = zeros or (list(held) if lora else [])
     record = stopping.record(trainer) if stopping is not None else None
     return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor, record)
 

@@ -57,18 +57,29 @@ def _check_shares(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
         check_floor(layer, total - round(shares[layer] * total), total)
 
 
-def callback(config: PruneConfig | None, held: Sequence[str]) -> HeldZeros | None:
-    """What prunes, or holds the zeros of the layers `held`, or None where there is nothing to do."""
-    from qatkit.callbacks import (
-        ConstantPruning,
-        MagnitudePruning,
-        MovementPruning,
-        OneShotPruning,
-        SparseRefinedSTE,
-    )
+def callbacks(config: PruneConfig | None, held: Sequence[str], model: nn.Module) -> list[HeldZeros]:
+    """What prunes, and what holds the zeros of earlier stages meanwhile.
+
+    Args:
+        config: The stage's block, if it has one.
+        held: Layers whose zeros an earlier stage made. All of them stay through any method but srste, whose zeros may
+            change in the layers that it prunes.
+        model: The model at the stage's start.
+    """
+    from qatkit.callbacks import ConstantPruning
 
     if config is None:
-        return ConstantPruning(inside(held)) if held else None
+        return [ConstantPruning(inside(held))] if held else []
+    chosen = prunable_layers(model, config.include, config.exclude)
+    pruned = {name for name in chosen if share_of(name, config.layers, 1.0)}
+    # a ramp holds nothing before its first zeros; what prunes at once holds its layers, old zeros and new, by itself
+    left = [layer for layer in held if config.ramp is not None or layer not in pruned]
+    return [*([ConstantPruning(inside(left))] if left else []), _pruning(config)]
+
+
+def _pruning(config: PruneConfig) -> HeldZeros:
+    from qatkit.callbacks import MagnitudePruning, MovementPruning, OneShotPruning, SparseRefinedSTE
+
     nm = None if config.nm is None else (config.nm[0], config.nm[1])
     ramp = None if config.ramp is None else Ramp(**asdict(config.ramp))
     include, exclude = inside(config.include), inside(config.exclude)

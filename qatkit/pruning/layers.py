@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from qatkit.errors import QatkitError
 
@@ -22,7 +23,7 @@ def prunable_layers(
     Two layers with one weight are one: it counts under the first name.
 
     Raises:
-        QatkitError: a pattern matches no layer, nothing is left, or a weight is no float, is computed by a hook or is
+        QatkitError: a pattern matches no layer, nothing is left, or a weight is quantized, is computed by a hook or is
             used by another kind of layer or by an excluded one too.
 
     Example:
@@ -42,23 +43,13 @@ def prunable_layers(
         if name not in layers
         for parameter in module.parameters(recurse=False)
     }
-    left_out = {id(layer.weight): name for name, layer in layers.items() if matches(name, exclude)}
+    left_out = {id(_weight(layer)): name for name, layer in layers.items() if matches(name, exclude)}
     chosen: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for name, layer in layers.items():
-        if matches(name, exclude) or not matches(name, include) or id(layer.weight) in seen:
+        if matches(name, exclude) or not matches(name, include) or id(_weight(layer)) in seen:
             continue
-        if not isinstance(layer.weight, nn.Parameter):
-            raise QatkitError(
-                f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); make "
-                "it permanent (prune.remove, remove_weight_norm), or exclude the layer"
-            )
-        if not layer.weight.is_floating_point() or _is_codes(layer.weight):
-            kind = layer.weight.dtype if not layer.weight.is_floating_point() else type(layer.weight).__name__
-            raise QatkitError(
-                f"layer '{name}': its weight is {kind}, no float: it is quantized already; prune the model before it "
-                "is quantized, or exclude the layer"
-            )
+        _check_weight(name, _weight(layer))
         if id(layer.weight) in elsewhere:
             raise QatkitError(
                 f"layer '{name}': its weight is also that of '{elsewhere[id(layer.weight)]}', which would be pruned "
@@ -76,9 +67,27 @@ def prunable_layers(
     return chosen
 
 
-def _is_codes(weight: nn.Parameter) -> bool:
-    """Whether a tensor subclass, such as torchao's and bitsandbytes', says that its codes are floats."""
-    return type(weight) is not nn.Parameter and not hasattr(weight, "to_local")  # FSDP2's shards are floats
+def _weight(layer: nn.Module) -> object:
+    # layers that compressed-tensors has packed have codes under other names alone
+    return getattr(layer, "weight", None)
+
+
+def _check_weight(name: str, weight: object) -> None:
+    if isinstance(weight, UninitializedParameter):
+        raise QatkitError(f"layer '{name}': it has no weight before its first batch; run one through the model before")
+    if weight is not None and not isinstance(weight, nn.Parameter):
+        raise QatkitError(
+            f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); make "
+            "it permanent (prune.remove, remove_weight_norm), or exclude the layer"
+        )
+    # tensor subclasses of torchao and bitsandbytes say that their codes are floats; FSDP2's shards are floats
+    codes = weight is not None and type(weight) is not nn.Parameter and not hasattr(weight, "to_local")
+    if weight is None or codes or not weight.is_floating_point() or weight.element_size() < 2:
+        kind = "packed" if weight is None else type(weight).__name__ if codes else weight.dtype
+        raise QatkitError(
+            f"layer '{name}': its weight is {kind}, no float of 16 bits or more: it is quantized already; prune the "
+            "model before it is quantized, or exclude the layer"
+        )
 
 
 def share_of(name: str, shares: Mapping[str, float], default: float) -> float:

@@ -116,13 +116,14 @@ def _largest(groups: Tensor, n: int) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, groups.shape[1] - n :], True)
 
 
-def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int]) -> Tensor:
+def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: str = "weight") -> Tensor:
     """Prune whole blocks: the ``round(sparsity * blocks)`` with the smallest sum of magnitudes.
 
     Args:
         weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose blocks hold whole kernels.
         sparsity: Share of pruned blocks, from 0 to below 1.
         block: Rows and columns of a block; they divide `out` and `in`.
+        name: What errors call the weight.
 
     Returns:
         The mask, bool, in the weight's shape; of a sharded weight, the mask of the local shard.
@@ -136,7 +137,7 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int]) -> Tenso
         tensor([[False, False,  True,  True]])
     """
     check_sparsity("sparsity", sparsity)
-    check_block("weight", weight, block)
+    check_block(name, weight, block)
     whole: Tensor = weight.detach()
     if hasattr(whole, "full_tensor"):
         whole = whole.full_tensor()  # a block may lie on two processes
@@ -145,8 +146,8 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int]) -> Tenso
     grid = whole.float().abs().flatten(2).sum(-1) if whole.dim() > 2 else whole.float().abs()
     sums = grid.view(out // rows, rows, inputs // columns, columns).sum(dim=(1, 3))
     count = round(sparsity * sums.numel())
-    check_floor("weight", sums.numel() - count, sums.numel())
-    kept = lowest({"weight": sums}, count)["weight"]
+    check_floor(name, sums.numel() - count, sums.numel())
+    kept = lowest({name: sums}, count)[name]
     mask = kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     mask = mask.view(out, inputs, *[1] * (whole.dim() - 2)).expand(whole.shape)
     return rows_here(mask, weight).contiguous()
@@ -210,6 +211,13 @@ def check_pair(key: str, pair: object, example: tuple[int, int]) -> None:
         raise QatkitError(f"{key}: {pair!r} is no pair of whole numbers; write {example}")
 
 
+def check_nm_pair(nm: tuple[int, int]) -> None:
+    """Raise if N:M is no pattern."""
+    check_pair("nm", nm, (2, 4))
+    if not 0 < nm[0] < nm[1]:
+        raise QatkitError(f"nm: [{nm[0]}, {nm[1]}] keeps {nm[0]} of {nm[1]}; write 0 < N < M, such as [2, 4]")
+
+
 def check_floor(name: str, kept: int, total: int) -> None:
     """Raise if pruning leaves a layer less than `FLOOR` of its weights."""
     if kept < max(FLOOR * total, 1):
@@ -221,8 +229,7 @@ def check_floor(name: str, kept: int, total: int) -> None:
 
 def check_nm(name: str, weight: Tensor, n: int, m: int) -> None:
     """Raise if N:M is no pattern, or does not fit the weight."""
-    if not 0 < n < m:
-        raise QatkitError(f"nm: [{n}, {m}] keeps {n} of {m}; write 0 < N < M, such as [2, 4]")
+    check_nm_pair((n, m))
     if weight.dim() < 2 or weight.shape[1] % m:
         raise QatkitError(
             f"layer '{name}': its weight of shape {list(weight.shape)} has inputs that groups of {m} do not divide; "

@@ -25,7 +25,7 @@ def sparsegpt(
 
     Frantar and Alistarh (2023, https://arxiv.org/abs/2301.00774), algorithm 1. With ``inverse(X.T @ X) = U.T @ U``, the
     weight in column ``j`` costs ``w ** 2 / U[j, j] ** 2``; when it becomes 0, the columns behind it change by ``-w /
-    U[j, j] * U[j, :]``.
+    U[j, j] * U[j, :]``. Zeros that are there before are among those that are pruned, and stay.
 
     Args:
         weight: ``[out, in]``.
@@ -46,6 +46,8 @@ def sparsegpt(
         check_sparsity("sparsity", sparsity if sparsity is not None else -1.0)
     upper, unused = _inverse_root(gram, damp)
     pruned = weight.detach().to(upper.dtype, copy=True)
+    zeros = pruned == 0
+    before = zeros if zeros.any() else None
     rows, columns = pruned.shape
     size = BLOCK if nm is None else max(BLOCK - BLOCK % nm[1], nm[1])  # no group on two blocks
     done = 0
@@ -68,8 +70,12 @@ def sparsegpt(
             column = block[:, j].clone()
             errors[:, j] = (column * ~mask[:, j]) / root[j, j]
             block[:, j:] -= errors[:, j : j + 1] * root[j, j:]
+            if before is not None:
+                block.masked_fill_(before[:, start:end], 0)
             block[:, j] = torch.where(mask[:, j], column, 0)
         pruned[:, end:] -= errors @ upper[start:end, end:]
+        if before is not None:
+            pruned.masked_fill_(before, 0)
     return pruned.to(weight.dtype)
 
 

@@ -65,7 +65,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
         The form of every tensor.
 
     Raises:
-        QatkitError: the form is unknown.
+        QatkitError: the form is unknown, or a tensor has the name of another one's part.
 
     Example:
         >>> import tempfile, torch
@@ -90,7 +90,12 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
             "dtype": str(value.dtype).removeprefix("torch."),
         }
         parts = _bitmask(value) if forms[name] == "bitmask" else _csr(value)
-        tensors |= {f"{name}.{part}": content for part, content in parts.items()}
+        for part, content in parts.items():
+            if f"{name}.{part}" in state:
+                raise QatkitError(
+                    f"'{name}.{part}': '{name}' is stored in parts, one of which has this name; rename it"
+                )
+            tensors[f"{name}.{part}"] = content
     save_file(tensors, path, metadata={"format": "pt", "sparse": json.dumps(described)})
     return forms
 
@@ -123,7 +128,8 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
 
 
 def _smallest(value: Tensor, form: Format | None) -> Format:
-    if value.dim() < 2 or not value.numel() or not value.is_floating_point():
+    # torch counts no zeros in floats of 8 bits
+    if value.dim() < 2 or not value.numel() or not value.is_floating_point() or value.element_size() < 2:
         return "dense"
     candidates = FORMATS if form is None else ("dense", form)
     return min(candidates, key=lambda candidate: stored_bytes(value, candidate))

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from qatkit.callbacks import KnowledgeDistillation, QuantizationAwareTraining
 from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
 from torch import Tensor, nn
@@ -198,6 +203,18 @@ def test_resuming_with_other_settings_or_layers_is_an_error(tmp_path: Path) -> N
         trainer(MagnitudePruning(0.5, layers={"net.2": 0.0})).fit(Classifier(), batches(), ckpt_path=path)
 
 
+def test_resuming_with_patterns_that_let_go_of_a_held_layer_is_an_error(tmp_path: Path) -> None:
+    path = str(saved(tmp_path, MagnitudePruning(0.5)))
+    only = MagnitudePruning(0.5, include=["net.2"])
+    with pytest.raises(
+        QatkitError, match=r"layer 'net.0': the checkpoint holds its zeros, and no callback would go on"
+    ):
+        trainer(only).fit(Classifier(), batches(), ckpt_path=path)
+    module = Classifier()
+    trainer(only, ConstantPruning(include=["net.0"])).fit(module, batches(), ckpt_path=path)
+    assert zeros(module) == 64
+
+
 def test_a_checkpoint_from_before_the_callback_is_pruned_when_it_resumes(tmp_path: Path) -> None:
     path, watch = saved(tmp_path), Watch()
     trainer(MagnitudePruning(0.5), watch).fit(Classifier(), batches(), ckpt_path=str(path))
@@ -278,6 +295,12 @@ def test_averaged_weights_keep_the_zeros_and_a_wrong_order_is_refused() -> None:
         trainer(EMAWeightAveraging(), MagnitudePruning(0.5)).fit(Classifier(), batches())
     with pytest.raises(QatkitError, match="averages weights of before and after they are pruned"):
         trainer(MagnitudePruning(ramp=Ramp(0.5)), EMAWeightAveraging()).fit(Classifier(), batches())
+    swa = StochasticWeightAveraging(1e-3, swa_epoch_start=0.3)
+    with pytest.raises(QatkitError, match="StochasticWeightAveraging averages weights of before and after"):
+        trainer(MagnitudePruning(ramp=Ramp(0.5)), swa).fit(Classifier(), batches())
+    module = Classifier()
+    trainer(MagnitudePruning(0.5), swa, max_epochs=4, max_steps=-1).fit(module, batches())
+    assert zeros(module) == 64
 
 
 def test_half_precision_prunes_the_exact_count() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from qatkit.callbacks.srste import SparseRefinedSTE
 from torch.nn import functional as F
 
@@ -24,7 +25,9 @@ class SGD(Classifier):
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_every_step_is_the_update_of_the_paper(decay: float) -> None:
     module = SGD()
-    trainer(SparseRefinedSTE((2, 4), decay, include=["net.0"])).fit(module, batches())
+    callback = SparseRefinedSTE((2, 4), decay, include=["net.0"])
+    trainer(callback).fit(module, batches())
+    pickle.dumps(callback)
 
     reference = network().double()
     latent = reference[0].weight.detach().clone()
@@ -61,10 +64,33 @@ def test_what_is_validated_and_saved_is_sparse(tmp_path: Path) -> None:
     assert ((resumed.net[2].weight.view(3, 4, 4) != 0).sum(dim=2) == 2).all()
 
 
+def test_every_forward_is_sparse_where_a_module_steps_several_times_in_a_batch() -> None:
+    seen = []
+
+    class ByHand(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            for _ in range(3):
+                seen.append((self.net[0].weight == 0).sum().item())
+                optimizer.zero_grad()  # type: ignore[union-attr]
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()  # type: ignore[union-attr]
+
+    trainer(SparseRefinedSTE()).fit(ByHand(), batches())
+    assert seen == [64] * len(seen)
+    assert len(seen) > 3
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(QatkitError, match=r"layer 'net.2': its weight of shape \[3, 16\] .* groups of 5 do not divide"):
         trainer(SparseRefinedSTE((2, 5), include=["net.2"])).fit(Classifier(), batches())
     with pytest.raises(QatkitError, match="averages weights with different masks"):
         trainer(SparseRefinedSTE(), EMAWeightAveraging()).fit(Classifier(), batches())
+    with pytest.raises(QatkitError, match="StochasticWeightAveraging averages weights with different masks"):
+        trainer(SparseRefinedSTE(), StochasticWeightAveraging(1e-3)).fit(Classifier(), batches())
+    with pytest.raises(QatkitError, match=r"nm: \[4, 2\] keeps 4 of 2; write 0 < N < M"):
+        SparseRefinedSTE((4, 2))
     with pytest.raises(QatkitError, match="decay: -1 is out of range"):
         SparseRefinedSTE(decay=-1)

@@ -62,7 +62,7 @@ def test_weights_that_are_computed_or_no_floats_are_refused() -> None:
         prunable_layers(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))))
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.int8, no float.* prune the model before"):
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.int8, no float.* prune the"):
         prunable_layers(nn.Sequential(layer))
 
 
@@ -73,8 +73,22 @@ def test_models_that_other_libraries_have_quantized_are_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     quantize_(model, Int8WeightOnlyConfig())
     assert model[0].weight.is_floating_point(), "it says so"
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is Int8Tensor, no float: it is quantized already"):
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is Int8Tensor, no float .*it is quantized already"):
         prunable_layers(model)
+    packed = nn.Linear(64, 64)  # as compressed-tensors leaves it
+    packed.register_parameter("weight_packed", nn.Parameter(torch.zeros(64, 8, dtype=torch.int32), requires_grad=False))
+    del packed.weight
+    with pytest.raises(QatkitError, match=r"layer '0': its weight is packed, no float .*it is quantized already"):
+        prunable_layers(nn.Sequential(packed))
+    assert list(prunable_layers(nn.Sequential(packed, nn.Linear(4, 4)), exclude=["0"])) == ["1"]
+    eight = nn.Linear(64, 64)
+    eight.weight = nn.Parameter(eight.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        QatkitError, match=r"layer '0': its weight is torch\.float8_e4m3fn, no float .*quantized already"
+    ):
+        prunable_layers(nn.Sequential(eight))
+    with pytest.raises(QatkitError, match="layer '0': it has no weight before its first batch"):
+        prunable_layers(nn.Sequential(nn.LazyLinear(4)))
     four = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64))
     with pytest.raises(QatkitError, match=r"layer '0': its weight is .*: it is quantized already"):
         prunable_layers(four)

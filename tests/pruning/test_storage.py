@@ -91,3 +91,12 @@ def test_other_files_and_unknown_forms_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "plain.safetensors")
     with pytest.raises(QatkitError, match="has no record of sparse tensors; load it with"):
         load_sparse(tmp_path / "plain.safetensors")
+
+
+def test_floats_of_8_bits_stay_dense_and_names_of_parts_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    eight = pruned(0.9, torch.float32, (8, 8)).to(torch.float8_e4m3fn)
+    assert save_sparse({"weight": eight}, path) == {"weight": "dense"}
+    assert torch.equal(load_sparse(path)["weight"].float(), eight.float())
+    with pytest.raises(QatkitError, match=r"'w\.values': 'w' is stored in parts"):
+        save_sparse({"w": pruned(0.9, torch.float32, (8, 8)), "w.values": torch.ones(3)}, path)
