@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
 from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
 from qatkit.factories import resolve
 from qatkit.lora.attach import base_layers
+from qatkit.lora.heads import classification_heads
 from qatkit.optimizers import moment_memory
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
@@ -166,8 +168,8 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
     """
 
     def step(model: nn.Module, teacher: nn.Module | None) -> Tensor:
-        tokens = torch.zeros(batch_size, context, dtype=torch.long)
-        batch = {"input_ids": tokens, "labels": tokens}
+        batch = batch_for(model, batch_size, context)
+        tokens, labels = batch["input_ids"], batch["labels"]
         if distill is None:
             return mean_loss(model, batch)
         layer = output_layer(model)
@@ -178,9 +180,24 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
         with torch.no_grad():
             said = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
         loss = distill.alpha * _divergence(logits, said, distill)
-        return loss + (1 - distill.alpha) * torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        hard = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        return loss + (1 - distill.alpha) * hard
 
     return step
+
+
+def batch_for(model: nn.Module, batch_size: int, context: int) -> dict[str, Any]:
+    """A batch of whole texts of the kind that a model is trained on: pairs, where it has no head."""
+    tokens = torch.zeros(batch_size, context, dtype=torch.long)
+    one = torch.zeros(batch_size, dtype=torch.long)
+    if classification_heads(model):
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": one}
+    head: Any = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        both = torch.cat([tokens, tokens])
+        mask = torch.ones_like(both)
+        return {"input_ids": both, "attention_mask": mask, "labels": one, "task": "pairs", "pooling": "mean"}
+    return {"input_ids": tokens, "labels": tokens}
 
 
 def _fused(

@@ -164,6 +164,9 @@ def state_memory(
     )
 
 
+GROUPED = getattr(torch.ops.aten, "_grouped_mm", None) and torch.ops.aten._grouped_mm.default
+
+
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Counts the bytes of storages that operators make, until the last tensor on them goes."""
 
@@ -178,7 +181,9 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its _
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
             self._known.add(tensor.untyped_storage()._cdata)  # what was there before the step is not the step's
-        result = func(*args, **(kwargs or {}))
+        # torch knows the shapes of fused experts' products in bfloat16 alone, and computes them in others too
+        made = _grouped_product(*args, **(kwargs or {})) if func is GROUPED else None
+        result = made if made is not None else func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._count(tensor)
         return result
@@ -201,6 +206,15 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its _
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:
+    """What ``a @ b`` by groups of rows, or of columns, takes; None where torch knows."""
+    if offsets is None or a.dtype is torch.bfloat16:
+        return None
+    if a.dim() == 2 and b.dim() == 2:
+        return a.new_empty(len(offsets), a.shape[0], b.shape[1])
+    return a.new_empty(a.shape[0] if a.dim() == 2 else a.shape[1], b.shape[-1])
 
 
 def _tensors(tree: Any) -> list[Tensor]:
