@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,6 +23,7 @@ from qatkit import blocks
 from qatkit.analysis.cost import macs, parameters
 from qatkit.blocks.names import outside
 from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
+from qatkit.callbacks.finite import FiniteCheckpoint, spoiled, spoiled_by
 from qatkit.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
 from qatkit.engine import CompressionModule
 from qatkit.errors import QatkitError
@@ -87,8 +88,9 @@ def train(
     rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     stopping = StopEarly(stage.early_stopping, name, folder) if stage.early_stopping else None
     samples = blocks.samples.callback(stage.samples, folder) if stage.samples else None
+    steps = NonFiniteSteps()
     # steps that are left out come first, as others read gradients; pruning before ranges are calibrated on its weights
-    ordered = (NonFiniteSteps(), stopping, *pruning, rewinding, quantize, lora, monitor, samples)
+    ordered = (steps, stopping, *pruning, rewinding, quantize, lora, monitor, samples)
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert taught is not None
@@ -96,7 +98,7 @@ def train(
     if progress:
         callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
     last = folder / "last.ckpt"
-    callbacks.append(_checkpoints(folder))
+    callbacks.append(_checkpoints(folder, steps))
     trainer = Trainer(
         accelerator=recipe.trainer.accelerator,
         devices=recipe.trainer.devices,
@@ -137,6 +139,7 @@ def train(
             f"stages.{name}: training ended at step {trainer.global_step} of {stage.max_steps}; the data gave "
             f"{trainer.num_training_batches} batches of {stage.batch_size}; write a smaller batch_size"
         )
+    _refuse_spoiled(name, spoiled_by(trainer, module.model))
     if stage.lora is not None and stage.lora.bits is not None:
         to_full_precision(module.model)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -186,7 +189,14 @@ def finished_model(model: nn.Module, trained: Trained, folder: Path, original: b
 
 
 def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
-    """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed."""
+    """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed.
+
+    Raises:
+        QatkitError: a weight is NaN or infinite; the stage stays unfinished.
+    """
+    if (found := spoiled(model)) is not None:
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # what was merged into it
+        _refuse_spoiled(record.name, found)
     data.prepare_data()
     metrics: dict[str, float] = {}
     data.setup("fit")  # where most data modules make their validation set
@@ -202,10 +212,18 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
         (folder / file).unlink(missing_ok=True)
 
 
-def _checkpoints(folder: Path) -> ModelCheckpoint:
+def _refuse_spoiled(name: str, found: str | None) -> None:
+    if found is not None:
+        raise QatkitError(
+            f"stages.{name}: the stage ended with {found} NaN or infinite, so nothing of it is kept but the checkpoint "
+            "before, if there is one; write a smaller lr, a warmup, gradient_clip: 1.0, or model.args.dtype: float32"
+        )
+
+
+def _checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
     """One checkpoint, replaced at every epoch's end by an atomic rename."""
-    return ModelCheckpoint(
-        dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+    return FiniteCheckpoint(
+        steps, dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from qatkit import blocks
@@ -71,6 +72,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
                 model = blocks.shrink.check(stage.shrink, model)
         models[name] = model
         if stage.max_steps:
+            if stage.lora is None:
+                _check_dtype(name, model)
             with _at(f"stages.{name}"):
                 check_optimizer(stage.optimizer, blocks.lora.device_of(recipe.trainer))
         if stage.distill is not None:
@@ -91,6 +94,16 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
                 if compressed:
                     _check_compressed(stage.quantize, model)
     return layers
+
+
+def _check_dtype(name: str, model: nn.Module) -> None:
+    """Refuse to train weights of a dtype in which the squares that Adam keeps of small gradients are zero."""
+    half = next((key for key, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
+    if half is not None:
+        raise QatkitError(
+            f"stages.{name}: '{half}' is in float16, and weights that are themselves trained in it become NaN; write "
+            "model.args.dtype: float32 with trainer.precision: 16-mixed, or dtype: bfloat16, or train adapters (lora)"
+        )
 
 
 def _check_compressed(config: QuantizeConfig, model: nn.Module) -> None:

@@ -21,6 +21,9 @@ MODULE = """
     def net(width: int = 8):
         return nn.ModuleDict({"enter": nn.Linear(8, width), "norm": nn.LayerNorm(width), "head": nn.Linear(width, 10)})
 
+    def half():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 10, dtype=torch.float16))
+
     def huge():
         return nn.Sequential(nn.Linear(10**6, 10**6), nn.Linear(10**6, 8))
 
@@ -180,3 +183,10 @@ def test_what_the_export_cannot_hold_is_refused_before_training(
 ) -> None:
     with pytest.raises(QatkitError, match=message):
         validate_recipe(load_recipe(recipe, [*overrides, "export.format=compressed_tensors"]))
+
+
+def test_float16_weights_are_not_trained_themselves(recipe_file: Path) -> None:
+    with pytest.raises(QatkitError, match=r"stages\.dense: '1\.weight' is in float16.*dtype: float32 with trainer"):
+        validate(recipe_file, "model.factory=validation_code:half")
+    lora = "stages={adapted: {max_steps: 1, lora: {rank: 2}}, rounded: {max_steps: 0, quantize: {weight: {}}}}"
+    assert validate(recipe_file, "model.factory=validation_code:half", lora) == {"rounded": ["0", "1"]}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from qatkit.callbacks import NonFiniteSteps
-from torch import Tensor
+from qatkit.callbacks.finite import spoiled
+from torch import Tensor, nn
 
 from qatkit import QatkitError
 from tests.callbacks.modules import Classifier, batches, trainer
@@ -80,3 +81,30 @@ def test_without_a_checkpoint_it_says_that_there_is_none() -> None:
         trainer(NonFiniteSteps(limit=2)).fit(Ill({0, 1}, "gradient"), batches())
     with pytest.raises(QatkitError, match="limit: 0 is out of range"):
         NonFiniteSteps(limit=0)
+
+
+def test_weights_that_were_spoiled_before_are_named_and_no_checkpoint_is_praised(tmp_path: Path) -> None:
+    class Spoiled(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            if batch_idx == 3:
+                nn.init.constant_(self.net[2].bias, torch.inf)
+            return super().training_step(batch, batch_idx)
+
+    kept = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=1)
+    with pytest.raises(QatkitError) as caught:
+        trainer(NonFiniteSteps(limit=2), kept, enable_checkpointing=True).fit(Spoiled(), batches())
+    message = str(caught.value)
+    assert "'bias' of layer 'net.2' was NaN or infinite before them already" in message
+    assert "changed no weight" not in message
+    assert f"The last checkpoint, {tmp_path / 'last.ckpt'}, may hold it too: go on from an earlier one" in message
+
+
+def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no_mistake() -> None:
+    from qatkit import QuantSpec, prepare_qat
+
+    model = nn.Sequential(nn.Linear(8, 4))
+    prepare_qat(model, activation=QuantSpec(8, strategy="tensor", symmetric=False))
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    assert spoiled(model) is None
+    model.register_buffer("mean", torch.tensor([0.0, torch.nan]))
+    assert spoiled(model) == "'mean'"
