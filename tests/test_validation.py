@@ -190,3 +190,19 @@ def test_float16_weights_are_not_trained_themselves(recipe_file: Path) -> None:
         validate(recipe_file, "model.factory=validation_code:half")
     lora = "stages={adapted: {max_steps: 1, lora: {rank: 2}}, rounded: {max_steps: 0, quantize: {weight: {}}}}"
     assert validate(recipe_file, "model.factory=validation_code:half", lora) == {"rounded": ["0", "1"]}
+
+
+def test_fused_experts_are_refused_for_compressed_folders_before_training(tmp_path: Path) -> None:
+    from tests.models.families import tiny
+
+    tiny("mixtral").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    (tmp_path / "experts.yaml").write_text(f"""
+        name: experts
+        model: {{factory: "qatkit.models:causal_lm", args: {{name_or_path: {tmp_path}/model}}}}
+        data: {{factory: "qatkit.data:causal_text", args: {{source: {{path: x.jsonl}}, tokenizer: x}}}}
+        stages: {{qat: {{max_steps: 1, quantize: {{weight: {{num_bits: 4}}, include: ["*self_attn*"]}}}}}}
+        export: {{format: compressed_tensors}}
+    """)
+    with pytest.raises(QatkitError, match=r"layer 'model\.layers\.0\.mlp\.experts': it holds fused experts"):
+        validate(tmp_path / "experts.yaml")
+    assert validate(tmp_path / "experts.yaml", "export.format=dense")

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.quantization.experts import QATExperts, is_experts
 from qatkit.quantization.modules import FakeQuantize, full_tensor
-from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights, strip_qat
+from qatkit.quantization.prepare import fake_quantizers, qat_layers, strip_qat
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -36,13 +37,19 @@ def check_model(model: nn.Module) -> None:
     """Refuse what cannot be a folder of transformers.
 
     Raises:
-        QatkitError: the model is not of transformers, or compressed-tensors is not installed.
+        QatkitError: the model is not of transformers or holds fused experts, or compressed-tensors is not installed.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(
             f"export.format: 'compressed_tensors' is for models of transformers, and {type(model).__name__} is none; "
             "write export: {format: onnx} or {format: dense}"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, QATExperts) or is_experts(module):
+            raise QatkitError(
+                f"layer '{name}': it holds fused experts, whose folder transformers cannot load beside compressed "
+                "layers, even where the experts stay as they are; write export: {format: dense}"
+            )
     if find_spec("compressed_tensors") is None:
         raise QatkitError(
             "export.format: 'compressed_tensors' needs a package that is not installed; run: pip install 'qatkit[llm]'"
@@ -178,12 +185,6 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
     chosen = {
         name: Scheme(_spec(layer.weight_fake_quant), _spec(layer.input_fake_quant)) for name, layer in layers.items()
     }
-    experts = [name for name, *_ in quantized_weights(model) if name not in layers]
-    if experts:
-        raise QatkitError(
-            f"layer '{experts[0]}': compressed_tensors holds linear layers, and these are fused experts; exclude them, "
-            "or write export: {format: dense}"
-        )
     kv_cache = any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model))
     check_layers(model, chosen, kv_cache)
     scales = {

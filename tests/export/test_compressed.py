@@ -225,11 +225,14 @@ def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tm
     with pytest.raises(QatkitError, match=r"layer 'lm_head': its weight is tied to 'model\.embed_tokens'"):
         export_compressed(tied, tmp_path / "out")
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    experts = {"num_key_value_heads": 1, "num_local_experts": 2}
-    mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=64, **shape, **experts))
-    prepare_qat(mixtral, QuantSpec(4), exclude=["lm_head"])
-    with pytest.raises(QatkitError, match=r"fused experts; exclude them"):
-        export_compressed(mixtral, tmp_path / "out")
+    shape |= {"num_key_value_heads": 1, "num_local_experts": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=64, **shape))
+    experts = r"layer 'model\.layers\.0\.mlp\.experts': it holds fused experts.*write export: \{format: dense\}"
+    for layers in (["*self_attn*"], ["*"]):  # transformers cannot load them beside compressed layers either
+        prepare_qat(mixtral, QuantSpec(4), include=layers, exclude=["lm_head"])
+        with pytest.raises(QatkitError, match=experts):
+            export_compressed(mixtral, tmp_path / "out")
+        mixtral = MixtralForCausalLM(mixtral.config)
     with pytest.raises(QatkitError, match=r"export\.format: 'compressed_tensors' is for models of transformers"):
         export_compressed(cnn(), tmp_path / "out")
     half = model_with(specs("W4A16"), dtype=torch.bfloat16, steps=0)
