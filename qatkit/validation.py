@@ -13,6 +13,7 @@ from torch import nn
 from qatkit import blocks
 from qatkit.analysis.language import check_harness
 from qatkit.architecture import meta_model
+from qatkit.data import masked_text, text_classification, text_pairs
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
 from qatkit.factories import check_arguments, resolve
@@ -57,6 +58,11 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
+    if recipe.evaluate is not None and data in (masked_text, text_classification, text_pairs):
+        raise QatkitError(
+            f"evaluate: it measures how the next token of a text is predicted, and {recipe.data.factory} asks for "
+            "something else; leave it out: the report has the test metrics of the data anyway"
+        )
     models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
     layers = {}
     compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"

@@ -206,3 +206,12 @@ def test_fused_experts_are_refused_for_compressed_folders_before_training(tmp_pa
     with pytest.raises(QatkitError, match=r"layer 'model\.layers\.0\.mlp\.experts': it holds fused experts"):
         validate(tmp_path / "experts.yaml")
     assert validate(tmp_path / "experts.yaml", "export.format=dense")
+
+
+@pytest.mark.parametrize("factory", ["masked_text", "text_classification", "text_pairs"])
+def test_texts_whose_next_token_nobody_predicts_are_not_evaluated(recipe_file: Path, factory: str) -> None:
+    data = f"data={{factory: qatkit.data:{factory}, args: {{source: {{path: x.jsonl}}, tokenizer: x%s}}}}"
+    own = ", classes: [a, b]" if factory == "text_classification" else ""
+    assert validate(recipe_file, data % own)
+    with pytest.raises(QatkitError, match=rf"evaluate: .*{factory} asks for something else; leave it out"):
+        validate(recipe_file, data % own, "evaluate={}")

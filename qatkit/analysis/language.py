@@ -128,13 +128,18 @@ def texts_of(batches: Iterable[Any]) -> list[Text]:
     padding is cut off. Where positions begin again in a row, which holds several documents, each of them is a text.
 
     Raises:
-        QatkitError: the batches are no texts.
+        QatkitError: the batches are no texts, or not such whose next token is predicted.
     """
     rows: list[Text] = []
     stream = True
     for batch in batches:
         if not is_text(batch):
             raise QatkitError("evaluate: it is for language models, and the data's batches are no texts; leave it out")
+        if batch.get("task") == "masked":
+            raise QatkitError(
+                "evaluate: it measures how the next token is predicted, and the data hide tokens for a masked language "
+                "model; leave it out: the report has the loss of the hidden tokens anyway"
+            )
         stream = stream and set(batch) <= {"input_ids", "labels"} and torch.equal(batch["input_ids"], batch["labels"])
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         for index, (tokens, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
