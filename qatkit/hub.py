@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,7 @@ def explain(error: BaseException, argument: str, name: str, described: str = "")
     return f"{argument}: '{name}' cannot be loaded{wanted} ({said[:200]})"
 
 
+@lru_cache(maxsize=64)  # a run builds its model and data for every stage; what was refused is asked again
 def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal["model", "dataset"]) -> bool:
     from huggingface_hub import HfApi
 

@@ -89,9 +89,7 @@ def test_windows_of_a_stream_are_one_text_and_padded_rows_are_texts_of_their_own
     assert [len(tokens) for tokens, _ in padded] == [8, 5, 8, 8, 8]
     with pytest.raises(QatkitError, match="evaluate: it is for language models"):
         texts_of([(torch.rand(2, 3), torch.zeros(2))])
-    with pytest.raises(
-        QatkitError, match=r"evaluate: .* tokens for a masked language model; leave it out"
-    ):
+    with pytest.raises(QatkitError, match=r"evaluate: .* tokens for a masked language model; leave it out"):
         texts_of([{"input_ids": rows, "labels": rows, "task": "masked"}])
 
 

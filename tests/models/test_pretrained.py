@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from qatkit import QatkitError
 from qatkit.data import Source, text_classification
+from qatkit.hub import locate
 from qatkit.matching import check_data
 from qatkit.models import causal_lm, embedding_model, masked_lm, sequence_classifier
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
+from tests.hub_server import hub
 from tests.models.families import tiny
 
 
@@ -102,3 +105,17 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path: Pa
     (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
     with pytest.raises(QatkitError, match=r"cannot be loaded as a causal language model"):
         causal_lm(str(tmp_path))
+
+
+def test_the_hub_is_asked_for_a_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "team" / "asked_once").mkdir(parents=True)
+    (tmp_path / "models" / "team" / "asked_once" / "config.json").write_text("{}")
+    wrong = "'team/none' is no folder, and asking the hub for it failed"
+    with hub(tmp_path) as (address, requests):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for _ in range(3):
+            assert locate("team/asked_once", "name_or_path", "a model", "config.json") == ("team/asked_once", False)
+            with pytest.raises(QatkitError, match=wrong):
+                locate("team/none", "name_or_path", "a model", "config.json")
+    assert [len([line for line in requests if name in line]) for name in ("asked_once", "none")] == [1, 3]
