@@ -15,13 +15,20 @@ from qatkit.errors import QatkitError
 from qatkit.loading import flatten
 from qatkit.recipe import FactoryConfig, Recipe
 
+_SAMPLE = 2**20
+"""Bytes read at each of 65 places of a large file."""
+_MARKERS = ("config.json", "tokenizer_config.json", "tokenizer.json")
+"""A folder that holds one of them is of a model or a tokenizer."""
+_LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""What is read out of such a folder: config and weights, the tokenizer and its template."""
 _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
 
-    A model or data argument that is the path of an existing file counts with the file's content, not only its name.
+    A model or data argument that is the path of an existing file counts with the file's content, not only its name, and
+    so does the folder of a model or a tokenizer; see `_folder_digest`.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
@@ -34,7 +41,7 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
         factories[f"stages.{stage}.model"] = own
     for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
-            inputs[f"{name} (content)"] = _sha256(path)
+            inputs[f"{name} (content)"] = _folder_digest(path) if path.is_dir() else _sha256(path)
     return inputs
 
 
@@ -76,7 +83,7 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
 
 
 def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
-    """Paths of existing files anywhere in the arguments; a bare word such as ``train`` is no path."""
+    """Paths of existing files, and folders of models, anywhere in the arguments; a bare word is no path of a file."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _files(part, f"{name}.{key}")
@@ -87,10 +94,40 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
         for found in sorted(glob.glob(value, recursive=True)):
             if Path(found).is_file():
                 yield f"{name} {found}", Path(found)
+    elif isinstance(value, str) and _is_model_folder(value):
+        yield name, Path(value).expanduser()
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
         with suppress(OSError):  # too long for a name, or not ours to look at
             if Path(value).is_file():
                 yield name, Path(value)
+
+
+def _is_model_folder(value: str) -> bool:
+    with suppress(OSError, RuntimeError):  # too long for a name, or of a user that is not known
+        return any((Path(value).expanduser() / marker).is_file() for marker in _MARKERS)
+    return False
+
+
+def _folder_digest(folder: Path) -> str:
+    """A hash of a folder's files that a model is loaded from, of which at most 65 MiB each are read.
+
+    Of a larger file of weights count its length, the first and the last MiB and a MiB at every 64th part in between;
+    names, dtypes and shapes of safetensors stand at the beginning. Training moves every weight, so it shows there, but
+    an edit of single numbers may not. Times and places of files count for nothing: a copy is the same model.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _LOADED and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                if size <= 65 * _SAMPLE:
+                    digest.update(file.read())
+                    continue
+                for part in range(65):
+                    file.seek((size - _SAMPLE) * part // 64)
+                    digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:
