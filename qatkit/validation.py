@@ -13,17 +13,21 @@ from torch import nn
 from qatkit import blocks
 from qatkit.analysis.language import check_harness
 from qatkit.architecture import meta_model
-from qatkit.data import masked_text, text_classification, text_pairs
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
 from qatkit.factories import check_arguments, resolve
 from qatkit.optimizers import check_optimizer
 from qatkit.quantization.selection import select
-from qatkit.recipe import QuantizeConfig, Recipe
+from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe
 from qatkit.tracking import check_logger
 
 # What the pipeline passes to a data factory besides the recipe's arguments.
 DATA_ARGUMENTS = ("batch_size", "seed")
+
+ANSWERING = ("qatkit.data.masked", "qatkit.data.classification", "qatkit.data.pairs")
+"""Data of texts that ask for something else than the next token."""
+PACKING = ("qatkit.data.causal",)
+"""Data whose rows hold several documents."""
 
 
 def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -58,7 +62,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
-    if recipe.evaluate is not None and data in (masked_text, text_classification, text_pairs):
+    kind = getattr(data, "__module__", "")
+    if recipe.evaluate is not None and kind in ANSWERING:
         raise QatkitError(
             f"evaluate: it measures how the next token of a text is predicted, and {recipe.data.factory} asks for "
             "something else; leave it out: the report has the test metrics of the data anyway"
@@ -84,9 +89,10 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
                 check_optimizer(stage.optimizer, blocks.lora.device_of(recipe.trainer))
         if stage.distill is not None:
             with _at(f"stages.{name}.distill"):
+                _check_prompts(stage.distill, kind in PACKING)
                 blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
         if stage.samples is not None:
-            with _at(f"stages.{name}.samples"):
+            with _at(f"stages.{name}"):
                 blocks.samples.check(stage.samples, model)
         if stage.prune is not None:
             with _at(f"stages.{name}.prune"):
@@ -110,6 +116,16 @@ def _check_dtype(name: str, model: nn.Module) -> None:
             f"stages.{name}: '{half}' is in float16, and weights that are themselves trained in it become NaN; write "
             "model.args.dtype: float32 with trainer.precision: 16-mixed, or dtype: bfloat16, or train adapters (lora)"
         )
+
+
+def _check_prompts(config: DistillConfig, packed: bool) -> None:
+    """Refuse to continue rows that hold several documents: what is written would belong to the last of them alone."""
+    for key in ("on_policy", "sequence_level"):
+        if packed and getattr(config, key) is not None:
+            raise QatkitError(
+                f"{key}: it continues the beginnings of texts, and causal_text packs several documents into a row; "
+                'write data.factory: "qatkit.data:chat" or "qatkit.data:text_windows", or leave it out'
+            )
 
 
 def _check_compressed(config: QuantizeConfig, model: nn.Module) -> None:

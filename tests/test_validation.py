@@ -215,3 +215,24 @@ def test_texts_whose_next_token_nobody_predicts_are_not_evaluated(recipe_file: P
     assert validate(recipe_file, data % own)
     with pytest.raises(QatkitError, match=rf"evaluate: .*{factory} asks for something else; leave it out"):
         validate(recipe_file, data % own, "evaluate={}")
+
+
+LLAMA = "model={factory: qatkit.models:llama, args: {vocab_size: 64, hidden: 16, layers: 1, heads: 2, kv_heads: 1}}"
+
+
+@pytest.mark.parametrize("key", ["on_policy", "sequence_level"])
+def test_rows_of_several_documents_are_not_continued(recipe_file: Path, key: str) -> None:
+    plan = f"{{{key}: {{fraction: 0.5, prompt: 4, new_tokens: 4}}}}"
+    stages = f"stages={{dense: {{max_steps: 1}}, taught: {{max_steps: 1, distill: {plan}}}}}"
+    data = "data={factory: qatkit.data:%s, args: {source: {path: x.jsonl}, tokenizer: x}}"
+    assert validate(recipe_file, LLAMA, stages, data % "chat") == {}
+    with pytest.raises(QatkitError, match=rf"^stages\.taught\.distill\.{key}: .*write data\.factory: .*chat"):
+        validate(recipe_file, LLAMA, stages, data % "causal_text")
+
+
+def test_samples_of_a_model_that_cannot_write_are_refused_by_the_block_to_leave_out(recipe_file: Path) -> None:
+    stages = "stages={dense: {max_steps: 1, samples: {every: 1, prompts: [a], max_new_tokens: %d}}}"
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples: \w+ cannot write texts;.*: leave samples out$"):
+        validate(recipe_file, stages % 4)
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples\.max_new_tokens: .*texts of 100000 tokens"):
+        validate(recipe_file, LLAMA, stages % 99999)

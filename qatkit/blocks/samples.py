@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qatkit.distillation.generation import check_length
+from qatkit.distillation.generation import check_length, writer_in
 from qatkit.recipe import SamplesConfig
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def check(config: SamplesConfig, model: nn.Module) -> None:
     """Refuse a model that cannot write, or not so much."""
-    check_length(model, "max_new_tokens", 1 + config.max_new_tokens)
+    writer_in(model, "samples")
+    check_length(model, "samples.max_new_tokens", 1 + config.max_new_tokens)
 
 
 def callback(config: SamplesConfig, folder: Path) -> TextSamples:

@@ -36,7 +36,8 @@ def causal_lm(
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
 
     Raises:
-        QatkitError: the folder holds no model, or the hub does not have it, does not give it or cannot be reached.
+        QatkitError: the folder holds no model, or one that sees the tokens that it is to predict, or the hub does not
+            have it, does not give it or cannot be reached.
 
     Example:
         >>> import tempfile
@@ -46,7 +47,16 @@ def causal_lm(
         ...     type(causal_lm(folder)).__name__
         'LlamaForCausalLM'
     """
-    return _load("CausalLM", "causal language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+    model = _load("CausalLM", "causal language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+    config: Any = model.config
+    # the built model's own: BART's decoder says that it is one where the config of the folder does not
+    if _fills_in(config.model_type) and not getattr(config, "is_decoder", False):
+        raise QatkitError(
+            f"name_or_path: '{name_or_path}' is an encoder ({config.model_type}) and sees the tokens after the one "
+            'that it would predict; write factory: "qatkit.models:masked_lm" with data of qatkit.data:masked_text, or '
+            "name a decoder"
+        )
+    return model
 
 
 def masked_lm(
@@ -111,9 +121,15 @@ def sequence_classifier(
 def reads_last_token(model_type: str) -> bool:
     """Whether classifiers of a family are decoders, which find the end of a text by its padding."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    return model_type in CAUSAL and not _fills_in(model_type)
+
+
+def _fills_in(model_type: str) -> bool:
+    """Whether models of a family fill in masked tokens, which they see both sides of."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    return model_type in CAUSAL and model_type not in MASKED
+    return model_type in MASKED
 
 
 @lru_cache(maxsize=4)  # a run builds its models many times

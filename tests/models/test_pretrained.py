@@ -119,3 +119,13 @@ def test_the_hub_is_asked_for_a_name_once(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(QatkitError, match=wrong):
                 locate("team/none", "name_or_path", "a model", "config.json")
     assert [len([line for line in requests if name in line]) for name in ("asked_once", "none")] == [1, 3]
+
+
+def test_an_encoder_that_sees_later_tokens_is_no_causal_language_model(tmp_path: Path) -> None:
+    said = r"name_or_path: '.*' is an encoder \(bert\) and sees the tokens after .* write factory: .*masked_lm"
+    folder = saved(tmp_path / "encoder", "bert", "MaskedLM")
+    for device in ("cpu", "meta"):
+        with torch.device(device), pytest.raises(QatkitError, match=said):
+            causal_lm(folder)
+    causal_lm(saved(tmp_path / "decoder", "bert", is_decoder=True))
+    causal_lm(saved(tmp_path / "gpt2", "gpt2"))
