@@ -89,7 +89,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         "streaming": source.streaming,
         "tokenizer": fingerprint(tokenizer),
         "options": options,
-        "layout": 1,
+        "layout": 2,
     }
     if source.streaming:
         for split in ("val", "test"):
