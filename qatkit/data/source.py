@@ -26,6 +26,9 @@ class Source:
     """Records for training, and for validation and test; what has no records of its own is cut from those of training.
 
     The share of a cut is decided by a hash of each record's content, so that equal records are on one side.
+
+    A blank text has nothing to learn: `causal_text` and `masked_text` pass over it. One that has a class or a partner
+    is a record that cannot be used.
     """
 
     path: str
