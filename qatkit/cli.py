@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qatkit.cli_arguments import Allow, AsJson, Overrides, Quiet, RecipeArgument, RunArgument
+from qatkit.cli_arguments import Allow, AsJson, Overrides, Quiet, RecipeArgument, RunArgument, SkipBad
 from qatkit.cli_plan import plan, print_training
 from qatkit.cli_sensitivity import allocate, sensitivity
 from qatkit.errors import QatkitError, QatkitWarning
 
 if TYPE_CHECKING:
     from qatkit.pipeline import Run
+    from qatkit.recipe import Recipe
 
 app = typer.Typer(
     name="qatkit",
@@ -63,15 +64,15 @@ def validate(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option(help="Accept stages that need more memory than the device has.")] = False,
     allow: Allow = None,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Check a recipe down to its layers, and predict its memory, without reading data or training.
 
     Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
     """
-    from qatkit.loading import load_recipe
     from qatkit.validation import validate_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load(recipe, overrides or [], skip_bad)
     layers = validate_recipe(loaded, allow or [])
     typer.echo(f"{loaded.name}: valid, stages {', '.join(loaded.stages)}")
     for stage, names in layers.items():
@@ -89,6 +90,7 @@ def run(
         bool, typer.Option(help="Train stages again whose values have changed, even if memory does not suffice.")
     ] = False,
     allow: Allow = None,
+    skip_bad: SkipBad = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,10 +98,9 @@ def run(
 
     Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
     """
-    from qatkit.loading import load_recipe
     from qatkit.validation import validate_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load(recipe, overrides or [], skip_bad)
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline import Run, is_first_process, leave_processes, run_stages
 
@@ -217,6 +218,19 @@ def report(
 app.command()(sensitivity)
 app.command()(allocate)
 app.command()(plan)
+
+
+def _load(recipe: str, overrides: list[str], skip_bad: bool) -> Recipe:
+    from qatkit.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if not skip_bad:
+        return loaded
+    if not isinstance(loaded.data.args.get("source"), dict):
+        raise QatkitError(
+            f"--skip-bad: {loaded.data.factory} has no source in data.args to skip records of; leave it out"
+        )
+    return load_recipe(recipe, [*overrides, "data.args.source.skip_bad=true"])
 
 
 def _measured(metrics: dict[str, float]) -> str:

@@ -15,6 +15,10 @@ Allow = Annotated[
     list[str] | None,
     typer.Option("--allow", metavar="PKG", help="A package besides qatkit that the recipe may name code from."),
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option("--skip-bad", help="Leave out records of data.args.source that cannot be used, and count them."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]

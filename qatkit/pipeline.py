@@ -22,8 +22,9 @@ from qatkit.architecture import Architecture, architecture_of, build_architectur
 from qatkit.callbacks.batches import first_batches
 from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
 from qatkit.data.datamodule import unsliced
+from qatkit.data.tokenizers import check_tokenizer
 from qatkit.errors import QatkitError
-from qatkit.factories import build
+from qatkit.factories import build, with_tokenizer
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
 from qatkit.matching import check_data
@@ -64,7 +65,8 @@ class Run:
 
     def build_data(self, batch_size: int) -> LightningDataModule:
         """The recipe's data, in the order that the seed decides."""
-        data = build(self.recipe.data, "data", self.allow, batch_size=batch_size, seed=self.recipe.seed)
+        config = with_tokenizer(self.recipe.data, self.recipe.model, self.allow)
+        data = build(config, "data", self.allow, batch_size=batch_size, seed=self.recipe.seed)
         if not isinstance(data, LightningDataModule):
             raise QatkitError(
                 f"data.factory: {self.recipe.data.factory} returned no LightningDataModule but {type(data)}"
@@ -236,7 +238,9 @@ def _run_stage(run: Run, name: str, print_: tuple[dict[str, Any], str], progress
         earlier = (
             run.build_model(architecture, back.seed) if back.seed is not None else run.load_model(back.stage, False)
         )
-    check_data(model, run.build_data(stage.batch_size))
+    found = run.build_data(stage.batch_size)
+    check_data(model, found)
+    check_tokenizer(model, getattr(found, "tokenizer", None))
     result = train(
         run.recipe,
         name,

@@ -14,7 +14,7 @@ from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError
 from qatkit.factories import resolve
 from qatkit.planner import Device, Setting, StagePlan, device_of, gigabytes, settings
-from qatkit.recipe import CacheConfig, LoraConfig, Recipe
+from qatkit.recipe import CacheConfig, LoraConfig, Recipe, StageConfig
 
 
 def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] = ()) -> None:
@@ -58,10 +58,27 @@ def _options(
         words.append(word)
     if len(words) > 1:
         yield " with ".join(words), size(together)
-    if setting.stage.lora is None and setting.stage.quantize is None and setting.stage.prune is None:
-        for word, lora in (("{rank: 16}", LoraConfig()), ("{rank: 16, bits: 4}", LoraConfig(bits=4))):
-            with contextlib.suppress(QatkitError):  # a model without linear layers that adapters fit
-                yield f"stages.{stage}.lora='{word}'", size(replace(setting, stage=replace(setting.stage, lora=lora)))
+    for word, lora in _adapters(recipe, setting.stage):
+        with contextlib.suppress(QatkitError):  # a model without linear layers that adapters fit
+            alone, all_of_it = (replace(part, stage=replace(part.stage, lora=lora)) for part in (setting, together))
+            word = f"stages.{stage}.{word}"
+            yield word, size(alone)
+            if words:
+                yield " with ".join([*words, word]), size(all_of_it)
+
+
+def _adapters(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, LoraConfig]]:
+    """Fewer trained numbers, or a base of fewer bits, where the stage can have them."""
+    if stage.prune is not None:
+        return
+    if stage.lora is None:
+        yield "lora='{rank: 16}'", LoraConfig()
+    if stage.quantize is not None or recipe.trainer.strategy == "fsdp2":  # neither goes with a base of 4 bits
+        return
+    if stage.lora is None:
+        yield "lora='{rank: 16, bits: 4}'", LoraConfig(bits=4)
+    elif stage.lora.bits is None:
+        yield "lora.bits=4", replace(stage.lora, bits=4)
 
 
 def _changes(

@@ -15,7 +15,7 @@ from qatkit.analysis.language import check_harness
 from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
-from qatkit.factories import check_arguments, resolve
+from qatkit.factories import check_arguments, resolve, with_tokenizer
 from qatkit.optimizers import check_optimizer
 from qatkit.quantization.selection import select
 from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe
@@ -61,7 +61,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
                 stacklevel=2,
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
-    check_arguments(data, recipe.data.args, "data.args", DATA_ARGUMENTS)
+    check_arguments(data, with_tokenizer(recipe.data, recipe.model, allow).args, "data.args", DATA_ARGUMENTS)
     kind = getattr(data, "__module__", "")
     if recipe.evaluate is not None and kind in ANSWERING:
         raise QatkitError(

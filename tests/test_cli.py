@@ -19,8 +19,22 @@ import pytest
 
 from qatkit.loading import list_recipes
 from tests import warm
+from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 
 SHORT = ["stages.dense.max_steps=30", "stages.qat.max_steps=20", "model.args.channels=[8,8]"]
+TEXTS = """name: texts
+model:
+  factory: "qatkit.models:llama"
+  args: {vocab_size: 300, hidden: 16, layers: 1, heads: 2, kv_heads: 1, intermediate: 16, context: 16}
+data:
+  factory: "qatkit.data:causal_text"
+  args:
+    source: {path: texts.jsonl, val_fraction: 0.1, test_fraction: 0.1}
+    tokenizer: tokenizer
+    context: 16
+stages:
+  dense: {max_steps: 2, batch_size: 4}
+"""
 
 
 def qatkit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -105,6 +119,8 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("run", "vision/digits_int4", "model.factory=qatkit.cli:subprocess.run"), "model.factory"),
         (("run", "vision/digits_int4", "model.factory=os:system"), "model.factory"),
         (("validate", "vision/digits_int4", "seed=${oc.env:HOME}"), "seed"),
+        (("run", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits has no source"),
+        (("validate", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits has no source"),
         (("verify", "nowhere"), "nowhere: no run is here"),
         (("show", "vision/digits"), "vision/digits"),
         (("plan", "vision/digits_int4"), "no config that says how many layers and heads"),
@@ -120,6 +136,24 @@ def test_a_mistake_is_one_message_with_exit_code_2_and_leaves_nothing(
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 20
     assert list(tmp_path.iterdir()) == []
+
+
+def test_skip_bad_trains_on_the_records_that_can_be_used_and_says_how_many_were_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_tokenizer(tmp_path / "tokenizer")
+    write_lines(tmp_path / "texts.jsonl", ["{", *({"text": text} for text in SENTENCES)])
+    (tmp_path / "texts.yaml").write_text(TEXTS)
+    refused = qatkit("run", "texts.yaml", "--out", "run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "texts.jsonl:1: is not JSON" in refused.stderr
+    assert qatkit("validate", "texts.yaml", "--skip-bad", cwd=tmp_path).returncode == 0
+    done = qatkit("run", "texts.yaml", "--skip-bad", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"1 of {len(SENTENCES) + 1} records were left out, the first: texts.jsonl:1: is not JSON" in done.stderr
+    again = qatkit("run", "texts.yaml", "data.args.source.skip_bad=true", "--out", "run", cwd=tmp_path)
+    assert "stage dense: finished before, untouched" in again.stdout, "the override is the same recipe"
 
 
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:

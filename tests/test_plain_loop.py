@@ -1,4 +1,4 @@
-"""A stage of a recipe trains as the plain loop that anybody writes with transformers and torch does."""
+"""A stage of a recipe trains as the plain loop that anybody writes with transformers, peft and torch does."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -64,11 +66,29 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> l
     return losses
 
 
-def plain(folder: Path, accumulate: int) -> list[float]:
+def adapted(model: Any, dora: bool, bits: bool) -> Any:
+    """The model under adapters of peft, over a base of bitsandbytes where it is held in 4 bits."""
+    names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    for name in names if bits else ():
+        layer = model.get_submodule(name)
+        four = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        four.weight = bitsandbytes.nn.Params4bit(layer.weight.data, False, quant_type="nf4", module=four)
+        four.support_avx512bf16_for_cpu = False  # validation would repack the weights in place
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, four.to("cpu"))
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=names, use_dora=dora)
+    return get_peft_model(model, config)
+
+
+def plain(folder: Path, accumulate: int, adapters: dict[str, bool] | None = None) -> list[float]:
     """The same without qatkit's training: transformers' model, loss and schedule, torch's optimizer and clipping."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").train()
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() < 2]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = (model if adapters is None else adapted(model, **adapters)).train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices, vectors = ([weight for weight in trained if (weight.dim() > 1) is matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR)
     schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 4, STEPS)
@@ -88,7 +108,7 @@ def plain(folder: Path, accumulate: int) -> list[float]:
                 with torch.no_grad():
                     losses.append(float(model(**batch).loss))
                 model(**batch, num_items_in_batch=count).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            torch.nn.utils.clip_grad_norm_(trained, 0.5)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -104,6 +124,17 @@ def test_the_losses_of_the_first_20_steps_are_those_of_a_plain_loop(
     assert len(ours) == len(theirs) == STEPS * accumulate
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[-1] < 0.9 * ours[0]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "QLoRA"])
+def test_the_losses_under_adapters_are_those_of_a_loop_with_peft(
+    kind: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"LoRA": "", "DoRA": ", dora: true", "QLoRA": ", bits: 4, double_quant: false"}[kind]
+    ours = trained(corpus, monkeypatch, f"stages.dense.lora={{rank: 4, alpha: 8{extra}}}")
+    theirs = plain(corpus, 1, {"dora": kind == "DoRA", "bits": kind == "QLoRA"})
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < 0.99 * ours[0]
 
 
 @pytest.mark.slow

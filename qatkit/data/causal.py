@@ -11,9 +11,8 @@ from qatkit.data.columns import encode_texts, ids_of
 from qatkit.data.packing import PackedWindows
 from qatkit.data.source import Source
 from qatkit.data.streaming import StreamingDataModule
-from qatkit.data.tokenizers import load_tokenizer
+from qatkit.data.tokenizers import end_of_text, load_tokenizer
 from qatkit.data.tokens import Encode, Encoded, Row, TokenDataModule, prepare
-from qatkit.errors import QatkitError
 
 
 def causal_text(
@@ -45,9 +44,7 @@ def causal_text(
 
     def encoder() -> Encode:
         loaded = load_tokenizer(tokenizer)
-        end = loaded.eos_token_id
-        if end is None:
-            raise QatkitError(f"tokenizer: '{tokenizer}' has no end of text to set documents apart; write another")
+        end = end_of_text(loaded, tokenizer)
 
         def rows(texts: list[str]) -> list[list[Row]]:
             # with what the tokenizer puts at a text's start: models of some families answer nonsense without it

@@ -92,8 +92,9 @@ def assistant_spans(tokenizer: Any, messages: list[Message], text: str, tools: A
     spans = []
     for turn in turns:
         before, after = _after_answer(tokenizer, messages, turn, tools)
-        asked = _render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
-        start = next((len(part) for part in (asked, before) if text.startswith(part)), None)
+        # a conversation may begin with an answer, and transformers renders no empty one
+        asked = [_render(tokenizer, messages[:turn], tools, add_generation_prompt=True)] if turn else []
+        start = next((len(part) for part in (*asked, before) if text.startswith(part)), None)
         if start is None or not text.endswith(after) or start > len(text) - len(after):
             raise BadRecord(
                 "the chat template writes its turns otherwise when others follow, so they cannot be told apart; mark "

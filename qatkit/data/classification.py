@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qatkit.data.columns import text_in
+from qatkit.data.columns import words_in
 from qatkit.data.records import Records, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
@@ -55,7 +55,7 @@ def text_classification(
     columns = [column] if partner is None else [column, partner]
 
     def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:
-        texts = [text_in(record, name) for name in columns]
+        texts = [words_in(record, name) for name in columns]
         for bad in texts:
             if isinstance(bad, BadRecord):
                 return bad

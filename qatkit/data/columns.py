@@ -22,19 +22,28 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def encode_texts(
     records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[list[Row]]]
 ) -> list[Encoded]:
-    """Encode one column of records at once, with a `BadRecord` in the place of each that has no text there."""
+    """Encode one column of records at once, with a `BadRecord` in the place of each that has no text there.
+
+    A blank text has nothing to learn, and becomes no row.
+    """
     checked = [text_in(record, column) for record in records]
-    rows = iter(encode([text for text in checked if isinstance(text, str)]))
-    return [next(rows) if isinstance(text, str) else text for text in checked]
+    rows = iter(encode([text for text in checked if isinstance(text, str) and text.strip()]))
+    return [text if isinstance(text, BadRecord) else next(rows) if text.strip() else [] for text in checked]
 
 
 def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
-    """The text of a record, or why it has none."""
+    """The text of a record, perhaps a blank one, or why it has none."""
     if column not in record:
         return BadRecord(f"has no column '{column}' but {sorted(map(str, record))}")
     text = record[column]
     if not isinstance(text, str):
         return BadRecord(f"column '{column}' holds {type(text).__name__} and no text")
-    if not text.strip():
+    return text
+
+
+def words_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
+    """The text of a record, which is not to be blank, or why there is none."""
+    text = text_in(record, column)
+    if isinstance(text, str) and not text.strip():
         return BadRecord(f"column '{column}' is empty")
     return text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qatkit.data.columns import text_in
+from qatkit.data.columns import words_in
 from qatkit.data.records import Records, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
@@ -65,7 +65,7 @@ def text_pairs(
     def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:
         rows: list[Row] = []
         for name in columns:
-            text = text_in(record, name)
+            text = words_in(record, name)
             if isinstance(text, BadRecord):
                 return text
             cut = {"truncation": True, "max_length": context} if truncate else {}

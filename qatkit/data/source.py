@@ -26,6 +26,9 @@ class Source:
     """Records for training, and for validation and test; what has no records of its own is cut from those of training.
 
     The share of a cut is decided by a hash of each record's content, so that equal records are on one side.
+
+    A blank text has nothing to learn: `causal_text` and `masked_text` pass over it. One that has a class or a partner
+    is a record that cannot be used.
     """
 
     path: str
@@ -178,36 +181,57 @@ def _read_json_lines(file: Path) -> Iterator[Record]:
 
 
 def _read_table(file: Path) -> Iterator[Record]:
-    with file.open(encoding="utf-8-sig", newline="", errors="strict") as opened:
-        reader = csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 131,072 characters that the library allows
+    # bytes that are not UTF-8 stay in their own record: decoding stops at none, and `_row` refuses them
+    with file.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as opened:
+        reader = csv.reader(opened, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        try:
+            head = next(filter(None, reader), [])  # blank lines are none
+            _refuse_bytes(head)
+        except (csv.Error, BadRecord) as error:
+            raise QatkitError(f"{file}:1: the head is no row of a table ({error}); write it again") from error
         while True:
             first = reader.line_num + 1  # a record may have line breaks of its own
             try:
-                row = next(reader)
+                fields = next(reader)
+                if fields:
+                    yield f"{file}:{first}", _row(head, fields)
             except StopIteration:
                 return
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield f"{file}:{first}", BadRecord(f"is no row of a table ({error})")
-                if isinstance(error, UnicodeDecodeError):
-                    return
-                continue
-            wrong = None in row or None in row.values()
-            where = f"{file}:{max(first, 2)}"
-            yield where, BadRecord(f"has not the {len(reader.fieldnames or [])} columns of the head") if wrong else row
+            except csv.Error as error:
+                last = f", up to line {reader.line_num}" if reader.line_num > first else ""
+                yield f"{file}:{first}", BadRecord(f"is no row of a table{last} ({error})")
+
+
+def _row(head: list[str], fields: list[str]) -> dict[str, str] | BadRecord:
+    if len(fields) != len(head):
+        return BadRecord(f"has {len(fields)} columns and not the {len(head)} of the head")
+    try:
+        _refuse_bytes(fields)
+    except BadRecord as reason:
+        return reason
+    return dict(zip(head, fields, strict=True))
+
+
+def _refuse_bytes(fields: list[str]) -> None:
+    try:
+        "".join(fields).encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"is not UTF-8 ({error})") from error
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except (OSError, ValueError) as error:
-        raise QatkitError(f"{file}: is no Parquet file ({error}); write it again") from error
     number = 0
-    for batch in table.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file}: row {number}", row
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", row
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = f"is damaged after row {number}" if number else "is no Parquet file, or a damaged one"
+        raise QatkitError(f"{file}: {reason} ({' '.join(str(error).split())}); write it again") from error
 
 
 def _read_whole(file: Path) -> Iterator[Record]:

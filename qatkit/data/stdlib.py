@@ -12,11 +12,15 @@ from fnmatch import fnmatch
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from qatkit.data.columns import ids_of
 from qatkit.data.text import SPLITS, TextDataModule, Windows, cached_folder, tokenize, train_tokenizer
+from qatkit.data.tokenizers import end_of_text, fingerprint, load_tokenizer
 from qatkit.errors import QatkitError
 
 # not the library itself (site-packages), not on every machine (tests, idlelib), or generated: the tables of encodings
@@ -33,33 +37,37 @@ def stdlib_text(
     epoch_batches: int = 100,
     batch_size: int = 64,
     seed: int = 0,
+    tokenizer: str | None = None,
 ) -> TextDataModule:
     """The sources of Python's standard library as windows of tokens: about 8 MB of text that need no download.
 
     Whole files are held out for validation and test, by a hash of their names, so that every machine with the same
-    Python has the same splits. The byte-level BPE tokenizer is learned from the training files. Tokens are kept in
-    ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``.
+    Python has the same splits. A byte-level BPE tokenizer is learned from the training files, unless one is given; in a
+    recipe a pretrained model brings its own. Tokens are kept in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``.
 
     Args:
         context: Tokens of a window, at least 2.
-        vocab_size: Tokens of the tokenizer at most, 257 to 65536.
+        vocab_size: Tokens of the learned tokenizer at most, 257 to 65536.
         include: Globs over the files' names, such as ``json/*``; every one must match a file.
         val_fraction: Share of files held out for validation.
         test_fraction: Share of files held out for the reported numbers.
         epoch_batches: Batches between two validations and checkpoints; fewer where the text is shorter.
         batch_size: Windows per device and step.
         seed: Decides the training order.
+        tokenizer: A folder that holds one, or the name of a model on the hub; None learns one.
 
     Raises:
-        QatkitError: a number is out of range, a glob matches no file, or a split is left without a file.
+        QatkitError: a number is out of range, a glob matches no file, a split is left without a file, or the tokenizer
+            cannot be loaded or has no end of text.
 
     Example:
         >>> data = stdlib_text(context=32, vocab_size=512, include=["email/*"], val_fraction=0.2, test_fraction=0.2)
         >>> next(iter(data.train_dataloader()))["input_ids"].shape
         torch.Size([64, 32])
     """
-    folder = partial(stdlib_tokens, vocab_size, tuple(include), val_fraction, test_fraction)
-    return TextDataModule(folder, context, batch_size, seed, epoch_batches)
+    folder = partial(stdlib_tokens, vocab_size, tuple(include), val_fraction, test_fraction, tokenizer)
+    load = None if tokenizer is None else partial(load_tokenizer, tokenizer)
+    return TextDataModule(folder, context, batch_size, seed, epoch_batches, load)
 
 
 def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +83,15 @@ def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Te
 
 
 def stdlib_tokens(
-    vocab_size: int = 2048, include: Sequence[str] = ("*",), val_fraction: float = 0.05, test_fraction: float = 0.05
+    vocab_size: int = 2048,
+    include: Sequence[str] = ("*",),
+    val_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    tokenizer: str | None = None,
 ) -> Path:
-    """The cached folder with ``train.npy``, ``val.npy``, ``test.npy`` and ``tokenizer.json``, made on first use.
+    """The cached folder with ``train.npy``, ``val.npy`` and ``test.npy``, made on first use.
+
+    Beside them stands ``tokenizer.json``, where it is learned here.
 
     Raises:
         QatkitError: as `stdlib_text`.
@@ -87,21 +101,34 @@ def stdlib_tokens(
     corpus = [
         [name, _sha256(text)] for split in SPLITS for name, text in zip(splits[split], documents[split], strict=True)
     ]
-    key = {
+    key: dict[str, Any] = {
         "corpus": _sha256(json.dumps([[len(splits[split]) for split in SPLITS], corpus]).encode()),
-        "vocab_size": vocab_size,
         "python": platform.python_version(),
         "tokenizers": version("tokenizers"),
     }
+    key |= {"vocab_size": vocab_size} if tokenizer is None else {"tokenizer": fingerprint(load_tokenizer(tokenizer))}
 
     def write(folder: Path) -> None:
         texts = {split: [text.decode(errors="replace") for text in documents[split]] for split in SPLITS}
-        tokenizer = train_tokenizer(texts["train"], vocab_size)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        if tokenizer is not None:
+            for split in SPLITS:
+                np.save(folder / f"{split}.npy", tokenize_with(tokenizer, texts[split]))
+            return
+        learned = train_tokenizer(texts["train"], vocab_size)
+        learned.save(str(folder / "tokenizer.json"))
         for split in SPLITS:
-            np.save(folder / f"{split}.npy", tokenize(tokenizer, texts[split]))
+            np.save(folder / f"{split}.npy", tokenize(learned, texts[split]))
 
     return cached_folder(key, write)
+
+
+def tokenize_with(tokenizer: str, documents: list[str]) -> NDArray[np.uint32]:
+    """All documents as one stream of a pretrained tokenizer's tokens, an end of text after each."""
+    loaded = load_tokenizer(tokenizer)
+    end = end_of_text(loaded, tokenizer)
+    # with what the tokenizer puts at a text's start: models of some families answer nonsense without it
+    parts = [ids if ids[-1:] == [end] else [*ids, end] for ids in ids_of(loaded, documents)]
+    return np.concatenate([np.asarray(part, dtype=np.uint32) for part in parts])
 
 
 def _sha256(content: bytes) -> str:

@@ -79,19 +79,27 @@ class TextDataModule(SplitDataModule):
         batch_size: Windows per device and step.
         seed: Decides the training order.
         epoch_batches: Batches between two validations and checkpoints.
+        load: Gives the tokenizer, where the folder holds none.
 
     Raises:
         QatkitError: `context` or `epoch_batches` is out of range.
     """
 
     def __init__(
-        self, folder: Callable[[], Path], context: int, batch_size: int = 64, seed: int = 0, epoch_batches: int = 100
+        self,
+        folder: Callable[[], Path],
+        context: int,
+        batch_size: int = 64,
+        seed: int = 0,
+        epoch_batches: int = 100,
+        load: Callable[[], PreTrainedTokenizerFast] | None = None,
     ) -> None:
         if epoch_batches < 1:
             raise QatkitError(f"epoch_batches: {epoch_batches} is out of range; write a whole number of at least 1")
         train, val, test = (Windows(partial(_open_split, folder, split), context) for split in SPLITS)
         super().__init__(train, val, test, batch_size, seed, epoch_batches)
         self.folder = folder
+        self._load = load
 
     def prepare_data(self) -> None:
         self.folder()
@@ -99,6 +107,8 @@ class TextDataModule(SplitDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """What the text was tokenized with, to be saved beside the model."""
+        if self._load is not None:
+            return self._load()
         from transformers import PreTrainedTokenizerFast
 
         file = str(self.folder() / "tokenizer.json")

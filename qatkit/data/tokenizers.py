@@ -11,6 +11,9 @@ from typing import Any
 from qatkit.errors import QatkitError
 from qatkit.hub import explain, locate
 
+PROBE = "The 3 quick foxes (of 27) don't jump over\n\tlazy_dogs[0] = naïve 狐!"
+"""A text that tokenizers cut differently."""
+
 
 @lru_cache(maxsize=4)
 def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
@@ -52,9 +55,44 @@ def fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def end_of_text(tokenizer: Any, name: str) -> int:
+    """The token that stands after every document.
+
+    Raises:
+        QatkitError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise QatkitError(f"tokenizer: '{name}' has no end of text to set documents apart; write another")
+    return int(tokenizer.eos_token_id)
+
+
 def padding_id(tokenizer: Any) -> int:
     """What fills up a row of a batch: the padding token, or the end of text, which attention and labels leave out."""
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)
     return 0
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Raise where a pretrained model has a tokenizer of its own, by which a text would be other numbers.
+
+    Args:
+        model: Of transformers, or any other.
+        tokenizer: That of the data, if they have one.
+    """
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):  # none, or one of the user's own
+        return
+    try:
+        own = load_tokenizer(name) if name else None
+    except QatkitError:
+        own = None  # a folder without one: what the data say is all that there is
+    if own is None:
+        return
+    theirs, ours = (found(PROBE, add_special_tokens=False)["input_ids"] for found in (own, tokenizer))
+    if theirs and theirs != ours:  # of a folder without one transformers makes a tokenizer that knows nothing
+        raise QatkitError(
+            f"data.args.tokenizer: the model '{name}' has a tokenizer that makes other numbers of a text ({theirs[:5]} "
+            f"and not {ours[:5]}), so what it has learned would be lost; write tokenizer: {name}"
+        )

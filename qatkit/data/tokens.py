@@ -32,7 +32,7 @@ CHUNK = 500
 Row = dict[str, Any]
 """A record in numbers: lists with a number per token, and plain numbers for the record."""
 Encoded = list[Row] | BadRecord
-"""What becomes of a record."""
+"""What becomes of a record; no row, where it has nothing to learn."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
 
 
@@ -89,7 +89,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         "streaming": source.streaming,
         "tokenizer": fingerprint(tokenizer),
         "options": options,
-        "layout": 1,
+        "layout": 2,
     }
     if source.streaming:
         for split in ("val", "test"):

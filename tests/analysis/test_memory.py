@@ -140,6 +140,31 @@ def test_a_stage_that_cannot_fit_is_refused_with_the_number_and_what_would_fit(
         check_fit(loaded, plans)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (
+            ["stages.dense.batch_size=4"],
+            r"stages\.dense\.batch_size=1 .* with stages\.dense\.lora='{rank: 16, bits: 4}'",
+        ),
+        (["stages.dense.lora={rank: 16}"], r"stages\.dense\.batch_size=1 .* with stages\.dense\.lora\.bits=4"),
+        (["stages.dense.quantize={scheme: W8A8, observer: lsq}"], r" with stages\.dense\.lora='{rank: 16}'"),
+    ],
+    ids=["full", "adapters", "quantized"],
+)
+def test_what_fits_only_with_everything_at_once_is_named(
+    overrides: list[str], advice: str, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe(recipe, [*overrides, "stages.qat.max_steps=0", "model.args.hidden=256"])
+    plans = plan_recipe(loaded)
+    setting = dict(planner_fit.settings(loaded))["dense"]
+    sizes = dict(planner_fit._options(loaded, "dense", setting, planner_fit.device_of(loaded.trainer), ()))
+    least = min(sizes.values())
+    monkeypatch.setattr(planner_fit, "device_of", lambda trainer: planner_fit.Device("small", least, 1))
+    with pytest.raises(QatkitError, match=advice):
+        check_fit(loaded, plans)
+
+
 def test_data_that_are_no_texts_leave_the_activations_out() -> None:
     plans = plan_recipe(load_recipe("vision/digits_int8"))
     assert [plan.stage for plan in plans] == ["dense", "qat"]

@@ -202,7 +202,6 @@ def test_tokens_are_made_once_and_again_when_the_file_changes(
         ("[1]", r"is no JSON object; write \{\.\.\.\} on every line"),
         ('{"txt": "a"}', r"has no column 'text' but \['txt'\]"),
         ('{"text": 5}', r"column 'text' holds int and no text"),
-        ('{"text": " "}', r"column 'text' is empty"),
     ],
 )
 def test_a_bad_record_is_named_by_file_and_line_and_can_be_left_out_and_counted(
@@ -218,6 +217,19 @@ def test_a_bad_record_is_named_by_file_and_line_and_can_be_left_out_and_counted(
     data = causal_text(skipping, tokenizer, context=16)
     with pytest.warns(QatkitWarning, match=rf"2 of {len(SENTENCES) + 2} records were left out, the first: .*:7: "):
         data.prepare_data()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blank_texts_as_in_wikitext_are_passed_over(streaming: bool, tmp_path: Path, tokenizer: str) -> None:
+    def batch(folder: str, records: list[dict[str, str]]) -> Tensor:
+        files = [str(write_lines(tmp_path / folder / f"{n}.jsonl", records)) for n in ("train", "val", "test")]
+        data = causal_text(Source(*files, streaming=streaming), tokenizer, context=16, batch_size=8)
+        assert "<|endoftext|><|endoftext|>" not in data.tokenizer.decode(data.test._rows.streams["input_ids"])  # type: ignore[attr-defined]
+        return next(iter(data.train_dataloader()))["input_ids"]
+
+    texts = [{"text": text} for text in SENTENCES]
+    spaced = [record for text in texts for record in ({"text": ""}, text, {"text": " \n"})]
+    assert torch.equal(batch("spaced", spaced), batch("plain", texts))
 
 
 def test_bad_records_of_a_stream_are_named_or_counted_too(tmp_path: Path, tokenizer: str) -> None:

@@ -73,6 +73,16 @@ def test_the_learned_tokens_are_those_of_transformers_with_and_without_marks_in_
     assert learned(tokenizer, talk) == (expected["input_ids"], expected["assistant_masks"])
 
 
+@pytest.mark.parametrize("talk", [TALK[1:], TALK[1:2]], ids=len)
+def test_a_conversation_that_the_assistant_begins_is_learned_without_marks_too(
+    talk: list[dict[str, str]], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path / "tokenizer", CHATML))
+    expected = learned(tokenizer, talk)
+    tokenizer.chat_template = re.sub(r"\{% (end)?generation %\}", "", CHATML)
+    assert learned(tokenizer, talk) == expected
+
+
 def test_of_several_templates_the_one_that_transformers_takes_says_what_is_learned(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_tokenizer(tmp_path / "tokenizer", CHATML))
     expected = learned(tokenizer, TALK)

@@ -61,6 +61,18 @@ def test_a_record_of_no_class_and_classes_that_are_none_are_named(tmp_path: Path
         text_classification(source(tmp_path, records), tokenizer, ["a", "b"], context=4, truncate=False).prepare_data()
 
 
+def test_a_blank_text_is_passed_over_where_it_stands_alone_and_named_where_it_has_a_class_or_partner(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    full = [{"text": text, "partner": text, "label": "a"} for text in SENTENCES]
+    made = source(tmp_path, [*full, {"text": " ", "partner": "b", "label": "a"}])
+    data = masked_text(made, tokenizer)
+    assert sum(len(split) for split in (data.train, data.val, data.test)) == len(full)  # type: ignore[arg-type]
+    for labelled in (text_classification(made, tokenizer, ["a", "b"]), text_pairs(made, tokenizer)):
+        with pytest.raises(QatkitError, match=r"records\.jsonl:81: column 'text' is empty"):
+            labelled.prepare_data()
+
+
 def test_hidden_tokens_are_a_share_of_all_and_transformers_has_the_same_loss(tmp_path: Path, tokenizer: str) -> None:
     data = masked_text(
         source(tmp_path, [{"text": t} for t in SENTENCES]), tokenizer, 32, probability=0.3, batch_size=16
