@@ -88,7 +88,7 @@ class NonFiniteSteps(Callback):
         spoiled = spoiled_by(trainer, module)
         said = "they changed no weight"
         if spoiled is not None:
-            said = f"{spoiled} was NaN or infinite before them already, made so by a step whose own loss was a number"
+            said = f"{spoiled} was NaN or infinite before them already, by a step, perhaps, whose own loss was a number"
         advice = f"Training continues from the last checkpoint, {path}"
         if not Path(path).is_file():
             advice = "No checkpoint was written before"
