@@ -38,6 +38,11 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
     text = record[column]
     if not isinstance(text, str):
         return BadRecord(f"column '{column}' holds {type(text).__name__} and no text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # which JSON can write, and tokenizers cannot read
+            return BadRecord(f"column '{column}' holds half of a character (a lone surrogate)")
     return text
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from qatkit import QatkitError
 from qatkit.data import Source, causal_text
+from qatkit.data.columns import text_in
 from qatkit.data.source import BadRecord, read_file
 from qatkit.errors import QatkitWarning
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
@@ -124,3 +125,13 @@ def test_a_damaged_parquet_file_is_named(damaged: int, said: str, tmp_path: Path
     path.write_bytes(whole[:200])
     with pytest.raises(QatkitError, match=r"texts\.parquet: is no Parquet file.*; write it again"):
         read(path)
+
+
+def test_half_of_a_character_is_a_bad_record(tmp_path: Path) -> None:
+
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "na\\u00efve \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    first, second = (text_in(record, "text") for _, record in read_file(path, lines=False))  # type: ignore[arg-type]
+    assert first == "naïve 😀"
+    assert isinstance(second, BadRecord)
+    assert "half of a character" in str(second)
