@@ -124,7 +124,7 @@ def _check_prompts(config: DistillConfig, packed: bool) -> None:
         if packed and getattr(config, key) is not None:
             raise QatkitError(
                 f"{key}: it continues the beginnings of texts, and causal_text packs several documents into a row; "
-                'write data.factory: "qatkit.data:chat" or "qatkit.data:text_windows", or leave it out'
+                'write data.factory: "qatkit.data:chat" or "qatkit.data:stdlib_text", or leave it out'
             )
 
 
