@@ -144,6 +144,8 @@ def spoiled(module: nn.Module) -> str | None:
             continue  # not calibrated yet, which NaN says
         for own, value in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
             local = value.to_local() if isinstance(value, DTensor) else value
+            if type(local) not in (Tensor, nn.Parameter) or local.layout != torch.strided:
+                continue  # codes of another library, sparse, or of a lazy layer that never ran
             if not local.is_floating_point() or local.element_size() == 1:  # codes of 8 bits
                 continue
             bad = ~local.isfinite() if isinstance(value, nn.Parameter) else local.isnan()

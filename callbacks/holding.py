@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -174,6 +175,8 @@ class HeldZeros(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # nothing is trained
         holding = [each for each in trainer.callbacks if isinstance(each, HeldZeros)]  # type: ignore[attr-defined]
         chosen = {name for each in holding for name in each.select(pl_module)}
         own = {each.state_key for each in holding}  # theirs is checked where it is loaded

@@ -107,14 +107,18 @@ class SparseRefinedSTE(HeldZeros):
                 if weight.grad is not None:
                     local(weight.grad).add_(pruned, alpha=self.decay)
         # not at the batch's end: a module that optimizes by hand may step several times in one
-        self._after = optimizer.register_step_post_hook(lambda *_: self.put_back(pl_module))
+        self._let_go()
+        self._after = optimizer.register_step_post_hook(lambda *_: self._take_out(pl_module) if self._stepped else None)
 
     @override
     def put_back(self, pl_module: LightningModule) -> None:
         if self._stepped:
             self._take_out(pl_module)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._after is not None:
-            self._after.remove()
+            self._after.remove()  # outside of the optimizer's step, which goes through its hooks
         self._after = None
 
     def _take_out(self, pl_module: LightningModule) -> None:

@@ -6,7 +6,6 @@ of it is judged again by where it was defined: a module's imports are not its ow
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -137,20 +136,6 @@ def build(config: FactoryConfig, key: str, allow: Sequence[str] = (), **extra: A
     except ValueError as error:
         named = str(error).partition(":")[0] in args  # the factory's message starts with the argument
         raise QatkitError(f"{key}.args{'.' if named else ': '}{error}") from error
-
-
-def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:
-    """The data of a recipe, with the tokenizer of its pretrained model where they name none and take one.
-
-    Another tokenizer's numbers would mean other texts to the model.
-    """
-    name = model.args.get("name_or_path")
-    if not isinstance(name, str) or "tokenizer" in data.args:
-        return data
-    parameter = _signature(resolve(data.factory, "data.factory", allow)).parameters.get("tokenizer")
-    if parameter is None or parameter.default not in (None, inspect.Parameter.empty):
-        return data
-    return dataclasses.replace(data, args={**data.args, "tokenizer": name})
 
 
 def _judge(module: str, name: str, key: str, allow: Sequence[str]) -> None:

@@ -94,7 +94,7 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
         for found in sorted(glob.glob(value, recursive=True)):
             if Path(found).is_file():
                 yield f"{name} {found}", Path(found)
-    elif isinstance(value, str) and _is_model_folder(value):
+    elif isinstance(value, str) and value and _is_model_folder(value):
         yield name, Path(value).expanduser()
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
         with suppress(OSError):  # too long for a name, or not ours to look at

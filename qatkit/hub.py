@@ -55,6 +55,15 @@ def explain(error: BaseException, argument: str, name: str, described: str = "")
     return f"{argument}: '{name}' cannot be loaded{wanted} ({said[:200]})"
 
 
+def holds_tokenizer(name: str) -> bool:
+    """Whether a folder holds a tokenizer, without which transformers makes one that knows nothing.
+
+    Of a name on the hub it is taken for granted.
+    """
+    folder = Path(name).expanduser()
+    return not folder.is_dir() or any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+
+
 @lru_cache(maxsize=64)  # a run builds its model and data for every stage; what was refused is asked again
 def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal["model", "dataset"]) -> bool:
     from huggingface_hub import HfApi

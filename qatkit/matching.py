@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from qatkit.errors import QatkitError
+from qatkit.factories import resolve
+from qatkit.hub import holds_tokenizer
 from qatkit.models.pretrained import reads_last_token
+from qatkit.recipe import FactoryConfig
 
 
 def check_data(model: nn.Module, data: Any) -> None:
@@ -55,3 +61,17 @@ def check_data(model: nn.Module, data: Any) -> None:
             f"data: with attn_implementation {attention} documents of a window are only kept apart in batches of 1; "
             "write batch_size: 1 and a larger context, or sdpa"
         )
+
+
+def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:
+    """The data of a recipe, with the tokenizer of its pretrained model where they name none and take one.
+
+    Another tokenizer's numbers would mean other texts to the model.
+    """
+    name = model.args.get("name_or_path") if model.factory.startswith("qatkit.models:") else None
+    if not isinstance(name, str) or "tokenizer" in data.args or not holds_tokenizer(name):
+        return data
+    parameter = inspect.signature(resolve(data.factory, "data.factory", allow)).parameters.get("tokenizer")
+    if parameter is None or parameter.default not in (None, inspect.Parameter.empty):
+        return data
+    return dataclasses.replace(data, args={**data.args, "tokenizer": name})

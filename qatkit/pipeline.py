@@ -24,10 +24,10 @@ from qatkit.checkpoint import StageRecord, load_stage, read_record, read_started
 from qatkit.data.datamodule import unsliced
 from qatkit.data.tokenizers import check_tokenizer
 from qatkit.errors import QatkitError
-from qatkit.factories import build, with_tokenizer
+from qatkit.factories import build
 from qatkit.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.loading import recipe_to_yaml
-from qatkit.matching import check_data
+from qatkit.matching import check_data, with_tokenizer
 from qatkit.recipe import Recipe
 from qatkit.teachers import teaching
 from qatkit.tracking import Tracking, check_logger

@@ -15,7 +15,8 @@ from qatkit.analysis.language import check_harness
 from qatkit.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
-from qatkit.factories import check_arguments, resolve, with_tokenizer
+from qatkit.factories import check_arguments, resolve
+from qatkit.matching import with_tokenizer
 from qatkit.optimizers import check_optimizer
 from qatkit.quantization.selection import select
 from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe

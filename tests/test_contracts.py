@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "distillation": PLAIN | {"depth"},
     "lora": PLAIN | {"quantization"},  # an update is part of the weight that is rounded
     "hub": PLAIN,
-    "matching": PLAIN | {"models"},
+    "matching": PLAIN | {"recipe", "factories", "hub", "models"},
     "models": PLAIN | {"hub"},
     "data": PLAIN | {"hub"},
     "callbacks": PLAIN | TECHNIQUES | {"lora"},
@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": PLAIN,
     "blocks": PLAIN | TECHNIQUES | {"recipe", "callbacks", "lora", "tasks"},
     "validation": PLAIN
-    | {"recipe", "schema", "factories", "tracking", "blocks", "architecture", "export", "quantization"}
+    | {"recipe", "schema", "factories", "matching", "tracking", "blocks", "architecture", "export", "quantization"}
     | {"optimizers", "analysis"},
 }
 EVERYTHING = {"training", "teachers", "pipeline", "delivery", "cli", "cli_arguments", "cli_sensitivity"}

@@ -91,6 +91,20 @@ def test_zeros_of_a_stage_stay_when_a_later_one_prunes_more_or_elsewhere(again: 
     assert set(run.record("more").zeros) == {"1", "3"}
 
 
+@pytest.mark.parametrize("layer", ["1", "3"])
+def test_a_layer_that_got_no_zero_is_not_held(layer: str, tmp_path: Path) -> None:
+    stages = RECIPE[: RECIPE.index("  prune:")] + (
+        "  first: {max_steps: 4, prune: {sparsity: 0.0005, scope: model}}\n"
+        f"  second: {{max_steps: 4, prune: {{sparsity: 0.5, include: ['{layer}']}}}}\nexport: {{format: dense}}\n"
+    )
+    (tmp_path / "few.yaml").write_text(stages)
+    run = Run(load_recipe(str(tmp_path / "few.yaml")), tmp_path / "run")
+    run_stages(run)
+    assert sorted(run.record("first").zeros.values()) == [0, 1]
+    assert run.record("second").zeros[layer] == {"1": 1024, "3": 160}[layer]
+    assert 0 not in run.record("second").zeros.values()
+
+
 def test_the_record_counts_the_zeros_of_the_saved_weights_of_every_stage(done: Run) -> None:
     assert done.record("dense").zeros == {}
     for stage in ("prune", "ptq", "qat"):

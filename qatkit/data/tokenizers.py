@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qatkit.errors import QatkitError
-from qatkit.hub import explain, locate
+from qatkit.hub import explain, holds_tokenizer, locate
 
 PROBE = "The 3 quick foxes (of 27) don't jump over\n\tlazy_dogs[0] = naïve 狐!"
 """A text that tokenizers cut differently."""
@@ -85,13 +85,13 @@ def check_tokenizer(model: Any, tokenizer: Any) -> None:
     if not hasattr(tokenizer, "convert_tokens_to_ids"):  # none, or one of the user's own
         return
     try:
-        own = load_tokenizer(name) if name else None
+        own = load_tokenizer(name) if name and holds_tokenizer(name) else None
     except QatkitError:
-        own = None  # a folder without one: what the data say is all that there is
+        own = None  # what the data say is all that there is
     if own is None:
         return
     theirs, ours = (found(PROBE, add_special_tokens=False)["input_ids"] for found in (own, tokenizer))
-    if theirs and theirs != ours:  # of a folder without one transformers makes a tokenizer that knows nothing
+    if theirs != ours:
         raise QatkitError(
             f"data.args.tokenizer: the model '{name}' has a tokenizer that makes other numbers of a text ({theirs[:5]} "
             f"and not {ours[:5]}), so what it has learned would be lost; write tokenizer: {name}"

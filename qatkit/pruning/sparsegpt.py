@@ -57,10 +57,12 @@ def sparsegpt(
         mask = torch.ones_like(block, dtype=torch.bool)
         if nm is None:
             # the rounded total up to here less what is done: over all blocks the count is exact
-            count = round((sparsity or 0.0) * rows * end) - done
-            done += count
             scores = _scores(block, root.diagonal(), unused[start:end])
-            mask = lowest({"weight": scores}, count)["weight"] if count < scores.numel() else ~mask
+            old = zeros[:, start:end]
+            count = max(round((sparsity or 0.0) * rows * end) - done, int(old.sum()))
+            done += count
+            scores[old] = -1.0
+            mask = lowest({"weight": scores}, count, signed=True)["weight"] if count < scores.numel() else ~mask
         errors = torch.zeros_like(block)
         for j in range(end - start):
             if nm is not None and j % nm[1] == 0:

@@ -108,3 +108,14 @@ def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no
     assert spoiled(model) is None
     model.register_buffer("mean", torch.tensor([0.0, torch.nan]))
     assert spoiled(model) == "'mean'"
+
+
+def test_parameters_that_are_no_plain_floats_are_passed_over() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(4), nn.Linear(4, 4))
+    quantize_(model[0], Int8WeightOnlyConfig())
+    model[2].weight = nn.Parameter(torch.eye(4).to_sparse_csr())
+    assert spoiled(model) is None
+    nn.init.constant_(model[2].bias, torch.nan)
+    assert spoiled(model) == "'bias' of layer '2'"

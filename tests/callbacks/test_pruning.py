@@ -213,6 +213,7 @@ def test_resuming_with_patterns_that_let_go_of_a_held_layer_is_an_error(tmp_path
     module = Classifier()
     trainer(only, ConstantPruning(include=["net.0"])).fit(module, batches(), ckpt_path=path)
     assert zeros(module) == 64
+    trainer(only).validate(Classifier(), batches(), ckpt_path=path, verbose=False)  # nothing is trained
 
 
 def test_a_checkpoint_from_before_the_callback_is_pruned_when_it_resumes(tmp_path: Path) -> None:

@@ -83,6 +83,13 @@ def test_every_forward_is_sparse_where_a_module_steps_several_times_in_a_batch()
     assert len(seen) > 3
 
 
+def test_two_of_them_serve_one_trainer() -> None:
+    module = Classifier()
+    trainer(SparseRefinedSTE(include=["net.0"]), SparseRefinedSTE((1, 4), include=["net.2"])).fit(module, batches())
+    assert (module.net[0].weight == 0).sum() == 64
+    assert (module.net[2].weight == 0).sum() == 36
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(QatkitError, match=r"layer 'net.2': its weight of shape \[3, 16\] .* groups of 5 do not divide"):
         trainer(SparseRefinedSTE((2, 5), include=["net.2"])).fit(Classifier(), batches())

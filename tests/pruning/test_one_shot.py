@@ -167,3 +167,18 @@ def test_what_the_inputs_say_is_summed_in_float32_where_the_model_runs_in_bfloat
             prune_one_shot(model, batches, "sparsegpt", sparsity=0.5, include=["layers.0.0"])
         found.append(model.layers[0][0].weight)
     assert torch.equal(*found)
+
+
+def test_sparsegpt_keeps_old_zeros_and_counts_them() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 256)
+    weight[:, :128] = 0
+    x = torch.randn(512, 256)
+    x[:, 200:220] = 0  # inputs that are always 0 cost as little as old zeros
+    for sparsity in (0.5, 0.6, 0.75):
+        pruned = sparsegpt(weight, x.t() @ x, sparsity)
+        assert not pruned[:, :128].any()
+        assert int((pruned == 0).sum()) == round(sparsity * weight.numel())
+    scattered = weight.flip(1) * (torch.rand(16, 256) > 0.3)
+    pruned = sparsegpt(scattered, x.t() @ x, nm=(2, 4))
+    assert not pruned[scattered == 0].any()
