@@ -25,7 +25,7 @@ from qatkit.lora.heads import classification_heads
 from qatkit.optimizers import moment_memory
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
-from qatkit.tasks import answers, call, mean_loss
+from qatkit.tasks import call, mean_loss
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 BITS = {4: 4.127, 8: 8.0}
@@ -179,8 +179,6 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
         logits = call(model, batch)
         with torch.no_grad():
             said = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
-        if "task" in batch:  # similarities of pairs
-            (logits, labels), (said, _) = answers(logits, batch), answers(said, batch)
         loss = distill.alpha * _divergence(logits, said, distill)
         hard = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         return loss + (1 - distill.alpha) * hard

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qatkit.fingerprint import stage_inputs
+from qatkit.fingerprint import _files, stage_inputs
 from qatkit.models import llama
 from qatkit.recipe import EarlyStoppingConfig, FactoryConfig, Recipe, SamplesConfig, StageConfig
 
@@ -84,3 +84,9 @@ def test_a_folder_that_is_of_no_model_counts_by_its_name_alone(tmp_path: Path) -
     model = FactoryConfig("qatkit.models:mlp", {"name_or_path": str(tmp_path), "other": "~nobody_here/x"})
     recipe = Recipe("x", model, FactoryConfig("qatkit.data:digits"), {"dense": StageConfig(1)})
     assert not [key for key in stage_inputs(recipe, "dense") if "content" in key]
+
+
+def test_an_empty_argument_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert list(_files({"column": "", "folder": "."}, "data.args")) == [("data.args.folder", Path("."))]

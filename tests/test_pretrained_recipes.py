@@ -14,7 +14,9 @@ from qatkit.data import stdlib_text
 from qatkit.data.tokenizers import load_tokenizer
 from qatkit.delivery import export_run
 from qatkit.loading import list_recipes, load_recipe
+from qatkit.matching import with_tokenizer
 from qatkit.pipeline import Run, run_stages
+from qatkit.recipe import FactoryConfig
 from qatkit.tasks import evaluate
 from qatkit.validation import validate_recipe
 from tests.data.corpus import save_tokenizer
@@ -80,3 +82,16 @@ def test_tokens_that_the_model_reads_otherwise_are_refused(folder: Path, tmp_pat
         file.unlink()
     load_tokenizer.cache_clear()
     run_stages(Run(recipe, tmp_path / "run"))
+
+
+def test_only_pretrained_models_of_qatkit_bring_a_tokenizer(folder: Path) -> None:
+    text = FactoryConfig("qatkit.data:stdlib_text")
+    own = FactoryConfig("qatkit.models:causal_lm", {"name_or_path": str(folder)})
+    assert with_tokenizer(text, own).args == {"tokenizer": str(folder)}
+    named = FactoryConfig("qatkit.data:stdlib_text", {"tokenizer": None})
+    assert with_tokenizer(named, own) == named
+    assert with_tokenizer(text, FactoryConfig("theirs:resnet", {"name_or_path": "resnet50"})) == text
+    assert with_tokenizer(FactoryConfig("qatkit.data:digits"), own).args == {}
+    for file in folder.glob("tok*"):
+        file.unlink()
+    assert with_tokenizer(text, own) == text
