@@ -6,7 +6,7 @@ dense model and the dense model trained on. Seeds are orders of the training dat
 What a job gave is kept in ``results/prune_accuracy_jobs.json``: a stopped benchmark continues there.
 
 Run: python benchmarks/prune_accuracy.py [--quick] [--jobs 2]
-The full mode takes about two hours of a core; --quick shows the mechanics and writes no results.
+The full mode takes hours of a core; --quick shows the mechanics and writes no results.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def on_every_process(work: Callable[[], object]) -> None:
     error: Exception | None = None
     try:
         work()
-    except Exception as found:
+    except Exception as found:  # whatever it is, the others must hear of it
         error = found
     errors: list[str | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(errors, None if error is None else str(error))

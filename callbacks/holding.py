@@ -177,7 +177,7 @@ class HeldZeros(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return  # nothing is trained
-        holding = [each for each in trainer.callbacks if isinstance(each, HeldZeros)]  # type: ignore[attr-defined]
+        holding = [each for each in trainer.callbacks if isinstance(each, HeldZeros)]  # type: ignore[attr-defined]  # set by Lightning
         chosen = {name for each in holding for name in each.select(pl_module)}
         own = {each.state_key for each in holding}  # theirs is checked where it is loaded
         for key, state in checkpoint.get("callbacks", {}).items():

@@ -116,7 +116,7 @@ class MagnitudePruning(HeldZeros):
         if stage != "fit":
             return
         self._level = -1
-        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]
+        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]  # set by Lightning
         if averaging and self.ramp.end > self.ramp.start:
             raise QatkitError(
                 f"ramp: {type(averaging[0]).__name__} averages weights of before and after they are pruned, which "

@@ -65,7 +65,7 @@ class SparseRefinedSTE(HeldZeros):
         if stage != "fit":
             return
         self._pruned, self._stepped = {}, False
-        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]
+        averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]  # set by Lightning
         if averaging:
             raise QatkitError(
                 f"callbacks: {type(averaging[0]).__name__} averages weights with different masks, which leaves no "

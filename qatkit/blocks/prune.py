@@ -69,7 +69,7 @@ def callbacks(config: PruneConfig | None, held: Sequence[str], model: nn.Module)
     from qatkit.callbacks import ConstantPruning
 
     # over a model, or where a ramp has not begun, a layer may be among the pruned ones without a zero
-    held = [layer for layer in held if bool((model.get_submodule(layer).weight == 0).any())]  # type: ignore[union-attr]
+    held = [layer for layer in held if bool((model.get_submodule(layer).weight == 0).any())]  # type: ignore[union-attr]  # a Parameter
     if config is None:
         return [ConstantPruning(inside(held))] if held else []
     chosen = prunable_layers(model, config.include, config.exclude)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qatkit.data.columns import encode_texts, ids_of
+from qatkit.data.columns import documents_of, encode_texts
 from qatkit.data.packing import PackedWindows
 from qatkit.data.source import Source
 from qatkit.data.streaming import StreamingDataModule
@@ -47,8 +47,7 @@ def causal_text(
         end = end_of_text(loaded, tokenizer)
 
         def rows(texts: list[str]) -> list[list[Row]]:
-            # with what the tokenizer puts at a text's start: models of some families answer nonsense without it
-            return [[{"input_ids": ids if ids[-1:] == [end] else [*ids, end]}] for ids in ids_of(loaded, texts)]
+            return [[{"input_ids": ids}] for ids in documents_of(loaded, end, texts)]
 
         def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
             return encode_texts(records, column, rows)

@@ -19,6 +19,14 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return found
 
 
+def documents_of(tokenizer: Any, end: int, texts: list[str]) -> list[list[int]]:
+    """Token ids of documents, the end of text after each.
+
+    With what the tokenizer puts at a text's start: models of some families answer nonsense without it.
+    """
+    return [ids if ids[-1:] == [end] else [*ids, end] for ids in ids_of(tokenizer, texts)]
+
+
 def encode_texts(
     records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[list[Row]]]
 ) -> list[Encoded]:

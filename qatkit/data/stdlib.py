@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qatkit.data.columns import ids_of
+from qatkit.data.columns import documents_of
 from qatkit.data.text import SPLITS, TextDataModule, Windows, cached_folder, tokenize, train_tokenizer
 from qatkit.data.tokenizers import end_of_text, fingerprint, load_tokenizer
 from qatkit.errors import QatkitError
@@ -125,9 +125,7 @@ def stdlib_tokens(
 def tokenize_with(tokenizer: str, documents: list[str]) -> NDArray[np.uint32]:
     """All documents as one stream of a pretrained tokenizer's tokens, an end of text after each."""
     loaded = load_tokenizer(tokenizer)
-    end = end_of_text(loaded, tokenizer)
-    # with what the tokenizer puts at a text's start: models of some families answer nonsense without it
-    parts = [ids if ids[-1:] == [end] else [*ids, end] for ids in ids_of(loaded, documents)]
+    parts = documents_of(loaded, end_of_text(loaded, tokenizer), documents)
     return np.concatenate([np.asarray(part, dtype=np.uint32) for part in parts])
 
 
