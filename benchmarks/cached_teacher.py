@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from qatkit.data import stdlib_text
 from qatkit.distillation.cache import CachedTeacher, cache_teacher
 from qatkit.distillation.students import student_from_teacher
-from qatkit.engine import CompressionModule
+from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe import StageConfig
 from qatkit.tasks import call, evaluate
 

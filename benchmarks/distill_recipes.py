@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from harness import RESULTS, Claim, finish
 
-from qatkit.loading import load_recipe
-from qatkit.pipeline import Run, run_stages
+from qatkit.recipe.loading import load_recipe
+from qatkit.pipeline.loop import Run, run_stages
 from qatkit.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent

@@ -25,8 +25,8 @@ import torch
 from harness import Claim, finish
 from recovery import BASE, CONTEXT, FULL, VOCABULARY, base_model
 
-from qatkit.loading import load_recipe
-from qatkit.pipeline import Run, run_stages
+from qatkit.recipe.loading import load_recipe
+from qatkit.pipeline.loop import Run, run_stages
 from qatkit.recipe import Recipe
 
 SEEDS = (0, 1, 2)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from qatkit.analysis.bench import side_by_side
-from qatkit.analysis.cost import macs, parameters
-from qatkit.architecture import Architecture, architecture_of, build_architecture
-from qatkit.blocks.shrink import apply
+from qatkit.report.bench import side_by_side
+from qatkit.advise.cost import macs, parameters
+from qatkit.run.architecture import Architecture, architecture_of, build_architecture
+from qatkit.stages.shrink import apply
 from qatkit.recipe import FactoryConfig, ShrinkConfig
 
 

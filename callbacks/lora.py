@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
-from qatkit.callbacks.holding import HeldZeros
+from qatkit.callbacks.held_zeros import HeldZeros
 from qatkit.callbacks.quantization import QuantizationAwareTraining
 from typing_extensions import override
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
-from qatkit.callbacks.holding import HeldZeros
+from qatkit.callbacks.held_zeros import HeldZeros
 from torch import Tensor, nn
 from torch import distributed as dist
 from typing_extensions import override

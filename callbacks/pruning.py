@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from qatkit.callbacks.holding import AVERAGING, HeldZeros
+from qatkit.callbacks.held_zeros import AVERAGING, HeldZeros
 from torch import Tensor, nn
 from typing_extensions import override
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from qatkit.callbacks.holding import HeldZeros
+from qatkit.callbacks.held_zeros import HeldZeros
 from torch import Tensor
 from typing_extensions import override
 

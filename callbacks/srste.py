@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from qatkit.callbacks.holding import AVERAGING, HeldZeros
+from qatkit.callbacks.held_zeros import AVERAGING, HeldZeros
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle

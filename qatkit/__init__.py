@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qatkit.pruning.schedule import Ramp
     from qatkit.quantization.arithmetic import choose_qparams, dequantize, fake_quantize, quantize
     from qatkit.quantization.calibrate import calibrate
-    from qatkit.quantization.initialisers.runner import initialise
+    from qatkit.quantization.ptq.runner import initialise
     from qatkit.quantization.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
     from qatkit.quantization.modules import FakeQuantize
     from qatkit.quantization.prepare import prepare_qat, strip_qat
@@ -54,7 +54,7 @@ _HOMES = {
     "qatkit.pruning.schedule": ("Ramp",),
     "qatkit.quantization.arithmetic": ("choose_qparams", "dequantize", "fake_quantize", "quantize"),
     "qatkit.quantization.calibrate": ("calibrate",),
-    "qatkit.quantization.initialisers.runner": ("initialise",),
+    "qatkit.quantization.ptq.runner": ("initialise",),
     "qatkit.quantization.layers": ("QATConv1d", "QATConv2d", "QATEmbedding", "QATLinear"),
     "qatkit.quantization.modules": ("FakeQuantize",),
     "qatkit.quantization.prepare": ("prepare_qat", "strip_qat"),

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from tests import exporting as exporting
+from tests.support import exporting
 
 # for fixtures of a module, which are made before the one below, and for the processes that tests start
 torch.set_num_threads(1)

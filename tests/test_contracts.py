@@ -118,4 +118,4 @@ def test_import_qatkit_loads_nothing_heavy_and_using_it_loads_torch_alone() -> N
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    assert not loaded_by("import qatkit.cli, qatkit.loading") & (HEAVY - {"omegaconf"} | {"torch"})
+    assert not loaded_by("import qatkit.cli.main, qatkit.recipe.loading") & (HEAVY - {"omegaconf"} | {"torch"})

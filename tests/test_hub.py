@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
-from tests.hub_server import hub
+from tests.support.hub_server import hub
 from tests.models.families import tiny
 
 pytestmark = pytest.mark.slow

@@ -108,7 +108,7 @@ def test_recipes_are_read_on_newer_pythons(built: dict[str, Path], version: str,
     install(interpreter, "--no-deps", str(built["wheel"]))
     done = python(interpreter, str(interpreter.parent / "qatkit"), "show", "vision/digits_int4", cwd=tmp_path)
     assert "name: digits_int4" in done.stdout
-    code = "from qatkit.loading import load_recipe; print(load_recipe('vision/digits_int4').seed)"
+    code = "from qatkit.recipe.loading import load_recipe; print(load_recipe('vision/digits_int4').seed)"
     assert python(interpreter, "-c", code, cwd=tmp_path).stdout == "7\n"
 
 

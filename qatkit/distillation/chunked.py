@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qatkit.distillation.blocks import DIVERGENCES, Best, Block
+from qatkit.kernels.kd_rows import DIVERGENCES, Best, Block
 from qatkit.distillation.losses import IGNORED, check_beta
 from qatkit.errors import QatkitError
 
@@ -209,7 +209,7 @@ def _linear_kd(
     rows -= rows % 256 if 256 < rows < positions else 0  # whole tiles of the matrix products
     block: Any  # both are called alike
     if student_hidden.is_cuda and teacher_hidden is not None and exact == torch.float32 and _has_triton():
-        from qatkit.distillation.kernels import RowKernel  # there is no Triton where there is no GPU
+        from qatkit.kernels.kd_rows_triton import RowKernel  # there is no Triton where there is no GPU
 
         block_rows = rows
         block = RowKernel(temperature, alpha, kind, beta, hidden_grad or weight_grad or bias_grad)

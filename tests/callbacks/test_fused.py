@@ -18,8 +18,8 @@ from qatkit import QatkitError, QuantSpec
 from qatkit.distillation.cache import CachedTeacher, cache_teacher
 from qatkit.distillation.teacher import Teacher
 from tests.callbacks.modules import Classifier, trainer
-from tests.texts import loader as texts_loader
-from tests.texts import texts
+from tests.support.texts import loader as texts_loader
+from tests.support.texts import texts
 
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 

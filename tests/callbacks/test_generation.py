@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from qatkit import QatkitError, QuantSpec
 from qatkit.models import llama
 from tests.callbacks.modules import Classifier, trainer
-from tests.texts import VOCAB, tiny_llama
+from tests.support.texts import VOCAB, tiny_llama
 
 PROMPT, NEW = 4, 6
 distil = partial(KnowledgeDistillation, student="net")

@@ -10,8 +10,8 @@ import torch
 from qatkit.callbacks import QuantizationAwareTraining
 
 from qatkit import QatkitError, QuantSpec, fake_quantize
-from qatkit.loading import load_recipe
-from qatkit.pipeline import Run, run_stages
+from qatkit.recipe.loading import load_recipe
+from qatkit.pipeline.loop import Run, run_stages
 from qatkit.quantization.prepare import quantized_weights
 from tests.callbacks.modules import Classifier, batches, trainer
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.models import cnn
-from tests import warm
+from tests.support import warm
 from tests.callbacks.modules import Classifier, batches, network, trainer
 
 W4 = QuantSpec(num_bits=4, observer="lsq")

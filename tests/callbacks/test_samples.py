@@ -14,12 +14,12 @@ from qatkit.callbacks import QuantizationAwareTraining, TextSamples
 from transformers import AutoTokenizer
 
 from qatkit import QatkitError, QuantSpec
-from qatkit.engine import CompressionModule
+from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe import StageConfig
 from tests.callbacks.modules import Classifier, batches, trainer
 from tests.data.corpus import save_tokenizer
 from tests.models.families import tiny
-from tests.texts import loader
+from tests.support.texts import loader
 
 PROMPTS = ["Ada counts the", "Alan"]
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qatkit import QatkitError
 from qatkit.distillation.generation import cut_prompts, generated_batch
-from tests.texts import VOCAB, tiny_llama
+from tests.support.texts import VOCAB, tiny_llama
 
 WORDS = torch.tensor([[11, 12, 13, 14], [0, 0, 21, 22], [31, 32, 0, 0]])
 PRESENT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import warm
+from tests.support import warm
 
 
 @pytest.fixture(scope="session", autouse=True)

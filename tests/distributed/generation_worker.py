@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader
 
-from tests.texts import VOCAB, tiny_llama
+from tests.support.texts import VOCAB, tiny_llama
 
 
 class Writer(LightningModule):

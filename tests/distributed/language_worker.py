@@ -15,9 +15,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from qatkit.engine import CompressionModule
+from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe import StageConfig
-from tests.texts import loader, tiny_llama
+from tests.support.texts import loader, tiny_llama
 
 
 class PlainDescent(CompressionModule):

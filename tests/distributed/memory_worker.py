@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from qatkit.loading import load_recipe
-from tests.memory import measured
+from qatkit.recipe.loading import load_recipe
+from tests.support.memory import measured
 
 CASES = {
     "full ddp": ("dense", []),

@@ -10,7 +10,7 @@ import torch
 from qatkit.callbacks.features import FeatureMatch, HiddenMatch
 from torch import nn
 
-from tests import warm
+from tests.support import warm
 
 WORKER = Path(__file__).parent / "distillation_worker.py"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests import warm
+from tests.support import warm
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import warm
+from tests.support import warm
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from qatkit.tasks import evaluate
-from tests import warm
-from tests.test_engine import gradients
-from tests.texts import loader, tiny_llama
+from tests.support import warm
+from tests.pipeline.test_module import gradients
+from tests.support.texts import loader, tiny_llama
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qatkit import quantize
-from tests import warm
+from tests.support import warm
 from tests.distributed.lora_worker import SPEC, main, network
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qatkit.loading import load_recipe
-from qatkit.planner import plan_recipe
-from tests import warm
+from qatkit.recipe.loading import load_recipe
+from qatkit.advise.plan import plan_recipe
+from tests.support import warm
 from tests.distributed.memory_worker import CASES, overrides
-from tests.memory import RECIPE
+from tests.support.memory import RECIPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent.parent

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import warm
+from tests.support import warm
 
 WORKER = Path(__file__).parent / "pruning_worker.py"
 KINDS = ("layer", "model", "nm", "movement", "block", "srste", "rewind")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qatkit.loading import load_recipe
-from qatkit.pipeline import Run
-from tests import warm
-from tests.test_sparse_int4_recipe import SMALL
+from qatkit.recipe.loading import load_recipe
+from qatkit.pipeline.loop import Run
+from tests.support import warm
+from tests.recipes.test_sparse_int4_recipe import SMALL
 
 pytestmark = pytest.mark.slow
 

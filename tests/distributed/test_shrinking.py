@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import warm
+from tests.support import warm
 
 IMAGES = """
 name: shrink

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import warm
+from tests.support import warm
 
 WORKER = Path(__file__).parent / "watching_worker.py"
 

@@ -19,12 +19,12 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
-from qatkit.engine import CompressionModule
+from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe import EarlyStoppingConfig, StageConfig
-from qatkit.stopping import StopEarly
+from qatkit.pipeline.early_stopping import StopEarly
 from tests.data.corpus import save_tokenizer
 from tests.distributed.language_worker import Halves
-from tests.texts import tiny_llama
+from tests.support.texts import tiny_llama
 
 LOSSES = [3.0, 2.0, 1.0, 5.0, 5.0]
 """What validation is to say after each epoch, which is one step."""

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.lora.attach import Adapter, attach, base_layers, merge, save_adapter, target_layers
 from tests.lora.test_bits import moved
-from tests.texts import VOCAB, tiny_llama
+from tests.support.texts import VOCAB, tiny_llama
 
 INPUTS = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

@@ -1,0 +1,259 @@
+"""What a training step takes in memory, told by running it on tensors that have shapes and no values.
+
+The step is the real one: the model's own code, the fake quantizers, the loss and the teacher. torch's fake tensors take
+no memory, and everything that the step allocates is counted when it comes and when it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from qatkit.stages.optimizers import MomentMemory, moment_memory
+from qatkit.quantization.modules import FakeQuantize
+
+Step = Callable[[nn.Module, nn.Module | None], Tensor]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device while a model trains there alone."""
+
+    parameters: int
+    """Numbers in the model, not bytes."""
+    trained: int
+    """Those of them that are trained."""
+    weights: int
+    """Parameters and buffers."""
+    teacher: int
+    """Those of the teacher."""
+    gradients: int
+    optimizer: int
+    """Two moments for every trained number, paged ones among them, which `total` is without."""
+    activations: int | None
+    """The most that a step holds besides: what the backward pass needs, and what comes and goes. None: not known."""
+    total: int
+    """The most that is held at one time; less than the sum, where the parts are not held together."""
+
+    def on_each(self, devices: int, strategy: str, fused: bool = False) -> int:
+        """The most that one of several devices holds, bytes.
+
+        ddp keeps a copy of the gradients in its buckets. fsdp2 shares weights, gradients and moments out and gathers
+        the weights for a step, and their gradients, whole: the model is one group. Weights are copied out of the buffer
+        that they are gathered in, which stays until the model's call ends, and gradients into one that they are reduced
+        in.
+
+        Args:
+            devices: How many.
+            strategy: ddp or fsdp2.
+            fused: The loss is computed before the model's call ends, as with a teacher.
+        """
+        if devices == 1:
+            return self.total
+        if strategy == "fsdp2":
+            shares = (self.weights + self.gradients + self.optimizer) // devices
+            during = self.total - self.optimizer + (self.weights if fused else 0)
+            return shares + max(during, self.teacher + self.weights + max(self.weights, 2 * self.gradients))
+        return self.total + self.gradients
+
+
+def step_memory(
+    model: nn.Module,
+    step: Step,
+    teacher: nn.Module | None = None,
+    autocast: torch.dtype | None = None,
+    accumulates: bool = False,
+    bits: Mapping[str, float] | None = None,
+    teacher_bits: Mapping[str, float] | None = None,
+    moments: MomentMemory | None = None,
+) -> StepMemory:
+    """Predict what one training step holds.
+
+    Gradients of the step before are held until the backward pass begins, as in Lightning.
+
+    Args:
+        model: As it is trained, on the meta device: prepared, frozen, adapted. Left as it is.
+        step: Gives the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it makes
+            are fake as well.
+        teacher: On the meta device; None where there is none, or where its answers are read from a cache.
+        autocast: The dtype that products are computed in, where it is not that of the weights.
+        accumulates: Gradients of several batches are added up.
+        bits: Bits per number of the frozen parameters that are held in fewer than their dtype has, by name; one of them
+            at a time is whole while it is multiplied.
+        teacher_bits: The same of the teacher.
+        moments: What the optimizer takes; by default torch's AdamW.
+
+    Raises:
+        Exception: whatever the model raises where its shapes depend on values.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = nn.Linear(1000, 10, bias=False)
+        >>> found = step_memory(model, lambda model, _: model(torch.zeros(64, 1000)).sum())
+        >>> found.weights, found.gradients, found.optimizer
+        (40000, 40000, 80000)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    student = copy.deepcopy(model).train()
+    taught = copy.deepcopy(teacher)
+    with FakeTensorMode():
+        for part in (student, taught):
+            _make_fake(part)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        allocations = _Allocations()
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(allocations.keep_gradient)  # type: ignore[no-untyped-call]
+        context = torch.autocast("cpu", autocast) if autocast is not None else contextlib.nullcontext()
+        with allocations:
+            with context:
+                loss = step(student, taught)
+            forward = allocations.peak
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+    gradients = sum(_bytes(parameter) for parameter in trained)
+    moments = moments or moment_memory("adamw", model)
+    backward = gradients + allocations.other_peak if accumulates else allocations.peak
+    weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
+    whole = max(_largest(model, bits or {}), _largest(teacher, teacher_bits or {}))
+    return StepMemory(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in trained),
+        weights=weights,
+        teacher=held,
+        gradients=gradients,
+        optimizer=moments.held,
+        activations=allocations.other_peak + whole,
+        total=weights
+        + held
+        + (moments.held - moments.paged)
+        + max(gradients + forward + whole, backward + whole, gradients + moments.update),
+    )
+
+
+def state_memory(
+    model: nn.Module,
+    teacher: nn.Module | None = None,
+    bits: Mapping[str, float] | None = None,
+    teacher_bits: Mapping[str, float] | None = None,
+    moments: MomentMemory | None = None,
+) -> StepMemory:
+    """The part of `step_memory` that the batches have nothing to do with; activations are None."""
+    sizes = {id(p): (p.numel(), _bytes(p)) for p in model.parameters() if p.requires_grad}
+    gradients = sum(size for _, size in sizes.values())
+    weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
+    moments = moments or moment_memory("adamw", model)
+    return StepMemory(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(count for count, _ in sizes.values()),
+        weights=weights,
+        teacher=held,
+        gradients=gradients,
+        optimizer=moments.held,
+        activations=None,
+        total=weights + held + gradients + moments.held - moments.paged,
+    )
+
+
+GROUPED = getattr(torch.ops.aten, "_grouped_mm", None) and torch.ops.aten._grouped_mm.default
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """Counts the bytes of storages that operators make, until the last tensor on them goes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.gradients = 0
+        self.other_peak = 0
+        """The most without gradients that are finished."""
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._known.add(tensor.untyped_storage()._cdata)  # what was there before the step is not the step's
+        # torch knows the shapes of fused experts' products in bfloat16 alone, and computes them in others too
+        made = _grouped_product(*args, **(kwargs or {})) if func is GROUPED else None
+        result = made if made is not None else func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._count(tensor)
+        return result
+
+    def keep_gradient(self, parameter: Tensor) -> None:
+        """A gradient is finished, and is no longer what comes and goes."""
+        self.gradients += _bytes(parameter)
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.other_peak = max(self.other_peak, self.now - self.gradients)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:
+    """What ``a @ b`` by groups of rows, or of columns, takes; None where torch knows."""
+    if offsets is None or a.dtype is torch.bfloat16:
+        return None
+    if a.dim() == 2 and b.dim() == 2:
+        return a.new_empty(len(offsets), a.shape[0], b.shape[1])
+    return a.new_empty(a.shape[0] if a.dim() == 2 else a.shape[1], b.shape[-1])
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, tree)
+    return found
+
+
+def _make_fake(module: nn.Module | None) -> None:
+    """Give a module on the meta device tensors of the fake mode that is on, shared ones once."""
+    made: dict[int, Any] = {}
+    for part in module.modules() if module is not None else ():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(_fake(parameter), requires_grad=parameter.requires_grad)
+                part._parameters[name] = made.setdefault(id(parameter), new)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = made.setdefault(id(buffer), _fake(buffer))
+        if isinstance(part, FakeQuantize):
+            part.ready = True  # its scale has a shape, and no more is needed
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _held(module: nn.Module | None, bits: Mapping[str, float]) -> int:
+    if module is None:
+        return 0
+    held = {id(tensor): _bytes(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    held |= {id(p): round(p.numel() * bits[name] / 8) for name, p in module.named_parameters() if name in bits}
+    return sum(held.values())
+
+
+def _largest(module: nn.Module | None, bits: Mapping[str, float]) -> int:
+    found = module.named_parameters() if module is not None else ()
+    return max((_bytes(parameter) for name, parameter in found if name in bits), default=0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,5 @@
+"""`python -m qatkit.cli`."""
+
+from qatkit.cli import main
+
+main()

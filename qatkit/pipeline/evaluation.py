@@ -1,0 +1,71 @@
+"""The ``evaluate`` block of a recipe on the finished stages of a run, kept beside each stage's export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from qatkit.report.language import harness, score, texts_of
+from qatkit.run.checkpoint import write_atomically
+from qatkit.errors import QatkitError
+from qatkit.pipeline.loop import Run
+
+
+def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
+    """Measure every row of the comparison as the recipe's ``evaluate`` block says; nothing where it has none.
+
+    What was measured before with the same block and of the same stages is not measured again.
+
+    Args:
+        run: The run; its stages are finished.
+        data: Its data, set up for test.
+
+    Returns:
+        By stage, the fields of `LanguageScore`, and ``tasks``: the metrics of lm-evaluation-harness.
+
+    Raises:
+        QatkitError: the data are no texts, or what the tasks need is missing.
+    """
+    config = run.recipe.evaluate
+    if config is None:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    first = run.rows[0]
+    reference = None if run.recipe.stages[first].compresses else first
+    texts: Any = None
+    for stage in run.rows:
+        path = run.out / "export" / stage / "evaluation.json"
+        of = [run.record(stage).fingerprint, run.record(reference).fingerprint if reference else "", asdict(config)]
+        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["of"] == of:
+            found[stage] = kept["score"]
+            continue
+        if texts is None:
+            texts = texts_of(data.test_dataloader())
+        context = config.context or min(max(map(_length, texts)), max(_lengths(data)))
+        model = run.load_model(stage).eval()
+        dense = None if stage == reference else run.load_model(reference).eval()
+        measured = asdict(score(model, dense, texts, context, config.stride or max(context // 2, 1)))
+        measured["tasks"] = harness(model, _tokenizer(data), config.tasks, config.limit) if config.tasks else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"of": of, "score": measured}, indent=1))
+        found[stage] = measured
+    return found
+
+
+def _length(text: Any) -> int:
+    return len(text[0])
+
+
+def _lengths(data: LightningDataModule) -> list[int]:
+    """Tokens of the samples of the first batch."""
+    return [len(row) for row in next(iter(data.test_dataloader()))["input_ids"]]
+
+
+def _tokenizer(data: LightningDataModule) -> Any:
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is None:
+        raise QatkitError("evaluate.tasks: the data has no tokenizer, which tasks need; leave tasks out")
+    return tokenizer

@@ -1,0 +1,179 @@
+"""How much the loss grows when one group of layers alone is quantized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from glob import escape
+
+import torch
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.mixed.allocation import Group, Option, Sensitivity, stored_bytes
+from qatkit.quantization.calibrate import calibrate
+from qatkit.quantization.prepare import SIBLINGS, fake_quantizers, prepare_qat, quantized_weights, strip_qat
+from qatkit.quantization.selection import select
+from qatkit.schemes import Scheme
+from qatkit.spec import QuantSpec
+
+Loss = Callable[[nn.Module], float]
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    candidates: Mapping[str, Scheme],
+    loss: Loss,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Sensitivity:
+    """Measure the loss with each group of layers alone quantized to each candidate, after training, without tuning.
+
+    Weight scales come from the specs' observers; static activation scales are calibrated on what `loss` runs. The model
+    is evaluated in eval mode, without gradients and with the same random numbers each time, and is left as it was, also
+    after an error: same layers, same bits.
+
+    Args:
+        model: Any module with plain layers.
+        candidates: Formats by name; each has a weight spec.
+        loss: Runs the model over calibration data and returns the mean loss. It is called once for the plain model,
+            then for each group and candidate once, and once more where static scales are calibrated.
+        include: Globs over layer names, as `prepare_qat` takes them.
+        exclude: Globs over layer names that stay unquantized.
+
+    Returns:
+        A group for all layers that get one format: those that read one input (q/k/v, gate/up) and those that hold one
+        weight. A candidate that does not fit a group (a group size that does not divide) is left out of it.
+
+    Raises:
+        QatkitError: no candidate fits a group, the loss is not finite, `loss` never runs a layer, or the model is
+            already quantized.
+
+    Example:
+        >>> import torch
+        >>> from qatkit import QuantSpec, Scheme
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)), torch.randn(16, 8)
+        >>> candidates = {f"int{bits}": Scheme(QuantSpec(num_bits=bits)) for bits in (2, 8)}
+        >>> found = measure_sensitivity(model, candidates, lambda model: model(x).square().mean().item())
+        >>> [(group.name, group.options["int2"].bytes) for group in found.groups]
+        [('0', 48), ('1', 6)]
+    """
+    if not candidates:
+        raise QatkitError("candidates: none is given; write {'int8': Scheme(QuantSpec(num_bits=8))}")
+    for name, how in candidates.items():
+        if how.weight is None:
+            raise QatkitError(f"candidates: '{name}' leaves the weight as it is, so it saves nothing; give it a weight")
+    if quantized := fake_quantizers(model):
+        layer = quantized[0][0].rpartition(".")[0]
+        raise QatkitError(f"layer '{layer}' is already fake-quantized; call strip_qat(model) first")
+    groups = layer_groups(model, include, exclude)
+    left_out: list[str] = []
+    fitting = [_fitting(model, layers, candidates, left_out) for layers in groups]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        plain = _evaluate(model, loss)
+        if not math.isfinite(plain):
+            raise QatkitError(f"loss: it is {plain} with nothing quantized; give a loss that is finite on this model")
+        measured = [
+            _measure(model, layers, fits, loss, plain, left_out) for layers, fits in zip(groups, fitting, strict=True)
+        ]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    taken = {name for layers in groups for name in layers}
+    return Sensitivity(
+        loss=plain,
+        candidates=dict(candidates),
+        groups=tuple(measured),
+        others=tuple(
+            name
+            for name, module in model.named_modules()
+            if name not in taken and next(module.parameters(recurse=False), None) is not None
+        ),
+        left_out=tuple(left_out),
+    )
+
+
+def layer_groups(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[list[str]]:
+    """The layers that can be quantized, those together that need one format: one input, or one weight.
+
+    Runtimes join q/k/v and gate/up into one product, and two roundings of a tied weight would be two weights.
+    """
+    chosen = select(model, QuantSpec(strategy="channel"), include=include, exclude=exclude)  # which fits every layer
+    root = {name: name for name in chosen}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    first: dict[object, str] = {}
+    for name in chosen:
+        parent, _, own = name.rpartition(".")
+        keys: list[object] = [(parent, family) for family in SIBLINGS if own in family]
+        if (weight := model.get_submodule(name)._parameters.get("weight")) is not None:
+            keys.append(id(weight))
+        for key in keys:
+            root[find(name)] = find(first.setdefault(key, name))
+    groups: dict[str, list[str]] = {}
+    for name in chosen:
+        groups.setdefault(find(name), []).append(name)
+    return list(groups.values())
+
+
+def _fitting(
+    model: nn.Module, layers: Sequence[str], candidates: Mapping[str, Scheme], left_out: list[str]
+) -> dict[str, Scheme]:
+    fits, reasons = {}, []
+    for name, how in candidates.items():
+        try:
+            select(model, layers={escape(layer): how for layer in layers})
+            fits[name] = how
+        except QatkitError as error:
+            reasons.append(f"{name} is left out: {error}")
+    if not fits:
+        raise QatkitError(
+            f"layers {list(layers)}: no candidate fits; exclude them, or add one that fits\n  " + "\n  ".join(reasons)
+        )
+    left_out += reasons
+    return fits
+
+
+def _measure(
+    model: nn.Module, layers: Sequence[str], fits: Mapping[str, Scheme], loss: Loss, plain: float, left_out: list[str]
+) -> Group:
+    options: dict[str, Option] = {}
+    weights = 0
+    for name, how in fits.items():
+        try:
+            prepare_qat(model, layers={escape(layer): how for layer in layers})
+            used = fake_quantizers(model)
+            if not all(fake_quant.ready for _, fake_quant in used):
+                calibrate(model, [None], lambda _: loss(model))
+            value = _evaluate(model, loss)
+            if idle := [quantizer for quantizer, fake_quant in used if not fake_quant.ran]:
+                raise QatkitError(
+                    f"layer '{idle[0].rpartition('.')[0]}': the loss never runs it, so nothing can be measured; "
+                    "exclude it"
+                )
+            # tied weights share their quantizer, and are stored once
+            stored = {id(fake_quant): (weight, fake_quant.spec) for _, weight, fake_quant in quantized_weights(model)}
+        finally:
+            strip_qat(model)
+        weights = sum(weight.numel() for weight, _ in stored.values())
+        if math.isfinite(value):
+            size = sum(stored_bytes(weight.shape, spec) for weight, spec in stored.values())
+            options[name] = Option(bytes=size, increase=value - plain)
+        else:
+            left_out.append(f"{name} is left out: with it in {list(layers)} the loss is {value}")
+    if not options:
+        raise QatkitError(f"layers {list(layers)}: the loss is not finite with any candidate; exclude them")
+    return Group(layers=tuple(layers), weights=weights, options=options)
+
+
+def _evaluate(model: nn.Module, loss: Loss) -> float:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # every call starts from the same random numbers
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        return float(loss(model))

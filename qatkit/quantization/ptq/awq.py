@@ -1,0 +1,137 @@
+"""AWQ: give the inputs that carry most a finer grid, then clip where that costs the output least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qatkit.quantization.arithmetic import choose_qparams, fake_quantize, value_range
+from qatkit.quantization.ptq.hessian import output_error
+from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.spec import QuantSpec
+
+
+@torch.no_grad()
+def awq_scales(
+    weights: Sequence[Tensor], specs: Sequence[QuantSpec], magnitude: Tensor, hessian: Tensor, grid: int = 20
+) -> Tensor:
+    """What inputs are divided by, and the weights' columns multiplied with, so that rounding changes the outputs least.
+
+    Lin et al., 2023, https://arxiv.org/abs/2306.00978, equations 4 and 5, over a grid of exponents; each exponent
+    is also tried with the weights' mean magnitude in the denominator, as later code does. The error is that of the
+    layers' own outputs, which their inputs' second moments give exactly.
+
+    Args:
+        weights: The layers that read the input, each ``[out, in]``.
+        specs: How each is quantized. Ranges are not clipped in the search.
+        magnitude: Mean magnitude of every input, ``[in]``.
+        hessian: Mean outer product of the input rows, ``[in, in]``.
+        grid: Into how many steps the exponents from 0 to 1 are divided.
+
+    Returns:
+        float32 ``[in]``, all positive; ones where no scaling is better.
+
+    Example:
+        >>> x = torch.randn(64, 16) * torch.logspace(-1, 1, 16)
+        >>> scales = awq_scales([torch.randn(4, 16)], [QuantSpec(num_bits=3)], x.abs().mean(0), x.t() @ x)
+        >>> bool((scales > 0).all())
+        True
+    """
+    weights = [weight.detach().float() for weight in weights]
+    magnitude, size = magnitude.float(), _relative_size(weights, specs)
+    best = torch.ones_like(magnitude)
+    least, family, around = _error(weights, specs, best, hessian), 0.0, 0.0
+
+    def attempt(divides: float, exponent: float) -> None:
+        nonlocal best, least, family, around
+        scales = _balanced(magnitude.pow(exponent) / size.pow(divides * (1 - exponent)))
+        error = _error(weights, specs, scales, hessian)
+        if error < least:
+            best, least, family, around = scales, error, divides, exponent
+
+    for exponent in torch.linspace(0, 1, grid + 1).tolist():
+        attempt(0.0, exponent)
+        attempt(1.0, exponent)
+    for step in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):  # the error is rough: also between the points
+        attempt(family, around + step / grid)
+    return best
+
+
+def _balanced(scales: Tensor) -> Tensor:
+    """Scales around 1; what is zero (an input that always is) or infinite (weights that are) becomes 1."""
+    scales = torch.where(scales.isfinite() & (scales > 0), scales, torch.nan)
+    middle = (scales.nan_to_num(0).amax() * scales.nan_to_num(torch.inf).amin()).sqrt()
+    return (scales / middle).nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)
+
+
+def _relative_size(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:
+    """Mean magnitude of every input's weights, each as a share of the largest weight in its slice, ``[in]``."""
+    shares = []
+    for weight, spec in zip(weights, specs, strict=True):
+        size = spec.group_size or weight.shape[1]
+        grouped = weight.abs().view(len(weight), -1, size)
+        shares.append((grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-30)).view(weight.shape))
+    return torch.cat(shares).mean(0)
+
+
+def _error(weights: Sequence[Tensor], specs: Sequence[QuantSpec], scales: Tensor, hessian: Tensor) -> float:
+    total = 0.0
+    for weight, spec in zip(weights, specs, strict=True):
+        scaled = weight * scales
+        rounded = fake_quantize(scaled, *computed_qparams(scaled, spec), spec)
+        total += float(output_error(rounded / scales - weight, hessian).sum())
+    return total
+
+
+@torch.no_grad()
+def awq_clip(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, steps: int = 25, smallest: float = 0.4
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that change the layer's output least among ranges shrunk in equal steps.
+
+    The search for clipping of Lin et al., 2023: where `observers.mse_qparams` counts the weights' errors, this counts
+    what each slice adds to its outputs, as if the other slices were exact. The scale of least squared error is tried as
+    well, and is what blocks get.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: Mean outer product of the layer's input rows, ``[in, in]``.
+        spec: How the weight is quantized.
+        steps: How many ranges are tried, from the full one down.
+        smallest: The narrowest range tried, as a share of the full one.
+
+    Returns:
+        Scale and zero point in their stored shape, float32.
+
+    Example:
+        >>> x, weight = torch.randn(64, 16), torch.randn(4, 16)
+        >>> scale, _ = awq_clip(weight, x.t() @ x, QuantSpec(num_bits=3, strategy="group", group_size=8))
+        >>> scale.shape
+        torch.Size([4, 2])
+    """
+    weight = weight.detach().float()
+    best = mse_qparams(weight, spec)
+    if spec.strategy == "block" or spec.two_level:
+        return best
+    least = _slice_error(weight, best, hessian, spec)
+    low, high = value_range(weight, spec)
+    for share in torch.linspace(1.0, smallest, steps).tolist():
+        tried = choose_qparams(low * share, high * share, spec)
+        error = _slice_error(weight, tried, hessian, spec)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1])
+    return best
+
+
+def _slice_error(weight: Tensor, qparams: tuple[Tensor, Tensor], hessian: Tensor, spec: QuantSpec) -> Tensor:
+    """What the rounding of every slice adds to the squared error of its outputs, in the stored scale's shape."""
+    error = fake_quantize(weight, *qparams, spec) - weight
+    if spec.group_size is None:
+        rows = output_error(error, hessian)
+        return rows.sum().view(1) if spec.strategy == "tensor" else rows.unsqueeze(1)
+    size = spec.group_size
+    own = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+    return output_error(error.view(len(weight), -1, size).transpose(0, 1), own).t()  # [out, groups]

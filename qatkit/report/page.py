@@ -1,0 +1,70 @@
+"""One or several runs as one HTML file that needs nothing else: no network, no script, no file beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qatkit.errors import QatkitError
+
+NEEDS = ("matplotlib", "jinja2")
+
+
+def missing_packages() -> str | None:
+    """What to install before a page can be made, or None where all is there."""
+    absent = [name for name in NEEDS if find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed; run: pip install 'qatkit[report]'" if absent else None
+
+
+def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
+    """The page of one run, or of several with a comparison before them.
+
+    Args:
+        reports: Contents of ``report.json``.
+        folders: Where each comes from; tells runs of the same name apart.
+
+    Raises:
+        QatkitError: matplotlib or jinja2 is not installed.
+    """
+    if (missing := missing_packages()) is not None:
+        raise QatkitError(f"report.html: {missing}")
+    import jinja2
+
+    from qatkit.report.sections import compared, section  # it imports matplotlib
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qatkit.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = run_names([report["name"] for report in reports], folders)
+    return environment.get_template("report.html.j2").render(
+        title=names[0] if len(names) == 1 else f"{len(names)} runs compared",
+        comparison=compared(reports, names) if len(reports) > 1 else None,
+        runs=[
+            section(f"run{index}", report, name, len(reports))
+            for index, (report, name) in enumerate(zip(reports, names, strict=True))
+        ],
+    )
+
+
+def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """The recipes' names; where two are the same, with as much of their folders as tells them apart.
+
+    Example:
+        >>> run_names(["a", "b", "b"], [Path("r/1"), Path("r/2"), Path("r/3")])
+        ['a', 'b (2)', 'b (3)']
+    """
+    counts = Counter(names)
+    parts = [folder.resolve().parts for folder in folders]
+    found = []
+    for name, own in zip(names, parts, strict=True):
+        same = [other for other_name, other in zip(names, parts, strict=True) if other_name == name]
+        length = next((n for n in range(1, len(own)) if len({other[-n:] for other in same}) == len(same)), len(own))
+        found.append(name if counts[name] == 1 else f"{name} ({'/'.join(own[-length:])})")
+    return found

@@ -1,0 +1,170 @@
+"""What the page's template is filled with: pictures, tables and sentences of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qatkit.report.figures import GROUPS, Point, curve_groups, tradeoff, training_curves
+from qatkit.report.layer_figures import beyond, largest, layer_picture, weight_histogram
+from qatkit.report.metrics import Metric, metric_of
+from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
+from qatkit.report.svg import KINDS, SERIES
+from qatkit.report.sentences import headline, parity, tiles
+
+HISTOGRAMS, BARS = 12, 24
+"""Layers whose weights and whose numbers are drawn; fewer where several runs share the page."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A titled ``<svg>``."""
+
+    title: str
+    note: str
+    svg: str
+
+
+def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str, Any]:
+    """Everything the page shows of one run.
+
+    Args:
+        key: Prefix of the ids of its pictures.
+        report: The content of ``report.json``.
+        name: What the page calls the run.
+        runs: How many runs the page shows.
+    """
+    columns, rows = merged_table([report])
+    metric = metric_of(report)
+    entries = [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in report["rows"]]
+    return {
+        "key": key,
+        "name": name,
+        "report": report,
+        "metric": metric,
+        "note": split_note(report),
+        "headline": headline(report),
+        "tiles": tiles(report),
+        "columns": columns,
+        "rows": rows,
+        "tradeoffs": _tradeoffs(key, metric, entries),
+        "models": model_table(report),
+        "zeros": zeros_table(report),
+        "sparse": sparse_notes(report),
+        "parity": [(row["stage"], parity(row["verification"])) for row in report["rows"]],
+        "stages": [_training(key, metric, stage) for stage in report["stages"]],
+        "histograms": _histograms(key, report["rows"], max(4, HISTOGRAMS // runs)),
+        "layers": _layers(key, [row for row in report["rows"] if row["layers"]], max(8, BARS // runs)),
+    }
+
+
+def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """What stands before the runs where there are several: one table and the same axes for all of them."""
+    columns, rows = merged_table(reports)
+    owners = [index for index, report in enumerate(reports) for _ in report["rows"]]
+    entries: dict[Metric, list[_Entry]] = {}
+    for index, (report, name) in enumerate(zip(reports, names, strict=True)):
+        entries.setdefault(metric_of(report), []).extend(
+            (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)]) for row in report["rows"]
+        )
+    return {
+        "columns": columns,
+        "rows": [(owner, names[owner], row) for owner, row in zip(owners, rows, strict=True)],
+        "colours": len(SERIES),
+        # files that are judged by different numbers cannot share an axis
+        "tradeoffs": [(metric, _tradeoffs(f"all-{metric.name}", metric, own)) for metric, own in entries.items()],
+        "failed": [
+            f"{name}, {row['stage']}"
+            for report, name in zip(reports, names, strict=True)
+            for row in report["rows"]
+            if not row["verification"]["passed"]
+        ],
+    }
+
+
+def merged_table(reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """The comparison of all runs under one row of headers; each cell is its value and the remark in brackets."""
+    columns = list(dict.fromkeys(header for report in reports for header in headers(report)))
+    columns.append(columns.pop(columns.index("parity")))
+    rows = []
+    for report in reports:
+        for cells in comparison(report):
+            by_header = dict(zip(headers(report), cells, strict=True))
+            rows.append([_split(by_header.get(column, "-")) for column in columns])
+    return columns, rows
+
+
+def _split(cell: str) -> tuple[str, str]:
+    value, _, remark = cell.partition(" (")
+    return value, remark.removesuffix(")")
+
+
+_Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, colour
+
+
+def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Picture]:
+    """The metric against size, and against the latency of each batch size."""
+
+    def point(entry: _Entry, cost: float, low: float, high: float) -> Point:
+        row, label, words, colour = entry
+        samples = row["verification"]["samples"]
+        return Point(label, words, row["kind"], colour, cost, low, high, metric.of(row), samples)
+
+    mega = max(row["bytes"] for row, *_ in entries) >= 2e6
+    divisor, unit = (1e6, "MB") if mega else (1e3, "kB")
+    sizes = [point(entry, *[entry[0]["bytes"] / divisor] * 3) for entry in entries]
+    found = [Picture(f"{metric.title} against size", "", tradeoff(f"{key}-size", sizes, metric, "size on disk", unit))]
+    for batch in dict.fromkeys(latency["batch_size"] for row, *_ in entries for latency in row["latency"]):
+        points = [
+            point(entry, latency["median_ms"], latency["low_ms"], latency["high_ms"])
+            for entry in entries
+            for latency in entry[0]["latency"]
+            if latency["batch_size"] == batch
+        ]
+        svg = tradeoff(f"{key}-latency{batch}", points, metric, f"latency, batch of {batch}", "ms")
+        found.append(Picture(f"{metric.title} against latency, batch of {batch}", "", svg))
+    return found
+
+
+def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]:
+    pictures = []
+    for kind, curves in curve_groups(stage["curves"]).items():
+        svg = training_curves(
+            f"{key}-{stage['stage']}-{kind}", stage["stage"], kind, curves, stage["curves"]["resumed_at"]
+        )
+        pictures.append(Picture(GROUPS.get(kind, kind), "", svg))
+    measured = f"validation {metric.name} {metric.show(stage['metrics'][f'val/{metric.name}'])}"
+    return {**stage, "pictures": pictures, "measured": measured}
+
+
+def _histograms(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> list[dict[str, Any]]:
+    """Of every stage that trained its quantized weights; of the others only where none did."""
+    with_weights = [row for row in rows if row["histograms"]]
+    trained = [row for row in with_weights if row["kind"] == "trained"]
+    return [_stage_histograms(key, row, drawn) for row in trained or with_weights]
+
+
+def _stage_histograms(key: str, row: dict[str, Any], drawn: int) -> dict[str, Any]:
+    by_name = {layer["name"]: layer for layer in row["layers"]}
+    shown = largest(list(row["histograms"]), [row], drawn)
+    pictures = []
+    for index, name in enumerate(name for name in shown if name in row["histograms"]):
+        after, before = row["histograms"][name]["after"], row["histograms"][name]["before"]
+        svg = weight_histogram(f"{key}-{row['stage']}-weights{index}", name, before, after, row["kind"])
+        was = f"{beyond(before):.1%} → " if before else ""
+        note = f"error {by_name[name]['weight_error']:.1%} · clipped {was}{beyond(after):.1%}"
+        pictures.append(Picture(f"{name} · {after['bits']} bits", note, svg))
+    return {"stage": row["stage"], "kind": row["kind"], "pictures": pictures, "layers": len(row["histograms"])}
+
+
+def _layers(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    count = max(len(row["layers"]) for row in rows)
+    return {
+        "rows": rows,
+        "wide": layer_picture(f"{key}-layers-wide", rows, drawn, wide=True),
+        "tall": layer_picture(f"{key}-layers-tall", rows, drawn, wide=False),
+        "note": f"The {drawn} largest of {count} layers are drawn." if count > drawn else "",
+    }

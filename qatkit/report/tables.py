@@ -1,0 +1,211 @@
+"""The comparison, as a table for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from qatkit.report.metrics import PERPLEXITY, metric_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def headers(report: dict[str, Any]) -> list[str]:
+    """The columns of the comparison; one for each batch size that was measured."""
+    sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
+    judged = f"test {metric_of(report).name}"
+    speed = [f"batch of {n}" for n in sizes]
+    return ["stage", "what", judged, "in the runtime", *_language_headers(report), "size", *speed, "parity"]
+
+
+def _language_headers(report: dict[str, Any]) -> list[str]:
+    """Of what the ``evaluate`` block of the recipe measured."""
+    measured = report["rows"][0].get("language")
+    if not measured:
+        return []
+    seen = f"{measured['context']} tokens by {measured['stride']}"
+    return [f"perplexity, {seen}", "next token of dense", "KL to dense", *measured["tasks"]]
+
+
+def _language_cells(row: dict[str, Any]) -> list[str]:
+    measured = row.get("language")
+    if not measured:
+        return []
+    shown = f"{PERPLEXITY.show(measured['perplexity'])} (loss {measured['loss']:.4f})"
+    tasks = (f"{value:.4f}" for value in measured["tasks"].values())
+    return [shown, f"{measured['agreement']:.2%}", f"{measured['kl']:.4f}", *tasks]
+
+
+def comparison(report: dict[str, Any]) -> list[list[str]]:
+    """The cells of the comparison, a list per row under `headers`; ratios are to the first row."""
+    first, metric = report["rows"][0], metric_of(report)
+    rows = []
+    for row in report["rows"]:
+        check = row["verification"]
+        loss = f" (loss {row['test_loss']:.4f})" if "test_loss" in row else ""
+        bits = sorted({f"w{layer['weight_bits']}a{layer['activation_bits']}" for layer in row["layers"]})
+        rows.append(
+            [
+                row["stage"],
+                " ".join(word for word in (row["kind"], row.get("adapters"), *bits) if word),
+                metric.show(metric.of(row)) + loss,
+                metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
+                *_language_cells(row),
+                f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
+                *(
+                    f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", row is first)
+                    for now, then in zip(row["latency"], first["latency"], strict=True)
+                ),
+                "passed" if check["passed"] else "FAILED",
+            ]
+        )
+    return rows
+
+
+def kernel_notes(report: dict[str, Any]) -> list[str]:
+    """A sentence for every quantized stage of which the runtime computes some products in floating point."""
+    notes = []
+    for row in report["rows"]:
+        kernels = row.get("kernels")
+        if row["layers"] and kernels and kernels["floating"]:
+            floating = ", ".join(f"{count} {name}" for name, count in kernels["floating"].items())
+            integer = ", ".join(f"{count} {name}" for name, count in kernels["integer"].items()) or "none"
+            notes.append(
+                f"{row['stage']}: not every layer runs on integer kernels, which costs speed (integer: {integer}; "
+                f"floating point: {floating}). A layer needs its input and its output quantized: docs/own_model.md"
+            )
+    return notes
+
+
+def model_table(report: dict[str, Any]) -> list[list[str]]:
+    """A header and a row per stage about its model, with ratios to the first; empty where all have the same model."""
+    rows = report["rows"]
+    if not all("torch_ms" in row.get("cost", {}) for row in rows):
+        return []
+    first = rows[0]["cost"]
+    table = [["stage", "parameters", "MACs of one sample", "plain torch, one sample"]]
+    for row in rows:
+        cost, itself = row["cost"], row is rows[0]
+        table.append(
+            [
+                row["stage"],
+                f"{cost['parameters']}" + _ratio(first["parameters"] / cost["parameters"], "fewer", itself),
+                f"{cost['macs']}" + _ratio(first["macs"] / cost["macs"], "fewer", itself),
+                f"{cost['torch_ms']:.3f} ms" + _ratio(first["torch_ms"] / cost["torch_ms"], "speed", itself),
+            ]
+        )
+    return table
+
+
+def zeros_table(report: dict[str, Any]) -> list[list[str]]:
+    """A header and a row per layer whose zeros a stage holds, all of them together first; empty where none does."""
+    rows = [row for row in report["rows"] if row.get("zeros")]
+    layers = dict.fromkeys(layer for row in rows for layer in row["zeros"])
+    if not layers:
+        return []
+
+    def share(found: Iterable[tuple[int, int]]) -> str:
+        zeros, weights = map(sum, zip(*found, strict=True))
+        return f"{zeros / weights:.2%}"
+
+    table = [["layer", *(row["stage"] for row in rows)]]
+    table.append([f"all {len(layers)} layers", *(share(row["zeros"].values()) for row in rows)])
+    for layer in layers:
+        table.append([layer, *(share([row["zeros"][layer]]) if layer in row["zeros"] else "-" for row in rows)])
+    return table
+
+
+def sparse_notes(report: dict[str, Any]) -> list[str]:
+    """A sentence for every sparse file: its size against the dense weights."""
+    return [
+        f"{row['stage']}: {row['bytes'] / 1000:.1f} kB without zeros, {row['bytes'] / row['dense_bytes']:.1%} of the "
+        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take dense"
+        for row in report["rows"]
+        if row.get("dense_bytes")
+    ]
+
+
+def split_note(report: dict[str, Any]) -> str:
+    """What the judging numbers were measured on, in a sentence."""
+    if metric_of(report).percent:
+        return "Accuracies are of the held-out test split."
+    note = "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+    if measured := report["rows"][0].get("language"):
+        note += (
+            f" Of {measured['context']} tokens by {measured['stride']}: windows of {measured['context']} tokens that "
+            f"advance by {measured['stride']}, so that each token is predicted once, from at least "
+            f"{measured['context'] - measured['stride']} before it where the text has them. KL is KL(dense || row) in "
+            "nats per token."
+        )
+    return note
+
+
+def _ratio(ratio: float, word: str, itself: bool) -> str:
+    return "" if itself else f" ({ratio:.2f}x {word})"
+
+
+def terminal_table(report: dict[str, Any]) -> Table:
+    """The comparison as a `rich` table."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['name']} ({report['format']})")
+    for header in headers(report):
+        table.add_column(header, overflow="fold")
+    for cells in comparison(report):
+        table.add_row(*cells)
+    return table
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report as Markdown: the comparison, what was verified, and every layer."""
+    lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
+    lines += [f"{split_note(report)} Size is that of the file on disk.", "", "## Parity", ""]
+    for row in report["rows"]:
+        lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
+    if table := model_table(report):
+        lines += ["", "## Models", "", *_table(table[0], table[1:])]
+    if table := zeros_table(report):
+        lines += ["", "## Zeros", "", *_table(table[0], table[1:]), "", "Counted in the saved weights."]
+    if notes := sparse_notes(report):
+        lines += ["", "## Without zeros", "", *(f"- {note}" for note in notes)]
+    if notes := kernel_notes(report):
+        lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
+    for row in report["rows"]:
+        if row["layers"]:
+            lines += ["", f"## Layers of {row['stage']}", ""]
+            lines += _table(
+                [
+                    "layer",
+                    "weights",
+                    "weight bits",
+                    "activation bits",
+                    "weight error",
+                    "clipped",
+                    "zeros",
+                    "code bytes",
+                ],
+                [
+                    [
+                        f"`{layer['name']}`",
+                        str(layer["weights"]),
+                        str(layer["weight_bits"]),
+                        str(layer["activation_bits"]),
+                        f"{layer['weight_error']:.2%}",
+                        f"{layer['clip_rate']:.2%}",
+                        f"{layer['sparsity']:.2%}",
+                        str(layer["code_bytes"]),
+                    ]
+                    for layer in row["layers"]
+                ],
+            )
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return "\n".join([*lines, "", f"Made with {versions}, {report['machine']['threads']} threads.", ""])
+
+
+def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(headers) + " |",
+        "|" + " --- |" * len(headers),
+        *("| " + " | ".join(cells) + " |" for cells in rows),
+    ]

@@ -1,0 +1,135 @@
+"""What a stage's result depends on, and a clear word when it has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qatkit.errors import QatkitError
+from qatkit.recipe.loading import flatten
+from qatkit.recipe import FactoryConfig, Recipe
+
+_SAMPLE = 2**20
+"""Bytes read at each of 65 places of a large file."""
+_MARKERS = ("config.json", "tokenizer_config.json", "tokenizer.json")
+"""A folder that holds one of them is of a model or a tokenizer."""
+_LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""What is read out of such a folder: config and weights, the tokenizer and its template."""
+_TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
+
+
+def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
+
+    A model or data argument that is the path of an existing file counts with the file's content, not only its name, and
+    so does the folder of a model or a tokenizer; see `_folder_digest`.
+    """
+    inputs: dict[str, Any] = {"seed": recipe.seed}
+    factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
+    for key, config in factories.items():
+        inputs |= flatten(config, f"{key}.")
+    inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
+    # samples are to be read, and change nothing
+    inputs |= flatten(dataclasses.replace(recipe.stages[stage], samples=None), f"stages.{stage}.")
+    if (own := recipe.stages[stage].model) is not None:
+        factories[f"stages.{stage}.model"] = own
+    for key, config in factories.items():
+        for name, path in _files(config.args, f"{key}.args"):
+            inputs[f"{name} (content)"] = _folder_digest(path) if path.is_dir() else _sha256(path)
+    return inputs
+
+
+def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
+    """A hash of a stage's inputs, chained to those of the stage before it and of the one that teaches it."""
+    return hashlib.sha256(json.dumps([inputs, parent, teacher], sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The keys that differ, each with what it was and what it is.
+
+    Example:
+        >>> changed_keys({"seed": 1}, {"seed": 2})
+        ['seed: was 1, is now 2']
+    """
+    absent = "absent"
+    return [
+        f"{key}: was {recorded.get(key, absent)}, is now {current.get(key, absent)}"
+        for key in dict.fromkeys([*recorded, *current])
+        # as JSON: 1 and 1.0 and true are equal in Python, and different in a recipe
+        if json.dumps(recorded.get(key, absent)) != json.dumps(current.get(key, absent))
+    ]
+
+
+def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: dict[str, Any], out: Path) -> None:
+    """Raise unless the inputs are those that the stage was started with.
+
+    Raises:
+        QatkitError: names each changed key, what it was and what it is now.
+    """
+    # through JSON, as the record went: tuples are lists there
+    changes = changed_keys(recorded, json.loads(json.dumps(current)))
+    if changes:
+        listed = "\n  ".join(changes[:10])
+        raise QatkitError(
+            f"stage '{stage}' in {out} was {state} with other values:\n  {listed}\n"
+            f"write --force to run it and the stages after it again, or another --out"
+        )
+
+
+def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
+    """Paths of existing files, and folders of models, anywhere in the arguments; a bare word is no path of a file."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _files(part, f"{name}.{key}")
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _files(part, f"{name}[{index}]")
+    elif isinstance(value, str) and any(sign in value for sign in "*?["):
+        for found in sorted(glob.glob(value, recursive=True)):
+            if Path(found).is_file():
+                yield f"{name} {found}", Path(found)
+    elif isinstance(value, str) and value and _is_model_folder(value):
+        yield name, Path(value).expanduser()
+    elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
+        with suppress(OSError):  # too long for a name, or not ours to look at
+            if Path(value).is_file():
+                yield name, Path(value)
+
+
+def _is_model_folder(value: str) -> bool:
+    with suppress(OSError, RuntimeError):  # too long for a name, or of a user that is not known
+        return any((Path(value).expanduser() / marker).is_file() for marker in _MARKERS)
+    return False
+
+
+def _folder_digest(folder: Path) -> str:
+    """A hash of a folder's files that a model is loaded from, of which at most 65 MiB each are read.
+
+    Of a larger file of weights count its length, the first and the last MiB and a MiB at every 64th part in between;
+    names, dtypes and shapes of safetensors stand at the beginning. Training moves every weight, so it shows there, but
+    an edit of single numbers may not. Times and places of files count for nothing: a copy is the same model.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _LOADED and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                if size <= 65 * _SAMPLE:
+                    digest.update(file.read())
+                    continue
+                for part in range(65):
+                    file.seek((size - _SAMPLE) * part // 64)
+                    digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

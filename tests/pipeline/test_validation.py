@@ -1,0 +1,238 @@
+"""A recipe is checked against its code without memory for a weight and without a look at the data."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.recipe.loading import list_recipes, load_recipe
+from qatkit.pipeline.validation import validate_recipe
+
+MODULE = """
+    import torch
+    from torch import nn
+
+    def net(width: int = 8):
+        return nn.ModuleDict({"enter": nn.Linear(8, width), "norm": nn.LayerNorm(width), "head": nn.Linear(width, 10)})
+
+    def half():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 10, dtype=torch.float16))
+
+    def huge():
+        return nn.Sequential(nn.Linear(10**6, 10**6), nn.Linear(10**6, 8))
+
+    def reads_weights():
+        layer = nn.Linear(4, 4)
+        layer.scale = layer.weight.abs().max().item()
+        return layer
+
+    def no_model():
+        return [1, 2]
+
+    def refuses(width: int = 8):
+        raise ValueError(f"width: {width} is odd; write 2")
+
+    def data(path: str = "x", batch_size: int = 1, seed: int = 0):
+        raise AssertionError("data must not be touched")
+
+    def data_without_seed(batch_size: int = 1):
+        raise AssertionError("data must not be touched")
+"""
+
+RECIPE = """
+    name: tiny
+    model: {factory: "validation_code:net"}
+    data: {factory: "validation_code:data"}
+    stages:
+      dense: {max_steps: 1}
+      first: {max_steps: 1, quantize: {weight: {num_bits: 8}}}
+      qat: {max_steps: 1, quantize: {weight: {num_bits: 4}, include: ["*"], exclude: []}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "validation_code.py").write_text(textwrap.dedent(MODULE))
+    (tmp_path / "tiny.yaml").write_text(textwrap.dedent(RECIPE))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "tiny.yaml"
+    sys.modules.pop("validation_code", None)
+
+
+def validate(path: Path, *overrides: str) -> dict[str, list[str]]:
+    return validate_recipe(load_recipe(path, overrides), allow=["validation_code"])
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    layers = validate_recipe(recipe)
+    assert list(layers) == [stage for stage, config in recipe.stages.items() if config.quantize]
+    assert all(layers.values())
+
+
+def test_the_layers_of_each_quantizing_stage_are_told(recipe_file: Path) -> None:
+    assert validate(recipe_file, "stages.qat.quantize.exclude=[head]") == {
+        "first": ["enter", "head"],
+        "qat": ["enter"],
+    }
+
+
+def test_a_model_larger_than_the_machine_is_validated(recipe_file: Path) -> None:
+    assert validate(recipe_file, "model.factory=validation_code:huge")["qat"] == ["0", "1"]
+
+
+def test_validation_leaves_the_random_state_alone(recipe_file: Path) -> None:
+    before = torch.get_rng_state()
+    validate(recipe_file)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_foreign_code_needs_permission_to_be_validated_too(recipe_file: Path) -> None:
+    with pytest.raises(QatkitError, match=r"data\.factory: 'validation_code:data' is outside qatkit"):
+        validate_recipe(load_recipe(recipe_file))
+    assert "validation_code" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "parts"),
+    [
+        (["stages.qat.quantize.include=[haed]"], "stages.qat.quantize.include[0]", ["'haed'", "no layer", "head"]),
+        (["stages.qat.quantize.include=['*', 'x.*']"], "stages.qat.quantize.include[1]", ["'x.*'", "no layer"]),
+        (["stages.first.quantize.exclude=[hed]"], "stages.first.quantize.exclude[0]", ["'hed'", "head"]),
+        (["stages.qat.quantize.include=[norm]"], "stages.qat.quantize.include[0]", ["LayerNorm", "leave it out"]),
+        (["stages.qat.quantize.exclude=['*']"], "stages.qat.quantize", ["leaves no layer to quantize"]),
+        (
+            ["stages.qat.quantize.weight={strategy: group, group_size: 3}"],
+            "stages.qat.quantize",
+            ["layer 'enter'", "group_size 3 does not divide its 8 inputs", "4, 8"],
+        ),
+        (
+            ["stages.qat.quantize.weight={num_bits: 4, observer: mse}", "stages.qat.quantize.init=awq"],
+            "stages.qat.quantize.init",
+            ["awq: nothing is known about what comes before the layers of a ModuleDict", "use gptq"],
+        ),
+        (
+            ["stages.qat.quantize={activation: {num_bits: 8, strategy: token}, init: gptq}"],
+            "stages.qat.quantize.init",
+            ["gptq: it sets weights and their scales, and no weight is quantized"],
+        ),
+        (["model.factory=validation_code:nett"], "model.factory", ["no 'nett'", "did you mean 'net'?"]),
+        (["model.args.widht=8"], "model.args.widht", ["no such argument", "'width'?"]),
+        (["model.args.width=wide"], "model.args.width", ["'wide' is not a whole number"]),
+        (["model.factory=validation_code:refuses"], "model.args", ["8 is odd; write 2"]),
+        (["model.factory=validation_code:refuses", "model.args.width=5"], "model.args.width", ["5 is odd; write 2"]),
+        (["model.factory=validation_code:no_model"], "model.factory", ["returned list", "nn.Module"]),
+        (
+            ["model.factory=validation_code:reads_weights"],
+            "model.factory",
+            ["fails on torch's meta device (RuntimeError", "without reading the values of its weights"],
+        ),
+        (["data.factory=validation_code:dat"], "data.factory", ["did you mean 'data'?"]),
+        (["data.args.pth=x"], "data.args.pth", ["no such argument", "'path'?"]),
+        (["data.args.path=1"], "data.args.path", ["1 is not text"]),
+        (["data.args.batch_size=1"], "data.args.batch_size", ["would be overwritten by qatkit"]),
+        (["data.factory=validation_code:data_without_seed"], "data.args", ["no argument 'seed', which qatkit passes"]),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_code_is_refused_by_key(
+    recipe_file: Path, overrides: list[str], key: str, parts: list[str]
+) -> None:
+    with pytest.raises(QatkitError) as caught:
+        validate(recipe_file, *overrides)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: "), message
+    for part in parts:
+        assert part in message
+
+
+def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
+    text = tmp_path / "recipe.yaml"
+    text.write_text(
+        "name: x\nmodel: {factory: 'qatkit.models:mlp'}\ndata: {factory: 'qatkit.data:digits'}\n"
+        "stages: {qat: {max_steps: 1, distill: {}, quantize: {weight: {num_bits: 4}}}}\n"
+    )
+    with pytest.warns(QatkitWarning, match=r"stages\.qat\.distill: no stage comes before it to teach"):
+        validate_recipe(load_recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("vision/digits_int4", [], r"export\.format: 'compressed_tensors' is for models of transformers.*format: onnx"),
+        (
+            "llm/int4_qat",
+            ["stages.qat.quantize.weight.num_bits=3"],
+            r"stages\.qat\.quantize: layer 'model\.layers\.0\.self_attn\.q_proj': 3 bits .* weight: \{num_bits: 4\}",
+        ),
+        (
+            "llm/int4_qat",
+            ["stages.ptq.quantize.kv_cache={strategy: token}"],
+            r"stages\.ptq\.quantize\.kv_cache: transformers does not round keys and values",
+        ),
+    ],
+)
+def test_what_the_export_cannot_hold_is_refused_before_training(
+    recipe: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(QatkitError, match=message):
+        validate_recipe(load_recipe(recipe, [*overrides, "export.format=compressed_tensors"]))
+
+
+def test_float16_weights_are_not_trained_themselves(recipe_file: Path) -> None:
+    with pytest.raises(QatkitError, match=r"stages\.dense: '1\.weight' is in float16.*dtype: float32 with trainer"):
+        validate(recipe_file, "model.factory=validation_code:half")
+    lora = "stages={adapted: {max_steps: 1, lora: {rank: 2}}, rounded: {max_steps: 0, quantize: {weight: {}}}}"
+    assert validate(recipe_file, "model.factory=validation_code:half", lora) == {"rounded": ["0", "1"]}
+
+
+def test_fused_experts_are_refused_for_compressed_folders_before_training(tmp_path: Path) -> None:
+    from tests.models.families import tiny
+
+    tiny("mixtral").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    (tmp_path / "experts.yaml").write_text(f"""
+        name: experts
+        model: {{factory: "qatkit.models:causal_lm", args: {{name_or_path: {tmp_path}/model}}}}
+        data: {{factory: "qatkit.data:causal_text", args: {{source: {{path: x.jsonl}}, tokenizer: x}}}}
+        stages: {{qat: {{max_steps: 1, quantize: {{weight: {{num_bits: 4}}, include: ["*self_attn*"]}}}}}}
+        export: {{format: compressed_tensors}}
+    """)
+    with pytest.raises(QatkitError, match=r"layer 'model\.layers\.0\.mlp\.experts': it holds fused experts"):
+        validate(tmp_path / "experts.yaml")
+    assert validate(tmp_path / "experts.yaml", "export.format=dense")
+
+
+@pytest.mark.parametrize("factory", ["masked_text", "text_classification", "text_pairs"])
+def test_texts_whose_next_token_nobody_predicts_are_not_evaluated(recipe_file: Path, factory: str) -> None:
+    data = f"data={{factory: qatkit.data:{factory}, args: {{source: {{path: x.jsonl}}, tokenizer: x%s}}}}"
+    own = ", classes: [a, b]" if factory == "text_classification" else ""
+    assert validate(recipe_file, data % own)
+    with pytest.raises(QatkitError, match=rf"evaluate: .*{factory} asks for something else; leave it out"):
+        validate(recipe_file, data % own, "evaluate={}")
+
+
+LLAMA = "model={factory: qatkit.models:llama, args: {vocab_size: 64, hidden: 16, layers: 1, heads: 2, kv_heads: 1}}"
+
+
+@pytest.mark.parametrize("key", ["on_policy", "sequence_level"])
+def test_rows_of_several_documents_are_not_continued(recipe_file: Path, key: str) -> None:
+    plan = f"{{{key}: {{fraction: 0.5, prompt: 4, new_tokens: 4}}}}"
+    stages = f"stages={{dense: {{max_steps: 1}}, taught: {{max_steps: 1, distill: {plan}}}}}"
+    data = "data={factory: qatkit.data:%s, args: {source: {path: x.jsonl}, tokenizer: x}}"
+    assert validate(recipe_file, LLAMA, stages, data % "chat") == {}
+    with pytest.raises(QatkitError, match=rf"^stages\.taught\.distill\.{key}: .*write data\.factory: .*chat"):
+        validate(recipe_file, LLAMA, stages, data % "causal_text")
+
+
+def test_samples_of_a_model_that_cannot_write_are_refused_by_the_block_to_leave_out(recipe_file: Path) -> None:
+    stages = "stages={dense: {max_steps: 1, samples: {every: 1, prompts: [a], max_new_tokens: %d}}}"
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples: \w+ cannot write texts;.*: leave samples out$"):
+        validate(recipe_file, stages % 4)
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples\.max_new_tokens: .*texts of 100000 tokens"):
+        validate(recipe_file, LLAMA, stages % 99999)

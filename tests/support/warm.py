@@ -1,0 +1,80 @@
+"""Real processes without the seconds that each would spend on importing torch and Lightning, and on leaving them.
+
+``python()`` and ``qatkit()`` are commands that do what those of the environment do, with a folder, an environment,
+standard streams, signals and an exit code of their own; a server that has imported everything forks them. What a test
+says about imports, or about a process from its first line on, it says with ``sys.executable``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# as it is before any test changes it; libraries read some of it when they are imported
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+SERVER = Path(__file__).with_name("warm_server.py")
+CLIENT = """#!{executable} -IS
+import array, json, os, signal, socket, sys
+path, executable, arguments = {path!r}, {executable!r}, {prefix!r} + sys.argv[1:]
+if int(os.environ.get("LOCAL_RANK", 0)):  # Lightning starts the second of two processes
+    path += "_of_peers"
+    if not os.path.exists(path):
+        os.execv(executable, [executable, *arguments])
+server = socket.socket(socket.AF_UNIX)
+server.connect(path)
+request = dict(arguments=arguments, folder=os.getcwd(), environment=dict(os.environ), python={python!r})
+data = json.dumps(request).encode()
+server.sendmsg([len(data).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+server.sendall(data)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
+status = int.from_bytes(server.recv(4), "big")
+if os.WIFSIGNALED(status):
+    if os.WTERMSIG(status) != signal.SIGKILL:
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+    os.kill(os.getpid(), os.WTERMSIG(status))
+sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def serve(path: Path) -> None:
+    """Start a server, which ends with this process."""
+    command = [sys.executable, str(SERVER), str(path)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=path.parent)
+    atexit.register(server.kill)
+    assert server.stdout is not None
+    said = server.stdout.readline()
+    assert said == b"ready\n", f"the server of tests/support/warm.py did not start: {said!r}, {server.poll()}"
+
+
+@functools.cache
+def commands() -> Path:
+    """A folder for PATH that holds python and qatkit."""
+    folder = Path(tempfile.mkdtemp(prefix="warm"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    serve(folder / "socket")
+    for name, prefix in (("python", []), ("qatkit", [str(Path(sys.executable).with_name("qatkit"))])):
+        command, paths = folder / name, {"path": str(folder / "socket"), "python": str(folder / "python")}
+        command.write_text(CLIENT.format(executable=sys.executable, prefix=prefix, **paths))
+        command.chmod(0o755)
+    return folder
+
+
+def python() -> str:
+    return str(commands() / "python")
+
+
+def qatkit() -> str:
+    return str(commands() / "qatkit")
+
+
+@functools.cache
+def with_peers() -> None:
+    """Fork the second of two processes from a server of its own: two that share the order of sets would prove less."""
+    serve(commands() / "socket_of_peers")
