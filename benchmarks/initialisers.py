@@ -35,11 +35,11 @@ from torch.nn import functional as F
 from qatkit import QuantSpec, fake_quantize
 from qatkit.data.stdlib import text_windows
 from qatkit.models.language import llama
+from qatkit.quantization.observers import computed_qparams, mse_qparams
 from qatkit.quantization.ptq.awq import awq_clip, awq_scales
 from qatkit.quantization.ptq.gptq import gptq
 from qatkit.quantization.ptq.hessian import InputStatistics
 from qatkit.quantization.ptq.smoothquant import smoothquant_search
-from qatkit.quantization.observers import computed_qparams, mse_qparams
 
 OTHER = Path(__file__).parent.parent / "build" / "llmcompressor"
 RELEASE = "0.14.*"

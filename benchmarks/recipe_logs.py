@@ -17,11 +17,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qatkit.report.metrics import metric_of
-from qatkit.report.tables import comparison, headers, split_note
+from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.outputs import export_run, report_run, verify_run
 from qatkit.recipe.loading import load_recipe
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.report.metrics import metric_of
+from qatkit.report.tables import comparison, headers, split_note
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LOGGED = (

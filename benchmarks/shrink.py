@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from qatkit.report.bench import side_by_side
 from qatkit.advise.cost import macs, parameters
+from qatkit.recipe import FactoryConfig, ShrinkConfig
+from qatkit.report.bench import side_by_side
 from qatkit.run.architecture import Architecture, architecture_of, build_architecture
 from qatkit.stages.shrink import apply
-from qatkit.recipe import FactoryConfig, ShrinkConfig
 
 
 def call(model: nn.Module, batch: Any) -> Tensor:

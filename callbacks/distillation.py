@@ -12,8 +12,8 @@ from qatkit.callbacks.divergence import Divergence, NanWatch
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
 from qatkit.callbacks.fused import Fused, fused
 from qatkit.callbacks.generation import Generation, Writers, refuse_plans
-from qatkit.callbacks.teacher_outputs import Call, Lesson, cached_lesson, live_lesson
 from qatkit.callbacks.positions import find, is_causal
+from qatkit.callbacks.teacher_outputs import Call, Lesson, cached_lesson, live_lesson
 from qatkit.callbacks.teachers import frozen_copy, held, refuse_part, refuse_trained
 from torch import Tensor, nn
 from torch.optim import Optimizer

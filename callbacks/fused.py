@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.divergence import Divergence
-from qatkit.callbacks.teacher_outputs import Call, Lesson
 from qatkit.callbacks.positions import counted, is_causal
+from qatkit.callbacks.teacher_outputs import Call, Lesson
 from qatkit.callbacks.teachers import asked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit.kernels.kd_rows import DIVERGENCES
 from qatkit.distillation.cache import CachedTeacher
 from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
 from qatkit.distillation.losses import IGNORED
 from qatkit.distillation.teacher import Teacher
 from qatkit.distillation.vocabulary import tell_trimmed
 from qatkit.errors import QatkitError
+from qatkit.kernels.kd_rows import DIVERGENCES
 
 ROWS = 256
 """Rows of logits at a time where only the best class is asked for."""

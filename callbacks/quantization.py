@@ -19,9 +19,9 @@ from typing_extensions import override
 from qatkit.errors import QatkitError
 from qatkit.quantization.calibrate import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
-from qatkit.quantization.ptq.runner import Method, initialise
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
+from qatkit.quantization.ptq.runner import Method, initialise
 from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
 from qatkit.schemes import Scheme

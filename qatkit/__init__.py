@@ -6,63 +6,46 @@ and checked before torch is.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.schemes import Scheme, scheme
-from qatkit.spec import QuantSpec
+from qatkit.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from qatkit.pruning.masks import magnitude_mask, nm_mask
-    from qatkit.pruning.schedule import Ramp
-    from qatkit.quantization.arithmetic import choose_qparams, dequantize, fake_quantize, quantize
-    from qatkit.quantization.calibrate import calibrate
-    from qatkit.quantization.ptq.runner import initialise
-    from qatkit.quantization.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
-    from qatkit.quantization.modules import FakeQuantize
-    from qatkit.quantization.prepare import prepare_qat, strip_qat
+    from qatkit.errors import QatkitError as QatkitError
+    from qatkit.errors import QatkitWarning as QatkitWarning
+    from qatkit.pruning.masks import magnitude_mask as magnitude_mask
+    from qatkit.pruning.masks import nm_mask as nm_mask
+    from qatkit.pruning.schedule import Ramp as Ramp
+    from qatkit.quantization.arithmetic import choose_qparams as choose_qparams
+    from qatkit.quantization.arithmetic import dequantize as dequantize
+    from qatkit.quantization.arithmetic import fake_quantize as fake_quantize
+    from qatkit.quantization.arithmetic import quantize as quantize
+    from qatkit.quantization.calibrate import calibrate as calibrate
+    from qatkit.quantization.layers import QATConv1d as QATConv1d
+    from qatkit.quantization.layers import QATConv2d as QATConv2d
+    from qatkit.quantization.layers import QATEmbedding as QATEmbedding
+    from qatkit.quantization.layers import QATLinear as QATLinear
+    from qatkit.quantization.modules import FakeQuantize as FakeQuantize
+    from qatkit.quantization.prepare import prepare_qat as prepare_qat
+    from qatkit.quantization.prepare import strip_qat as strip_qat
+    from qatkit.quantization.ptq.runner import initialise as initialise
+    from qatkit.schemes import Scheme as Scheme
+    from qatkit.schemes import scheme as scheme
+    from qatkit.spec import QuantSpec as QuantSpec
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FakeQuantize",
-    "QATConv1d",
-    "QATConv2d",
-    "QATEmbedding",
-    "QATLinear",
-    "QatkitError",
-    "QatkitWarning",
-    "QuantSpec",
-    "Ramp",
-    "Scheme",
-    "calibrate",
-    "choose_qparams",
-    "dequantize",
-    "fake_quantize",
-    "initialise",
-    "magnitude_mask",
-    "nm_mask",
-    "prepare_qat",
-    "quantize",
-    "scheme",
-    "strip_qat",
-]
-
 _HOMES = {
-    "qatkit.pruning.masks": ("magnitude_mask", "nm_mask"),
-    "qatkit.pruning.schedule": ("Ramp",),
-    "qatkit.quantization.arithmetic": ("choose_qparams", "dequantize", "fake_quantize", "quantize"),
-    "qatkit.quantization.calibrate": ("calibrate",),
-    "qatkit.quantization.ptq.runner": ("initialise",),
-    "qatkit.quantization.layers": ("QATConv1d", "QATConv2d", "QATEmbedding", "QATLinear"),
-    "qatkit.quantization.modules": ("FakeQuantize",),
-    "qatkit.quantization.prepare": ("prepare_qat", "strip_qat"),
+    "qatkit.errors": ["QatkitError", "QatkitWarning"],
+    "qatkit.schemes": ["Scheme", "scheme"],
+    "qatkit.spec": ["QuantSpec"],
+    "qatkit.pruning.masks": ["magnitude_mask", "nm_mask"],
+    "qatkit.pruning.schedule": ["Ramp"],
+    "qatkit.quantization.arithmetic": ["choose_qparams", "dequantize", "fake_quantize", "quantize"],
+    "qatkit.quantization.calibrate": ["calibrate"],
+    "qatkit.quantization.layers": ["QATConv1d", "QATConv2d", "QATEmbedding", "QATLinear"],
+    "qatkit.quantization.modules": ["FakeQuantize"],
+    "qatkit.quantization.prepare": ["prepare_qat", "strip_qat"],
+    "qatkit.quantization.ptq.runner": ["initialise"],
 }
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module 'qatkit' has no attribute '{name}'")
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function

@@ -1,11 +1,104 @@
-"""The one kind of error a user's mistake raises, and the one kind of warning qatkit gives."""
+"""The error that a user's mistake raises, the warning qatkit gives, and the suggestion both may end with."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 
 class QatkitError(ValueError):
-    """A mistake in what the user gave: names the key or layer, the value seen, and what to write instead."""
+    """A mistake in what the user gave, as fields; rendered as ``key: problem; advice (origin)`` here and nowhere else.
+
+    Args:
+        problem: What is wrong, with the value seen.
+        key: Where: a recipe key, an argument, a file. Empty where the problem names the place itself.
+        advice: What to do about it.
+        origin: Which file or override the value comes from.
+
+    Example:
+        >>> print(QatkitError("48 does not divide in_features=64", key="group_size", advice="use 16, 32 or 64"))
+        group_size: 48 does not divide in_features=64; use 16, 32 or 64
+    """
+
+    def __init__(self, problem: str, *, key: str = "", advice: str = "", origin: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.key = key
+        self.advice = advice
+        self.origin = origin
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.problem}" if self.key else self.problem
+        text += f"; {self.advice}" if self.advice else ""
+        return f"{text} ({self.origin})" if self.origin else text
+
+    def under(self, prefix: str) -> QatkitError:
+        """The same error with `prefix` put before its key.
+
+        Example:
+            >>> QatkitError("48 is odd", key="group_size").under("stages.qat.quantize").key
+            'stages.qat.quantize.group_size'
+        """
+        return self.with_fields(key=join_key(prefix, self.key))
+
+    def with_fields(
+        self,
+        *,
+        problem: str | None = None,
+        key: str | None = None,
+        advice: str | None = None,
+        origin: str | None = None,
+    ) -> QatkitError:
+        """The same error with some fields replaced."""
+        error = type(self)(
+            self.problem if problem is None else problem,
+            key=self.key if key is None else key,
+            advice=self.advice if advice is None else advice,
+            origin=self.origin if origin is None else origin,
+        )
+        error.__cause__ = self.__cause__
+        return error
 
 
 class QatkitWarning(UserWarning):
     """Something the user asked for has no effect, or works slower or less exactly than it looks."""
+
+
+def join_key(prefix: str, key: str) -> str:
+    """The dotted key of `key` inside `prefix`; either may be empty.
+
+    Example:
+        >>> join_key("stages.qat", "lr"), join_key("include", "[0]"), join_key("", "lr")
+        ('stages.qat.lr', 'include[0]', 'lr')
+    """
+    if not prefix or not key or key.startswith("["):
+        return f"{prefix}{key}"
+    return f"{prefix}.{key}"
+
+
+@contextmanager
+def under(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the key of every `QatkitError` raised inside."""
+    try:
+        yield
+    except QatkitError as error:
+        raise error.under(prefix) from error.__cause__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Advice about an unknown name: the nearest known one, or a few of them.
+
+    Example:
+        >>> did_you_mean("mgnitude", ["magnitude", "wanda"])
+        "did you mean 'magnitude'?"
+        >>> did_you_mean("xyz", ["magnitude", "wanda"])
+        'use one of magnitude, wanda'
+    """
+    names = [str(candidate) for candidate in known]
+    by_lower = {candidate.lower(): candidate for candidate in reversed(names)}
+    if near := difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5):
+        return f"did you mean '{by_lower[near[0]]}'?"
+    if not names:
+        return "no name is known here"
+    return f"use one of {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"

@@ -8,8 +8,6 @@ import os
 import pytest
 import torch
 
-from tests.support import exporting
-
 # for fixtures of a module, which are made before the one below, and for the processes that tests start
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
-from tests.support.hub_server import hub
 from tests.models.families import tiny
+from tests.support.hub_server import hub
 
 pytestmark = pytest.mark.slow
 

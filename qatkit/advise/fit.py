@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from qatkit.run.architecture import meta_model
-from qatkit.errors import QatkitError
-from qatkit.recipe.factories import resolve
 from qatkit.advise.plan import Device, Setting, StagePlan, device_of, gigabytes, settings
+from qatkit.errors import QatkitError
 from qatkit.recipe import CacheConfig, LoraConfig, Recipe, StageConfig
+from qatkit.recipe.factories import resolve
+from qatkit.run.architecture import meta_model
 
 
 def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] = ()) -> None:

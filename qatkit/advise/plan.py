@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from qatkit import stages as blocks
 from qatkit.advise.step_memory import Step, StepMemory, state_memory, step_memory
-from qatkit.run.architecture import meta_model
 from qatkit.callbacks.fused import output_layer
-from qatkit.kernels.kd_rows import DIVERGENCES
 from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
 from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
-from qatkit.recipe.factories import resolve
+from qatkit.kernels.kd_rows import DIVERGENCES
 from qatkit.lora.attach import base_layers
 from qatkit.lora.heads import classification_heads
-from qatkit.stages.optimizers import moment_memory
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
+from qatkit.recipe.factories import resolve
+from qatkit.run.architecture import meta_model
+from qatkit.stages.optimizers import moment_memory
 from qatkit.tasks import call, mean_loss
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

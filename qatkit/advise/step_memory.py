@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from qatkit.stages.optimizers import MomentMemory, moment_memory
 from qatkit.quantization.modules import FakeQuantize
+from qatkit.stages.optimizers import MomentMemory, moment_memory
 
 Step = Callable[[nn.Module, nn.Module | None], Tensor]
 

@@ -145,8 +145,8 @@ def cache_teacher(
 
     Example: qatkit cache-teacher mine.yaml --out runs/mine
     """
-    from qatkit.recipe.loading import load_recipe
     from qatkit.pipeline.validation import validate_recipe
+    from qatkit.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     validate_recipe(loaded, allow or [])
@@ -240,8 +240,8 @@ def _measured(metrics: dict[str, float]) -> str:
 
 
 def _open(folder: Path, allow: list[str] | None) -> Run:
-    from qatkit.recipe.loading import load_recipe
     from qatkit.pipeline.loop import Run
+    from qatkit.recipe.loading import load_recipe
 
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(f"{folder}: no run is here (it has no recipe.yaml); write the --out folder of `qatkit run`")
@@ -267,9 +267,9 @@ def _present(content: dict[str, object], folder: Path, page: Path | None, quiet:
     """Write the page beside the report, then print the comparison as it was asked for."""
     from rich.console import Console
 
+    from qatkit.pipeline.outputs import write_page
     from qatkit.report.page import missing_packages
     from qatkit.report.tables import kernel_notes, terminal_table
-    from qatkit.pipeline.outputs import write_page
 
     if page is None and (missing := missing_packages()) is not None:
         where = f"no report.html: {missing}, then: qatkit report {folder}"
@@ -307,4 +307,3 @@ def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, *
         typer.echo(f"warning: {message}", err=True)
     else:
         _show(message, category, *rest, **named)
-

@@ -38,8 +38,8 @@ def plan(
 
 def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: bool = False) -> None:
     """Print what every stage that trains takes on each device; refuse what does not fit unless `force`."""
-    from qatkit.advise.plan import device_of, gigabytes, plan_recipe
     from qatkit.advise.fit import check_fit
+    from qatkit.advise.plan import device_of, gigabytes, plan_recipe
 
     plans = plan_recipe(recipe, allow)
     found = device_of(recipe.trainer)
@@ -71,9 +71,9 @@ def _print_serving(
     from rich.console import Console
     from rich.table import Table
 
+    from qatkit.advise.plan import gigabytes
     from qatkit.advise.serving import serving_memory
     from qatkit.run.architecture import meta_model
-    from qatkit.advise.plan import gigabytes
 
     for name, value in (("--context", context), ("--batch", batch)):
         if value < 1:

@@ -54,16 +54,16 @@ def sensitivity(
 
     Example: qatkit sensitivity mine.yaml --candidates W8A16,W4A16 --out runs/mine
     """
-    from qatkit.recipe.loading import load_recipe
     from qatkit.pipeline.validation import validate_recipe
+    from qatkit.recipe.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     formats = _candidates(candidates)
     validate_recipe(loaded, allow or [])
-    from qatkit.run.checkpoint import write_atomically
     from qatkit.pipeline.loop import Run
     from qatkit.quantization.folding import fold_batchnorm
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
+    from qatkit.run.checkpoint import write_atomically
 
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
     found = _stage(this, stage)
@@ -136,8 +136,8 @@ def _flow(value: object) -> str:
 def _candidates(text: str) -> dict[str, Scheme]:
     from qatkit.recipe import LayerConfig
     from qatkit.recipe.schema import read
-    from qatkit.schemes import scheme
     from qatkit.recipe.strict_yaml import parse_yaml
+    from qatkit.schemes import scheme
 
     if not text.endswith((".yaml", ".yml", ".json")):
         return {name: scheme(name) for name in (part.strip() for part in text.split(","))}

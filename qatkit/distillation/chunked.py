@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from qatkit.kernels.kd_rows import DIVERGENCES, Best, Block
 from qatkit.distillation.losses import IGNORED, check_beta
 from qatkit.errors import QatkitError
+from qatkit.kernels.kd_rows import DIVERGENCES, Best, Block
 
 WORKSPACE = {"cpu": 64 << 20, "cuda": 1 << 30}
 """Bytes for the logits of student and teacher together. More than 256 rows of 32,000 classes make no CPU faster."""

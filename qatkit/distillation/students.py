@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from qatkit.layer_configs import DEPTHS, shorten
+from qatkit.common.layer_configs import DEPTHS, shorten
 from qatkit.distillation.features import layer_map
 from qatkit.errors import QatkitError
 

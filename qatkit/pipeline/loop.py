@@ -17,22 +17,22 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import distributed, nn
 
-from qatkit import tasks
 from qatkit import stages as blocks
-from qatkit.run.architecture import Architecture, architecture_of, build_architecture
+from qatkit import tasks
 from qatkit.callbacks.batches import first_batches
-from qatkit.run.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
 from qatkit.data.datamodule import unsliced
 from qatkit.data.tokenizers import check_tokenizer
 from qatkit.errors import QatkitError
-from qatkit.recipe.factories import build
-from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
-from qatkit.recipe.loading import recipe_to_yaml
-from qatkit.run.compatibility import check_data, with_tokenizer
-from qatkit.recipe import Recipe
 from qatkit.pipeline.teachers import teaching
 from qatkit.pipeline.tracking import Tracking, check_logger
 from qatkit.pipeline.training import finished_model, save_result, train
+from qatkit.recipe import Recipe
+from qatkit.recipe.factories import build
+from qatkit.recipe.loading import recipe_to_yaml
+from qatkit.run.architecture import Architecture, architecture_of, build_architecture
+from qatkit.run.checkpoint import StageRecord, load_stage, read_record, read_started, write_atomically
+from qatkit.run.compatibility import check_data, with_tokenizer
+from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
 
 
 class Run:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.stages.optimizers import build_optimizer, learned_scales
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import ScheduleName, StageConfig
+from qatkit.stages.optimizers import build_optimizer, learned_scales
 from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, to_logits, token_loss
 
 SCALE_LR = 0.2

@@ -19,23 +19,23 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from qatkit.report.bench import compare, side_by_side
-from qatkit.report.curves import read_curves
-from qatkit.report.histograms import weight_histograms
-from qatkit.report.page import render
-from qatkit.report.tables import markdown
-from qatkit.run.checkpoint import measured_zeros, write_atomically
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.export.compressed import export_compressed
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
 from qatkit.export.sparse import dense_bytes, export_sparse
 from qatkit.export.verify import Verification, verify
+from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.pipeline.loop import Run
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
+from qatkit.report.bench import compare, side_by_side
+from qatkit.report.curves import read_curves
+from qatkit.report.histograms import weight_histograms
+from qatkit.report.page import render
+from qatkit.report.tables import markdown
+from qatkit.run.checkpoint import measured_zeros, write_atomically
 from qatkit.tasks import call, one_sample
 
 NAMES = {

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from qatkit import stages as blocks
-from qatkit.run.architecture import Architecture
 from qatkit.data.streaming import StreamLoader
 from qatkit.distillation.cache import CachedTeacher, cache_teacher, fingerprint_of, is_complete
 from qatkit.distillation.vocabulary import Tokenizer, shared_vocab_size
 from qatkit.errors import QatkitError
-from qatkit.run.fingerprint import stage_inputs
 from qatkit.recipe import DistillConfig, TrainerConfig
+from qatkit.run.architecture import Architecture
+from qatkit.run.fingerprint import stage_inputs
 from qatkit.tasks import model_inputs, to_logits
 
 if TYPE_CHECKING:

@@ -21,21 +21,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from qatkit import stages as blocks
 from qatkit.advise.cost import macs, parameters
-from qatkit.stages.layer_names import outside
 from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
 from qatkit.callbacks.finite import FiniteCheckpoint, spoiled, spoiled_by
-from qatkit.run.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
-from qatkit.pipeline.module import CompressionModule
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import to_full_precision
+from qatkit.pipeline.early_stopping import StopEarly
+from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.progress import StageProgress
+from qatkit.pipeline.teachers import Teaching
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
-from qatkit.pipeline.early_stopping import StopEarly
+from qatkit.run.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
+from qatkit.stages.layer_names import outside
 from qatkit.tasks import call, evaluate, one_sample
-from qatkit.pipeline.teachers import Teaching
 
 
 @dataclass(frozen=True)

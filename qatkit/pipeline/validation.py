@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from qatkit import stages as blocks
-from qatkit.report.language import check_harness
-from qatkit.run.architecture import meta_model
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed import check_layers, check_model
-from qatkit.recipe.factories import check_arguments, resolve
-from qatkit.run.compatibility import with_tokenizer
-from qatkit.stages.optimizers import check_optimizer
+from qatkit.pipeline.tracking import check_logger
 from qatkit.quantization.selection import select
 from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe
-from qatkit.pipeline.tracking import check_logger
+from qatkit.recipe.factories import check_arguments, resolve
+from qatkit.report.language import check_harness
+from qatkit.run.architecture import meta_model
+from qatkit.run.compatibility import with_tokenizer
+from qatkit.stages.optimizers import check_optimizer
 
 # What the pipeline passes to a data factory besides the recipe's arguments.
 DATA_ARGUMENTS = ("batch_size", "seed")

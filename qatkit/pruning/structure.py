@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkit.layer_configs import shorten
+from qatkit.common.layer_configs import shorten
 from qatkit.errors import QatkitError
 from qatkit.pruning.axes import axes_of, build_like, head_dim_of, prefix_of
 

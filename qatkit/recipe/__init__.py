@@ -1,7 +1,7 @@
 """A recipe: typed, frozen data that says what happens to a model, stage by stage.
 
 These classes are the whole vocabulary of a recipe file. They import nothing heavy: reading a recipe takes a fraction of
-a second, and a mistake in it is found before a model or a data set is touched. `qatkit.recipe.loading` makes them from YAML.
+a second, and a mistake in it is found before a model or a data set is touched. `qatkit.recipe.loading` reads YAML.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def _read_object(cls: type[Any], value: Any, path: str, resolved: bool) -> Any:
         return None
     try:
         return cls(**arguments)
-    except ValueError as error:  # from __post_init__, whose message starts with the field
+    except QatkitError as error:  # from __post_init__
+        raise error.under(path) from None
+    except ValueError as error:  # the same, with a message that starts with the field
         raise QatkitError(join(path, str(error))) from None
 
 

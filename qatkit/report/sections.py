@@ -9,9 +9,9 @@ from typing import Any
 from qatkit.report.figures import GROUPS, Point, curve_groups, tradeoff, training_curves
 from qatkit.report.layer_figures import beyond, largest, layer_picture, weight_histogram
 from qatkit.report.metrics import Metric, metric_of
-from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
-from qatkit.report.svg import KINDS, SERIES
 from qatkit.report.sentences import headline, parity, tiles
+from qatkit.report.svg import KINDS, SERIES
+from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
 
 HISTOGRAMS, BARS = 12, 24
 """Layers whose weights and whose numbers are drawn; fewer where several runs share the page."""

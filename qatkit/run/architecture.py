@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.recipe.factories import build
 from qatkit.recipe import FactoryConfig
+from qatkit.recipe.factories import build
 
 
 @dataclass(frozen=True)

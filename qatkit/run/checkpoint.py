@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qatkit.run.architecture import Architecture
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import Fold, replay_folds
 from qatkit.quantization.state import load_quantizers, quantizer_prefixes, save_quantizers
+from qatkit.run.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.recipe.factories import resolve
 from qatkit.hub import holds_tokenizer
 from qatkit.models.pretrained import reads_last_token
 from qatkit.recipe import FactoryConfig
+from qatkit.recipe.factories import resolve
 
 
 def check_data(model: nn.Module, data: Any) -> None:

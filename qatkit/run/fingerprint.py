@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qatkit.errors import QatkitError
-from qatkit.recipe.loading import flatten
 from qatkit.recipe import FactoryConfig, Recipe
+from qatkit.recipe.loading import flatten
 
 _SAMPLE = 2**20
 """Bytes read at each of 65 places of a large file."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qatkit.stages.layer_names import STUDENT
 from qatkit.distillation.cache import CachedTeacher
 from qatkit.distillation.features import pair_layers
 from qatkit.distillation.generation import check_length
@@ -17,6 +16,7 @@ from qatkit.errors import QatkitError
 from qatkit.lora.attach import base_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.recipe import DistillConfig, GenerationConfig, TrainerConfig
+from qatkit.stages.layer_names import STUDENT
 
 if TYPE_CHECKING:
     from qatkit.callbacks import AttentionMatch, Generation, HiddenMatch, KnowledgeDistillation

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qatkit.stages import quantize
-from qatkit.stages.layer_names import inside
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import (
     Adapter,
@@ -24,6 +22,8 @@ from qatkit.lora.attach import (
 )
 from qatkit.lora.bits import check_backend
 from qatkit.recipe import LoraConfig, StageConfig, TrainerConfig
+from qatkit.stages import quantize
+from qatkit.stages.layer_names import inside
 
 if TYPE_CHECKING:
     from qatkit.callbacks import LoRA

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
-from qatkit.stages.layer_names import inside, inside_keys
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import check_pattern, prunable_layers, share_of
 from qatkit.pruning.masks import check_block, check_floor, check_nm
 from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
 from qatkit.recipe import PruneConfig
+from qatkit.stages.layer_names import inside, inside_keys
 from qatkit.tasks import mean_loss
 
 if TYPE_CHECKING:

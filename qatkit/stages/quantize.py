@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qatkit.stages.layer_names import inside, inside_keys
 from qatkit.errors import QatkitError
-from qatkit.quantization.ptq.runner import check_method
 from qatkit.quantization.prepare import prepare_qat, strip_qat
+from qatkit.quantization.ptq.runner import check_method
 from qatkit.recipe import QuantizeConfig
+from qatkit.stages.layer_names import inside, inside_keys
 
 if TYPE_CHECKING:
     from qatkit.callbacks import QuantizationAwareTraining

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from qatkit.recipe.loading import load_recipe
 from qatkit.advise.plan import plan_recipe
+from qatkit.recipe.loading import load_recipe
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
-from tests.support.memory import measured
 from tests.models.families import tiny
+from tests.support.memory import measured
 
 RECIPE = """
 name: tiny

@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qatkit import QatkitError
 from qatkit.advise import fit as planner_fit
+from qatkit.advise.fit import check_fit
+from qatkit.advise.plan import plan_recipe
 from qatkit.advise.step_memory import step_memory
 from qatkit.recipe.loading import load_recipe
-from qatkit.advise.plan import plan_recipe
-from qatkit.advise.fit import check_fit
 from tests.support.memory import RECIPE, measured
 
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.models import cnn
-from tests.support import warm
 from tests.callbacks.modules import Classifier, batches, network, trainer
+from tests.support import warm
 
 W4 = QuantSpec(num_bits=4, observer="lsq")
 A8 = QuantSpec(symmetric=False, strategy="tensor")

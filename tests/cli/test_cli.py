@@ -18,8 +18,8 @@ import onnx
 import pytest
 
 from qatkit.recipe.loading import list_recipes
-from tests.support import warm
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
+from tests.support import warm
 
 SHORT = ["stages.dense.max_steps=30", "stages.qat.max_steps=20", "model.args.channels=[8,8]"]
 TEXTS = """name: texts

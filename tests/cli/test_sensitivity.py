@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pytest
 
 from qatkit.cli.main import main
-from qatkit.recipe.loading import load_recipe
-from qatkit.quantization.mixed.allocation import Sensitivity, allocate, allocated_layers, totals
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.quantization.mixed.allocation import Sensitivity, allocate, allocated_layers, totals
+from qatkit.recipe.loading import load_recipe
 
 SMALL = ["stages.dense.max_steps=30", "model.args.channels=[8,8]"]
 FORMATS = """\

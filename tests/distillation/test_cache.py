@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qatkit import QatkitError
 from qatkit.distillation.cache import CachedTeacher, cache_teacher, is_complete, model_hash
 from qatkit.distillation.sparse import top_k_kd_loss
-from tests.support import warm
 from tests.distillation.tensors import sines
+from tests.support import warm
 
 FINGERPRINT = {"model": "a1", "data order": "b2", "tokenizer": "c3"}
 CLASSES, SAMPLES, LENGTH = 301, 10, 6

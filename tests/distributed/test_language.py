@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qatkit.tasks import evaluate
-from tests.support import warm
 from tests.pipeline.test_module import gradients
+from tests.support import warm
 from tests.support.texts import loader, tiny_llama
 
 ROOT = Path(__file__).parent.parent.parent

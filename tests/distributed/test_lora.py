@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qatkit import quantize
-from tests.support import warm
 from tests.distributed.lora_worker import SPEC, main, network
+from tests.support import warm
 
 ROOT = Path(__file__).parent.parent.parent
 MODES = [f"{kind} {strategy}" for kind in ("lora", "dora", "qat", "sparse") for strategy in ("ddp", "fsdp2")]

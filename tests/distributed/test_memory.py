@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qatkit.recipe.loading import load_recipe
 from qatkit.advise.plan import plan_recipe
-from tests.support import warm
+from qatkit.recipe.loading import load_recipe
 from tests.distributed.memory_worker import CASES, overrides
+from tests.support import warm
 from tests.support.memory import RECIPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qatkit.recipe.loading import load_recipe
 from qatkit.pipeline.loop import Run
-from tests.support import warm
+from qatkit.recipe.loading import load_recipe
 from tests.recipes.test_sparse_int4_recipe import SMALL
+from tests.support import warm
 
 pytestmark = pytest.mark.slow
 

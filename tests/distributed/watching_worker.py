@@ -19,9 +19,9 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoTokenizer
 
+from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe import EarlyStoppingConfig, StageConfig
-from qatkit.pipeline.early_stopping import StopEarly
 from tests.data.corpus import save_tokenizer
 from tests.distributed.language_worker import Halves
 from tests.support.texts import tiny_llama

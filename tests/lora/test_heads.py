@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.recipe.loading import load_recipe
 from qatkit.lora.attach import Adapter, attach, base_layers, merge, save_adapter, target_layers
 from qatkit.lora.heads import classification_heads
 from qatkit.pipeline.loop import Run, run_stages
+from qatkit.recipe.loading import load_recipe
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.models.families import tiny
 

@@ -16,9 +16,9 @@ from qatkit.export.dense import export_dense
 from qatkit.lora.attach import Adapter, adapted_layers, attach, merge, target_layers
 from qatkit.lora.layers import AdaptedQATLinear, AdaptedWeight
 from qatkit.quantization.arithmetic import quantize
-from qatkit.quantization.ptq.runner import initialise
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.ptq.runner import initialise
 
 OBSERVERS = ["minmax", "mse", "lsq"]
 

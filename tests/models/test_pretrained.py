@@ -13,11 +13,11 @@ from huggingface_hub import constants
 from qatkit import QatkitError
 from qatkit.data import Source, text_classification
 from qatkit.hub import locate
-from qatkit.run.compatibility import check_data
 from qatkit.models import causal_lm, embedding_model, masked_lm, sequence_classifier
+from qatkit.run.compatibility import check_data
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
-from tests.support.hub_server import hub
 from tests.models.families import tiny
+from tests.support.hub_server import hub
 
 
 def saved(folder: Path, family: str, kind: str = "CausalLM", **config: Any) -> str:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from qatkit import QatkitError
+from qatkit.pipeline.early_stopping import StopEarly
+from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe.loading import load_recipe
-from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.early_stopping import StopEarly
 from tests.support.recipes import assert_says, refusal
 
 # 80 samples for 30,000 weights: by heart after a few epochs of ten steps

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import get_wsd_schedule
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.pipeline.module import SCALE_LR, CompressionModule, lr_factor, parallelize, parameter_groups
 from qatkit.lora.attach import Adapter, attach, target_layers
+from qatkit.pipeline.module import SCALE_LR, CompressionModule, lr_factor, parallelize, parameter_groups
 from qatkit.recipe import StageConfig
 from qatkit.tasks import evaluate
 from tests.models.families import tiny

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from qatkit import QatkitError
-from qatkit.pipeline.module import CompressionModule
-from qatkit.recipe.loading import load_recipe
 from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.module import CompressionModule
 from qatkit.quantization.prepare import qat_layers
+from qatkit.recipe.loading import load_recipe
 from tests.support import warm
 
 SHORT = ["stages.dense.max_steps=40", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]

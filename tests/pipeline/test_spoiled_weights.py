@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError
-from qatkit.run.checkpoint import StageRecord
-from qatkit.pipeline.module import CompressionModule
-from qatkit.recipe.loading import load_recipe
 from qatkit.models import mlp
 from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.training import save_result
+from qatkit.recipe.loading import load_recipe
+from qatkit.run.checkpoint import StageRecord
 from tests.pipeline.test_early_stopping import few
 
 # ten steps of eight samples are an epoch

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from qatkit import QatkitError
 from qatkit.cli.main import app
-from qatkit.recipe.loading import load_recipe
 from qatkit.models import llama
 from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.teachers import cache_folder, open_cache, vocabulary, write_cache
 from qatkit.pipeline.validation import validate_recipe
-from tests.support import warm
+from qatkit.recipe.loading import load_recipe
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
+from tests.support import warm
 
 TEXT = """\
 name: cached

@@ -17,13 +17,13 @@ from lightning.pytorch import Trainer
 from qatkit.callbacks import TextSamples
 from transformers import AutoTokenizer
 
-from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.recipe import StageConfig
+from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.tracking import Tracking
-from tests.support import warm
+from qatkit.recipe import StageConfig
 from tests.data.corpus import save_tokenizer
 from tests.models.families import tiny
+from tests.support import warm
 from tests.support.texts import loader
 from tests.support.tracked import Records, read_records, recipe, run_files, stranger, trained
 from tests.support.tracked import nobody as nobody

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.recipe.loading import list_recipes, load_recipe
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.recipe.loading import list_recipes, load_recipe
 
 MODULE = """
     import torch

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qatkit import QuantSpec, calibrate, fake_quantize, prepare_qat, quantize, scheme
 from qatkit.pipeline.module import exact_division
-from qatkit.quantization.ptq.runner import Method, initialise
 from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers
+from qatkit.quantization.ptq.runner import Method, initialise
 from tests.support.texts import VOCAB, tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

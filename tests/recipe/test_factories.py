@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qatkit.errors import QatkitError
-from qatkit.recipe.factories import build, check_arguments, resolve
 from qatkit.recipe import FactoryConfig
+from qatkit.recipe.factories import build, check_arguments, resolve
 
 MINE = """
     import functools, os, subprocess

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qatkit.recipe.loading import flatten, list_recipes, load_recipe, recipe_text, recipe_to_yaml
 from qatkit.recipe import FactoryConfig, StageConfig
+from qatkit.recipe.loading import flatten, list_recipes, load_recipe, recipe_text, recipe_to_yaml
 from tests.support.recipes import GOOD, assert_says, refusal
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qatkit.errors import QatkitError
-from qatkit.recipe.loading import load_recipe
 from qatkit.recipe import FactoryConfig, Recipe, StageConfig
+from qatkit.recipe.loading import load_recipe
 from tests.support.recipes import GOOD, assert_says, refusal
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qatkit.recipe.loading import load_recipe
 from qatkit.pipeline.loop import Run, run_stages
+from qatkit.recipe.loading import load_recipe
 from tests.support import warm
 
 RECIPE = """

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatkit import QatkitError
-from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
-from qatkit.pipeline.module import CompressionModule
-from qatkit.recipe.loading import load_recipe
 from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
+from qatkit.recipe.loading import load_recipe
 from qatkit.tasks import IGNORED
 
 SMALL = [

@@ -11,13 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qatkit import QatkitError
-from qatkit.report.tables import comparison
-from qatkit.pipeline.outputs import export_run, report_run, verify_run
-from qatkit.recipe.loading import load_recipe
 from qatkit.lora.bits import dequantized, quantize_base
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.quantization.prepare import qat_layers
+from qatkit.pipeline.outputs import export_run, report_run, verify_run
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.quantization.prepare import qat_layers
+from qatkit.recipe.loading import load_recipe
+from qatkit.report.tables import comparison
 from tests.support.recipes import refusal
 
 RECIPE = """

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qatkit import QatkitError, magnitude_mask
-from qatkit.recipe.loading import load_recipe, recipe_to_yaml
 from qatkit.pipeline.loop import Run, run_stages
 from qatkit.recipe import PartConfig, RewindConfig
+from qatkit.recipe.loading import load_recipe, recipe_to_yaml
 from tests.support import warm
 
 RECIPE = """

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatkit.pipeline.outputs import export_run, report_run, verify_run
-from qatkit.recipe.loading import load_recipe
 from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.outputs import export_run, report_run, verify_run
 from qatkit.pruning.semi_structured import is_two_of_four
+from qatkit.recipe.loading import load_recipe
 
 CNN = ["model.args.channels=[8,8]", "trainer.accelerator=cpu"]
 SMALL = {

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qatkit import QatkitError
-from qatkit.run.architecture import Architecture
-from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
-from qatkit.recipe.loading import load_recipe
 from qatkit.models import cnn
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.recipe import FactoryConfig
+from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.recipe import FactoryConfig
+from qatkit.recipe.loading import load_recipe
+from qatkit.run.architecture import Architecture
 
 TEXT = [
     "model.args={vocab_size: 300, hidden: 32, layers: 3, heads: 4, kv_heads: 2, intermediate: 64, context: 16}",
@@ -198,9 +198,9 @@ def test_later_stages_are_validated_on_the_smaller_model() -> None:
 
 
 def test_layers_are_kept_by_place_or_number() -> None:
-    from qatkit.stages.shrink import check
     from qatkit.models import llama
     from qatkit.recipe import ShrinkConfig
+    from qatkit.stages.shrink import check
 
     with torch.device("meta"):
         whole = llama(300, hidden=32, layers=6, heads=4, kv_heads=2, intermediate=64)
@@ -225,8 +225,8 @@ def test_shrinking_after_zeros_or_a_grid_were_made_is_refused(tmp_path: Path) ->
 def test_heads_of_bert_are_refused_by_name_and_its_layers_can_go() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    from qatkit.stages.shrink import check
     from qatkit.recipe import ShrinkConfig
+    from qatkit.stages.shrink import check
 
     with torch.device("meta"):
         bert = BertForSequenceClassification(
@@ -271,8 +271,8 @@ def on_meta(name: str, **config: object) -> nn.Module:
 def test_a_model_that_the_run_could_not_cut_is_refused_by_name_before(
     name: str, size: dict[str, Any], message: str
 ) -> None:
-    from qatkit.stages.shrink import check
     from qatkit.recipe import ShrinkConfig
+    from qatkit.stages.shrink import check
 
     # experts in every second layer: the second of the two that stay would have them, and it is the first
     more = {"num_experts": 2, "decoder_sparse_step": 2} if "Moe" in name else {}
@@ -284,16 +284,16 @@ def test_a_model_that_the_run_could_not_cut_is_refused_by_name_before(
     ("name", "size"), [("OPTForCausalLM", {"keep_layers": [1, 3]}), ("StableLmForCausalLM", {"layers": 2})]
 )
 def test_what_such_a_model_can_lose_it_loses(name: str, size: dict[str, Any]) -> None:
-    from qatkit.stages.shrink import check
     from qatkit.recipe import ShrinkConfig
+    from qatkit.stages.shrink import check
 
     smaller: Any = check(ShrinkConfig(**size), on_meta(name))
     assert smaller.config.num_hidden_layers == 2
 
 
 def test_a_weight_tied_between_convolutions_is_refused_before_a_stage_runs() -> None:
-    from qatkit.stages.shrink import check
     from qatkit.recipe import ShrinkConfig
+    from qatkit.stages.shrink import check
 
     model = cnn(channels=[8, 8, 8])
     model.conv3.weight = model.conv2.weight

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import qatkit.report.bench as module
 from qatkit import QatkitError
-from qatkit.report.bench import bench, compare
 from qatkit.export.onnx import export_onnx
+from qatkit.report.bench import bench, compare
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 from torch import nn
 
 from qatkit import QuantSpec, prepare_qat
-from qatkit.report.histograms import INSIDE, OUTSIDE, weight_histograms
-from qatkit.report.layer_figures import beyond
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import qat_layers
+from qatkit.report.histograms import INSIDE, OUTSIDE, weight_histograms
+from qatkit.report.layer_figures import beyond
 
 SPECS = [
     QuantSpec(num_bits=4, observer="lsq"),

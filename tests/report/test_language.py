@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.report.language import harness, score, texts_of, windows
 from qatkit.data.packing import window
 from qatkit.data.text import END_OF_TEXT, train_tokenizer
-from qatkit.recipe.loading import load_recipe
-from qatkit.tasks import IGNORED, evaluate
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.recipe.loading import load_recipe
+from qatkit.report.language import harness, score, texts_of, windows
+from qatkit.tasks import IGNORED, evaluate
 from tests.support.texts import VOCAB, tiny_llama
 
 TEXT = torch.randint(VOCAB, (45,), generator=torch.Generator().manual_seed(0))

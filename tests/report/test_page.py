@@ -16,11 +16,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from typer.testing import CliRunner
 
 from qatkit import QatkitError
-from qatkit.report import page as page_module
 from qatkit.cli.main import app
+from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
 from qatkit.recipe.loading import load_recipe
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.report import page as page_module
 
 SHORT = ["stages.dense.max_steps=40", "stages.qat.max_steps=40", "model.args.channels=[8,8]"]
 FLAGS = [

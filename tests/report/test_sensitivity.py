@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from qatkit import QuantSpec, Scheme
-from qatkit.report.sensitivity import markdown, picture
 from qatkit.quantization.mixed.allocation import Group, Option, Sensitivity
+from qatkit.report.sensitivity import markdown, picture
 
 MEASURED = Sensitivity(
     loss=2.5,

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError
+from qatkit.distillation.students import student_from_teacher
+from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.outputs import export_run, report_run, verify_run
+from qatkit.pipeline.validation import validate_recipe
+from qatkit.recipe import FactoryConfig
+from qatkit.recipe.loading import load_recipe
 from qatkit.run.architecture import Architecture, architecture_of, build_architecture
 from qatkit.run.checkpoint import write_atomically
-from qatkit.pipeline.outputs import export_run, report_run, verify_run
-from qatkit.distillation.students import student_from_teacher
-from qatkit.recipe.loading import load_recipe
-from qatkit.pipeline.loop import Run, run_stages
-from qatkit.recipe import FactoryConfig
-from qatkit.pipeline.validation import validate_recipe
 
 RECIPE = """
 name: student

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qatkit.run.fingerprint import _files, stage_inputs
 from qatkit.models import llama
 from qatkit.recipe import EarlyStoppingConfig, FactoryConfig, Recipe, SamplesConfig, StageConfig
+from qatkit.run.fingerprint import _files, stage_inputs
 
 
 def test_the_content_of_files_counts_also_of_those_that_a_glob_names(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.mixed.allocation import Group, Option, Sensitivity, stored_bytes
 from qatkit.quantization.calibrate import calibrate
+from qatkit.quantization.mixed.allocation import Group, Option, Sensitivity, stored_bytes
 from qatkit.quantization.prepare import SIBLINGS, fake_quantizers, prepare_qat, quantized_weights, strip_qat
 from qatkit.quantization.selection import select
 from qatkit.schemes import Scheme

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qatkit.quantization.arithmetic import choose_qparams, fake_quantize, value_range
-from qatkit.quantization.ptq.hessian import output_error
 from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.ptq.hessian import output_error
 from qatkit.spec import QuantSpec
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.arithmetic import fake_quantize
-from qatkit.quantization.ptq.hessian import output_error
 from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.ptq.hessian import output_error
 from qatkit.spec import QuantSpec
 
 FLOORS = (0.85, 0.7, 0.5, 0.35)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
 from qatkit.quantization.ptq.awq import awq_clip, awq_scales
 from qatkit.quantization.ptq.blockwise import Run, capture, find_blocks, isolated, unquantized
 from qatkit.quantization.ptq.equivalence import (
@@ -26,10 +30,6 @@ from qatkit.quantization.ptq.equivalence import (
 from qatkit.quantization.ptq.gptq import gptq
 from qatkit.quantization.ptq.hessian import InputStatistics, fits, watch
 from qatkit.quantization.ptq.smoothquant import smoothquant_search
-from qatkit.quantization.layers import QATLayer
-from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.observers import computed_qparams
-from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
 from qatkit.quantization.ranges import RangeObserver
 from qatkit.spec import QuantSpec
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qatkit.quantization.arithmetic import fake_quantize
-from qatkit.quantization.ptq.hessian import InputStatistics
 from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.ptq.hessian import InputStatistics
 from qatkit.spec import QuantSpec
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from qatkit import QatkitError, QuantSpec, Scheme, calibrate, prepare_qat, scheme, strip_qat
 from qatkit.data import digits
 from qatkit.models import cnn, llama, mlp
-from qatkit.quantization.mixed.allocation import Sensitivity, allocate, allocated_layers, totals
 from qatkit.quantization.folding import fold_batchnorm
-from qatkit.quantization.prepare import qat_layers, quantized_weights
+from qatkit.quantization.mixed.allocation import Sensitivity, allocate, allocated_layers, totals
 from qatkit.quantization.mixed.sensitivity import layer_groups, measure_sensitivity
+from qatkit.quantization.prepare import qat_layers, quantized_weights
 
 A8 = QuantSpec(symmetric=False, strategy="tensor")
 CANDIDATES = {f"int{bits}": Scheme(QuantSpec(num_bits=bits)) for bits in (2, 3, 4, 8)}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qatkit import QatkitError, QuantSpec, fake_quantize
-from qatkit.quantization.ptq.gptq import gptq
 from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.ptq.gptq import gptq
 
 SPECS = [
     QuantSpec(3),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from qatkit import QuantSpec, prepare_qat
-from qatkit.quantization.ptq.hessian import InputStatistics, fits, output_error, watch
 from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.ptq.hessian import InputStatistics, fits, output_error, watch
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qatkit import QatkitWarning, QuantSpec, calibrate, prepare_qat
+from qatkit.quantization.observers import mse_qparams
+from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.ptq.awq import awq_clip
 from qatkit.quantization.ptq.gptq import gptq
 from qatkit.quantization.ptq.runner import Method, initialise
-from qatkit.quantization.observers import mse_qparams
-from qatkit.quantization.prepare import qat_layers
 from tests.quantization.ptq.models import CONFIGS, DATA, W3, W3_CHANNEL, cnn, mlp, output, tiny, tokens
 
 HEAD = {"llama": ["lm_head"], "gpt2": ["lm_head"]}

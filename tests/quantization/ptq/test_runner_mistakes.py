@@ -14,8 +14,8 @@ from torch import distributed as dist
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from qatkit import QatkitError, QatkitWarning, QuantSpec, calibrate, prepare_qat
-from qatkit.quantization.ptq.runner import Method, initialise
 from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.ptq.runner import Method, initialise
 from tests.quantization.ptq.models import A8, DATA, W3, W3_CHANNEL, cnn, mlp, tiny
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qatkit import QuantSpec, fake_quantize
+from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.ptq.hessian import InputStatistics
 from qatkit.quantization.ptq.smoothquant import smoothquant_scales, smoothquant_search
-from qatkit.quantization.observers import computed_qparams
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])

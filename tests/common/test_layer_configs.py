@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from qatkit.layer_configs import shorten
+from qatkit.common.layer_configs import shorten
 from qatkit.distillation.students import student_from_teacher
 
 

@@ -1,0 +1,37 @@
+"""Public names of a package that load their module on first use, so that importing the package loads nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def lazy_exports(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """``__all__``, ``__getattr__`` and ``__dir__`` for a package's ``__init__.py``.
+
+    Args:
+        package: Its ``__name__``.
+        homes: Full module names, and the names that each gives.
+
+    Example:
+        >>> names, getter, directory = lazy_exports("qatkit", {"qatkit.errors": ["QatkitError"]})
+        >>> names, getter("QatkitError").__name__
+        (['QatkitError'], 'QatkitError')
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def load(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        value = getattr(importlib.import_module(home_of[name]), name)
+        setattr(sys.modules[package], name, value)  # the next look finds it without asking
+        return value
+
+    def directory() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home_of})
+
+    return sorted(home_of), load, directory

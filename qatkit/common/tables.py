@@ -1,0 +1,87 @@
+"""Tables: one small frozen table per kind of thing, read by schema, validation, pipeline, report and docs.
+
+A row is a frozen dataclass with a ``name``. It holds words and numbers, and names its implementation as
+``module:function``, which is imported on first use: reading a table loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+from qatkit.errors import QatkitError, did_you_mean
+
+
+class Named(Protocol):
+    """A row of a table."""
+
+    @property
+    def name(self) -> str:
+        """What users write."""
+
+
+Row = TypeVar("Row", bound=Named)
+
+
+class Table(Mapping[str, Row], Generic[Row]):
+    """Rows by name, in their order; an unknown name is an error that suggests a known one.
+
+    Args:
+        kind: What a row is, for errors: "export format".
+        rows: The rows; names are unique.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Score:
+        ...     name: str
+        >>> SCORES = Table("score", [Score("magnitude"), Score("wanda")])
+        >>> list(SCORES)
+        ['magnitude', 'wanda']
+        >>> SCORES.row("wnda", key="prune.method")
+        Traceback (most recent call last):
+        ...
+        qatkit.errors.QatkitError: prune.method: unknown score 'wnda'; did you mean 'wanda'?
+    """
+
+    def __init__(self, kind: str, rows: Iterable[Row]) -> None:
+        self.kind = kind
+        self._rows: dict[str, Row] = {}
+        for row in rows:
+            assert row.name not in self._rows, f"{kind} '{row.name}' is in its table twice"
+            self._rows[row.name] = row
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, name: str, key: str = "") -> Row:
+        """The row of a name that a user wrote.
+
+        Args:
+            name: The name.
+            key: Where it was written, for the error.
+
+        Raises:
+            QatkitError: no row has this name.
+        """
+        if name not in self._rows:
+            raise QatkitError(f"unknown {self.kind} '{name}'", key=key, advice=did_you_mean(name, self._rows))
+        return self._rows[name]
+
+
+def implementation(name: str) -> Any:
+    """What a row names as ``module:attribute``, imported now.
+
+    Example:
+        >>> implementation("qatkit.errors:join_key")("a", "b")
+        'a.b'
+    """
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
