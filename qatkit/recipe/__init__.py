@@ -13,8 +13,9 @@ from typing import Literal
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import AttentionConfig, CacheConfig, DistillConfig, GenerationConfig, HiddenConfig
 from qatkit.recipe.evaluate import EvaluateConfig
+from qatkit.recipe.expansion import check_rewind, expanded
 from qatkit.recipe.lora import LoraConfig
-from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig, check_rewind, expanded
+from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig
 from qatkit.recipe.prune import PruneConfig, RampConfig
 from qatkit.recipe.quantize import LayerConfig, QuantizeConfig
 from qatkit.recipe.shrink import ShrinkConfig
