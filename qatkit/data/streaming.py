@@ -15,8 +15,10 @@ from torch.utils.data import default_collate
 from typing_extensions import override
 
 from qatkit.data.datamodule import batches_to_skip, world_and_rank
+from qatkit.data.files import is_local, local_files, read_file
+from qatkit.data.hub_records import open_split
 from qatkit.data.packing import window
-from qatkit.data.source import BadRecord, Record, Source, is_local, local_files, read_file
+from qatkit.data.source import BadRecord, Record, Source
 from qatkit.data.tokens import Encode, TokenDataModule, refuse, rows_of
 from qatkit.errors import QatkitError, QatkitWarning
 
@@ -168,8 +170,6 @@ class StreamingDataModule(TokenDataModule):
 
 def _opener(source: Source) -> tuple[Callable[[Any, int], Record], Callable[[], IterableDataset]]:
     if not is_local(source.path):
-        from qatkit.data.hub_records import open_split
-
         return lambda item, number: (f"{source.path}, train, row {number}", item), partial(open_split, source, "train")
     files = local_files(source.path, "source.path")
 

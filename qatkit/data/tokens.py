@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from qatkit.data.datamodule import Collate, SplitDataModule
-from qatkit.data.source import BadRecord, Part, Record, Source, cut, open_parts
+from qatkit.data.parts import open_parts
+from qatkit.data.source import BadRecord, Part, Record, Source, cut
 from qatkit.data.text import SPLITS, cached_folder
 from qatkit.data.tokenizers import fingerprint, padding_id
 from qatkit.errors import QatkitError, QatkitWarning

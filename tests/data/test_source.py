@@ -12,7 +12,8 @@ import pytest
 from qatkit import QatkitError
 from qatkit.data import Source, causal_text
 from qatkit.data.columns import text_in
-from qatkit.data.source import BadRecord, read_file
+from qatkit.data.files import read_file
+from qatkit.data.source import BadRecord
 from qatkit.errors import QatkitWarning
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 
