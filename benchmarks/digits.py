@@ -17,8 +17,10 @@ from typing import Any
 from harness import Claim, finish, spread
 
 from qatkit.export.runtime import integer_kernels
+from qatkit.pipeline.export import export_run, exported_path
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.outputs import export_run, exported_path, report_run, verify_run
+from qatkit.pipeline.report import report_run
+from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 
 RECIPES = ("digits_int8", "digits_int4", "digits_int2")

@@ -164,7 +164,7 @@ def export(run: RunArgument, allow: Allow = None) -> None:
 
     Example: qatkit export runs/digits_int4
     """
-    from qatkit.pipeline.outputs import export_run, exported_bytes
+    from qatkit.pipeline.export import export_run, exported_bytes
 
     for path in export_run(_open(run, allow)):
         typer.echo(f"{path} ({exported_bytes(path):,} bytes)")
@@ -176,7 +176,7 @@ def verify(run: RunArgument, allow: Allow = None, as_json: AsJson = False) -> No
 
     Example: qatkit verify runs/digits_int4
     """
-    from qatkit.pipeline.outputs import verify_run
+    from qatkit.pipeline.verify import verify_run
 
     checked = verify_run(_open(run, allow))
     if as_json:
@@ -201,7 +201,8 @@ def report(
 
     Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """
-    from qatkit.pipeline.outputs import report_run, track_run, write_page
+    from qatkit.pipeline.report import report_run, track_run
+    from qatkit.report.page import write_page
 
     if len(runs) == 1:
         this = _open(runs[0], allow)
@@ -249,7 +250,9 @@ def _open(folder: Path, allow: list[str] | None) -> Run:
 
 
 def _deliver(this: Run, quiet: bool, as_json: bool) -> None:
-    from qatkit.pipeline.outputs import export_run, report_run, track_run, verify_run
+    from qatkit.pipeline.export import export_run
+    from qatkit.pipeline.report import report_run, track_run
+    from qatkit.pipeline.verify import verify_run
 
     export_run(this)
     checked = verify_run(this)
@@ -267,8 +270,7 @@ def _present(content: dict[str, object], folder: Path, page: Path | None, quiet:
     """Write the page beside the report, then print the comparison as it was asked for."""
     from rich.console import Console
 
-    from qatkit.pipeline.outputs import write_page
-    from qatkit.report.page import missing_packages
+    from qatkit.report.page import missing_packages, write_page
     from qatkit.report.tables import kernel_notes, terminal_table
 
     if page is None and (missing := missing_packages()) is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.export.compressed import quietly
+from qatkit.export.compressed_tensors import quietly
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers, quantized_weights

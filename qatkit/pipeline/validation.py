@@ -12,7 +12,7 @@ from torch import nn
 
 from qatkit import stages as blocks
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.export.compressed import check_layers, check_model
+from qatkit.export.compressed_tensors import check_layers, check_model
 from qatkit.pipeline.tracking import check_logger
 from qatkit.quantization.selection import select
 from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
 
 NEEDS = ("matplotlib", "jinja2")
@@ -68,3 +70,25 @@ def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
         length = next((n for n in range(1, len(own)) if len({other[-n:] for other in same}) == len(same)), len(own))
         found.append(name if counts[name] == 1 else f"{name} ({'/'.join(own[-length:])})")
     return found
+
+
+def write_page(folders: Sequence[Path], page: Path) -> None:
+    """Draw what the ``report.json`` of one run or of several holds as one HTML file.
+
+    Raises:
+        QatkitError: a folder has no report that this version wrote, or matplotlib or jinja2 is not installed.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise QatkitError("the same run is named twice; name every run once")
+    reports = []
+    for folder in folders:
+        path = folder / "report.json"
+        if not path.is_file():
+            raise QatkitError(f"{path} does not exist; run `qatkit report {folder}` first")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "stages" not in content or any("metric" not in row["verification"] for row in content["rows"]):
+            raise QatkitError(f"{path} is of an older version; run `qatkit report {folder}` to write it again")
+        reports.append(content)
+    text = render(reports, folders)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(page, text)

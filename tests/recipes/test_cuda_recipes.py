@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qatkit.pipeline.export import export_run
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.outputs import export_run, report_run, verify_run
+from qatkit.pipeline.report import report_run
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from tests.cli.test_cli import SHORT
 from tests.recipes.test_lora_recipes import SMALL as SMALL_LORA

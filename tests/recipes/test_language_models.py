@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatkit import QatkitError
+from qatkit.pipeline.export import export_run
 from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
-from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
+from qatkit.pipeline.report import report_run
+from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
+from qatkit.report.page import write_page
 from qatkit.tasks import IGNORED
 
 SMALL = [

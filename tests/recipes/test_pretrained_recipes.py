@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from qatkit import QatkitError
 from qatkit.data import stdlib_text
 from qatkit.data.tokenizers import load_tokenizer
+from qatkit.pipeline.export import export_run
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.outputs import export_run
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import list_recipes, load_recipe

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qatkit.pipeline.export import export_run
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.outputs import export_run, report_run, verify_run
+from qatkit.pipeline.report import report_run
+from qatkit.pipeline.verify import verify_run
 from qatkit.pruning.semi_structured import is_two_of_four
 from qatkit.recipe.loading import load_recipe
 

@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from qatkit import QatkitError
 from qatkit.models import cnn
+from qatkit.pipeline.export import export_run
 from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.outputs import export_run, report_run, verify_run, write_page
+from qatkit.pipeline.report import report_run
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.pipeline.verify import verify_run
 from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import load_recipe
+from qatkit.report.page import write_page
 from qatkit.run.architecture import Architecture
 
 TEXT = [

@@ -39,7 +39,9 @@ LOADED = (
     "qatkit.models",
     "qatkit.pipeline.validation",
     "qatkit.pipeline.loop",
-    "qatkit.pipeline.outputs",
+    "qatkit.pipeline.export",
+    "qatkit.pipeline.verify",
+    "qatkit.pipeline.report",
     "qatkit.cli.main",
 )
 CHATTING = ("transformers.models.llama.modeling_llama", "compressed_tensors.compressors")  # what they import warns

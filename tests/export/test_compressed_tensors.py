@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat, scheme
-from qatkit.export.compressed import export_compressed
+from qatkit.export.compressed_tensors import export_compressed
 from qatkit.export.verify import verify
 from qatkit.models import cnn, llama
 from qatkit.quantization.prepare import qat_layers
