@@ -1,18 +1,25 @@
-"""Settings for every test: one thread, so that results do not depend on what else the machine does."""
+"""Settings for every test: one thread, so that results do not depend on the load, and SIGINT as in a terminal."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 
 import pytest
 import torch
 
-# for fixtures of a module, which are made before the one below, and for the processes that tests start
+# module-scoped fixtures run before the function-scoped one below, and tests start processes of their own
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-if not torch.cuda.is_available():  # Triton's kernels are run by its interpreter, which it decides where it is imported
+if not torch.cuda.is_available():  # Triton chooses its interpreter when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# a job in the background, nohup and many CI runners ignore SIGINT and hand that on to every process below: tests that
+# interrupt one would wait for ever
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -20,18 +20,19 @@ pytestmark = pytest.mark.slow
 
 PRELUDE = """
 import json, sys, time
+from unittest.mock import patch
 import torch
 from qatkit import QatkitError
 from qatkit.data import Source, causal_text
 from qatkit.models import causal_lm, masked_lm
 
 def attempt(make):
-    start = time.perf_counter()
-    try:
-        said = type(make()).__name__
-    except QatkitError as error:
-        said = str(error)
-    return [said, time.perf_counter() - start]
+    with patch("time.sleep") as sleep:  # between attempts
+        try:
+            said = type(make()).__name__
+        except QatkitError as error:
+            said = str(error)
+    return [said, sum(call.args[0] for call in sleep.call_args_list)]
 
 def text(name, tokenizer="team/model", **options):
     data = causal_text(Source(name, **options), tokenizer, context=32, batch_size=2, epoch_batches=3)
@@ -51,7 +52,7 @@ def run(code: str, endpoint: str, home: Path) -> dict[str, Any]:
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
         [sys.executable, "-c", f"{PRELUDE}\n{code}\nprint(json.dumps(result))"],
-        env=environment, capture_output=True, text=True, timeout=290, cwd=Path(__file__).parent.parent,
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -71,7 +72,6 @@ def repositories(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.timeout(600)
 def test_a_model_and_a_data_set_come_from_the_hub_and_later_from_its_cache(repositories: Path, tmp_path: Path) -> None:
     loading = """
 model = causal_lm("team/model")
@@ -117,10 +117,10 @@ result["other_tokenizer"] = attempt(lambda: text("team/texts", "team/other"))
     for name in ("model", "records", "first"):
         assert again[name] == found[name]
     for name in ("other", "other_data", "other_tokenizer"):
-        said, seconds = again[name]
+        said, slept = again[name]
         assert "asking the hub for it failed" in said
         assert "while there is a network" in said
-        assert seconds < 20, "at once, without trying again and again"
+        assert slept < 5, "at once, without trying again and again"
 
 
 def closed_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from qatkit.distillation.cache import CachedTeacher, cache_teacher, is_complete,
 from qatkit.distillation.sparse import top_k_kd_loss
 from tests.distillation.tensors import sines
 from tests.support import warm
+from tests.support.waiting import wait_for
 
 FINGERPRINT = {"model": "a1", "data order": "b2", "tokenizer": "c3"}
 CLASSES, SAMPLES, LENGTH = 301, 10, 6
@@ -95,15 +95,13 @@ def test_after_a_kill_only_the_unfinished_file_is_computed_again_and_the_cache_i
 
 def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(tmp_path: Path) -> None:
     code = (
-        "import time\nfrom pathlib import Path\nfrom qatkit.distillation.cache import cache_teacher\n"
+        "import signal\nfrom pathlib import Path\nfrom qatkit.distillation.cache import cache_teacher\n"
         "from tests.distillation.test_cache import FINGERPRINT, Logits, batches\nlogits = Logits()\n"
-        "def slow(batch):\n    time.sleep(0.2)\n    return logits(batch)\n"
-        f"cache_teacher(slow, batches(), Path({str(tmp_path / 'cut')!r}), FINGERPRINT, k=8, shard_batches=1)\n"
+        "def hanging(batch):\n    if len(logits.calls) == 3:\n        signal.pause()\n    return logits(batch)\n"
+        f"cache_teacher(hanging, batches(), Path({str(tmp_path / 'cut')!r}), FINGERPRINT, k=8, shard_batches=1)\n"
     )
     process = subprocess.Popen([warm.python(), "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-    while not (tmp_path / "cut" / "000001.arrow").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for(tmp_path / "cut" / "000001.arrow", process)
     process.kill()
     process.communicate()  # until the process that writes the files has gone
     assert not is_complete(tmp_path / "cut")

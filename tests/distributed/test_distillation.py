@@ -17,7 +17,7 @@ WORKER = Path(__file__).parent / "distillation_worker.py"
 
 def run(mode: str, folder: Path) -> dict[str, Any]:
     out = folder / f"{mode}.pt"
-    subprocess.run([warm.python(), str(WORKER), mode, str(out)], check=True, timeout=240, cwd=folder)
+    subprocess.run([warm.python(), str(WORKER), mode, str(out)], check=True, cwd=folder)
     result: dict[str, Any] = torch.load(out, weights_only=True)
     return result
 

@@ -24,7 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
     worker = Path(__file__).parent / "lora_worker.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [warm.python(), str(worker), "two", str(folder / "two.pt")]
-    subprocess.run(command, check=True, timeout=240, cwd=folder, env=environment)
+    subprocess.run(command, check=True, cwd=folder, env=environment)
     main("single", folder / "single.pt")
     found: dict[str, dict[str, Tensor]] = torch.load(folder / "single.pt", weights_only=True)
     return found | torch.load(folder / "two.pt", weights_only=True)

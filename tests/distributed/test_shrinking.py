@@ -41,7 +41,7 @@ stages:
 
 def run(folder: Path, *overrides: str) -> None:
     command = [warm.qatkit(), "run", "shrink.yaml", "--out", "run", "--quiet", *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

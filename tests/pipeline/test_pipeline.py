@@ -22,6 +22,7 @@ from qatkit.pipeline.module import CompressionModule
 from qatkit.quantization.prepare import qat_layers
 from qatkit.recipe.loading import load_recipe
 from tests.support import warm
+from tests.support.waiting import wait_for
 
 SHORT = ["stages.dense.max_steps=40", "stages.qat.max_steps=30", "model.args.channels=[8,8]"]
 
@@ -126,30 +127,34 @@ def test_a_started_stage_that_changed_is_refused_too(tmp_path: Path) -> None:
 
 
 COMMAND = """
-import sys, time, torch
+import signal, sys, time, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from qatkit.recipe.loading import load_recipe
 from qatkit.pipeline.loop import Run, run_stages
-started = time.monotonic()
-run_stages(Run(load_recipe("vision/digits_int4", sys.argv[2:]), Path(sys.argv[1])))
-Path(sys.argv[1], "seconds").write_text(str(time.monotonic() - started))
+out, kill_after, *overrides = sys.argv[1:]
+signal.setitimer(signal.ITIMER_PROF, float(kill_after))  # of processor time; SIGPROF ends a process as SIGKILL does
+started = time.process_time()
+run_stages(Run(load_recipe("vision/digits_int4", overrides), Path(out)))
+signal.setitimer(signal.ITIMER_PROF, 0)
+Path(out, "seconds").write_text(str(time.process_time() - started))
 """
 
 
 KILLED = ["stages.dense.max_steps=150", "stages.qat.max_steps=150", "model.args.channels=[8,8]"]
 
 
-def launch(out: Path, python: str | None = None) -> subprocess.Popen[bytes]:
-    command = [python or warm.python(), "-c", COMMAND, str(out), *KILLED]
+def launch(out: Path, python: str | None = None, kill_after: float = 0) -> subprocess.Popen[bytes]:
+    """Start a run; it is killed after this many seconds of its own processor time, whatever else the machine does."""
+    command = [python or warm.python(), "-c", COMMAND, str(out), str(kill_after), *KILLED]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """An uninterrupted run, and how many seconds it took; its order of sets is that of no other process."""
+    """An uninterrupted run and its seconds of processor time; its order of sets is that of no other process."""
     out = tmp_path_factory.mktemp("whole")
-    assert launch(out, sys.executable).wait(timeout=200) == 0
+    assert launch(out, sys.executable).wait() == 0
     return out, float((out / "seconds").read_text())
 
 
@@ -157,16 +162,13 @@ def kill_at_random_times(out: Path, seconds: float) -> list[float]:
     """Start a run again and again until it ends; returns when it was killed."""
     generator, kills = random.Random(time.time_ns()), []
     for _ in range(40):
-        process = launch(out)
-        wait = generator.uniform(0.2, 1.0 if kills else 0.5) * seconds
-        try:
-            process.communicate(timeout=wait)
-            assert process.returncode == 0, kills
+        kill_after = generator.uniform(0.2, 1.0 if kills else 0.5) * seconds
+        process = launch(out, kill_after=kill_after)
+        process.communicate()
+        if process.returncode == 0:
             break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills.append(wait)
+        assert process.returncode == -signal.SIGPROF, kills
+        kills.append(kill_after)
     return kills
 
 
@@ -182,16 +184,14 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path, wh
 def test_a_stage_killed_in_the_middle_continues_at_its_checkpoint(tmp_path: Path, whole: tuple[Path, float]) -> None:
     process = launch(tmp_path)
     checkpoint = tmp_path / "stages" / "qat" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(checkpoint, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 0 < done < 150
     finished = (tmp_path / "stages" / "dense" / "stage.json").stat().st_mtime_ns
 
-    assert launch(tmp_path).wait(timeout=200) == 0
+    assert launch(tmp_path).wait() == 0
     logs = tmp_path / "stages" / "qat" / "logs" / "attempt_1" / "metrics.csv"
     steps = [int(row["step"]) for row in csv.DictReader(logs.open())]
     assert min(steps) >= done, "the second attempt repeated steps that were saved"
@@ -235,18 +235,10 @@ def test_files_count_with_their_content_and_long_lists_are_no_files(tmp_path: Pa
 
 def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "qatkit"), "run", "vision/digits_int4", "--out", str(tmp_path / "run")]
-
-    def as_in_a_terminal() -> None:  # a test-suite started in the background hands on that SIGINT is ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "stages" / "dense" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "stages" / "dense" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130
     assert "the same command continues from the last checkpoint" in errors
 

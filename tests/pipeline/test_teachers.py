@@ -216,14 +216,14 @@ def test_a_process_that_waits_for_a_cache_ends_with_the_one_that_was_to_write_it
     # the first process starts the second, as Lightning does, and fails
     code = (
         "import os, sys, time; from pathlib import Path; from qatkit.pipeline.teachers import _wait_for\n"
-        "if os.fork():\n    time.sleep(0.5); os._exit(0)\n"
+        "waits, waiting = os.pipe()\n"
+        "if os.fork():\n    os.read(waits, 1); os._exit(0)\n"
+        "sleep = time.sleep\ntime.sleep = lambda seconds: (os.write(waiting, b'.'), sleep(seconds))\n"
         f"try:\n    _wait_for(Path({str(tmp_path / 'none')!r}))\n"
         f"except ValueError as error:\n    Path({str(tmp_path / 'said')!r}).write_text(str(error))\n"
     )
-    subprocess.run([warm.python(), "-c", code], check=True, timeout=60)
-    for _ in range(600):
-        if (tmp_path / "said").exists() and (tmp_path / "said").read_text():
-            break
+    subprocess.run([warm.python(), "-c", code], check=True)
+    while not ((tmp_path / "said").exists() and (tmp_path / "said").read_text()):
         time.sleep(0.05)
     assert "the first process ended before" in (tmp_path / "said").read_text()
 

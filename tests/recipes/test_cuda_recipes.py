@@ -98,7 +98,7 @@ def test_the_command_line_takes_the_gpu_by_itself_and_onnx_runtime_computes_what
 ) -> None:
     command = [sys.executable, "-c", "from qatkit.cli.main import main; main()", "run", f"vision/{name}", *SHORT]
     done = subprocess.run(
-        [*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        [*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"LIGHTNING_LOG_LEVEL": "INFO"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

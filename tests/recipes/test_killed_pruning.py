@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from qatkit.pipeline.loop import Run, run_stages
 from qatkit.recipe.loading import load_recipe
 from tests.support import warm
+from tests.support.waiting import wait_for
 
 RECIPE = """
 name: killed
@@ -43,9 +43,7 @@ def run_of(folder: Path, prune: str) -> Run:
 def kill_when_saved(folder: Path, prune: str, checkpoint: Path) -> int:
     """Start the run in a process of its own and kill it once the stage has a checkpoint; the checkpoint's step."""
     process = subprocess.Popen([warm.python(), "-c", COMMAND, str(folder), prune], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.002)
+    wait_for(checkpoint, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return int(torch.load(checkpoint, weights_only=True)["global_step"])

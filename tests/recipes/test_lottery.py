@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from qatkit.pipeline.loop import Run, run_stages
 from qatkit.recipe import PartConfig, RewindConfig
 from qatkit.recipe.loading import load_recipe, recipe_to_yaml
 from tests.support import warm
+from tests.support.waiting import wait_for
 
 RECIPE = """
 name: lottery
@@ -125,9 +125,7 @@ def test_a_lottery_killed_in_the_middle_of_a_round_ends_with_the_same_bits(tmp_p
     command = [warm.python(), "-c", COMMAND, str(tmp_path / "killed"), *KILLED]
     killed = run_of(tmp_path / "killed", *KILLED)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
-    deadline = time.monotonic() + 200
-    while not (killed.folder("ticket_1") / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    wait_for(killed.folder("ticket_1") / "last.ckpt", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()  # until the process that writes the files has gone
     assert killed.find("ticket_0") is not None

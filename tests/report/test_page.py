@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.report import page as page_module
 from qatkit.report.page import write_page
+from tests.support.browser import chromium
 
 SHORT = ["stages.dense.max_steps=40", "stages.qat.max_steps=40", "model.args.channels=[8,8]"]
 FLAGS = [
@@ -40,8 +40,7 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "no Chromium: the report is tested in a real browser; run `apt-get install -y chromium`"
+    path = chromium()
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield started

@@ -61,12 +61,10 @@ def test_signals_and_kills_reach_it(tmp_path: Path) -> None:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         process.send_signal(sent)
-        assert process.wait(timeout=60) == -sent
+        assert process.wait() == -sent
         process.stdout.read()  # ends with the process itself
-        deadline = time.monotonic() + 60  # its streams close before it is gone
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        while Path(f"/proc/{pid}").exists():  # its streams close before it is gone
             time.sleep(0.01)
-        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_process_killed_from_inside_says_so(tmp_path: Path) -> None:
