@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
+from qatkit.common.labels import IGNORED
 from qatkit.data import Source, causal_text
 from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
 from qatkit.recipe.loading import load_recipe
-from qatkit.tasks import IGNORED
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.models.families import tiny
 

@@ -71,3 +71,7 @@ def causal_text(
     if isinstance(data, StreamingDataModule):
         data.read_from(source, encoder)
     return data
+
+
+causal_text.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
+causal_text.packed = True  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

@@ -71,6 +71,9 @@ def chat(
     )
 
 
+chat.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
+
+
 def _encode(tokenizer: Any, record: Mapping[str, Any], context: int, truncate: bool) -> Encoded:
     messages = messages_of(record)
     if isinstance(messages, BadRecord):

@@ -87,9 +87,13 @@ def text_classification(
         seed,
         epoch_batches,
         collate=collate,
+        task="text_classification",
     )
     data.classes = list(classes)
     return data
+
+
+text_classification.task = "text_classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
 
 
 def _class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:

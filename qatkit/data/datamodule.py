@@ -142,6 +142,7 @@ class SplitDataModule(LightningDataModule):
         seed: Decides the order.
         epoch_batches: Batches of an epoch at most, see `SlicedSampler`; None makes it the whole training set.
         collate: Makes a batch of samples; by default torch's own way.
+        task: Name of a row of `qatkit.tasks.TASKS`; None leaves the default of `qatkit.tasks.task_of`.
     """
 
     def __init__(
@@ -153,8 +154,10 @@ class SplitDataModule(LightningDataModule):
         seed: int = 0,
         epoch_batches: int | None = None,
         collate: Collate | None = None,
+        task: str | None = None,
     ) -> None:
         super().__init__()
+        self.task = task
         self.train, self.val, self.test = train, val, test
         self.batch_size = batch_size
         self.seed = seed

@@ -46,4 +46,7 @@ def digits(
     def pick(rows: Any) -> TensorDataset:
         return TensorDataset(x[rows], y[rows])
 
-    return SplitDataModule(pick(train), pick(val), pick(test), batch_size=batch_size, seed=seed)
+    return SplitDataModule(pick(train), pick(val), pick(test), batch_size=batch_size, seed=seed, task="classification")
+
+
+digits.task = "classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

@@ -123,5 +123,8 @@ def masked_text(
     return TokenDataModule(
         folder, load,
         lambda rows, split: MaskedRecords(rows, collator, seed, moving=split == "train"),
-        context, batch_size, seed, epoch_batches, collate=collate,
+        context, batch_size, seed, epoch_batches, collate=collate, task="masked",
     )  # fmt: skip
+
+
+masked_text.task = "masked"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

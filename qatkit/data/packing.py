@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qatkit.common.labels import IGNORED
 from qatkit.data.tokens import Rows
 from qatkit.errors import QatkitError
-
-IGNORED = -100
-"""The label of a token that is not to be predicted."""
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):

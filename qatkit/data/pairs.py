@@ -97,4 +97,8 @@ def text_pairs(
         seed,
         epoch_batches,
         collate=collate,
+        task="pairs",
     )
+
+
+text_pairs.task = "pairs"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

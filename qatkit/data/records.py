@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qatkit.data.packing import IGNORED
+from qatkit.common.labels import IGNORED
 from qatkit.data.source import BadRecord
 from qatkit.data.tokens import Encoded, Row, Rows
 

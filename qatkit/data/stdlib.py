@@ -70,6 +70,9 @@ def stdlib_text(
     return TextDataModule(folder, context, batch_size, seed, epoch_batches, load)
 
 
+stdlib_text.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
+
+
 def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
     """Training, validation and test windows of the standard library without Lightning, each ``[N, context]`` int64.
 

@@ -97,7 +97,7 @@ class TextDataModule(SplitDataModule):
         if epoch_batches < 1:
             raise QatkitError(f"epoch_batches: {epoch_batches} is out of range; write a whole number of at least 1")
         train, val, test = (Windows(partial(_open_split, folder, split), context) for split in SPLITS)
-        super().__init__(train, val, test, batch_size, seed, epoch_batches)
+        super().__init__(train, val, test, batch_size, seed, epoch_batches, task="causal")
         self.folder = folder
         self._load = load
 

@@ -195,6 +195,7 @@ class TokenDataModule(SplitDataModule):
         seed: Decides the training order.
         epoch_batches: Batches between two validations and checkpoints.
         collate: Makes a batch of samples.
+        task: Name of a row of `qatkit.tasks.TASKS`.
 
     Raises:
         QatkitError: `epoch_batches` is out of range.
@@ -211,6 +212,7 @@ class TokenDataModule(SplitDataModule):
         epoch_batches: int,
         packed: bool = False,
         collate: Collate | None = None,
+        task: str = "causal",
     ) -> None:
         if epoch_batches < 1:
             raise QatkitError(f"epoch_batches: {epoch_batches} is out of range; write a whole number of at least 1")
@@ -218,7 +220,7 @@ class TokenDataModule(SplitDataModule):
         self._tokenizer = tokenizer
         self._made: Path | None = None
         train, val, test = (dataset(partial(self._rows, split), split) for split in SPLITS)
-        super().__init__(train, val, test, batch_size, seed, epoch_batches, collate)
+        super().__init__(train, val, test, batch_size, seed, epoch_batches, collate, task)
         self.context = context
         self.packed = packed
         self.classes: list[str] | None = None

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 from qatkit.export.compressed_check import open_compressed
 from qatkit.export.onnx_weights import check_onnx_weights
@@ -24,7 +25,7 @@ from qatkit.export.sparse import is_sparse, read_weights
 from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import fake_quantizers, quantized_weights, strip_qat
-from qatkit.tasks import IGNORED, Scores, answers, call
+from qatkit.tasks import Scores, Task, answers, call
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ class Verification:
     quantization_error: float
     """Mean of ``|trained - the same weights without rounding|``."""
     agreement: float | None
-    """Share of samples for which both name the same class, or next token."""
+    """Fraction of samples on whose class, or next token, both agree."""
+    task: str
+    """Name of the row of `qatkit.tasks.TASKS`."""
     metric: str
-    """"accuracy", or "perplexity" of texts."""
+    """The metric that the task is judged by."""
     trained_metric: float
     """Of the model."""
     runtime_metric: float | None
@@ -67,7 +70,13 @@ class Verification:
         return self.text
 
 
-def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: int | None = None) -> Verification:
+def verify(
+    model: nn.Module,
+    path: Path | str,
+    batches: Iterable[Any],
+    threads: int | None = None,
+    task: Task | None = None,
+) -> Verification:
     """Compare an exported file with the model it was made from.
 
     Weights: every integer code, scale and zero point in the file, and the weights the runtime decodes from them, must
@@ -83,6 +92,7 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
         batches: Pairs of inputs and class labels, ``[batch, ...]`` and ``[batch]``, or mappings as models of
             transformers take them, with ``labels``; see `qatkit.tasks`.
         threads: Threads of the runtime; None leaves the choice to it.
+        task: The task that the data declare; without one the batches decide, see `qatkit.tasks.task_of`.
 
     Returns:
         The comparison. Differences are listed, never raised.
@@ -110,7 +120,7 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
     strip_qat(floating)
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
     weights, failures, runtime = _open(form, trained, path, threads)
-    outputs = _compare_outputs(trained, floating if quantizers else None, runtime, batches, failures)
+    outputs = _compare_outputs(trained, floating if quantizers else None, runtime, batches, failures, task)
     rounds_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
     half = any(weight.dtype in (torch.float16, torch.bfloat16) for weight in trained.parameters())
     bound, allowed = _bound(form, rounds_inputs, half, outputs)
@@ -133,7 +143,8 @@ def verify(model: nn.Module, path: Path | str, batches: Iterable[Any], threads: 
         max_error=outputs.max_error,
         quantization_error=outputs.quantization_error,
         agreement=outputs.agreement,
-        metric=outputs.metric,
+        task=outputs.task.name,
+        metric=outputs.task.metric,
         trained_metric=outputs.trained_metric,
         runtime_metric=outputs.runtime_metric,
         text=_text(failures, weights, quantized, bound, allowed, outputs),
@@ -145,10 +156,10 @@ def _text(failures: list[str], weights: int, layers: int, bound: str, allowed: f
         return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
     codes = f"all {weights} weights of {layers} quantized layers are the trained ones; " if layers else ""
     limit = f"{bound}, {allowed:.2g}" if allowed is not None else bound
-    over = f"{outputs.samples} {'tokens' if outputs.metric == 'perplexity' else 'samples'}"
+    over = f"{outputs.samples} {outputs.task.counted}"
     return (
         f"passed: {codes}over {over} outputs differ by {outputs.mean_error:.2g} on average (bound: "
-        f"{limit}), the {outputs.metric} is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
+        f"{limit}), the {outputs.task.metric} is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
     )
 
 
@@ -160,7 +171,7 @@ class _Outputs:
     samples: int
     mean_output: float
     quantization_error: float
-    metric: str
+    task: Task
     trained_metric: float
     mean_error: float | None = None
     max_error: float | None = None
@@ -226,6 +237,7 @@ def _compare_outputs(
     runtime: Callable[..., Any] | None,
     batches: Iterable[Any],
     failures: list[str],
+    declared: Task | None,
 ) -> _Outputs:
     """Run the three models on all batches; a runtime that breaks is one more failure.
 
@@ -235,8 +247,9 @@ def _compare_outputs(
         runtime: What the file computes, called as the model is; None where it cannot be loaded.
         batches: As `verify` takes them.
         failures: Appended to.
+        declared: The task that the data declare.
     """
-    scores, runtime_scores, same = Scores(), Scores(), 0
+    scores, runtime_scores, same = Scores(declared), Scores(declared), 0
     elements, outputs, quantization, error, largest = 0, 0.0, 0.0, 0.0, 0.0
     for batch in map(_on_cpu, batches):
         expected = call(trained, batch)
@@ -259,13 +272,14 @@ def _compare_outputs(
         error += float(difference.sum(dtype=torch.float64))
         largest = max(largest, float(difference.max()))
         runtime_scores.add(found, batch)
-        ours, labels = answers(expected, batch)
-        agree = answers(found, batch)[0].argmax(-1) == ours.argmax(-1)
+        ours, labels = answers(expected, batch, declared)
+        agree = answers(found, batch, declared)[0].argmax(-1) == ours.argmax(-1)
         same += int((agree & (labels != IGNORED)).sum())
-    if scores.count == 0:
+    task = scores.task
+    if scores.count == 0 or task is None:
         raise QatkitError("verify: there is no batch to compare outputs on; give at least one")
-    metric = "perplexity" if scores.text else "accuracy"
-    measured = _Outputs(scores.count, outputs / elements, quantization / elements, metric, scores.metrics()[metric])
+    trained_metric = scores.metrics()[task.metric]
+    measured = _Outputs(scores.count, outputs / elements, quantization / elements, task, trained_metric)
     if runtime is None:
         return measured
     return replace(
@@ -273,7 +287,7 @@ def _compare_outputs(
         mean_error=error / elements,
         max_error=largest,
         agreement=same / scores.count,
-        runtime_metric=runtime_scores.metrics()[metric],
+        runtime_metric=runtime_scores.metrics()[task.metric],
     )
 
 

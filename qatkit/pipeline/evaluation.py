@@ -12,6 +12,7 @@ from qatkit.errors import QatkitError
 from qatkit.pipeline.loop import Run
 from qatkit.report.language import harness, score, texts_of
 from qatkit.run.checkpoint import write_atomically
+from qatkit.tasks import declared_task
 
 
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
@@ -43,7 +44,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
             found[stage] = kept["score"]
             continue
         if texts is None:
-            texts = texts_of(data.test_dataloader())
+            texts = texts_of(data.test_dataloader(), declared_task(data))
         context = config.context or min(max(map(_length, texts)), max(_lengths(data)))
         model = run.load_model(stage).eval()
         dense = None if stage == reference else run.load_model(reference).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import ScheduleName, StageConfig
 from qatkit.stages.optimizers import build_optimizer, learned_scales
-from qatkit.tasks import IGNORED, Scores, answers, is_text, model_inputs, to_logits, token_loss
+from qatkit.tasks import Scores, Task, answers, model_inputs, task_of, to_logits, token_loss
 
 SCALE_LR = 0.2
 """Learned scales move at this share of the learning rate: a step of Adam is as large as the learning rate whatever the
@@ -26,7 +27,7 @@ gradient, and scales are several times smaller than weights."""
 
 
 class CompressionModule(LightningModule):
-    """A classifier, a language model or an encoder in one stage of a recipe; batches decide which, see `qatkit.tasks`.
+    """A classifier, a language model or an encoder in one stage of a recipe; see `qatkit.tasks`.
 
     The loss is cross-entropy. That of a text is the mean over all tokens of an optimizer step, however they are shared
     out among processes and accumulated batches; see `TokenWeighting`.
@@ -36,16 +37,20 @@ class CompressionModule(LightningModule):
         stage: Learning rate, schedule and length.
         seed: Random numbers of an epoch depend on it, the epoch and the rank alone, so that a resumed run repeats them.
         compiled: Whether the model is compiled, once it is prepared and sharded.
+        task: The task that the data declare; without one the batches decide, see `qatkit.tasks.task_of`.
     """
 
-    def __init__(self, model: nn.Module, stage: StageConfig, seed: int, compiled: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, stage: StageConfig, seed: int, compiled: bool = False, task: Task | None = None
+    ) -> None:
         super().__init__()
         self.model = model.train()  # from_pretrained gives models that evaluate, and Lightning leaves them so
         self.stage = stage
         self.seed = seed
         self.compiled = compiled
+        self.task = task
         self._weighting = TokenWeighting()
-        self._scores = Scores()
+        self._scores = Scores(self.task)
         self._labels: Tensor | None = None  # that counted in this epoch
 
     @override
@@ -73,12 +78,13 @@ class CompressionModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         args, kwargs = model_inputs(batch)
         output = self(*args, **kwargs)
-        if is_text(batch) and getattr(output, "logits", output) is None:  # a callback made the loss without them
+        per_token = task_of(batch, self.task).per_token
+        if per_token and getattr(output, "logits", output) is None:  # a callback made the loss without them
             loss: Tensor = output.loss
             count: Tensor | None = (batch["labels"][:, 1:] != IGNORED).sum()
         else:
-            logits, labels = answers(to_logits(output), batch)
-            loss, count = token_loss(logits, labels) if is_text(batch) else (F.cross_entropy(logits, labels), None)
+            logits, labels = answers(to_logits(output), batch, self.task)
+            loss, count = token_loss(logits, labels) if per_token else (F.cross_entropy(logits, labels), None)
         if count is not None:
             self._labels = count if self._labels is None else self._labels + count
             first = batch_idx % self.trainer.accumulate_grad_batches == 0
@@ -109,15 +115,15 @@ class CompressionModule(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._scores = Scores()
+        self._scores = Scores(self.task)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         logits = self._logits(batch)
-        if isinstance(batch, Mapping):
+        if "loss" in task_of(batch, self.task).metrics:
             self._scores.add(logits, batch)
             return
-        logits, labels = answers(logits, batch)
+        logits, labels = answers(logits, batch, self.task)
         accuracy = (logits.argmax(dim=-1) == labels).float().mean()
         values = {"val/loss": F.cross_entropy(logits, labels), "val/accuracy": accuracy}
         self.log_dict(values, prog_bar=True, batch_size=len(labels), sync_dist=True)

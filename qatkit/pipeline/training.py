@@ -35,7 +35,7 @@ from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
 from qatkit.run.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
 from qatkit.stages.layer_names import outside
-from qatkit.tasks import call, evaluate, one_sample
+from qatkit.tasks import call, declared_task, evaluate, one_sample
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,15 @@ def train(
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each take every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
-    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile)
+    batches = data(stage.batch_size)
+    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, declared_task(batches))
     resumed = last.exists()
     _same_processes(trainer, name, folder, resumed)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with warnings.catch_warnings():
             _silence_lightning()
-            trainer.fit(module, datamodule=data(stage.batch_size), ckpt_path=str(last) if resumed else None)
+            trainer.fit(module, datamodule=batches, ckpt_path=str(last) if resumed else None)
     except SystemExit:  # how Lightning answers Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -198,11 +199,12 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
         shutil.rmtree(folder / "adapter", ignore_errors=True)  # what was merged into it
         _refuse_spoiled(record.name, found)
     data.prepare_data()
+    task = declared_task(data)
     metrics: dict[str, float] = {}
     data.setup("fit")  # where most data modules make their validation set
-    metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader()).items()}
+    metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader(), task).items()}
     data.setup("test")
-    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader()).items()}
+    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task).items()}
     sample = one_sample(next(iter(data.test_dataloader())))
     cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
     layers = [asdict(row) for row in layer_table(model)]

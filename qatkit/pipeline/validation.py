@@ -17,18 +17,14 @@ from qatkit.pipeline.tracking import check_logger
 from qatkit.quantization.selection import select
 from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe
 from qatkit.recipe.factories import check_arguments, resolve
-from qatkit.report.language import check_harness
+from qatkit.report.language import check_harness, next_token_only
 from qatkit.run.architecture import meta_model
 from qatkit.run.compatibility import with_tokenizer
 from qatkit.stages.optimizers import check_optimizer
+from qatkit.tasks import declared_task
 
 # What the pipeline passes to a data factory besides the recipe's arguments.
 DATA_ARGUMENTS = ("batch_size", "seed")
-
-ANSWERING = ("qatkit.data.masked", "qatkit.data.classification", "qatkit.data.pairs")
-"""Data of texts that ask for something else than the next token."""
-PACKING = ("qatkit.data.causal",)
-"""Data whose rows hold several documents."""
 
 
 def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -63,12 +59,9 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             )
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, with_tokenizer(recipe.data, recipe.model, allow).args, "data.args", DATA_ARGUMENTS)
-    kind = getattr(data, "__module__", "")
-    if recipe.evaluate is not None and kind in ANSWERING:
-        raise QatkitError(
-            f"evaluate: it measures how the next token of a text is predicted, and {recipe.data.factory} asks for "
-            "something else; leave it out: the report has the test metrics of the data anyway"
-        )
+    task = declared_task(data, "data.factory")
+    if recipe.evaluate is not None and task is not None and not task.next_token:
+        raise next_token_only(task)
     models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
     layers = {}
     compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"
@@ -90,7 +83,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
                 check_optimizer(stage.optimizer, blocks.lora.device_of(recipe.trainer))
         if stage.distill is not None:
             with _at(f"stages.{name}.distill"):
-                _check_prompts(stage.distill, kind in PACKING)
+                _check_prompts(stage.distill, recipe.data.factory, bool(getattr(data, "packed", False)))
                 blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
         if stage.samples is not None:
             with _at(f"stages.{name}"):
@@ -119,12 +112,12 @@ def _check_dtype(name: str, model: nn.Module) -> None:
         )
 
 
-def _check_prompts(config: DistillConfig, packed: bool) -> None:
+def _check_prompts(config: DistillConfig, factory: str, packed: bool) -> None:
     """Refuse to continue rows that hold several documents: what is written would belong to the last of them alone."""
     for key in ("on_policy", "sequence_level"):
         if packed and getattr(config, key) is not None:
             raise QatkitError(
-                f"{key}: it continues the beginnings of texts, and causal_text packs several documents into a row; "
+                f"{key}: it continues the beginnings of texts, and {factory} packs several documents into a row; "
                 'write data.factory: "qatkit.data:chat" or "qatkit.data:stdlib_text", or leave it out'
             )
 

@@ -11,6 +11,7 @@ from qatkit.errors import QatkitError
 from qatkit.export.verify import Verification, verify
 from qatkit.pipeline.export import exported_path, held_out_data
 from qatkit.pipeline.loop import Run
+from qatkit.tasks import declared_task
 
 
 def verify_run(run: Run) -> dict[str, Verification]:
@@ -26,7 +27,7 @@ def verify_run(run: Run) -> dict[str, Verification]:
         if not path.exists():
             raise QatkitError(f"{path} does not exist; run `qatkit export {run.out}` first")
         model = run.load_model(stage).eval()
-        checked[stage] = verify(model, path, data.test_dataloader())
+        checked[stage] = verify(model, path, data.test_dataloader(), task=declared_task(data))
         write_atomically(verification_path(run, stage), json.dumps(asdict(checked[stage]), indent=1))
     return checked
 

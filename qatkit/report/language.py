@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
-from qatkit.tasks import IGNORED, call, is_text, perplexity
+from qatkit.tasks import Task, call, perplexity, task_of
 
 Text = tuple[Tensor, Tensor]
 """Tokens and their labels, ``[tokens]`` each."""
@@ -121,25 +122,20 @@ def _stacked(group: Sequence[Text]) -> Text:
     return torch.stack(tokens), torch.stack(labels)
 
 
-def texts_of(batches: Iterable[Any]) -> list[Text]:
+def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]:
     """The held-out texts of a test split: one, where its batches are windows cut from a stream of tokens.
 
     That is so where every token is a label and nothing says where a row ends; other rows stay texts of their own, and
     padding is cut off. Where positions begin again in a row, which holds several documents, each of them is a text.
 
     Raises:
-        QatkitError: the batches are no texts, or not such whose next token is predicted.
+        QatkitError: the task of the batches is not next-token prediction.
     """
     rows: list[Text] = []
     stream = True
     for batch in batches:
-        if not is_text(batch):
-            raise QatkitError("evaluate: it is for language models, and the data's batches are no texts; leave it out")
-        if batch.get("task") == "masked":
-            raise QatkitError(
-                "evaluate: it measures how the next token is predicted, and the data hide tokens for a masked language "
-                "model; leave it out: the report has the loss of the hidden tokens anyway"
-            )
+        if not (task := task_of(batch, declared)).next_token:
+            raise next_token_only(task)
         stream = stream and set(batch) <= {"input_ids", "labels"} and torch.equal(batch["input_ids"], batch["labels"])
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         for index, (tokens, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
@@ -150,6 +146,15 @@ def texts_of(batches: Iterable[Any]) -> list[Text]:
     if stream and rows:
         return [(torch.cat([tokens for tokens, _ in rows]), torch.cat([labels for _, labels in rows]))]
     return rows
+
+
+def next_token_only(task: Task) -> QatkitError:
+    """Return the error for data of a task that predicts no next token."""
+    return QatkitError(
+        f"it measures next-token prediction, and the task of the data is {task.name} ({task.description})",
+        key="evaluate",
+        advice="remove it; the report has the test metrics of the data anyway",
+    )
 
 
 def check_harness() -> None:

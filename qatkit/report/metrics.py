@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qatkit.tasks.table import TASKS
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -44,8 +46,11 @@ class Metric:
 
 ACCURACY = Metric("accuracy", "samples", "Up and to the left", "%", percent=True)
 PERPLEXITY = Metric("perplexity", "tokens", "Down and to the left", "", percent=False)
+METRICS = {metric.name: metric for metric in (ACCURACY, PERPLEXITY)}
+"""Those that a task may be judged by."""
 
 
 def metric_of(report: dict[str, Any]) -> Metric:
     """What the rows of a report are judged by."""
-    return PERPLEXITY if "test_perplexity" in report["rows"][0] else ACCURACY
+    task = TASKS.row(report["rows"][0]["verification"]["task"], "report.json")
+    return METRICS[task.metric]

@@ -86,7 +86,7 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
         if not path.is_file():
             raise QatkitError(f"{path} does not exist; run `qatkit report {folder}` first")
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "stages" not in content or any("metric" not in row["verification"] for row in content["rows"]):
+        if "stages" not in content or any("task" not in row["verification"] for row in content["rows"]):
             raise QatkitError(f"{path} is of an older version; run `qatkit report {folder}` to write it again")
         reports.append(content)
     text = render(reports, folders)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from qatkit.report.metrics import Metric, metric_of
+from qatkit.tasks.table import TASKS
 
 _RUNTIMES = {
     "onnx": "ONNX Runtime",
@@ -54,9 +55,8 @@ def parity(check: dict[str, Any]) -> Parity:
     sentences.append(_difference(check))
     same = round(check["agreement"] * check["samples"])
     whom = "every one" if same == check["samples"] else f"{same:,}"
-    what = "next token" if check["metric"] == "perplexity" else "class"
-    counted = "places in the test texts" if check["metric"] == "perplexity" else "test samples"
-    sentences.append(f"Both name the same {what} for {whom} of {check['samples']:,} {counted}.")
+    task = TASKS.row(check["task"], "report.json")
+    sentences.append(f"Both name the same {task.agreement} for {whom} of {check['samples']:,} {task.counted}.")
     return Parity(passed=True, headline=f"{runtime} computes what training computed.", sentences=sentences)
 
 

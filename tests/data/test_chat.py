@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from qatkit import QatkitError
+from qatkit.common.labels import IGNORED
 from qatkit.data import Source, chat
 from qatkit.data.chat_template import messages_of, tokenize_chat
 from qatkit.data.source import BadRecord
 from qatkit.data.tokenizers import load_tokenizer
 from qatkit.errors import QatkitWarning
-from qatkit.tasks import IGNORED
 from tests.data.corpus import save_tokenizer, write_lines
 
 CHATML = (

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from qatkit import QatkitError
+from qatkit.common.labels import IGNORED
 from qatkit.data import Source, masked_text, text_classification, text_pairs
-from qatkit.tasks import IGNORED, answers, call, evaluate, token_loss
+from qatkit.tasks import answers, call, evaluate, token_loss
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.models.families import tiny
 

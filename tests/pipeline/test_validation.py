@@ -213,7 +213,8 @@ def test_texts_whose_next_token_nobody_predicts_are_not_evaluated(recipe_file: P
     data = f"data={{factory: qatkit.data:{factory}, args: {{source: {{path: x.jsonl}}, tokenizer: x%s}}}}"
     own = ", classes: [a, b]" if factory == "text_classification" else ""
     assert validate(recipe_file, data % own)
-    with pytest.raises(QatkitError, match=rf"evaluate: .*{factory} asks for something else; leave it out"):
+    task = {"masked_text": "masked", "text_pairs": "pairs"}.get(factory, factory)
+    with pytest.raises(QatkitError, match=rf"evaluate: .*the task of the data is {task} .*; remove it"):
         validate(recipe_file, data % own, "evaluate={}")
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qatkit import QatkitError
+from qatkit.common.labels import IGNORED
 from qatkit.pipeline.export import export_run
 from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
@@ -22,7 +23,6 @@ from qatkit.pipeline.report import report_run
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.page import write_page
-from qatkit.tasks import IGNORED
 
 SMALL = [
     "model.args={vocab_size: 300, hidden: 32, layers: 2, heads: 2, kv_heads: 1, intermediate: 64, context: 16}",
@@ -128,7 +128,7 @@ def test_a_language_model_and_a_classifier_share_a_page_but_no_axis(finished: Ru
     report = report_run(finished)
     for row in report["rows"]:
         row.pop("test_perplexity"), row.pop("test_loss")
-        row["verification"]["metric"] = "accuracy"
+        row["verification"]["task"] = "text_classification"
     for stage in report["stages"]:
         stage["metrics"] = {"val/accuracy": 0.5}
     (tmp_path / "classifier").mkdir()

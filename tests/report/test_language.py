@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit.common.labels import IGNORED
 from qatkit.data.packing import window
 from qatkit.data.text import END_OF_TEXT, train_tokenizer
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.language import harness, score, texts_of, windows
-from qatkit.tasks import IGNORED, evaluate
+from qatkit.tasks import evaluate
 from tests.support.texts import VOCAB, tiny_llama
 
 TEXT = torch.randint(VOCAB, (45,), generator=torch.Generator().manual_seed(0))
@@ -87,9 +88,9 @@ def test_windows_of_a_stream_are_one_text_and_padded_rows_are_texts_of_their_own
     mask[1, 5:] = 0
     padded = texts_of([{"input_ids": rows, "labels": rows, "attention_mask": mask}])
     assert [len(tokens) for tokens, _ in padded] == [8, 5, 8, 8, 8]
-    with pytest.raises(QatkitError, match="evaluate: it is for language models"):
+    with pytest.raises(QatkitError, match=r"evaluate: .* the task of the data is classification"):
         texts_of([(torch.rand(2, 3), torch.zeros(2))])
-    with pytest.raises(QatkitError, match=r"evaluate: .* tokens for a masked language model; leave it out"):
+    with pytest.raises(QatkitError, match=r"evaluate: .* the task of the data is masked \(.*\); remove it"):
         texts_of([{"input_ids": rows, "labels": rows, "task": "masked"}])
 
 

@@ -23,7 +23,7 @@ CHECK: dict[str, Any] = {
     "mean_error": 0.00004,
     "quantization_error": 0.0032,
     "agreement": 359 / 360,
-    "metric": "accuracy",
+    "task": "classification",
 }
 
 
@@ -71,7 +71,7 @@ def test_numbers_have_two_digits(number: float, text: str) -> None:
 
 def test_the_headline_compares_the_last_row_with_the_first() -> None:
     def row(kind: str, size: int, accuracy: float) -> dict[str, Any]:
-        return {"kind": kind, "bytes": size, "test_accuracy": accuracy}
+        return {"kind": kind, "bytes": size, "test_accuracy": accuracy, "verification": CHECK}
 
     first, last = row("dense", 64_000, 0.99), row("trained", 16_000, 0.985)
     assert headline({"rows": [first, last]}) == (
@@ -87,7 +87,7 @@ def test_the_headline_compares_the_last_row_with_the_first() -> None:
 
 def test_a_language_model_is_judged_by_its_perplexity() -> None:
     def row(stage: str, kind: str, size: int, loss: float) -> dict[str, Any]:
-        check = {**CHECK, "samples": 92_000, "metric": "perplexity"}
+        check = {**CHECK, "samples": 92_000, "task": "causal"}
         return {
             "stage": stage, "kind": kind, "bytes": size, "test_accuracy": 0.4, "test_loss": loss,
             "test_perplexity": math.exp(loss), "latency": [], "verification": check,
@@ -103,7 +103,7 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
     assert first["note"] == "+10.52% against dense; over 92,000 test tokens, a loss of 2.100 nats each"
     assert (size["value"], agree["value"]) == ("4.00x", "verified")
     same = parity(report["rows"][0]["verification"])["sentences"][-1]
-    assert same == "Both name the same next token for 91,744 of 92,000 places in the test texts."
+    assert same == "Both name the same next token for 91,744 of 92,000 test tokens."
 
 
 def test_wilson_interval_of_the_literature() -> None:

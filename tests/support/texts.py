@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from qatkit.common.labels import IGNORED
 from qatkit.models import llama
-from qatkit.tasks import IGNORED
 
 VOCAB = 300
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError
-from qatkit.tasks import IGNORED, answers, call, evaluate, is_text, to_logits, token_loss
+from qatkit.common.labels import IGNORED
+from qatkit.tasks import answers, call, evaluate, task_of, to_logits, token_loss
 from tests.support.texts import VOCAB, loader, texts, tiny_llama
 
 
@@ -57,7 +58,7 @@ def test_a_pair_is_a_classification_and_has_the_accuracy_alone() -> None:
     model = nn.Identity()
     batches = [(torch.eye(4), torch.tensor([0, 1, 2, 0])), (torch.eye(4)[:1], torch.tensor([0]))]
     assert evaluate(model, batches) == {"accuracy": 4 / 5}
-    assert not is_text(batches[0])
+    assert task_of(batches[0]).name == "classification"
 
 
 def test_a_mapping_with_a_label_per_sample_is_a_classification_too() -> None:
@@ -74,12 +75,13 @@ def test_a_mapping_with_a_label_per_sample_is_a_classification_too() -> None:
 def test_logits_are_found_in_what_models_return() -> None:
     logits = torch.zeros(1)
     assert to_logits(logits) is to_logits({"logits": logits}) is to_logits(SimpleNamespace(logits=logits))
-    with pytest.raises(QatkitError, match=r"model: it returned dict without logits; return a tensor, or \.logits"):
+    message = r"model: it returned dict without logits; return a tensor, or an object with \.logits"
+    with pytest.raises(QatkitError, match=message):
         to_logits({"loss": logits})
 
 
 def test_batches_that_cannot_be_scored_say_why() -> None:
-    with pytest.raises(QatkitError, match=r"data: a batch has \['input_ids'\] and no 'labels'"):
+    with pytest.raises(QatkitError, match=r"data: a batch has the keys \['input_ids'\] and no 'labels'"):
         answers(torch.zeros(1, 2, 3), {"input_ids": torch.zeros(1, 2)})
     with pytest.raises(QatkitError, match=r"labels of shape \[1, 4\] do not fit logits of shape \[1, 2, 3\]"):
         answers(torch.zeros(1, 2, 3), {"labels": torch.zeros(1, 4)})

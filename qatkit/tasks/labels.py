@@ -1,0 +1,40 @@
+"""Labels of a batch, and the checks that they fit the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qatkit.errors import QatkitError
+
+
+def labels_in(batch: Mapping[str, Any]) -> Tensor:
+    """Return the labels of a batch.
+
+    Raises:
+        QatkitError: it has none.
+    """
+    if "labels" not in batch:
+        raise QatkitError(
+            f"a batch has the keys {sorted(batch)} and no 'labels'",
+            key="data",
+            advice="add 'labels', for a text its input_ids",
+        )
+    labels: Tensor = batch["labels"]
+    return labels
+
+
+def check_shapes(logits: Tensor, labels: Tensor, dims: int) -> None:
+    """Raise unless labels have `dims` dimensions and there is one for each row of logits.
+
+    Raises:
+        QatkitError: the shapes differ.
+    """
+    if labels.dim() != dims or logits.shape[:-1] != labels.shape:
+        raise QatkitError(
+            f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}",
+            key="data",
+            advice="give one label per token, or one per sample",
+        )
