@@ -3,9 +3,9 @@
 Run: python benchmarks/same_bits.py [--record]
 --record writes benchmarks/results/same_bits.json; without it the digests must equal those recorded.
 
-Each run has fixed seeds and one thread. Recorded are the SHA-256 of every tensor that a stage leaves (weights, scales,
-zero points), and of every exported file that holds weights. Bits depend on torch's kernels and the processor: compare
-on the machine and the versions that recorded them, which the file names.
+Each run has fixed seeds and one thread. Recorded are the SHA-256 of every tensor (weights, scales, zero points,
+codes) of every stage and every export, and of every ONNX file. Bits depend on torch's kernels and the processor:
+compare on the machine and the versions that recorded them, which the file names.
 """
 
 from __future__ import annotations
@@ -53,18 +53,20 @@ RUNS = {
 
 
 def digests(out: Path) -> dict[str, str]:
-    """A SHA-256 for every tensor of every stage, and every exported file of weights, by its path in the run folder."""
+    """A SHA-256 for every tensor and the metadata of every safetensors file, and every ONNX file, in the run folder."""
     found: dict[str, str] = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
-        if name.startswith("stages/") and path.suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
+                # by content: safetensors writes metadata in an order that differs from process to process
+                found[name] = hashlib.sha256(json.dumps(file.metadata(), sort_keys=True).encode()).hexdigest()
                 for key in sorted(file.keys()):
                     tensor = file.get_tensor(key).contiguous()
                     content = tensor.flatten().view(torch.uint8) if tensor.numel() else tensor
                     head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
                     found[f"{name}:{key}"] = hashlib.sha256(head + content.numpy().tobytes()).hexdigest()
-        elif name.startswith("export/") and path.suffix in (".safetensors", ".onnx"):
+        elif path.suffix == ".onnx":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
