@@ -18,10 +18,11 @@ from harness import Claim, finish, spread
 
 from qatkit.export.runtime import integer_kernels
 from qatkit.pipeline.export import export_run, exported_path
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 
 RECIPES = ("digits_int8", "digits_int4", "digits_int2")
 

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from harness import RESULTS, Claim, finish
 
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe import Recipe
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 
 ROOT = Path(__file__).parent.parent
 SEEDS = [0, 1, 2]

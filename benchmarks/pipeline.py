@@ -25,9 +25,10 @@ import torch
 from harness import Claim, finish
 from recovery import BASE, CONTEXT, FULL, VOCABULARY, base_model
 
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe import Recipe
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 
 SEEDS = (0, 1, 2)
 TRAINED = ("sparse24", "int4")

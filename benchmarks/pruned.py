@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader
 from qatkit import Ramp
 from qatkit.data import digits, text_windows
 from qatkit.models import cnn
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.pruning.layers import prunable_layers
 from qatkit.pruning.masks import apply_mask, global_masks, nm_mask
 from qatkit.pruning.one_shot import prune_one_shot
 from qatkit.recipe import StageConfig
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from qatkit.tasks import evaluate
 
 ROUNDS = {0.8: 7, 0.9: 10}

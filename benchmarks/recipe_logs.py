@@ -18,12 +18,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.metrics import metric_of
 from qatkit.report.tables import comparison, headers, split_note
+from qatkit.run.folder import Run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 LOGGED = (

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from qatkit.common.labels import IGNORED
 from qatkit.data import Source, causal_text
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.models.families import tiny
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qatkit import stages as blocks
 from qatkit.advise.step_memory import Step, StepMemory, state_memory, step_memory
 from qatkit.callbacks.fused import output_layer
+from qatkit.common.device import device_count, device_type
 from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
 from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
 from qatkit.kernels.kd_rows import DIVERGENCES
@@ -23,7 +24,7 @@ from qatkit.lora.heads import classification_heads
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
 from qatkit.recipe.factories import resolve
-from qatkit.run.architecture import meta_model
+from qatkit.run.stage_models import StageModels
 from qatkit.stages.optimizers import moment_memory
 from qatkit.tasks import call, mean_loss
 
@@ -56,12 +57,10 @@ class StagePlan:
 
 def device_of(trainer: TrainerConfig) -> Device:
     """The devices that Lightning will choose, and what each has."""
-    kind = blocks.lora.device_of(trainer).type
+    kind, count = device_type(trainer.accelerator), device_count(trainer.accelerator, trainer.devices)
     if kind == "cuda" and torch.cuda.is_available():
-        count = torch.cuda.device_count() if trainer.devices == "auto" else int(trainer.devices)
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, properties.total_memory, count)
-    count = 1 if trainer.devices == "auto" else int(trainer.devices)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return Device(
         kind, memory // count if memory is not None and kind != "cuda" else None, count
@@ -126,14 +125,11 @@ class Setting:
 
 def settings(recipe: Recipe, allow: Sequence[str] = ()) -> Iterator[tuple[str, Setting]]:
     """The stages that train, in their order."""
-    models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
+    models = StageModels(recipe, allow)
     for name, stage in recipe.stages.items():
-        own = stage.model
-        model = models[recipe.parent_of(name)] if own is None else meta_model(own, allow, f"stages.{name}.model")
-        models[name] = model if stage.shrink is None else blocks.shrink.check(stage.shrink, model)
         if stage.max_steps:
-            teacher = models[recipe.teacher_of(name)] if stage.distill is not None else None
-            precision, device = AUTOCAST[recipe.trainer.precision], blocks.lora.device_of(recipe.trainer).type
+            teacher = models.teacher(name) if stage.distill is not None else None
+            precision, device = AUTOCAST[recipe.trainer.precision], device_type(recipe.trainer.accelerator)
             yield name, Setting(models[name], teacher, stage, _context(recipe, allow), precision, device)
 
 

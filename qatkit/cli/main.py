@@ -21,8 +21,9 @@ from qatkit.cli.sensitivity import allocate, sensitivity
 from qatkit.errors import QatkitError, QatkitWarning
 
 if TYPE_CHECKING:
-    from qatkit.pipeline.loop import Run
+    from qatkit.pipeline.tracking import Tracking
     from qatkit.recipe import Recipe
+    from qatkit.run.folder import Run
 
 app = typer.Typer(
     name="qatkit",
@@ -102,15 +103,20 @@ def run(
 
     loaded = _load(recipe, overrides or [], skip_bad)
     validate_recipe(loaded, allow or [])
-    from qatkit.pipeline.loop import Run, is_first_process, leave_processes, run_stages
+    from qatkit.pipeline.processes import is_first_process, leave_processes
+    from qatkit.pipeline.runner import run_stages
+    from qatkit.pipeline.tracking import Tracking
+    from qatkit.run.folder import Run
 
     if is_first_process():
         print_training(loaded, allow or [], force, quiet or as_json)
     # Lightning sets its level when it is imported; what it says at start is for whoever writes a Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
+    tracking = Tracking(this.recipe, this.out)
     try:
-        trained = run_stages(this, until, force, progress=sys.stderr.isatty() and not quiet)
+        progress = sys.stderr.isatty() and not quiet
+        trained = run_stages(this, until, force, progress, tracking)
     except KeyboardInterrupt:
         typer.echo("interrupted: the same command continues from the last checkpoint", err=True)
         raise typer.Exit(130) from None
@@ -125,7 +131,7 @@ def run(
                 state += f", {stopped}, best at step {early['best_step']}"
             typer.echo(f"stage {name}: {state}, {_measured(record.metrics)}")
     if until is None and loaded.export is not None:
-        _deliver(this, quiet, as_json)
+        _deliver(this, tracking, quiet, as_json)
     elif not (quiet or as_json):
         typer.echo("nothing is exported or compared: " + ("--until" if until else "the recipe has no export block"))
 
@@ -150,8 +156,8 @@ def cache_teacher(
 
     loaded = load_recipe(recipe, overrides or [])
     validate_recipe(loaded, allow or [])
-    from qatkit.pipeline.loop import Run
-    from qatkit.pipeline.teachers import write_caches
+    from qatkit.pipeline.teacher_cache import write_caches
+    from qatkit.run.folder import Run
 
     for line in write_caches(Run(loaded, out or Path("runs") / loaded.name, allow or [])):
         if not quiet:
@@ -202,13 +208,14 @@ def report(
     Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """
     from qatkit.pipeline.report import report_run, track_run
+    from qatkit.pipeline.tracking import Tracking
     from qatkit.report.page import write_page
 
     if len(runs) == 1:
         this = _open(runs[0], allow)
         content = report_run(this)
         _present(content, this.out, out, quiet, as_json)
-        track_run(this, content)
+        track_run(this, content, Tracking(this.recipe, this.out))
         return
     page = out or Path("report.html")
     write_page(runs, page)
@@ -241,15 +248,15 @@ def _measured(metrics: dict[str, float]) -> str:
 
 
 def _open(folder: Path, allow: list[str] | None) -> Run:
-    from qatkit.pipeline.loop import Run
     from qatkit.recipe.loading import load_recipe
+    from qatkit.run.folder import Run
 
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(f"{folder}: no run is here (it has no recipe.yaml); write the --out folder of `qatkit run`")
     return Run(load_recipe(folder / "recipe.yaml"), folder, allow or [])
 
 
-def _deliver(this: Run, quiet: bool, as_json: bool) -> None:
+def _deliver(this: Run, tracking: Tracking, quiet: bool, as_json: bool) -> None:
     from qatkit.pipeline.export import export_run
     from qatkit.pipeline.report import report_run, track_run
     from qatkit.pipeline.verify import verify_run
@@ -258,7 +265,7 @@ def _deliver(this: Run, quiet: bool, as_json: bool) -> None:
     checked = verify_run(this)
     content = report_run(this)
     _present(content, this.out, None, quiet, as_json)
-    track_run(this, content)
+    track_run(this, content, tracking)
     failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
     for stage, verification in failed.items():
         typer.echo(f"verification of '{stage}' failed: {verification.summary()}", err=True)

@@ -17,8 +17,8 @@ from qatkit.errors import QatkitError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qatkit.pipeline.loop import Run
     from qatkit.quantization.mixed.allocation import Sensitivity
+    from qatkit.run.folder import Run
     from qatkit.schemes import Scheme
 
 Candidates = Annotated[
@@ -60,10 +60,10 @@ def sensitivity(
     loaded = load_recipe(recipe, overrides or [])
     formats = _candidates(candidates)
     validate_recipe(loaded, allow or [])
-    from qatkit.pipeline.loop import Run
+    from qatkit.common.files import write_atomically
     from qatkit.quantization.folding import fold_batchnorm
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
-    from qatkit.run.checkpoint import write_atomically
+    from qatkit.run.folder import Run
 
     this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
     found = _stage(this, stage)

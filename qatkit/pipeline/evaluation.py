@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
-from qatkit.pipeline.loop import Run
 from qatkit.report.language import harness, score, texts_of
-from qatkit.run.checkpoint import write_atomically
+from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
 
 

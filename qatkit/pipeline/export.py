@@ -13,7 +13,7 @@ from qatkit.export.compressed_tensors import export_compressed
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.sparse import export_sparse
-from qatkit.pipeline.loop import Run
+from qatkit.run.folder import Run
 
 NAMES = {
     "onnx": "model.onnx",

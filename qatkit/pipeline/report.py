@@ -22,7 +22,7 @@ from qatkit.export.runtime import integer_kernels
 from qatkit.export.sparse import dense_bytes
 from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.pipeline.export import example_of, exported_bytes, exported_path, format_of, held_out_data
-from qatkit.pipeline.loop import Run
+from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.verify import verification_path
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
@@ -30,7 +30,8 @@ from qatkit.report.bench import compare, side_by_side
 from qatkit.report.curves import read_curves
 from qatkit.report.histograms import weight_histograms
 from qatkit.report.tables import markdown
-from qatkit.run.checkpoint import measured_zeros
+from qatkit.run.folder import Run
+from qatkit.run.stage_files import measured_zeros
 from qatkit.tasks import call, one_sample
 
 RUNTIMES = {"onnx": ["onnx", "onnxruntime"], "compressed_tensors": ["transformers", "compressed_tensors"]}
@@ -92,11 +93,11 @@ def report_run(run: Run) -> dict[str, Any]:
     return content
 
 
-def track_run(run: Run, content: dict[str, Any]) -> None:
+def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:
     """Send the report and the exported files to the recipe's tracker, where it has one, and close it."""
     pages = [run.out / name for name in ("report.html", "report.md", "report.json")]
     models = {row["stage"]: exported_path(run, row["stage"]) for row in content["rows"]}
-    run.tracking.log_report(content, [page for page in pages if page.exists()], models)
+    tracking.log_report(content, [page for page in pages if page.exists()], models)
 
 
 def _latencies(run: Run) -> dict[str, dict[str, float]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
 import signal
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,22 +18,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from qatkit import stages as blocks
-from qatkit.advise.cost import macs, parameters
 from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
-from qatkit.callbacks.finite import FiniteCheckpoint, spoiled, spoiled_by
+from qatkit.callbacks.finite import FiniteCheckpoint, spoiled_by
+from qatkit.common.device import device_count
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import to_full_precision
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.progress import StageProgress
 from qatkit.pipeline.teachers import Teaching
-from qatkit.quantization.folding import Fold, replay_folds
-from qatkit.quantization.measure import layer_table
-from qatkit.quantization.prepare import prepare_qat
+from qatkit.quantization.folding import Fold
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
-from qatkit.run.checkpoint import StageRecord, count_zeros, read_started, save_stage, write_atomically
+from qatkit.run.record import read_started, write_started
 from qatkit.stages.layer_names import outside
-from qatkit.tasks import call, declared_task, evaluate, one_sample
+from qatkit.tasks import declared_task
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def train(
             f"stages.{name}: training ended at step {trainer.global_step} of {stage.max_steps}; the data gave "
             f"{trainer.num_training_batches} batches of {stage.batch_size}; write a smaller batch_size"
         )
-    _refuse_spoiled(name, spoiled_by(trainer, module.model))
+    refuse_non_finite(name, spoiled_by(trainer, module.model))
     if stage.lora is not None and stage.lora.bits is not None:
         to_full_precision(module.model)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -153,72 +149,28 @@ def train(
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:
-    """Refuse to continue a checkpoint on another number of processes: it would see other batches than it began with."""
+    """Refuse to resume on another number of processes: training would see other batches than it began with."""
     if not trainer.is_global_zero:
         return
     started = read_started(folder)
-    before = started.get("processes", trainer.world_size)
-    if resumed and before != trainer.world_size:
+    if started is None:
+        return  # trained without the runner
+    if resumed and started.processes not in (None, trainer.world_size):
         raise QatkitError(
-            f"trainer.devices: stage '{name}' was started on {before} processes and would continue on "
-            f"{trainer.world_size}; write trainer.devices={before}, or --force to train it again"
+            f"stage '{name}' was started on {started.processes} processes and would resume on {trainer.world_size}",
+            key="trainer.devices",
+            advice=f"set trainer.devices={started.processes}, or use --force to train the stage again",
         )
-    write_atomically(folder / "started.json", json.dumps(started | {"processes": trainer.world_size}))
+    write_started(folder, dataclasses.replace(started, processes=trainer.world_size))
 
 
-def finished_model(model: nn.Module, trained: Trained, folder: Path, original: bool) -> nn.Module:
-    """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded.
-
-    Adapters are saved in the stage's folder and merged.
-
-    Args:
-        model: The copy.
-        trained: What the fit left.
-        folder: The stage's folder.
-        original: The copy's weights are those that the name in its config stands for.
-    """
-    replay_folds(model, trained.folds)
-    if trained.quantize is not None:
-        prepare_qat(model, **trained.quantize.arguments)
-    if trained.lora is not None:
-        blocks.lora.attach_to(model, trained.lora, trained.held)
-    model.load_state_dict(trained.weights, strict=True)
-    if trained.lora is not None:
-        moved = bool(trained.folds) or (trained.quantize is not None and trained.quantize.moves_weights)
-        blocks.lora.finish(model, moved, original, folder, trained.trainer.strategy.root_device)
-    return model.eval()
-
-
-def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
-    """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed.
-
-    Raises:
-        QatkitError: a weight is NaN or infinite; the stage stays unfinished.
-    """
-    if (found := spoiled(model)) is not None:
-        shutil.rmtree(folder / "adapter", ignore_errors=True)  # what was merged into it
-        _refuse_spoiled(record.name, found)
-    data.prepare_data()
-    task = declared_task(data)
-    metrics: dict[str, float] = {}
-    data.setup("fit")  # where most data modules make their validation set
-    metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader(), task).items()}
-    data.setup("test")
-    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task).items()}
-    sample = one_sample(next(iter(data.test_dataloader())))
-    cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
-    layers = [asdict(row) for row in layer_table(model)]
-    zeros = count_zeros(model, record.zeros)
-    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
-    for file in ("last.ckpt", "best.ckpt", "started.json"):
-        (folder / file).unlink(missing_ok=True)
-
-
-def _refuse_spoiled(name: str, found: str | None) -> None:
-    if found is not None:
+def refuse_non_finite(name: str, place: str | None) -> None:
+    """Raise where a weight is NaN or infinite; `place` names it."""
+    if place is not None:
         raise QatkitError(
-            f"stages.{name}: the stage ended with {found} NaN or infinite, so nothing of it is kept but the checkpoint "
-            "before, if there is one; write a smaller lr, a warmup, gradient_clip: 1.0, or model.args.dtype: float32"
+            f"the stage ended with {place} NaN or infinite; only the checkpoint before it is kept, if there is one",
+            key=f"stages.{name}",
+            advice="use a smaller lr, a warmup, gradient_clip: 1.0, or model.args.dtype: float32",
         )
 
 
@@ -235,8 +187,7 @@ def _strategy(trainer: TrainerConfig) -> Any:
         return trainer.strategy
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    gpus = 0 if trainer.accelerator == "cpu" else torch.cuda.device_count()
-    processes = max(gpus, 1) if trainer.devices == "auto" else int(trainer.devices)
+    processes = device_count(trainer.accelerator, trainer.devices)
     # by default the strategy shares the work out as tensor parallelism: each process would then keep its own gradients
     return ModelParallelStrategy(
         data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False

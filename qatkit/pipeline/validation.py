@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qatkit import stages as blocks
+from qatkit.common.device import device_type
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.compressed_tensors import check_layers, check_model
 from qatkit.pipeline.tracking import check_logger
@@ -18,8 +19,8 @@ from qatkit.quantization.selection import select
 from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe
 from qatkit.recipe.factories import check_arguments, resolve
 from qatkit.report.language import check_harness, next_token_only
-from qatkit.run.architecture import meta_model
 from qatkit.run.compatibility import with_tokenizer
+from qatkit.run.stage_models import StageModels
 from qatkit.stages.optimizers import check_optimizer
 from qatkit.tasks import declared_task
 
@@ -62,29 +63,22 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     task = declared_task(data, "data.factory")
     if recipe.evaluate is not None and task is not None and not task.next_token:
         raise next_token_only(task)
-    models: dict[str | None, nn.Module] = {None: meta_model(recipe.model, allow)}
+    models = StageModels(recipe, allow)
     layers = {}
     compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"
     if compressed:
         check_model(models[None])
     for name, stage in recipe.stages.items():
-        if stage.model is not None:
-            model = meta_model(stage.model, allow, f"stages.{name}.model")
-        else:
-            model = models[recipe.parent_of(name)]
-        if stage.shrink is not None:
-            with _at(f"stages.{name}.shrink"):
-                model = blocks.shrink.check(stage.shrink, model)
-        models[name] = model
+        model = models[name]
         if stage.max_steps:
             if stage.lora is None:
                 _check_dtype(name, model)
             with _at(f"stages.{name}"):
-                check_optimizer(stage.optimizer, blocks.lora.device_of(recipe.trainer))
+                check_optimizer(stage.optimizer, torch.device(device_type(recipe.trainer.accelerator)))
         if stage.distill is not None:
             with _at(f"stages.{name}.distill"):
                 _check_prompts(stage.distill, recipe.data.factory, bool(getattr(data, "packed", False)))
-                blocks.distill.check(stage.distill, recipe.trainer, model, models[recipe.teacher_of(name)])
+                blocks.distill.check(stage.distill, recipe.trainer, model, models.teacher(name))
         if stage.samples is not None:
             with _at(f"stages.{name}"):
                 blocks.samples.check(stage.samples, model)

@@ -10,7 +10,7 @@ from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
 from qatkit.export.verify import Verification, verify
 from qatkit.pipeline.export import exported_path, held_out_data
-from qatkit.pipeline.loop import Run
+from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qatkit.common.device import device_type
 from qatkit.distillation.cache import CachedTeacher
 from qatkit.distillation.features import pair_layers
 from qatkit.distillation.generation import check_length
@@ -60,7 +61,7 @@ def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, tea
             raise QatkitError(
                 f"teacher_bits: the teacher has no plain linear layer to hold in {config.teacher_bits} bits"
             )
-        device = torch.device(config.teacher_device or device_of(trainer))
+        device = torch.device(config.teacher_device or device_type(trainer.accelerator))
         try:
             check_backend(device)
         except QatkitError as error:
@@ -91,12 +92,6 @@ def compared_layers(config: DistillConfig) -> list[str]:
     """The teacher's layers whose outputs a resolved block compares."""
     matches = [match for match in (config.hidden, config.attention) if match is not None]
     return sorted({name for match in matches for name in match.layers.values()})
-
-
-def device_of(trainer: TrainerConfig) -> str:
-    """Where the first process of a Trainer computes."""
-    cuda = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "cuda" if cuda else "cpu"
 
 
 def teacher(config: DistillConfig, model: nn.Module) -> Teacher:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qatkit.common.device import device_type
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import (
     Adapter,
@@ -37,7 +38,7 @@ def check(config: LoraConfig, stage: StageConfig, trainer: TrainerConfig, model:
     if config.bits is not None:
         if not base_layers(model):
             raise QatkitError(f"bits: the model has no plain linear layer to hold in {config.bits} bits; leave it out")
-        check_backend(device_of(trainer))
+        check_backend(torch.device(device_type(trainer.accelerator)))
     return names
 
 
@@ -84,11 +85,3 @@ def finish(model: nn.Module, moved: bool, original: bool, folder: Path, device: 
 
 def _adapter(config: LoraConfig) -> Adapter:
     return Adapter(config.rank, config.alpha, config.dropout, config.dora)
-
-
-def device_of(trainer: TrainerConfig) -> torch.device:
-    """Where Lightning will train, as far as that is known before there is a Trainer."""
-    if trainer.accelerator in ("cpu", "cuda", "mps"):
-        return torch.device(trainer.accelerator)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device(found.type if found is not None else "cpu")

@@ -10,9 +10,10 @@ import torch
 from qatkit.callbacks import QuantizationAwareTraining
 
 from qatkit import QatkitError, QuantSpec, fake_quantize
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.quantization.prepare import quantized_weights
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.callbacks.modules import Classifier, batches, trainer
 
 W3 = QuantSpec(num_bits=3, observer="lsq")

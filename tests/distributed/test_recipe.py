@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qatkit.pipeline.loop import Run
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.recipes.test_sparse_int4_recipe import SMALL
 from tests.support import warm
 

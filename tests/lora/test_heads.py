@@ -15,8 +15,9 @@ from transformers import AutoModelForSequenceClassification
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.lora.attach import Adapter, attach, base_layers, merge, save_adapter, target_layers
 from qatkit.lora.heads import classification_heads
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.models.families import tiny
 

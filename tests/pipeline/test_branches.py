@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.support.recipes import assert_says, refusal
 
 RECIPE = """

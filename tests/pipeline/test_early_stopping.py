@@ -11,9 +11,10 @@ import torch
 
 from qatkit import QatkitError
 from qatkit.pipeline.early_stopping import StopEarly
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.support.recipes import assert_says, refusal
 
 # 80 samples for 30,000 weights: by heart after a few epochs of ten steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
 import signal
 import subprocess
@@ -17,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from qatkit import QatkitError
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.quantization.prepare import qat_layers
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
+from qatkit.run.record import Started, write_started
 from tests.support import warm
 from tests.support.waiting import wait_for
 
@@ -108,7 +109,7 @@ def test_until_stops_after_the_named_stage_and_a_wrong_name_is_refused(tmp_path:
     run = start(tmp_path, "stages.dense.max_steps=5")
     assert run_stages(run, until="ptq") == ["dense", "ptq"]
     assert run.find("qat") is None
-    with pytest.raises(QatkitError, match=r"--until: 'tpq' is no stage; write one of \['dense', 'ptq', 'qat'\]"):
+    with pytest.raises(QatkitError, match=r"--until: 'tpq' is not a stage; did you mean 'ptq'\?"):
         run_stages(run, until="tpq")
 
 
@@ -117,8 +118,7 @@ def test_a_started_stage_that_changed_is_refused_too(tmp_path: Path) -> None:
     run.folder("dense").mkdir(parents=True)
     from qatkit.run.fingerprint import stage_inputs
 
-    started = {"inputs": {**stage_inputs(run.recipe, "dense"), "stages.dense.lr": 0.5}, "fingerprint": "x"}
-    (run.folder("dense") / "started.json").write_text(json.dumps(started))
+    write_started(run.folder("dense"), Started({**stage_inputs(run.recipe, "dense"), "stages.dense.lr": 0.5}, "x"))
     (run.folder("dense") / "last.ckpt").touch()
     with pytest.raises(QatkitError, match=r"was started with other values:\n  stages\.dense\.lr: was 0\.5"):
         run_stages(run)
@@ -131,7 +131,8 @@ import signal, sys, time, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from qatkit.recipe.loading import load_recipe
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
+from qatkit.run.folder import Run
 out, kill_after, *overrides = sys.argv[1:]
 signal.setitimer(signal.ITIMER_PROF, float(kill_after))  # of processor time; SIGPROF ends a process as SIGKILL does
 started = time.process_time()
@@ -214,9 +215,8 @@ def test_a_checkpoint_is_not_continued_on_another_number_of_processes(tmp_path: 
     from qatkit.run.fingerprint import fingerprint, stage_inputs
 
     inputs = stage_inputs(run.recipe, "dense")
-    started = {"inputs": inputs, "fingerprint": fingerprint(inputs, None), "processes": 4}
-    (folder / "started.json").write_text(json.dumps(started))
-    with pytest.raises(QatkitError, match=r"'dense' was started on 4 processes and would continue on 1"):
+    write_started(folder, Started(inputs, fingerprint(inputs, None), processes=4))
+    with pytest.raises(QatkitError, match=r"trainer.devices: stage 'dense' was started on 4 processes and would"):
         run_stages(run)
 
 

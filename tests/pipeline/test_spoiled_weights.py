@@ -11,11 +11,12 @@ from torch import nn
 
 from qatkit import QatkitError
 from qatkit.models import mlp
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.finishing import save_result
 from qatkit.pipeline.module import CompressionModule
-from qatkit.pipeline.training import save_result
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
-from qatkit.run.checkpoint import StageRecord
+from qatkit.run.folder import Run
+from qatkit.run.record import StageRecord
 from tests.pipeline.test_early_stopping import few
 
 # ten steps of eight samples are an epoch

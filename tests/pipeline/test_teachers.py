@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 from qatkit import QatkitError
 from qatkit.cli.main import app
 from qatkit.models import llama
-from qatkit.pipeline.loop import Run, run_stages
-from qatkit.pipeline.teachers import cache_folder, open_cache, vocabulary, write_cache
+from qatkit.pipeline.runner import run_stages
+from qatkit.pipeline.teacher_cache import cache_folder, open_cache, write_cache
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.pipeline.vocabulary import vocabulary
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.support import warm
 
@@ -215,11 +217,11 @@ def test_globs_name_the_layers_that_are_cached_and_compared(out: Path, folder: P
 def test_a_process_that_waits_for_a_cache_ends_with_the_one_that_was_to_write_it(tmp_path: Path) -> None:
     # the first process starts the second, as Lightning does, and fails
     code = (
-        "import os, sys, time; from pathlib import Path; from qatkit.pipeline.teachers import _wait_for\n"
+        "import os, sys, time; from pathlib import Path; from qatkit.pipeline.teacher_cache import wait_for\n"
         "waits, waiting = os.pipe()\n"
         "if os.fork():\n    os.read(waits, 1); os._exit(0)\n"
         "sleep = time.sleep\ntime.sleep = lambda seconds: (os.write(waiting, b'.'), sleep(seconds))\n"
-        f"try:\n    _wait_for(Path({str(tmp_path / 'none')!r}))\n"
+        f"try:\n    wait_for(Path({str(tmp_path / 'none')!r}))\n"
         f"except ValueError as error:\n    Path({str(tmp_path / 'said')!r}).write_text(str(error))\n"
     )
     subprocess.run([warm.python(), "-c", code], check=True)

@@ -17,10 +17,11 @@ from lightning.pytorch import Trainer
 from qatkit.callbacks import TextSamples
 from transformers import AutoTokenizer
 
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.tracking import Tracking
 from qatkit.recipe import StageConfig
+from qatkit.run.folder import Run
 from tests.data.corpus import save_tokenizer
 from tests.models.families import tiny
 from tests.support import warm

@@ -12,9 +12,10 @@ import wandb
 
 from qatkit import QatkitError
 from qatkit.errors import QatkitWarning
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.run.folder import Run
 from tests.support.tracked import Records, recipe, run_files, trained
 from tests.support.tracked import nobody as nobody
 

@@ -264,7 +264,8 @@ def test_the_fused_encoder_layer_of_torch_does_not_bypass_the_quantization() -> 
 
 
 def test_a_layer_under_two_names_is_saved_and_loaded_whole(tmp_path: Path) -> None:
-    from qatkit.run.checkpoint import StageRecord, load_stage, save_stage
+    from qatkit.run.record import StageRecord
+    from qatkit.run.stage_files import load_stage, save_stage
 
     class Twice(nn.Module):
         def __init__(self) -> None:

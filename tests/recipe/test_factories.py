@@ -154,7 +154,7 @@ def test_what_a_qatkit_module_imports_is_not_qatkits(name: str, owner: str) -> N
         "qatkit.recipe.loading:yaml.load",
         "qatkit.recipe.factories:resolve",  # would import what it is told to
         "qatkit.recipe.factories:build",
-        "qatkit.pipeline.loop:run_stages",
+        "qatkit.pipeline.runner:run_stages",
         "qatkit.data.digits:QatkitError",
         "qatkit:models.cnn",
         "qatkit_evil:cnn",

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.cli.test_cli import SHORT
 from tests.recipes.test_lora_recipes import SMALL as SMALL_LORA
 from tests.recipes.test_sparse_int4_recipe import SMALL

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qatkit import QatkitError
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.support.recipes import assert_says, refusal
 
 pytestmark = pytest.mark.slow

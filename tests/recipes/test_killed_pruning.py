@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.support import warm
 from tests.support.waiting import wait_for
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from qatkit import QatkitError
 from qatkit.lora.bits import dequantized, quantize_base
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.verify import verify_run
 from qatkit.quantization.prepare import qat_layers
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.tables import comparison
+from qatkit.run.folder import Run
 from tests.support.recipes import refusal
 
 RECIPE = """

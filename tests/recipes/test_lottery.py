@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qatkit import QatkitError, magnitude_mask
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.recipe import PartConfig, RewindConfig
 from qatkit.recipe.loading import load_recipe, recipe_to_yaml
+from qatkit.run.folder import Run
 from tests.support import warm
 from tests.support.waiting import wait_for
 

@@ -13,11 +13,12 @@ from qatkit import QatkitError
 from qatkit.data import stdlib_text
 from qatkit.data.tokenizers import load_tokenizer
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import list_recipes, load_recipe
 from qatkit.run.compatibility import with_tokenizer
+from qatkit.run.folder import Run
 from qatkit.tasks import evaluate
 from tests.data.corpus import save_tokenizer
 from tests.models.families import tiny

@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from qatkit import QatkitError
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.verify import verify_run
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.prepare import qat_layers
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.page import write_page
+from qatkit.run.folder import Run
 
 RECIPE = """
 name: pruned

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.pruning.semi_structured import is_two_of_four
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 
 CNN = ["model.args.channels=[8,8]", "trainer.accelerator=cpu"]
 SMALL = {

@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM
 from qatkit import QatkitError
 from qatkit.models import cnn
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.page import write_page
 from qatkit.run.architecture import Architecture
+from qatkit.run.folder import Run
 
 TEXT = [
     "model.args={vocab_size: 300, hidden: 32, layers: 3, heads: 4, kv_heads: 2, intermediate: 64, context: 16}",

@@ -13,8 +13,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qatkit.pipeline.loop import Run
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.support import warm
 
 ROOT = Path(__file__).parents[2]

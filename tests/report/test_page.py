@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from qatkit import QatkitError
 from qatkit.cli.main import app
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.report import page as page_module
 from qatkit.report.page import write_page
+from qatkit.run.folder import Run
 from tests.support.browser import chromium
 
 SHORT = ["stages.dense.max_steps=40", "stages.qat.max_steps=40", "model.args.channels=[8,8]"]

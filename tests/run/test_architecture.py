@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError
+from qatkit.common.files import write_atomically
 from qatkit.distillation.students import student_from_teacher
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.architecture import Architecture, architecture_of, build_architecture
-from qatkit.run.checkpoint import write_atomically
+from qatkit.run.folder import Run
 
 RECIPE = """
 name: student

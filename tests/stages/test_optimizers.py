@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule, parameter_groups
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from qatkit.stages.optimizers import build_optimizer, check_optimizer, moment_memory
 from tests.support.recipes import assert_says, refusal
 from tests.support.texts import VOCAB, tiny_llama

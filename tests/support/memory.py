@@ -13,11 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from qatkit import stages as blocks
 from qatkit.distillation.cache import CachedTeacher
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.teachers import Teaching, teaching
 from qatkit.pipeline.training import train
 from qatkit.recipe import Recipe
+from qatkit.run.folder import Run
 
 RECIPE = """
 name: tiny

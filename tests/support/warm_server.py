@@ -38,7 +38,7 @@ LOADED = (
     "qatkit.data",
     "qatkit.models",
     "qatkit.pipeline.validation",
-    "qatkit.pipeline.loop",
+    "qatkit.pipeline.runner",
     "qatkit.pipeline.export",
     "qatkit.pipeline.verify",
     "qatkit.pipeline.report",

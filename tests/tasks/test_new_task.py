@@ -12,12 +12,13 @@ from torch import Tensor
 from qatkit import QatkitError
 from qatkit.data import SplitDataModule, digits
 from qatkit.pipeline.export import export_run
-from qatkit.pipeline.loop import Run, run_stages
 from qatkit.pipeline.report import report_run
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.report.page import write_page
+from qatkit.run.folder import Run
 from qatkit.tasks.table import TASKS, Task
 
 PARITY = Task(

@@ -1,0 +1,70 @@
+"""The end of a stage: its trained weights in one plain model, measured and written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from qatkit.advise.cost import macs, parameters
+from qatkit.callbacks.finite import spoiled
+from qatkit.pipeline.training import Trained, refuse_non_finite
+from qatkit.quantization.folding import replay_folds
+from qatkit.quantization.measure import layer_table
+from qatkit.quantization.prepare import prepare_qat
+from qatkit.run.record import StageRecord
+from qatkit.run.stage_files import count_zeros, save_stage
+from qatkit.stages import lora
+from qatkit.tasks import call, declared_task, evaluate, one_sample
+
+
+def finished_model(model: nn.Module, trained: Trained, folder: Path, original: bool) -> nn.Module:
+    """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded.
+
+    Adapters are saved in the stage's folder and merged.
+
+    Args:
+        model: The copy.
+        trained: What the fit left.
+        folder: The stage's folder.
+        original: The copy's weights are those that the name in its config stands for.
+    """
+    replay_folds(model, trained.folds)
+    if trained.quantize is not None:
+        prepare_qat(model, **trained.quantize.arguments)
+    if trained.lora is not None:
+        lora.attach_to(model, trained.lora, trained.held)
+    model.load_state_dict(trained.weights, strict=True)
+    if trained.lora is not None:
+        moved = bool(trained.folds) or (trained.quantize is not None and trained.quantize.moves_weights)
+        lora.finish(model, moved, original, folder, trained.trainer.strategy.root_device)
+    return model.eval()
+
+
+def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
+    """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed.
+
+    Raises:
+        QatkitError: a weight is NaN or infinite; the stage stays unfinished.
+    """
+    if (place := spoiled(model)) is not None:
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # what was merged into it
+        refuse_non_finite(record.name, place)
+    data.prepare_data()
+    task = declared_task(data)
+    metrics: dict[str, float] = {}
+    data.setup("fit")  # where most data modules make their validation set
+    metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader(), task).items()}
+    data.setup("test")
+    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task).items()}
+    sample = one_sample(next(iter(data.test_dataloader())))
+    cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
+    layers = [asdict(row) for row in layer_table(model)]
+    zeros = count_zeros(model, record.zeros)
+    save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
+    for file in ("last.ckpt", "best.ckpt", "started.json"):
+        (folder / file).unlink(missing_ok=True)

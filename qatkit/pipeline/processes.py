@@ -1,0 +1,18 @@
+"""Which process of a distributed run writes files."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_first_process() -> bool:
+    """Whether this process writes files; the launchers' variables decide, as no process group may exist yet."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def leave_processes() -> None:
+    """End the process group, so that the first process continues alone: its data are no longer sliced by rank."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,107 @@
+"""Run a recipe stage by stage. Stages meet on disk, so a killed run resumes where it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from qatkit.common.device import check_accelerator
+from qatkit.common.files import write_atomically
+from qatkit.errors import QatkitError, did_you_mean
+from qatkit.pipeline.processes import is_first_process
+from qatkit.pipeline.stage import StagePrint, run_stage
+from qatkit.pipeline.tracking import Tracking, check_logger
+from qatkit.recipe.loading import recipe_to_yaml
+from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
+from qatkit.run.folder import Run
+from qatkit.run.record import read_record, read_started
+
+
+def run_stages(
+    run: Run,
+    until: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+    tracking: Tracking | None = None,
+) -> list[str]:
+    """Train the stages of a recipe that are not finished.
+
+    A finished stage is left untouched and a started one resumes from its last checkpoint, both only if nothing that
+    their result depends on has changed.
+
+    Args:
+        run: The recipe and its folder.
+        until: The last stage to train; all by default.
+        force: Delete stages whose inputs have changed, and those after them, and train them again.
+        progress: Draw a progress bar for each stage.
+        tracking: Where the numbers go. Pass one to use it after training; by default it is closed at the end.
+
+    Returns:
+        The names of the stages that were trained.
+
+    Raises:
+        QatkitError: a stage in the folder was made from other values, or `until` is not a stage.
+    """
+    check_logger(run.recipe.trainer)
+    check_accelerator(run.recipe.trainer.accelerator)
+    names = list(run.recipe.stages)
+    if until is not None and until not in names:
+        raise QatkitError(f"'{until}' is not a stage", key="--until", advice=did_you_mean(until, names))
+    wanted = names[: names.index(until) + 1] if until else names
+    prints = _stage_prints(run, names)
+    if is_first_process():
+        _check_folder(run, prints, force)
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
+    # decided once, from values that every process computes alike: a process may look while another one deletes
+    finished = {
+        name for name in wanted if (record := run.find(name)) and record.fingerprint == prints[name].fingerprint
+    }
+    trained = [name for name in wanted if name not in finished]
+    shared = tracking or Tracking(run.recipe, run.out)
+    for name in trained:
+        run_stage(run, name, prints[name], shared, progress)
+    if tracking is None:
+        shared.close()
+    return trained
+
+
+def _stage_prints(run: Run, names: Sequence[str]) -> dict[str, StagePrint]:
+    prints: dict[str, StagePrint] = {}
+    for name in names:
+        inputs, parent = stage_inputs(run.recipe, name), run.recipe.parent_of(name)
+        # a teacher need not be among the stages that the model comes from
+        teacher = run.recipe.teacher_of(name) if run.recipe.stages[name].distill else None
+        before, beside = (prints[stage].fingerprint if stage else None for stage in (parent, teacher))
+        prints[name] = StagePrint(inputs, fingerprint(inputs, before, beside))
+    return prints
+
+
+def _check_folder(run: Run, prints: dict[str, StagePrint], force: bool) -> None:
+    """Refuse stages of another recipe, finished or started; with `force` delete them."""
+    for name, stage_print in prints.items():
+        try:
+            _check_stage(run, name, stage_print)
+        except QatkitError:
+            if not force:
+                raise
+            # those made from it are found by the fingerprints, which hold that of the stage before
+            folder = run.folder(name)
+            (folder / "stage.json").unlink(missing_ok=True)  # the record first: a stage without it is not finished
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
+    folder = run.folder(name)
+    recorded = None
+    if (record := read_record(folder)) is not None:
+        refuse_changes(name, "finished", record.inputs, stage_print.inputs, run.out)
+        recorded = record.fingerprint
+    # before the first checkpoint there is nothing that a change could cost
+    elif (started := read_started(folder)) is not None and (folder / "last.ckpt").exists():
+        refuse_changes(name, "started", started.inputs, stage_print.inputs, run.out)
+        recorded = started.fingerprint
+    if recorded not in (None, stage_print.fingerprint):
+        raise QatkitError(
+            f"stage '{name}' in {run.out} was made from another stage before it", advice="use --force to run it again"
+        )

@@ -1,0 +1,132 @@
+"""A run: a recipe and the folder that its results live in. It knows paths, records and models, and trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.recipe import FactoryConfig, Recipe
+from qatkit.recipe.factories import build
+from qatkit.run.architecture import Architecture, build_architecture
+from qatkit.run.compatibility import with_tokenizer
+from qatkit.run.record import StageRecord, read_record
+from qatkit.run.stage_files import load_stage
+from qatkit.run.stage_models import StageModels, starting_model
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
+
+class Run:
+    """A recipe and the folder that its results live in.
+
+    Args:
+        recipe: The recipe.
+        out: The run's folder; created when the first stage starts.
+        allow: Packages besides `qatkit` that the recipe may name code from.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = ()) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.allow = tuple(allow)
+
+    def folder(self, stage: str) -> Path:
+        """The folder of a stage's files."""
+        return self.out / "stages" / stage
+
+    def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
+        """Build a model as its factory makes it, with the same initial weights every time.
+
+        Args:
+            architecture: What it is built from; the recipe's model by default.
+            seed: Gives other initial weights than the recipe's own seed.
+        """
+        torch.manual_seed(self.recipe.seed if seed is None else seed)
+        return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
+
+    def build_data(self, batch_size: int) -> LightningDataModule:
+        """Build the recipe's data; the recipe's seed decides their order."""
+        from lightning.pytorch import LightningDataModule
+
+        config = with_tokenizer(self.recipe.data, self.recipe.model, self.allow)
+        data = build(config, "data", self.allow, batch_size=batch_size, seed=self.recipe.seed)
+        if not isinstance(data, LightningDataModule):
+            raise QatkitError(
+                f"'{self.recipe.data.factory}' returned {type(data).__name__}",
+                key="data.factory",
+                advice="return a LightningDataModule",
+            )
+        return data
+
+    def load_model(self, stage: str | None, quantizers: bool = True) -> nn.Module:
+        """Load the model of a finished stage on the CPU.
+
+        Args:
+            stage: The stage's name; None gives the model before the first stage.
+            quantizers: False gives plain layers with their latent weights.
+        """
+        record = self.find(stage) if stage is not None else None
+        model = self.build_model(record.architecture if record else None)
+        if stage is not None:
+            load_stage(self.folder(stage), model, quantizers)
+        return model
+
+    def start_model(self, stage: str) -> nn.Module:
+        """The model that a stage starts with, before its own `shrink`: plain layers, on the CPU."""
+
+        def built(factory: FactoryConfig, key: str) -> nn.Module:
+            return self.build_model(Architecture(factory))
+
+        return starting_model(self.recipe, stage, built, lambda parent: self.load_model(parent, quantizers=False))
+
+    def stage_models(self) -> StageModels:
+        """The models of all stages without values, of finished stages as they were recorded."""
+
+        def recorded(stage: str) -> Architecture | None:
+            record = self.find(stage)
+            return record.architecture if record is not None else None
+
+        return StageModels(self.recipe, self.allow, recorded)
+
+    def is_original(self, stage: str) -> bool:
+        """Whether a stage trains the weights that the model's factory gives: no earlier stage has changed them."""
+        if self.recipe.stages[stage].shrink is not None:
+            return False
+        if (before := self.recipe.parent_of(stage)) is None:
+            return True
+        changed = self.recipe.stages[before]
+        return changed.max_steps == 0 and not changed.compresses and self.is_original(before)
+
+    def find(self, stage: str) -> StageRecord | None:
+        """The record of a stage, or None while it is not finished."""
+        return read_record(self.folder(stage))
+
+    def record(self, stage: str) -> StageRecord:
+        """The record of a finished stage.
+
+        Raises:
+            QatkitError: the stage is not finished.
+        """
+        record = self.find(stage)
+        if record is None:
+            raise QatkitError(f"stage '{stage}' of {self.out} is not finished", advice="use `qatkit run` to finish it")
+        return record
+
+    @property
+    def rows(self) -> list[str]:
+        """The stages that a comparison shows: the last before compression or adapters, and all from there on."""
+        names = list(self.recipe.stages)
+        return names[max(len(self.uncompressed) - 1, 0) :]
+
+    @property
+    def uncompressed(self) -> list[str]:
+        """The stages before the first that compresses or adapts the model."""
+        stages = self.recipe.stages
+        return list(takewhile(lambda name: not stages[name].compresses and stages[name].lora is None, stages))
