@@ -1,16 +1,16 @@
-"""What several blocks of a recipe share."""
+"""Definitions that several blocks of a recipe use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-MISSING: Any = "???"  # OmegaConf's mark of a value that the file must give
+MISSING: Any = "???"  # OmegaConf's marker for a value that the file must provide
 
 
 @dataclass(frozen=True)
 class FactoryConfig:
-    """A function named as ``module:callable``, and the arguments it is called with."""
+    """A function named as ``module:callable``, and its arguments."""
 
     factory: str = MISSING
     args: dict[str, Any] = field(default_factory=dict)

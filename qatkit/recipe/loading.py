@@ -1,7 +1,7 @@
-"""From a name or a file to a `Recipe`: typed, frozen, complete, and before anything heavy is imported.
+"""Load a `Recipe` from a name or a file: typed, frozen and complete, without importing anything heavy.
 
-The file and the overrides become one raw mapping, which is checked against the schema, merged once into OmegaConf's
-structured config for its defaults and interpolations, and checked again as the objects are built from it.
+The file and the overrides form one raw mapping. It is checked against the schema, merged once into OmegaConf's
+structured config for defaults and interpolations, and checked again while the objects are built from it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
-from qatkit.errors import QatkitError
-from qatkit.recipe import Recipe
-from qatkit.recipe.schema import join, read, show, suggest
+from qatkit.errors import QatkitError, did_you_mean, join_key
+from qatkit.recipe.recipe import Recipe, check_schema_version
+from qatkit.recipe.schema import read, show
 from qatkit.recipe.strict_yaml import dump_yaml, parse_yaml
 
 Scalar = str | int | float | bool | None
@@ -41,44 +41,56 @@ def list_recipes() -> list[str]:
 
 
 def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
-    """The text of a recipe as it was written.
+    """The text of a recipe, unchanged.
 
     Args:
-        name_or_path: A name out of `list_recipes`, else the path of a file.
+        name_or_path: A name from `list_recipes`, else the path of a file.
 
     Raises:
         QatkitError: there is no such recipe, or the file cannot be read.
     """
     name = os.fspath(name_or_path)
     shipped = list_recipes()
+    key, advice = f"recipe '{name}'", "pass the path of a .yaml file"
     try:
         if name in shipped:
             return (resources.files("qatkit.recipes") / f"{name}.yaml").read_text("utf-8")
         return Path(name).read_text("utf-8-sig")
     except FileNotFoundError:
-        near = suggest(name.removesuffix(".yaml"), shipped)
-        raise QatkitError(f"recipe '{name}': no such file or shipped recipe; {near}") from None
+        nearest = did_you_mean(name.removesuffix(".yaml"), shipped)
+        raise QatkitError("no such file or shipped recipe", key=key, advice=nearest) from None
     except IsADirectoryError:
-        raise QatkitError(f"recipe '{name}': is a folder; write the path of a .yaml file") from None
+        raise QatkitError("is a folder", key=key, advice=advice) from None
     except UnicodeDecodeError:
-        raise QatkitError(f"recipe '{name}': is not UTF-8 text; write the path of a .yaml file") from None
+        raise QatkitError("is not UTF-8 text", key=key, advice=advice) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise QatkitError(f"recipe '{name}': cannot be read ({reason}); check the path and its rights") from None
+        advice = "check the path and its permissions"
+        raise QatkitError(f"cannot be read ({reason})", key=key, advice=advice) from None
+
+
+def recipe_description(name: str) -> str:
+    """The first sentence of a shipped recipe's header.
+
+    Example:
+        >>> recipe_description("vision/digits_int8")
+        'Quantize a small CNN to int8 weights and activations, with the dense model as teacher.'
+    """
+    return recipe_text(name).splitlines()[0].lstrip("# ")
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and check it against the schema; imports neither torch nor any code that the recipe names.
+    """Read a recipe and check it against the schema, without importing torch or code that the recipe names.
 
     Args:
-        name_or_path: A name out of `list_recipes`, else the path of a YAML file.
-        overrides: ``key=value`` with a dotted key and a YAML value; they replace what the file says.
+        name_or_path: A name from `list_recipes`, else the path of a YAML file.
+        overrides: ``key=value`` with a dotted key and a YAML value; they replace values of the file.
 
     Returns:
         The recipe, with every default filled in and every ``${key}`` replaced by its value.
 
     Raises:
-        QatkitError: the first mistake found, by its key, the value seen and what to write instead.
+        QatkitError: the first mistake, with its key, the value seen and the fix.
 
     Example:
         >>> load_recipe("vision/digits_int4", ["stages.qat.lr=1e-5"]).stages["qat"].lr
@@ -87,31 +99,35 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     source = os.fspath(name_or_path)
     raw = parse_yaml(recipe_text(name_or_path), source)
     if raw is None:
-        raise QatkitError(f"{source}: is empty; write name, model, data and stages")
+        raise QatkitError("is empty", key=source, advice="add name, model, data and stages")
     if not isinstance(raw, dict):
-        raise QatkitError(f"{source}: {show(raw)} is no recipe; write a block of keys: name, model, data and stages")
+        raise QatkitError(
+            f"{show(raw)} is not a recipe", key=source, advice="use a block of keys: name, model, data and stages"
+        )
     for override in overrides:
         _apply(raw, override)
     try:
+        if "schema_version" in raw:  # before its keys, which another version may name differently
+            check_schema_version(raw["schema_version"])
         read(Recipe, raw, "", resolved=False)
         recipe = read(Recipe, _resolve(raw), "")
     except QatkitError as error:
-        raise QatkitError(f"{error} ({_origin(str(error), source, overrides)})") from None
+        raise error.with_fields(origin=_origin(error.key, source, overrides)) from None
     assert isinstance(recipe, Recipe)
     return recipe
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The complete recipe, defaults included, as YAML that loads to an equal one."""
+    """The complete recipe with its defaults, as YAML that loads as an equal recipe."""
     return dump_yaml(dataclasses.asdict(recipe))
 
 
 def flatten(data: object, prefix: str = "") -> dict[str, Scalar]:
-    """Plain values by dotted key, to compare two recipes key by key.
+    """Flatten nested data into plain values by dotted key, to compare two recipes key by key.
 
     Args:
-        data: A dataclass instance or a mapping. A list, or an empty mapping, is one value: its JSON text.
-        prefix: Stands before every key, with its own dot.
+        data: A dataclass instance or a mapping. A list, or an empty mapping, becomes one value: its JSON text.
+        prefix: Put before every key as it is; include the dot.
 
     Example:
         >>> flatten({"args": {"hidden": [8, 8]}, "factory": "qatkit.models:mlp"}, "model.")
@@ -136,18 +152,21 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not text.strip() or not all(names):
-        raise QatkitError(f"{_quote(override)}: is not key=value; write it as stages.qat.lr=1e-5")
+        raise QatkitError("is not key=value", key=_quote(override), advice="use the form stages.qat.lr=1e-5")
     value = parse_yaml(text, _quote(override), key.strip())
     block = raw
     for depth, name in enumerate(names[:-1]):
         here = ".".join(names[: depth + 1])
         if block.get(name) is None:
             if names[:depth] == ["stages"]:  # a typo must not pass as the first key of a new stage
-                raise QatkitError(f"{here}: no such stage; {suggest(name, block)} ({_quote(override)})")
+                raise QatkitError("no such stage", key=here, advice=did_you_mean(name, block), origin=_quote(override))
             block[name] = {}
         if not isinstance(block[name], dict):
             raise QatkitError(
-                f"{here}: {show(block[name])} has no keys to override; give all of it: {here}=... ({_quote(override)})"
+                f"{show(block[name])} has no keys to override",
+                key=here,
+                advice=f"replace the whole value: {here}=...",
+                origin=_quote(override),
             )
         block = block[name]
     block[names[-1]] = value
@@ -158,25 +177,27 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
     for path, text in _interpolations(raw, ""):
         if "${" in _REFERENCE.sub("", text) or "\\${" in text:
             raise QatkitError(
-                f"{path}: {show(text)} is more than a reference to a key, and a recipe runs nothing; "
-                "write the value itself, or ${key}"
+                f"{show(text)} is more than a reference to a key, and recipes run no code",
+                key=path,
+                advice="use the value itself, or ${key}",
             )
     # The typed config gives the defaults. Its values are resolved untyped: typed, OmegaConf would convert them.
     complete = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), raw))
-    seen = dict(_interpolations(complete, ""))
+    references = dict(_interpolations(complete, ""))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(complete), resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        path = getattr(error, "full_key", None) or next(iter(seen))
-        text = seen.get(path, "${...}")
+        path = getattr(error, "full_key", None) or next(iter(references))
+        text = references.get(path, "${...}")
+        problem, advice = "refers to itself", "use the value itself"
         if isinstance(error, InterpolationKeyError):
-            name = text.strip("${}").lstrip(".")
-            raise QatkitError(f"{path}: {show(text)} names no key; {suggest(name, _keys(complete, ''))}") from None
-        if isinstance(error, InterpolationToMissingValueError):
-            raise QatkitError(f"{path}: {show(text)} names a value that is missing; give it a value") from None
-        raise QatkitError(f"{path}: {show(text)} refers to itself; write the value itself") from None
+            problem = "refers to an unknown key"
+            advice = did_you_mean(text.strip("${}").lstrip("."), _keys(complete, ""))
+        elif isinstance(error, InterpolationToMissingValueError):
+            problem, advice = "refers to a value that is missing", "give it a value"
+        raise QatkitError(f"{show(text)} {problem}", key=path, advice=advice) from None
     for path, text in _interpolations(resolved, ""):
-        raise QatkitError(f"{path}: becomes {show(text)}, which is a reference again; write the value itself")
+        raise QatkitError(f"becomes {show(text)}, another reference", key=path, advice="use the value itself")
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -186,7 +207,7 @@ def _interpolations(value: Any, path: str) -> Iterator[tuple[str, str]]:
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _interpolations(item, join(path, str(key)))
+            yield from _interpolations(item, join_key(path, str(key)))
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _interpolations(item, f"{path}[{index}]")
@@ -197,18 +218,17 @@ def _keys(value: Any, path: str) -> Iterator[str]:
         yield path
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _keys(item, join(path, str(key)))
+            yield from _keys(item, join_key(path, str(key)))
 
 
-def _origin(message: str, source: str, overrides: Sequence[str]) -> str:
-    """Where the mistake was written: the last override of the key that the message starts with, else the file."""
-    path = message.partition(": ")[0]
-    block = path.rpartition(".")[0]
+def _origin(key: str, source: str, overrides: Sequence[str]) -> str:
+    """Where a value was set: in the last override of its key, else in the file."""
+    block = key.rpartition(".")[0]
     for override in reversed(overrides):
-        key = override.partition("=")[0].strip()
-        if path == key or path.startswith((f"{key}.", f"{key}[")) or key.startswith(f"{path}."):
+        changed = override.partition("=")[0].strip()
+        if key == changed or key.startswith((f"{changed}.", f"{changed}[")) or changed.startswith(f"{key}."):
             return _quote(override)
-        if block and key.rpartition(".")[0] == block:  # two keys of one block may not fit each other
+        if block and changed.rpartition(".")[0] == block:  # two keys of one block may conflict
             return f"{source}, with {_quote(override)}"
     return source
 

@@ -1,12 +1,11 @@
-"""Plain data against type annotations, strictly: what a recipe says is what is built, or the error names the key.
+"""Check plain data against type annotations, strictly, and build dataclasses from it.
 
-Nothing is converted but a whole number to a float. OmegaConf would take ``True`` for text, ``"5"`` for 5 and 0.5 steps
-for 0, and would lose the key of an object whose own check fails; so objects are built here, from the leaves upwards.
+The only conversion is from an integer to a float. OmegaConf would accept ``True`` as text, ``"5"`` as 5 and 0.5 as 0
+steps, and would lose the key of an object whose own check fails, so objects are built here, from the leaves upwards.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -15,20 +14,23 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qatkit.errors import QatkitError
-from qatkit.recipe import MISSING
+from qatkit.errors import QatkitError, did_you_mean, join_key, under
+from qatkit.recipe.common import MISSING
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+OLD_KEYS: dict[str, dict[str, str]] = {}
+"""Renamed keys by the class that held them: the old key, and the key to use instead."""
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
 
 def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
     """Check `value` against a type, and build the dataclasses in it.
 
     Args:
-        annotation: A dataclass, `Literal`, union, list, dict, scalar type or `Any`; anything else is not judged.
+        annotation: A dataclass, `Literal`, union, list, dict, scalar type or `Any`; other annotations are not checked.
         value: Plain data.
-        path: Dotted key of the value, for errors; empty at the top.
-        resolved: False while the value may hold interpolations: they are skipped, and nothing is built.
+        path: Dotted key of the value, for errors; empty at the top level.
+        resolved: False while the value may contain interpolations: they are skipped, and nothing is built.
 
     Returns:
         The value with dataclasses built; None for a dataclass that is not built yet.
@@ -45,7 +47,7 @@ def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
         if not resolved and "${" in value:
             return value
         if value == MISSING:
-            raise QatkitError(f"{path}: is missing; give it a value")
+            raise QatkitError("is missing", key=path, advice="give it a value")
     origin, options = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return _read_plain(value, path, resolved)
@@ -59,33 +61,17 @@ def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
         return _read_list(origin, options, value, path, resolved)
     if origin in (dict, Mapping):
         _require_keys(value, path)
-        return {key: read(options[1], item, join(path, key), resolved) for key, item in value.items()}
+        return {key: read(options[1], item, join_key(path, key), resolved) for key, item in value.items()}
     if annotation in _KINDS:
         return _read_scalar(annotation, value, path)
     return value
 
 
-def join(path: str, key: str) -> str:
-    """The dotted key of `key` inside `path`."""
-    return f"{path}.{key}" if path else key
-
-
 def show(value: Any) -> str:
-    """A value as an error shows it: as YAML would spell it, and short."""
+    """A value as errors display it: in YAML syntax, and shortened."""
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     text = "null" if value is None else text
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest one that exists, or a few of them."""
-    names = [str(candidate) for candidate in known]
-    by_lower = {candidate.lower(): candidate for candidate in reversed(names)}
-    if near := difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5):
-        return f"did you mean '{by_lower[near[0]]}'?"
-    if not names:
-        return "none is known here"
-    return f"write one of {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
 
 
 def _read_object(cls: type[Any], value: Any, path: str, resolved: bool) -> Any:
@@ -93,22 +79,27 @@ def _read_object(cls: type[Any], value: Any, path: str, resolved: bool) -> Any:
     hints = get_type_hints(cls)
     for key in value:
         if key not in hints:
-            raise QatkitError(f"{join(path, key)}: unknown key; {suggest(key, hints)}")
+            new = OLD_KEYS.get(cls.__name__, {}).get(key)
+            problem = "unknown key" if new is None else "this key was renamed"
+            advice = did_you_mean(key, hints) if new is None else f"use '{new}'"
+            raise QatkitError(problem, key=join_key(path, key), advice=advice)
     arguments = {}
     for field in fields(cls):
-        here = join(path, field.name)
+        here = join_key(path, field.name)
         if field.name in value:
             arguments[field.name] = read(hints[field.name], value[field.name], here, resolved)
         elif field.default == MISSING or (field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT):
-            raise QatkitError(f"{here}: is missing; give it a value")
+            raise QatkitError("is missing", key=here, advice="give it a value")
     if not resolved:
         return None
-    try:
-        return cls(**arguments)
-    except QatkitError as error:  # from __post_init__
-        raise error.under(path) from None
-    except ValueError as error:  # the same, with a message that starts with the field
-        raise QatkitError(join(path, str(error))) from None
+    with under(path):
+        try:
+            return cls(**arguments)
+        except QatkitError:
+            raise
+        except ValueError as error:  # blocks whose own errors have no fields yet
+            key, _, problem = str(error).partition(": ")
+            raise QatkitError(problem, key=key) from None
 
 
 def _read_union(options: tuple[Any, ...], value: Any, path: str, resolved: bool) -> Any:
@@ -123,18 +114,18 @@ def _read_union(options: tuple[Any, ...], value: Any, path: str, resolved: bool)
         except QatkitError:
             continue
     kinds = " or ".join(_KINDS.get(option, getattr(option, "__name__", str(option))) for option in wanted)
-    raise QatkitError(f"{path}: {show(value)} is not {kinds}; write one of these")
+    raise QatkitError(f"{show(value)} is not {kinds}", key=path, advice=f"use {kinds}")
 
 
 def _read_list(origin: Any, options: tuple[Any, ...], value: Any, path: str, resolved: bool) -> list[Any]:
     if not isinstance(value, list | tuple):
         items = str(value) if _is_scalar(value) else "..."
-        if re.fullmatch(r"\d+:\d+", items):  # 2:4, as N:M sparsity is written everywhere but in YAML
+        if re.fullmatch(r"\d+:\d+", items):  # 2:4, the usual notation of N:M sparsity outside YAML
             items = items.replace(":", ", ")
-        raise QatkitError(f"{path}: {show(value)} is not a list; write [{items}]")
+        raise QatkitError(f"{show(value)} is not a list", key=path, advice=f"use [{items}]")
     if origin is tuple and options[-1] is not Ellipsis:
         if len(value) != len(options):
-            raise QatkitError(f"{path}: {show(value)} has {len(value)} values; write {len(options)}")
+            raise QatkitError(f"{show(value)} has {len(value)} values", key=path, advice=f"use {len(options)}")
         kinds = list(options)
     else:
         kinds = [options[0]] * len(value)
@@ -145,7 +136,7 @@ def _read_list(origin: Any, options: tuple[Any, ...], value: Any, path: str, res
 
 
 def _read_plain(value: Any, path: str, resolved: bool) -> Any:
-    """A value that may be anything that YAML can say."""
+    """Check a value that may be anything YAML can express."""
     if isinstance(value, dict):
         return read(dict[str, Any], value, path, resolved)
     if isinstance(value, list):
@@ -156,45 +147,47 @@ def _read_plain(value: Any, path: str, resolved: bool) -> Any:
 def _read_scalar(kind: type[Any], value: Any, path: str) -> Any:
     if kind is float and type(value) in (int, float):
         if not _is_finite(value):
-            raise QatkitError(f"{path}: {show(value)} is not a finite number; write a number such as 0.1")
+            raise QatkitError(f"{show(value)} is not a finite number", key=path, advice="use a number such as 0.1")
         return float(value)
     if type(value) is not kind:
-        raise QatkitError(f"{path}: {show(value)} is not {_KINDS[kind]}; {_fix(kind, value)}")
+        raise QatkitError(f"{show(value)} is not {_KINDS[kind]}", key=path, advice=_replacement(kind, value))
     return value
 
 
-def _fix(kind: type[Any], value: Any) -> str:
-    """What to write instead of a value that has the wrong type."""
+def _replacement(kind: type[Any], value: Any) -> str:
+    """Advice on how to replace a value of the wrong type."""
     if kind is str and _is_scalar(value) and value is not None:
-        return f'write "{value}" in quotes'
+        return f'use "{value}" in quotes'
     if kind in (int, float) and isinstance(value, str | float):
         try:
             number = float(value)
         except ValueError:
             number = math.nan
         if kind is int and number.is_integer():
-            return f"write {int(number)}"
+            return f"use {int(number)}"
         if kind is float and math.isfinite(number):
-            return f"write {number} without quotes"
-    return {int: "write a number such as 8", float: "write a number such as 0.1"}.get(kind, f"write {_KINDS[kind]}")
+            return f"use {number} without quotes"
+    return {int: "use an integer such as 8", float: "use a number such as 0.1"}.get(kind, f"use {_KINDS[kind]}")
 
 
 def _read_choice(options: tuple[Any, ...], value: Any, path: str) -> Any:
     if any(type(value) is type(option) and value == option for option in options):
         return value
-    choices = [str(option) for option in options]
-    near = suggest(value, choices) if isinstance(value, str) else ""
-    near = near if near.startswith("did") else "write one of these"
-    raise QatkitError(f"{path}: {show(value)} is not one of {', '.join(choices)}; {near}")
+    advice = did_you_mean(str(value), [str(option) for option in options])
+    raise QatkitError(f"unknown value {show(value)}", key=path, advice=advice)
 
 
 def _require_keys(value: Any, path: str) -> None:
     name = path.rpartition(".")[2] or "recipe"
     if not isinstance(value, dict):
-        raise QatkitError(f"{path or 'recipe'}: {show(value)} is not a block of keys; write {name}: {{key: value}}")
+        raise QatkitError(
+            f"{show(value)} is not a block of keys", key=path or "recipe", advice=f"use {name}: {{key: value}}"
+        )
     for key in value:
         if not isinstance(key, str):
-            raise QatkitError(f'{join(path, str(key))}: the key {show(key)} is not text; write "{key}" in quotes')
+            raise QatkitError(
+                f"the key {show(key)} is not text", key=join_key(path, str(key)), advice=f'put it in quotes: "{key}"'
+            )
 
 
 def _is_scalar(value: Any) -> bool:
@@ -204,5 +197,5 @@ def _is_scalar(value: Any) -> bool:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the largest float
+    except OverflowError:  # an integer larger than every float
         return False

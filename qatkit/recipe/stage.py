@@ -1,10 +1,11 @@
-"""A stage: one stretch of training and the blocks that say what happens in it."""
+"""A stage: one stretch of training, and the blocks that configure it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
 from qatkit.recipe.lora import LoraConfig
@@ -19,7 +20,7 @@ ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stretch of training. A block that is present is on; ``max_steps: 0`` only prepares and measures."""
+    """One stretch of training. A block is enabled if it is present; ``max_steps: 0`` prepares and measures only."""
 
     max_steps: int = MISSING
     batch_size: int = 64
@@ -27,90 +28,113 @@ class StageConfig:
     lr: float = 1e-3
     weight_decay: float = 0.01
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    """torch's AdamW, or one of bitsandbytes: moments in 8 bits, or in memory that a GPU shares with the machine."""
+    """AdamW of torch, or of bitsandbytes: with 8-bit moments, or with moments in memory paged between GPU and host."""
     schedule: ScheduleName = "cosine"
     warmup: float = 0.0
-    """Share of the stage over which the learning rate rises from zero, 0 to 1."""
+    """Fraction of the stage over which the learning rate rises from zero, 0 to 1."""
     decay: float = 0.2
-    """With schedule wsd (warm-up, stable, decay): share of the stage, at its end, over which the rate falls to zero."""
+    """With schedule wsd (warmup, stable, decay): fraction of the stage, at its end, over which the rate falls to
+    zero."""
     gradient_clip: float | None = None
-    """Largest global norm of the gradient."""
+    """Maximum global norm of the gradient."""
     accumulate: int = 1
     """Batches per optimizer step."""
     early_stopping: EarlyStoppingConfig | None = None
     samples: SamplesConfig | None = None
     start: str | None = None
-    """The earlier stage whose model this one goes on with; by default the one before."""
+    """The earlier stage whose model this stage continues from; by default the previous stage."""
     model: FactoryConfig | None = None
-    """Begin with this model instead of the one that the stage before left, such as a small student."""
+    """Start from this model, such as a small student, instead of the previous stage's."""
     shrink: ShrinkConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
-    """Keep the zeros that an earlier stage made."""
+    """Keep weights at zero that an earlier stage pruned."""
     quantize: QuantizeConfig | None = None
     lora: LoraConfig | None = None
     lottery: LotteryConfig | None = None
-    """Stands for stages of its own; a `Recipe` holds these instead."""
+    """Expands into stages of its own; a `Recipe` holds those instead."""
     rewind: RewindConfig | None = None
     part: PartConfig | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
-            if (value := getattr(self, name)) != MISSING and value < low:
-                raise ValueError(f"{name}: {value} is out of range; write a whole number of at least {low}")
-        if not self.lr > 0:
-            raise ValueError(f"lr: {self.lr} is out of range; write a number above 0, such as 1e-3")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: {self.weight_decay} is out of range; write 0 or more")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup: {self.warmup} is out of range; write a share from 0 to 1")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay: {self.decay} is out of range; write a share above 0 and up to 1")
-        if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(
-                f"decay: {self.decay} and a warmup of {self.warmup} are more than the stage; write two shares with a "
-                "sum of at most 1"
-            )
-        if self.start is not None and self.model is not None:
-            raise ValueError(f"start: '{self.start}' and a model are given; write the one that the stage begins with")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ValueError(f"gradient_clip: {self.gradient_clip} is out of range; write a number above 0")
-        if self.part is not None and self.part.start + self.max_steps > self.part.of:
-            raise ValueError(
-                f"part.of: {self.part.of} is less than the {self.part.start} steps before the stage and its "
-                f"{self.max_steps}; write at least their sum"
-            )
+        self._check_training()
+        self._check_prune()
+        self._check_blocks()
 
+    def _check_training(self) -> None:
+        for key, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
+            value = getattr(self, key)
+            self._require(value == MISSING or value >= low, key, f"use an integer of at least {low}")
+        self._require(self.lr > 0, "lr", "use a number above 0, such as 1e-3")
+        self._require(self.weight_decay >= 0, "weight_decay", "use 0 or a number above 0")
+        self._require(0 <= self.warmup <= 1, "warmup", "use a fraction from 0 to 1")
+        self._require(0 < self.decay <= 1, "decay", "use a fraction above 0 and up to 1")
+        self._require(self.gradient_clip is None or self.gradient_clip > 0, "gradient_clip", "use a number above 0")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise QatkitError(
+                f"{self.decay} and a warmup of {self.warmup} are longer than the stage",
+                key="decay",
+                advice="use two fractions with a sum of at most 1",
+            )
+        if self.part is not None and self.part.start + self.max_steps > self.part.of:
+            raise QatkitError(
+                f"{self.part.of} is less than the {self.part.start} steps before the stage and its {self.max_steps}",
+                key="part.of",
+                advice="use at least their sum",
+            )
         for block in ("early_stopping", "samples"):
             if getattr(self, block) is not None and self.max_steps == 0:
-                raise ValueError(f"{block}: the stage does not train, as max_steps is 0; leave it out")
-        if self.prune is not None and not self.prune.at_once:
-            how = "ramp" if self.prune.ramp is not None else "method"
-            if self.early_stopping is not None:
-                raise ValueError(
-                    f"early_stopping: prune.{how} makes zeros until the stage ends, and the best validation would be "
-                    "one with few of them; write it in a stage after this one"
-                )
-            if self.max_steps == 0:
-                raise ValueError(f"prune.{how}: it prunes while training, and max_steps is 0; write sparsity: 0.5")
-            if self.rewind is not None:
-                raise ValueError(
-                    f"prune.{how}: it prunes while training, and rewind needs zeros to put weights under at the start; "
-                    "write sparsity: 0.5"
-                )
+                raise QatkitError("the stage does not train, as max_steps is 0", key=block, advice="remove the block")
 
+    def _check_prune(self) -> None:
+        """Refuse what does not work with a stage that prunes while it trains."""
+        if self.prune is None or self.prune.at_once:
+            return
+        key = "prune.ramp" if self.prune.ramp is not None else "prune.method"
+        if self.early_stopping is not None:
+            raise QatkitError(
+                f"{key} prunes until the stage ends, and the best validation loss would be one of low sparsity",
+                key="early_stopping",
+                advice="move the block to a stage after this one",
+            )
+        if self.max_steps == 0:
+            raise QatkitError("it prunes while training, and max_steps is 0", key=key, advice="use sparsity: 0.5")
+        if self.rewind is not None:
+            raise QatkitError(
+                "it prunes while training, and rewind needs the mask before the first step",
+                key=key,
+                advice="use sparsity: 0.5",
+            )
+
+    def _check_blocks(self) -> None:
+        """Refuse blocks that cannot be combined."""
+        if self.start is not None and self.model is not None:
+            raise QatkitError(
+                f"'{self.start}' and a model are both given",
+                key="start",
+                advice="set only the one that the stage starts from",
+            )
         if self.model is not None and self.shrink is not None:
-            raise ValueError("shrink: a stage with a model of its own has nothing to cut yet; write the size in model")
+            raise QatkitError(
+                "a stage with its own model has nothing to shrink", key="shrink", advice="set the size in model.args"
+            )
         if self.lora is not None and self.prune is not None:
-            raise ValueError(
-                "prune: lora freezes the weights of its stage; prune in a stage before, whose zeros it holds"
+            raise QatkitError(
+                "lora freezes the weights of its stage, so they cannot be pruned",
+                key="prune",
+                advice="prune in an earlier stage; this one keeps its sparsity",
             )
         if self.lora is not None and self.lora.bits is not None and self.quantize is not None:
-            raise ValueError(
-                f"lora.bits: weights that are frozen in {self.lora.bits} bits cannot be quantized in the same stage; "
-                "write bits: null, or quantize in a stage of its own after it"
+            raise QatkitError(
+                f"weights frozen in {self.lora.bits} bits cannot be quantized in the same stage",
+                key="lora.bits",
+                advice="set bits: null, or quantize in a later stage",
             )
+
+    def _require(self, fits: bool, key: str, advice: str) -> None:
+        if not fits:
+            raise QatkitError(f"{getattr(self, key)} is out of range", key=key, advice=advice)
 
     @property
     def compresses(self) -> bool:
@@ -119,5 +143,5 @@ class StageConfig:
 
     @property
     def schedule_steps(self) -> int:
-        """Steps of the learning-rate schedule, which may be longer than the stage."""
+        """Length of the learning-rate schedule in steps, which may exceed the stage's."""
         return self.max_steps if self.part is None else self.part.of

@@ -1,7 +1,7 @@
-"""YAML as a person means it: numbers are numbers, nothing is said twice, and nothing is built but plain data.
+"""YAML as a reader expects it: numbers are numbers, duplicates are errors, and only plain data is built.
 
-PyYAML follows YAML 1.1, where ``1e-3`` is text, ``2:4`` is 124, ``no`` is false, and the second of two equal keys wins
-in silence. Here scalars follow YAML 1.2, and what a reader could misread is an error that names the line.
+PyYAML follows YAML 1.1, where ``1e-3`` is text, ``2:4`` is 124, ``no`` is false, and the second of two equal keys
+silently wins. Here scalars follow YAML 1.2, and ambiguous input is an error that names the line.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # PyYAML has no types of its own
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, join_key
 
-_MOST_NODES = 10_000  # aliases of aliases grow without bound; no recipe comes near this
+_MOST_NODES = 10_000  # aliases of aliases grow exponentially; real recipes stay far below
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 _SCALARS = (
@@ -46,7 +46,7 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # the base class is untyp
 
 for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_TAG + _tag, re.compile(f"^(?:{_pattern})$"), list(_first))
-    # The dumper keeps PyYAML's rules and gets ours too: it quotes whatever either reading would take for a number.
+    # The dumper keeps PyYAML's rules and adds ours: it quotes text that either would read as a number.
     _Dumper.add_implicit_resolver(_TAG + _tag, re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
@@ -55,11 +55,11 @@ def parse_yaml(text: str, source: str, path: str = "") -> Any:
 
     Args:
         text: The document.
-        source: Where it comes from, for errors.
+        source: Its origin, for errors.
         path: Dotted key that the document is the value of, for errors.
 
     Raises:
-        QatkitError: the text is no YAML, a key is given twice or has no value, or an alias holds itself.
+        QatkitError: the text is not valid YAML, a key is duplicated or has no value, or an alias contains itself.
 
     Example:
         >>> parse_yaml("{lr: 1e-3, nm: 2:4}", "the command line")
@@ -75,13 +75,13 @@ def parse_yaml(text: str, source: str, path: str = "") -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise QatkitError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
+        raise QatkitError(f"not valid YAML: {error.problem or error.context}", key=f"{source}{line}") from None
     except RecursionError:
-        raise QatkitError(f"{source}: blocks are nested too deeply to read") from None
+        raise QatkitError("blocks are nested too deeply to read", key=source) from None
     except (yaml.YAMLError, ValueError, LookupError) as error:  # also a tag on a value it does not fit: !!int "a"
         if isinstance(error, QatkitError):
             raise
-        raise QatkitError(f"{source}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raise QatkitError(f"not valid YAML: {' '.join(str(error).split())[:200]}", key=source) from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -91,9 +91,14 @@ def dump_yaml(value: Any) -> str:
 
 
 def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes: set[int]) -> int:
-    """Count the nodes under `node` with aliases written out, and refuse what YAML itself lets pass."""
+    """Count the nodes under `node` with aliases expanded, and refuse ambiguous input that YAML allows."""
     if id(node) in open_nodes:
-        raise QatkitError(f"{path}: the alias stands for a block that holds it ({_line(node, source)}); write it out")
+        raise QatkitError(
+            "the alias stands for a block that contains it",
+            key=path,
+            advice="remove the alias",
+            origin=_line(node, source),
+        )
     if id(node) in sizes:
         return sizes[id(node)]
     open_nodes.add(id(node))
@@ -101,23 +106,26 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
     if isinstance(node, yaml.MappingNode):
         first: dict[str, Any] = {}
         for key, value in node.value:
+            origin = _line(key, source)
             if not isinstance(key, yaml.ScalarNode):
-                raise QatkitError(f"{path or 'recipe'}: a key is no text ({_line(key, source)}); write name: value")
-            here = f"{path}.{key.value}" if path else key.value
+                raise QatkitError("a key is not text", key=path or "recipe", advice="use name: value", origin=origin)
+            here = join_key(path, key.value)
             if key.value in first:
                 line = first[key.value].start_mark.line + 1
-                raise QatkitError(f"{here}: given twice, first in line {line} ({_line(key, source)}); remove one")
+                raise QatkitError(f"duplicate of the key in line {line}", key=here, advice="remove one", origin=origin)
             first[key.value] = key
             if value.tag == f"{_TAG}null" and not value.value:
                 raise QatkitError(
-                    f"{here}: has no value ({_line(key, source)}); write {{}} for the defaults, or null for none"
+                    "has no value", key=here, advice="use {} for the defaults, or null for none", origin=origin
                 )
             size += _check(value, here, source, sizes, open_nodes)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             size += _check(value, f"{path}[{index}]", source, sizes, open_nodes)
     if size > _MOST_NODES:
-        raise QatkitError(f"{path or source}: more than {_MOST_NODES} values ({_line(node, source)}); write fewer")
+        raise QatkitError(
+            f"more than {_MOST_NODES} values", key=path or source, advice="use fewer", origin=_line(node, source)
+        )
     open_nodes.discard(id(node))
     sizes[id(node)] = size
     return size
@@ -128,7 +136,7 @@ def _line(node: Any, source: str) -> str:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which an alias is a value of its own, so that an override changes one place only."""
+    """Copy a value so that aliases become separate objects, and an override changes one place only."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -1,43 +1,46 @@
-"""What watches a stage while it trains: the ``early_stopping`` and the ``samples`` block."""
+"""Blocks that observe a stage while it trains: ``early_stopping`` and ``samples``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING
 
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """End the stage when the validation loss no longer falls; its result is the model of the best validation."""
+    """Stop when the validation loss no longer improves; the stage's result is the model with the lowest one."""
 
     patience: int = 3
-    """Validations in a row, one at every epoch's end, without an improvement."""
+    """Consecutive validations without an improvement; there is one at the end of every epoch."""
     min_delta: float = 0.0
-    """How much lower the loss has to be to count as one, in nats."""
+    """Smallest decrease of the loss that counts as an improvement, in nats."""
 
     def __post_init__(self) -> None:
         if self.patience < 1:
-            raise ValueError(f"patience: {self.patience} is out of range; write a whole number of at least 1")
+            raise QatkitError(f"{self.patience} is out of range", key="patience", advice="use an integer of at least 1")
         if self.min_delta < 0:
-            raise ValueError(f"min_delta: {self.min_delta} is out of range; write 0 or more")
+            raise QatkitError(f"{self.min_delta} is out of range", key="min_delta", advice="use 0 or a number above 0")
 
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Let a language model continue prompts now and then, to be read beside its curves; training goes on as without."""
+    """Generate text from fixed prompts at regular intervals; training itself is unaffected."""
 
     every: int = MISSING
-    """Optimizer steps between two times."""
+    """Optimizer steps between two generations."""
     prompts: list[str] = field(default_factory=list)
     max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("every", "max_new_tokens"):
-            if (value := getattr(self, name)) != MISSING and value < 1:
-                raise ValueError(f"{name}: {value} is out of range; write a whole number of at least 1")
+        for key in ("every", "max_new_tokens"):
+            if (value := getattr(self, key)) != MISSING and value < 1:
+                raise QatkitError(f"{value} is out of range", key=key, advice="use an integer of at least 1")
         if not self.prompts:
-            raise ValueError('prompts: there is none; write the beginnings of texts, such as ["def main"]')
+            raise QatkitError(
+                "there is no prompt", key="prompts", advice='list the beginnings of texts, such as ["def main"]'
+            )
         for index, prompt in enumerate(self.prompts):
             if not prompt:
-                raise ValueError(f"prompts[{index}]: '' is empty; write the beginning of a text")
+                raise QatkitError("'' is empty", key=f"prompts[{index}]", advice="give the beginning of a text")

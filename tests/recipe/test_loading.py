@@ -143,7 +143,7 @@ def test_no_resolver_is_ever_called(
 ) -> None:
     monkeypatch.setenv("QATKIT_SECRET", "leaked")
     message = refusal(recipe_file, override)
-    assert_says(message, key, "${", "a recipe runs nothing", "write the value itself, or ${key}")
+    assert_says(message, key, "${", "recipes run no code", "use the value itself, or ${key}")
     assert "leaked" not in message
 
 
@@ -163,11 +163,11 @@ def test_a_reference_put_together_from_parts_is_refused_not_evaluated(recipe_fil
     ("overrides", "key", "parts"),
     [
         (["stages.qat.lr=${stages.dens.lr}"], "stages.qat.lr", ["'${stages.dens.lr}'", "'stages.dense.lr'?"]),
-        (["stages.qat.lr=${.lrr}"], "stages.qat.lr", ["'${.lrr}'", "names no key"]),
+        (["stages.qat.lr=${.lrr}"], "stages.qat.lr", ["'${.lrr}'", "refers to an unknown key"]),
         (["seed=${seed}"], "seed", ["refers to itself"]),
         (["name=${stages.qat.schedule}", "stages.qat.schedule=${name}"], "name", ["refers to itself"]),
         (["model.args.x=${model}"], "model.args.x", ["'${model}'", "refers to itself"]),
-        (["stages.qat.max_steps=${stages.dense.lr}"], "stages.qat.max_steps", ["0.001", "not a whole number"]),
+        (["stages.qat.max_steps=${stages.dense.lr}"], "stages.qat.max_steps", ["0.001", "not an integer"]),
         (["name=${seed}"], "name", ["7 is not text"]),
         (["stages.qat=${stages.dense.lr}"], "stages.qat", ["0.001 is not a block"]),
     ],

@@ -107,10 +107,10 @@ def test_a_stage_that_broke_off_goes_on_with_its_own_model(done: Run, tmp_path: 
     ("override", "message"),
     [
         ("stages.student.model.factory=os:system", r"stages\.student\.model\.factory: 'os:system' is outside qatkit"),
-        ("stages.student.model.args={wide: 8}", r"stages\.student\.model\.args\.wide: mlp takes no such argument"),
+        ("stages.student.model.args={wide: 8}", r"stages\.student\.model\.args\.wide: mlp has no such argument"),
         (
             'stages.teacher.model={factory: "qatkit.models:mlp"}',
-            r"stages\.teacher\.model: no stage comes before it; write it as the recipe's model",
+            r"stages\.teacher\.model: the first stage starts from the recipe's model",
         ),
         ("stages.qat.quantize.include=['7']", r"stages\.qat\.quantize\.include\[0\]: '7' matches no layer"),
     ],

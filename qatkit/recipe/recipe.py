@@ -1,0 +1,225 @@
+"""The top level of a recipe, and the rules that involve more than one stage."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qatkit.errors import QatkitError, did_you_mean, under
+from qatkit.recipe.common import MISSING, FactoryConfig
+from qatkit.recipe.evaluate import EvaluateConfig
+from qatkit.recipe.expansion import check_rewind, expanded
+from qatkit.recipe.stage import StageConfig
+
+SCHEMA_VERSION = 1
+"""The version of the recipe schema that this qatkit reads and writes."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of Lightning's Trainer, the same for every stage."""
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    """Compile the model with torch.compile: the first steps take minutes, later steps are faster."""
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Where curves and tables are logged in addition to CSV files."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, str) and self.devices != "auto":
+            raise QatkitError(
+                f"'{self.devices}' is not a number of devices", key="devices", advice="use auto or a number such as 2"
+            )
+        if isinstance(self.devices, int) and self.devices < 1:
+            raise QatkitError(
+                f"{self.devices} is out of range", key="devices", advice="use auto or an integer of at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The format that results are exported in."""
+
+    format: Literal["onnx", "dense", "sparse", "compressed_tensors"] = MISSING
+    """ONNX; safetensors with the rounded weights, or with the nonzero ones only; or codes and scales in a folder that
+    transformers and vLLM load."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, its data, and the ordered stages that it goes through. A ``lottery`` block is expanded into stages."""
+
+    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
+    """Version of the recipe schema that the file was written for."""
+    name: str = MISSING
+    model: FactoryConfig = MISSING
+    data: FactoryConfig = MISSING
+    stages: dict[str, StageConfig] = MISSING
+    seed: int = 0
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_schema_version(self.schema_version)
+        if self.stages == MISSING:
+            return
+        self._check_names()
+        object.__setattr__(self, "stages", expanded(self.stages, self.seed))
+        self._check_references()
+        self._check_order()
+        if self.trainer.strategy == "fsdp2":
+            for name, stage in self.stages.items():
+                with under(f"stages.{name}"):
+                    _check_sharding(stage)
+
+    def _check_names(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise QatkitError(f"{self.seed} is out of range", key="seed", advice="use an integer from 0 to 2**63 - 1")
+        if not self.stages:
+            raise QatkitError(
+                "{} has no stage", key="stages", advice="add at least one, such as dense: {max_steps: 600}"
+            )
+        # names become folders, and names of stages are parts of dotted keys
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
+            raise QatkitError(
+                f"'{self.name}' is not a plain name", key="name", advice="use letters, digits, _ and - only"
+            )
+        for name in self.stages:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise QatkitError(
+                    f"'{name}' is not a plain name", key=f"stages.{name}", advice="use letters, digits and _ only"
+                )
+        first = next(iter(self.stages))
+        if self.stages[first].model is not None:
+            raise QatkitError(
+                "the first stage starts from the recipe's model",
+                key=f"stages.{first}.model",
+                advice="set the recipe's model instead",
+            )
+
+    def _check_references(self) -> None:
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            teacher = stage.distill.teacher if stage.distill else None
+            for key, wanted in (("start", stage.start), ("distill.teacher", teacher)):
+                if wanted is not None and wanted not in names[:position]:
+                    raise QatkitError(
+                        f"'{wanted}' is not an earlier stage",
+                        key=f"stages.{name}.{key}",
+                        advice=did_you_mean(wanted, names[:position]),
+                    )
+
+    def _check_order(self) -> None:
+        """Refuse stages whose order would undo, or be undone by, the zeros or grids of an earlier stage."""
+        pruned: dict[str | None, bool] = {None: False}
+        quantized: dict[str | None, str] = {None: ""}  # the last stage that quantized
+        for name, stage in self.stages.items():
+            parent = self.parent_of(name)
+            held, grid = pruned[parent] and stage.hold_sparsity, quantized[parent]
+            pruned[name] = stage.prune is not None or held
+            quantized[name] = name if stage.quantize is not None else grid
+            with under(f"stages.{name}"):
+                if stage.shrink is not None and held:
+                    raise QatkitError(
+                        "an earlier stage pruned weights, and removing parts of the model would change its sparsity",
+                        key="shrink",
+                        advice="shrink before prune, or set hold_sparsity: false",
+                    )
+                if stage.shrink is not None and grid:
+                    raise QatkitError(
+                        f"stage '{grid}' fitted the weights to the quantization grid of the larger model",
+                        key="shrink",
+                        advice="shrink before quantize",
+                    )
+                if pruned[name] and stage.quantize is not None and stage.quantize.init == "gptq":
+                    raise QatkitError(
+                        "'gptq' adjusts the remaining weights after each one it rounds, which would make pruned "
+                        "weights nonzero",
+                        key="quantize.init",
+                        advice="use awq or mse, or set hold_sparsity: false",
+                    )
+            if stage.rewind is not None:
+                check_rewind(name, self.stages, self._ancestors(name), pruned[name])
+            if stage.lora is not None:
+                stage.lora.check(f"stages.{name}", pruned[name], self.trainer.strategy == "fsdp2")
+
+    def parent_of(self, name: str) -> str | None:
+        """The stage whose model stage `name` continues from; None if it starts from a factory's model."""
+        stage = self.stages[name]
+        if stage.start is not None or stage.model is not None:
+            return stage.start
+        names = list(self.stages)
+        position = names.index(name)
+        return names[position - 1] if position else None
+
+    def _ancestors(self, name: str) -> list[str]:
+        """Stage `name` and the stages that its model comes from, the latest first."""
+        line = [name]
+        while (parent := self.parent_of(line[-1])) is not None:
+            line.append(parent)
+        return line
+
+    def teacher_of(self, name: str) -> str | None:
+        """The stage whose result teaches stage `name`: the named one, else the model before the first compression.
+
+        The search follows the stages that `name` continues from. A stage with its own model continues from none, and
+        its teacher is looked up as for the stage before it in the recipe. None stands for the recipe's model as its
+        factory builds it.
+        """
+        distill = self.stages[name].distill
+        if distill is not None and distill.teacher is not None:
+            return distill.teacher
+        teacher = self._before(name)
+        stage: str | None = name
+        while stage is not None:
+            before = self._before(stage)
+            if self.stages[stage].compresses:
+                teacher = before
+            stage = before
+        return teacher
+
+    def _before(self, name: str) -> str | None:
+        names = list(self.stages)
+        position = names.index(name)
+        if self.stages[name].model is not None:
+            return names[position - 1] if position else None
+        return self.parent_of(name)
+
+
+def check_schema_version(version: object) -> None:
+    """Refuse a recipe of another schema version by name.
+
+    Example:
+        >>> check_schema_version(2)
+        Traceback (most recent call last):
+        ...
+        qatkit.errors.QatkitError: schema_version: this recipe was written for schema 2, and this qatkit reads 1; ...
+    """
+    if version != SCHEMA_VERSION or type(version) is not int:
+        raise QatkitError(
+            f"this recipe was written for schema {version}, and this qatkit reads {SCHEMA_VERSION}",
+            key="schema_version",
+            advice="use a version of qatkit that reads it, or port the recipe",
+        )
+
+
+def _check_sharding(stage: StageConfig) -> None:
+    """Refuse methods that need complete tensors, which FSDP2 shards."""
+    method = stage.prune.method if stage.prune is not None else None
+    if method in ("wanda", "sparsegpt", "taylor"):
+        raise QatkitError(
+            f"'{method}' needs complete weights, and fsdp2 shards them",
+            key="prune.method",
+            advice="use magnitude, or set trainer.strategy: ddp",
+        )
+    if stage.optimizer != "adamw":
+        raise QatkitError(
+            f"'{stage.optimizer}' updates complete tensors, and fsdp2 shards them",
+            key="optimizer",
+            advice="use adamw, or set trainer.strategy: ddp",
+        )
