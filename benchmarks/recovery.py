@@ -22,7 +22,7 @@ from qatkit import QuantSpec, Scheme, calibrate, prepare_qat, scheme
 from qatkit.data import text_windows
 from qatkit.distillation.losses import kd_loss
 from qatkit.models import llama
-from qatkit.pipeline.module import lr_factor, parameter_groups
+from qatkit.pipeline.learning_rate import lr_factor, parameter_groups
 from qatkit.quantization.mixed.allocation import allocate, allocated_layers, totals
 from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.quantization.ptq.runner import Method, initialise

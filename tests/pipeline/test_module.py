@@ -16,7 +16,9 @@ from transformers import get_wsd_schedule
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.lora.attach import Adapter, attach, target_layers
-from qatkit.pipeline.module import SCALE_LR, CompressionModule, lr_factor, parallelize, parameter_groups
+from qatkit.pipeline.learning_rate import SCALE_LR, lr_factor, parameter_groups
+from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.sharding import parallelize
 from qatkit.recipe import StageConfig
 from qatkit.tasks import evaluate
 from tests.models.families import tiny
@@ -165,5 +167,5 @@ def test_a_head_of_16_bits_is_sharded_beside_factors_of_32(mesh: DeviceMesh) -> 
 def test_weights_of_16_bits_with_scales_of_32_are_refused_where_they_are_sharded(mesh: DeviceMesh) -> None:
     model = tiny_llama().bfloat16()
     prepare_qat(model, weight=QuantSpec(4, observer="lsq"), exclude=["lm_head"])
-    with pytest.raises(QatkitError, match=r"trainer\.strategy: FSDP2 gathers .* in bfloat16 and float32; write"):
+    with pytest.raises(QatkitError, match=r"trainer\.strategy: FSDP2 groups .* in bfloat16 and float32.*; use"):
         parallelize(model, mesh)

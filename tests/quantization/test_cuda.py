@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit import QuantSpec, calibrate, fake_quantize, prepare_qat, quantize, scheme
-from qatkit.pipeline.module import exact_division
+from qatkit.pipeline.sharding import exact_division
 from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers
 from qatkit.quantization.ptq.runner import Method, initialise

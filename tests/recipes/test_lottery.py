@@ -146,7 +146,8 @@ def test_more_rounds_continue_where_the_others_ended(done: Run, tmp_path: Path) 
 
 
 def test_the_learning_rate_goes_on_where_the_schedule_of_the_whole_stage_is(done: Run) -> None:
-    from qatkit.pipeline.module import CompressionModule, lr_factor
+    from qatkit.pipeline.learning_rate import lr_factor
+    from qatkit.pipeline.module import CompressionModule
 
     def rates(stage: str) -> list[float]:
         module = CompressionModule(done.build_model(), done.recipe.stages[stage], 0)

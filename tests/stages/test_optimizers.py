@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.pipeline.module import CompressionModule, parameter_groups
+from qatkit.pipeline.learning_rate import parameter_groups
+from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe

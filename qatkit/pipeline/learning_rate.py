@@ -1,0 +1,60 @@
+"""Learning rates: the schedule of a stage, and the parameter groups with rates and weight decay of their own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from qatkit.recipe import ScheduleName
+from qatkit.stages.optimizers import learned_scales
+
+SCALE_LR = 0.2
+"""Learned scales train at this fraction of the learning rate: a step of Adam is as large as the learning rate whatever
+the gradient, and scales are several times smaller than weights."""
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices with weight decay, vectors without, learned scales without and at a lower rate.
+
+    Example:
+        >>> groups = parameter_groups(nn.Linear(4, 2), lr=1e-3, weight_decay=0.01)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
+        [(1, 0.01), (1, 0.0)]
+    """
+    scales = learned_scales(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter for parameter in trained if id(parameter) not in scales]
+    groups = [
+        {"params": [p for p in weights if p.dim() >= 2], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.dim() < 2], "lr": lr, "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in scales], "lr": lr * SCALE_LR, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, decay: float = 0.2) -> float:
+    """The learning rate at a point of the stage, as a fraction of its peak.
+
+    Args:
+        progress: The fraction of the stage that is done, 0 to 1.
+        schedule: After the warm-up: half a cosine to 0, a line to 0, a constant, or ("wsd") a constant that ends in
+            ``1 - sqrt(fraction of the decay that is done)``; Hägele et al. (2024), "Scaling Laws and Compute-Optimal
+            Training Beyond Fixed Training Durations", equation 1.
+        warmup: The fraction of the stage over which the rate rises from 0.
+        decay: The fraction of the stage, at its end, over which "wsd" falls to 0.
+
+    Example:
+        >>> lr_factor(0.5, "cosine")
+        0.5
+    """
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "wsd":
+        fallen = 1 - (1 - min(progress, 1.0)) / decay
+        return 1 - math.sqrt(fallen) if fallen > 0 else 1.0
+    rest = min((progress - warmup) / (1 - warmup), 1.0) if warmup < 1 else 1.0
+    if schedule == "cosine":
+        return round(0.5 * (1 + math.cos(math.pi * rest)), 12)
+    return 1 - rest if schedule == "linear" else 1.0

@@ -1,0 +1,51 @@
+"""FSDP2 sharding and compilation of a model that is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.modules import FakeQuantize
+
+
+def exact_division() -> dict[str, bool] | None:
+    """Compiler options that make division on GPUs as exact as torch's; Triton's own is off in the last bit.
+
+    Otherwise a quotient near the border of two codes would be rounded differently in training and in the exported file.
+    """
+    name = "eager_numerics.division_rounding"  # from torch 2.11 on
+    return {name: True} if name in torch._inductor.list_options() else None
+
+
+def parallelize(model: nn.Module, mesh: Any) -> None:
+    """Shard a model's parameters over the data-parallel processes with FSDP2, in place.
+
+    Fake quantizers are in the model already (callbacks swap in `setup`), so their scales are sharded with the weights.
+    Modules trained in another dtype than the rest, such as a classification head beside adapters, form groups of their
+    own.
+
+    Raises:
+        QatkitError: a fake quantizer is trained in another dtype than the rest.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    dtypes = Counter(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    usual = {dtype for dtype, _ in dtypes.most_common(1)}
+    for name, module in model.named_modules():
+        trained = {p.dtype for p in module.parameters(recurse=False) if p.requires_grad}
+        if trained <= usual:
+            continue
+        if any(isinstance(part, FakeQuantize) for part in module.modules()):
+            trained_in = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise QatkitError(
+                f"FSDP2 groups have one dtype, but the model is trained in {trained_in}, with the quantized layer "
+                f"'{name}' apart from most others",
+                key="trainer.strategy",
+                advice="use strategy: ddp, or model.args.dtype: float32",
+            )
+        fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])

@@ -1,0 +1,147 @@
+"""The Weights & Biases run of a run folder.
+
+- A recipe is one W&B run; its stages are distinguished by a prefix: ``qat/train/loss`` over the stage's own steps.
+  With one step count for all stages, another length of the first stage would move every later curve, and a stage that
+  is trained again on its own would not know where it starts.
+- qatkit draws the run's id and writes it to ``RUN/wandb_run_id`` before W&B starts, so that a killed run resumes the
+  same W&B run.
+- Nothing asks for a login, and nothing leaves the machine of a user who is not logged in: without credentials the run
+  is offline, below ``RUN/wandb``, for a later ``wandb sync``. ``WANDB_MODE`` takes precedence.
+- W&B never ends a training. If it cannot start online it starts offline; if it cannot start at all, or dies, one
+  warning says so and the CSV files continue.
+- There are no panels per layer: each stage has one table with a row per layer, and one histogram of all its codes.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from qatkit.common.files import write_atomically
+from qatkit.errors import QatkitWarning
+from qatkit.recipe import Recipe
+
+STEP = "trainer/global_step"
+"""Lightning's name for the x-axis of every curve on W&B."""
+
+
+def open_run(recipe: Recipe, out: Path, mode: str) -> Any:
+    """Start or resume the W&B run of a run folder.
+
+    Args:
+        recipe: The resolved recipe, which becomes the run's config.
+        out: The run's folder.
+        mode: From `wandb_mode`.
+    """
+    import wandb
+
+    out.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", "qatkit"),
+        "name": recipe.name,
+        "id": _run_id(out / "wandb_run_id"),
+        "resume": "allow",
+        "dir": str(out.resolve()),
+        "reinit": "create_new",  # leaves a run that the user has open alone
+        "settings": wandb.Settings(console="off"),  # the terminal is not W&B's to record
+    }
+    try:
+        run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]  # one of its literals
+    except Exception as error:
+        if mode == "offline":
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"trainer.logger: W&B cannot start online ({reason[:300]}); the run is kept offline, upload it later with "
+            f"`wandb sync {out / 'wandb'}/offline-run-*`",
+            QatkitWarning,
+            stacklevel=1,  # higher, it would count as Lightning's, whose warnings are silenced in training
+        )
+        run = wandb.init(mode="offline", **options)
+    # --force may have changed the recipe of a resumed run
+    run.config.update(asdict(recipe), allow_val_change=True)  # type: ignore[no-untyped-call]
+    run.define_metric(STEP)
+    run.define_metric("*", step_metric=STEP, step_sync=True)
+    return run
+
+
+class StageLogger(WandbLogger):
+    """Logs a stage to the W&B run with the stage's name as prefix; an error ends the logging, not the training."""
+
+    LOGGER_JOIN_CHAR = "/"
+
+    def __init__(self, run: Any, stage: str, give_up: Callable[[Exception], None]) -> None:
+        super().__init__(experiment=run, prefix=stage)
+        self._give_up = give_up
+        self._working = True
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._working:
+            try:
+                super().log_metrics(metrics, step)
+            except Exception as error:  # W&B's own process may die at any time
+                self._working = False
+                self._give_up(error)
+
+
+def wandb_mode() -> str:
+    """The mode of W&B: the user's setting, but never online without credentials."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+    if mode in ("offline", "dryrun"):
+        return "offline"
+    if mode == "disabled":
+        return mode
+    if wandb.run is not None:  # the user's own run: this one may send where it does, and login() is false beside it
+        return "offline" if wandb.run.offline else mode
+    return mode if wandb.login(prompt=False, verify=False) else "offline"
+
+
+def _run_id(path: Path) -> str:
+    """The id in the file; drawn and written if there is none."""
+    kept = path.read_text().strip() if path.exists() else ""
+    if not kept:
+        write_atomically(path, f"{(kept := uuid.uuid4().hex[:12])}\n")
+    return kept
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a row of the report, by name."""
+    return {
+        "kind": row["kind"],
+        **{f"test/{key.removeprefix('test_')}": value for key, value in row.items() if key.startswith("test_")},
+        f"runtime/{row['verification']['metric']}": row["verification"]["runtime_metric"],
+        "bytes": row["bytes"],
+        **{f"latency_ms/batch_{point['batch_size']}": point["median_ms"] for point in row["latency"]},
+        "parity": _parity(row),
+    }
+
+
+def model_artifact(content: Mapping[str, Any], row: Mapping[str, Any], path: Path) -> Any:
+    """An exported file as an artifact, with its verification as metadata."""
+    import wandb
+
+    metadata = {"stage": row["stage"], "format": content["format"], **numbers_of(row), **row["verification"]}
+    artifact = wandb.Artifact(f"{content['name']}-{row['stage']}", type="model", metadata=metadata)
+    # not copied: an offline run would otherwise store every model twice
+    if path.is_dir():
+        artifact.add_dir(str(path.resolve()), policy="immutable")
+    else:
+        artifact.add_file(str(path.resolve()), policy="immutable")
+    return artifact
+
+
+def _parity(row: Mapping[str, Any]) -> str:
+    return "passed" if row["verification"]["passed"] else "failed"
