@@ -1,10 +1,15 @@
-# The commands of the README: `make demo`, `make demo-llm` and `make test`. Each does all the set-up it needs.
+# Each target does all the set-up it needs, in .venv. `make demo` and `make test` are the commands of the README.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# each worker starts with a part of the tests in order and takes over from the other when it is done, so that few
+# modules have their fixtures made twice
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# the folders of pure functions and modules: nothing in them trains for long or starts many processes
+QUICK := $(addprefix tests/,common data distillation kernels lora pruning quantization recipe stages tasks)
 
-.PHONY: demo demo-llm test slow lint types bench clean
+.PHONY: demo demo-llm quick test slow coverage mutation oldest lint types docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qatkit run vision/digits_int4 --out runs/demo
@@ -12,13 +17,30 @@ demo: $(VENV)/.demo
 demo-llm: $(VENV)/.llm
 	$(BIN)/qatkit run llm/sparse24_kd_int4 --out runs/demo-llm
 
-# each worker starts with a part of the tests in their order and takes over from another when it is done, so that few
-# modules have their fixtures made twice
-test: lint types
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# before a commit: lint, types and the tests of pure functions
+quick: lint types
+	$(PYTEST) -m "not slow and not medium" $(QUICK)
 
+test: lint types docs
+	$(PYTEST)
+
+# what takes minutes; CI runs it too
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m slow
+
+# the lines that the tests run in their own processes; those run only by processes that tests start do not count
+coverage: $(VENV)/.dev
+	$(PYTEST) --cov --cov-report=term:skip-covered
+
+# changes the code line by line and reports which changes no test notices; see CONTRIBUTING.md
+mutation: $(VENV)/.dev
+	rm -rf mutants
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
+# the quick tests with the lowest versions that pyproject.toml claims
+oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not medium" $(QUICK)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -29,6 +51,10 @@ types: $(VENV)/.dev
 	rm -rf build/types && mkdir -p build/types
 	cp -r qatkit build/types/qatkit && cp -r callbacks build/types/qatkit/callbacks && cp -r recipes build/types/qatkit/recipes
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p qatkit
+
+# the site, with the API reference from the docstrings, in build/site
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # benchmarks that need no GPU and minutes each; every one prints its table and fails if a claim does not hold.
 # qat_recovery.py takes hours: run it by itself
@@ -50,5 +76,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.llm
 
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -d $(VENV)-oldest || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-oldest build mutants runs .mypy_cache .ruff_cache .pytest_cache .coverage

@@ -1,4 +1,4 @@
-"""The built package, installed into an empty environment and used outside the repository."""
+"""The built wheel and sdist: installed into an empty environment and used outside the repository."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def python(interpreter: Path, *arguments: str, cwd: Path, path: str = "") -> sub
 
 
 def environment(python_of: str, folder: Path) -> Path:
-    """An empty environment; it needs no pip of its own, whose installation takes longer than all the rest."""
+    """An empty environment without pip, whose installation would take longer than everything else."""
     subprocess.run([python_of, "-m", "venv", "--without-pip", str(folder)], check=True)
     return folder / "bin" / "python"
 
@@ -46,22 +46,41 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=["wheel", "sdist"])
 def installed(request: pytest.FixtureRequest, built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that holds this package alone; what it depends on is lent by the environment of the tests."""
+    """An environment that holds this package only; its dependencies come from the environment of the tests."""
     interpreter = environment(sys.executable, tmp_path_factory.mktemp(request.param))
     install(interpreter, "--no-deps", str(built[request.param]))
     return interpreter
 
 
-LENT = site.getsitepackages()[0]  # a path entry, not a site folder: the editable install in it stays out of sight
+LENT = site.getsitepackages()[0]  # on sys.path, not a site folder, so its editable install stays inactive
 
 
-def test_the_wheel_holds_the_three_layers_and_nothing_else(built: dict[str, Path]) -> None:
+def shipped() -> set[str]:
+    """Every file of the package, by its path where it is installed."""
+    places = {"qatkit": "qatkit", "callbacks": "qatkit/callbacks", "recipes": "qatkit/recipes"}
+    return {
+        f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, installed in places.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: dict[str, Path]) -> None:
     names = zipfile.ZipFile(built["wheel"]).namelist()
-    for wanted in ("qatkit/py.typed", "qatkit/callbacks/quantization.py", "qatkit/recipes/vision/digits_int4.yaml"):
-        assert wanted in names
+    assert {name for name in names if ".dist-info/" not in name} == shipped()
     assert {name.split("/")[0] for name in names} == {"qatkit", "qatkit-0.1.0.dist-info"}
+
+
+def test_the_sdist_holds_every_file_of_the_package_and_what_builds_it(built: dict[str, Path]) -> None:
     with tarfile.open(built["sdist"]) as archive:
-        assert any(name.endswith("/pyproject.toml") for name in archive.getnames())
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    in_the_repository = {
+        name.removeprefix("qatkit/") if name.startswith(("qatkit/callbacks/", "qatkit/recipes/")) else name
+        for name in shipped()
+    }
+    assert in_the_repository <= names
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
 
 
 def test_recipes_are_found_and_valid_outside_the_repository(installed: Path, tmp_path: Path) -> None:
@@ -87,7 +106,7 @@ def test_types_are_visible_to_a_users_mypy(installed: Path, tmp_path: Path) -> N
 
 
 def interpreter_of(version: str) -> str | None:
-    """A Python of this version, from the path or from pyenv, whose commands work only where a version is chosen."""
+    """A Python of this version, from PATH or pyenv; pyenv's own commands work only where a version is selected."""
     found = shutil.which(f"python{version}")
     if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
         return found

@@ -93,6 +93,7 @@ def test_after_a_kill_only_the_unfinished_file_is_computed_again_and_the_cache_i
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
+@pytest.mark.medium
 def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(tmp_path: Path) -> None:
     code = (
         "import signal\nfrom pathlib import Path\nfrom qatkit.distillation.cache import cache_teacher\n"

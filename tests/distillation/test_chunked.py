@@ -162,6 +162,7 @@ def test_where_no_position_counts_loss_and_gradients_are_0() -> None:
     assert not any(gradient.any() for gradient in gradients(loss, parts))
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_compiles_without_a_graph_break() -> None:
     parts = example()

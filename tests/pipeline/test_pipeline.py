@@ -173,6 +173,7 @@ def kill_at_random_times(out: Path, seconds: float) -> list[float]:
     return kills
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path, whole: tuple[Path, float]) -> None:
     for share in (1.0, 0.5, 0.25):  # a machine that has less to do than before may end a run before it is killed
         out = tmp_path / str(share)

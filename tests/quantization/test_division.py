@@ -60,6 +60,7 @@ def test_a_learned_scale_of_mx_is_rounded_to_the_power_of_two_that_its_logarithm
     assert np.array_equal(round_scale(size, spec).double().numpy(), 2.0 ** np.round(np.log2(wide)))
 
 
+@pytest.mark.medium
 def test_compiled_scales_and_values_are_those_of_eager_torch() -> None:
     spec, x = QuantSpec(4, strategy="group", group_size=32), torch.randn(64, 256)
 

@@ -303,6 +303,7 @@ def test_ternary_weights_are_those_of_bitnet_in_float64() -> None:
     assert set(quantize(w, scale, zero_point, spec).unique().tolist()) == {-1, 0, 1}
 
 
+@pytest.mark.medium
 def test_an_all_zero_channel_and_an_all_zero_tensor_keep_finite_scales_in_every_format() -> None:
     for spec in SPECS:
         if spec.strategy == "token":

@@ -1,0 +1,81 @@
+"""A hook of mkdocs that writes the API reference: every public name of each package, and `--help` of every command."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+PACKAGES = {
+    "qatkit": "qatkit",
+    "callbacks": "qatkit.callbacks",
+    "quantization": "qatkit.quantization",
+    "pruning": "qatkit.pruning",
+    "distillation": "qatkit.distillation",
+    "lora": "qatkit.lora",
+    "models": "qatkit.models",
+    "data": "qatkit.data",
+    "export": "qatkit.export",
+    "recipe": "qatkit.recipe",
+}
+
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "build" / "reference"  # `paths` of mkdocstrings in mkdocs.yml
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Copy the package in the shape in which it is installed, with the heading that mkdocstrings knows for examples."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    for folder, installed in (("qatkit", "qatkit"), ("callbacks", "qatkit/callbacks")):
+        shutil.copytree(ROOT / folder, SOURCE / installed, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in SOURCE.rglob("*.py"):
+        path.write_text(re.sub(r"^( *)Example:$", r"\1Examples:", path.read_text(), flags=re.MULTILINE))
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for page, package in PACKAGES.items():
+        files.append(File.generated(config, f"reference/{page}.md", content=reference(package)))
+    files.append(File.generated(config, "reference/cli.md", content=command_line()))
+    return files
+
+
+def reference(package: str) -> str:
+    """A page for mkdocstrings with each public name of a package, at the module that defines it."""
+    module = importlib.import_module(package)
+    entries = [f"::: {home(getattr(module, name), package)}.{name}" for name in getattr(module, "__all__", ())]
+    summary = (module.__doc__ or "").split("\n\n")[0].strip()
+    return "\n\n".join([f"# {package}", summary, *entries]) + "\n"
+
+
+def home(value: Any, package: str) -> str:
+    """The module that defines a public name; for a type or a constant, which does not say, the package."""
+    module = getattr(value, "__module__", None) or package
+    return module if module.startswith("qatkit") else package
+
+
+def command_line() -> str:
+    """A page with the help text of `qatkit` and of each of its commands, as the terminal shows it."""
+    import typer
+    from typer.testing import CliRunner
+
+    from qatkit.cli.main import app
+
+    group: Any = typer.main.get_command(app)
+
+    def pages() -> Iterator[str]:
+        for words in ([], *([name] for name in group.commands)):
+            shown = CliRunner().invoke(
+                app, [*words, "--help"], env={"COLUMNS": "100", "TERM": "dumb"}, prog_name="qatkit"
+            )
+            text = re.sub(r"\x1b\[[0-9;]*m", "", shown.output).strip("\n")
+            yield f"## {' '.join(['qatkit', *words])}\n\n```text\n{text}\n```\n"
+
+    return "# Command line\n\n" + "\n".join(pages())
