@@ -1,4 +1,4 @@
-"""What README and docs say is run: their commands, their Python, their recipes and their tables."""
+"""Everything in README and docs runs: commands, Python, recipes, and the tables come from benchmark results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tests.support import warm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = {"distillation.md", "language_models.md"}  # pages whose commands take minutes
 
-# what a page's Python takes for granted: a module, a teacher and data of the reader's own
+# the reader's own module, teacher and data, which the Python of a page uses
 PRELUDE = """
 import copy, os
 import torch
@@ -48,7 +49,7 @@ NAMED = re.compile(r"# (\w+\.(?:py|yaml))\n")
 
 
 def write_named_blocks(page: Path, folder: Path) -> None:
-    """A block whose first line is a comment with a file's name is that file."""
+    """Write each block whose first line is a comment with a file's name to that file."""
     for block in [*blocks(page, "yaml"), *blocks(page, "python")]:
         if named := NAMED.match(block):
             (folder / named[1]).write_text(block)
@@ -61,9 +62,12 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in LONG else []) for page in PAGES],
+)
 def test_every_command_of_the_page_works(page: Path, tmp_path: Path) -> None:
-    # one shell for the whole page: later commands use what earlier ones made; recipes shown above are files of the page
+    # one shell for the whole page: later commands use the files of earlier ones and the recipes that the page shows
     write_named_blocks(page, tmp_path)
     commands = "".join(blocks(page, "bash"))
     if commands:
@@ -88,7 +92,7 @@ def test_the_python_of_the_page_runs(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_callbacks_work_in_an_interactive_session_as_in_a_notebook(tmp_path: Path) -> None:
-    # no file, no main guard: what makes Lightning take a session for interactive, and spawning impossible
+    # no file and no main guard: Lightning takes the session for interactive, and spawning is impossible
     code = "\n".join(blocks(ROOT / "docs" / "own_trainer.md", "python"))
     code = PRELUDE + code.replace("max_epochs=10", "max_epochs=1, logger=False, enable_checkpointing=False")
     done = subprocess.run(
@@ -98,7 +102,7 @@ def test_the_callbacks_work_in_an_interactive_session_as_in_a_notebook(tmp_path:
     assert "passed: all" in done.stdout
 
 
-def test_the_tables_are_those_of_the_benchmark_results() -> None:
+def test_the_tables_match_the_benchmark_results() -> None:
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], check=True)
 
 
@@ -120,7 +124,7 @@ def test_every_example_is_run_below() -> None:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_example_runs_and_says_what_it_is_there_to_show(example: str, tmp_path: Path) -> None:
+def test_the_example_runs_and_prints_its_point(example: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [warm.python(), str(ROOT / "examples" / example)],
         cwd=tmp_path, env=environment(), check=True, capture_output=True, text=True,

@@ -164,6 +164,7 @@ def test_a_cache_shorter_than_the_data_is_refused_by_the_first_sample_that_it_la
         run_stages(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_teacher_in_few_bits_teaches_nearly_the_same(out: Path, folder: Path, tmp_path: Path, bits: int) -> None:
     overrides = ["stages.qat.distill.cache=null", "stages.qat.max_steps=2"]
@@ -194,6 +195,7 @@ def test_hidden_states_come_from_the_cache_where_the_recipe_compares_them(out: P
     run_stages(run)
 
 
+@pytest.mark.slow
 def test_globs_name_the_layers_that_are_cached_and_compared(out: Path, folder: Path) -> None:
     run = start(
         out,
@@ -252,6 +254,7 @@ def test_more_classes_than_there_are_cannot_be_kept(out: Path, folder: Path) -> 
         write_cache(start(out, folder, "stages.qat.distill.cache.top_k=300"), "qat")
 
 
+@pytest.mark.slow
 def test_padded_vocabularies_are_trimmed_with_one_line_and_other_tokenizers_refused(
     out: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
