@@ -170,10 +170,11 @@ def export(run: RunArgument, allow: Allow = None) -> None:
 
     Example: qatkit export runs/digits_int4
     """
-    from qatkit.pipeline.export import export_run, exported_bytes
+    from qatkit.pipeline.export import export_run, format_of
 
-    for path in export_run(_open(run, allow)):
-        typer.echo(f"{path} ({exported_bytes(path):,} bytes)")
+    this = _open(run, allow)
+    for path in export_run(this):
+        typer.echo(f"{path} ({format_of(this).size(path):,} bytes)")
 
 
 @app.command()

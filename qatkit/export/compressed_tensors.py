@@ -1,18 +1,16 @@
-"""compressed-tensors: codes and scales in a folder that plain transformers loads, and vLLM reads.
+"""compressed-tensors export: codes and scales in a folder that plain transformers and vLLM load.
 
-The codes are made by that package from the latent weights and from the scales that the fake quantizers hold, in float32
-as training made them: nothing is derived again.
+The compressed-tensors package computes the codes from the latent weights and from the scales that the fake quantizers
+hold, in float32 as in training: no scale is derived again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,148 +18,82 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.compressed_limits import INSTEAD, check_layers
+from qatkit.export.compressed_weights import compare_and_load, quietly
+from qatkit.export.formats import FORMATS
+from qatkit.export.interface import EXACT, Bound, Measured, PlannedExport, ReadBack
 from qatkit.quantization.experts import QATExperts, is_experts
 from qatkit.quantization.modules import FakeQuantize, full_tensor
-from qatkit.quantization.prepare import fake_quantizers, qat_layers, strip_qat
+from qatkit.quantization.prepare import qat_layers, strip_qat
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
-BITS = (2, 4, 8)
-"""Of whole-number weights: others are packed in a way that differs between versions of compressed-tensors."""
 
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be a folder of transformers.
+def check(model: nn.Module, planned: PlannedExport) -> None:
+    """Refuse a model that cannot be a compressed folder of transformers; weights are not read.
 
     Raises:
-        QatkitError: the model is not of transformers or holds fused experts, or compressed-tensors is not installed.
+        QatkitError: it is not a transformers model, has fused experts, or quantizes keys and values or a layer in a way
+            that the format cannot hold.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(
-            f"export.format: 'compressed_tensors' is for models of transformers, and {type(model).__name__} is none; "
-            "write export: {format: onnx} or {format: dense}"
+            f"'compressed_tensors' is for transformers models, and the model is a {type(model).__name__}",
+            advice="use export: {format: onnx} or {format: dense}",
         )
     for name, module in model.named_modules():
         if isinstance(module, QATExperts) or is_experts(module):
             raise QatkitError(
-                f"layer '{name}': it holds fused experts, whose folder transformers cannot load beside compressed "
-                "layers, even where the experts stay as they are; write export: {format: dense}"
+                f"layer '{name}': transformers cannot load fused experts, even unquantized ones, from a folder with "
+                "compressed layers",
+                advice=INSTEAD,
             )
-    if find_spec("compressed_tensors") is None:
+    if planned.kv_cache:
         raise QatkitError(
-            "export.format: 'compressed_tensors' needs a package that is not installed; run: pip install 'qatkit[llm]'"
+            "transformers does not quantize keys and values of a compressed_tensors folder",
+            advice=f"remove kv_cache, or {INSTEAD}",
         )
+    check_layers(model, planned.schemes)
 
 
-def check_layers(model: nn.Module, chosen: Mapping[str, Scheme], kv_cache: bool = False) -> None:
-    """Refuse quantization that the format, or what loads it, cannot hold; weights are not read.
+def write(model: nn.Module, path: Path, batch: Any) -> None:
+    """Write the folder; `batch` is not needed."""
+    export_compressed(model, path)
 
-    Args:
-        model: The model, its layers plain or swapped.
-        chosen: By layer name, how it is quantized.
-        kv_cache: Whether keys and values are quantized.
 
-    Raises:
-        QatkitError: a layer cannot be held; the message says what to write instead.
+def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
+    """Compare the folder's codes, scales and decoded weights with the model's, and load it with transformers."""
+    return compare_and_load(model, path)
+
+
+def bound(measured: Measured) -> Bound:
+    """Equal outputs in float32; in half precision with quantized inputs as in ONNX.
+
+    transformers quantizes inputs as training does, but in their own dtype, where a scale has fewer digits.
     """
-    instead = "write export: {format: dense}"
-    if kv_cache:
-        raise QatkitError(
-            "kv_cache: transformers does not round keys and values of a compressed_tensors folder; leave it out, or "
-            f"{instead}"
-        )
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            owners.setdefault(id(weight), []).append(name)
-    for name, scheme in chosen.items():
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
-            raise QatkitError(
-                f"layer '{name}': compressed_tensors holds linear layers, and this is {type(layer).__name__}; exclude "
-                f"it, or {instead}"
-            )
-        if tied := [other for other in owners[id(layer.weight)] if other != name]:
-            raise QatkitError(
-                f"layer '{name}': its weight is tied to '{tied[0]}', and codes cannot be shared; exclude it, or make "
-                "the model with weights of their own (tie_embeddings: false, tie_word_embeddings: false)"
-            )
-        problem = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
-        if problem:
-            raise QatkitError(f"layer '{name}': {problem}; or {instead}")
+    if measured.half_precision and measured.quantizes_inputs:
+        limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
+        return Bound("1 % of the quantization error", limit)
+    return EXACT
 
 
-def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> str | None:
-    if spec is None:
-        return "compressed_tensors holds no layer of which only the input is quantized; quantize its weight too"
-    if spec.type == "ternary":
-        return "compressed_tensors has no ternary codes; write weight: {num_bits: 2}"
-    if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):
-        return (
-            f"transformers reads compressed floats of {spec.num_bits} bits ({spec.type}, MX, NVFP4) in bfloat16 alone, "
-            "so equality could not be shown; write scheme: FP8_DYNAMIC or W4A16"
-        )
-    if spec.scale_dtype.startswith("float8"):
-        return f"scales of {spec.scale_dtype} are read in bfloat16 alone; write scheme: FP8_DYNAMIC"
-    if not spec.symmetric:
-        return "transformers cannot load packed zero points; write weight: {symmetric: true}"
-    if spec.scale_rule == "signed":
-        return "scale_rule 'signed' (Q4_0) is a grid of GGUF with negative scales; write scheme: W4A16"
-    if not spec.is_float and spec.num_bits not in BITS:
-        return f"{spec.num_bits} bits are packed otherwise by other versions; write weight: {{num_bits: 4}}, or 2 or 8"
-    if not spec.is_float and spec.strategy == "block":
-        return "compressed_tensors scales blocks of fp8 alone; write strategy: group"
-    return _scale_problem("weight", spec, dtype)
-
-
-def _input_problem(scheme: Scheme, dtype: torch.dtype) -> str | None:
-    spec = scheme.activation
-    if spec is None:
-        return None
-    if spec.is_float and (spec.num_bits != 8 or spec.type != "float" or spec.scale_dtype.startswith("float8")):
-        return f"transformers does not round inputs to {spec.type} of {spec.num_bits} bits; write scheme: FP8_DYNAMIC"
-    if not spec.symmetric:
-        return "vLLM and transformers agree on symmetric inputs alone; write activation: {symmetric: true}"
-    if not spec.is_float and spec.num_bits not in (4, 8):
-        return f"inputs of {spec.num_bits} bits have no kernel anywhere; write activation: {{num_bits: 8}}"
-    if not spec.is_float and spec.strategy == "group":
-        return "inputs in groups are for fp8; write activation: {strategy: token}"
-    if spec.strategy == "token" and not spec.is_float and spec.scale_rule != "range":
-        return (
-            "transformers divides a token's largest magnitude by half the range of codes (127.5), and training divides "
-            "by the largest code; write scheme: W8A8, or activation: {scale_rule: range}"
-        )
-    if spec.strategy in ("token", "group") and spec.scale_dtype != _name(dtype):
-        return f"transformers computes the scales of inputs in {_name(dtype)}; write scale_dtype: {_name(dtype)}"
-    return _scale_problem("activation", spec, dtype)
-
-
-def _scale_problem(side: str, spec: QuantSpec, dtype: torch.dtype) -> str | None:
-    # a float32 file holds any scale; a half-precision one is loaded whole in its dtype, scales included
-    if dtype == torch.float32 or spec.scale_dtype == _name(dtype):
-        return None
-    return (
-        f"the file is loaded in {_name(dtype)}, scales included, and training has them in {spec.scale_dtype}; write "
-        f"{side}: {{scale_dtype: {_name(dtype)}}}"
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds a transformers model."""
+    return (path / "config.json").is_file()
 
 
 def export_compressed(model: nn.Module, folder: Path | str) -> None:
-    """Write a model of transformers as a folder that `from_pretrained` loads; its quantized layers as codes and scales.
+    """Write a transformers model as a folder that `from_pretrained` loads, quantized layers as codes and scales.
 
-    Layers that are not quantized are in the ignore list of the folder's config; layers of several kinds are in several
-    config groups. A model without quantized layers is written plain.
+    The folder's config lists unquantized layers under ``ignore``, and has one config group per quantization scheme. A
+    model without quantized layers is written as a plain folder.
 
     Args:
-        model: A model of transformers, plain or from `prepare_qat`, calibrated. Left as it is.
-        folder: Where config and weights go; replaced whole or not at all.
+        model: A transformers model, plain, or calibrated and from `prepare_qat`. Left unchanged.
+        folder: For the config and the weights; replaced entirely or not at all.
 
     Raises:
         QatkitError: the format cannot hold the model.
@@ -180,13 +112,10 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
         >>> torch.equal(loaded(tokens).logits, model(tokens).logits)
         True
     """
-    check_model(model)
-    layers = dict(qat_layers(model))
-    chosen = {
-        name: Scheme(_spec(layer.weight_fake_quant), _spec(layer.input_fake_quant)) for name, layer in layers.items()
-    }
-    kv_cache = any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model))
-    check_layers(model, chosen, kv_cache)
+    planned = PlannedExport.of(model)
+    FORMATS["compressed_tensors"].check_packages()
+    check(model, planned)
+    schemes, layers = planned.schemes, dict(qat_layers(model))
     scales = {
         name: _scales(layer.weight_fake_quant, layer.input_fake_quant, layer.matrix) for name, layer in layers.items()
     }
@@ -195,7 +124,7 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
     plain = copy.deepcopy(model).cpu()
     strip_qat(plain)
     with _replacing(Path(folder)) as temporary, quietly():
-        compressor = _compress(plain, chosen, scales, biases) if chosen else None
+        compressor = _compress(plain, schemes, scales, biases) if schemes else None
         cast(Any, plain).save_pretrained(temporary)
         if compressor is not None:
             compressor.update_config(str(temporary))
@@ -203,21 +132,21 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
 
 def _compress(
     model: nn.Module,
-    chosen: Mapping[str, Scheme],
+    schemes: Mapping[str, Scheme],
     scales: Mapping[str, Mapping[str, Tensor]],
     biases: Mapping[str, Tensor | None],
 ) -> Any:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import apply_quantization_config
 
-    apply_quantization_config(model, _config(model, chosen), show_progress=False)
+    apply_quantization_config(model, _config(model, schemes), show_progress=False)
     dtypes = {}
     with torch.no_grad():
         for name, own in scales.items():
             layer = model.get_submodule(name)
             weight = cast(Tensor, layer.weight)
             dtypes[name] = weight.dtype
-            weight.data = weight.float()  # in half precision the division by the scale would move codes
+            weight.data = weight.float()  # in half precision, dividing by the scale would change codes
             for key, scale in own.items():
                 kept = cast(Tensor, getattr(layer, key))
                 assert kept.shape == scale.shape, (name, key, kept.shape, scale.shape)
@@ -233,12 +162,12 @@ def _compress(
     return compressor
 
 
-def _config(model: nn.Module, chosen: Mapping[str, Scheme]) -> QuantizationConfig:
-    """A group for every way of quantizing: of all linear layers where there is one, else of the layers by name."""
+def _config(model: nn.Module, schemes: Mapping[str, Scheme]) -> QuantizationConfig:
+    """One config group per scheme: for all linear layers where there is one scheme, else for the layers by name."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
-    for name, scheme in chosen.items():
+    for name, scheme in schemes.items():
         assert scheme.weight is not None
         made = QuantizationScheme(
             targets=["Linear"],
@@ -252,7 +181,7 @@ def _config(model: nn.Module, chosen: Mapping[str, Scheme]) -> QuantizationConfi
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return QuantizationConfig(
         config_groups={f"group_{index}": made for index, (made, _) in enumerate(by_scheme.values())},
-        ignore=[name for name in linear if name not in chosen],
+        ignore=[name for name in linear if name not in schemes],
         quantization_status="frozen",
     )
 
@@ -272,7 +201,7 @@ def _arguments(spec: QuantSpec, dynamic: bool = False) -> QuantizationArgs:
 
 
 def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Tensor) -> dict[str, Tensor]:
-    """What the file holds beside the codes, float32, by the format's names."""
+    """The scales that the file holds beside the codes, float32, by the format's names."""
     assert weight is not None
     found = {"weight_scale": weight.whole_qparams(full_tensor(matrix))[0].cpu()}
     if inputs is not None and not inputs.dynamic:
@@ -280,13 +209,9 @@ def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Te
     return found
 
 
-def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
-    return None if fake_quant is None else fake_quant.spec
-
-
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place at the end, or goes away if the block raises."""
+    """A temporary folder beside `folder` that replaces it at the end, or is deleted if the block raises."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -295,10 +220,3 @@ def _replacing(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the bars that transformers and compressed-tensors draw on standard error and that no option turns off."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield

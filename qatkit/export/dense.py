@@ -1,36 +1,70 @@
-"""A dense checkpoint that computes with the quantized weights wherever a plain model is loaded."""
+"""Dense export: a plain safetensors checkpoint whose weights are the quantized values."""
 
 from __future__ import annotations
 
+import copy
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError
+from qatkit.export.interface import EXACT, Bound, Measured, PlannedExport, ReadBack
 from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import full_tensor
+from qatkit.quantization.prepare import quantized_weights, strip_qat
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 
 
-def export_dense(model: nn.Module, path: Path | str) -> None:
-    """Write a model's weights under plain names, those of quantized layers as the values that training computed with.
+def check(model: nn.Module, planned: PlannedExport) -> None:
+    """Accept every model: a dense file holds any state dict.
 
-    A plain model that loads the file has exactly the trained weights, in their own dtype. The rounding of activations
-    is not in the file: it is no property of a weight. The metadata's ``specs`` names the layers and their quantization.
+    Tied layers that quantize their weight differently are refused by `prepare_qat` or, at the latest, when writing.
+    """
+
+
+def write(model: nn.Module, path: Path, batch: Any) -> None:
+    """Write a dense file; `batch` is not needed."""
+    export_dense(model, path)
+
+
+def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
+    """Load a dense file into the plain model and compare every tensor."""
+    return load_and_compare(model, path, load_file)
+
+
+def bound(measured: Measured) -> Bound:
+    """Equal outputs, unless activations are quantized: a dense file does not quantize them."""
+    if measured.quantizes_inputs:
+        return Bound("none, since the file does not quantize activations", None)
+    return EXACT
+
+
+def is_dense(path: Path) -> bool:
+    """Whether a safetensors file holds plain tensors, not those of the sparse format."""
+    return "sparse" not in metadata(path)
+
+
+def export_dense(model: nn.Module, path: Path | str) -> None:
+    """Write a model's weights under plain names; quantized layers hold their fake-quantized values.
+
+    A plain model that loads the file has exactly the trained weights, in their own dtype. Activation quantization is
+    not in the file, because it is not a property of the weights. The metadata entry ``specs`` lists the quantized
+    layers and their specs.
 
     Args:
         model: A plain model, or one from `prepare_qat`.
-        path: The safetensors file to write; appears whole or not at all. Tied weights are written once per name.
+        path: The safetensors file; written atomically. Tied weights are written once per name.
 
     Raises:
-        QatkitError: a weight is shared by layers that quantize it differently, so that no single value is right.
+        QatkitError: tied layers quantize their common weight differently, so no single value is right.
 
     Example:
         >>> import tempfile, torch
@@ -45,15 +79,15 @@ def export_dense(model: nn.Module, path: Path | str) -> None:
     """
     tensors = dense_state(model)
     specs = quantizer_state(model)[1]
-    with replacing(Path(path)) as temporary:
+    with atomic_path(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "specs": json.dumps(specs)})
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a dense checkpoint holds: tensors by plain name, on the CPU, none of them sharing memory.
+    """The tensors of a dense checkpoint by plain name, on the CPU, without shared memory.
 
     Raises:
-        QatkitError: a weight is shared by layers that quantize it differently.
+        QatkitError: tied layers quantize their common weight differently.
     """
     own = quantizer_prefixes(model)
     tensors = {
@@ -62,7 +96,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         if not key.startswith(own)
     }
     owner: dict[int, str] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer's weight is under each name
+    for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer's weight appears under each name
         if not isinstance(layer, QATLayer | QATExperts):
             continue
         with torch.no_grad():
@@ -76,17 +110,45 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         if not torch.equal(tensors[first], tensors[key]):
             raise QatkitError(
                 f"'{first}' and '{key}' are one tied weight, but they quantize it differently, so a plain model cannot "
-                "hold both; quantize both with the same spec, or exclude both"
+                "hold both",
+                advice="quantize both with the same spec, or exclude both",
             )
     return tensors
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place at the end, or goes away if the block raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@torch.no_grad()
+def load_and_compare(model: nn.Module, path: Path, load: Callable[[Path], dict[str, Tensor]]) -> ReadBack:
+    """Load a file's tensors into the plain model and compare them with the trained model.
+
+    Args:
+        model: The trained model, on the CPU.
+        path: The file.
+        load: Reads the state dict from the file.
+    """
+    loaded = copy.deepcopy(model)
+    strip_qat(loaded)
+    expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+    weights = sum(weight.numel() for _, weight, _ in quantized_weights(model))
+    for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer appears under each name
+        if isinstance(layer, QATLayer | QATExperts):
+            expected |= {f"{name}.{part}" if name else part: value for part, value in layer.shipped().items()}
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        loaded.load_state_dict(load(path), strict=True)
+    except (RuntimeError, KeyError, SafetensorError, QatkitError) as error:
+        return ReadBack(weights, [f"{path.name} does not load into the plain model: {error}"], None)
+    failures = []
+    for key, tensor in loaded.state_dict().items():
+        wrong = (tensor != expected[key]) & ~(tensor.isnan() & expected[key].isnan())
+        if wrong.any():
+            first = wrong.nonzero()[0].tolist()
+            failures.append(f"'{key}': {int(wrong.sum())} of {wrong.numel()} values differ, the first at {first}")
+    return ReadBack(weights, failures, loaded)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty where it has none or cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}

@@ -1,11 +1,11 @@
-"""ONNX with integer weights: every fake-quantized layer becomes a QuantizeLinear / DequantizeLinear (QDQ) layer.
+"""ONNX export with integer weights: quantized layers become QuantizeLinear / DequantizeLinear (QDQ) nodes.
 
-A QDQ graph states what training computed, value by value, and ONNX Runtime, OpenVINO and TensorRT fuse it into integer
-kernels. Whether ONNX Runtime does so depends on the bias (int32 with scale weight x input, always written so here), on
-the input's codes (unsigned after a ReLU, that is `symmetric: false`), and on the layer after a convolution being
-quantized too. `qatkit.export.runtime.integer_kernels` counts what came of it.
+A QDQ graph states the training arithmetic value by value, and ONNX Runtime, OpenVINO and TensorRT fuse it into integer
+kernels. Whether ONNX Runtime does so depends on the bias (int32 with scale weight x input; always written that way), on
+the input codes (unsigned after a ReLU, that is `symmetric: false`), and on whether the layer after a convolution is
+quantized too. `qatkit.export.runtime.integer_kernels` counts the kernels that were chosen.
 
-The tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_point``, ``{layer}.input.scale``,
+Tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_point``, ``{layer}.input.scale``,
 ``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` where it stays in floating point). Codes of 2
 to 8 bits are all stored in 8 bits. Group-wise weights are exact but run in floating point.
 """
@@ -13,42 +13,104 @@ to 8 bits are all stored in 8 bits. Group-wise weights are exact but run in floa
 from __future__ import annotations
 
 import copy
-import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError
-from qatkit.export.dense import replacing
+from qatkit.export.formats import FORMATS
+from qatkit.export.interface import Bound, Measured, PlannedExport, ReadBack
+from qatkit.export.onnx_graph import name_after_layers, save, trace
+from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.qdq import QDQ, to_qdq
-from qatkit.quantization.experts import QATExperts
-from qatkit.quantization.layers import QATLayer
-from qatkit.quantization.modules import FakeQuantize
+from qatkit.export.runtime import load_runtime
+from qatkit.quantization.experts import QATExperts, is_experts
+from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import quantizer_state
+from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
+
+_INSTEAD = "use export: {format: dense}"
+
+
+def check(model: nn.Module, planned: PlannedExport) -> None:
+    """Refuse a model that ONNX, as ONNX Runtime reads it, cannot hold; weights are not read.
+
+    Raises:
+        QatkitError: a quantized layer has no QDQ form, or keys and values are quantized.
+    """
+    if planned.kv_cache:
+        raise QatkitError("quantized keys and values have no ONNX form", advice=f"remove kv_cache, or {_INSTEAD}")
+    for name, module in model.named_modules():
+        if isinstance(module, QATExperts) or (is_experts(module) and name in planned.schemes):
+            raise QatkitError(f"layer '{name}': quantized fused experts have no ONNX form", advice=_INSTEAD)
+    for name, scheme in planned.schemes.items():
+        _check_layer(name, model.get_submodule(name), scheme)
+
+
+def write(model: nn.Module, path: Path, batch: Any) -> None:
+    """Trace the model on a test batch and write it.
+
+    Raises:
+        QatkitError: the model takes several inputs, or `export_onnx` refuses it.
+    """
+    export_onnx(model, example_of(batch), path)
+
+
+def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
+    """Compare the file's integers with the model's, and load it into ONNX Runtime."""
+    weights, failures = compare_onnx_weights(model, path)
+    try:
+        return ReadBack(weights, failures, load_runtime(path, threads))
+    except QatkitError as error:
+        return ReadBack(weights, [*failures, str(error)], None)
+
+
+def bound(measured: Measured) -> Bound:
+    """1 % of the quantization error where inputs are quantized, else 1e-4 of the mean output.
+
+    A different summation order may move a value across a rounding border, which changes one code of the next input.
+    """
+    if measured.quantizes_inputs:  # float32 noise is allowed even where quantization happens to change nothing
+        limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
+        return Bound("1 % of the quantization error", limit)
+    return Bound("1e-4 of the mean output", 1e-4 * measured.mean_output)
+
+
+def example_of(batch: Any) -> Tensor:
+    """The input tensor of a batch ``(inputs, labels)``.
+
+    Raises:
+        QatkitError: the batch is a mapping, that is, the model takes several inputs.
+    """
+    if isinstance(batch, Mapping):
+        raise QatkitError(
+            f"'onnx' exports models of one input tensor, and a batch of the data is a mapping with {sorted(batch)}",
+            key="export.format",
+            advice=_INSTEAD,
+        )
+    example: Tensor = batch[0]
+    return example
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
-    """Write a plain or a fake-quantized model to an ONNX file whose batch dimension is dynamic.
+    """Write a plain or fake-quantized model to an ONNX file with a dynamic batch dimension.
 
-    The model itself is left as it is; what is written computes as in eval mode.
+    The model is left unchanged; the file computes as the model does in eval mode.
 
     Args:
-        model: A plain float32 model, or one from `prepare_qat`, calibrated.
+        model: A plain float32 model, or a calibrated one from `prepare_qat`.
         example: One input batch, ``[batch, ...]``; only its shape and dtype matter.
-        path: The file to write; appears whole or not at all.
+        path: The file; written atomically.
 
     Raises:
-        QatkitError: ONNX is not installed, a layer's quantization cannot be written as QDQ or is not calibrated, a
-            weight is not float32, or PyTorch cannot trace the model.
+        QatkitError: ONNX is not installed, a layer's quantization has no QDQ form or is not calibrated, a weight is
+            not float32, or PyTorch cannot trace the model.
 
     Example:
         >>> import tempfile, torch
@@ -62,17 +124,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
         ...     (Path(folder) / "model.onnx").exists()
         True
     """
-    try:
-        import onnx  # noqa: F401  (the exporter needs all three; fail before any work)
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise QatkitError(f"ONNX export needs {error.name}: pip install 'qatkit[onnx]'") from error
-    for name, module in model.named_modules():  # every refusal before the first copy
-        if isinstance(module, QATLayer):
-            _check(name, module)
-        elif isinstance(module, QATExperts) or any(isinstance(part, FakeQuantize) for part in module.children()):
-            what = "fused experts" if isinstance(module, QATExperts) else "quantized keys and values"
-            raise QatkitError(f"'{name}': {what} cannot be written to ONNX; write export: {{format: dense}}")
+    FORMATS["onnx"].check_packages()
+    check(model, PlannedExport.of(model))  # every refusal before the first copy
+    for name, layer in qat_layers(model):
+        _check_ready(name, layer)
     specs = quantizer_state(model)[1]
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in qat_layers(plain):
@@ -80,138 +135,59 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
     example = example.detach().cpu()
     if len(example) == 1:  # torch.export may take a batch of one for a constant
         example = torch.cat([example, example])
-    blocked = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
-    program = _trace(plain, example, opset=21 if blocked else 20)
-    _name_after_layers(program.model, plain)
-    with replacing(Path(path)) as temporary:
-        _write(program, specs, temporary)
+    grouped = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
+    program = trace(plain, example, opset=21 if grouped else 20)
+    name_after_layers(program.model, plain)
+    with atomic_path(Path(path)) as temporary:
+        save(program, specs, temporary)
 
 
-def _check(name: str, layer: QATLayer) -> None:
-    if type(layer) not in QDQ:
-        raise QatkitError(f"layer '{name}': a {type(layer).__name__} cannot be written to ONNX; exclude it")
-    if layer.weight.dtype != torch.float32:
-        dtype = str(layer.weight.dtype).removeprefix("torch.")
+def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
+    kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
+    if kind not in QDQ:
         raise QatkitError(
-            f"layer '{name}': its weight is {dtype}, and ONNX's DequantizeLinear gives float32 here; "
-            "train in float32 (trainer: precision: 32-true or bf16-mixed)"
+            f"layer '{name}': a quantized {_plain_name(layer)} has no ONNX form", advice=f"exclude it, or {_INSTEAD}"
         )
-    fake_quant = layer.input_fake_quant
-    if fake_quant is not None and fake_quant.dynamic:
+    weight = cast(Tensor, layer.weight)
+    if weight.dtype != torch.float32:
+        dtype = str(weight.dtype).removeprefix("torch.")
         raise QatkitError(
-            f"layer '{name}': activations with {_words(fake_quant.spec)} have no QDQ form in ONNX (their scales are "
-            "computed at run time); write activation: {num_bits: 8, symmetric: false, strategy: tensor}, or choose "
-            "another format"
+            f"layer '{name}': its weight is {dtype}, and the ONNX graph dequantizes to float32",
+            advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
         )
-    if fake_quant is not None and layer.weight_fake_quant is None:
+    inputs = scheme.activation
+    if inputs is not None and inputs.strategy in ("token", "group"):
         raise QatkitError(
-            f"layer '{name}': its input is quantized and its weight is not; ONNX Runtime would round such a weight to "
-            "8 bits by a rule of its own; write weight: {num_bits: 8}, or leave activation out"
+            f"layer '{name}': dynamic activation quantization ({_words(inputs)}) has no QDQ form in ONNX",
+            advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor}, or choose another format",
         )
-    for part in (layer.weight_fake_quant, fake_quant):
-        if part is not None and (part.spec.type != "int" or part.spec.strategy == "block"):
+    if inputs is not None and scheme.weight is None:
+        raise QatkitError(
+            f"layer '{name}': its input is quantized and its weight is not, and ONNX Runtime would quantize such a "
+            "weight to 8 bits by a rule of its own",
+            advice="set weight: {num_bits: 8}, or remove activation",
+        )
+    for role, spec in (("weight", scheme.weight), ("activation", inputs)):
+        if spec is not None and (spec.type != "int" or spec.strategy == "block"):
             raise QatkitError(
-                f"layer '{name}': a {part.role} of {_words(part.spec)} has no integer QDQ form in ONNX; write "
-                "type: int with strategy tensor, channel or group, or choose another format"
+                f"layer '{name}': {role} quantization with {_words(spec)} has no integer QDQ form in ONNX",
+                advice="set type: int with strategy tensor, channel or group, or choose another format",
             )
+
+
+def _check_ready(name: str, layer: QATLayer) -> None:
+    for part in (layer.weight_fake_quant, layer.input_fake_quant):
         if part is not None and not part.ready:
             raise QatkitError(
-                f"layer '{name}': its {part.role} scale was never set; call qatkit.calibrate(model, batches) first"
+                f"layer '{name}': its {part.role} scale was never set",
+                advice="call qatkit.calibrate(model, batches) first",
             )
+
+
+def _plain_name(layer: nn.Module) -> str:
+    return type(layer).__name__.removeprefix("QAT")
 
 
 def _words(spec: QuantSpec) -> str:
     kind = "" if spec.type == "int" else f"type: {spec.type}, "
     return f"{kind}num_bits: {spec.num_bits}, symmetric: {str(spec.symmetric).lower()}, strategy: {spec.strategy}"
-
-
-def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
-    """The ONNX nodes of the two operators."""
-    import onnxscript
-
-    op: Any = getattr(onnxscript, f"opset{opset}")
-
-    def quantize_linear(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
-        codes = op.QuantizeLinear(x, scale, zero_point)
-        if qmax - qmin == 255:
-            return codes
-        # Fewer bits: the codes are clipped, not the values, so that Q stays next to its layer and fuses with it.
-        dtype = np.int8 if qmin < 0 else np.uint8
-        low, high = (op.Constant(value=onnxscript.ir.tensor(np.array(bound, dtype))) for bound in (qmin, qmax))
-        return op.Clip(codes, low, high)
-
-    def dequantize_linear(codes: Any, scale: Any, zero_point: Any = None, block_size: int = 0) -> Any:
-        if block_size:
-            return op.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=block_size)
-        return op.DequantizeLinear(codes, scale, zero_point, axis=0)
-
-    ops = torch.ops.qatkit
-    return {ops.quantize_linear.default: quantize_linear, ops.dequantize_linear.default: dequantize_linear}
-
-
-def _trace(model: nn.Module, example: Tensor, opset: int) -> Any:
-    try:
-        with _silence(), torch.no_grad():
-            return torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                custom_translation_table=_translations(opset),
-                opset_version=opset,
-                optimize=False,  # its merging of equal tensors would take names from layers; `_write` simplifies
-                verbose=False,
-            )
-    except Exception as error:  # torch.onnx wraps whatever a forward may raise while it is traced
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise QatkitError(
-            f"PyTorch cannot export this model with a dynamic batch: {reason[0] if reason else type(error).__name__}"
-        ) from error
-
-
-def _name_after_layers(graph_model: Any, model: nn.Module) -> None:
-    """Give the tensors of a layer with several names its first one; tracing takes another."""
-    first = {id(layer): name for name, layer in model.named_modules()}
-    initializers = graph_model.graph.initializers
-    for alias, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, tuple(QDQ.values())) and first[id(layer)] != alias:
-            for key in [key for key in initializers if key.startswith(f"{alias}.")]:
-                value = initializers.pop(key)
-                value.name = f"{first[id(layer)]}.{key.removeprefix(f'{alias}.')}"
-                initializers[value.name] = value
-
-
-def _write(program: Any, specs: dict[str, Any], path: Path) -> None:
-    from onnxscript import ir, optimizer, rewriter
-    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
-
-    with _silence():
-        model = program.model
-        for _ in range(2):  # rewriting leaves constants to fold, and folding leaves patterns to rewrite
-            optimizer.fold_constants(model)
-            model = rewriter.rewrite(model)
-            optimizer.remove_unused_nodes(model)
-        ClearMetadataAndDocStringPass()(model)  # source lines and paths of the machine that exported
-        for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
-            value.metadata_props.clear()
-        model.producer_name = "qatkit"
-        model.metadata_props["qatkit.specs"] = json.dumps(specs)
-        ir.save(model, path)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporter's remarks about itself from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

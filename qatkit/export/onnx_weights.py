@@ -20,7 +20,7 @@ from qatkit.quantization.prepare import qat_layers
 
 
 @torch.no_grad()
-def check_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
+def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
     """Compare every code, scale, zero point and bias in an ONNX file with a model's own.
 
     A scale may differ only where all its codes stand for zero, since it changes nothing there.

@@ -1,37 +1,48 @@
-"""A checkpoint without its zeros: what pruning made zero takes a bit per weight on disk, or nothing."""
+"""Sparse export: safetensors without the zeros of pruned weights; a zero takes one bit on disk, or nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qatkit.export.dense import dense_state, replacing
+from qatkit.common.files import atomic_path
+from qatkit.export.dense import dense_state, load_and_compare, metadata
+from qatkit.export.interface import ReadBack
 from qatkit.pruning.storage import load_sparse, save_sparse
 
 
-def export_sparse(model: nn.Module, path: Path | str) -> None:
-    """Write the weights of `export_dense`, each in its smallest form: dense, with a bitmask, or CSR.
+def write(model: nn.Module, path: Path, batch: Any) -> None:
+    """Write a sparse file; `batch` is not needed."""
+    export_sparse(model, path)
 
-    `qatkit.pruning.storage.load_sparse` gives the dense state dict back.
+
+def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
+    """Load a sparse file into the plain model and compare every tensor."""
+    return load_and_compare(model, path, load_sparse)
+
+
+def export_sparse(model: nn.Module, path: Path | str) -> None:
+    """Write the tensors of `export_dense`, each in its smallest form: dense, with a bitmask, or CSR.
+
+    `qatkit.pruning.storage.load_sparse` returns the dense state dict.
 
     Args:
         model: A plain model, or one from `prepare_qat`.
-        path: The safetensors file to write; appears whole or not at all.
+        path: The safetensors file; written atomically.
 
     Raises:
-        QatkitError: a weight is shared by layers that quantize it differently, so that no single value is right.
+        QatkitError: tied layers quantize their common weight differently, so no single value is right.
     """
-    with replacing(Path(path)) as temporary:
+    with atomic_path(Path(path)) as temporary:
         save_sparse(dense_state(model), temporary)
 
 
 def is_sparse(path: Path) -> bool:
     """Whether a safetensors file was written by `export_sparse`."""
-    with safe_open(path, framework="pt") as file:
-        return "sparse" in (file.metadata() or {})
+    return "sparse" in metadata(path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -40,5 +51,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def dense_bytes(path: Path) -> int:
-    """How many bytes the tensors of a safetensors file take when they are dense, without the header."""
+    """Bytes that the tensors of a safetensors file take in dense storage, without the header."""
     return sum(value.numel() * value.element_size() for value in read_weights(path).values())

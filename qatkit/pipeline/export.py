@@ -1,91 +1,115 @@
-"""The export step: every finished stage that the comparison shows, written in the recipe's format."""
+"""The export step: write every finished stage of the comparison in the recipe's format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, nn
+from torch import nn
 
-from qatkit.errors import QatkitError
-from qatkit.export.compressed_tensors import export_compressed
-from qatkit.export.dense import export_dense
-from qatkit.export.onnx import export_onnx
-from qatkit.export.sparse import export_sparse
+from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.interface import PlannedExport
+from qatkit.quantization.selection import select
+from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.run.folder import Run
 
-NAMES = {
-    "onnx": "model.onnx",
-    "dense": "model.safetensors",
-    "sparse": "model.sparse.safetensors",
-    "compressed_tensors": "",
-}
+
+def exported_stages(recipe: Recipe) -> list[str]:
+    """The stages that are exported: those that the comparison shows."""
+    return Run(recipe, Path()).rows
 
 
-def exported_path(run: Run, stage: str) -> Path:
-    """Where the exported file of a stage is, or the folder that is loaded as a whole."""
-    return run.out / "export" / stage / NAMES[format_of(run)]
+def check_export(recipe: Recipe, stage: str, model: nn.Module) -> None:
+    """Refuse a stage whose result the recipe's export format cannot hold; no weight is read.
+
+    Args:
+        recipe: Its ``export`` block names the format; nothing is checked without one.
+        stage: A stage that the comparison shows.
+        model: The stage's model, with plain layers; the meta device will do.
+
+    Raises:
+        QatkitError: with the stage and, where it is known, the layer.
+    """
+    if recipe.export is None:
+        return
+    row = FORMATS.row(recipe.export.format, "export.format")
+    try:
+        row.call("check", model, _planned(recipe.stages[stage].quantize, model))
+        row.check_packages()
+    except QatkitError as error:
+        raise error.with_fields(key="export.format", problem=f"stage '{stage}': {error.problem}") from None
 
 
-def exported_bytes(path: Path) -> int:
-    """The size of an exported file, or of the weights in an exported folder."""
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+def _planned(config: QuantizeConfig | None, model: nn.Module) -> PlannedExport:
+    if config is None:
+        return PlannedExport()
+    selection = {key: value for key, value in config.arguments.items() if key != "share_inputs"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QatkitWarning)  # the check of the quantize block gives it
+        schemes = select(model, **selection)
+    return PlannedExport(schemes, kv_cache=config.kv_cache is not None)
 
 
 def export_run(run: Run) -> list[Path]:
-    """Export every stage that the comparison shows, in the format of the recipe.
+    """Export every stage that the comparison shows, in the recipe's format.
+
+    Returns:
+        The exported files or folders.
 
     Raises:
-        QatkitError: a stage is not finished, or the format cannot hold what the recipe trained.
+        QatkitError: a stage is not finished, or the format cannot hold the trained model.
     """
-    data = held_out_data(run)
+    row, data = format_of(run), held_out_data(run)
+    batch = first_batch(data)
     paths = []
     for stage in run.rows:
         run.record(stage)
         path = exported_path(run, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         model = run.load_model(stage).eval()
-        if format_of(run) == "onnx":
-            export_onnx(model, example_of(data), path)
-        elif format_of(run) == "compressed_tensors":
-            export_compressed(model, path)
-            _describe(data, folder=path)
-        else:
-            (export_sparse if format_of(run) == "sparse" else export_dense)(model, path)
-            _describe(model, data, folder=path.parent)
+        row.call("write", model, path, batch)
+        _save_companions(row, model, data, path if row.is_folder else path.parent)
         paths.append(path)
     return paths
 
 
-def format_of(run: Run) -> str:
+def exported_path(run: Run, stage: str) -> Path:
+    """The exported file of a stage, or the exported folder."""
+    return format_of(run).path(run.out / "export" / stage)
+
+
+def format_of(run: Run) -> ExportFormat:
+    """The recipe's export format.
+
+    Raises:
+        QatkitError: the recipe has no ``export`` block.
+    """
     if run.recipe.export is None:
-        raise QatkitError("export: the recipe has no such block; write export: {format: onnx}")
-    return run.recipe.export.format
+        raise QatkitError("the recipe has no such block", key="export", advice="add export: {format: onnx}")
+    return FORMATS.row(run.recipe.export.format, "export.format")
 
 
 def held_out_data(run: Run) -> LightningDataModule:
-    # what was trained fits into memory; the logits of a large vocabulary may not at 64
+    """The recipe's data, set up for the test split."""
+    # the largest batch that is known to fit into memory; logits of a large vocabulary may not fit at 64
     data = run.build_data(batch_size=min(64, *(stage.batch_size for stage in run.recipe.stages.values())))
     data.prepare_data()
     data.setup("test")
     return data
 
 
-def example_of(data: LightningDataModule) -> Tensor:
-    batch = next(iter(data.test_dataloader()))
-    if isinstance(batch, Mapping):
-        raise QatkitError(
-            f"export.format: 'onnx' takes models of one input, and a batch of the data holds {sorted(batch)}; "
-            "write export: {format: dense}"
-        )
-    inputs: Tensor = batch[0]
-    return inputs
+def first_batch(data: LightningDataModule) -> Any:
+    """The first batch of the test split."""
+    return next(iter(data.test_dataloader()))
 
 
-def _describe(*owners: nn.Module | LightningDataModule, folder: Path) -> None:
-    """Beside the weights of a model of transformers: its config and tokenizer, so that `from_pretrained` loads all."""
-    for part in (getattr(owner, name, None) for owner in owners for name in ("config", "tokenizer")):
-        if part is not None and hasattr(part, "save_pretrained"):
-            part.save_pretrained(folder)
+def _save_companions(row: ExportFormat, model: nn.Module, data: LightningDataModule, folder: Path) -> None:
+    """Save config and tokenizer of a transformers model beside its weights, so that `from_pretrained` loads all."""
+    for name in row.companions:
+        for owner in (model, data):
+            companion = getattr(owner, name, None)
+            if hasattr(companion, "save_pretrained"):
+                companion.save_pretrained(folder)

@@ -13,10 +13,9 @@ from torch import nn
 from qatkit import stages as blocks
 from qatkit.common.device import device_type
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.export.compressed_tensors import check_layers, check_model
+from qatkit.pipeline.export import check_export, exported_stages
 from qatkit.pipeline.tracking import check_logger
-from qatkit.quantization.selection import select
-from qatkit.recipe import DistillConfig, QuantizeConfig, Recipe
+from qatkit.recipe import DistillConfig, Recipe
 from qatkit.recipe.factories import check_arguments, resolve
 from qatkit.report.language import check_harness, next_token_only
 from qatkit.run.compatibility import with_tokenizer
@@ -65,9 +64,6 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         raise next_token_only(task)
     models = StageModels(recipe, allow)
     layers = {}
-    compressed = recipe.export is not None and recipe.export.format == "compressed_tensors"
-    if compressed:
-        check_model(models[None])
     for name, stage in recipe.stages.items():
         model = models[name]
         if stage.max_steps:
@@ -91,8 +87,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         if stage.quantize is not None:
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)
-                if compressed:
-                    _check_compressed(stage.quantize, model)
+        if name in exported_stages(recipe):
+            check_export(recipe, name, model)
     return layers
 
 
@@ -114,12 +110,6 @@ def _check_prompts(config: DistillConfig, factory: str, packed: bool) -> None:
                 f"{key}: it continues the beginnings of texts, and {factory} packs several documents into a row; "
                 'write data.factory: "qatkit.data:chat" or "qatkit.data:stdlib_text", or leave it out'
             )
-
-
-def _check_compressed(config: QuantizeConfig, model: nn.Module) -> None:
-    """Whether the export can hold what a stage will train."""
-    how = {key: value for key, value in config.arguments.items() if key != "share_inputs"}
-    check_layers(model, select(model, **how), kv_cache=config.kv_cache is not None)
 
 
 @contextmanager

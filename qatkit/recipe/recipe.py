@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qatkit.errors import QatkitError, did_you_mean, under
+from qatkit.export.formats import FORMATS
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.expansion import check_rewind, expanded
@@ -42,11 +43,14 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The format that results are exported in."""
+    """The export format of the results."""
 
-    format: Literal["onnx", "dense", "sparse", "compressed_tensors"] = MISSING
-    """ONNX; safetensors with the rounded weights, or with the nonzero ones only; or codes and scales in a folder that
-    transformers and vLLM load."""
+    format: str = MISSING
+    """A name of `qatkit.export.formats.FORMATS`, such as onnx."""
+
+    def __post_init__(self) -> None:
+        if self.format != MISSING:
+            FORMATS.row(self.format, "format")
 
 
 @dataclass(frozen=True)

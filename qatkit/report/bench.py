@@ -1,4 +1,4 @@
-"""How fast exported files answer, measured so that a busy machine does not decide who wins."""
+"""Latency of exported files, measured in turn so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
-from qatkit.export.runtime import load_runtime
+from qatkit.export.formats import format_of_path
 
 
 class Latency(TypedDict):
-    """How long one call takes with one batch size; a plain dict, so that it goes into a report as it is."""
+    """Latency of one call with one batch size; a plain dict, as ``report.json`` holds it."""
 
     batch_size: int
     median_ms: float
@@ -26,7 +26,7 @@ class Latency(TypedDict):
     high_ms: float
     """Third quartile."""
     repeats: int
-    """Timed blocks, each long enough for the clock."""
+    """Timed blocks; each runs for at least 2 ms, so that the clock's resolution does not matter."""
     threads: int
 
 
@@ -38,12 +38,12 @@ def bench(
     Args:
         path: A ``.onnx`` file.
         example: One input batch, ``[batch, ...]``; repeated or cut to each batch size.
-        batch_sizes: What to measure.
+        batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Timed blocks per batch size.
 
     Raises:
-        QatkitError: the runtime cannot load the file, or a number is below 1.
+        QatkitError: the format has no runtime to measure, the runtime cannot load the file, or a number is below 1.
 
     Example:
         >>> import tempfile, torch
@@ -63,26 +63,28 @@ def compare(
     batch_sizes: Sequence[int] = (1, 64),
     threads: int = 1,
     repeats: int = 30,
+    format: str | None = None,
 ) -> dict[str, list[Latency]]:
-    """Measure several files side by side: A, B, C, A, B, C, so that whatever slows the machine slows all of them.
+    """Measure the latency of several files in turn (A, B, C, A, B, C), so that a busy machine slows all of them alike.
 
     Args:
         paths: Files by name.
-        example: One input batch that all of them take.
-        batch_sizes: What to measure.
+        example: One input batch that all of them take, ``[batch, ...]``.
+        batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Rounds; each times every file once, over as many calls as fill 2 ms.
+        format: The files' export format; by default it follows from their names.
 
     Returns:
-        For each name, one row per batch size.
+        For each name, one entry per batch size.
 
     Raises:
-        QatkitError: the runtime cannot load a file, or a number is below 1.
+        QatkitError: the format has no runtime to measure, the runtime cannot load a file, or a number is below 1.
     """
     for key, value in (("threads", threads), ("repeats", repeats), *(("batch_sizes", size) for size in batch_sizes)):
         if value < 1:
-            raise QatkitError(f"{key}: {value} cannot be measured; write 1 or more")
-    runtimes = {name: load_runtime(path, threads) for name, path in paths.items()}
+            raise QatkitError(f"{value} is out of range", key=key, advice="pass 1 or more")
+    runtimes = {name: _load(path, threads, format) for name, path in paths.items()}
     rows: dict[str, list[Latency]] = {name: [] for name in paths}
     for size in batch_sizes:
         x = _batch(example, size)
@@ -102,25 +104,33 @@ def compare(
 
 
 def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, tuple[float, float, float]]:
-    """Time calls in turn: A, B, C, A, B, C.
+    """Time functions in turn: A, B, C, A, B, C.
 
     Args:
-        calls: What to time, by name.
-        repeats: Rounds; each times every call once, over as many runs of it as fill 2 ms.
+        calls: Functions by name.
+        repeats: Rounds; each times every function once, over as many calls as fill 2 ms.
 
     Returns:
-        First quartile, median and third quartile of the seconds that one run takes.
+        First quartile, median and third quartile of one call, in seconds.
     """
     counts = {name: _warm_up(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(_time(call, counts[name]))
-    found = {}
+    quartiles = {}
     for name, measured in times.items():
         low, median, high = quantiles(measured, n=4, method="inclusive") if repeats > 1 else measured * 3
-        found[name] = (low, median, high)
-    return found
+        quartiles[name] = (low, median, high)
+    return quartiles
+
+
+def _load(path: Path, threads: int, format: str | None) -> Callable[[Tensor], object]:
+    row = format_of_path(path, format)
+    if not row.benchmark:
+        raise QatkitError(f"the latency of '{row.name}' exports is not measured", key=str(path))
+    load: Callable[[Tensor], object] = row.call("benchmark", path, threads)
+    return load
 
 
 def _batch(example: Tensor, size: int) -> Tensor:
@@ -129,7 +139,7 @@ def _batch(example: Tensor, size: int) -> Tensor:
 
 
 def _warm_up(call: Callable[[], object], seconds: float = 0.02, block: float = 2e-3) -> int:
-    """Run until caches and memory pools are warm; returns how many calls fill one timed block."""
+    """Run until caches and memory pools are warm; return the number of calls that fill one timed block."""
     start, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < seconds or count < 3:
         call()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from typing import Any
 
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
+from qatkit.report.content import read_report
 
 NEEDS = ("matplotlib", "jinja2")
 
@@ -73,22 +73,14 @@ def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 
 def write_page(folders: Sequence[Path], page: Path) -> None:
-    """Draw what the ``report.json`` of one run or of several holds as one HTML file.
+    """Render the ``report.json`` of one run or several as one HTML file.
 
     Raises:
-        QatkitError: a folder has no report that this version wrote, or matplotlib or jinja2 is not installed.
+        QatkitError: a folder has no report that this version of qatkit reads, or matplotlib or jinja2 is not installed.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise QatkitError("the same run is named twice; name every run once")
-    reports = []
-    for folder in folders:
-        path = folder / "report.json"
-        if not path.is_file():
-            raise QatkitError(f"{path} does not exist; run `qatkit report {folder}` first")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "stages" not in content or any("task" not in row["verification"] for row in content["rows"]):
-            raise QatkitError(f"{path} is of an older version; run `qatkit report {folder}` to write it again")
-        reports.append(content)
+        raise QatkitError("the same run folder is given twice", advice="pass every run once")
+    reports = [read_report(folder) for folder in folders]
     text = render(reports, folders)
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(page, text)

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from qatkit.export.formats import FORMATS
 from qatkit.report.metrics import Metric, metric_of
 from qatkit.tasks.table import TASKS
-
-_RUNTIMES = {
-    "onnx": "ONNX Runtime",
-    "dense": "PyTorch, reading the dense file,",
-    "compressed_tensors": "transformers, reading the compressed folder,",
-    "sparse": "PyTorch, reading the sparse file,",
-}
 
 
 class Parity(TypedDict):
@@ -39,25 +33,23 @@ def parity(check: dict[str, Any]) -> Parity:
     Args:
         check: ``verification`` of a row of the report.
     """
-    runtime = _RUNTIMES.get(check["format"], check["format"])
+    row = FORMATS.row(check["format"], "verification.format")
     if not check["passed"]:
         return Parity(
             passed=False,
-            headline=f"{runtime} does NOT compute what training computed. Do not ship this file.",
+            headline=f"{row.runtime} does NOT compute what training computed. Do not ship this file.",
             sentences=check["failures"],
         )
     sentences = []
     if check["layers"]:
-        what = "integer weights" if check["format"] == "onnx" else "weights"
-        sentences.append(
-            f"Every one of the {check['weights']:,} {what} in {check['layers']} layers of the file is the trained one."
-        )
+        weights = f"{check['weights']:,} {row.weights} in {check['layers']} layers"
+        sentences.append(f"Every one of the {weights} of the file is the trained one.")
     sentences.append(_difference(check))
     same = round(check["agreement"] * check["samples"])
     whom = "every one" if same == check["samples"] else f"{same:,}"
     task = TASKS.row(check["task"], "report.json")
     sentences.append(f"Both name the same {task.agreement} for {whom} of {check['samples']:,} {task.counted}.")
-    return Parity(passed=True, headline=f"{runtime} computes what training computed.", sentences=sentences)
+    return Parity(passed=True, headline=f"{row.runtime} computes what training computed.", sentences=sentences)
 
 
 def _difference(check: dict[str, Any]) -> str:

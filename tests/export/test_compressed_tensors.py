@@ -196,15 +196,15 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        (Scheme(QuantSpec(2, type="ternary", observer="absmean")), r"no ternary codes; write weight: \{num_bits: 2\}"),
-        (specs("Q4_0"), r"grid of GGUF with negative scales; write scheme: W4A16"),
-        (specs("W4A16_ASYM"), r"zero points; write weight: \{symmetric: true\}"),
-        (specs("W3A16"), r"3 bits are packed otherwise by other versions; write weight: \{num_bits: 4\}"),
-        (specs("NVFP4A16"), r"bfloat16 alone, so equality could not be shown; write scheme: FP8_DYNAMIC or W4A16"),
-        (specs("MXFP8A16"), r"scales of float8_e8m0fnu are read in bfloat16 alone"),
-        (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), r"127\.5.*write scheme: W8A8"),
+        (Scheme(QuantSpec(2, type="ternary", observer="absmean")), r"no ternary codes; set weight: \{num_bits: 2\}"),
+        (specs("Q4_0"), r"GGUF grid with negative scales; set scheme: W4A16"),
+        (specs("W4A16_ASYM"), r"zero points; set weight: \{symmetric: true\}"),
+        (specs("W3A16"), r"pack 3 bits differently; set weight: \{num_bits: 4\}"),
+        (specs("NVFP4A16"), r"only in bfloat16, so equality could not be verified; set scheme: FP8_DYNAMIC or W4A16"),
+        (specs("MXFP8A16"), r"scales of float8_e8m0fnu are read only in bfloat16"),
+        (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), r"127\.5.*set scheme: W8A8"),
         (Scheme(QuantSpec(8), QuantSpec(8, symmetric=False, strategy="tensor")), r"activation: \{symmetric: true\}"),
-        (Scheme(None, QuantSpec(8, strategy="token")), r"only the input is quantized; quantize its weight too"),
+        (Scheme(None, QuantSpec(8, strategy="token")), r"input alone is quantized; quantize its weight too"),
     ],
 )  # fmt: skip
 def test_what_the_format_cannot_hold_is_refused_with_what_to_write(
@@ -218,7 +218,9 @@ def test_what_the_format_cannot_hold_is_refused_with_what_to_write(
 def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tmp_path: Path) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
     prepare_qat(gpt2, QuantSpec(4), exclude=["lm_head"])
-    with pytest.raises(QatkitError, match=r"layer 'transformer\.h\.0\.attn\.c_attn': .*this is QATConv1D; exclude it"):
+    with pytest.raises(
+        QatkitError, match=r"layer 'transformer\.h\.0\.attn\.c_attn': .*this is a QATConv1D; exclude it"
+    ):
         export_compressed(gpt2, tmp_path / "out")
     tied = llama(300, 32, 1, 2, 1, 48, 16)
     prepare_qat(tied, QuantSpec(4))
@@ -227,15 +229,15 @@ def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tm
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 1, "num_local_experts": 2}
     mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=64, **shape))
-    experts = r"layer 'model\.layers\.0\.mlp\.experts': it holds fused experts.*write export: \{format: dense\}"
+    experts = r"layer 'model\.layers\.0\.mlp\.experts': .*fused experts.*use export: \{format: dense\}"
     for layers in (["*self_attn*"], ["*"]):  # transformers cannot load them beside compressed layers either
         prepare_qat(mixtral, QuantSpec(4), include=layers, exclude=["lm_head"])
         with pytest.raises(QatkitError, match=experts):
             export_compressed(mixtral, tmp_path / "out")
         mixtral = MixtralForCausalLM(mixtral.config)
-    with pytest.raises(QatkitError, match=r"export\.format: 'compressed_tensors' is for models of transformers"):
+    with pytest.raises(QatkitError, match=r"'compressed_tensors' is for transformers models"):
         export_compressed(cnn(), tmp_path / "out")
     half = model_with(specs("W4A16"), dtype=torch.bfloat16, steps=0)
-    with pytest.raises(QatkitError, match=r"loaded in bfloat16.*write weight: \{scale_dtype: bfloat16\}"):
+    with pytest.raises(QatkitError, match=r"loaded in bfloat16.*set weight: \{scale_dtype: bfloat16\}"):
         export_compressed(half, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import qatkit.export.dense as dense
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.export.dense import export_dense, replacing
+from qatkit.export.dense import export_dense
 from tests.export.conftest import Images, Quantized, checked
 
 
@@ -26,7 +27,7 @@ def test_dense_weights_are_the_quantized_ones_and_give_the_same_outputs(
     assert max(len(channel.unique()) for channel in weight) <= 8, "3 bits are at most 8 values"
 
 
-def test_a_dense_file_says_that_it_does_not_round_activations(
+def test_a_dense_file_says_that_it_does_not_quantize_activations(
     quantized: Quantized, images: Images, tmp_path: Path
 ) -> None:
     model, path = quantized(), tmp_path / "model.safetensors"
@@ -36,7 +37,7 @@ def test_a_dense_file_says_that_it_does_not_round_activations(
     assert result.allowed_error is None
     assert result.mean_error is not None
     assert result.mean_error > 0
-    assert "does not round activations" in result.summary()
+    assert "does not quantize activations" in result.summary()
 
 
 @pytest.mark.parametrize("key", ["conv2.weight", "conv2.bias"])
@@ -81,16 +82,18 @@ def test_tied_dense_weights_are_written_once_per_name_and_refused_where_they_wou
     assert not (tmp_path / "one.safetensors").exists()
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_breaks_off_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model.safetensors").write_text("old")
 
-    def breaks_off() -> None:
-        with replacing(tmp_path / "model.safetensors") as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
+    def breaks_off(tensors: object, path: Path, metadata: object) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
 
+    monkeypatch.setattr(dense, "save_file", breaks_off)
     with pytest.raises(OSError, match="disk full"):
-        breaks_off()
+        export_dense(nn.Linear(8, 8), tmp_path / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_text() == "old"
 

@@ -165,16 +165,20 @@ def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
-        ("vision/digits_int4", [], r"export\.format: 'compressed_tensors' is for models of transformers.*format: onnx"),
+        (
+            "vision/digits_int4",
+            [],
+            r"export\.format: stage 'dense': 'compressed_tensors' is for transformers models.*format: onnx",
+        ),
         (
             "llm/int4_qat",
             ["stages.qat.quantize.weight.num_bits=3"],
-            r"stages\.qat\.quantize: layer 'model\.layers\.0\.self_attn\.q_proj': 3 bits .* weight: \{num_bits: 4\}",
+            r"export\.format: stage 'qat': layer '.*q_proj': .* pack 3 bits .* weight: \{num_bits: 4\}",
         ),
         (
             "llm/int4_qat",
             ["stages.ptq.quantize.kv_cache={strategy: token}"],
-            r"stages\.ptq\.quantize\.kv_cache: transformers does not round keys and values",
+            r"export\.format: stage 'ptq': transformers does not quantize keys and values",
         ),
     ],
 )
@@ -203,7 +207,9 @@ def test_fused_experts_are_refused_for_compressed_folders_before_training(tmp_pa
         stages: {{qat: {{max_steps: 1, quantize: {{weight: {{num_bits: 4}}, include: ["*self_attn*"]}}}}}}
         export: {{format: compressed_tensors}}
     """)
-    with pytest.raises(QatkitError, match=r"layer 'model\.layers\.0\.mlp\.experts': it holds fused experts"):
+    with pytest.raises(
+        QatkitError, match=r"layer 'model\.layers\.0\.mlp\.experts': transformers cannot load fused experts"
+    ):
         validate(tmp_path / "experts.yaml")
     assert validate(tmp_path / "experts.yaml", "export.format=dense")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import qatkit.report.bench as module
 from qatkit import QatkitError
+from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.report.bench import bench, compare
 
@@ -65,7 +66,7 @@ def test_files_take_turns_and_are_warm_before_the_first_measurement(
         timed.append(call.func.name)  # type: ignore[attr-defined]  # a Recorded
         return 1e-3 * len(timed)
 
-    monkeypatch.setattr(module, "load_runtime", lambda path, threads: Recorded(path))
+    monkeypatch.setattr(module, "_load", lambda path, threads, format: Recorded(path))
     monkeypatch.setattr(module, "_time", time_it)
     rows = compare(files, torch.rand(3, 64), batch_sizes=(7,), repeats=3)
     assert timed == ["small", "large"] * 3
@@ -84,5 +85,6 @@ def test_numbers_below_one_are_refused(changes: dict[str, int], key: str, files:
 
 
 def test_a_file_that_no_runtime_takes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match=r"'\.safetensors' files"):
+    export_dense(nn.Linear(64, 4), tmp_path / "model.safetensors")
+    with pytest.raises(QatkitError, match="the latency of 'dense' exports is not measured"):
         bench(tmp_path / "model.safetensors", torch.rand(3, 64))

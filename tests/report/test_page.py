@@ -289,12 +289,16 @@ def test_several_runs_are_compared_in_one_page(
 
 
 def test_runs_without_a_report_and_runs_named_twice_are_refused(folder: Path, changed: Callable[..., Path]) -> None:
-    with pytest.raises(QatkitError, match=r"nowhere/report.json does not exist; run `qatkit report nowhere` first"):
+    with pytest.raises(
+        QatkitError, match=r"nowhere/report.json: there is no such file; run `qatkit report nowhere` first"
+    ):
         write_page([folder, Path("nowhere")], Path("never.html"))
-    with pytest.raises(QatkitError, match="the same run is named twice"):
+    with pytest.raises(QatkitError, match="the same run folder is given twice"):
         write_page([folder, folder / ".." / folder.name], Path("never.html"))
-    old = changed("old", lambda report: report.pop("stages"))
-    with pytest.raises(QatkitError, match="older version"):
+    old = changed("old", lambda report: report.pop("schema"))
+    with pytest.raises(
+        QatkitError, match=r"report\.json: it follows no schema, .*; run `qatkit report .*old` to rewrite"
+    ):
         write_page([old], Path("never.html"))
 
 

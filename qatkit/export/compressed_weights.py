@@ -1,19 +1,19 @@
-"""Reading a compressed-tensors folder back: its codes and scales from the file, its weights from transformers."""
+"""Read a compressed-tensors folder back: codes and scales from the file, decoded weights from transformers."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qatkit.errors import QatkitError
-from qatkit.export.compressed_tensors import quietly
+from qatkit.export.interface import ReadBack
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers, quantized_weights
@@ -21,30 +21,22 @@ from qatkit.quantization.state import quantizer_prefixes
 
 
 @torch.no_grad()
-def open_compressed(trained: nn.Module, folder: Path) -> tuple[int, list[str], Callable[..., Any] | None]:
-    """Compare a folder's codes, scales and decoded weights with a model, and load it as transformers does.
+def compare_and_load(trained: nn.Module, folder: Path) -> ReadBack:
+    """Compare a folder's codes, scales and decoded weights with a model, and load it with transformers.
 
     Args:
         trained: The model, in eval mode on the CPU.
-        folder: What `export_compressed` wrote.
-
-    Returns:
-        How many quantized weights were compared, what differs in words, and the loaded model, or None.
-
-    Raises:
-        QatkitError: compressed-tensors is not installed.
+        folder: Written by `export_compressed`.
     """
-    try:
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-    except ImportError as error:
-        raise QatkitError(f"{folder}: compressed_tensors is missing; run: pip install 'qatkit[llm]'") from error
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             tensors |= load_file(file)
         except SafetensorError as error:
-            return weights, [f"{file.name} cannot be read: {error}"], None
+            return ReadBack(weights, [f"{file.name} cannot be read: {error}"], None)
     failures: list[str] = []
     own = quantizer_prefixes(trained)
     expected = {key: value for key, value in trained.state_dict().items() if not key.startswith(own)}
@@ -65,13 +57,13 @@ def open_compressed(trained: nn.Module, folder: Path) -> tuple[int, list[str], C
         expected |= {f"{name}.{part}": value for part, value in layer.shipped().items()}
     try:
         loaded = _load(folder)
-    except Exception as error:  # transformers raises many kinds
-        said = " ".join(str(error).split())
-        return weights, [*failures, f"transformers cannot load {folder.name}: {said[:300]}"], None
+    except Exception as error:  # the exceptions of transformers share no base class
+        reason = " ".join(str(error).split())[:300]
+        return ReadBack(weights, [*failures, f"transformers cannot load {folder.name}: {reason}"], None)
     decoded = loaded.state_dict()
     for key, value in expected.items():
         failures += _compare(key, "values", decoded.get(key), value)
-    return weights, failures, loaded
+    return ReadBack(weights, failures, loaded)
 
 
 def _load(folder: Path) -> nn.Module:
@@ -82,7 +74,7 @@ def _load(folder: Path) -> nn.Module:
     with quietly():
         loaded: nn.Module = kind.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
         if (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
-            quantizer.compressor.decompress_model(loaded)  # else the first forward pass does it
+            quantizer.compressor.decompress_model(loaded)  # else the first forward pass would
     return loaded
 
 
@@ -100,3 +92,10 @@ def _compare(key: str, what: str, found: Tensor | None, expected: Tensor) -> lis
 
 def _static_scale(fake_quant: FakeQuantize) -> Tensor:
     return fake_quant.qparams(torch.empty(0))[0]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Hide the progress bars of transformers and compressed-tensors, which no option turns off."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

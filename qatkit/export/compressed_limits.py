@@ -1,0 +1,122 @@
+"""Limits of the compressed-tensors format, of plain transformers reading it, and of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from qatkit.errors import QatkitError
+from qatkit.schemes import Scheme
+from qatkit.spec import QuantSpec
+
+INSTEAD = "use export: {format: dense}"
+BITS = (2, 4, 8)
+"""Of integer weights; other widths are packed differently by different versions of compressed-tensors."""
+
+
+def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Refuse quantization that the format, or its readers, cannot hold; weights are not read.
+
+    Args:
+        model: The model, with plain or swapped layers.
+        schemes: Quantization by layer name.
+
+    Raises:
+        QatkitError: a layer cannot be held.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            owners.setdefault(id(weight), []).append(name)
+    for name, scheme in schemes.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise QatkitError(
+                f"layer '{name}': compressed_tensors holds linear layers, and this is a {type(layer).__name__}",
+                advice=f"exclude it, or {INSTEAD}",
+            )
+        if tied := [other for other in owners[id(layer.weight)] if other != name]:
+            raise QatkitError(
+                f"layer '{name}': its weight is tied to '{tied[0]}', and tied codes are not supported",
+                advice="exclude it, or untie the model's weights (tie_embeddings: false, tie_word_embeddings: false)",
+            )
+        found = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
+        if found:
+            problem, advice = found
+            raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
+
+
+Problem = tuple[str, str]
+"""What the format cannot hold, and the advice."""
+
+
+def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | None:
+    if spec is None:
+        return "compressed_tensors holds no layer whose input alone is quantized", "quantize its weight too"
+    if spec.type == "ternary":
+        return "compressed_tensors has no ternary codes", "set weight: {num_bits: 2}"
+    if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):
+        return (
+            f"transformers reads compressed floats of {spec.num_bits} bits ({spec.type}, MX, NVFP4) only in bfloat16, "
+            "so equality could not be verified",
+            "set scheme: FP8_DYNAMIC or W4A16",
+        )
+    if spec.scale_dtype.startswith("float8"):
+        return f"scales of {spec.scale_dtype} are read only in bfloat16", "set scheme: FP8_DYNAMIC"
+    if not spec.symmetric:
+        return "transformers cannot load packed zero points", "set weight: {symmetric: true}"
+    if spec.scale_rule == "signed":
+        return "scale_rule 'signed' (Q4_0) is a GGUF grid with negative scales", "set scheme: W4A16"
+    if not spec.is_float and spec.num_bits not in BITS:
+        return (
+            f"different versions of compressed-tensors pack {spec.num_bits} bits differently",
+            "set weight: {num_bits: 4}, 2 or 8",
+        )
+    if not spec.is_float and spec.strategy == "block":
+        return "compressed_tensors supports block scales only for fp8", "set strategy: group"
+    return _scale_problem("weight", spec, dtype)
+
+
+def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
+    spec = scheme.activation
+    if spec is None:
+        return None
+    if spec.is_float and (spec.num_bits != 8 or spec.type != "float" or spec.scale_dtype.startswith("float8")):
+        return (
+            f"transformers does not quantize inputs to {spec.type} of {spec.num_bits} bits",
+            "set scheme: FP8_DYNAMIC",
+        )
+    if not spec.symmetric:
+        return "vLLM and transformers agree only on symmetric inputs", "set activation: {symmetric: true}"
+    if not spec.is_float and spec.num_bits not in (4, 8):
+        return f"no kernel takes inputs of {spec.num_bits} bits", "set activation: {num_bits: 8}"
+    if not spec.is_float and spec.strategy == "group":
+        return "per-group inputs are only for fp8", "set activation: {strategy: token}"
+    if spec.strategy == "token" and not spec.is_float and spec.scale_rule != "range":
+        return (
+            "transformers divides a token's largest magnitude by half the range of codes (127.5), and training divides "
+            "by the largest code",
+            "set scheme: W8A8 or activation: {scale_rule: range}",
+        )
+    if spec.strategy in ("token", "group") and spec.scale_dtype != dtype_name(dtype):
+        name = dtype_name(dtype)
+        return f"transformers computes the scales of inputs in {name}", f"set activation: {{scale_dtype: {name}}}"
+    return _scale_problem("activation", spec, dtype)
+
+
+def _scale_problem(side: str, spec: QuantSpec, dtype: torch.dtype) -> Problem | None:
+    # a float32 file holds any scale; a half-precision one is loaded entirely in its dtype, scales included
+    name = dtype_name(dtype)
+    if dtype == torch.float32 or spec.scale_dtype == name:
+        return None
+    return (
+        f"the file is loaded in {name}, scales included, and training keeps them in {spec.scale_dtype}",
+        f"set {side}: {{scale_dtype: {name}}}",
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in a spec, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

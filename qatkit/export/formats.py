@@ -1,0 +1,201 @@
+"""The export formats, one row each: read by the recipe schema, validation, pipeline, verification, report and docs.
+
+A new format is one file beside this one that checks, writes and reads it back, and one row in `FORMATS`. The four
+functions that every row names are typed in `qatkit.export.interface`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qatkit.common.tables import Table, implementation
+from qatkit.errors import QatkitError
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A file format that trained models are written in. Functions are named as ``module:function``."""
+
+    name: str
+    """As in ``export: {format: NAME}``."""
+    description: str
+    """One line for help texts and docs."""
+    file_name: str
+    """The file in a stage's export folder; empty where the format writes the folder itself."""
+    check: str
+    """``(model, planned)``: refuse a model that the format cannot hold; called before training and before writing."""
+    write: str
+    """``(model, path, batch)``: write the model; `batch` is one test batch, for formats that trace."""
+    read_back: str
+    """``(model, path, threads)``: compare the file's weights with the model's, and load it for verification."""
+    bound: str
+    """``(measured)``: the output error that verification allows."""
+    runtime: str
+    """The program that runs the file, as the subject of a sentence: "ONNX Runtime"."""
+    weights: str = "weights"
+    """The numbers that verification compares with ``==``: "weights", or "integer weights"."""
+    extra: str = ""
+    """The optional dependency group: ``pip install 'qatkit[EXTRA]'``."""
+    packages: tuple[str, ...] = ()
+    """Import names of the packages that the format needs; the report records their versions."""
+    recognizes: str = ""
+    """``(path)``: whether the content is of this format, where the file name alone does not decide."""
+    companions: tuple[str, ...] = ()
+    """Saved beside the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
+    benchmark: str = ""
+    """``(path, threads)``: a callable whose latency the report measures; empty where none is measured."""
+    kernels: str = ""
+    """``(path)``: the kernels that the runtime chose; empty where they are not known."""
+    dense_bytes: str = ""
+    """``(path)``: bytes of the same weights in dense storage, for formats that leave out zeros."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the format fills a folder instead of writing one file."""
+        return not self.file_name
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its files, such as ".onnx"; empty for a folder."""
+        return Path(self.file_name).suffix
+
+    def path(self, folder: Path) -> Path:
+        """The exported file in a stage's export folder, or that folder."""
+        return folder / self.file_name if self.file_name else folder
+
+    def size(self, path: Path) -> int:
+        """Bytes of an exported file, or of the weights in an exported folder."""
+        files = path.glob("*.safetensors") if self.is_folder else [path]
+        return sum(file.stat().st_size for file in files)
+
+    def call(self, part: str, *args: Any) -> Any:
+        """Call the function that a field names, importing it now."""
+        return implementation(getattr(self, part))(*args)
+
+    def check_packages(self) -> None:
+        """Refuse the format where a package that it needs is missing.
+
+        Raises:
+            QatkitError: with the command that installs it.
+        """
+        missing = [name for name in self.packages if find_spec(name) is None]
+        if missing:
+            raise QatkitError(
+                f"format '{self.name}' needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+                "installed",
+                advice=f"run: pip install 'qatkit[{self.extra}]'",
+            )
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the installed packages that the format needs, by import name."""
+        return {name: version(name) for name in self.packages if find_spec(name) is not None}
+
+
+FORMATS = Table(
+    "export format",
+    [
+        ExportFormat(
+            name="onnx",
+            description="ONNX with integer weights (QDQ) for ONNX Runtime, OpenVINO and TensorRT",
+            file_name="model.onnx",
+            check="qatkit.export.onnx:check",
+            write="qatkit.export.onnx:write",
+            read_back="qatkit.export.onnx:read_back",
+            bound="qatkit.export.onnx:bound",
+            runtime="ONNX Runtime",
+            weights="integer weights",
+            extra="onnx",
+            packages=("onnx", "onnxscript", "onnxruntime"),
+            benchmark="qatkit.export.runtime:load_runtime",
+            kernels="qatkit.export.runtime:integer_kernels",
+        ),
+        ExportFormat(
+            name="dense",
+            description="safetensors with quantized values under plain names, for any PyTorch code",
+            file_name="model.safetensors",
+            check="qatkit.export.dense:check",
+            write="qatkit.export.dense:write",
+            read_back="qatkit.export.dense:read_back",
+            bound="qatkit.export.dense:bound",
+            runtime="PyTorch, reading the dense file,",
+            recognizes="qatkit.export.dense:is_dense",
+            companions=("config", "tokenizer"),
+        ),
+        ExportFormat(
+            name="sparse",
+            description="safetensors without the zeros of pruned weights (bitmask or CSR)",
+            file_name="model.sparse.safetensors",
+            check="qatkit.export.dense:check",
+            write="qatkit.export.sparse:write",
+            read_back="qatkit.export.sparse:read_back",
+            bound="qatkit.export.dense:bound",
+            runtime="PyTorch, reading the sparse file,",
+            recognizes="qatkit.export.sparse:is_sparse",
+            companions=("config", "tokenizer"),
+            dense_bytes="qatkit.export.sparse:dense_bytes",
+        ),
+        ExportFormat(
+            name="compressed_tensors",
+            description="a folder of codes and scales that transformers and vLLM load",
+            file_name="",
+            check="qatkit.export.compressed_tensors:check",
+            write="qatkit.export.compressed_tensors:write",
+            read_back="qatkit.export.compressed_tensors:read_back",
+            bound="qatkit.export.compressed_tensors:bound",
+            runtime="transformers, reading the compressed folder,",
+            extra="llm",
+            packages=("transformers", "compressed_tensors"),
+            recognizes="qatkit.export.compressed_tensors:is_model_folder",
+            companions=("tokenizer",),
+        ),
+    ],
+)
+
+
+def format_of_path(path: Path, name: str | None = None) -> ExportFormat:
+    """The format of an exported file or folder.
+
+    Args:
+        path: The file or folder.
+        name: The format's name; by default it follows from the file name, or from the content where several formats
+            share a file name.
+
+    Raises:
+        QatkitError: there is no such file, the name is unknown, or the format is ambiguous.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "model.onnx").write_bytes(b"")
+        ...     format_of_path(Path(folder) / "model.onnx").name
+        'onnx'
+    """
+    if name is not None:
+        row = FORMATS.row(name, key="format")
+        if not path.exists():
+            raise QatkitError("there is no such file or folder", key=str(path), advice=_EXPORT)
+        return row
+    rows = [row for row in FORMATS.values() if row.suffix == path.suffix or (row.is_folder and path.is_dir())]
+    if not path.exists() and rows:
+        raise QatkitError("there is no such file or folder", key=str(path), advice=_EXPORT)
+    rows = [row for row in rows if row.is_folder == path.is_dir()]
+    if not rows:
+        suffixes = sorted({row.suffix for row in FORMATS.values() if row.suffix})
+        raise QatkitError(
+            f"no export format writes '{path.suffix}' files",
+            key=str(path),
+            advice=f"pass a folder, or a file that ends in {' or '.join(suffixes)}",
+        )
+    matching = [row for row in rows if not row.recognizes or row.call("recognizes", path)]
+    if len(matching) == 1:
+        return matching[0]
+    names = ", ".join(repr(row.name) for row in matching or rows)
+    problem = "several export formats fit" if matching else "its content fits no export format"
+    raise QatkitError(problem, key=str(path), advice=f"pass format=: one of {names}")
+
+
+_EXPORT = "export the model first"

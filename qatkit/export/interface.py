@@ -1,0 +1,69 @@
+"""The values that pass between an export format's functions and the code that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qatkit.quantization.prepare import fake_quantizers, qat_layers
+from qatkit.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """The quantization of the model that will be exported; known before training."""
+
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    """By layer name; layers that are not quantized are absent."""
+    kv_cache: bool = False
+    """Whether keys and values are quantized."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PlannedExport:
+        """The quantization of a model from `prepare_qat`; empty for a plain one."""
+        schemes = {}
+        for name, layer in qat_layers(model):
+            weight, inputs = layer.weight_fake_quant, layer.input_fake_quant
+            schemes[name] = Scheme(weight and weight.spec, inputs and inputs.spec)
+        return cls(schemes, any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model)))
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """An exported file after its weights were compared with the model's."""
+
+    weights: int
+    """Quantized weights that were compared."""
+    failures: list[str]
+    """Every difference, in words."""
+    runtime: Callable[..., Any] | None
+    """The file in its runtime, called as the model is; None where it cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an error bound may depend on."""
+
+    quantizes_inputs: bool
+    half_precision: bool
+    """Whether a parameter is float16 or bfloat16."""
+    quantization_error: float
+    """Mean of ``|trained - the same weights without fake quantization|`` over all outputs."""
+    mean_output: float
+    """Mean of ``|trained|`` over all outputs."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The mean output error that verification allows."""
+
+    text: str
+    """In words."""
+    limit: float | None
+    """The number; None where outputs are not bounded."""
+
+
+EXACT = Bound("exactly equal outputs", 0.0)

@@ -1,0 +1,128 @@
+"""The ONNX graph of a model of QDQ layers: traced by PyTorch, simplified, named after the layers, written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.export.qdq import QDQ
+
+
+def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
+    """The ONNX nodes of the two QDQ operators."""
+    import onnxscript
+
+    op: Any = getattr(onnxscript, f"opset{opset}")
+
+    def quantize_linear(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
+        codes = op.QuantizeLinear(x, scale, zero_point)
+        if qmax - qmin == 255:
+            return codes
+        # Below 8 bits the codes are clipped, not the values, so that Q stays next to its layer and fuses with it.
+        dtype = np.int8 if qmin < 0 else np.uint8
+        low, high = (op.Constant(value=onnxscript.ir.tensor(np.array(bound, dtype))) for bound in (qmin, qmax))
+        return op.Clip(codes, low, high)
+
+    def dequantize_linear(codes: Any, scale: Any, zero_point: Any = None, block_size: int = 0) -> Any:
+        if block_size:
+            return op.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=block_size)
+        return op.DequantizeLinear(codes, scale, zero_point, axis=0)
+
+    ops = torch.ops.qatkit
+    return {ops.quantize_linear.default: quantize_linear, ops.dequantize_linear.default: dequantize_linear}
+
+
+def trace(model: nn.Module, example: Tensor, opset: int) -> Any:
+    """The model as an ONNX program with a dynamic batch dimension.
+
+    Args:
+        model: Its quantized layers are QDQ layers.
+        example: ``[batch, ...]`` with at least two samples.
+        opset: The ONNX operator set.
+
+    Raises:
+        QatkitError: PyTorch cannot trace the model.
+    """
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                custom_translation_table=_translations(opset),
+                opset_version=opset,
+                optimize=False,  # it merges equal tensors and so loses layer names; `save` simplifies instead
+                verbose=False,
+            )
+    except Exception as error:  # torch.onnx wraps whatever a forward raises during tracing
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise QatkitError(
+            f"PyTorch cannot export this model with a dynamic batch: {reason[0] if reason else type(error).__name__}",
+            advice="make `forward` traceable by torch.export, or use export: {format: dense}",
+        ) from error
+
+
+def name_after_layers(graph_model: Any, model: nn.Module) -> None:
+    """Name the tensors of a shared layer after its first name; tracing uses another one."""
+    first = {id(layer): name for name, layer in model.named_modules()}
+    initializers = graph_model.graph.initializers
+    for alias, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, tuple(QDQ.values())) and first[id(layer)] != alias:
+            for key in [key for key in initializers if key.startswith(f"{alias}.")]:
+                value = initializers.pop(key)
+                value.name = f"{first[id(layer)]}.{key.removeprefix(f'{alias}.')}"
+                initializers[value.name] = value
+
+
+def save(program: Any, specs: dict[str, Any], path: Path) -> None:
+    """Simplify a traced program and write it.
+
+    Args:
+        program: From `trace`.
+        specs: Quantization by layer, stored in the file's metadata.
+        path: The file.
+    """
+    from onnxscript import ir, optimizer, rewriter
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
+
+    with _quiet():
+        model = program.model
+        for _ in range(2):  # rewriting exposes constants to fold, and folding exposes patterns to rewrite
+            optimizer.fold_constants(model)
+            model = rewriter.rewrite(model)
+            optimizer.remove_unused_nodes(model)
+        ClearMetadataAndDocStringPass()(model)  # source lines and paths of the exporting machine
+        for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
+            value.metadata_props.clear()
+        model.producer_name = "qatkit"
+        model.metadata_props["qatkit.specs"] = json.dumps(specs)
+        ir.save(model, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's log messages and warnings."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,156 @@
+"""The content of ``report.json``: assembled from a run folder, written with a schema version, read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatkit.common.files import write_atomically
+from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.formats import ExportFormat
+from qatkit.quantization.folding import fold_batchnorm
+from qatkit.quantization.prepare import prepare_qat
+from qatkit.report.curves import read_curves
+from qatkit.report.histograms import weight_histograms
+from qatkit.run.folder import Run
+from qatkit.run.stage_files import measured_zeros
+
+SCHEMA = 1
+"""Of ``report.json``; raised when a key changes its meaning or is removed."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Numbers of the report that are measured anew, each by stage."""
+
+    verification: Mapping[str, dict[str, Any]]
+    """The fields of a `Verification`."""
+    latency: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Of the exported file in its runtime, one entry per batch size; empty where none is measured."""
+    cost: Mapping[str, dict[str, float]] = field(default_factory=dict)
+    """Latency of the plain model in PyTorch, where the stages have different models."""
+    language: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Results of the ``evaluate`` block."""
+
+
+def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[str, Any]:
+    """Assemble the report of a run.
+
+    Args:
+        run: The run; its stages are finished and exported.
+        row: Its export format.
+        measured: Results by stage.
+    """
+    machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()}
+    versions = {name: version(name) for name in ("qatkit", "torch", "lightning")}
+    return {
+        "schema": SCHEMA,
+        "name": run.recipe.name,
+        "format": row.name,
+        "written": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "rows": [_row(run, row, stage, measured) for stage in run.rows],
+        "stages": [_training(run, stage) for stage in run.recipe.stages],
+        "recipe": (run.out / "recipe.yaml").read_text(encoding="utf-8"),
+        "machine": machine,
+        "versions": versions | row.versions() | {"python": platform.python_version()},
+    }
+
+
+def write_report(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``report.json`` into a run folder, indented, with every list of plain numbers on one line."""
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[\n\s*(-?\d[^\[\]{}\"]*?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    write_atomically(folder / "report.json", text)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Read the ``report.json`` of a run folder.
+
+    Raises:
+        QatkitError: there is none, it is not readable, or another version of qatkit wrote it.
+    """
+    path = folder / "report.json"
+    command = f"run `qatkit report {folder}`"
+    if not path.is_file():
+        raise QatkitError("there is no such file", key=str(path), advice=f"{command} first")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QatkitError(f"it is not JSON ({error})", key=str(path), advice=f"{command} to rewrite it") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise QatkitError(
+            f"it follows {'no schema' if found is None else f'schema {found}'}, and this version of qatkit reads "
+            f"schema {SCHEMA}",
+            key=str(path),
+            advice=f"{command} to rewrite it",
+        )
+    return dict(content)
+
+
+def _row(run: Run, row: ExportFormat, stage: str, measured: Measurements) -> dict[str, Any]:
+    """One row of the comparison: an exported stage with its size, metrics, latency and verification."""
+    record, config = run.record(stage), run.recipe.stages[stage]
+    path = row.path(run.out / "export" / stage)
+    metrics = {key: value for key, value in record.metrics.items() if key.startswith("test/")}
+    return {
+        "stage": stage,
+        "kind": "dense" if stage in run.uncompressed else "trained" if config.max_steps else "post-training",
+        "adapters": config.lora.title if config.lora is not None and config.max_steps else "",
+        **{f"test_{key.removeprefix('test/')}": value for key, value in metrics.items()},
+        "bytes": row.size(path),
+        "dense_bytes": row.call("dense_bytes", path) if row.dense_bytes else None,
+        "cost": record.cost | measured.cost.get(stage, {}),
+        "latency": measured.latency.get(stage, []),
+        "kernels": asdict(row.call("kernels", path)) if row.kernels else None,
+        "verification": measured.verification[stage],
+        "language": measured.language.get(stage),
+        "layers": record.layers,
+        "zeros": measured_zeros(run.folder(stage)),
+        "histograms": _histograms(run, stage),
+        "seconds": record.seconds,
+    }
+
+
+def _training(run: Run, stage: str) -> dict[str, Any]:
+    record = run.record(stage)
+    return {
+        "stage": stage,
+        "steps": (record.early_stopping or {}).get("steps", run.recipe.stages[stage].max_steps),
+        "seconds": record.seconds,
+        "metrics": record.metrics,
+        "curves": read_curves(run.folder(stage) / "logs"),
+    }
+
+
+def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
+    """Weight histograms by layer, before the stage's first step (None where it has no step) and after its last."""
+    config = run.recipe.stages[stage]
+    after = weight_histograms(run.load_model(stage))
+    comparable = config.shrink is None  # a shrunk model starts with other weights than the parent stage left
+    before = weight_histograms(_first_step_model(run, stage)) if after and config.max_steps and comparable else {}
+    return {name: {"before": before.get(name), "after": histogram} for name, histogram in after.items()}
+
+
+def _first_step_model(run: Run, stage: str) -> nn.Module:
+    """The fake-quantized model at the stage's first step."""
+    model = run.start_model(stage)
+    config = run.recipe.stages[stage].quantize
+    assert config is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QatkitWarning)  # training gave it already
+        fold_batchnorm(model)
+        prepare_qat(model, **config.arguments)
+    return model
