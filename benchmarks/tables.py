@@ -32,7 +32,7 @@ def table(name: str) -> str:
 def targets(name: str) -> str:
     """What the project wanted of itself in one benchmark, and what was seen; a missed target stays in the list."""
     claims = _result(name)["claims"]
-    words = ("target", "wanted", "seen", "")
+    words = ("target", "required", "measured", "")
     rows = [(c["text"], c["target"], c["measured"], "" if c["holds"] else "**missed**") for c in claims]
     return "\n".join([*_lines([dict(zip(words, row, strict=True)) for row in rows]), ""])
 
