@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qatkit import QuantSpec
 from qatkit.data import digits
 from qatkit.export.onnx import export_onnx
-from qatkit.export.verify import verify
+from qatkit.export.verification import verify
 
 
 class Classifier(LightningModule):

@@ -1,0 +1,30 @@
+"""Export trained models: the table of formats, one module per format, and verification of what was written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qatkit.common.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from qatkit.export.compressed_tensors import export_compressed as export_compressed
+    from qatkit.export.dense import export_dense as export_dense
+    from qatkit.export.formats import FORMATS as FORMATS
+    from qatkit.export.formats import ExportFormat as ExportFormat
+    from qatkit.export.onnx import export_onnx as export_onnx
+    from qatkit.export.runtime import integer_kernels as integer_kernels
+    from qatkit.export.runtime import load_runtime as load_runtime
+    from qatkit.export.sparse import export_sparse as export_sparse
+    from qatkit.export.verification import Verification as Verification
+    from qatkit.export.verification import verify as verify
+
+_HOMES = {
+    "qatkit.export.compressed_tensors": ["export_compressed"],
+    "qatkit.export.dense": ["export_dense"],
+    "qatkit.export.formats": ["FORMATS", "ExportFormat"],
+    "qatkit.export.onnx": ["export_onnx"],
+    "qatkit.export.runtime": ["integer_kernels", "load_runtime"],
+    "qatkit.export.sparse": ["export_sparse"],
+    "qatkit.export.verification": ["Verification", "verify"],
+}
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
-from qatkit.export.verify import Verification, verify
+from qatkit.export.verification import Verification, verify
 from qatkit.pipeline.export import exported_path, format_of, held_out_data
 from qatkit.run.folder import Run
 from qatkit.tasks import declared_task

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat, scheme
 from qatkit.export.compressed_tensors import export_compressed
-from qatkit.export.verify import verify
+from qatkit.export.verification import verify
 from qatkit.models import cnn, llama
 from qatkit.quantization.prepare import qat_layers
 from qatkit.schemes import Scheme

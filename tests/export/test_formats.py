@@ -16,7 +16,7 @@ from qatkit.cli.main import app
 from qatkit.export.dense import export_dense
 from qatkit.export.formats import FORMATS, ExportFormat, format_of_path
 from qatkit.export.sparse import export_sparse
-from qatkit.export.verify import verify
+from qatkit.export.verification import verify
 from qatkit.recipe.loading import load_recipe
 
 TOY = ExportFormat(

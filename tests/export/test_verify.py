@@ -18,7 +18,7 @@ from torch import nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
 from qatkit.export.onnx import export_onnx
-from qatkit.export.verify import verify
+from qatkit.export.verification import verify
 from tests.export.conftest import UINT8, Images, Quantized, batches, checked
 
 LAYER = "conv2"

@@ -21,7 +21,7 @@ from qatkit import (
 )
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
-from qatkit.export.verify import verify
+from qatkit.export.verification import verify
 from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers
 from tests.quantization.families import TOKEN, TOKENS, W4, llama, mixtral
