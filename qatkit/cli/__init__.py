@@ -1,3 +1,3 @@
-"""The command line: every command takes a recipe or the folder of a run."""
+"""The command line. Every command takes a recipe or the folder of a run; `qatkit.cli.commands` lists them."""
 
 from qatkit.cli.main import main as main

@@ -1,4 +1,4 @@
-"""`python -m qatkit.cli`."""
+"""Run the command line as `python -m qatkit.cli`."""
 
 from qatkit.cli import main
 

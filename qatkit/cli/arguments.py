@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import typer
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `qatkit list`, or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to change, such as stages.qat.lr=1e-4.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to override, such as stages.qat.lr=1e-4.")
 ]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", metavar="PKG", help="A package besides qatkit that the recipe may name code from."),
+    typer.Option("--allow", metavar="PKG", help="A package besides qatkit whose code the recipe may name. Repeatable."),
 ]
 SkipBad = Annotated[
     bool,
-    typer.Option("--skip-bad", help="Leave out records of data.args.source that cannot be used, and count them."),
+    typer.Option("--skip-bad", help="Skip and count unusable records of data.args.source instead of failing."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else to standard output.")]

@@ -1,4 +1,4 @@
-"""The commands of mixed precision: measure what each format does to each layer, then choose formats under a budget."""
+"""`qatkit sensitivity`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qatkit.cli.arguments import Allow, AsJson, Overrides, Quiet, RecipeArgument
-from qatkit.errors import QatkitError
+from qatkit.cli.arguments import Allow, AsJson, Out, Overrides, Quiet, RecipeArgument
+from qatkit.cli.inputs import load, new_run
+from qatkit.cli.output import echo
+from qatkit.errors import QatkitError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,147 +27,118 @@ Candidates = Annotated[
     str,
     typer.Option(
         metavar="NAMES|FILE",
-        help="Names of schemes such as W8A16,W4A16; or a YAML file with a block for each: NAME: {weight: {...}}.",
+        help="Names of schemes such as W8A16,W4A16; or a YAML file with one block per format: NAME: {weight: {...}}.",
     ),
 ]
-Globs = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to measure; all by default.")]
-Excluded = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers that stay unquantized.")]
-MeasuredArgument = Annotated[
-    Path, typer.Argument(metavar="FOLDER_OR_JSON", help="What `qatkit sensitivity` wrote, or the folder it is in.")
+Globs = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Layers to measure. Repeatable.", show_default="all layers")
 ]
+Excluded = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave out. Repeatable.")]
 
 
-def sensitivity(
+def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     candidates: Candidates = "W8A16,W4A16",
     stage: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="Whose result is measured; the last before compression.")
+        str | None,
+        typer.Option(
+            metavar="STAGE", help="The stage whose model is measured.", show_default="the last one before compression"
+        ),
     ] = None,
     include: Globs = None,
     exclude: Excluded = None,
     batches: Annotated[int, typer.Option(min=1, help="Training batches that the loss is measured on.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    out: Out = None,
     allow: Allow = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how much the loss grows when each layer alone is quantized; writes sensitivity.json, .md and .svg.
+    """Measure how much the loss grows when each layer alone is quantized.
+
+    Writes sensitivity.json, sensitivity.md and sensitivity.svg to the run's folder; `qatkit allocate` reads them.
 
     Example: qatkit sensitivity mine.yaml --candidates W8A16,W4A16 --out runs/mine
     """
+    loaded = load(recipe, overrides)
+    formats = _formats(candidates)
     from qatkit.pipeline.validation import validate_recipe
-    from qatkit.recipe.loading import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    formats = _candidates(candidates)
     validate_recipe(loaded, allow or [])
-    from qatkit.common.files import write_atomically
     from qatkit.quantization.folding import fold_batchnorm
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
-    from qatkit.run.folder import Run
 
-    this = Run(loaded, out or Path("runs") / loaded.name, allow or [])
-    found = _stage(this, stage)
-    model = this.load_model(found, quantizers=False)
-    fold_batchnorm(model)  # as training does it before it quantizes
-    name = found or next(iter(loaded.stages))
+    this = new_run(loaded, out, allow)
+    measured_stage = _stage(this, stage)
+    model = this.load_model(measured_stage, quantizers=False)
+    fold_batchnorm(model)  # as training does before it quantizes
+    name = measured_stage or next(iter(loaded.stages))
     data = _batches(this, loaded.stages[name].batch_size, batches)
-    try:
-        with _counted(lambda model: _mean_loss(model, data), shown=sys.stderr.isatty() and not quiet) as loss:
-            measured = measure_sensitivity(model, formats, loss, include or ["*"], exclude or [])
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was written", err=True)
-        raise typer.Exit(130) from None
-    this.out.mkdir(parents=True, exist_ok=True)
+    with _counted(lambda model: _mean_loss(model, data), shown=sys.stderr.isatty() and not quiet) as loss:
+        measured = measure_sensitivity(model, formats, loss, include or ["*"], exclude or [])
+    missing = _write(this.out, measured)
+    if as_json:
+        echo(json.dumps(measured.to_plain()))
+    elif not quiet:
+        from qatkit.report.sensitivity import markdown
+
+        echo(f"measured {f'stage {measured_stage}' if measured_stage else 'the untrained model'}")
+        echo(markdown(measured).split("\n\n", 1)[1], nl=False)
+        echo(f"no sensitivity.svg: {missing}" if missing else f"picture: {this.out / 'sensitivity.svg'}")
+        echo(f"next, choose formats: qatkit allocate {this.out} --average-bits ...")
+
+
+def _write(out: Path, measured: Sensitivity) -> str | None:
+    """Write the measurement; return advice about packages that the picture needs and that are missing."""
+    from qatkit.common.files import write_atomically
     from qatkit.report.page import missing_packages
     from qatkit.report.sensitivity import markdown, picture
 
-    write_atomically(this.out / "sensitivity.json", json.dumps(measured.to_plain(), indent=1))
-    write_atomically(this.out / "sensitivity.md", markdown(measured))
-    if (missing := missing_packages()) is None:
-        write_atomically(this.out / "sensitivity.svg", picture(measured))
-    if as_json:
-        typer.echo(json.dumps(measured.to_plain()))
-    elif not quiet:
-        typer.echo(f"measured {f'stage {found}' if found else 'the model as its factory makes it'}")
-        typer.echo(markdown(measured).split("\n\n", 1)[1], nl=False)
-        typer.echo(f"no sensitivity.svg: {missing}" if missing else f"picture: {this.out / 'sensitivity.svg'}")
-        typer.echo(f"choose formats: qatkit allocate {this.out} --average-bits ...")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "sensitivity.json", json.dumps(measured.to_plain(), indent=1))
+    write_atomically(out / "sensitivity.md", markdown(measured))
+    missing = missing_packages()
+    if missing is None:
+        write_atomically(out / "sensitivity.svg", picture(measured))
+    return missing
 
 
-def allocate(
-    measured: MeasuredArgument,
-    average_bits: Annotated[
-        float | None, typer.Option(help="Bits per weight that all layers may take on average, scales included.")
-    ] = None,
-    size: Annotated[int | None, typer.Option("--bytes", help="Or bytes, scales and zero points included.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Choose a format for each layer, so that the loss grows least under a budget; prints a block for a recipe.
-
-    Example: qatkit allocate runs/mine --average-bits 4.5
-    """
-    from qatkit.quantization.mixed.allocation import allocate, allocated_layers, plain_layers, totals
-
-    found = _read(measured)
-    if (average_bits is None) == (size is None):
-        raise QatkitError("--average-bits or --bytes: write one of them, such as --average-bits 4.5")
-    chosen = allocate(found, budget_bytes=size, average_bits=average_bits)
-    taken, increase = totals(found, chosen)
-    bits = 8 * taken / found.weights
-    layers = plain_layers(allocated_layers(found, chosen))
-    if as_json:
-        content = {"bytes": taken, "average_bits": bits, "loss": found.loss, "increase": increase, "layers": layers}
-        typer.echo(json.dumps(content))
-        return
-    typer.echo(f"# {taken:,} bytes, {bits:.3f} bits per weight with scales")
-    typer.echo(f"# loss {found.loss:.6g} + {increase:.4g}, if the increases of single layers add up")
-    typer.echo("quantize:\n  layers:")
-    for glob, how in layers.items():
-        typer.echo(f"    {json.dumps(glob)}: {_flow(how)}")
-
-
-def _flow(value: object) -> str:
-    """Specs on one line of YAML: every text in them is a plain word."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _candidates(text: str) -> dict[str, Scheme]:
+def _formats(candidates: str) -> dict[str, Scheme]:
+    """The candidate formats by name."""
     from qatkit.recipe import LayerConfig
     from qatkit.recipe.schema import read
     from qatkit.recipe.strict_yaml import parse_yaml
     from qatkit.schemes import scheme
 
-    if not text.endswith((".yaml", ".yml", ".json")):
-        return {name: scheme(name) for name in (part.strip() for part in text.split(","))}
-    if not Path(text).is_file():
-        raise QatkitError(f"--candidates: '{text}' is no file; write its path, or names such as W8A16,W4A16")
-    content = parse_yaml(Path(text).read_text("utf-8-sig"), text)
+    if not candidates.endswith((".yaml", ".yml", ".json")):
+        return {name: scheme(name) for name in (part.strip() for part in candidates.split(","))}
+    if not Path(candidates).is_file():
+        raise QatkitError(
+            f"there is no file '{candidates}'", key="--candidates", advice="pass its path, or names such as W8A16,W4A16"
+        )
+    content = parse_yaml(Path(candidates).read_text("utf-8-sig"), candidates)
     configs: dict[str, LayerConfig] = read(dict[str, LayerConfig], content, "candidates")
     return {name: config.how for name, config in configs.items()}
 
 
 def _stage(this: Run, wanted: str | None) -> str | None:
-    """The stage to measure: the one that is named, else the last before compression where it is finished."""
+    """The stage to measure: the given one, else the last before compression if it is finished."""
     from qatkit.run.fingerprint import changed_keys, stage_inputs
 
     stages = this.recipe.stages
     if wanted is not None and wanted not in stages:
-        raise QatkitError(f"--stage: '{wanted}' is no stage; write one of {list(stages)}")
+        raise QatkitError(f"'{wanted}' is not a stage", key="--stage", advice=did_you_mean(wanted, stages))
     name = wanted or next((row for row in this.rows if not stages[row].compresses), None)
     if name is None:
         return None
     record = this.record(name) if wanted else this.find(name)
     if record is None:
         return None
-    inputs = json.loads(json.dumps(stage_inputs(this.recipe, name)))  # through JSON, as the record went
+    inputs = json.loads(json.dumps(stage_inputs(this.recipe, name)))  # through JSON, like the record
     if changes := changed_keys(record.inputs, inputs):
         raise QatkitError(
-            f"stage '{name}' in {this.out} was finished with other values: {'; '.join(changes[:10])}; write the "
-            "overrides that it was run with, or another --out"
+            f"stage '{name}' in {this.out} was finished with other values: {'; '.join(changes[:10])}",
+            advice="pass the overrides that it was run with, or another --out",
         )
     return name
 
@@ -181,7 +154,7 @@ def _batches(this: Run, batch_size: int, count: int) -> list[Any]:
 
 @contextmanager
 def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callable[[nn.Module], float]]:
-    """The same loss; a line on the terminal says how often it was measured."""
+    """The same loss function, with a line on the terminal that counts its calls."""
     if not shown:
         yield loss
         return
@@ -205,16 +178,3 @@ def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
 
     losses = [token_loss(*answers(call(model, batch), batch)) for batch in batches]
     return sum(float(loss) * int(count) for loss, count in losses) / max(sum(int(count) for _, count in losses), 1)
-
-
-def _read(path: Path) -> Sensitivity:
-    from qatkit.quantization.mixed.allocation import Sensitivity
-
-    file = path / "sensitivity.json" if path.is_dir() else path
-    if not file.is_file():
-        raise QatkitError(f"{file}: no measurement is here; write the --out folder of `qatkit sensitivity`")
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError:
-        raise QatkitError(f"{file}: is no JSON; measure again with `qatkit sensitivity`") from None
-    return Sensitivity.from_plain(content)

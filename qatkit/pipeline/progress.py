@@ -1,29 +1,48 @@
-"""The progress bar of a stage: one bar over its steps, with the metrics and the time left."""
+"""The progress of a stage: a bar on a terminal, or a line every half minute in a log."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
+Style = Literal["bar", "lines"]
+"""A bar on standard error, or lines on standard output."""
 EVERY = 10
-"""Steps between two looks at the metrics: reading one waits for the device."""
+"""Steps between two readings of the metrics, each of which waits for the device."""
+INTERVAL = 30.0
+"""Seconds between two lines."""
 
 
-class StageProgress(Callback):
-    """Draws the bar on standard error, on the first process; it is gone when the stage ends.
+def progress_callbacks(styles: Sequence[Style], stage: str, position: int, stages: int) -> list[Callback]:
+    """Callbacks that show the progress of a stage on the first process.
 
     Args:
+        styles: How to show it.
         stage: Name of the stage.
-        position: Which stage of the recipe it is, from 1.
-        stages: How many there are.
+        position: Its position in the recipe, from 1.
+        stages: Number of stages of the recipe.
+    """
+    title = f"stage {stage} ({position} of {stages})"
+    kinds: dict[Style, type[ProgressBar | ProgressLines]] = {"bar": ProgressBar, "lines": ProgressLines}
+    return [kinds[style](title) for style in styles]
+
+
+class ProgressBar(Callback):
+    """One bar over the steps of a stage, with metrics and the time left. It disappears when the stage ends.
+
+    Args:
+        title: Text before the bar.
     """
 
-    def __init__(self, stage: str, position: int, stages: int) -> None:
-        self._title = f"stage {stage} ({position} of {stages})"
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._progress: Progress | None = None
 
     @override
@@ -46,9 +65,8 @@ class StageProgress(Callback):
     ) -> None:
         if self._progress is None or (trainer.global_step % EVERY and trainer.global_step != trainer.max_steps):
             return
-        shown = {key: trainer.callback_metrics.get(key) for key in ("train/loss", "val/perplexity", "val/accuracy")}
-        metrics = "  ".join(f"{key} {float(value):.4f}" for key, value in shown.items() if value is not None)
-        self._progress.update(self._progress.task_ids[0], completed=trainer.global_step, metrics=metrics)
+        task = self._progress.task_ids[0]
+        self._progress.update(task, completed=trainer.global_step, metrics="  ".join(_metrics(trainer)))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,3 +80,55 @@ class StageProgress(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class ProgressLines(Callback):
+    """One line about every half minute: the step, metrics and the time left.
+
+    Args:
+        title: Text at the beginning of each line.
+        interval: Seconds between two lines.
+    """
+
+    def __init__(self, title: str, interval: float = INTERVAL) -> None:
+        self._title = title
+        self._interval = interval
+        self._first_step = 0
+        self._started = self._printed = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+        self._started = self._printed = time.monotonic()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if not trainer.is_global_zero or now - self._printed < self._interval or step == self._first_step:
+            return
+        self._printed = now
+        left = (now - self._started) / (step - self._first_step) * (trainer.max_steps - step)
+        parts = [f"step {step} of {trainer.max_steps}", *_metrics(trainer), f"{_duration(left)} left"]
+        sys.stdout.write(f"{self._title}: {', '.join(parts)}\n")
+        sys.stdout.flush()
+
+
+def _metrics(trainer: Trainer) -> list[str]:
+    values = {key: trainer.callback_metrics.get(key) for key in ("train/loss", "val/perplexity", "val/accuracy")}
+    return [f"{key} {float(value):.4f}" for key, value in values.items() if value is not None]
+
+
+def _duration(seconds: float) -> str:
+    """A duration in the two largest units.
+
+    Example:
+        >>> _duration(40.2), _duration(150), _duration(7500)
+        ('40 s', '2 min 30 s', '2 h 5 min')
+    """
+    total = round(seconds)
+    hours, minutes = total // 3600, total // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {total % 60} s" if minutes else f"{total} s"

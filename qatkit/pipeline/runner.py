@@ -9,6 +9,7 @@ from qatkit.common.device import check_accelerator
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError, did_you_mean
 from qatkit.pipeline.processes import is_first_process
+from qatkit.pipeline.progress import Style
 from qatkit.pipeline.stage import StagePrint, run_stage
 from qatkit.pipeline.tracking import Tracking, check_logger
 from qatkit.recipe.loading import recipe_to_yaml
@@ -21,7 +22,7 @@ def run_stages(
     run: Run,
     until: str | None = None,
     force: bool = False,
-    progress: bool = False,
+    progress: Sequence[Style] = (),
     tracking: Tracking | None = None,
 ) -> list[str]:
     """Train the stages of a recipe that are not finished.
@@ -33,7 +34,7 @@ def run_stages(
         run: The recipe and its folder.
         until: The last stage to train; all by default.
         force: Delete stages whose inputs have changed, and those after them, and train them again.
-        progress: Draw a progress bar for each stage.
+        progress: How to show the progress of each stage.
         tracking: Where the numbers go. Pass one to use it after training; by default it is closed at the end.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,6 +18,7 @@ from qatkit.data.datamodule import unsliced
 from qatkit.data.tokenizers import check_tokenizer
 from qatkit.pipeline.finishing import finished_model, save_result
 from qatkit.pipeline.processes import is_first_process
+from qatkit.pipeline.progress import Style
 from qatkit.pipeline.teachers import teaching
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.training import train
@@ -37,7 +39,7 @@ class StagePrint:
     """A hash of the inputs, chained to those of the parent and the teacher."""
 
 
-def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, progress: bool) -> None:
+def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, progress: Sequence[Style]) -> None:
     """Train a stage and write its result.
 
     Args:
@@ -45,7 +47,7 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
         name: The stage.
         stage_print: Its inputs and fingerprint.
         tracking: Where its numbers go.
-        progress: Draw a progress bar.
+        progress: How to show the progress.
     """
     folder = run.folder(name)
     began = time.perf_counter()

@@ -25,7 +25,7 @@ from qatkit.errors import QatkitError
 from qatkit.lora.attach import to_full_precision
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
-from qatkit.pipeline.progress import StageProgress
+from qatkit.pipeline.progress import Style, progress_callbacks
 from qatkit.pipeline.teachers import Teaching
 from qatkit.quantization.folding import Fold
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe, TrainerConfig
@@ -60,7 +60,7 @@ def train(
     loggers: Sequence[Logger],
     held: Sequence[str] = (),
     earlier: nn.Module | None = None,
-    progress: bool = False,
+    progress: Sequence[Style] = (),
 ) -> Trained:
     """Fit one stage, from its last checkpoint if the folder holds one.
 
@@ -74,7 +74,7 @@ def train(
         loggers: Where the stage's numbers go.
         held: Layers whose zeros an earlier stage made.
         earlier: The model whose weights the stage goes back to, where it rewinds.
-        progress: Draw a bar.
+        progress: How to show the progress.
     """
     stage = recipe.stages[name]
     quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
@@ -91,8 +91,7 @@ def train(
     if stage.distill is not None:
         assert taught is not None
         callbacks.append(blocks.distill.callback(taught.block, taught.teacher, recipe.seed, taught.vocab_size))
-    if progress:
-        callbacks.append(StageProgress(name, list(recipe.stages).index(name) + 1, len(recipe.stages)))
+    callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
     last = folder / "last.ckpt"
     callbacks.append(_checkpoints(folder, steps))
     trainer = Trainer(

@@ -121,7 +121,7 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("validate", "vision/digits_int4", "seed=${oc.env:HOME}"), "seed"),
         (("run", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits has no source"),
         (("validate", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits has no source"),
-        (("verify", "nowhere"), "nowhere: no run is here"),
+        (("verify", "nowhere"), "nowhere: not the folder of a run"),
         (("show", "vision/digits"), "vision/digits"),
         (("plan", "vision/digits_int4"), "no config that says how many layers and heads"),
     ],
@@ -153,7 +153,7 @@ def test_skip_bad_trains_on_the_records_that_can_be_used_and_says_how_many_were_
     assert done.returncode == 0, done.stderr
     assert f"1 of {len(SENTENCES) + 1} records were left out, the first: texts.jsonl:1: is not JSON" in done.stderr
     again = qatkit("run", "texts.yaml", "data.args.source.skip_bad=true", "--out", "run", cwd=tmp_path)
-    assert "stage dense: finished before, untouched" in again.stdout, "the override is the same recipe"
+    assert "stage dense: already finished" in again.stdout, "the override is the same recipe"
 
 
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
@@ -179,4 +179,4 @@ def test_the_demo_recipe_runs_on_two_processes_and_only_the_first_one_writes(str
     assert done.stdout.count("stage qat: trained in") == 1
     assert (tmp_path / "run" / "report.md").is_file()
     again = qatkit("run", "vision/digits_int4", *SHORT, *parallel, "--out", "run", cwd=tmp_path)
-    assert again.stdout.count("finished before, untouched") == 3, again.stdout
+    assert again.stdout.count("already finished") == 3, again.stdout

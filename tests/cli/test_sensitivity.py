@@ -104,7 +104,7 @@ stages:
 def test_a_folder_without_the_dense_stage_is_measured_on_the_model_as_its_factory_makes_it(folder: Path) -> None:
     done = measure(folder, "--out", "fresh", "--include", "classifier")
     assert done.code == 0, done.err
-    assert done.out.startswith("measured the model as its factory makes it\n")
+    assert done.out.startswith("measured the untrained model\n")
     assert sorted(path.name for path in (folder / "fresh").iterdir()) == [
         "sensitivity.json",
         "sensitivity.md",
@@ -116,15 +116,15 @@ def test_a_folder_without_the_dense_stage_is_measured_on_the_model_as_its_factor
     ("arguments", "message"),
     [
         (("allocate", "run", "--average-bits", "2"), "average_bits: 2.0 is too small: the smallest formats take"),
-        (("allocate", "run"), "--average-bits or --bytes: write one of them"),
-        (("allocate", "nowhere", "--bytes", "9"), "nowhere: no measurement is here"),
-        (("allocate", "formats.yaml", "--bytes", "9"), "formats.yaml: is no JSON"),
+        (("allocate", "run"), "--average-bits or --bytes: exactly one is needed"),
+        (("allocate", "nowhere", "--bytes", "9"), "no such measurement; pass the --out folder"),
+        (("allocate", "formats.yaml", "--bytes", "9"), "formats.yaml: is not JSON"),
         (("allocate", "run/stages/dense/stage.json", "--bytes", "9"), "this is not what `qatkit sensitivity` writes"),
         (("sensitivity", "vision/digits_int4", "--out", "run"), "max_steps: was 30, is now 1000"),
         (("sensitivity", "vision/digits_int4", "--stage", "qat", "--out", "run"), "stage 'qat' of run is not finished"),
         (("sensitivity", "vision/digits_int4", "--stage", "end", "--out", "run"), "--stage: 'end' is no stage"),
         (("sensitivity", "vision/digits_int4", "--candidates", "W4A17"), "scheme: 'W4A17' is unknown"),
-        (("sensitivity", "vision/digits_int4", "--candidates", "none.yaml"), "'none.yaml' is no file"),
+        (("sensitivity", "vision/digits_int4", "--candidates", "none.yaml"), "there is no file 'none.yaml'"),
         (("sensitivity", "vision/digits_int4", "--candidates", "bad.yaml"), "candidates.int4.weight.bits: unknown key"),
         (("sensitivity", "vision/digits_int4", "--exclude", "norm9"), "exclude[0]: 'norm9' matches no layer"),
     ],

@@ -241,7 +241,7 @@ def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert "the same command continues from the last checkpoint" in errors
+    assert "run the same command again to resume from the last checkpoint" in errors
 
 
 def test_a_stage_whose_loss_becomes_nan_keeps_its_checkpoint_and_continues_there(

@@ -1,0 +1,32 @@
+"""`qatkit cache-teacher`."""
+
+from __future__ import annotations
+
+from qatkit.cli.arguments import Allow, Out, Overrides, Quiet, RecipeArgument
+from qatkit.cli.inputs import load, new_run
+from qatkit.cli.output import echo
+
+
+def command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compute and store the teacher outputs of a recipe.
+
+    `qatkit run` does so before each stage whose distill block has a cache. This command does it ahead of time, on a
+    larger machine for example. The same command resumes an interrupted run.
+
+    Example: qatkit cache-teacher mine.yaml --out runs/mine
+    """
+    loaded = load(recipe, overrides)
+    from qatkit.pipeline.validation import validate_recipe
+
+    validate_recipe(loaded, allow or [])
+    from qatkit.pipeline.teacher_cache import write_caches
+
+    for line in write_caches(new_run(loaded, out, allow)):
+        if not quiet:
+            echo(line)

@@ -1,0 +1,41 @@
+"""The table of commands. A new one is a line here and a file of its name, which is imported on use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qatkit.common.tables import Table
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line."""
+
+    name: str
+    description: str
+    """One sentence for `qatkit --help`, which is also the first line of the function's docstring."""
+    implementation: str = ""
+    """The function as ``module:function``; by default ``command`` in the file of this name."""
+
+    def __post_init__(self) -> None:
+        if not self.implementation:
+            module = f"qatkit.cli.{self.name.replace('-', '_')}"
+            object.__setattr__(self, "implementation", f"{module}:command")
+
+
+COMMANDS = Table(
+    "command",
+    [
+        Command("list", "List the recipes that come with qatkit."),
+        Command("show", "Print a recipe."),
+        Command("validate", "Check a recipe and predict its memory, without data or training."),
+        Command("plan", "Predict the memory of training and of serving, without loading weights."),
+        Command("run", "Train, export, verify, measure and report."),
+        Command("cache-teacher", "Compute and store the teacher outputs of a recipe."),
+        Command("export", "Export the finished stages of a run."),
+        Command("verify", "Load the exported files in their runtime and compare them with training."),
+        Command("report", "Measure exported files and write a report, or compare several runs."),
+        Command("sensitivity", "Measure how much the loss grows when each layer alone is quantized."),
+        Command("allocate", "Choose a format for each layer under a size budget."),
+    ],
+)

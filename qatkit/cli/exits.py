@@ -1,0 +1,105 @@
+"""How a command ends: one message without a traceback, and an exit code that says what kind of failure it was."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import typer
+
+from qatkit.cli.output import OutputError, discard_output, echo
+from qatkit.errors import QatkitError
+
+VERIFICATION_FAILED = 1
+USER_MISTAKE = 2
+BUG = 3
+INTERRUPTED = 130  # 128 + SIGINT
+OUTPUT_CLOSED = 141  # 128 + SIGPIPE
+CODES = (
+    "Exit codes: 0 success; 1 a verification failed; 2 a mistake in the recipe, the command or the environment; "
+    "3 a bug in qatkit; 130 interrupted; 141 the output was closed."
+)
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command; an exception in it becomes one message and an exit code."""
+
+    @functools.wraps(command)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return command(*args, **options)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            raise typer.Exit(explain(error)) from None
+
+    return call
+
+
+def explain(error: BaseException) -> int:
+    """Print a message for an exception, and choose the exit code. QATKIT_DEBUG=1 adds the traceback."""
+    if isinstance(error, OutputError):
+        discard_output()
+        if error.closed:
+            return OUTPUT_CLOSED
+    if os.environ.get("QATKIT_DEBUG") == "1":
+        traceback.print_exception(error)
+    code, message = _message(error)
+    with suppress(OutputError):
+        echo(message, err=True)
+    return code
+
+
+def _message(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, QatkitError):
+        return USER_MISTAKE, f"error: {error}"
+    if isinstance(error, OutputError):
+        return USER_MISTAKE, f"error: standard output cannot be written: {error}; free space or redirect it"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return USER_MISTAKE, f"error: out of memory; use a smaller batch_size or model ({_first_line(error)})"
+    if isinstance(error, OSError) and (explained := _os_error(error)):
+        return USER_MISTAKE, explained
+    what = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__
+    if (place := _users_code(error)) is not None:
+        return USER_MISTAKE, f"error: {place} raised {what}; fix that code, or set QATKIT_DEBUG=1 to see the traceback"
+    return BUG, (
+        f"error: this is a bug in qatkit: {what}\n"
+        f"please report it with the recipe and the output of: QATKIT_DEBUG=1 qatkit {shlex.join(sys.argv[1:])}"
+    )
+
+
+def _os_error(error: OSError) -> str | None:
+    """A message for a failure of the system: with the path where it is known."""
+    reason = error.strerror or _first_line(error)
+    if isinstance(error.filename, str | bytes | os.PathLike) and os.fspath(error.filename):
+        path = os.fsdecode(error.filename)
+        return f"error: {path}: {reason}; check the path, its permissions and the free space"
+    if isinstance(error, BrokenPipeError) or not reason:  # of a worker process
+        return None
+    return f"error: {reason}; set QATKIT_DEBUG=1 to see where it happened"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _users_code(error: BaseException) -> str | None:
+    """The file and line that raised an exception, if that is code of neither qatkit nor an installed package."""
+    frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
+              for frame, line in traceback.walk_tb(error.__traceback__)]  # fmt: skip
+    installed = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+    for module, file, line in reversed(frames):
+        if module.partition(".")[0] == "qatkit":
+            return None
+        if not file.startswith("<") and not any(part in file for part in installed):
+            return f"{file}:{line}"
+    return None

@@ -1,0 +1,21 @@
+"""`qatkit export`."""
+
+from __future__ import annotations
+
+from qatkit.cli.arguments import Allow, RunArgument
+from qatkit.cli.inputs import open_run
+from qatkit.cli.output import echo
+
+
+def command(run: RunArgument, allow: Allow = None) -> None:
+    """Export the finished stages of a run.
+
+    The recipe's export block sets the format.
+
+    Example: qatkit export runs/digits_int4
+    """
+    this = open_run(run, allow)
+    from qatkit.pipeline.export import export_run, format_of
+
+    for path in export_run(this):
+        echo(f"{path} ({format_of(this).size(path):,} bytes)")

@@ -1,0 +1,55 @@
+"""Load the recipe or open the run that a command works on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from qatkit.recipe import Recipe
+    from qatkit.run.folder import Run
+
+
+def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Recipe:
+    """Load a recipe.
+
+    Args:
+        recipe: Its name or path.
+        overrides: Values to override.
+        skip_bad: Skip unusable records of its data source.
+    """
+    from qatkit.recipe.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if not skip_bad:
+        return loaded
+    if not isinstance(loaded.data.args.get("source"), dict):
+        raise QatkitError(
+            f"{loaded.data.factory} has no source in data.args to skip records of",
+            key="--skip-bad",
+            advice="remove the option",
+        )
+    return load_recipe(recipe, [*(overrides or []), "data.args.source.skip_bad=true"])
+
+
+def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None) -> Run:
+    """The run of a recipe in a folder, runs/NAME by default."""
+    from qatkit.run.folder import Run
+
+    return Run(recipe, out or Path("runs") / recipe.name, allow or [])
+
+
+def open_run(folder: Path, allow: list[str] | None) -> Run:
+    """The run that a folder holds."""
+    from qatkit.recipe.loading import load_recipe
+    from qatkit.run.folder import Run
+
+    if not (folder / "recipe.yaml").is_file():
+        raise QatkitError(
+            "not the folder of a run, because it has no recipe.yaml",
+            key=str(folder),
+            advice="pass the --out folder of `qatkit run`",
+        )
+    return Run(load_recipe(folder / "recipe.yaml"), folder, allow or [])

@@ -1,0 +1,49 @@
+"""The memory prediction that `validate`, `run` and `plan` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qatkit.cli.output import echo
+
+if TYPE_CHECKING:
+    from qatkit.recipe import Recipe
+
+
+def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: bool = False) -> None:
+    """Print the predicted memory of every stage that trains.
+
+    Args:
+        recipe: The recipe.
+        allow: Packages besides qatkit whose code it may name.
+        force: Accept a stage that does not fit.
+        quiet: Print nothing.
+
+    Raises:
+        QatkitError: a stage does not fit, unless `force`.
+    """
+    from qatkit.advise.fit import check_fit
+    from qatkit.advise.plan import device_of, gigabytes, plan_recipe
+
+    plans = plan_recipe(recipe, allow)
+    device = device_of(recipe.trainer)
+    if plans and not quiet:
+        processes = "1 process" if device.count == 1 else f"{device.count} processes"
+        available = f", {gigabytes(device.memory)} available" if device.memory is not None else ""
+        echo(f"Predicted peak memory per process ({processes} on {device.name}{available}):")
+    for plan in plans if not quiet else ():
+        memory = plan.memory
+        parts = {
+            "weights": memory.weights,
+            "teacher": memory.teacher,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+        }
+        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+        unknown = f", activations not predicted: {plan.unknown}" if plan.unknown else ""
+        trained = f"{memory.trained:,} of {memory.parameters:,} parameters trained"
+        echo(f"  {plan.stage}: {gigabytes(plan.on_each)} ({trained}; {listed}{unknown})")
+    if not force:
+        check_fit(recipe, plans, allow)

@@ -1,0 +1,76 @@
+"""`qatkit report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatkit.cli.arguments import Allow, AsJson, Quiet
+from qatkit.cli.inputs import open_run
+from qatkit.cli.output import echo, print_table
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or of several.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The HTML page.", show_default="RUN/report.html, or ./report.html for several runs"
+        ),
+    ] = None,
+    allow: Allow = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure exported files and write a report, or compare several runs.
+
+    For one run this writes report.json, report.md and report.html.
+
+    Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
+    """
+    if len(runs) > 1:
+        from qatkit.report.page import write_page
+
+        page = out or Path("report.html")
+        write_page(runs, page)
+        if not quiet:
+            echo(f"page: {page}")
+        return
+    this = open_run(runs[0], allow)
+    from qatkit.pipeline.report import report_run, track_run
+    from qatkit.pipeline.tracking import Tracking
+
+    content = report_run(this)
+    present(content, this.out, out, quiet, as_json)
+    track_run(this, content, Tracking(this.recipe, this.out))
+
+
+def present(content: dict[str, object], folder: Path, page: Path | None, quiet: bool, as_json: bool) -> None:
+    """Write the page beside the report, and print the comparison.
+
+    Args:
+        content: The report.
+        folder: The run's folder.
+        page: Path of the page; report.html in the folder by default.
+        quiet: Print nothing.
+        as_json: Print the report as JSON.
+    """
+    from qatkit.report.page import missing_packages, write_page
+    from qatkit.report.tables import kernel_notes, terminal_table
+
+    if page is None and (missing := missing_packages()) is not None:
+        where = f"no report.html: {missing}, then run: qatkit report {folder}"
+    else:
+        page = page or folder / "report.html"
+        write_page([folder], page)
+        where = f"page: {page}"
+    if as_json:
+        echo(json.dumps(content))
+    elif not quiet:
+        print_table(terminal_table(content))
+        for note in kernel_notes(content):
+            echo(f"note: {note}")
+        echo(f"report: {folder / 'report.md'}\n{where}")

@@ -1,0 +1,116 @@
+"""`qatkit run`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qatkit.cli.arguments import Allow, AsJson, Out, Overrides, Quiet, RecipeArgument, SkipBad
+from qatkit.cli.exits import INTERRUPTED, VERIFICATION_FAILED
+from qatkit.cli.inputs import load, new_run
+from qatkit.cli.memory import print_training
+from qatkit.cli.output import echo
+from qatkit.cli.report import present
+
+if TYPE_CHECKING:
+    from qatkit.pipeline.progress import Style
+    from qatkit.pipeline.tracking import Tracking
+    from qatkit.run.folder import Run
+
+
+def command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Retrain stages whose values have changed; accept a lack of memory."),
+    ] = False,
+    allow: Allow = None,
+    skip_bad: SkipBad = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, export, verify, measure and report.
+
+    The same command resumes an interrupted run.
+
+    Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
+    """
+    loaded = load(recipe, overrides, skip_bad)  # a mistake in it is reported before torch is imported
+    from qatkit.pipeline.validation import validate_recipe
+
+    validate_recipe(loaded, allow or [])
+    from qatkit.pipeline.processes import is_first_process, leave_processes
+    from qatkit.pipeline.runner import run_stages
+    from qatkit.pipeline.tracking import Tracking
+
+    if is_first_process():
+        print_training(loaded, allow or [], force, quiet or as_json)
+    # Lightning sets its level when it is imported; its start-up messages are for authors of a Trainer
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    this = new_run(loaded, out, allow)
+    tracking = Tracking(this.recipe, this.out)
+    try:
+        trained = run_stages(this, until, force, _progress(quiet, as_json), tracking)
+    except KeyboardInterrupt:
+        echo("interrupted: run the same command again to resume from the last checkpoint", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    leave_processes()
+    if not is_first_process():
+        return
+    if not (quiet or as_json):
+        _print_stages(this, trained)
+    if until is None and loaded.export is not None:
+        _finish(this, tracking, quiet, as_json)
+    elif not (quiet or as_json):
+        echo("nothing is exported or compared: " + ("--until is set" if until else "the recipe has no export block"))
+
+
+def _progress(quiet: bool, as_json: bool) -> list[Style]:
+    """A bar for whoever watches the terminal, and lines for whoever reads the log."""
+    styles: list[Style] = []
+    if not quiet and sys.stderr.isatty():
+        styles.append("bar")
+    if not (quiet or as_json or sys.stdout.isatty()):
+        styles.append("lines")
+    return styles
+
+
+def _print_stages(this: Run, trained: list[str]) -> None:
+    for name in this.recipe.stages:
+        if (record := this.find(name)) is None:
+            continue
+        state = f"trained in {record.seconds:.1f} s" if name in trained else "already finished"
+        if (early := record.early_stopping) is not None:
+            stopped = f"stopped after {early['steps']} steps" if early["stopped"] else "not stopped early"
+            state += f", {stopped}, best at step {early['best_step']}"
+        echo(f"stage {name}: {state}, {_metric(record.metrics)}")
+
+
+def _metric(metrics: dict[str, float]) -> str:
+    if "test/perplexity" in metrics:
+        return f"test perplexity {metrics['test/perplexity']:.3f}"
+    return f"test accuracy {metrics['test/accuracy']:.2%}"
+
+
+def _finish(this: Run, tracking: Tracking, quiet: bool, as_json: bool) -> None:
+    """Export, verify and report."""
+    from qatkit.pipeline.export import export_run
+    from qatkit.pipeline.report import report_run, track_run
+    from qatkit.pipeline.verify import verify_run
+
+    export_run(this)
+    checked = verify_run(this)
+    content = report_run(this)
+    present(content, this.out, None, quiet, as_json)
+    track_run(this, content, tracking)
+    failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
+    for stage, verification in failed.items():
+        echo(f"verification of '{stage}' failed: {verification.summary()}", err=True)
+    if failed:
+        raise typer.Exit(VERIFICATION_FAILED)

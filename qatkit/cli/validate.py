@@ -1,0 +1,39 @@
+"""`qatkit validate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qatkit.cli.arguments import Allow, Overrides, RecipeArgument, SkipBad
+from qatkit.cli.inputs import load
+from qatkit.cli.memory import print_training
+from qatkit.cli.output import echo
+
+_LISTED = 6
+"""Layers that are listed by name."""
+
+
+def command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Accept a lack of memory.")] = False,
+    allow: Allow = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Check a recipe and predict its memory, without data or training.
+
+    Keys, values, factories, layer names and missing packages are checked.
+
+    Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
+    """
+    loaded = load(recipe, overrides, skip_bad)  # a mistake in it is reported before torch is imported
+    from qatkit.pipeline.validation import validate_recipe
+
+    layers = validate_recipe(loaded, allow or [])
+    echo(f"{loaded.name}: valid, stages {', '.join(loaded.stages)}")
+    for stage, names in layers.items():
+        listed = ", ".join(names[:_LISTED]) + (", ..." if names[_LISTED:] else "")
+        echo(f"  {stage}: quantizes {len(names)} {'layer' if len(names) == 1 else 'layers'}: {listed}")
+    print_training(loaded, allow or [], force)

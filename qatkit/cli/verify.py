@@ -1,0 +1,32 @@
+"""`qatkit verify`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import typer
+
+from qatkit.cli.arguments import Allow, AsJson, RunArgument
+from qatkit.cli.exits import VERIFICATION_FAILED
+from qatkit.cli.inputs import open_run
+from qatkit.cli.output import echo
+
+
+def command(run: RunArgument, allow: Allow = None, as_json: AsJson = False) -> None:
+    """Load the exported files in their runtime and compare them with training.
+
+    Codes, weights and outputs are compared. The exit code is 1 if a stage fails.
+
+    Example: qatkit verify runs/digits_int4
+    """
+    this = open_run(run, allow)
+    from qatkit.pipeline.verify import verify_run
+
+    checked = verify_run(this)
+    if as_json:
+        echo(json.dumps({stage: asdict(verification) for stage, verification in checked.items()}))
+    for stage, verification in checked.items() if not as_json else ():
+        echo(f"{stage}: {verification.summary()}")
+    if not all(verification.passed for verification in checked.values()):
+        raise typer.Exit(VERIFICATION_FAILED)
