@@ -122,7 +122,7 @@ def test_a_folder_without_the_dense_stage_is_measured_on_the_model_as_its_factor
         (("allocate", "run/stages/dense/stage.json", "--bytes", "9"), "this is not what `qatkit sensitivity` writes"),
         (("sensitivity", "vision/digits_int4", "--out", "run"), "max_steps: was 30, is now 1000"),
         (("sensitivity", "vision/digits_int4", "--stage", "qat", "--out", "run"), "stage 'qat' of run is not finished"),
-        (("sensitivity", "vision/digits_int4", "--stage", "end", "--out", "run"), "--stage: 'end' is no stage"),
+        (("sensitivity", "vision/digits_int4", "--stage", "end", "--out", "run"), "--stage: 'end' is not a stage"),
         (("sensitivity", "vision/digits_int4", "--candidates", "W4A17"), "scheme: 'W4A17' is unknown"),
         (("sensitivity", "vision/digits_int4", "--candidates", "none.yaml"), "there is no file 'none.yaml'"),
         (("sensitivity", "vision/digits_int4", "--candidates", "bad.yaml"), "candidates.int4.weight.bits: unknown key"),
