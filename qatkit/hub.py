@@ -1,4 +1,4 @@
-"""Names that stand for a folder here or for something on the hub: found at once, or refused at once with the reason."""
+"""Resolve names that stand for a local folder or a repository on the Hugging Face hub, with errors that say why not."""
 
 from __future__ import annotations
 
@@ -9,73 +9,79 @@ from typing import Literal
 from qatkit.errors import QatkitError
 
 TIMEOUT = 10.0
-"""Seconds that the hub has to say whether it knows a name; the libraries on top of it would try for minutes."""
+"""Seconds to wait for the hub's answer about a name; the libraries on top of it would retry for minutes."""
 
 
 def locate(
     name: str, argument: str, holds: str, marker: str | None, kind: Literal["model", "dataset"] = "model"
 ) -> tuple[str, bool]:
-    """The folder that a name stands for, or the name itself where it is one of the hub.
+    """Resolve a name to a local folder, or to itself if it names a repository on the hub.
 
     Args:
-        name: A folder, or the name of a repository on the hub; what is a folder here is taken as that.
-        argument: What the name was given as, for errors.
-        holds: What the folder should hold, for errors.
-        marker: A file that a model in the hub's cache must have; None for a data set.
-        kind: Of the repository.
+        name: A folder, or the name of a repository on the hub; an existing folder takes precedence.
+        argument: Names the argument in errors.
+        holds: The expected content of the folder, for errors.
+        marker: A file that a cached model must have; None for a data set.
+        kind: The type of the repository.
 
     Returns:
-        The folder or name, and whether the hub cannot be asked, so that only its cache here may be used.
+        The folder or name, and whether only the local cache may be used because the hub cannot be reached.
 
     Raises:
-        QatkitError: there is no such folder, and the hub does not know the name, does not give it, or does not answer.
+        QatkitError: the folder does not exist, or the hub does not know the name, refuses access or does not answer.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         return str(local), False
     if local.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise QatkitError(f"{argument}: '{name}' is no folder; write one that holds {holds}")
+        raise QatkitError(f"'{name}' is not a folder", key=argument, advice=f"use a folder that holds {holds}")
     return name, _is_only_cached(name, argument, marker, kind)
 
 
-def explain(error: BaseException, argument: str, name: str, described: str = "") -> str:
-    """Why something of the hub cannot be loaded, in one line; the advice where a licence must be accepted first."""
-    from huggingface_hub.errors import GatedRepoError
+def cannot_load(error: BaseException, argument: str, name: str, advice: str, described: str = "") -> QatkitError:
+    """Return the error for something on the hub that cannot be loaded, in one line.
 
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, GatedRepoError):
-            return (
-                f"{argument}: '{name}' is gated, and the hub does not give it to you; accept its conditions on its "
-                "page, then log in with `hf auth login`"
-            )
-        seen = seen.__cause__ or seen.__context__
-    said = " ".join(str(error).split())
+    Args:
+        error: What the library raised.
+        argument: Names the argument.
+        name: The folder or repository.
+        advice: What to do; a gated repository gets its own advice.
+        described: What it was loaded as, such as "causal language model".
+    """
+    if _is_gated(error):
+        return QatkitError(
+            f"'{name}' is gated, and the hub refuses access",
+            key=argument,
+            advice="accept its conditions on its page, then log in with `hf auth login`",
+        )
     wanted = f" as a {described}" if described else ""
-    return f"{argument}: '{name}' cannot be loaded{wanted} ({said[:200]})"
+    return QatkitError(f"'{name}' cannot be loaded{wanted} ({_one_line(error)})", key=argument, advice=advice)
 
 
 def holds_tokenizer(name: str) -> bool:
-    """Whether a folder holds a tokenizer, without which transformers makes one that knows nothing.
+    """Whether a folder holds a tokenizer, without which transformers creates an untrained one.
 
-    Of a name on the hub it is taken for granted.
+    A name on the hub is assumed to have one.
     """
     folder = Path(name).expanduser()
     return not folder.is_dir() or any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
 
 
-@lru_cache(maxsize=64)  # a run builds its model and data for every stage; what was refused is asked again
+@lru_cache(maxsize=64)  # a run builds its model and data for every stage; refusals are not cached
 def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal["model", "dataset"]) -> bool:
     from huggingface_hub import HfApi
 
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
-    except Exception as error:  # those of the hub's HTTP library share no class with the hub's own
+    except Exception as error:  # errors of the HTTP library and of the hub share no base class
         if _is_cached(name, marker):
             return True
+        if _is_gated(error):
+            raise cannot_load(error, argument, name, "") from error
         raise QatkitError(
-            f"{_asked(error, argument, name)}; write a folder that holds the {kind}, or the name of one on the hub "
-            "while there is a network"
+            f"'{name}' is not a folder, and asking the hub for it failed ({_one_line(error)})",
+            key=argument,
+            advice=f"use a folder that holds the {kind}, or the name of one on the hub while the network is up",
         ) from error
     return False
 
@@ -90,8 +96,16 @@ def _is_cached(name: str, marker: str | None) -> bool:
     return (Path(config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
-def _asked(error: Exception, argument: str, name: str) -> str:
-    said = explain(error, argument, name)
-    if " is gated" in said:
-        return said
-    return f"{argument}: '{name}' is no folder, and asking the hub for it failed ({' '.join(str(error).split())[:200]})"
+def _is_gated(error: BaseException) -> bool:
+    from huggingface_hub.errors import GatedRepoError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, GatedRepoError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -98,10 +98,10 @@ result["gated_tokenizer"] = attempt(lambda: text("team/texts", "team/gated"))
     assert found["first"] == SENTENCES[0] + "<|endoftext|>"
     assert found["streamed"].startswith(SENTENCES[0] + "<|endoftext|>" + SENTENCES[1])
     for name, words in {
-        "wrong": "name_or_path: 'team/modle' is no folder, and asking the hub for it failed",
-        "wrong_data": "source.path: 'team/txets' is no folder, and asking the hub for it failed",
-        "wrong_split": "source.val: 'valid' is no split of 'team/texts'; write one of ['train', 'validation', 'test']",
-        "gated": "name_or_path: 'team/gated' is gated, and the hub does not give it to you; accept its conditions",
+        "wrong": "name_or_path: 'team/modle' is not a folder, and asking the hub for it failed",
+        "wrong_data": "source.path: 'team/txets' is not a folder, and asking the hub for it failed",
+        "wrong_split": "source.val: 'team/texts' has no split 'valid'; did you mean 'validation'?",
+        "gated": "name_or_path: 'team/gated' is gated, and the hub refuses access; accept its conditions",
         "gated_tokenizer": "tokenizer: 'team/gated' is gated",
     }.items():
         assert words in found[name][0], found[name]
@@ -119,7 +119,7 @@ result["other_tokenizer"] = attempt(lambda: text("team/texts", "team/other"))
     for name in ("other", "other_data", "other_tokenizer"):
         said, slept = again[name]
         assert "asking the hub for it failed" in said
-        assert "while there is a network" in said
+        assert "while the network is up" in said
         assert slept < 5, "at once, without trying again and again"
 
 

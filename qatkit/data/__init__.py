@@ -1,26 +1,36 @@
-"""Data factories: functions that return a `LightningDataModule` of batches."""
+"""Data factories: functions that return a `LightningDataModule`. Each loads its module on first use."""
 
-from qatkit.data.causal import causal_text
-from qatkit.data.chat import chat
-from qatkit.data.classification import text_classification
-from qatkit.data.datamodule import SplitDataModule
-from qatkit.data.digits import digits
-from qatkit.data.masked import masked_text
-from qatkit.data.pairs import text_pairs
-from qatkit.data.source import Source
-from qatkit.data.stdlib import stdlib_text, text_windows
-from qatkit.data.text import TextDataModule
+from __future__ import annotations
 
-__all__ = [
-    "Source",
-    "SplitDataModule",
-    "TextDataModule",
-    "causal_text",
-    "chat",
-    "digits",
-    "masked_text",
-    "stdlib_text",
-    "text_classification",
-    "text_pairs",
-    "text_windows",
-]
+from typing import TYPE_CHECKING
+
+from qatkit.common.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from qatkit.data.causal import causal_text as causal_text
+    from qatkit.data.chat import chat as chat
+    from qatkit.data.classification import text_classification as text_classification
+    from qatkit.data.datamodule import SplitDataModule as SplitDataModule
+    from qatkit.data.digits import digits as digits
+    from qatkit.data.masked import masked_text as masked_text
+    from qatkit.data.pairs import text_pairs as text_pairs
+    from qatkit.data.source import Source as Source
+    from qatkit.data.stdlib import stdlib_text as stdlib_text
+    from qatkit.data.stdlib import text_windows as text_windows
+    from qatkit.data.text_datamodule import TextDataModule as TextDataModule
+    from qatkit.data.token_datamodule import TokenDataModule as TokenDataModule
+
+_HOMES = {
+    "qatkit.data.causal": ["causal_text"],
+    "qatkit.data.chat": ["chat"],
+    "qatkit.data.classification": ["text_classification"],
+    "qatkit.data.datamodule": ["SplitDataModule"],
+    "qatkit.data.digits": ["digits"],
+    "qatkit.data.masked": ["masked_text"],
+    "qatkit.data.pairs": ["text_pairs"],
+    "qatkit.data.source": ["Source"],
+    "qatkit.data.stdlib": ["stdlib_text", "text_windows"],
+    "qatkit.data.text_datamodule": ["TextDataModule"],
+    "qatkit.data.token_datamodule": ["TokenDataModule"],
+}
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function

@@ -1,18 +1,20 @@
-"""Plain text for a causal language model."""
+"""Plain text for causal language models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qatkit.data.columns import documents_of, encode_texts
 from qatkit.data.packing import PackedWindows
 from qatkit.data.source import Source
-from qatkit.data.streaming import StreamingDataModule
 from qatkit.data.tokenizers import end_of_text, load_tokenizer
-from qatkit.data.tokens import Encode, Encoded, Row, TokenDataModule, prepare
+from qatkit.data.tokens import Encode, Encoded, Row, prepare
+
+if TYPE_CHECKING:
+    from qatkit.data.token_datamodule import TokenDataModule
 
 
 def causal_text(
@@ -24,23 +26,25 @@ def causal_text(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Documents packed into windows of tokens, an end of text after each, none of which sees another.
+    """Pack documents into windows of tokens, each followed by an end-of-text token; no document attends to another.
 
-    Tokens are kept in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and made again when files, tokenizer or
-    options change. With `source.streaming` those of training are made on the way instead.
+    Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and made again when files, tokenizer or
+    options change. With `source.streaming`, training records are tokenized while training instead.
 
     Args:
-        source: Where the documents come from.
-        tokenizer: A folder that holds one, or the name of a model on the hub.
-        context: Tokens of a window, at least 2.
-        column: Holds the text of a record.
-        epoch_batches: Batches between two validations and checkpoints; fewer where the text is shorter.
+        source: The documents.
+        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        context: Window length in tokens, at least 2.
+        column: The column of a record that holds the text.
+        epoch_batches: Batches between validations (and checkpoints); fewer if the text is shorter.
         batch_size: Windows per device and step.
-        seed: Decides the training order.
+        seed: Determines the training order.
 
     Raises:
-        QatkitError: a record has no text in that column, or a split is left without one.
+        QatkitError: a record has no text in that column, or a split is left without text.
     """
+    from qatkit.data.streaming import StreamingDataModule
+    from qatkit.data.token_datamodule import TokenDataModule
 
     def encoder() -> Encode:
         loaded = load_tokenizer(tokenizer)
@@ -74,4 +78,4 @@ def causal_text(
 
 
 causal_text.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
-causal_text.packed = True  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
+causal_text.packed = True  # type: ignore[attr-defined]  # read before training: a row holds several documents

@@ -1,10 +1,10 @@
-"""Conversations and instructions for a causal language model."""
+"""Conversations and instructions for causal language models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,8 +12,11 @@ from qatkit.data.chat_template import messages_of, tokenize_chat
 from qatkit.data.records import Answers, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
-from qatkit.data.tokens import Encoded, TokenDataModule, prepare, refuse_stream
+from qatkit.data.tokens import Encoded, prepare, refuse_stream
 from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from qatkit.data.token_datamodule import TokenDataModule
 
 
 def chat(
@@ -26,32 +29,35 @@ def chat(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Conversations in the tokenizer's chat template, with a loss on what the assistant says alone.
+    """Tokenize conversations with a chat template; the loss covers the assistant's turns only.
 
-    A record has ``messages`` of role and content, ``conversations`` of from and value, ``prompt`` and ``completion``
-    (or ``response``), or ``instruction``, ``output`` and perhaps ``input``; and perhaps ``tools``.
+    A record has ``messages`` (role, content), ``conversations`` (from, value), ``prompt`` with ``completion`` or
+    ``response``, or ``instruction`` with ``output`` and optionally ``input``. It may have ``tools``.
 
     Args:
-        source: Where the records come from.
-        tokenizer: A folder that holds one, or the name of a model on the hub.
-        context: Tokens of a conversation at most.
-        chat_template: A file with a Jinja template in the place of the tokenizer's own.
-        truncate: Cut longer conversations off instead of refusing them.
-        epoch_batches: Batches between two validations and checkpoints; fewer where there are fewer records.
+        source: The records.
+        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        context: Maximum length of a conversation in tokens.
+        chat_template: A file with a Jinja template that replaces the tokenizer's own.
+        truncate: Truncate longer conversations instead of refusing them.
+        epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
         batch_size: Conversations per device and step.
-        seed: Decides the training order.
+        seed: Determines the training order.
 
     Raises:
-        QatkitError: there is no chat template, a record is no conversation or too long, or a split is left without one.
+        QatkitError: there is no chat template, a record is not a conversation or too long, or a split is left empty.
     """
+    from qatkit.data.token_datamodule import TokenDataModule
+
     refuse_stream(source)
 
     def load() -> Any:
         loaded = load_tokenizer(tokenizer, chat_template)
         if not loaded.chat_template:
             raise QatkitError(
-                f"tokenizer: '{tokenizer}' has no chat template; write chat_template: FILE.jinja, or the tokenizer of "
-                "a model that was trained to chat"
+                f"'{tokenizer}' has no chat template",
+                key="tokenizer",
+                advice="set chat_template: FILE.jinja, or use the tokenizer of a model that was trained to chat",
             )
         return loaded
 
@@ -71,9 +77,6 @@ def chat(
     )
 
 
-chat.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
-
-
 def _encode(tokenizer: Any, record: Mapping[str, Any], context: int, truncate: bool) -> Encoded:
     messages = messages_of(record)
     if isinstance(messages, BadRecord):
@@ -83,5 +86,8 @@ def _encode(tokenizer: Any, record: Mapping[str, Any], context: int, truncate: b
         return encoded
     ids, trained = (part[:context] if truncate else part for part in encoded)
     if not any(trained[1:]):
-        return BadRecord("has no token of the assistant's to learn; every label would be masked")
+        return BadRecord("has no assistant token to learn; every label would be masked")
     return fitting({"input_ids": ids, "trained": trained}, context)
+
+
+chat.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

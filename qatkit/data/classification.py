@@ -1,4 +1,4 @@
-"""Texts that belong to a class each."""
+"""Texts, or pairs of texts, with one class each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,8 +14,11 @@ from qatkit.data.columns import words_in
 from qatkit.data.records import Records, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
-from qatkit.data.tokens import Encoded, TokenDataModule, prepare, refuse_stream
+from qatkit.data.tokens import Encoded, prepare, refuse_stream
 from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from qatkit.data.token_datamodule import TokenDataModule
 
 
 def text_classification(
@@ -31,27 +34,33 @@ def text_classification(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Texts, or pairs of texts, with a class for each, as the tokenizer's own model wants them.
+    """Tokenize texts, or pairs of texts, with one class each, in the format of the tokenizer's own model.
 
     Args:
-        source: Where the records come from.
-        tokenizer: A folder that holds one, or the name of a model on the hub.
-        classes: Names of the classes, in the order of the model's outputs. A record names one, or gives its number.
-        context: Tokens of a text at most.
-        column: Holds the text of a record.
-        partner: Holds the second text of a record, where a class is that of a pair.
-        label: Holds the class of a record.
-        truncate: Cut longer texts off instead of refusing them.
-        epoch_batches: Batches between two validations and checkpoints; fewer where there are fewer records.
+        source: The records.
+        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        classes: Class names in the order of the model's outputs. A record gives a name or an index.
+        context: Maximum length of a text in tokens.
+        column: The column of a record that holds the text.
+        partner: The column that holds the second text, if pairs are classified.
+        label: The column that holds the class.
+        truncate: Truncate longer texts instead of refusing them.
+        epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
         batch_size: Texts per device and step.
-        seed: Decides the training order.
+        seed: Determines the training order.
 
     Raises:
-        QatkitError: fewer than two classes, a record has no text or none of them, or a split is left without a record.
+        QatkitError: there are fewer than two classes, a record has no text or no known class, or a split is left empty.
     """
+    from qatkit.data.token_datamodule import TokenDataModule
+
     refuse_stream(source)
     if len(set(classes)) < max(2, len(classes)):
-        raise QatkitError(f"classes: {list(classes)} are not two or more different names; write them")
+        raise QatkitError(
+            f"{list(classes)} is not a list of two or more different names",
+            key="classes",
+            advice="name each class once, in the order of the model's outputs",
+        )
     columns = [column] if partner is None else [column, partner]
 
     def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:
@@ -93,16 +102,16 @@ def text_classification(
     return data
 
 
-text_classification.task = "text_classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
-
-
 def _class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:
     if column not in record:
-        return BadRecord(f"has no column '{column}' but {sorted(map(str, record))}")
+        return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
     value = record[column]
     if isinstance(value, str) and value in classes:
         return list(classes).index(value)
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(classes):
         return number
-    return BadRecord(f"its {column} {json.dumps(value, default=str)} is none of {list(classes)}, and no number of one")
+    return BadRecord(f"its {column} {json.dumps(value, default=str)} is neither one of {list(classes)} nor an index")
+
+
+text_classification.task = "text_classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

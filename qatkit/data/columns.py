@@ -1,4 +1,4 @@
-"""Columns of records, and the tokens of their text."""
+"""Read text columns of records and tokenize them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from qatkit.data.tokens import Encoded, Row
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts; what is written in a text like a special token is one."""
+    """Tokenize texts; a special token's text becomes that special token."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
-        "input_ids"
-    ]
-    return found
+    encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def documents_of(tokenizer: Any, end: int, texts: list[str]) -> list[list[int]]:
-    """Token ids of documents, the end of text after each.
+    """Tokenize documents and put the end-of-text token after each.
 
-    With what the tokenizer puts at a text's start: models of some families answer nonsense without it.
+    The tokens that the tokenizer puts at the start of a text are kept: models of some families fail without them.
     """
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in ids_of(tokenizer, texts)]
 
@@ -30,9 +29,9 @@ def documents_of(tokenizer: Any, end: int, texts: list[str]) -> list[list[int]]:
 def encode_texts(
     records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[list[Row]]]
 ) -> list[Encoded]:
-    """Encode one column of records at once, with a `BadRecord` in the place of each that has no text there.
+    """Encode one column of several records at once; a record without text there becomes a `BadRecord`.
 
-    A blank text has nothing to learn, and becomes no row.
+    A blank text has nothing to learn, so it becomes an empty list of rows.
     """
     checked = [text_in(record, column) for record in records]
     rows = iter(encode([text for text in checked if isinstance(text, str) and text.strip()]))
@@ -40,22 +39,22 @@ def encode_texts(
 
 
 def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
-    """The text of a record, perhaps a blank one, or why it has none."""
+    """Return the text of a record, which may be blank, or the reason why it has none."""
     if column not in record:
-        return BadRecord(f"has no column '{column}' but {sorted(map(str, record))}")
+        return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
     text = record[column]
     if not isinstance(text, str):
-        return BadRecord(f"column '{column}' holds {type(text).__name__} and no text")
+        return BadRecord(f"column '{column}' holds {type(text).__name__}, not text")
     if not text.isascii():
         try:
             text.encode()
-        except UnicodeEncodeError:  # which JSON can write, and tokenizers cannot read
+        except UnicodeEncodeError:  # JSON can represent it, but tokenizers cannot read it
             return BadRecord(f"column '{column}' holds half of a character (a lone surrogate)")
     return text
 
 
 def words_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
-    """The text of a record, which is not to be blank, or why there is none."""
+    """Return the text of a record, or the reason why it has none; a blank text counts as none."""
     text = text_in(record, column)
     if isinstance(text, str) and not text.strip():
         return BadRecord(f"column '{column}' is empty")

@@ -1,4 +1,4 @@
-"""Three splits, and an order that depends on the seed and the epoch alone: a resumed run sees the same batches."""
+"""Training, validation and test splits in a reproducible order: a resumed run gets the batches it would have got."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from lightning.pytorch import LightningDataModule
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from qatkit.errors import QatkitError
+
 
 @runtime_checkable
 class Passes(Protocol):
-    """A data set whose samples depend on how often it was gone through."""
+    """A data set whose samples depend on the number of the pass over it."""
 
-    def set_pass(self, number: int) -> None: ...
+    def set_pass(self, number: int) -> None:
+        """Start a pass over the data."""
+        ...
 
 
 class SlicedSampler(DistributedSampler[Any]):
-    """Torch's `DistributedSampler` whose epochs are slices of a pass over the data.
+    """Torch's `DistributedSampler`, with epochs that are slices of one pass over the data.
 
-    A model is validated and its checkpoint is written at an epoch's end, and a stage may be shorter than one pass over
-    a long text. The samples that fill no slice are left out, others in every pass.
+    Lightning validates and saves checkpoints at the end of an epoch, and a stage may be shorter than one pass over a
+    long text. Samples that do not fill a slice are dropped; each pass drops different ones.
 
     Args:
         dataset: A map-style data set.
-        replicas: Processes.
-        rank: This process.
-        seed: Decides the order.
-        size: Samples per process in a slice; where the data set has fewer, a slice is the whole pass.
+        replicas: Number of processes.
+        rank: Index of this process.
+        seed: Determines the order.
+        size: Samples per process in a slice; if the data set has fewer, a slice is the whole pass.
     """
 
     def __init__(self, dataset: Dataset[Any], replicas: int, rank: int, seed: int, size: int | None) -> None:
@@ -41,7 +45,7 @@ class SlicedSampler(DistributedSampler[Any]):
         self.slices = max(self.num_samples // max(self.size, 1), 1)
         self.slice = 0
         self.skip = 0
-        """Samples to leave out at the start of the next slice, once: those that a resumed run has seen."""
+        """Samples to skip at the start of the next slice, once: a resumed run has already seen them."""
 
     def set_epoch(self, epoch: int) -> None:
         self.slice = epoch % self.slices
@@ -58,21 +62,20 @@ class SlicedSampler(DistributedSampler[Any]):
 
 
 Collate = Callable[[Sequence[Any]], Any]
-"""Makes a batch of samples."""
+"""Combines samples into a batch."""
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` in the order of a `SlicedSampler`, with the state that Lightning keeps in a checkpoint.
+    """A `DataLoader` over a `SlicedSampler`, with a state that Lightning saves in checkpoints.
 
-    A run that resumes in the middle of an epoch gets the batch that it would have got next, and the samples before that
-    are not read again.
+    A run that resumes in the middle of an epoch continues with the next batch, without reading earlier samples again.
 
     Args:
         dataset: A map-style data set.
-        batch_size: Samples of a batch.
-        sampler: Their order.
-        collate: Makes a batch of samples; by default torch's own way.
-        limit: Says, once training began, how many batches of an epoch it takes at most.
+        batch_size: Samples per batch.
+        sampler: The order of samples.
+        collate: Combines samples into a batch; by default torch's collation.
+        limit: Returns the maximum number of batches per epoch, once training has started.
     """
 
     def __init__(
@@ -97,16 +100,16 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given out."""
+        """Return the number of batches of this epoch that were yielded."""
         return {"batches": self._served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after as many batches; after a whole one, at its start."""
+        """Skip that many batches of the next epoch, or none after a complete epoch."""
         self._served = self._skip = state["batches"]
 
 
 def batches_to_skip(served: int, epoch: float) -> int:
-    """How many batches of the next epoch were given out by a loader that stopped: none, if it had ended one."""
+    """Return the number of batches to skip after a resume: 0 if the loader had completed an epoch."""
     return served % max(int(epoch), 1)
 
 
@@ -114,13 +117,13 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)
 
 
 def world_and_rank() -> tuple[int, int]:
-    """How many processes share the training data, and which of them this one is."""
+    """Return the number of processes that share the training data, and the index of this one."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() and not _whole.get() else (1, 0)
 
 
 @contextmanager
 def unsliced() -> Iterator[None]:
-    """Inside, every process reads the training data as one process would, whether or not it has met the others yet."""
+    """Inside, every process reads all of the training data, even if a process group exists."""
     token = _whole.set(True)
     try:
         yield
@@ -128,20 +131,30 @@ def unsliced() -> Iterator[None]:
         _whole.reset(token)
 
 
+def check_epoch(batches: int) -> None:
+    """Raise unless an epoch has at least one batch.
+
+    Raises:
+        QatkitError: it has none.
+    """
+    if batches < 1:
+        raise QatkitError(f"{batches} is out of range", key="epoch_batches", advice="use an integer of at least 1")
+
+
 class SplitDataModule(LightningDataModule):
     """A data module over map-style train, validation and test sets.
 
-    The training order is a function of `seed`, the epoch and the rank (torch's `DistributedSampler`, also on one
-    process); the last incomplete batch of an epoch is dropped. Evaluation goes through every sample in order.
+    The training order depends on `seed`, the epoch and the rank alone (torch's `DistributedSampler`, also on one
+    process); the last incomplete batch of an epoch is dropped. Evaluation visits every sample once, in order.
 
     Args:
         train: Training set.
         val: Validation set.
-        test: Test set; never looked at while training.
+        test: Test set; not used in training.
         batch_size: Samples per device and step.
-        seed: Decides the order.
-        epoch_batches: Batches of an epoch at most, see `SlicedSampler`; None makes it the whole training set.
-        collate: Makes a batch of samples; by default torch's own way.
+        seed: Determines the order.
+        epoch_batches: Maximum number of batches per epoch, see `SlicedSampler`; None uses the whole training set.
+        collate: Combines samples into a batch; by default torch's collation.
         task: Name of a row of `qatkit.tasks.TASKS`; None leaves the default of `qatkit.tasks.task_of`.
     """
 
@@ -171,7 +184,7 @@ class SplitDataModule(LightningDataModule):
         return ResumableLoader(self.train, self.batch_size, sampler, self.collate, self.batches_taken)
 
     def batches_taken(self) -> float:
-        """How many batches of an epoch the trainer takes (`limit_train_batches`), infinite while it has none."""
+        """Return the trainer's maximum number of batches per epoch (`limit_train_batches`), or infinity."""
         return math.inf if self.trainer is None else self.trainer.num_training_batches
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -1,4 +1,4 @@
-"""Records of files: JSON lines, CSV, TSV, Parquet and plain text, each with the file and line that it stands in."""
+"""Read records from JSON lines, CSV, TSV, Parquet and plain text, each with its file and line."""
 
 from __future__ import annotations
 
@@ -13,31 +13,40 @@ from qatkit.errors import QatkitError
 
 
 def is_local(path: str) -> bool:
+    """Whether a path names local files rather than a data set on the hub."""
     known = Path(path).suffix in READERS
     return known or any(sign in path for sign in "*?[") or path.startswith((".", "~", "/")) or Path(path).exists()
 
 
 def local_files(pattern: str, argument: str) -> list[Path]:
-    """The files that a path or a glob names, in sorted order.
+    """Return the files that match a path or a glob, sorted.
+
+    Args:
+        pattern: The path or glob.
+        argument: Names it in errors.
 
     Raises:
-        QatkitError: there is none, or one is of a type that cannot be read.
+        QatkitError: no file matches, or a file has an unknown type.
     """
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    files = [Path(name) for name in found if Path(name).is_file()]
+    matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    files = [Path(name) for name in matches if Path(name).is_file()]
     if not files:
-        folder = (
-            " is a folder; write its files as" if Path(pattern).expanduser().is_dir() else " matches no file; write"
+        is_folder = Path(pattern).expanduser().is_dir()
+        raise QatkitError(
+            f"'{pattern}' {'is a folder' if is_folder else 'matches no file'}",
+            key=argument,
+            advice="use a path such as 'texts/*.jsonl'",
         )
-        raise QatkitError(f"{argument}: '{pattern}'{folder} a path such as 'texts/*.jsonl'")
     for file in files:
         if file.suffix not in READERS:
-            raise QatkitError(f"{argument}: {file} is of no type that can be read; write one of {', '.join(READERS)}")
+            raise QatkitError(
+                f"{file} has an unknown file type", key=argument, advice=f"use one of {', '.join(READERS)}"
+            )
     return files
 
 
 def read_file(file: Path, lines: bool) -> Iterator[Record]:
-    """The records of one file."""
+    """Yield the records of one file."""
     return _read_lines(file) if lines and file.suffix == ".txt" else READERS[file.suffix](file)
 
 
@@ -52,22 +61,24 @@ def _read_json_lines(file: Path) -> Iterator[Record]:
                 record = BadRecord(f"is not JSON ({error})")
             else:
                 if not isinstance(record, dict):
-                    record = BadRecord("is no JSON object; write {...} on every line")
+                    record = BadRecord("is not a JSON object", "write one {...} per line")
             yield f"{file}:{number}", record
 
 
 def _read_table(file: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 131,072 characters that the library allows
-    # bytes that are not UTF-8 stay in their own record: decoding stops at none, and `_row` refuses them
+    csv.field_size_limit(2**31 - 1)  # a document may exceed the library's limit of 131,072 characters
+    # bytes that are not UTF-8 pass the decoder, so that `_row` can refuse the one record that holds them
     with file.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as opened:
         reader = csv.reader(opened, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         try:
-            head = next(filter(None, reader), [])  # blank lines are none
+            head = next(filter(None, reader), [])  # skips blank lines
             _refuse_bytes(head)
         except (csv.Error, BadRecord) as error:
-            raise QatkitError(f"{file}:1: the head is no row of a table ({error}); write it again") from error
+            raise QatkitError(
+                f"the header is not a table row ({error})", key=f"{file}:1", advice="fix the header"
+            ) from error
         while True:
-            first = reader.line_num + 1  # a record may have line breaks of its own
+            first = reader.line_num + 1  # a record may contain line breaks
             try:
                 fields = next(reader)
                 if fields:
@@ -76,12 +87,12 @@ def _read_table(file: Path) -> Iterator[Record]:
                 return
             except csv.Error as error:
                 last = f", up to line {reader.line_num}" if reader.line_num > first else ""
-                yield f"{file}:{first}", BadRecord(f"is no row of a table{last} ({error})")
+                yield f"{file}:{first}", BadRecord(f"is not a table row{last} ({error})")
 
 
 def _row(head: list[str], fields: list[str]) -> dict[str, str] | BadRecord:
     if len(fields) != len(head):
-        return BadRecord(f"has {len(fields)} columns and not the {len(head)} of the head")
+        return BadRecord(f"has {len(fields)} columns, but the header has {len(head)}")
     try:
         _refuse_bytes(fields)
     except BadRecord as reason:
@@ -106,8 +117,10 @@ def _read_parquet(file: Path) -> Iterator[Record]:
                 number += 1
                 yield f"{file}: row {number}", row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = f"is damaged after row {number}" if number else "is no Parquet file, or a damaged one"
-        raise QatkitError(f"{file}: {reason} ({' '.join(str(error).split())}); write it again") from error
+        problem = f"is damaged after row {number}" if number else "is not a Parquet file, or is damaged"
+        raise QatkitError(
+            f"{problem} ({' '.join(str(error).split())})", key=str(file), advice="restore or recreate the file"
+        ) from error
 
 
 def _read_whole(file: Path) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Records of a data set on the hub, through the `datasets` library."""
+"""Read the records of a data set on the hub through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -6,52 +6,60 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from qatkit.data.source import Part, Record, Source
-from qatkit.errors import QatkitError
-from qatkit.hub import explain, locate
+from qatkit.errors import QatkitError, did_you_mean
+from qatkit.hub import cannot_load, locate
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 _NAMES = {"val": ("validation", "val", "valid", "dev"), "test": ("test",)}
-"""What data sets call their splits."""
+"""The usual names of splits on the hub."""
 
 
 def hub_parts(source: Source) -> dict[str, Part]:
-    """The splits of a data set on the hub.
+    """Return the splits of a data set on the hub.
 
     Raises:
-        QatkitError: the hub does not know it, does not give it or does not answer, or it has no such subset or split.
+        QatkitError: the hub does not know it, refuses access or does not answer, or it has no such subset or split.
     """
     builder = _builder(source)
     try:
         names = [str(name) for name in builder.info.splits or _split_names(source)]
-    except Exception as error:  # the library raises what its parts raise
-        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another") from error
+    except Exception as error:  # the library passes on the errors of its parts
+        raise _cannot_read(error, source) from error
     if "train" not in names:
-        raise QatkitError(f"source.path: '{source.path}' has the splits {names} and no 'train'; write another data set")
+        raise QatkitError(
+            f"'{source.path}' has the splits {names}, but no 'train'", key="source.path", advice="use another data set"
+        )
     chosen = {"train": "train"}
     for split, wanted in (("val", source.val), ("test", source.test)):
         if wanted is not None and wanted not in names:
-            raise QatkitError(f"source.{split}: '{wanted}' is no split of '{source.path}'; write one of {names}")
-        found = [wanted] if wanted is not None else [name for name in _NAMES[split] if name in names]
-        if found:
-            chosen[split] = found[0]
+            raise QatkitError(
+                f"'{source.path}' has no split '{wanted}'", key=f"source.{split}", advice=did_you_mean(wanted, names)
+            )
+        matching = [wanted] if wanted is not None else [name for name in _NAMES[split] if name in names]
+        if matching:
+            chosen[split] = matching[0]
     key = {"dataset": source.path, "subset": source.subset, "commit": builder.hash}
     return {split: Part({**key, "split": name}, _reader(source, name)) for split, name in chosen.items()}
 
 
 def open_split(source: Source, split: str) -> IterableDataset:
-    """A split as it comes over the network, nothing kept.
+    """Stream a split over the network without caching it.
 
     Raises:
-        QatkitError: the hub does not give it.
+        QatkitError: the hub does not provide it.
     """
     from datasets import load_dataset
 
     try:
         return load_dataset(source.path, source.subset, split=split, streaming=True, revision=source.revision)
-    except Exception as error:  # the library raises what its parts raise
-        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another") from error
+    except Exception as error:  # the library passes on the errors of its parts
+        raise _cannot_read(error, source) from error
+
+
+def _cannot_read(error: Exception, source: Source) -> QatkitError:
+    return cannot_load(error, "source.path", source.path, "use another data set or subset")
 
 
 def _builder(source: Source) -> Any:
@@ -64,8 +72,8 @@ def _builder(source: Source) -> Any:
         config.HF_HUB_OFFLINE = True  # the library would ask again and again
     try:
         return load_dataset_builder(name, source.subset, revision=source.revision)
-    except Exception as error:  # the library raises what its parts raise
-        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another path or subset") from error
+    except Exception as error:  # the library passes on the errors of its parts
+        raise _cannot_read(error, source) from error
 
 
 def _split_names(source: Source) -> list[str]:
@@ -87,5 +95,5 @@ def _loaded(source: Source, split: str) -> Dataset:
 
     try:
         return load_dataset(source.path, source.subset, split=split, revision=source.revision)
-    except Exception as error:  # the library raises what its parts raise
-        raise QatkitError(f"{explain(error, 'source.path', source.path)}; write another") from error
+    except Exception as error:  # the library passes on the errors of its parts
+        raise _cannot_read(error, source) from error

@@ -1,10 +1,10 @@
-"""Plain text for a masked language model."""
+"""Plain text for masked language models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,20 +13,24 @@ from qatkit.data.columns import encode_texts
 from qatkit.data.records import Records, once, pad
 from qatkit.data.source import Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
-from qatkit.data.tokens import Encoded, Row, Rows, TokenDataModule, prepare, refuse_stream
+from qatkit.data.tokens import Encoded, Row, Rows, prepare, refuse_stream
 from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from qatkit.data.token_datamodule import TokenDataModule
 
 
 class MaskedRecords(Records):
-    """Texts with some tokens hidden: others in every pass over training data, always the same in evaluation.
+    """Texts with hidden tokens: different ones in each pass over training data, the same ones in evaluation.
 
-    Devlin et al. (2019), "BERT", section 3.1: of the chosen tokens 80 % become the mask, 10 % another token, 10 % stay.
+    Of the chosen tokens, 80 % become the mask token, 10 % a random token, and 10 % stay; Devlin et al. (2019), "BERT",
+    section 3.1.
 
     Args:
-        open_rows: Gives the split.
-        collator: Gives transformers' `DataCollatorForLanguageModeling`.
-        seed: With the pass and the index of a text, decides what is hidden in it.
-        moving: Whether a pass hides other tokens than the one before.
+        open_rows: Opens the split.
+        collator: Returns transformers' `DataCollatorForLanguageModeling`.
+        seed: Determines the hidden tokens, together with the pass and the index of the text.
+        moving: Hide different tokens in each pass.
     """
 
     def __init__(self, open_rows: Callable[[], Rows], collator: Callable[[], Any], seed: int, moving: bool) -> None:
@@ -37,7 +41,7 @@ class MaskedRecords(Records):
         self._pass = 0
 
     def set_pass(self, number: int) -> None:
-        """Begin a pass over the data."""
+        """Start a pass over the data."""
         self._pass = number if self.moving else 0
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -58,52 +62,62 @@ def masked_text(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Texts in which a model is to find the tokens that were hidden; longer ones are cut into several.
+    """Hide random tokens of texts for the model to predict; longer texts are split into several samples.
 
     Args:
-        source: Where the texts come from.
-        tokenizer: A folder that holds one, or the name of a model on the hub.
-        context: Tokens of a sample at most, those that the tokenizer puts around it among them.
-        column: Holds the text of a record.
-        probability: Share of tokens that are hidden.
-        epoch_batches: Batches between two validations and checkpoints; fewer where there are fewer texts.
+        source: The texts.
+        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        context: Maximum length of a sample in tokens, including the tokenizer's special tokens.
+        column: The column of a record that holds the text.
+        probability: Fraction of tokens that are hidden.
+        epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer texts.
         batch_size: Samples per device and step.
-        seed: Decides the training order, and what is hidden.
+        seed: Determines the training order and the hidden tokens.
 
     Raises:
         QatkitError: the tokenizer has no mask token, a number is out of range, a record has no text, or a split is left
-            without one.
+            empty.
     """
+    from qatkit.data.token_datamodule import TokenDataModule
+
     refuse_stream(source)
     if not 0 < probability < 1:
         raise QatkitError(
-            f"probability: {probability} is out of range; write a share above 0 and below 1, such as 0.15"
+            f"{probability} is not between 0 and 1", key="probability", advice="use a fraction such as 0.15"
         )
 
     def load() -> Any:
         loaded = load_tokenizer(tokenizer)
         if loaded.mask_token_id is None:
-            raise QatkitError(f"tokenizer: '{tokenizer}' has no mask token; write that of a masked language model")
+            raise QatkitError(
+                f"'{tokenizer}' has no mask token",
+                key="tokenizer",
+                advice="use the tokenizer of a masked language model",
+            )
         return loaded
 
     def folder() -> Path:
         loaded = load()
         around = loaded.num_special_tokens_to_add()
         if context <= around:
-            raise QatkitError(f"context: {context} leaves no token beside {around} special ones; write more")
+            raise QatkitError(
+                f"{context} leaves no room beside {around} special tokens",
+                key="context",
+                advice=f"use {around + 1} or more",
+            )
 
         def rows(texts: list[str]) -> list[list[Row]]:
-            found: list[list[Row]] = [[] for _ in texts]
+            split: list[list[Row]] = [[] for _ in texts]
             if not texts:
-                return found
+                return split
             encoded = loaded(
                 texts, truncation=True, max_length=context, return_overflowing_tokens=True,
                 return_special_tokens_mask=True, verbose=False,
             )  # fmt: skip
             parts = (encoded[name] for name in ("overflow_to_sample_mapping", "input_ids", "special_tokens_mask"))
             for text, ids, special in zip(*parts, strict=True):
-                found[text].append({"input_ids": ids, "special": special})
-            return found
+                split[text].append({"input_ids": ids, "special": special})
+            return split
 
         def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
             return encode_texts(records, column, rows)

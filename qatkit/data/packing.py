@@ -1,4 +1,4 @@
-"""Documents side by side in windows of equal length, none of which sees another."""
+"""Pack documents into windows of equal length without letting one attend to another."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from qatkit.errors import QatkitError
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):
-    """A split's tokens, cut into windows: ``input_ids``, ``labels`` and ``position_ids``, each ``[context]`` int64.
+    """A split's tokens in windows: ``input_ids``, ``labels`` and ``position_ids``, each ``[context]`` int64.
 
-    Positions begin again at 0 with every document and every window, which is how models of transformers know that a
-    token sees only those before it in its own document. The first token of a document has nothing to be predicted from,
-    so its label does not count. What is left over at the end of the stream is dropped.
+    Positions restart at 0 with each document and each window; models of transformers derive from them that a token
+    attends only to earlier tokens of its own document. The first token of a document cannot be predicted, so its label
+    does not count. Tokens at the end of the stream that do not fill a window are dropped.
 
     Args:
-        open_rows: Gives the split; called when the first window is read.
-        context: Tokens of a window, at least 2.
+        open_rows: Opens the split, when the first window is read.
+        context: Window length in tokens, at least 2.
 
     Raises:
         QatkitError: `context` is below 2, or the split is shorter than one window.
@@ -33,7 +33,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, open_rows: Callable[[], Rows], context: int) -> None:
         if context < 2:
-            raise QatkitError(f"context: {context} leaves no token to predict; write 2 or more")
+            raise QatkitError(f"{context} leaves no token to predict", key="context", advice="use 2 or more")
         self.open_rows = open_rows
         self.context = context
 
@@ -42,8 +42,9 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         rows = self.open_rows()
         if rows.ends[-1] < self.context:
             raise QatkitError(
-                f"context: {self.context} is longer than the {rows.folder.name} split of {rows.ends[-1]} tokens; "
-                "write less"
+                f"{self.context} is longer than the {rows.folder.name} split of {rows.ends[-1]} tokens",
+                key="context",
+                advice="use a smaller one, or more text",
             )
         return rows
 
@@ -59,11 +60,11 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
 
 
 def window(tokens: NDArray[np.integer], borders: NDArray[np.int64]) -> dict[str, Tensor]:
-    """One window.
+    """Return one window.
 
     Args:
         tokens: ``[context]``.
-        borders: Where documents begin inside the window, 0 left out.
+        borders: Offsets at which documents start inside the window, without 0.
 
     Example:
         >>> window(np.array([7, 8, 9, 5, 6]), np.array([3]))["position_ids"].tolist()

@@ -1,11 +1,11 @@
-"""Texts that belong together, for a model whose embeddings say so."""
+"""Pairs of related texts for embedding models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from qatkit.data.columns import words_in
 from qatkit.data.records import Records, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
-from qatkit.data.tokens import Encoded, Row, Rows, TokenDataModule, prepare, refuse_stream
+from qatkit.data.tokens import Encoded, Row, Rows, prepare, refuse_stream
+
+if TYPE_CHECKING:
+    from qatkit.data.token_datamodule import TokenDataModule
 
 Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Pairs(Dataset[Pair]):
-    """Two samples per record, which stand in the rows one after the other."""
+    """Pairs of samples; the two texts of a record are adjacent rows."""
 
     def __init__(self, open_rows: Callable[[], Rows]) -> None:
         self.records = Records(open_rows)
@@ -44,22 +47,24 @@ def text_pairs(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Pairs of texts, such as a question and its answer: each is to be nearest to its own partner among the batch's.
+    """Tokenize pairs of texts, such as questions and answers; each text should be nearest to its partner in the batch.
 
     Args:
-        source: Where the records come from.
-        tokenizer: A folder that holds one, or the name of a model on the hub.
-        context: Tokens of a text at most.
-        columns: Hold the two texts of a record.
-        pooling: Makes one embedding of the hidden states: their mean, that of the first token, or that of the last.
-        truncate: Cut longer texts off instead of refusing them.
-        epoch_batches: Batches between two validations and checkpoints; fewer where there are fewer records.
-        batch_size: Pairs per device and step; the more, the harder to tell them apart.
-        seed: Decides the training order.
+        source: The records.
+        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        context: Maximum length of a text in tokens.
+        columns: The two columns of a record that hold the texts.
+        pooling: Pools hidden states into an embedding: their mean, the first token ("cls") or the last token ("last").
+        truncate: Truncate longer texts instead of refusing them.
+        epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
+        batch_size: Pairs per device and step; larger batches make the task harder.
+        seed: Determines the training order.
 
     Raises:
-        QatkitError: a record lacks one of the texts, or a split is left without a record.
+        QatkitError: a record lacks one of the texts, or a split is left empty.
     """
+    from qatkit.data.token_datamodule import TokenDataModule
+
     refuse_stream(source)
 
     def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:

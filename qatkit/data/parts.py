@@ -1,4 +1,4 @@
-"""The splits that a source has by itself, from files or from the hub."""
+"""The splits that a source provides by itself, from files or from the hub."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qatkit.data.source import Part, Record, Source
 
 
 def open_parts(source: Source) -> dict[str, Part]:
-    """The splits that a source has by itself: always "train", and "val" and "test" where they are not to be cut.
+    """Return the splits of a source: always "train", and "val" and "test" unless they are cut from it.
 
     Raises:
-        QatkitError: no file matches, a file's type is unknown, or the hub does not give the data set.
+        QatkitError: no file matches, a file type is unknown, or the hub does not provide the data set.
     """
     if not is_local(source.path):
         return hub_parts(source)
@@ -26,8 +26,8 @@ def open_parts(source: Source) -> dict[str, Part]:
         if path is not None
     }
     return {
-        split: _local_part(found, source, hashed=split != "train" or not source.streaming)
-        for split, found in files.items()
+        split: _local_part(paths, source, hashed=split != "train" or not source.streaming)
+        for split, paths in files.items()
     }
 
 
@@ -36,7 +36,7 @@ def _local_part(files: list[Path], source: Source, hashed: bool) -> Part:
         for file in files:
             yield from read_file(file, source.lines)
 
-    # what is read as a stream is not kept, and may be large
+    # a stream is not cached, and may be too large to hash
     hashes = [_sha256(file) for file in files] if hashed else []
     return Part({"files": hashes, "types": [file.suffix for file in files], "lines": source.lines}, read)
 

@@ -1,4 +1,4 @@
-"""Records of unlike length as samples, and batches of them filled up to the longest."""
+"""Samples of different lengths, and their padded batches."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qatkit.data.source import BadRecord
 from qatkit.data.tokens import Encoded, Row, Rows
 
 MULTIPLE = 8
-"""Rows of a batch are as long as a multiple of it: matrix units like it, and a compiler sees fewer shapes."""
+"""Batches are padded to a multiple of it: matrix units run faster, and a compiler sees fewer shapes."""
 
 
 class Records(Dataset[dict[str, Tensor]]):
-    """A sample per record: its ``input_ids`` and all else that was kept of it, whole numbers as int64.
+    """One sample per record: its ``input_ids`` and all other stored fields, as int64.
 
     Args:
-        open_rows: Gives the split; called when the first record is read.
+        open_rows: Opens the split, when the first record is read.
     """
 
     def __init__(self, open_rows: Callable[[], Rows]) -> None:
@@ -42,7 +42,7 @@ class Records(Dataset[dict[str, Tensor]]):
 
 
 class Answers(Records):
-    """Conversations: labels are the tokens that the assistant wrote."""
+    """Conversations, with the assistant's tokens as labels."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
@@ -51,12 +51,13 @@ class Answers(Records):
 
 
 def pad(samples: Sequence[dict[str, Tensor]], padding: int, context: int) -> dict[str, Tensor]:
-    """A batch: rows filled up on the right, and an ``attention_mask`` that says what was not.
+    """Combine samples into a batch, padded on the right, with an ``attention_mask``.
 
     Args:
-        samples: Tensors ``[tokens]`` are filled up, with `padding`, labels with -100, others with 0; 0-d ones stacked.
+        samples: Input ids ``[tokens]`` are padded with `padding`, labels with -100, other tensors ``[tokens]`` with 0;
+            0-d tensors are stacked.
         padding: The padding token.
-        context: Length at most.
+        context: Maximum length, unless a sample is longer.
 
     Example:
         >>> batch = pad([{"input_ids": torch.tensor([5, 6])}], padding=0, context=4)
@@ -80,19 +81,19 @@ def pad(samples: Sequence[dict[str, Tensor]], padding: int, context: int) -> dic
 
 
 def fitting(row: Row, context: int) -> Encoded:
-    """The row by itself, or why it is too long."""
+    """Return a list of the one row, or the reason why it is too long."""
     if (tokens := len(row["input_ids"])) > context:
-        return BadRecord(f"has {tokens} tokens, and context is {context}; write a larger context, or truncate: true")
+        return BadRecord(f"has {tokens} tokens, but context is {context}", "use a larger context, or truncate: true")
     return [row]
 
 
 def once(value: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that is called when its value is first asked for, and only then."""
-    found: list[Any] = []
+    """Return a function that computes a value on its first call and returns it on every call."""
+    values: list[Any] = []
 
     def get() -> Any:
-        if not found:
-            found.append(value())
-        return found[0]
+        if not values:
+            values.append(value())
+        return values[0]
 
     return get

@@ -1,4 +1,4 @@
-"""Where records come from: files here, or a data set of the hub. Every record knows the file and line it stands in."""
+"""Sources of records: local files or a data set on the hub. Each record knows its file and line."""
 
 from __future__ import annotations
 
@@ -11,63 +11,89 @@ from typing import Any
 from qatkit.errors import QatkitError
 
 Record = tuple[str, Any]
-"""Where it stands, in words, and its content: a mapping of columns, or a `BadRecord` where it cannot be read."""
+"""The place of a record, for people, and its content: a mapping of columns, or a `BadRecord` if it cannot be read."""
 
 
 class BadRecord(Exception):
-    """Why one record cannot be used, and what to do about it."""
+    """The reason why one record cannot be used.
+
+    Args:
+        problem: What is wrong with it.
+        advice: How to fix it; empty where only the record itself can be fixed.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.advice = advice
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records for training, and for validation and test; what has no records of its own is cut from those of training.
+    """Records for training, validation and test; a split without records of its own is cut from the training records.
 
-    The share of a cut is decided by a hash of each record's content, so that equal records are on one side.
+    A hash of its content decides the split of a record, so equal records are always in the same split.
 
-    A blank text has nothing to learn: `causal_text` and `masked_text` pass over it. One that has a class or a partner
-    is a record that cannot be used.
+    `causal_text` and `masked_text` skip blank texts: there is nothing to learn. A blank text with a class or a partner
+    is a bad record.
     """
 
     path: str
     """A file or a glob of files (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a data set on the hub."""
     val: str | None = None
-    """The same for validation. Of a hub's data set, the name of a split; "validation" where there is one."""
+    """The same for validation. For a data set on the hub, the name of a split; by default "validation" if it exists."""
     test: str | None = None
-    """The same for the reported numbers. Of a hub's data set, the name of a split; "test" where there is one."""
+    """The same for the reported metrics. For a data set on the hub, the name of a split; by default "test"."""
     subset: str | None = None
-    """The configuration of a hub's data set, such as "wikitext-2-raw-v1"."""
+    """The configuration of a data set on the hub, such as "wikitext-2-raw-v1"."""
     revision: str | None = None
-    """Branch, tag or commit of a hub's data set."""
+    """Branch, tag or commit of a data set on the hub."""
     val_fraction: float = 0.05
+    """Fraction of the training records that is cut off for validation."""
     test_fraction: float = 0.05
+    """Fraction of the training records that is cut off for test."""
     lines: bool = False
-    """A record per line of a .txt file; by default the file is one record."""
+    """Make each line of a .txt file a record; by default the whole file is one record."""
     streaming: bool = False
-    """Read training records in their order while training, and keep none of them; for `causal_text`."""
+    """Read training records in order while training, without caching them; only for `causal_text`."""
     skip_bad: bool = False
-    """Leave out records that cannot be used, and count them, instead of stopping at the first."""
+    """Skip and count records that cannot be used instead of stopping at the first one."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1 or not 0 < self.test_fraction < 1:
-            raise QatkitError(
-                f"val_fraction: {self.val_fraction} and test_fraction {self.test_fraction} must be above 0 and below "
-                "1; write 0.05 and 0.05"
-            )
-        if self.val_fraction + self.test_fraction >= 1:
-            raise QatkitError("val_fraction: with test_fraction it leaves nothing to train on; write 0.05 and 0.05")
+        check_fractions(self.val_fraction, self.test_fraction, example=0.05)
+
+
+def check_fractions(val: float, test: float, example: float) -> None:
+    """Raise unless validation and test get something each and leave something to train on.
+
+    Args:
+        val: Fraction for validation.
+        test: Fraction for test.
+        example: A fraction that works, for the advice.
+
+    Raises:
+        QatkitError: a fraction is out of range, or both together are.
+    """
+    advice = f"set val_fraction: {example} and test_fraction: {example}"
+    for key, value in (("val_fraction", val), ("test_fraction", test)):
+        if not 0 < value < 1:
+            raise QatkitError(f"{value} is not between 0 and 1", key=key, advice=advice)
+    if val + test >= 1:
+        problem = f"{val} and test_fraction {test} leave nothing to train on"
+        raise QatkitError(problem, key="val_fraction", advice=advice)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The records of one split before any of them are cut off for another."""
+    """The records of one split before any of them are cut off for another split."""
 
     key: dict[str, Any]
-    """All that decides the content; plain data."""
+    """Plain data that identify the content."""
     read: Callable[[], Iterator[Record]]
 
 
 def cut(split: str, parts: dict[str, Part], source: Source) -> Iterator[Record]:
-    """The records of a split: its own, or the share of the training records that is cut off for it.
+    """Yield the records of a split: its own, or the fraction of the training records that is cut off for it.
 
     Example:
         >>> part = Part({}, lambda: iter([(f"line {n}", {"text": str(n)}) for n in range(1000)]))
@@ -78,18 +104,18 @@ def cut(split: str, parts: dict[str, Part], source: Source) -> Iterator[Record]:
     if split in parts and split != "train":
         yield from parts[split].read()
         return
-    shares = {"val": source.val_fraction, "test": source.test_fraction}
+    fractions = {"val": source.val_fraction, "test": source.test_fraction}
     for where, record in parts["train"].read():
-        place, side = _place(record), "train"
-        for name, share in shares.items():
-            if name not in parts and place >= 0:
-                side, place = (name, -1.0) if place < share else (side, place - share)
+        position, side = _position(record), "train"
+        for name, fraction in fractions.items():
+            if name not in parts and position >= 0:
+                side, position = (name, -1.0) if position < fraction else (side, position - fraction)
         if side == split:
             yield where, record
 
 
-def _place(record: Any) -> float:
-    """A number from 0 to 1 that depends on the content alone; records that cannot be read stay in training."""
+def _position(record: Any) -> float:
+    """Map a record's content to a number from 0 to 1; records that cannot be read stay in training."""
     if isinstance(record, BadRecord):
         return 1.0
     content = json.dumps(record, sort_keys=True, default=str).encode()

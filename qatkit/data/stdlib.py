@@ -1,4 +1,4 @@
-"""A text corpus that is on every machine: the Python standard library of the running interpreter."""
+"""A text corpus that needs no download: the standard library of the running Python interpreter."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from fnmatch import fnmatch
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qatkit.data.columns import documents_of
-from qatkit.data.text import SPLITS, TextDataModule, Windows, cached_folder, tokenize, train_tokenizer
+from qatkit.data.source import check_fractions
+from qatkit.data.text import SPLITS, Windows, cached_folder, tokenize, train_tokenizer
 from qatkit.data.tokenizers import end_of_text, fingerprint, load_tokenizer
 from qatkit.errors import QatkitError
 
-# not the library itself (site-packages), not on every machine (tests, idlelib), or generated: the tables of encodings
-# are near copies of each other, so that held-out ones would be known by heart
+if TYPE_CHECKING:
+    from qatkit.data.text_datamodule import TextDataModule
+
+# not part of the library (site-packages), not on every machine (tests, idlelib), or generated: tables of encodings are
+# near copies of each other, so held-out ones would be memorized
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
@@ -39,32 +43,34 @@ def stdlib_text(
     seed: int = 0,
     tokenizer: str | None = None,
 ) -> TextDataModule:
-    """The sources of Python's standard library as windows of tokens: about 8 MB of text that need no download.
+    """Tokenize the sources of Python's standard library into windows: about 8 MB of text, without a download.
 
-    Whole files are held out for validation and test, by a hash of their names, so that every machine with the same
-    Python has the same splits. A byte-level BPE tokenizer is learned from the training files, unless one is given; in a
-    recipe a pretrained model brings its own. Tokens are kept in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``.
+    Whole files are held out for validation and test by a hash of their names, so machines with the same Python have the
+    same splits. A byte-level BPE tokenizer is trained on the training files unless one is given; in a recipe, a
+    pretrained model brings its own. Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``.
 
     Args:
-        context: Tokens of a window, at least 2.
-        vocab_size: Tokens of the learned tokenizer at most, 257 to 65536.
-        include: Globs over the files' names, such as ``json/*``; every one must match a file.
-        val_fraction: Share of files held out for validation.
-        test_fraction: Share of files held out for the reported numbers.
-        epoch_batches: Batches between two validations and checkpoints; fewer where the text is shorter.
+        context: Window length in tokens, at least 2.
+        vocab_size: Maximum number of tokens of the trained tokenizer, 257 to 65536.
+        include: Globs over file names, such as ``json/*``; each must match a file.
+        val_fraction: Fraction of files that is held out for validation.
+        test_fraction: Fraction of files that is held out for the reported metrics.
+        epoch_batches: Batches between validations (and checkpoints); fewer if the text is shorter.
         batch_size: Windows per device and step.
-        seed: Decides the training order.
-        tokenizer: A folder that holds one, or the name of a model on the hub; None learns one.
+        seed: Determines the training order.
+        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub; None trains one.
 
     Raises:
         QatkitError: a number is out of range, a glob matches no file, a split is left without a file, or the tokenizer
-            cannot be loaded or has no end of text.
+            cannot be loaded or has no end-of-text token.
 
     Example:
         >>> data = stdlib_text(context=32, vocab_size=512, include=["email/*"], val_fraction=0.2, test_fraction=0.2)
         >>> next(iter(data.train_dataloader()))["input_ids"].shape
         torch.Size([64, 32])
     """
+    from qatkit.data.text_datamodule import TextDataModule
+
     folder = partial(stdlib_tokens, vocab_size, tuple(include), val_fraction, test_fraction, tokenizer)
     load = None if tokenizer is None else partial(load_tokenizer, tokenizer)
     return TextDataModule(folder, context, batch_size, seed, epoch_batches, load)
@@ -74,10 +80,10 @@ stdlib_text.task = "causal"  # type: ignore[attr-defined]  # read by `qatkit.tas
 
 
 def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test windows of the standard library without Lightning, each ``[N, context]`` int64.
+    """Return training, validation and test windows of the standard library, each ``[N, context]`` int64.
 
     Example:
-        >>> train, val, test = text_windows(context=64)  # doctest: +SKIP
+        >>> train, val, test = text_windows(context=64)  # doctest: +SKIP  # tokenizes 8 MB on first use
     """
     folder = stdlib_tokens(vocab_size)
 
@@ -92,9 +98,9 @@ def stdlib_tokens(
     test_fraction: float = 0.05,
     tokenizer: str | None = None,
 ) -> Path:
-    """The cached folder with ``train.npy``, ``val.npy`` and ``test.npy``, made on first use.
+    """Return the cached folder with ``train.npy``, ``val.npy`` and ``test.npy``; create it if needed.
 
-    Beside them stands ``tokenizer.json``, where it is learned here.
+    It also holds ``tokenizer.json`` if the tokenizer is trained here.
 
     Raises:
         QatkitError: as `stdlib_text`.
@@ -126,7 +132,7 @@ def stdlib_tokens(
 
 
 def tokenize_with(tokenizer: str, documents: list[str]) -> NDArray[np.uint32]:
-    """All documents as one stream of a pretrained tokenizer's tokens, an end of text after each."""
+    """Tokenize documents with a pretrained tokenizer into one stream, with an end-of-text token after each."""
     loaded = load_tokenizer(tokenizer)
     parts = documents_of(loaded, end_of_text(loaded, tokenizer), documents)
     return np.concatenate([np.asarray(part, dtype=np.uint32) for part in parts])
@@ -137,11 +143,11 @@ def _sha256(content: bytes) -> str:
 
 
 def stdlib_files(root: Path | None = None, include: Sequence[str] = ("*",)) -> dict[str, Path]:
-    """The library's own ``.py`` files by their name below its folder, in sorted order.
+    """Return the library's own ``.py`` files by their names relative to its folder, sorted.
 
     Args:
-        root: The library's folder; the running interpreter's by default.
-        include: Globs over the names; every one must match.
+        root: The library's folder; by default that of the running interpreter.
+        include: Globs over the names; each must match.
 
     Raises:
         QatkitError: a glob matches no file.
@@ -150,12 +156,16 @@ def stdlib_files(root: Path | None = None, include: Sequence[str] = ("*",)) -> d
     kept = dict(sorted(_walk(root)))
     for pattern in include:
         if not any(fnmatch(name, pattern) for name in kept):
-            raise QatkitError(f"include: '{pattern}' matches no file of the library; write '*' or, say, 'json/*'")
+            raise QatkitError(
+                f"'{pattern}' matches no file of the standard library",
+                key="include",
+                advice="use a glob such as '*' or 'json/*'",
+            )
     return {name: path for name, path in kept.items() if any(fnmatch(name, pattern) for pattern in include)}
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    # what does not belong is not entered: site-packages may hold twenty times as many files as the library
+    # excluded folders are not walked: site-packages may hold twenty times as many files as the library
     for place, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in _LEFT_OUT and not folder.startswith("config-")]
         folder = Path(place)
@@ -166,25 +176,22 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def split_files(files: dict[str, Path], val_fraction: float, test_fraction: float) -> dict[str, dict[str, Path]]:
-    """Training, validation and test files: a file's split depends on its name alone.
+    """Split files into training, validation and test by their names alone.
 
     Raises:
-        QatkitError: the shares are out of range, or a split is left without a file.
+        QatkitError: a fraction is out of range, or a split is left without a file.
     """
-    if not 0 < val_fraction < 1 or not 0 < test_fraction < 1 or val_fraction + test_fraction >= 1:
-        raise QatkitError(
-            f"val_fraction {val_fraction} and test_fraction {test_fraction} must be above 0 and leave something to "
-            "train on; write 0.05 and 0.05"
-        )
+    check_fractions(val_fraction, test_fraction, example=0.05)
     splits: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
     for name, path in files.items():
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        split = "val" if place < val_fraction else "test" if place < val_fraction + test_fraction else "train"
+        position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        split = "val" if position < val_fraction else "test" if position < val_fraction + test_fraction else "train"
         splits[split][name] = path
     empty = [split for split in SPLITS if not splits[split]]
     if empty:
         raise QatkitError(
-            f"include: of {len(files)} files none is left for {' and '.join(empty)}; include more files, or write "
-            "larger fractions"
+            f"none of {len(files)} files is left for {' and '.join(empty)}",
+            key="include",
+            advice="include more files, or use larger fractions",
         )
     return splits

@@ -1,4 +1,4 @@
-"""A text that is read while training goes on, and found again at the same token when a run resumes."""
+"""Read training text as a stream, and continue at the same token when a run resumes."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from qatkit.data.files import is_local, local_files, read_file
 from qatkit.data.hub_records import open_split
 from qatkit.data.packing import window
 from qatkit.data.source import BadRecord, Record, Source
-from qatkit.data.tokens import Encode, TokenDataModule, refuse, rows_of
+from qatkit.data.token_datamodule import TokenDataModule
+from qatkit.data.tokens import Encode, refuse, rows_of
 from qatkit.errors import QatkitError, QatkitWarning
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 READ_AHEAD = 32
-"""Records that are read and tokenized at once."""
+"""Records per tokenizer call."""
 
 
 class StreamLoader:
-    """Batches of packed windows of an endless stream; an epoch is a number of batches.
+    """Batches of packed windows from an endless stream; an epoch is a number of batches.
 
-    Every process reads the whole stream and takes its share of every global batch, so that one state, which is all that
-    a checkpoint holds, is right for all of them. At its end the stream begins again.
+    Each process reads the whole stream and takes its part of each global batch, so one state, which is all that a
+    checkpoint holds, fits all processes. The stream restarts when it ends.
 
     Args:
-        open_stream: Gives the records.
-        place: Says of one of them, and of its number, where it stands and what it is.
-        encode: Makes tokens of records.
-        context: Tokens of a window.
+        open_stream: Opens the stream of records.
+        place: Maps an item of the stream and its number to a `Record`.
+        encode: Tokenizes records.
+        context: Window length in tokens.
         batch_size: Windows per process and step.
-        epoch_batches: Batches of an epoch.
-        skip_bad: Leave out records that cannot be used.
-        limit: Says, once training began, how many batches of an epoch it takes at most.
+        epoch_batches: Batches per epoch.
+        skip_bad: Skip records that cannot be used.
+        limit: Returns the maximum number of batches per epoch, once training has started.
 
     Raises:
-        QatkitError: a record cannot be used, or the stream has not one window.
+        QatkitError: a record cannot be used, or the stream is shorter than one window.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class StreamLoader:
         self.skip_bad = skip_bad
         self.limit = limit
         self.bad = 0
-        """Records that were left out so far."""
+        """Records skipped so far."""
         self.read = 0
-        """Records that were read so far."""
+        """Records read so far."""
         self._open()
         self._tokens: list[int] = []
         self._ends: list[int] = []
@@ -89,7 +90,7 @@ class StreamLoader:
             yield default_collate(windows[rank * self.batch_size : (rank + 1) * self.batch_size])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: what was read of it, and the tokens that wait for their window."""
+        """Return the position in the stream, and the tokens that do not fill a window yet."""
         return {
             "batches": self._served,
             "stream": self._stream.state_dict(),
@@ -100,7 +101,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader stood."""
+        """Continue at the position of another loader."""
         self._served = self._skip = state["batches"]
         self._tokens, self._ends = list(state["tokens"]), list(state["ends"])
         self.read, self.bad = state["read"], state["bad"]
@@ -118,15 +119,17 @@ class StreamLoader:
             if not self._read():
                 ended += 1
                 if ended == 2:
-                    raise QatkitError(f"context: {self.context} is longer than the whole stream; write less")
+                    raise QatkitError(
+                        f"{self.context} is longer than the whole stream", key="context", advice="use a smaller one"
+                    )
                 self._open()
-        found = window(np.asarray(self._tokens[: self.context]), np.asarray(self._ends, np.int64))
+        packed = window(np.asarray(self._tokens[: self.context]), np.asarray(self._ends, np.int64))
         del self._tokens[: self.context]
         self._ends = [end - self.context for end in self._ends if end > self.context]
-        return found
+        return packed
 
     def _read(self) -> bool:
-        """Read some records; False where none is left."""
+        """Read some records; return False if none is left."""
         items = list(islice(self._items, READ_AHEAD))
         records = [self.place(item, self.read + number) for number, item in enumerate(items, 1)]
         self.read += len(items)
@@ -134,28 +137,28 @@ class StreamLoader:
             if isinstance(rows, BadRecord):
                 if not self.skip_bad:
                     raise refuse(where, rows)
-                self._leave_out(where, rows)
+                self._skip_record(where, rows)
                 continue
             for row in rows:
                 self._tokens += row["input_ids"]
                 self._ends.append(len(self._tokens))
         return bool(items)
 
-    def _leave_out(self, where: str, reason: BadRecord) -> None:
+    def _skip_record(self, where: str, reason: BadRecord) -> None:
         self.bad += 1
         if self.bad == 1 or self.bad % 1000 == 0:
             warnings.warn(
-                f"source.skip_bad: {self.bad} of {self.read} records were left out so far, the last: {where}: {reason}",
+                f"source.skip_bad: {self.bad} of {self.read} records were skipped so far, the last: {where}: {reason}",
                 QatkitWarning,
                 stacklevel=2,
             )
 
 
 class StreamingDataModule(TokenDataModule):
-    """A `TokenDataModule` whose training text is a stream."""
+    """A `TokenDataModule` that streams its training text."""
 
     def read_from(self, source: Source, encoder: Callable[[], Encode]) -> None:
-        """Where the stream comes from, and what makes tokens of it."""
+        """Set the source of the stream and its tokenization."""
         self._source, self._encoder = source, encoder
 
     @override

@@ -1,4 +1,4 @@
-"""A tokenizer of transformers, from a folder or the hub, and all that decides what it makes of a text."""
+"""Load tokenizers of transformers from a folder or the hub, fingerprint them, and compare them with a model's own."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from pathlib import Path
 from typing import Any
 
 from qatkit.errors import QatkitError
-from qatkit.hub import explain, holds_tokenizer, locate
+from qatkit.hub import cannot_load, holds_tokenizer, locate
 
 PROBE = "The 3 quick foxes (of 27) don't jump over\n\tlazy_dogs[0] = naïve 狐!"
-"""A text that tokenizers cut differently."""
+"""A text that different tokenizers split differently."""
 
 
 @lru_cache(maxsize=4)
 def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
-        name: A folder that holds it, or the name of a model on the hub.
-        chat_template: A file with a Jinja template that takes the place of the tokenizer's own.
+        name: A folder that holds the tokenizer, or the name of a model on the hub.
+        chat_template: A file with a Jinja template that replaces the tokenizer's own.
 
     Raises:
-        QatkitError: the folder holds none, the hub does not give it, or the template cannot be read.
+        QatkitError: there is no tokenizer, the hub does not provide it, or the template cannot be read.
     """
     source, offline = locate(name, "tokenizer", "a tokenizer", "tokenizer_config.json")
     from transformers import AutoTokenizer
 
     try:
-        # asked about code of its own, transformers would wait for an answer on the terminal
+        # without this, transformers would ask on the terminal whether to run the code of a repository
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-    except Exception as error:  # the library raises what its parts raise
-        raise QatkitError(f"{explain(error, 'tokenizer', name)}; write a folder or a name that holds one") from error
+    except Exception as error:  # the library passes on the errors of its parts
+        raise cannot_load(error, "tokenizer", name, "use a folder or a model with a tokenizer") from error
     if not tokenizer.is_fast:
-        raise QatkitError(f"tokenizer: '{name}' has no tokenizer.json; write one that has, as nearly all models do")
+        raise QatkitError(
+            f"'{name}' has no tokenizer.json", key="tokenizer", advice="use a model that has one, as nearly all do"
+        )
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise QatkitError(f"chat_template: '{chat_template}' cannot be read ({error}); write a file") from error
+            raise QatkitError(
+                f"'{chat_template}' cannot be read ({error})", key="chat_template", advice="use a readable UTF-8 file"
+            ) from error
     return tokenizer
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of everything that a saved tokenizer consists of."""
+    """Hash all files of a saved tokenizer."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -56,43 +60,50 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def end_of_text(tokenizer: Any, name: str) -> int:
-    """The token that stands after every document.
+    """Return the token that ends a document.
 
     Raises:
         QatkitError: the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        raise QatkitError(f"tokenizer: '{name}' has no end of text to set documents apart; write another")
+        raise QatkitError(
+            f"'{name}' has no end-of-text token to separate documents", key="tokenizer", advice="use another one"
+        )
     return int(tokenizer.eos_token_id)
 
 
 def padding_id(tokenizer: Any) -> int:
-    """What fills up a row of a batch: the padding token, or the end of text, which attention and labels leave out."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
+    """Return the token for padding: the padding token, or else end-of-text, which attention and labels mask."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
     return 0
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Raise where a pretrained model has a tokenizer of its own, by which a text would be other numbers.
+    """Raise if a pretrained model comes with a tokenizer that splits text differently.
 
     Args:
-        model: Of transformers, or any other.
-        tokenizer: That of the data, if they have one.
+        model: A model of transformers, or any other.
+        tokenizer: The tokenizer of the data, if they have one.
+
+    Raises:
+        QatkitError: the model's tokenizer and the data's give different tokens.
     """
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    if not hasattr(tokenizer, "convert_tokens_to_ids"):  # none, or one of the user's own
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):  # none, or not of transformers
         return
     try:
         own = load_tokenizer(name) if name and holds_tokenizer(name) else None
     except QatkitError:
-        own = None  # what the data say is all that there is
+        own = None  # there is nothing to compare with
     if own is None:
         return
-    theirs, ours = (found(PROBE, add_special_tokens=False)["input_ids"] for found in (own, tokenizer))
+    theirs, ours = (each(PROBE, add_special_tokens=False)["input_ids"] for each in (own, tokenizer))
     if theirs != ours:
         raise QatkitError(
-            f"data.args.tokenizer: the model '{name}' has a tokenizer that makes other numbers of a text ({theirs[:5]} "
-            f"and not {ours[:5]}), so what it has learned would be lost; write tokenizer: {name}"
+            f"it tokenizes text differently ({ours[:5]}) from the tokenizer of the model '{name}' ({theirs[:5]}), so "
+            "the pretrained weights would not fit",
+            key="data.args.tokenizer",
+            advice=f"set tokenizer: {name}",
         )

@@ -1,8 +1,8 @@
-"""Records as tokens on disk: written once in the user's cache, read without being loaded.
+"""Tokenize records once into the user's cache, and memory-map them from there.
 
-split/NAME.bin    a value per token ("input_ids", "trained") or per record ("labels"), one record after the other
-split/ends.bin    where each record ends, in tokens
-meta.json         dtypes, how many records there are and how many were left out, the names of classes
+split/NAME.bin    one value per token ("input_ids", "trained") or per record ("labels"), record after record
+split/ends.bin    the end of each record, in tokens
+meta.json         dtypes, and the numbers of used and skipped records
 """
 
 from __future__ import annotations
@@ -11,34 +11,32 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
-from qatkit.data.datamodule import Collate, SplitDataModule
 from qatkit.data.parts import open_parts
 from qatkit.data.source import BadRecord, Part, Record, Source, cut
 from qatkit.data.text import SPLITS, cached_folder
-from qatkit.data.tokenizers import fingerprint, padding_id
+from qatkit.data.tokenizers import fingerprint
 from qatkit.errors import QatkitError, QatkitWarning
 
 CHUNK = 500
-"""Records that are tokenized at once, by as many threads as the tokenizer takes."""
+"""Records per tokenizer call; the tokenizer uses several threads."""
 
 Row = dict[str, Any]
-"""A record in numbers: lists with a number per token, and plain numbers for the record."""
+"""An encoded record: lists with one number per token, and plain numbers for the whole record."""
 Encoded = list[Row] | BadRecord
-"""What becomes of a record; no row, where it has nothing to learn."""
+"""The rows of one record, or the reason why it cannot be used; no row if there is nothing to learn."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
 
 
 class Rows:
-    """The records of a split, as `prepare` wrote them."""
+    """The records of a split in the cache."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,19 +49,19 @@ class Rows:
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """Where each record ends in the stream of tokens, ``[records]``."""
+        """The end of each record in the stream of tokens, ``[records]``."""
         return np.fromfile(self.folder / "ends.bin", np.int64)
 
     @cached_property
     def streams(self) -> dict[str, NDArray[Any]]:
-        """Every array, mapped into memory."""
+        """All arrays, memory-mapped."""
         return {
             name: np.memmap(path, dtype, "r") if (path := self.folder / f"{name}.bin").stat().st_size else np.empty(0)
             for name, dtype in self._dtypes.items()
         }
 
     def row(self, index: int) -> dict[str, NDArray[Any]]:
-        """One record's arrays, ``[tokens]``, and its numbers, 0-d."""
+        """Return one record: arrays ``[tokens]`` and 0-d numbers."""
         start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
         return {
             name: array[index] if name in self._per_record else array[start:end] for name, array in self.streams.items()
@@ -71,16 +69,16 @@ class Rows:
 
 
 def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Encode) -> Path:
-    """The cached folder with the tokens of all splits, made on first use; of a stream those of validation and test.
+    """Return the cached folder with the tokens of all splits (of a stream: validation and test); create it if needed.
 
     Args:
-        source: Where the records come from.
-        tokenizer: What makes tokens of them.
-        options: All else that decides the content; plain data.
-        encode: Makes rows of records; in the place of one that cannot be used, a `BadRecord` with the reason.
+        source: The records.
+        tokenizer: The tokenizer of `encode`.
+        options: Everything else that determines the content; plain data.
+        encode: Encodes records as rows; a record that cannot be used becomes a `BadRecord` with the reason.
 
     Raises:
-        QatkitError: a record cannot be used and `source.skip_bad` is off, or a split is left without one.
+        QatkitError: a record cannot be used and `source.skip_bad` is off, or a split is left empty.
     """
     parts = open_parts(source)
     key = {
@@ -96,13 +94,15 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         for split in ("val", "test"):
             if split not in parts:
                 raise QatkitError(
-                    f"source.{split}: is missing, and nothing can be cut off a stream; write a file or split"
+                    "is missing, and no fraction can be cut off a stream",
+                    key=f"source.{split}",
+                    advice="set it to a file, or to a split of the data set",
                 )
     folder = cached_folder(key, lambda empty: _write(empty, parts, source, tokenizer, encode))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["bad"]:
         warnings.warn(
-            f"source.skip_bad: {meta['bad']} of {meta['bad'] + sum(meta['records'].values())} records were left out, "
+            f"source.skip_bad: {meta['bad']} of {meta['bad'] + sum(meta['records'].values())} records were skipped, "
             f"the first: {meta['first_bad']}",
             QatkitWarning,
             stacklevel=2,
@@ -111,7 +111,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
 
 
 def rows_of(records: Iterable[Record], encode: Encode) -> Iterator[tuple[str, Encoded]]:
-    """Records encoded a chunk at a time, in order, each beside the place where it stands."""
+    """Encode records in chunks, and yield each result in order with the place of its record."""
     records = iter(records)
     while chunk := list(islice(records, CHUNK)):
         encoded = iter(encode([record for _, record in chunk if not isinstance(record, BadRecord)]))
@@ -120,18 +120,21 @@ def rows_of(records: Iterable[Record], encode: Encode) -> Iterator[tuple[str, En
 
 
 def refuse(where: str, reason: BadRecord) -> QatkitError:
-    """The error for a record that cannot be used."""
-    return QatkitError(f"{where}: {reason}; mend the record, or write source.skip_bad: true to leave such records out")
+    """Return the error for a record that cannot be used."""
+    advice = f"{reason.advice or 'fix the record'}, or set source.skip_bad: true to skip such records"
+    return QatkitError(reason.problem, key=where, advice=advice)
 
 
 def refuse_stream(source: Source) -> None:
-    """Only plain text can be read as a stream.
+    """Raise if the source is streamed, for data other than plain text.
 
     Raises:
-        QatkitError: the source is to be streamed.
+        QatkitError: `source.streaming` is on.
     """
     if source.streaming:
-        raise QatkitError("source.streaming: only qatkit.data:causal_text reads a stream; write streaming: false")
+        raise QatkitError(
+            "only qatkit.data:causal_text supports it", key="source.streaming", advice="set streaming: false"
+        )
 
 
 def _write(folder: Path, parts: dict[str, Part], source: Source, tokenizer: Any, encode: Encode) -> None:
@@ -173,78 +176,13 @@ def _dtype(name: str, vocabulary: int) -> str:
 
 def _empty(split: str, own: bool, meta: dict[str, Any], source: Source) -> QatkitError:
     if own:
-        said = f", and all {meta['bad']} were left out; the first: {meta['first_bad']}" if meta["bad"] else ""
+        skipped = f"; all {meta['bad']} were skipped, the first: {meta['first_bad']}" if meta["bad"] else ""
         name = "path" if split == "train" else split
-        return QatkitError(f"source.{name}: there is no record to use{said}; write another")
+        return QatkitError(
+            f"there is no record to use{skipped}", key=f"source.{name}", advice="use a file or data set with records"
+        )
     return QatkitError(
-        f"source.{split}_fraction: {getattr(source, f'{split}_fraction')} of the records leaves none for {split}; "
-        f"write more, or source.{split} with records of its own"
+        f"{getattr(source, f'{split}_fraction')} of the records leaves none for {split}",
+        key=f"source.{split}_fraction",
+        advice=f"use a larger fraction, or set source.{split} to other records",
     )
-
-
-class TokenDataModule(SplitDataModule):
-    """Splits of a folder that `prepare` wrote.
-
-    Args:
-        folder: Gives the folder, and makes it where it does not exist yet.
-        tokenizer: Gives what makes tokens of text.
-        dataset: Makes a data set of something that opens a split, and the split's name.
-        context: Tokens of a sample at most.
-        packed: Whether samples are windows of several documents.
-        batch_size: Samples per device and step.
-        seed: Decides the training order.
-        epoch_batches: Batches between two validations and checkpoints.
-        collate: Makes a batch of samples.
-        task: Name of a row of `qatkit.tasks.TASKS`.
-
-    Raises:
-        QatkitError: `epoch_batches` is out of range.
-    """
-
-    def __init__(
-        self,
-        folder: Callable[[], Path],
-        tokenizer: Callable[[], Any],
-        dataset: Callable[[Callable[[], Rows], str], Dataset[Any]],
-        context: int,
-        batch_size: int,
-        seed: int,
-        epoch_batches: int,
-        packed: bool = False,
-        collate: Collate | None = None,
-        task: str = "causal",
-    ) -> None:
-        if epoch_batches < 1:
-            raise QatkitError(f"epoch_batches: {epoch_batches} is out of range; write a whole number of at least 1")
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._made: Path | None = None
-        train, val, test = (dataset(partial(self._rows, split), split) for split in SPLITS)
-        super().__init__(train, val, test, batch_size, seed, epoch_batches, collate, task)
-        self.context = context
-        self.packed = packed
-        self.classes: list[str] | None = None
-        """Names of the classes, where texts belong to one each."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the tokens are."""
-        if self._made is None:
-            self._made = self._folder()
-        return self._made
-
-    def prepare_data(self) -> None:
-        _ = self.folder
-
-    @property
-    def tokenizer(self) -> Any:
-        """What the text was tokenized with, to be saved beside the model."""
-        return self._tokenizer()
-
-    @property
-    def padding(self) -> int:
-        """The token that rows of a batch are filled up with."""
-        return padding_id(self.tokenizer)
-
-    def _rows(self, split: str) -> Rows:
-        return Rows(self.folder / split)

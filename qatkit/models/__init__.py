@@ -1,7 +1,23 @@
-"""Model factories: functions that return a plain `nn.Module`."""
+"""Model factories: functions that return a plain `nn.Module`. Each loads its module on first use."""
 
-from qatkit.models.language import llama
-from qatkit.models.pretrained import causal_lm, embedding_model, masked_lm, sequence_classifier
-from qatkit.models.vision import cnn, mlp
+from __future__ import annotations
 
-__all__ = ["causal_lm", "cnn", "embedding_model", "llama", "masked_lm", "mlp", "sequence_classifier"]
+from typing import TYPE_CHECKING
+
+from qatkit.common.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from qatkit.models.language import llama as llama
+    from qatkit.models.pretrained import causal_lm as causal_lm
+    from qatkit.models.pretrained import embedding_model as embedding_model
+    from qatkit.models.pretrained import masked_lm as masked_lm
+    from qatkit.models.pretrained import sequence_classifier as sequence_classifier
+    from qatkit.models.vision import cnn as cnn
+    from qatkit.models.vision import mlp as mlp
+
+_HOMES = {
+    "qatkit.models.language": ["llama"],
+    "qatkit.models.pretrained": ["causal_lm", "embedding_model", "masked_lm", "sequence_classifier"],
+    "qatkit.models.vision": ["cnn", "mlp"],
+}
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function

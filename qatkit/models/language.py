@@ -1,4 +1,4 @@
-"""A small language model with random weights in the shapes of a family."""
+"""Small language models with random weights."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def llama(
     context: int = 128,
     tie_embeddings: bool = True,
 ) -> LlamaForCausalLM:
-    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """Build a decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     Args:
-        vocab_size: Tokens of the tokenizer.
+        vocab_size: Number of tokens.
         hidden: Width of the residual stream.
-        layers: Decoder layers.
+        layers: Number of decoder layers.
         heads: Query heads; each is ``hidden / heads`` wide.
-        kv_heads: Heads of keys and values, each shared by ``heads / kv_heads`` query heads.
+        kv_heads: Key and value heads, each shared by ``heads / kv_heads`` query heads.
         intermediate: Width of the feed-forward layers.
-        context: Longest sequence, in tokens.
-        tie_embeddings: One matrix for the input embedding and the output layer.
+        context: Maximum sequence length in tokens.
+        tie_embeddings: Use one matrix for the input embedding and the output layer.
 
     Raises:
-        QatkitError: the numbers of heads do not divide what they share.
+        QatkitError: `heads` does not divide `hidden` into even widths, or `kv_heads` does not divide `heads`.
 
     Example:
         >>> import torch
@@ -42,9 +42,15 @@ def llama(
         torch.Size([1, 5, 300])
     """
     if hidden % heads or (hidden // heads) % 2:
-        raise QatkitError(f"heads: {heads} heads of a hidden size of {hidden} are not of one even width; write another")
+        raise QatkitError(
+            f"{heads} does not divide hidden={hidden} into heads of one even width",
+            key="heads",
+            advice="use a divisor of hidden / 2",
+        )
     if heads % kv_heads:
-        raise QatkitError(f"kv_heads: {heads} query heads cannot share {kv_heads} equally; write a divisor of {heads}")
+        raise QatkitError(
+            f"{kv_heads} does not divide heads={heads}", key="kv_heads", advice=f"use a divisor of {heads}"
+        )
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

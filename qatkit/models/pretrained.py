@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.hub import explain, locate
+from qatkit.hub import cannot_load, locate
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -24,20 +24,20 @@ def causal_lm(
     attn_implementation: Attention = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """A pretrained language model of transformers, from a folder or from the hub.
+    """Load a pretrained causal language model of transformers.
 
-    On torch's meta device, where recipes are validated, only its config is read.
+    On torch's meta device, on which recipes are validated, only its config is read.
 
     Args:
-        name_or_path: A folder that `save_pretrained` wrote (config.json and weights), or the name of a model on the
-            hub, such as "Qwen/Qwen3-0.6B"; what is a folder here is taken as that.
-        dtype: Of the weights. float32 is for training all of them; bf16-mixed computes faster on them.
-        attn_implementation: How transformers computes attention.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        name_or_path: A folder written by `save_pretrained` (config.json and weights), or the name of a model on the
+            hub, such as "Qwen/Qwen3-0.6B"; an existing folder takes precedence.
+        dtype: Dtype of the weights. Use float32 to train all of them; bf16-mixed speeds up computation.
+        attn_implementation: Attention implementation of transformers.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: the folder holds no model, or one that sees the tokens that it is to predict, or the hub does not
-            have it, does not give it or cannot be reached.
+        QatkitError: the folder holds no model, the model is an encoder, or the hub does not know it, refuses access or
+            cannot be reached.
 
     Example:
         >>> import tempfile
@@ -49,12 +49,12 @@ def causal_lm(
     """
     model = _load("CausalLM", "causal language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
     config: Any = model.config
-    # the built model's own: BART's decoder says that it is one where the config of the folder does not
+    # the config of the built model: only that of BART's decoder says that it is one
     if _fills_in(config.model_type) and not getattr(config, "is_decoder", False):
         raise QatkitError(
-            f"name_or_path: '{name_or_path}' is an encoder ({config.model_type}) and sees the tokens after the one "
-            'that it would predict; write factory: "qatkit.models:masked_lm" with data of qatkit.data:masked_text, or '
-            "name a decoder"
+            f"'{name_or_path}' is an encoder ({config.model_type}), which attends to the tokens after a position",
+            key="name_or_path",
+            advice='use a decoder, or factory: "qatkit.models:masked_lm" with data of qatkit.data:masked_text',
         )
     return model
 
@@ -65,13 +65,13 @@ def masked_lm(
     attn_implementation: Attention = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """A pretrained model that fills in masked tokens, such as BERT; for the data of `qatkit.data:masked_text`.
+    """Load a pretrained masked language model such as BERT, for `qatkit.data:masked_text`.
 
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.
-        dtype: Of the weights.
-        attn_implementation: How transformers computes attention.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        dtype: Dtype of the weights.
+        attn_implementation: Attention implementation of transformers.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
         QatkitError: as `causal_lm`.
@@ -86,26 +86,26 @@ def sequence_classifier(
     attn_implementation: Attention = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """A pretrained model with a class for every text; for the data of `qatkit.data:text_classification`.
+    """Load a pretrained sequence classifier, for `qatkit.data:text_classification`.
 
-    A model that was not trained to classify gets a head with random weights. A decoder reads the class off the last
-    token that is no padding, which is what its tokenizer fills up with, as qatkit's data do: the padding token or else
-    the end of text. Many configs name none, or another one. Without a tokenizer beside it, it is what the config says.
+    A model that was not trained to classify gets a head with random weights. A decoder classifies at the last token
+    that is not padding; the padding token is set to the one that qatkit's data use: the tokenizer's padding token, or
+    else end-of-text. Many configs name none, or another one. Without a tokenizer, the config decides.
 
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.
-        num_classes: Outputs, at least 2.
-        dtype: Of the weights.
-        attn_implementation: How transformers computes attention.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        num_classes: Number of classes, at least 2.
+        dtype: Dtype of the weights.
+        attn_implementation: Attention implementation of transformers.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
         QatkitError: as `causal_lm`, or the model was trained for another number of classes.
     """
     if num_classes < 2:
-        raise QatkitError(f"num_classes: {num_classes} leaves nothing to tell apart; write 2 or more")
+        raise QatkitError(f"{num_classes} is out of range", key="num_classes", advice="use 2 or more")
     model = _load(
-        "SequenceClassification", "classifier of texts", name_or_path, dtype, attn_implementation,
+        "SequenceClassification", "sequence classifier", name_or_path, dtype, attn_implementation,
         gradient_checkpointing, num_labels=num_classes,
     )  # fmt: skip
     config: Any = model.config
@@ -119,14 +119,14 @@ def sequence_classifier(
 
 
 def reads_last_token(model_type: str) -> bool:
-    """Whether classifiers of a family are decoders, which find the end of a text by its padding."""
+    """Whether classifiers of a family are decoders, which locate the end of a text by its padding."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     return model_type in CAUSAL and not _fills_in(model_type)
 
 
 def _fills_in(model_type: str) -> bool:
-    """Whether models of a family fill in masked tokens, which they see both sides of."""
+    """Whether models of a family are masked language models, which attend in both directions."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     return model_type in MASKED
@@ -134,7 +134,7 @@ def _fills_in(model_type: str) -> bool:
 
 @lru_cache(maxsize=4)  # a run builds its models many times
 def _padding_of(name: str) -> int | None:
-    """What the tokenizer beside a model fills up with; None where there is none."""
+    """Return the padding token of the tokenizer beside a model; None if there is none."""
     source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
     if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").exists():
         return None
@@ -142,9 +142,9 @@ def _padding_of(name: str) -> int | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-    except Exception:  # the library raises what its parts raise; data compare their padding with the model's
+    except Exception:  # any error of the library; padding is compared later, when the data are known
         return None
-    return next((found for found in (tokenizer.pad_token_id, tokenizer.eos_token_id) if found is not None), None)
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), None)
 
 
 def embedding_model(
@@ -153,13 +153,13 @@ def embedding_model(
     attn_implementation: Attention = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """A pretrained model without a head, whose hidden states become embeddings; for `qatkit.data:text_pairs`.
+    """Load a pretrained model without a head, whose hidden states become embeddings, for `qatkit.data:text_pairs`.
 
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.
-        dtype: Of the weights.
-        attn_implementation: How transformers computes attention.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        dtype: Dtype of the weights.
+        attn_implementation: Attention implementation of transformers.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
         QatkitError: as `causal_lm`.
@@ -167,7 +167,7 @@ def embedding_model(
     model = _load("", "model without a head", name_or_path, dtype, attn_implementation, gradient_checkpointing)
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module):
-        pooler.requires_grad_(False)  # embeddings are pooled from hidden states; it would wait for gradients in vain
+        pooler.requires_grad_(False)  # embeddings are pooled from hidden states, so it would never get a gradient
     return model
 
 
@@ -187,7 +187,7 @@ def _load(
 
     factory = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    # asked about code of its own, transformers would wait for an answer on the terminal
+    # without this, transformers would ask on the terminal whether to run the code of a repository
     reading = {"local_files_only": offline, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **reading, **settings)
@@ -196,14 +196,13 @@ def _load(
         else:
             model = factory.from_pretrained(source, config=config, **reading, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise QatkitError(
-            f"{explain(error, 'name_or_path', name, described)}; write a folder or a name that holds one"
-        ) from error
+        advice = f"use a folder or a model on the hub that holds a {described}"
+        raise cannot_load(error, "name_or_path", name, advice, described) from error
     model.config.use_cache = False  # training and evaluation see whole sequences
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    found: nn.Module = model
-    return found
+    loaded: nn.Module = model
+    return loaded
 
 
 def _check_folder(folder: Path) -> None:
@@ -211,10 +210,17 @@ def _check_folder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise QatkitError(
-            f"name_or_path: {folder} has no config.json that can be read ({error}); write a folder that "
-            "save_pretrained wrote"
+            f"{folder} has no readable config.json ({error})",
+            key="name_or_path",
+            advice="use a folder that save_pretrained wrote",
         ) from error
     if "model_type" not in config:
-        raise QatkitError(f"name_or_path: {folder / 'config.json'} names no model_type; it is not of transformers")
+        raise QatkitError(
+            f"{folder / 'config.json'} has no model_type",
+            key="name_or_path",
+            advice="use a folder that save_pretrained of transformers wrote",
+        )
     if not [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-        raise QatkitError(f"name_or_path: {folder} holds no .safetensors file; copy the model's weights there")
+        raise QatkitError(
+            f"{folder} holds no .safetensors file", key="name_or_path", advice="copy the model's weights there"
+        )

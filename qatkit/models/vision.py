@@ -1,4 +1,4 @@
-"""Small image classifiers whose every multiplication can run on integers."""
+"""Small image classifiers that can run in integer arithmetic only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from qatkit.errors import QatkitError
+
 
 class Chain(nn.Sequential):
-    """Layers in a row, which say what widths `cnn` or `mlp` would make them from."""
+    """A sequence of layers that knows the arguments with which `cnn` or `mlp` would build it."""
 
     def arguments(self) -> dict[str, Any]:
-        """What the factory's arguments would be now: a shrunk model is written down with them."""
+        """Return the factory arguments of the current layers; a shrunk model is rebuilt from them."""
         convolutions = [layer.out_channels for layer in self if isinstance(layer, nn.Conv2d)]
         if convolutions:
             return {"channels": convolutions}
@@ -21,14 +23,14 @@ class Chain(nn.Sequential):
 
 
 def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8) -> Chain:
-    """A convolutional classifier: blocks of 3x3 convolution, BatchNorm and ReLU, pooled by 2 after each but the first.
+    """Build a classifier from 3x3 convolutions with BatchNorm and ReLU; each but the first is followed by 2x2 pooling.
 
-    It ends in a flattened linear layer rather than an average pool: max pooling and flattening move integers unchanged,
-    so in the exported graph every layer, the last one too, takes its input as codes.
+    The last layer is linear over flattened features rather than average-pooled ones: max pooling and flattening keep
+    codes unchanged, so every layer of the exported graph, including the last, takes codes as input.
 
     Args:
-        channels: Output channels of each block.
-        num_classes: Outputs.
+        channels: Output channels of each convolution.
+        num_classes: Number of outputs.
         in_channels: Channels of the image.
         size: Height and width of the image, in pixels.
 
@@ -36,9 +38,12 @@ def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channe
         >>> import torch
         >>> cnn()(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
+
+    Raises:
+        QatkitError: there is no convolution, or so many that pooling leaves no pixel.
     """
     if not channels:
-        raise ValueError("channels: [] makes no network; write at least one number, such as [16, 32]")
+        raise QatkitError("[] makes no network", key="channels", advice="use at least one number, such as [16, 32]")
     layers: dict[str, nn.Module] = {}
     for index, out in enumerate(channels, start=1):
         layers[f"conv{index}"] = nn.Conv2d(in_channels, out, 3, padding=1, bias=False)
@@ -49,18 +54,20 @@ def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channe
             size //= 2
         in_channels = out
     if size < 1:
-        raise ValueError(f"channels: {len(channels)} blocks pool the image away; write fewer")
+        raise QatkitError(
+            f"{len(channels)} convolutions with pooling leave no pixel", key="channels", advice="use fewer"
+        )
     layers |= {"flatten": nn.Flatten(), "classifier": nn.Linear(in_channels * size * size, num_classes)}
     return Chain(OrderedDict(layers))
 
 
 def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> Chain:
-    """A multilayer perceptron with ReLU between its layers; images are flattened.
+    """Build a multilayer perceptron with ReLU between its layers; images are flattened.
 
     Args:
-        in_features: Inputs, after flattening.
+        in_features: Number of inputs after flattening.
         hidden: Width of each hidden layer.
-        num_classes: Outputs.
+        num_classes: Number of outputs.
 
     Example:
         >>> import torch

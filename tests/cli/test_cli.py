@@ -151,7 +151,7 @@ def test_skip_bad_trains_on_the_records_that_can_be_used_and_says_how_many_were_
     assert qatkit("validate", "texts.yaml", "--skip-bad", cwd=tmp_path).returncode == 0
     done = qatkit("run", "texts.yaml", "--skip-bad", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"1 of {len(SENTENCES) + 1} records were left out, the first: texts.jsonl:1: is not JSON" in done.stderr
+    assert f"1 of {len(SENTENCES) + 1} records were skipped, the first: texts.jsonl:1: is not JSON" in done.stderr
     again = qatkit("run", "texts.yaml", "data.args.source.skip_bad=true", "--out", "run", cwd=tmp_path)
     assert "stage dense: already finished" in again.stdout, "the override is the same recipe"
 

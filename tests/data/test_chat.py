@@ -109,13 +109,13 @@ def test_a_batch_learns_the_answers_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": TALK[:1]}, "has no turn of the assistant, so there is nothing to learn"),
-        ({"text": "a"}, r"has no 'messages', 'conversations', 'prompt' or 'instruction' but \['text'\]"),
-        ({"messages": "hello"}, r"its messages are no list of"),
+        ({"messages": TALK[:1]}, "has no assistant turn, so there is nothing to learn"),
+        ({"text": "a"}, r"has none of 'messages', 'conversations', 'prompt' and 'instruction', only \['text'\]"),
+        ({"messages": "hello"}, r"its messages are not a list of"),
         ({"prompt": "a", "completion": None}, "'prompt' and 'completion' are not both text"),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, "a turn is from 'robot'; write one of human, gpt"),
-        ({"messages": [TALK[0], {"role": "assistant", "content": "a" * 500}]}, r"has \d+ tokens, and context is 100"),
-        ({"messages": [TALK[0], {"role": "assistant"}]}, "a turn of the assistant has no text"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "a turn is from 'robot'; use one of human, gpt"),
+        ({"messages": [TALK[0], {"role": "assistant", "content": "a" * 500}]}, r"has \d+ tokens, but context is 100"),
+        ({"messages": [TALK[0], {"role": "assistant"}]}, "an assistant turn has no text"),
     ],
 )
 def test_a_record_that_teaches_nothing_or_does_not_fit_is_named_by_its_line(
@@ -128,7 +128,7 @@ def test_a_record_that_teaches_nothing_or_does_not_fit_is_named_by_its_line(
     shares = {"val_fraction": 0.2, "test_fraction": 0.2}
     with pytest.raises(QatkitError, match=rf"chat\.jsonl:61: .*{reason}"):
         chat(Source(file, **shares), tokenizer, context=100).prepare_data()
-    with pytest.warns(QatkitWarning, match=r"1 of 61 records were left out, the first: .*chat\.jsonl:61"):
+    with pytest.warns(QatkitWarning, match=r"1 of 61 records were skipped, the first: .*chat\.jsonl:61"):
         chat(Source(file, **shares, skip_bad=True), tokenizer, context=100).prepare_data()
 
 
@@ -136,7 +136,7 @@ def test_all_labels_masked_after_truncation_is_an_error(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
     file = write_lines(tmp_path / "chat.jsonl", [{"messages": TALK}])
     source = Source(str(file), str(file), str(file))
-    with pytest.raises(QatkitError, match=r"chat\.jsonl:1: has no token of the assistant's to learn"):
+    with pytest.raises(QatkitError, match=r"chat\.jsonl:1: has no assistant token to learn"):
         chat(source, tokenizer, context=8, truncate=True).prepare_data()
     chat(source, tokenizer, context=150, truncate=True).prepare_data()
 
@@ -144,7 +144,7 @@ def test_all_labels_masked_after_truncation_is_an_error(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_chat_template_is_named_and_a_file_may_give_one(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     file = str(write_lines(tmp_path / "chat.jsonl", [{"messages": TALK}]))
-    with pytest.raises(QatkitError, match=r"tokenizer: '.*' has no chat template; write chat_template: FILE\.jinja"):
+    with pytest.raises(QatkitError, match=r"tokenizer: '.*' has no chat template; set chat_template: FILE\.jinja"):
         chat(Source(file, file, file), tokenizer).prepare_data()
     (tmp_path / "chatml.jinja").write_text(CHATML)
     data = chat(Source(file, file, file), tokenizer, chat_template=str(tmp_path / "chatml.jinja"), batch_size=1)

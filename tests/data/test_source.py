@@ -79,12 +79,10 @@ def test_a_byte_of_another_encoding_costs_its_own_row_of_a_table_alone(tmp_path:
     found, bad = read(path)
     assert found == texts[:500] + texts[501:]
     assert list(bad) == ["502"]
-    with pytest.raises(QatkitError, match=r"texts\.csv:502: is not UTF-8 \(.* byte 0xe9 .*\); mend the record, or"):
+    with pytest.raises(QatkitError, match=r"texts\.csv:502: is not UTF-8 \(.* byte 0xe9 .*\); fix the record, or"):
         causal_text(Source(str(path), **SHARES), tokenizer, context=16).prepare_data()
     skipping = causal_text(Source(str(path), **SHARES, skip_bad=True), tokenizer, context=16)
-    with pytest.warns(
-        QatkitWarning, match=r"1 of 600 records were left out, the first: .*texts\.csv:502: is not UTF-8"
-    ):
+    with pytest.warns(QatkitWarning, match=r"1 of 600 records were skipped, the first: .*texts\.csv:502: is not UTF-8"):
         skipping.prepare_data()
 
 
@@ -94,13 +92,13 @@ def test_rows_that_do_not_fit_the_head_of_a_table_are_named_by_the_line_they_beg
     found, bad = read(path)
     assert found == ["one", "two\nlines", "five"]
     assert bad == {
-        "8": "has 2 columns and not the 1 of the head",
-        "9": "is no row of a table (',' expected after '\"')",
-        "11": "is no row of a table, up to line 12 (unexpected end of data)",
+        "8": "has 2 columns, but the header has 1",
+        "9": "is not a table row (',' expected after '\"')",
+        "11": "is not a table row, up to line 12 (unexpected end of data)",
     }
     for head in (b"t\xe9xt\none\n", b'"te"xt\none\n'):
         path.write_bytes(head)
-        with pytest.raises(QatkitError, match=r"texts\.csv:1: the head is no row of a table \(.*\); write it again"):
+        with pytest.raises(QatkitError, match=r"texts\.csv:1: the header is not a table row \(.*\); fix the header"):
             read(path)
 
 
@@ -110,7 +108,7 @@ def test_a_field_of_a_table_may_be_a_long_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "said"), [(60, "is no Parquet file, or a damaged one"), (-2000, "is damaged after")]
+    ("damaged", "said"), [(60, "is not a Parquet file, or is damaged"), (-2000, "is damaged after")]
 )
 def test_a_damaged_parquet_file_is_named(damaged: int, said: str, tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"
@@ -121,10 +119,10 @@ def test_a_damaged_parquet_file_is_named(damaged: int, said: str, tmp_path: Path
     for index in range(start, start + 100):
         whole[index] ^= 0xFF
     path.write_bytes(whole)
-    with pytest.raises(QatkitError, match=rf"texts\.parquet: {said}.* \(.+\); write it again"):
+    with pytest.raises(QatkitError, match=rf"texts\.parquet: {said}.* \(.+\); restore or recreate the file"):
         read(path)
     path.write_bytes(whole[:200])
-    with pytest.raises(QatkitError, match=r"texts\.parquet: is no Parquet file.*; write it again"):
+    with pytest.raises(QatkitError, match=r"texts\.parquet: is not a Parquet file.*; restore or recreate the file"):
         read(path)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qatkit import QatkitError
-from qatkit.data.text import END_OF_TEXT, TextDataModule, Windows, cached_folder, tokenize, train_tokenizer
+from qatkit.data.text import END_OF_TEXT, Windows, cached_folder, tokenize, train_tokenizer
+from qatkit.data.text_datamodule import TextDataModule
 
 DOCUMENTS = ["def f(x):\n\treturn x\r\n", "", "naïve € 漢字 \x00 " + END_OF_TEXT[:5], "def f(y):\n    return y\n"] * 3
 
@@ -32,7 +33,7 @@ def test_a_tokenizer_learned_twice_is_the_same() -> None:
 
 @pytest.mark.parametrize("size", [256, 65537])
 def test_a_vocabulary_that_bytes_or_uint16_cannot_hold_is_refused(size: int) -> None:
-    with pytest.raises(QatkitError, match=f"vocab_size: {size} is out of range; write a number from 257 to 65536"):
+    with pytest.raises(QatkitError, match=f"vocab_size: {size} is out of range; use an integer from 257 to 65536"):
         train_tokenizer(DOCUMENTS, size)
 
 
@@ -46,7 +47,7 @@ def test_windows_follow_each_other_without_overlap_and_labels_are_the_inputs() -
 
 
 def test_windows_that_cannot_be_made_are_refused() -> None:
-    with pytest.raises(QatkitError, match=r"context: 1 leaves no token to predict; write 2 or more"):
+    with pytest.raises(QatkitError, match=r"context: 1 leaves no token to predict; use 2 or more"):
         Windows(lambda: np.arange(9), 1)
     with pytest.raises(QatkitError, match=r"context: 10 is longer than a split of 9 tokens"):
         len(Windows(lambda: np.arange(9), 10))
@@ -135,5 +136,5 @@ def test_of_two_processes_that_write_the_same_folder_the_first_wins(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(QatkitError, match=r"tokens cannot be kept there .*; set XDG_CACHE_HOME to a folder"):
+    with pytest.raises(QatkitError, match=r"tokens cannot be cached there .*; set XDG_CACHE_HOME to a writable folder"):
         cached_folder({}, lambda folder: None)

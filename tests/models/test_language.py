@@ -48,9 +48,9 @@ def test_plain_transformers_loads_what_it_saves(tmp_path: Path) -> None:
 
 
 def test_heads_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(QatkitError, match=r"heads: 5 heads of a hidden size of 192 are not of one even width"):
+    with pytest.raises(QatkitError, match=r"heads: 5 does not divide hidden=192 into heads of one even width"):
         llama(heads=5, kv_heads=1)
-    with pytest.raises(QatkitError, match=r"kv_heads: 6 query heads cannot share 4 equally; write a divisor of 6"):
+    with pytest.raises(QatkitError, match=r"kv_heads: 4 does not divide heads=6; use a divisor of 6"):
         llama(kv_heads=4)
 
 
@@ -90,10 +90,10 @@ def test_on_the_meta_device_no_weight_is_read(saved: Path) -> None:
 
 def test_what_cannot_be_loaded_is_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        QatkitError, match=r"name_or_path: '.*/nothing' is no folder; write one that holds config\.json"
+        QatkitError, match=r"name_or_path: '.*/nothing' is not a folder; use a folder that holds config\.json"
     ):
         causal_lm(str(tmp_path / "nothing"))
-    with pytest.raises(QatkitError, match=r"name_or_path: .* has no config\.json that can be read"):
+    with pytest.raises(QatkitError, match=r"name_or_path: .* has no readable config\.json"):
         causal_lm(str(tmp_path))
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -103,7 +103,7 @@ def test_what_cannot_be_loaded_is_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=r"name_or_path: .* holds no \.safetensors file"):
         causal_lm(str(saved))
     (saved / "config.json").write_text("{}")
-    with pytest.raises(QatkitError, match=r"config\.json names no model_type"):
+    with pytest.raises(QatkitError, match=r"config\.json has no model_type"):
         causal_lm(str(saved))
 
 
@@ -120,5 +120,5 @@ def test_without_a_network_a_cached_model_of_the_hub_is_loaded_and_another_is_re
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "LlamaForCausalLM" in result.stdout
     said = result.stderr.strip().splitlines()[-1]
-    assert "name_or_path: 'some/other' is no folder, and asking the hub for it failed" in said
-    assert "while there is a network" in said
+    assert "name_or_path: 'some/other' is not a folder, and asking the hub for it failed" in said
+    assert "while the network is up" in said

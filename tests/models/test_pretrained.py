@@ -47,9 +47,9 @@ def test_each_factory_gives_the_model_of_its_kind_also_without_memory(tmp_path: 
 
 def test_a_model_trained_for_other_classes_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, "bert", "SequenceClassification", num_labels=3)
-    with pytest.raises(QatkitError, match=r"name_or_path: .* cannot be loaded as a classifier of texts"):
+    with pytest.raises(QatkitError, match=r"name_or_path: .* cannot be loaded as a sequence classifier"):
         sequence_classifier(folder, 5)
-    with pytest.raises(QatkitError, match=r"num_classes: 1 leaves nothing to tell apart"):
+    with pytest.raises(QatkitError, match=r"num_classes: 1 is out of range; use 2 or more"):
         sequence_classifier(folder, 1)
 
 
@@ -110,7 +110,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path: Pa
 def test_the_hub_is_asked_for_a_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models" / "team" / "asked_once").mkdir(parents=True)
     (tmp_path / "models" / "team" / "asked_once" / "config.json").write_text("{}")
-    wrong = "'team/none' is no folder, and asking the hub for it failed"
+    wrong = "'team/none' is not a folder, and asking the hub for it failed"
     with hub(tmp_path) as (address, requests):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -122,7 +122,7 @@ def test_the_hub_is_asked_for_a_name_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_encoder_that_sees_later_tokens_is_no_causal_language_model(tmp_path: Path) -> None:
-    said = r"name_or_path: '.*' is an encoder \(bert\) and sees the tokens after .* write factory: .*masked_lm"
+    said = r"name_or_path: '.*' is an encoder \(bert\), which attends to the tokens after .* or factory: .*masked_lm"
     folder = saved(tmp_path / "encoder", "bert", "MaskedLM")
     for device in ("cpu", "meta"):
         with torch.device(device), pytest.raises(QatkitError, match=said):
