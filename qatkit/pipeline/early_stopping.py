@@ -1,4 +1,4 @@
-"""Early stopping of a stage: Lightning's own, with the best model kept and put back."""
+"""Early stopping of a stage: Lightning's own, which also keeps the best weights and restores them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MONITORED = "val/loss"
 
 
 class StopEarly(EarlyStopping):
-    """Ends a stage when the validation loss no longer falls, and leaves the weights of its best validation.
+    """Ends a stage when the validation loss stops falling, and restores the weights of the best validation.
 
     Args:
-        config: The block of the recipe.
-        stage: Its stage, for errors.
-        folder: Where ``best.ckpt`` is kept.
+        config: The recipe's ``early_stopping`` block.
+        stage: The stage, for errors.
+        folder: The folder for ``best.ckpt``.
 
     Raises:
-        QatkitError: the stage is never validated, or its loss never was a number.
+        QatkitError: the stage is never validated, or the validation loss was never finite.
     """
 
     def __init__(self, config: EarlyStoppingConfig, stage: str, folder: Path) -> None:
-        # after a validation: at the end of an epoch that max_steps cut off the metric is that of the epoch before
+        # checked after validations only: max_steps may cut off an epoch, whose metric is that of the epoch before
         super().__init__(
             MONITORED, config.min_delta, config.patience, check_finite=False, check_on_train_epoch_end=False
         )
@@ -57,16 +57,19 @@ class StopEarly(EarlyStopping):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sum(trainer.num_val_batches) == 0:
             raise QatkitError(
-                f"{self.key}: the data has no validation batches, whose loss it waits for; give the data some, or "
-                "leave it out"
+                "the data have no validation batches",
+                key=self.key,
+                advice="add a validation split, or remove early_stopping",
             )
         epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
         if epoch > trainer.max_steps:
             raise QatkitError(
-                f"{self.key}: the first validation is at the end of an epoch of {epoch} steps, and max_steps is "
-                f"{trainer.max_steps}; write more, or shorter epochs (epoch_batches of texts)"
+                f"the first validation is at the end of an epoch of {epoch} steps, but max_steps is "
+                f"{trainer.max_steps}",
+                key=self.key,
+                advice="use more steps, or shorter epochs (epoch_batches of text data)",
             )
-        # a run that was killed between the decision and the end of the stage must not go on
+        # a run that was killed between the decision and the end of the stage must not train further
         trainer.should_stop = trainer.should_stop or self.stopped
 
     @override
@@ -81,8 +84,7 @@ class StopEarly(EarlyStopping):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.best_score.isinf():
             raise QatkitError(
-                f"{self.key}: no validation gave a loss that is a number; look at {MONITORED} in the stage's logs, and "
-                "try a smaller lr"
+                f"{MONITORED} was NaN or infinite in every validation", key=self.key, advice="use a smaller lr"
             )
         state = torch.load(self.path, map_location="cpu", weights_only=True)["state_dict"]
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
@@ -91,7 +93,7 @@ class StopEarly(EarlyStopping):
             pl_module.load_state_dict(state)
 
     def record(self, trainer: Trainer) -> dict[str, Any]:
-        """What the stage's record says of it."""
+        """The entry in the stage's record."""
         return {
             "stopped": self.stopped,
             "steps": trainer.global_step,

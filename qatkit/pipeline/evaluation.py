@@ -1,4 +1,4 @@
-"""The ``evaluate`` block of a recipe on the finished stages of a run, kept beside each stage's export."""
+"""The ``evaluate`` block of a recipe: language scores of finished stages, kept beside each stage's export."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qatkit.tasks import declared_task
 
 
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
-    """Measure every row of the comparison as the recipe's ``evaluate`` block says; nothing where it has none.
+    """Score every row of the comparison as the recipe's ``evaluate`` block asks; {} without the block.
 
-    What was measured before with the same block and of the same stages is not measured again.
+    Scores of the same stages with the same block are not measured again.
 
     Args:
         run: The run; its stages are finished.
@@ -28,12 +28,12 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         By stage, the fields of `LanguageScore`, and ``tasks``: the metrics of lm-evaluation-harness.
 
     Raises:
-        QatkitError: the data are no texts, or what the tasks need is missing.
+        QatkitError: the data are not text, or a requirement of the tasks is missing.
     """
     config = run.recipe.evaluate
     if config is None:
         return {}
-    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     first = run.rows[0]
     reference = None if run.recipe.stages[first].compresses else first
     texts: Any = None
@@ -41,7 +41,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         path = run.out / "export" / stage / "evaluation.json"
         of = [run.record(stage).fingerprint, run.record(reference).fingerprint if reference else "", asdict(config)]
         if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["of"] == of:
-            found[stage] = kept["score"]
+            scores[stage] = kept["score"]
             continue
         if texts is None:
             texts = texts_of(data.test_dataloader(), declared_task(data))
@@ -52,8 +52,8 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         measured["tasks"] = harness(model, _tokenizer(data), config.tasks, config.limit) if config.tasks else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"of": of, "score": measured}, indent=1))
-        found[stage] = measured
-    return found
+        scores[stage] = measured
+    return scores
 
 
 def _length(text: Any) -> int:
@@ -61,12 +61,12 @@ def _length(text: Any) -> int:
 
 
 def _lengths(data: LightningDataModule) -> list[int]:
-    """Tokens of the samples of the first batch."""
+    """The numbers of tokens of the samples of the first batch."""
     return [len(row) for row in next(iter(data.test_dataloader()))["input_ids"]]
 
 
 def _tokenizer(data: LightningDataModule) -> Any:
     tokenizer = getattr(data, "tokenizer", None)
     if tokenizer is None:
-        raise QatkitError("evaluate.tasks: the data has no tokenizer, which tasks need; leave tasks out")
+        raise QatkitError("the data have no tokenizer", key="evaluate.tasks", advice="remove tasks")
     return tokenizer

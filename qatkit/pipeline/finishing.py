@@ -1,4 +1,4 @@
-"""The end of a stage: its trained weights in one plain model, measured and written down."""
+"""The end of a stage: the trained weights go into one plain model, which is measured and saved."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def finished_model(model: nn.Module, trained: Trained, folder: Path, original: b
 
     Args:
         model: The copy.
-        trained: What the fit left.
+        trained: The result of the fit.
         folder: The stage's folder.
-        original: The copy's weights are those that the name in its config stands for.
+        original: Whether the copy has the weights that the name in its config stands for.
     """
     replay_folds(model, trained.folds)
     if trained.quantize is not None:
@@ -46,13 +46,13 @@ def finished_model(model: nn.Module, trained: Trained, folder: Path, original: b
 
 
 def save_result(folder: Path, model: nn.Module, record: StageRecord, data: LightningDataModule) -> None:
-    """Measure a finished stage on validation and test data and write it down; its checkpoint is no longer needed.
+    """Measure a finished stage on validation and test data, save it, and delete its checkpoints.
 
     Raises:
         QatkitError: a weight is NaN or infinite; the stage stays unfinished.
     """
     if (place := spoiled(model)) is not None:
-        shutil.rmtree(folder / "adapter", ignore_errors=True)  # what was merged into it
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # was merged into the model
         refuse_non_finite(record.name, place)
     data.prepare_data()
     task = declared_task(data)

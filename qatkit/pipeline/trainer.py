@@ -1,0 +1,111 @@
+"""Lightning's Trainer as a recipe asks for it, with a checkpoint at every epoch's end that training resumes from."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops import _FitLoop
+from typing_extensions import override
+
+from qatkit.callbacks import NonFiniteSteps
+from qatkit.callbacks.finite import FiniteCheckpoint
+from qatkit.common.device import device_count
+from qatkit.recipe import StageConfig, TrainerConfig
+
+
+def build_trainer(
+    config: TrainerConfig, stage: StageConfig, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+) -> Trainer:
+    """Build the Trainer of a stage."""
+    trainer = Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=_strategy(config),
+        precision=config.precision,
+        max_steps=stage.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=stage.accumulate,
+        gradient_clip_val=stage.gradient_clip,
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data module slices by rank, in an order that depends on the seed alone
+        enable_progress_bar=False,  # ours covers the stage, Lightning's an epoch
+        enable_model_summary=False,
+    )
+    loop = _ResumedFitLoop(trainer, min_epochs=trainer.min_epochs, max_epochs=trainer.max_epochs)
+    loop.epoch_loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop = loop
+    if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
+        # processes that each use every core wait for each other at every operator
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
+    return trainer
+
+
+def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
+    """Fit a module, from its checkpoint if there is one.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            _silence_lightning()
+            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+    except SystemExit:  # how Lightning answers Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
+    """The callback that writes ``last.ckpt`` at the end of every epoch, in place of the one before."""
+    return FiniteCheckpoint(
+        steps, dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )  # fmt: skip
+
+
+class _ResumedFitLoop(_FitLoop):
+    """Calls the hooks of the start and the end of training also if a checkpoint leaves no step to train.
+
+    Lightning calls neither then, so callbacks would not know what the checkpoint says of the layers that they hold,
+    and the best weights would not be put back: a run that is killed after a stage's last step would lose both.
+    """
+
+    @property
+    @override
+    def skip(self) -> bool:
+        resumed = self.trainer.ckpt_path is not None and self.trainer.limit_train_batches != 0
+        return not resumed and super().skip
+
+
+def _strategy(trainer: TrainerConfig) -> Any:
+    if trainer.strategy != "fsdp2":
+        return trainer.strategy
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    processes = device_count(trainer.accelerator, trainer.devices)
+    # the strategy's default is tensor parallelism over all processes, where each would keep gradients of its own
+    return ModelParallelStrategy(
+        data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+
+
+def _silence_lightning() -> None:
+    """Hide advice about worker counts and logging intervals: it is for users of a Trainer, not of a recipe."""
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*isinstance.*treespec.*")
