@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from qatkit import QuantSpec, fake_quantize
 from qatkit.data.stdlib import text_windows
 from qatkit.models.language import llama
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
 from qatkit.quantization.ptq.awq import awq_clip, awq_scales
 from qatkit.quantization.ptq.gptq import gptq
 from qatkit.quantization.ptq.hessian import InputStatistics

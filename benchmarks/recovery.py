@@ -23,9 +23,10 @@ from qatkit.data import text_windows
 from qatkit.distillation.losses import kd_loss
 from qatkit.models import llama
 from qatkit.pipeline.learning_rate import lr_factor, parameter_groups
-from qatkit.quantization.mixed.allocation import allocate, allocated_layers, totals
+from qatkit.quantization.mixed.allocation import allocate, totals
+from qatkit.quantization.mixed.overrides import allocated_layers
 from qatkit.quantization.mixed.sensitivity import measure_sensitivity
-from qatkit.quantization.ptq.runner import Method, initialise
+from qatkit.quantization.ptq.runner import apply_ptq
 
 CONTEXT, VOCABULARY = 128, 2048
 BASE = RESULTS / "qat_recovery_base.safetensors"
@@ -95,7 +96,7 @@ class Job:
     """dense, dense trained on, RTN, GPTQ, AWQ, SmoothQuant, torchao QAT, QAT; with "+ KD" from the dense model."""
     lr: float = 0.0
     seed: int = 0
-    init: Method | None = None
+    init: str | None = None
     """Where QAT starts; None is the least squared error."""
 
     @property
@@ -245,12 +246,12 @@ def prepare(model: nn.Module, job: Job, method: str, size: Size, layers: dict[st
         model, weight_of(form.scheme), form.scheme.activation, exclude=["lm_head"] if form.scheme.weight else [],
         layers=overrides, kv_cache=form.kv_cache,
     )  # fmt: skip
-    named: dict[str, Method] = {"GPTQ": "gptq", "AWQ": "awq", "SmoothQuant": "smoothquant"}
+    named: dict[str, str] = {"GPTQ": "gptq", "AWQ": "awq", "SmoothQuant": "smoothquant"}
     start = job.init if method == "QAT" else named.get(method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if start is not None:
-            initialise(model, start, list(calibration_batches(size)))
+            apply_ptq(model, start, list(calibration_batches(size)))
     calibrate(model, calibration_batches(size))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.calibrate import calibrate
+from qatkit.quantization.calibration import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
-from qatkit.quantization.ptq.runner import Method, initialise
+from qatkit.quantization.ptq.methods import METHODS
+from qatkit.quantization.ptq.runner import apply_ptq
 from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
 from qatkit.schemes import Scheme
@@ -70,13 +71,13 @@ class QuantizationAwareTraining(Callback):
         layers: Mapping[str, Scheme] | None = None,
         kv_cache: QuantSpec | None = None,
         share_inputs: bool = False,
-        init: Method | None = None,
+        init: str | None = None,
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
     ) -> None:
         check_arguments(weight, activation, include, exclude, layers or {}, kv_cache)
-        if init is not None and init not in get_args(Method):
-            raise QatkitError(f"init: '{init}' is unknown; write one of {', '.join(get_args(Method))}")
+        if init is not None:
+            METHODS.row(init, "init")
         if calibration_batches < 1:
             raise QatkitError(f"calibration_batches: {calibration_batches} is out of range; write at least 1")
         self.weight = weight
@@ -95,7 +96,7 @@ class QuantizationAwareTraining(Callback):
         """Folded (convolution, BatchNorm) pairs."""
         self._module: weakref.ref[LightningModule] | None = None
         self._frozen: list[_BatchNorm] = []  # what could not be folded keeps the statistics of the float model
-        self._initialised = False
+        self._ptq_done = False
         self._all_ran = False
         self._decay = DecayExemption()
 
@@ -111,20 +112,20 @@ class QuantizationAwareTraining(Callback):
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
         self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._module = weakref.ref(pl_module)
-        self._initialised = self._all_ran = False
+        self._ptq_done = self._all_ran = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
         if trainer.ckpt_path is not None:
-            self._initialised = True  # what it restores has been initialised: a fit after this one trains on
+            self._ptq_done = True  # what it restores has been initialised: a fit after this one trains on
             return
         if self.init is None and all(fq.ready for _, fq in self._own(pl_module)):
             return
         trainer.fit_loop.setup_data()  # before random numbers are isolated: it draws the seed of the training order
-        if self.init is not None and not self._initialised:
-            self._initialise(trainer, pl_module, self.init)
-        self._initialised = True  # a second fit continues with what the first one trained
+        if self.init is not None and not self._ptq_done:
+            self._apply_ptq(trainer, pl_module, self.init)
+        self._ptq_done = True  # a second fit continues with what the first one trained
         if not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
 
@@ -156,7 +157,7 @@ class QuantizationAwareTraining(Callback):
         with isolate_rng():
             calibrate(pl_module, self._batches(trainer), as_training_does(trainer, pl_module, self.calibration_forward))
 
-    def _initialise(self, trainer: Trainer, pl_module: LightningModule, method: Method) -> None:
+    def _apply_ptq(self, trainer: Trainer, pl_module: LightningModule, method: str) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
             raise QatkitError(
                 f"init: '{method}' needs whole weights, and FSDP2 has sharded them; run it as a stage of its own with "
@@ -164,7 +165,7 @@ class QuantizationAwareTraining(Callback):
             )
         forward = as_training_does(trainer, pl_module, self.calibration_forward)
         with isolate_rng():
-            on_every_process(lambda: initialise(pl_module, method, self._batches(trainer), forward))
+            on_every_process(lambda: apply_ptq(pl_module, method, self._batches(trainer), forward))
         if dist.is_available() and dist.is_initialized():
             # every process has seen batches of its own: what the first one found holds
             for tensor in pl_module.state_dict().values():

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from qatkit.pruning.masks import magnitude_mask as magnitude_mask
     from qatkit.pruning.masks import nm_mask as nm_mask
     from qatkit.pruning.schedule import Ramp as Ramp
-    from qatkit.quantization.arithmetic import choose_qparams as choose_qparams
     from qatkit.quantization.arithmetic import dequantize as dequantize
     from qatkit.quantization.arithmetic import fake_quantize as fake_quantize
     from qatkit.quantization.arithmetic import quantize as quantize
-    from qatkit.quantization.calibrate import calibrate as calibrate
+    from qatkit.quantization.calibration import calibrate as calibrate
     from qatkit.quantization.layers import QATConv1d as QATConv1d
     from qatkit.quantization.layers import QATConv2d as QATConv2d
     from qatkit.quantization.layers import QATEmbedding as QATEmbedding
@@ -28,7 +27,8 @@ if TYPE_CHECKING:
     from qatkit.quantization.modules import FakeQuantize as FakeQuantize
     from qatkit.quantization.prepare import prepare_qat as prepare_qat
     from qatkit.quantization.prepare import strip_qat as strip_qat
-    from qatkit.quantization.ptq.runner import initialise as initialise
+    from qatkit.quantization.ptq.runner import apply_ptq as apply_ptq
+    from qatkit.quantization.scales import choose_qparams as choose_qparams
     from qatkit.schemes import Scheme as Scheme
     from qatkit.schemes import scheme as scheme
     from qatkit.spec import QuantSpec as QuantSpec
@@ -41,11 +41,12 @@ _HOMES = {
     "qatkit.spec": ["QuantSpec"],
     "qatkit.pruning.masks": ["magnitude_mask", "nm_mask"],
     "qatkit.pruning.schedule": ["Ramp"],
-    "qatkit.quantization.arithmetic": ["choose_qparams", "dequantize", "fake_quantize", "quantize"],
-    "qatkit.quantization.calibrate": ["calibrate"],
+    "qatkit.quantization.arithmetic": ["dequantize", "fake_quantize", "quantize"],
+    "qatkit.quantization.calibration": ["calibrate"],
     "qatkit.quantization.layers": ["QATConv1d", "QATConv2d", "QATEmbedding", "QATLinear"],
     "qatkit.quantization.modules": ["FakeQuantize"],
     "qatkit.quantization.prepare": ["prepare_qat", "strip_qat"],
-    "qatkit.quantization.ptq.runner": ["initialise"],
+    "qatkit.quantization.ptq.runner": ["apply_ptq"],
+    "qatkit.quantization.scales": ["choose_qparams"],
 }
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function

@@ -1,55 +1,61 @@
-"""Quantizations that have a name in the ecosystem: compressed-tensors' presets and GGUF's grids."""
+"""Named quantization schemes: compressed-tensors presets and GGUF's integer formats."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
-from qatkit.errors import QatkitError
-from qatkit.spec import Observer, QuantSpec
+from qatkit.errors import QatkitError, did_you_mean
+from qatkit.quantization.observers import OBSERVERS
+from qatkit.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer's weight and its input are quantized; None leaves either as it is.
+    """Quantization of a layer's weight and of its input; None leaves it unquantized.
 
     Raises:
-        QatkitError: a spec cannot be used on the side it stands on.
+        QatkitError: A spec is not supported on its side.
     """
 
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
 
     def __post_init__(self) -> None:
-        weight, activation = self.weight, self.activation
+        weight = self.weight
         if weight is not None and weight.strategy == "token":
-            raise QatkitError("weight.strategy: 'token' is for activations; write tensor, channel or group")
-        if weight is not None and weight.observer in ("moving_average", "percentile", "kl"):
-            raise QatkitError(f"weight.observer: '{weight.observer}' is for activations; write minmax, mse or lsq")
-        if activation is not None:
-            check_activation("activation", activation)
+            raise QatkitError(
+                "'token' is for activations", key="weight.strategy", advice="use tensor, channel, group or block"
+            )
+        if weight is not None and not OBSERVERS[weight.observer].weights:
+            raise QatkitError(
+                f"'{weight.observer}' is for activations", key="weight.observer", advice="use minmax, mse or lsq"
+            )
+        if self.activation is not None:
+            check_activation("activation", self.activation)
 
 
 def check_activation(key: str, spec: QuantSpec) -> None:
-    """Refuse a spec that only weights can have; the error starts with `key`."""
+    """Raise an error about `key` if only weights can be quantized with this spec."""
     if spec.strategy in ("channel", "block"):
         raise QatkitError(
-            f"{key}.strategy: '{spec.strategy}' is for weights; write tensor (static, calibrated), or token or group "
-            "(dynamic)"
-        )
-    if spec.strategy == "group" and spec.observer != "minmax":
+            f"'{spec.strategy}' is for weights", key=f"{key}.strategy",
+            advice="use tensor (static, calibrated), or token or group (dynamic)",
+        )  # fmt: skip
+    if spec.strategy == "group" and not OBSERVERS[spec.observer].dynamic:
         raise QatkitError(
-            f"{key}.observer: '{spec.observer}' cannot be used with strategy 'group', whose scales are computed from "
-            "each group as it comes; write observer: minmax"
-        )
-    if spec.type == "ternary":
-        raise QatkitError(f"{key}.type: 'ternary' is for weights; write int or float")
+            f"'{spec.observer}' is not supported with strategy 'group', whose scales are computed per group",
+            key=f"{key}.observer", advice="use minmax",
+        )  # fmt: skip
+    if spec.element.weight_only:
+        raise QatkitError(f"'{spec.type}' is for weights", key=f"{key}.type", advice="use int or float")
 
 
 def check_kv_cache(spec: QuantSpec) -> None:
-    """Refuse what a cache of keys and values cannot have: it holds them per tensor or per token."""
+    """Raise an error if a KV cache, stored per tensor or per token, cannot have this spec."""
     if spec.strategy not in ("tensor", "token"):
-        raise QatkitError(f"kv_cache.strategy: '{spec.strategy}' is not for caches; write tensor or token")
+        raise QatkitError(
+            f"'{spec.strategy}' is not supported for caches", key="kv_cache.strategy", advice="use tensor or token"
+        )
     check_activation("kv_cache", spec)
 
 
@@ -101,27 +107,26 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def scheme(name: str, observer: Observer | None = None) -> Scheme:
-    """The quantization that a name of compressed-tensors (`W4A16`, `FP8_DYNAMIC`, ...) or GGUF (`Q4_0`) stands for.
+def scheme(name: str, observer: str | None = None) -> Scheme:
+    """Return the scheme with this name in compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
 
-    GGUF's names are the exact grids: blocks of 32, float16 scales, their scale rule; so a model that is trained on one
-    loses nothing when it is converted.
+    The GGUF schemes are the exact formats: blocks of 32 weights, float16 scales and GGUF's scale rule. So converting a
+    model that was trained with one of them loses nothing.
 
     Args:
         name: In any case.
-        observer: Where the weight's scale comes from, such as "lsq"; a name says nothing of that, so it is the range.
+        observer: Observer of the weight's scale, such as "lsq"; a name implies none, so the default is minmax.
 
     Raises:
-        QatkitError: the name is unknown, or the observer does not fit.
+        QatkitError: The name is unknown, or the observer does not fit.
 
     Example:
         >>> scheme("W4A16").weight.group_size
         128
     """
     if name.upper() not in SCHEMES:
-        near = difflib.get_close_matches(name.upper(), SCHEMES, n=3, cutoff=0.4) or list(SCHEMES)
-        raise QatkitError(f"scheme: '{name}' is unknown; write one of {', '.join(near)}")
-    found = SCHEMES[name.upper()]
-    if observer is None or found.weight is None:
-        return found
-    return replace(found, weight=replace(found.weight, observer=observer))
+        raise QatkitError(f"unknown scheme '{name}'", key="scheme", advice=did_you_mean(name, SCHEMES))
+    known = SCHEMES[name.upper()]
+    if observer is None or known.weight is None:
+        return known
+    return replace(known, weight=replace(known.weight, observer=observer))

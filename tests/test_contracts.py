@@ -50,6 +50,7 @@ TABLES = {
     "qatkit.pruning.methods",
     "qatkit.distillation.divergences",
     "qatkit.quantization.elements",
+    "qatkit.quantization.observers",
     "qatkit.quantization.ptq.methods",
     "qatkit.tasks.table",
     "qatkit.cli.commands",

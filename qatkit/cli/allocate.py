@@ -13,7 +13,7 @@ from qatkit.cli.output import echo
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
-    from qatkit.quantization.mixed.allocation import Sensitivity
+    from qatkit.quantization.mixed.records import Sensitivity
 
 MeasuredArgument = Annotated[
     Path, typer.Argument(metavar="FOLDER_OR_JSON", help="sensitivity.json of `qatkit sensitivity`, or its folder.")
@@ -43,7 +43,8 @@ def command(
             advice="pass one, such as --average-bits 4.5",
         )
     sensitivity = _read(measured)
-    from qatkit.quantization.mixed.allocation import allocate, allocated_layers, plain_layers, totals
+    from qatkit.quantization.mixed.allocation import allocate, totals
+    from qatkit.quantization.mixed.overrides import allocated_layers, plain_layers
 
     chosen = allocate(sensitivity, budget_bytes=size, average_bits=average_bits)
     taken, increase = totals(sensitivity, chosen)
@@ -75,6 +76,6 @@ def _read(path: Path) -> Sensitivity:
         content = json.loads(file.read_text("utf-8"))
     except ValueError:
         raise QatkitError("is not JSON", key=str(file), advice="measure again with `qatkit sensitivity`") from None
-    from qatkit.quantization.mixed.allocation import Sensitivity
+    from qatkit.quantization.mixed.records import Sensitivity
 
     return Sensitivity.from_plain(content)

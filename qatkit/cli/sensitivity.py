@@ -19,7 +19,7 @@ from qatkit.errors import QatkitError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-    from qatkit.quantization.mixed.allocation import Sensitivity
+    from qatkit.quantization.mixed.records import Sensitivity
     from qatkit.run.folder import Run
     from qatkit.schemes import Scheme
 
@@ -118,7 +118,7 @@ def _formats(candidates: str) -> dict[str, Scheme]:
         )
     content = parse_yaml(Path(candidates).read_text("utf-8-sig"), candidates)
     configs: dict[str, LayerConfig] = read(dict[str, LayerConfig], content, "candidates")
-    return {name: config.how for name, config in configs.items()}
+    return {name: config.specs for name, config in configs.items()}
 
 
 def _stage(this: Run, wanted: str | None) -> str | None:

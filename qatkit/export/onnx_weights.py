@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.arithmetic import quantize, value_range
+from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.slices import value_range
 
 
 @torch.no_grad()

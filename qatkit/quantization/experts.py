@@ -1,7 +1,8 @@
-"""Fused experts of mixture-of-experts models: one three-dimensional parameter for each projection of all experts.
+"""Fused experts of mixture-of-experts models.
 
-transformers 5 holds them so, and computes with them in several ways (a loop, a batched or a grouped product). All of
-them read the parameter as an attribute of the module, so that is where it is rounded.
+transformers 5 stores each projection of all experts as one three-dimensional parameter, and computes with it in several
+ways (a loop, a batched or a grouped product). Every way reads the parameter as an attribute of the module, so the
+attribute returns the fake-quantized weight.
 """
 
 from __future__ import annotations
@@ -14,38 +15,38 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 class QATExperts(nn.Module):
-    """Fused experts over fake-quantized weights; a channel is an output of one expert.
+    """Fused experts over fake-quantized weights; a channel is one output of one expert.
 
-    A weight is rounded once per forward pass, however often its experts read it.
+    A weight is quantized once per forward pass, however often it is read.
     """
 
     projections: tuple[str, ...]
     is_transposed: bool
 
     def matrix(self, name: str) -> Tensor:
-        """A projection's unrounded weights, ``[experts * out, in]``."""
+        """Return a projection's latent weights, ``[experts * out, in]``."""
         weight = self._parameters[name]
         assert weight is not None
         return (weight.transpose(1, 2) if self.is_transposed else weight).flatten(0, 1)
 
     def fake_quant(self, name: str) -> FakeQuantize:
-        """The fake quantizer of a projection."""
+        """Return the fake quantizer of a projection."""
         fake_quant = self._modules[f"{name}_fake_quant"]
         assert isinstance(fake_quant, FakeQuantize)
         return fake_quant
 
-    def rounded(self, name: str) -> Tensor:
-        """A projection's weights as the forward pass uses them, in the parameter's shape and dtype."""
-        kept: dict[str, Tensor] | None = self.__dict__.get("_rounded")
-        if kept is not None and name in kept:
-            return kept[name]
+    def fake_quantized(self, name: str) -> Tensor:
+        """Return a projection's weights as in the forward pass, in the parameter's shape."""
+        cache: dict[str, Tensor] | None = self.__dict__.get("_cache")
+        if cache is not None and name in cache:
+            return cache[name]
         weight = self._parameters[name]
         assert weight is not None
         value: Tensor = self.fake_quant(name)(self.matrix(name))
         experts, first, second = weight.shape
         value = value.view(experts, second, first).transpose(1, 2) if self.is_transposed else value.view_as(weight)
-        if kept is not None:
-            kept[name] = value
+        if cache is not None:
+            cache[name] = value
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,24 +57,24 @@ class QATExperts(nn.Module):
         )  # the class itself has no importable name
 
     def shipped(self) -> dict[str, Tensor]:
-        """The projections as the forward pass uses them, by parameter name."""
-        return {name: self.rounded(name) for name in self.projections}
+        """Return the projections as the forward pass uses them, by parameter name."""
+        return {name: self.fake_quantized(name) for name in self.projections}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__["_rounded"] = {}
+        self.__dict__["_cache"] = {}
         try:
             return super().forward(*args, **kwargs)  # the class that was swapped comes next
         finally:
-            del self.__dict__["_rounded"]
+            del self.__dict__["_cache"]
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is plain fused experts as transformers 5 marks them."""
+    """Whether a module holds plain fused experts in transformers 5's layout."""
     return not isinstance(module, QATExperts) and hasattr(module, "is_transposed") and bool(expert_weights(module))
 
 
 def expert_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The projections of fused experts: direct parameters of three dimensions."""
+    """Return the projections of fused experts: the module's own three-dimensional parameters."""
     return [(name, p) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
 
 
@@ -81,11 +82,11 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[QATExperts]] = {}
 
 
 def experts_class(kind: type[nn.Module], projections: tuple[str, ...]) -> type[QATExperts]:
-    """The quantized subclass of an experts class, whose projections read as rounded weights; one for each."""
+    """Return the quantized subclass of an experts class, created once per class."""
 
     def reader(name: str) -> property:
-        # outside of the forward pass it reads as the parameter: FSDP2 looks there for what it shards
-        return property(lambda self: self.rounded(name) if "_rounded" in self.__dict__ else self._parameters[name])
+        # outside the forward pass the attribute is the parameter itself, which FSDP2 shards
+        return property(lambda self: self.fake_quantized(name) if "_cache" in self.__dict__ else self._parameters[name])
 
     if (kind, projections) not in _CLASSES:
         members: dict[str, Any] = {"projections": projections, "__doc__": QATExperts.__doc__}
@@ -100,7 +101,7 @@ def _new_experts(kind: type[nn.Module], projections: tuple[str, ...]) -> QATExpe
 
 
 def plain_class(module: QATExperts) -> type[nn.Module]:
-    """The class that a swapped experts module had."""
+    """Return the class that an experts module had before it was swapped."""
     kind = type(module).__mro__[2]
     assert issubclass(kind, nn.Module)
     return kind

@@ -1,4 +1,4 @@
-"""Fold BatchNorm into the convolution before it, so that the weight that is quantized is the weight that ships."""
+"""BatchNorm folding: merge BatchNorm into the convolution before it, before quantizing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from qatkit.errors import QatkitWarning
 Fold = tuple[str, str]
 
 _NORMS: dict[type[nn.Module], type[_BatchNorm]] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
-"""By convolution, the BatchNorm over its outputs. Behind a linear layer BatchNorm1d may mean tokens by channels."""
+"""Pairs of convolution and BatchNorm that can be folded. After a linear layer, BatchNorm1d may normalize tokens."""
 
 
 def fold_batchnorm(model: nn.Module) -> list[Fold]:
-    """Fold every BatchNorm that follows a convolution into it, in place; eval mode computes what it did before.
+    """Fold every BatchNorm that follows a convolution into the convolution, in place.
 
-    The convolution keeps its name and gains a bias; the BatchNorm becomes `nn.Identity`. Pairs are found by tracing
-    with `torch.fx`; where the whole model cannot be traced, its parts are tried.
+    Outputs in eval mode are unchanged. The convolution keeps its name and gains a bias; the BatchNorm becomes
+    `nn.Identity`. Pairs are found by tracing with `torch.fx`; if the model cannot be traced, its submodules are traced
+    instead.
 
     Returns:
-        ``(convolution, batchnorm)`` names of each pair, for `replay_folds`.
+        The ``(convolution, batchnorm)`` names of each pair, for `replay_folds`.
 
     Example:
         >>> from torch import nn
@@ -36,7 +37,9 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return []
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    folds = [fold for fold in _find(model, "") if uses[id(model.get_submodule(fold[0]).weight)] == 1]  # not a tied one
+    folds = [
+        fold for fold in _find(model, "") if uses[id(model.get_submodule(fold[0]).weight)] == 1
+    ]  # weights used once, not tied
     for conv_name, bn_name in folds:
         conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
         assert isinstance(conv, nn.Conv1d | nn.Conv2d)
@@ -47,7 +50,7 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
             )
-        # a bias that torch makes here comes frozen, though it takes over what BatchNorm's trained shift did
+        # torch returns a new bias frozen, but it replaces BatchNorm's trainable shift
         trains = conv.weight.requires_grad or (bn.weight is not None and bn.weight.requires_grad)
         conv.weight = nn.Parameter(weight.detach(), requires_grad=trains)
         conv.bias = nn.Parameter(bias.detach(), requires_grad=trains)
@@ -55,8 +58,8 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         warnings.warn(
-            f"BatchNorm not folded, because no convolution feeds it alone or torch.fx cannot trace its module: {left}; "
-            "it stays a floating-point layer",
+            f"BatchNorm not folded, because its only input is not a convolution or torch.fx cannot trace its module: "
+            f"{left}; it stays a floating-point layer",
             QatkitWarning,
             stacklevel=2,
         )
@@ -64,7 +67,7 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
 
 
 def replay_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
-    """Give a freshly built model the structure that `fold_batchnorm` left, so that its checkpoint loads."""
+    """Repeat the structural changes of `fold_batchnorm`, so that a folded checkpoint loads."""
     for conv_name, bn_name in folds:
         conv = model.get_submodule(conv_name)
         assert isinstance(conv, nn.Conv1d | nn.Conv2d)
@@ -78,7 +81,7 @@ def _find(module: nn.Module, prefix: str) -> list[Fold]:
         return []
     try:
         graph = fx.Tracer().trace(module)
-    except Exception:  # a forward may do anything that tracing cannot follow; its parts may still be traceable
+    except Exception:  # tracing can fail in any way in user code; submodules may still be traceable
         return [pair for name, child in module.named_children() for pair in _find(child, f"{prefix}{name}.")]
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(str(node.target) for node in calls)

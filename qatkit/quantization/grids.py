@@ -1,72 +1,145 @@
-"""The values that codes of each element type stand for before they are scaled, and the codes themselves."""
+"""Grids: the values that codes stand for before they are scaled, and the codes themselves."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qatkit.spec import FLOATS, QuantSpec
+from qatkit.common.tables import implementation
+from qatkit.quantization.elements import FLOAT_FORMATS, FloatFormat
+from qatkit.spec import QuantSpec
 
-_DTYPES = {("float", 8): torch.float8_e4m3fn, ("float_e5m2", 8): torch.float8_e5m2}
+
+class Grid(Protocol):
+    """Rounding and encoding for one element type."""
+
+    def round(self, v: Tensor) -> Tensor:
+        """Round float32 ``v = x / scale``, inside the range of codes, to the nearest value."""
+
+    def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        """Codes of values on the grid, as the exported file stores them."""
+
+    def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        """Values on the grid that codes stand for, float32."""
 
 
-def round_to_grid(v: Tensor, spec: QuantSpec) -> Tensor:
-    """Round ``v = x / scale`` to the nearest code's value, ties to even; `v` must lie inside the range of codes.
+class IntegerGrid:
+    """Signed integers, or unsigned ones around a zero point."""
+
+    def __init__(self, symmetric: bool) -> None:
+        self.dtype = torch.int8 if symmetric else torch.uint8
+
+    def round(self, v: Tensor) -> Tensor:
+        return v.round()
+
+    def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        return (values + zero_point).to(self.dtype)
+
+    def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        return codes.float() - zero_point
+
+
+class DtypeGrid:
+    """Floats of 8 bits, which torch has as a dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def round(self, v: Tensor) -> Tensor:
+        return v.to(self.dtype).float()
+
+    def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        return values.to(self.dtype)
+
+    def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        return codes.float()
+
+
+class SmallFloatGrid:
+    """Floats of 4 and 6 bits; codes are uint8 with the sign in the highest bit used."""
+
+    def __init__(self, form: FloatFormat) -> None:
+        self.mantissa_bits = form.mantissa_bits
+        self.sign_bit = form.exponent_bits + form.mantissa_bits
+        self.bias = (1 << (form.exponent_bits - 1)) - 1
+
+    def round(self, v: Tensor) -> Tensor:
+        # frexp gives v = m * 2**e with 1/2 <= m < 1, so the spacing around v is 2**(e - 1 - mantissa bits); below the
+        # smallest normal number the spacing stays the same. Dividing by a power of two is exact.
+        exponent = torch.frexp(v.detach())[1].clamp(min=2 - self.bias)
+        spacing = torch.exp2((exponent - 1 - self.mantissa_bits).float())
+        return (v / spacing).round() * spacing
+
+    def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        code = torch.searchsorted(self._magnitudes(values.device), values.abs().contiguous())
+        return (code + (torch.signbit(values).int() << self.sign_bit)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        half = 1 << self.sign_bit
+        values = self._magnitudes(codes.device)[(codes & (half - 1)).long()]
+        return torch.where(codes >= half, -values, values)
+
+    def _magnitudes(self, device: torch.device) -> Tensor:
+        """Every magnitude, in the order of its code."""
+        code = torch.arange(1 << self.sign_bit, device=device)
+        mantissa = (code & ((1 << self.mantissa_bits) - 1)).float() / (1 << self.mantissa_bits)
+        exponent = code >> self.mantissa_bits
+        normal = (1 + mantissa) * torch.exp2((exponent - self.bias).float())
+        return torch.where(exponent > 0, normal, mantissa * 2.0 ** (1 - self.bias))
+
+
+class Codebook:
+    """Any list of values: a code is the index of its value.
 
     Args:
-        v: float32.
-        spec: Type and bits.
-
-    Returns:
-        float32, of the same shape.
+        values: Ascending, with zero among them.
 
     Example:
-        >>> round_to_grid(torch.tensor([0.3, 2.5, 5.1]), QuantSpec(num_bits=4, type="float")).tolist()
+        >>> grid = Codebook([-1.0, -0.25, 0.0, 0.25, 1.0])
+        >>> values = grid.round(torch.tensor([-0.7, 0.1, 0.2]))
+        >>> values.tolist(), grid.encode(values, torch.zeros(1)).tolist()
+        ([-1.0, 0.0, 0.25], [0, 2, 3])
+    """
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = torch.tensor(values)
+
+    def round(self, v: Tensor) -> Tensor:
+        return self.decode(self.encode(v, v), v)
+
+    def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        middles = (self.values[1:] + self.values[:-1]) / 2
+        return torch.bucketize(values.detach(), middles.to(values.device)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        return self.values.to(codes.device)[codes.long()]
+
+
+def integer_grid(spec: QuantSpec) -> Grid:
+    """The grid of integers and of ternary codes."""
+    return IntegerGrid(spec.symmetric)
+
+
+def float_grid(spec: QuantSpec) -> Grid:
+    """The grid of floats of 4, 6 and 8 bits."""
+    form = FLOAT_FORMATS[spec.type][spec.num_bits]
+    return DtypeGrid(getattr(torch, form.dtype)) if form.dtype else SmallFloatGrid(form)
+
+
+_GRIDS: dict[tuple[str, int, bool], Grid] = {}
+
+
+def grid_of(spec: QuantSpec) -> Grid:
+    """The grid of a spec's codes; the first call for an element type loads its implementation.
+
+    Example:
+        >>> grid = grid_of(QuantSpec(num_bits=4, type="float"))
+        >>> grid.round(torch.tensor([0.3, 2.5, 5.1])).tolist()
         [0.5, 2.0, 6.0]
     """
-    if not spec.is_float:
-        return v.round()
-    if (dtype := _DTYPES.get((spec.type, spec.num_bits))) is not None:
-        return v.to(dtype).float()
-    exponent_bits, mantissa_bits, _ = FLOATS[spec.type, spec.num_bits]
-    bias = (1 << (exponent_bits - 1)) - 1
-    # frexp gives v = m * 2**e with 1/2 <= m < 1, so the spacing around v is 2**(e - 1 - mantissa bits); below the
-    # smallest normal number it stays as it is there. Dividing by a power of two is exact.
-    exponent = torch.frexp(v.detach())[1].clamp(min=2 - bias)
-    spacing = torch.exp2((exponent - 1 - mantissa_bits).float())
-    return (v / spacing).round() * spacing
-
-
-def to_codes(values: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of values on the grid (without the zero point): int8, uint8, or the bits of small floats.
-
-    Floats of 8 bits keep torch's dtype; those of 4 and 6 bits are uint8 with the sign in the highest used bit.
-    """
-    if not spec.is_float:
-        return (values + zero_point).to(torch.int8 if spec.symmetric else torch.uint8)
-    if (dtype := _DTYPES.get((spec.type, spec.num_bits))) is not None:
-        return values.to(dtype)
-    magnitudes = _magnitudes(spec, values.device)
-    code = torch.searchsorted(magnitudes, values.abs().contiguous())
-    return (code + (torch.signbit(values).int() << (spec.num_bits - 1))).to(torch.uint8)
-
-
-def from_codes(codes: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Values on the grid that codes stand for, float32, before they are scaled."""
-    if not spec.is_float:
-        return codes.float() - zero_point
-    if spec.num_bits == 8:
-        return codes.float()
-    half = 1 << (spec.num_bits - 1)
-    values = _magnitudes(spec, codes.device)[(codes & (half - 1)).long()]
-    return torch.where(codes >= half, -values, values)
-
-
-def _magnitudes(spec: QuantSpec, device: torch.device) -> Tensor:
-    """Every magnitude of a small float, in the order of its codes."""
-    exponent_bits, mantissa_bits, _ = FLOATS[spec.type, spec.num_bits]
-    bias = (1 << (exponent_bits - 1)) - 1
-    code = torch.arange(1 << (spec.num_bits - 1), device=device)
-    exponent, mantissa = code >> mantissa_bits, (code & ((1 << mantissa_bits) - 1)).float() / (1 << mantissa_bits)
-    normal = (1 + mantissa) * torch.exp2((exponent - bias).float())
-    return torch.where(exponent > 0, normal, mantissa * 2.0 ** (1 - bias))
+    key = (spec.type, spec.num_bits, spec.symmetric)
+    if key not in _GRIDS:  # torch.compile cannot follow an import: `FakeQuantize` calls this before anything is traced
+        _GRIDS[key] = implementation(spec.element.grid)(spec)
+    return _GRIDS[key]

@@ -1,8 +1,8 @@
-"""Keys and values of attention, rounded as a quantized cache would hold them.
+"""KV-cache quantization: fake-quantize keys and values as a quantized cache stores them.
 
-transformers computes attention through functions that are registered by name. A function of ours, under a name of its
-own, rounds keys and values, rotary positions applied, and hands them to the function that the model had; so it works
-for every architecture, in training, in evaluation and with a cache.
+transformers looks up attention functions by name. We register a function under a name of our own that fake-quantizes
+keys and values (after rotary positions) and calls the model's original function. This works for every architecture that
+uses the lookup, in training, in evaluation and with a cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARTS = ("key_fake_quant", "value_fake_quant")
 
 
 def attention_modules(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
-    """The attention modules of a transformers model that keep a cache: they know their layer and their config."""
+    """Find the attention modules of a transformers model that use a cache, by their attributes."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -39,20 +39,22 @@ def attention_modules(model: nn.Module, exclude: Sequence[str] = ()) -> list[tup
 
 
 def check_kv_quantization(model: nn.Module, exclude: Sequence[str] = ()) -> None:
-    """Refuse a model whose keys and values cannot be reached.
+    """Raise an error if the keys and values of a model cannot be quantized.
 
     Raises:
-        QatkitError: the model has no attention of transformers, or computes it in a way that cannot be wrapped.
+        QatkitError: The model has no transformers attention, or one whose attention function cannot be replaced.
     """
-    found = attention_modules(model, exclude)
-    if not found:
+    modules = attention_modules(model, exclude)
+    if not modules:
         raise QatkitError(
-            f"kv_cache: {type(model).__name__} has no attention module of transformers; leave kv_cache out"
+            f"{type(model).__name__} has no attention module of transformers", key="kv_cache", advice="remove kv_cache"
         )
-    for name, module in found:
+    for name, module in modules:
         _check(name, module)
         if hasattr(module, PARTS[0]):
-            raise QatkitError(f"kv_cache: '{name}' is already fake-quantized; call strip_qat(model) first")
+            raise QatkitError(
+                f"'{name}' is already fake-quantized", key="kv_cache", advice="call strip_qat(model) first"
+            )
 
 
 def _check(name: str, module: nn.Module) -> None:
@@ -60,34 +62,34 @@ def _check(name: str, module: nn.Module) -> None:
     implementation = str(config._attn_implementation)
     if implementation.removeprefix(PREFIX) not in _functions():
         raise QatkitError(
-            f"kv_cache: '{name}' computes attention with '{implementation}', which cannot be wrapped; load the "
-            "model with attn_implementation='sdpa'"
-        )
-    if not _goes_by_registry(type(module).__module__):
+            f"'{name}' computes attention with '{implementation}', which qatkit cannot replace", key="kv_cache",
+            advice="load the model with attn_implementation='sdpa'",
+        )  # fmt: skip
+    if not _uses_registry(type(module).__module__):
         raise QatkitError(
-            f"kv_cache: '{name}' is a {type(module).__name__}, whose code asks for the attention's name, "
-            "so that its keys and values cannot be reached; leave kv_cache out"
-        )
+            f"'{name}' is a {type(module).__name__}, whose code depends on the name of the attention function, so its "
+            "keys and values cannot be quantized", key="kv_cache", advice="remove kv_cache",
+        )  # fmt: skip
 
 
 @functools.cache
-def _goes_by_registry(module: str) -> bool:
-    """Whether a model's code calls whatever function is registered, and never asks whether it is called sdpa."""
+def _uses_registry(module: str) -> bool:
+    """Whether a model looks attention up by name and never compares the name with sdpa."""
     source = inspect.getsource(sys.modules[module])
     asks = re.search(r"_attn_implementation\s*(==|!=|in|not in)\s*[^\n]*sdpa", source)
     return "ALL_ATTENTION_FUNCTIONS" in source and asks is None
 
 
 def quantize_kv(model: nn.Module, spec: QuantSpec, exclude: Sequence[str] = ()) -> list[str]:
-    """Make every attention module round its keys and values, in place; returns their names."""
-    found = attention_modules(model, exclude)
-    for name, module in found:
+    """Make attention modules fake-quantize keys and values, in place; return their names."""
+    modules = attention_modules(model, exclude)
+    for name, module in modules:
         add_kv_quantizers(name, module, spec)
-    return [name for name, _ in found]
+    return [name for name, _ in modules]
 
 
 def add_kv_quantizers(name: str, module: nn.Module, spec: QuantSpec) -> None:
-    """Make one attention module round its keys and values, in place."""
+    """Make one attention module fake-quantize its keys and values, in place."""
     _check(name, module)
     device = next((p.device for p in module.parameters()), None)
     for part in PARTS:
@@ -99,7 +101,7 @@ def add_kv_quantizers(name: str, module: nn.Module, spec: QuantSpec) -> None:
 
 
 def strip_kv(module: nn.Module) -> None:
-    """Take the fake quantizers of keys and values away from one attention module."""
+    """Remove the fake quantizers of keys and values from one attention module."""
     for part in PARTS:
         del module._modules[part]
     config: Any = module.config
@@ -107,12 +109,12 @@ def strip_kv(module: nn.Module) -> None:
 
 
 def _functions() -> Any:
-    # a model of transformers is here, so transformers is loaded: nothing heavy is imported for other models
+    # called for transformers models only, so transformers is already imported
     return importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
 
 
 def _register(name: str) -> None:
-    """Register our attention function and its mask function beside those of the given name."""
+    """Register our variant of an attention function, and the same mask function under its name."""
     functions = _functions()
     inner = functions[name]
 

@@ -1,7 +1,7 @@
-"""Layers that compute with quantized values: subclasses that take over a layer in place.
+"""Quantized layers: subclasses of torch's layers that replace a layer's class in place.
 
 A swap changes the layer's class and adds the fake quantizers; the Parameter objects, the hooks and the identity of the
-module stay. So optimizers, weight ties, `state_dict` keys and FSDP see the layer they knew.
+module stay. So optimizers, weight ties, `state_dict` keys and FSDP keep working.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 class QATLayer(nn.Module):
-    """What every quantized layer shares: the two fake quantizers, either of which may be None."""
+    """Base class of quantized layers with two fake quantizers, either of which may be None."""
 
     weight: Tensor
     bias: Tensor | None
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
     transposed = False
-    """Whether the weight is ``[in, out]``; scales always belong to ``[out, in]``."""
+    """Whether the weight is ``[in, out]``; scales always refer to ``[out, in]``."""
 
     @property
     def matrix(self) -> Tensor:
-        """The unrounded weight as quantization sees it, ``[out, in, ...]``."""
+        """The latent (unquantized) weight as ``[out, in, ...]``."""
         return self.weight.t() if self.transposed else self.weight
 
     @torch.no_grad()
     def set_matrix(self, values: Tensor) -> None:
-        """Overwrite the unrounded weight; `values` are ``[out, in, ...]``."""
+        """Overwrite the latent weight; `values` are ``[out, in, ...]``."""
         self.matrix.copy_(values)
 
     def fake_quantized_weight(self) -> Tensor:
@@ -50,8 +50,8 @@ class QATLayer(nn.Module):
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias as the forward pass uses them.
 
-        Integer kernels add the bias to sums of products of codes, so it is a whole multiple of weight scale times input
-        scale there. It is rounded so in training too: with 4-bit weights that grid is coarse enough to be seen at the
+        Integer kernels add the bias to sums of products of codes, so there it is an integer multiple of weight scale
+        times input scale. Training rounds it the same way: with 4-bit weights that step is large enough to change the
         output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
         """
         weight, weight_scale = self._weight_and_scale()
@@ -62,7 +62,7 @@ class QATLayer(nn.Module):
         return (x, None) if self.input_fake_quant is None else self.input_fake_quant.with_scale(x)
 
     def shipped(self) -> dict[str, Tensor]:
-        """Weight and bias as the forward pass uses them, by parameter name: what a plain layer has to hold."""
+        """Weight and bias as the forward pass uses them, by parameter name, for a plain layer."""
         weight, weight_scale = self._weight_and_scale()
         inputs = self.input_fake_quant
         input_scale = None if inputs is None or inputs.dynamic or not inputs.ready else inputs.qparams(weight)[0]
@@ -82,12 +82,12 @@ class QATLayer(nn.Module):
 
 
 class _RoundToMultiple(torch.autograd.Function):
-    """The nearest multiple of a step, whose straight-through gradient is the identity."""
+    """Round to the nearest multiple of a step, with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
         steps = x.float() / step
-        # from 2**23 on every float is whole; below a step of 1e-38 the quotient is infinite, and the value is kept too
+        # from 2**23 on every float is an integer; below a step of 1e-38 the quotient is infinite, and the value is kept
         return in_dtype(torch.where(steps.abs() < 2**23, steps.round() * step, x.float()), x.dtype)
 
     @staticmethod
@@ -123,7 +123,7 @@ class QATConv2d(QATLayer, nn.Conv2d):
 
 
 class QATEmbedding(QATLayer, nn.Embedding):
-    """`nn.Embedding` over a fake-quantized weight; a channel is one token's row."""
+    """`nn.Embedding` over a fake-quantized weight; a channel is the row of one token."""
 
     bias = None
 
@@ -135,7 +135,7 @@ class QATEmbedding(QATLayer, nn.Embedding):
 
 
 class QATTransposedLinear(QATLayer):
-    """transformers' `Conv1D` (GPT-2's linear layer, whose weight is ``[in, out]``) over quantized weight and input."""
+    """transformers' `Conv1D` (a linear layer with an ``[in, out]`` weight), fake-quantized."""
 
     nf: int
     transposed = True
@@ -166,7 +166,7 @@ _TRANSPOSED: dict[type[nn.Module], type[QATLayer]] = {}
 
 
 def _transposed(kind: type[nn.Module]) -> type[QATLayer]:
-    """A subclass of transformers' class as well, made when such a layer is met: transformers is never imported here."""
+    """Create the subclass of transformers' class on first use, without that import."""
     if kind not in _TRANSPOSED:
         _TRANSPOSED[kind] = type("QATConv1D", (QATTransposedLinear, kind), {"__doc__": QATTransposedLinear.__doc__})
     return _TRANSPOSED[kind]

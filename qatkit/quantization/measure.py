@@ -1,4 +1,4 @@
-"""What quantization did to each layer, measured from the layer itself."""
+"""Measurements per layer: weight error, clipped fraction, sparsity and size."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qatkit.quantization.arithmetic import aligned, blocks, dequantize, quantize
+from qatkit.quantization.arithmetic import dequantize, quantize
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.prepare import qat_layers, quantized_weights
+from qatkit.quantization.slices import aligned, to_slices
 from qatkit.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One quantized layer."""
+    """The measurements of one quantized layer."""
 
     name: str
     weights: int
@@ -26,16 +27,19 @@ class LayerRow:
     weight_error: float
     """``||fake_quantize(w) - w|| / ||w||``."""
     clip_rate: float
-    """Share of weights outside the range of codes."""
+    """Fraction of weights outside the range of codes."""
     sparsity: float
-    """Share of weights whose code stands for zero."""
+    """Fraction of weights that are zero after quantization."""
     code_bytes: int
-    """Bytes of the codes at their own width, packed."""
+    """Bytes of the codes, packed at `weight_bits`."""
 
 
 @torch.no_grad()
 def layer_table(model: nn.Module) -> list[LayerRow]:
-    """Measure every fake-quantized layer of a model; sharded weights are gathered one layer at a time."""
+    """Measure every fake-quantized layer of a model.
+
+    Sharded weights are gathered one layer at a time.
+    """
     rows = []
     inputs = {name: layer.input_fake_quant for name, layer in qat_layers(model)}
     quantized = {name: (weight, fake_quant) for name, weight, fake_quant in quantized_weights(model)}
@@ -65,22 +69,22 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
 
 
 def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Round a weight and measure what that does to it, all on its device.
+    """Quantize a weight and measure the error, on its device.
 
     Args:
         weight: ``[out, ...]``, float32.
         scale: In its stored shape.
         zero_point: The shape of `scale`.
-        spec: Bits, symmetry and strategy.
+        spec: Its quantization.
 
     Returns:
-        The codes in the shape of `weight`, and ``[weight_error, clip_rate, sparsity]`` as `LayerRow` has them.
+        The codes in the shape of `weight`, and ``[weight_error, clip_rate, sparsity]`` as in `LayerRow`.
     """
     codes = quantize(weight, scale, zero_point, spec)
     values = dequantize(codes, scale, zero_point, spec)
     error = (values - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    # half a step beyond the last code is still nearest to it: only what lies further is clipped
-    v = blocks(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
+    # integer codes round to the last code up to half a step beyond it; only values further out are clipped
+    v = to_slices(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
     half = 0.0 if spec.is_float else 0.5
     clipped = ((v < spec.qmin - half) | (v > spec.qmax + half)).float().mean()
     return codes, torch.stack([error, clipped, (values == 0).float().mean()])

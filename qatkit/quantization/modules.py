@@ -1,34 +1,44 @@
-"""The module that rounds a tensor to its grid, and holds the scale where one is kept."""
+"""`FakeQuantize`: the module that fake-quantizes one tensor and stores its scale."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from qatkit.quantization.arithmetic import fake_quantize, round_scale, round_zero_point, tensor_scale_of, value_range
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.arithmetic import fake_quantize
+from qatkit.quantization.estimators import QParams, computed_qparams, load_estimator, mse_qparams
+from qatkit.quantization.grids import grid_of
+from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.ranges import RangeObserver
+from qatkit.quantization.scales import round_scale, round_zero_point, tensor_scale_of
+from qatkit.quantization.slices import value_range
 from qatkit.spec import QuantSpec
 
 Role = Literal["weight", "activation"]
 
 
 class FakeQuantize(nn.Module):
-    """Rounds a tensor to its grid in the forward pass and passes gradients straight through.
+    """Fake-quantizes a tensor in the forward pass, with straight-through gradients.
 
-    Where the scale comes from follows the spec: computed from the tensor on every call (min-max weights, activations
-    per token or group), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter (LSQ; with
-    LSQ+ also the offset, in the units of the tensor). What is learned is made in its final shape here, so that DDP,
-    FSDP2 and optimizers see it from the start.
+    The spec decides where the scale comes from: it is computed from the tensor on every call (min-max weights,
+    activations per token or group), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter
+    (LSQ; with LSQ+ also the offset, in the units of the tensor). Learned scales have their final shape from the start,
+    as DDP, FSDP2 and optimizers require.
 
     Args:
         spec: The quantization.
         role: "weight" or "activation".
         shape: Shape of the stored scale: ``[1]``, ``[out, 1]``, ``[out, groups]`` or ``[row blocks, column blocks]``.
-        device: Where the scale lives.
+        device: Device of the scale.
+
+    Example:
+        >>> fake_quant = FakeQuantize(QuantSpec(num_bits=4), "weight", (2, 1))
+        >>> fake_quant(torch.tensor([[3.5, 0.3], [7.0, -1.2]])).tolist()
+        [[3.5, 0.5], [7.0, -1.0]]
     """
 
     scale: Tensor | None
@@ -40,18 +50,20 @@ class FakeQuantize(nn.Module):
         super().__init__()
         self.spec = spec
         self.role = role
-        self.ran = False  # set by the first forward; a quantizer that stays False has never quantized anything
+        self.ran = False  # set by the first forward pass; stays False for a layer that never runs
         self.observer: RangeObserver | None = None
         self.dynamic = role == "activation" and spec.strategy in ("token", "group")
-        self.computed = self.dynamic or (role == "weight" and spec.observer in ("minmax", "absmean"))
-        self.shared = False  # by layers of one module that get the same input
-        self._inside = False  # while that module runs: what was rounded last is kept
+        self.computed = self.dynamic or (role == "weight" and OBSERVERS[spec.observer].computed)
+        self.shared = False  # True if several layers of one module read the same input through this quantizer
+        self._inside = False  # True while that module runs: the last result is cached
         self._last: tuple[Tensor, int, bool, tuple[Tensor, Tensor | None]] | None = None
         self.scale = self.offset = self.zero_point = self.tensor_scale = None
         if spec.two_level and not (self.computed and role == "weight"):
             del self.tensor_scale
             self.register_buffer("tensor_scale", torch.full((1,), torch.nan, device=device))
         self.ready = self.computed and self.tensor_scale is None
+        grid_of(spec)  # imported here, because torch.compile cannot follow an import
+        load_estimator(spec)
         if self.computed:
             return
         del self.scale, self.offset, self.zero_point
@@ -61,20 +73,20 @@ class FakeQuantize(nn.Module):
             self.scale = nn.Parameter(initial)
         else:
             self.register_buffer("scale", initial)
-        if spec.observer == "lsq_plus":
+        if OBSERVERS[spec.observer].learned_offset:
             self.offset = nn.Parameter(torch.zeros(shape, device=device))
             self.zero_point = None
         else:
             self.register_buffer("zero_point", torch.zeros(shape, device=device))
 
-    def initialize(self, weight: Tensor) -> None:
-        """Take the initial scale from a weight; nothing to do where it is computed on every call."""
+    def initialize(self, weight: Tensor, estimate: Callable[[Tensor, QuantSpec], QParams] = mse_qparams) -> None:
+        """Set the initial scale from a weight, unless the scale is computed on every call."""
         if self.computed:
             return
         if self.tensor_scale is not None:
             low, high = value_range(weight, self.spec)
             _assign(self.tensor_scale, tensor_scale_of(torch.maximum(-low, high), self.spec))
-        self.set_qparams(*mse_qparams(weight, self.spec))
+        self.set_qparams(*estimate(weight, self.spec))
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor, tensor_scale: Tensor | None = None) -> None:
@@ -91,13 +103,13 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_tensor_scale(self, tensor_scale: Tensor) -> None:
-        """Overwrite the scale over the scales, ``[1]``."""
+        """Overwrite the scale per tensor of two-level scales, ``[1]``."""
         assert self.tensor_scale is not None
         _assign(self.tensor_scale, tensor_scale)
         self.ready = self.computed or self.ready
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point that `x` is quantized with, rounded as the exported file holds them (float32)."""
+        """Return the scale and zero point for `x`, rounded as in the exported file (float32)."""
         if self.computed:
             return computed_qparams(x, self.spec, self.tensor_scale)
         assert self.scale is not None
@@ -108,7 +120,7 @@ class FakeQuantize(nn.Module):
         return scale, self.zero_point
 
     def whole_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What `qparams` gives for a whole `weight`, gathered where it is sharded, without gradients."""
+        """Return `qparams` for an unsharded `weight`, gathered and without gradients."""
         with torch.no_grad():
             scale, zero_point = self.qparams(weight)
             return full_tensor(scale), full_tensor(zero_point)
@@ -117,7 +129,7 @@ class FakeQuantize(nn.Module):
         return self.with_scale(x)[0]
 
     def with_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rounded tensor and the scale it was rounded with; `x` and None while calibration watches."""
+        """Return the fake-quantized tensor and its scale; during calibration, `x` itself and None."""
         self.ran = True
         if self.observer is not None:
             self.observer.update(x)
@@ -125,25 +137,25 @@ class FakeQuantize(nn.Module):
         if not self.ready:
             raise RuntimeError(
                 "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, or "
-                "let QuantizationAwareTraining do it: fit before validate, test and predict, or give them ckpt_path"
+                "use QuantizationAwareTraining and call fit before validate, test and predict, or pass ckpt_path"
             )
-        # a compiler finds equal expressions itself; an inference tensor does not say whether it was changed in place
+        # a compiler merges equal expressions itself; inference tensors do not record in-place changes
         if not self._inside or not self.dynamic or torch.compiler.is_compiling() or x.is_inference():
-            return self._rounded(x)
+            return self._fake_quantized(x)
         last, grad = self._last, torch.is_grad_enabled()
         if last is None or last[0] is not x or last[1:3] != (x._version, grad):
-            self._last = last = (x, x._version, grad, self._rounded(x))
+            self._last = last = (x, x._version, grad, self._fake_quantized(x))
         return last[3]
 
     def share(self, around: nn.Module) -> None:
-        """Let layers of one module share this quantizer: while the module runs, an input is rounded once."""
+        """Share this quantizer among layers of `around`, so that an input is quantized once."""
         if not self.shared:
             self.shared = True
             around.register_forward_pre_hook(self._enter)
             around.register_forward_hook(self._leave, always_call=True)
 
     def unshare(self, around: nn.Module) -> None:
-        """Take the hooks of `share` away."""
+        """Remove the hooks of `share`."""
         for hooks in (around._forward_pre_hooks, around._forward_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(hook, "__self__", None) is self:
@@ -156,13 +168,16 @@ class FakeQuantize(nn.Module):
     def _leave(self, *_: object) -> None:
         self._inside, self._last = False, None
 
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _fake_quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = self.qparams(x)
         gradient_scale = self._gradient_scale(x, scale)
         return fake_quantize(x, scale, zero_point, self.spec, gradient_scale, clips=not self.computed), scale
 
     def _gradient_scale(self, x: Tensor, scale: Tensor) -> float:
-        """LSQ, section 2.2: one over the root of (elements that share a scale, of one sample) times qmax."""
+        """Compute LSQ's ``1 / sqrt(N * qmax)`` (section 2.2).
+
+        N is the number of values per scale; for activations, of one sample.
+        """
         size = x.numel() / max(scale.numel(), 1) if self.role == "weight" else x.numel() / max(x.shape[0], 1)
         return 1.0 / math.sqrt(max(size, 1) * self.spec.qmax)
 
@@ -178,7 +193,7 @@ class FakeQuantize(nn.Module):
 
 
 class _RoundScale(torch.autograd.Function):
-    """`round_scale` whose gradient passes through the rounding, with the sign of the absolute value."""
+    """`round_scale` with a straight-through gradient, times the sign of the scale."""
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None) -> Tensor:
@@ -193,7 +208,7 @@ class _RoundScale(torch.autograd.Function):
 
 
 class _RoundZeroPoint(torch.autograd.Function):
-    """`round_zero_point` whose gradient passes through the rounding."""
+    """`round_zero_point` with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -205,7 +220,7 @@ class _RoundZeroPoint(torch.autograd.Function):
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded (a DTensor), as a plain detached tensor."""
+    """Gather a tensor that may be sharded (a DTensor), as a plain detached tensor."""
     gather = getattr(tensor, "full_tensor", None)
     return cast(Tensor, gather()) if gather is not None else tensor.detach()
 

@@ -1,29 +1,28 @@
-"""What a layer's weights and scales do while they train, observed now and then and without waiting for the device."""
+"""Statistics of a layer's weights and scales during training, without host syncs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from qatkit.quantization.grids import from_codes
+from qatkit.quantization.grids import grid_of
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.measure import measure_weight
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers
 
 SAMPLE = 2**16
-"""Weights of a layer that are looked at; larger layers are sampled in whole rows, evenly spaced."""
+"""Weights per layer that are measured; from larger layers, evenly spaced rows are sampled."""
 BINS = 16
 NUMBERS = ("weight_error", "clip_rate", "sparsity", "oscillation", "weight_scale", "input_scale")
 
 
 class LayerWatch:
-    """Observes one layer again and again; memory: two bytes for each of at most `SAMPLE` weights.
+    """Measures one layer repeatedly; it keeps two bytes for each of at most `SAMPLE` weights.
 
-    An oscillation is what Nagel et al. (2022, https://arxiv.org/abs/2203.11086) define: the integer weight changes, in
-    the direction opposite to its change before. They look at every step and keep a running mean of a frequency; here
-    only the steps that are observed count, so that a weight which goes and comes back in between is not seen: the share
-    is a lower bound.
+    Oscillation follows Nagel et al. (2022, https://arxiv.org/abs/2203.11086): the integer weight changes in the
+    direction opposite to its previous change. They measure every step and average a frequency; here only the observed
+    steps count, so the fraction is a lower bound: a weight that leaves and returns between two observations is missed.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat
@@ -35,7 +34,7 @@ class LayerWatch:
 
     def __init__(self) -> None:
         self._codes: Tensor | None = None
-        self._direction: Tensor | None = None  # of the last change of every code; int8
+        self._direction: Tensor | None = None  # direction of each code's last change, int8
         self._span: tuple[float, float] = (0, 0)
 
     @torch.no_grad()
@@ -43,11 +42,11 @@ class LayerWatch:
         """Measure the layer now.
 
         Args:
-            layer: A quantized layer, or any with a weight matrix; sharded weights are gathered, on every process.
+            layer: A quantized layer, or any layer with a weight matrix; sharded weights are gathered on every process.
 
         Returns:
-            The `NUMBERS` in float32 on the layer's device. NaN stands for what the layer does not have: an oscillation
-            needs three observations, and a scale a quantizer with static scales.
+            The `NUMBERS` in float32 on the layer's device. A number that the layer does not have is NaN: oscillation
+            needs three observations, and the input scale a quantizer with a static scale.
         """
         assert isinstance(layer.weight, Tensor)
         weight = full_tensor(layer.matrix if isinstance(layer, QATLayer) else layer.weight)
@@ -60,23 +59,23 @@ class LayerWatch:
             scale = None
         else:
             spec = fake_quant.spec
-            # a scale per row can be computed from the sampled rows alone, one for all needs every weight
+            # computed scales per row need the sampled rows only; any other scale needs every weight
             own = fake_quant.computed and spec.strategy in ("channel", "group") and not spec.two_level
             if spec.strategy == "block":
-                sample = weight.float()  # rows of different blocks cannot be told apart in a sample
+                sample = weight.float()  # a sample of rows does not align with blocks
             scale, zero_point = fake_quant.whole_qparams(sample if own else weight.float())
             if not own and spec.strategy in ("channel", "group"):
                 scale, zero_point = scale[::every], zero_point[::every]
             codes, costs = measure_weight(sample, scale, zero_point, spec)
             if spec.is_float:
-                codes = from_codes(codes, zero_point, spec)  # the bits of a float do not rise with its value
-            numbers = torch.cat([costs, self._turned(codes, missing).view(1)])
+                codes = grid_of(spec).decode(codes, zero_point)  # bit patterns of floats do not sort by value
+            numbers = torch.cat([costs, self._oscillating(codes, missing).view(1)])
             self._span = (spec.qmin, spec.qmax)
         inputs = layer.input_fake_quant if isinstance(layer, QATLayer) else None
         return torch.cat([numbers, torch.stack([_mean(scale, missing), _mean(_static(inputs), missing)])])
 
-    def _turned(self, codes: Tensor, missing: Tensor) -> Tensor:
-        """Share of codes that changed against their last direction."""
+    def _oscillating(self, codes: Tensor, missing: Tensor) -> Tensor:
+        """Compute the fraction of codes that changed against their last direction."""
         before, self._codes = self._codes, codes
         if before is None or before.shape != codes.shape:
             self._direction = None
@@ -90,7 +89,7 @@ class LayerWatch:
         return turned
 
     def histogram(self) -> Tensor:
-        """Observed codes in `BINS` equal bins from the lowest code to the highest, int64; zeros before any."""
+        """Count the observed codes in `BINS` equal bins over the range of codes, int64."""
         if self._codes is None:
             return torch.zeros(BINS, dtype=torch.int64)
         low, high = self._span
@@ -99,7 +98,7 @@ class LayerWatch:
 
 
 def observed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The quantized layers of a model; where there are none, every module with a weight matrix."""
+    """Return the quantized layers or, if there are none, modules with a weight matrix."""
     quantized = qat_layers(model)
     if quantized:
         return list(quantized)
@@ -113,7 +112,7 @@ def observed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _static(fake_quant: FakeQuantize | None) -> Tensor | None:
-    """The scale that a quantizer keeps, if it keeps one."""
+    """Return the stored scale of a quantizer, or None."""
     return None if fake_quant is None or fake_quant.scale is None else full_tensor(fake_quant.scale)
 
 

@@ -1,4 +1,4 @@
-"""Swap a model's layers for fake-quantized ones, and back."""
+"""Replace layers of a model by fake-quantized ones, and back."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from qatkit.quantization.kv_cache import attention_modules, quantize_kv, strip_k
 from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.selection import select
+from qatkit.quantization.slices import scale_shape
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"),
 )  # fmt: skip
-"""Names of layers that get the same input, in transformers' models."""
+"""Names of layers that read the same input in transformers models."""
 
 
 def prepare_qat(
@@ -32,30 +33,30 @@ def prepare_qat(
     kv_cache: QuantSpec | None = None,
     share_inputs: bool = False,
 ) -> list[str]:
-    """Make the selected layers of `model` compute with quantized weights and inputs, in place.
+    """Fake-quantize the weights and inputs of the selected layers of `model`, in place.
 
     Parameters keep their identity and their names, so optimizers, weight ties and checkpoints stay valid. Weight scales
-    are set from the weights; static activation scales (`strategy="tensor"`) wait for `calibrate`.
+    are set from the weights; static activation scales (`strategy="tensor"`) are set by `calibrate`.
 
     Args:
         model: Any module.
-        weight: How weights are quantized; None leaves them as they are.
-        activation: How each layer's input is quantized; None leaves it as it is.
-        include: Globs over layer names; every one must match a layer. Embeddings have to be named: ``*`` and
-            ``model.*`` leave them out.
-        exclude: Globs over layer names that are left alone; every one must match a layer.
-        layers: By glob, what is quantized otherwise; of several that match a layer the last decides. Without `weight`
-            and `activation` these are the only layers.
-        kv_cache: How the keys and values of a transformers model's attention are quantized, per tensor or per token.
-        share_inputs: Give layers that read the same input (q/k/v, gate/up) one static scale instead of one each.
-            Dynamic activations are always quantized once. ONNX Runtime only fuses layers with scales of their own.
+        weight: Quantization of weights; None leaves them unquantized.
+        activation: Quantization of each layer's input; None leaves it unquantized.
+        include: Globs over layer names; every glob must match a layer. An embedding must be named: ``*`` and
+            ``model.*`` do not select embeddings.
+        exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
+        layers: Quantization by glob, instead of `weight` and `activation`; the last matching glob wins. Without
+            `weight` and `activation`, only these layers are quantized.
+        kv_cache: Quantization of the keys and values of a transformers model's attention, per tensor or per token.
+        share_inputs: Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one
+            each. Dynamic activations are always quantized once. ONNX Runtime only fuses layers with separate scales.
 
     Returns:
-        The names of the swapped layers, in the model's order, then those of attention modules with a quantized cache.
+        The names of the swapped layers in model order, then those of attention modules with a quantized cache.
 
     Raises:
-        QatkitError: a pattern selects nothing or a layer that cannot be quantized, a group size does not divide a
-            layer's input, or a weight is not finite.
+        QatkitError: A glob matches nothing or a layer that cannot be quantized, a group size does not divide a layer's
+            inputs, or a weight is non-finite.
 
     Example:
         >>> from torch import nn
@@ -72,7 +73,7 @@ def prepare_qat(
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Keep torch's fused encoder layer, which computes with the raw weights in eval mode, off quantized children."""
+    """Disable torch's fused encoder layer, which reads raw weights, where it is quantized."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             quantized = any(isinstance(child, QATLayer) for child in module.children())
@@ -81,7 +82,7 @@ def set_fast_paths(model: nn.Module) -> None:
 
 
 def strip_qat(model: nn.Module) -> list[str]:
-    """Turn fake-quantized layers back into plain ones that hold the latent (unrounded) weights, in place.
+    """Turn fake-quantized layers back into plain ones with the latent weights, in place.
 
     Returns:
         The names of the layers that changed.
@@ -94,7 +95,7 @@ def strip_qat(model: nn.Module) -> list[str]:
         layer = model.get_submodule(name)
         if isinstance(layer, QATExperts):
             for projection in layer.projections:
-                layer._modules.pop(f"{projection}_fake_quant", None)  # missing after an interrupt in the middle
+                layer._modules.pop(f"{projection}_fake_quant", None)  # missing after an interrupted swap
             layer.__class__ = cast("type[QATExperts]", plain_class(layer))
             continue
         fake_quant = layer.input_fake_quant
@@ -107,28 +108,31 @@ def strip_qat(model: nn.Module) -> list[str]:
 
 
 def qat_layers(model: nn.Module) -> list[tuple[str, QATLayer]]:
-    """The fake-quantized layers of a model, with their names; fused experts are not among them."""
+    """Return the fake-quantized layers of a model with their names, except fused experts."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QATLayer)]
 
 
 def fake_quantizers(model: nn.Module) -> list[tuple[str, FakeQuantize]]:
-    """The fake quantizers of a model, with their names; a shared one once."""
+    """Return the fake quantizers of a model with their names; a shared one appears once."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantize)]
 
 
 def quantized_weights(model: nn.Module) -> list[tuple[str, Tensor, FakeQuantize]]:
-    """Every fake-quantized weight ``[out, in, ...]`` with its name (experts: of the projection) and quantizer."""
-    found: list[tuple[str, Tensor, FakeQuantize]] = []
+    """Return every fake-quantized weight ``[out, in, ...]`` with its name and quantizer.
+
+    The name is that of the layer or of the expert projection.
+    """
+    weights: list[tuple[str, Tensor, FakeQuantize]] = []
     for name, module in model.named_modules():
         if isinstance(module, QATLayer) and module.weight_fake_quant is not None:
-            found.append((name, module.matrix, module.weight_fake_quant))
+            weights.append((name, module.matrix, module.weight_fake_quant))
         elif isinstance(module, QATExperts):
-            found += [(f"{name}.{part}", module.matrix(part), module.fake_quant(part)) for part in module.projections]
-    return found
+            weights += [(f"{name}.{part}", module.matrix(part), module.fake_quant(part)) for part in module.projections]
+    return weights
 
 
 def swap_layer(layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
-    """Make one plain layer compute with quantized values, in place."""
+    """Fake-quantize one plain layer, in place."""
     if is_experts(layer):
         assert weight is not None
         projections = tuple(name for name, _ in expert_weights(layer))
@@ -150,10 +154,11 @@ def swap_layer(layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec
 
 
 def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> None:
-    """Quantize an input once for all layers that read it: one fake quantizer for the children of one module.
+    """Share the fake quantizers of inputs that several layers read, and of tied weights.
 
-    Dynamic ones are always shared: they hold nothing but the last input, and let go of it when the module around them
-    is done. Tied weights share the weight's quantizer, so that one tensor ships. Static inputs are shared if asked.
+    Dynamic input quantizers are always shared: they only cache the last input, and release it when the parent module
+    returns. Tied weights share one quantizer, so that one tensor is exported. Static input quantizers are shared if
+    `static` is set.
     """
     chosen = {name: layer for name, layer in qat_layers(model) if name in set(names)}
     owners: dict[int, FakeQuantize | None] = {}
@@ -166,7 +171,7 @@ def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> No
         parent, _, own = name.rpartition(".")
         around = model.get_submodule(parent)
         if isinstance(around, nn.ModuleList | nn.ModuleDict):
-            continue  # never called, so it could not say when the input is done with
+            continue  # never called itself, so its hooks would not release the input
         family: object = True
         if not fake_quant.dynamic:
             family = next((family for family in SIBLINGS if own in family), None)
@@ -180,16 +185,7 @@ def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> No
 
 
 def _weight_quantizer(weight: Tensor, spec: QuantSpec) -> FakeQuantize:
-    fake_quant = FakeQuantize(spec, "weight", _scale_shape(weight.shape, spec), weight.device)
+    fake_quant = FakeQuantize(spec, "weight", scale_shape(weight.shape, spec), weight.device)
     if not weight.is_meta:
         fake_quant.initialize(weight)
     return fake_quant
-
-
-def _scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
-    if spec.strategy == "tensor":
-        return (1,)
-    if spec.block_structure is not None:
-        rows, columns = spec.block_structure
-        return (-(-shape[0] // rows), -(-shape[1] // columns))
-    return (shape[0], 1 if spec.group_size is None else shape[1] // spec.group_size)

@@ -1,16 +1,21 @@
-"""What calibration remembers of static activations, and how that becomes a range.
+"""Statistics of static activations, and the ranges that observers choose from them.
 
-A histogram has one bin per bfloat16 number (the top 16 bits of a float32), so that no range has to be known before and
-the histograms of several processes simply add up.
+A histogram has one bin per bfloat16 number (the top 16 bits of a float32). So it needs no range in advance, and the
+histograms of several processes add up.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from qatkit.quantization.arithmetic import choose_qparams, fake_quantize
-from qatkit.quantization.observers import mse_qparams
+from qatkit.common.tables import implementation
+from qatkit.quantization.arithmetic import fake_quantize
+from qatkit.quantization.estimators import QParams, mse_qparams
+from qatkit.quantization.observers import OBSERVERS
+from qatkit.quantization.scales import choose_qparams
 from qatkit.spec import QuantSpec
 
 BINS = 1 << 16
@@ -18,13 +23,16 @@ _KL_BINS = 2048
 
 
 class RangeObserver:
-    """The smallest and largest activation that passed, over everything and on average over the calls.
+    """Records the smallest and largest activation, over all calls and on average per call.
+
+    Args:
+        histogram: Count the values per bin as well.
 
     Attributes:
-        low: Smallest value, float32 ``[1]``; None before the first.
+        low: Smallest value, float32 ``[1]``; None before the first call.
         high: Largest value, float32 ``[1]``.
-        sums: Sum over the calls of their smallest and of their largest value, and the number of calls; float64 ``[3]``.
-        counts: Values per bin, int64 ``[BINS]``; None unless `histogram`.
+        sums: Sum of the smallest and of the largest values of the calls, and number of calls; float64 ``[3]``.
+        counts: Values per bin, int64 ``[BINS]``; None without a histogram.
     """
 
     def __init__(self, histogram: bool = False) -> None:
@@ -34,7 +42,7 @@ class RangeObserver:
         self.counts: Tensor | None = torch.zeros(BINS, dtype=torch.int64) if histogram else None
 
     def update(self, x: Tensor) -> None:
-        """Take in `x`; an empty tensor (an expert that got no token) says nothing."""
+        """Record `x`; an empty tensor (an expert that got no token) is skipped."""
         if x.numel() == 0:
             return
         x = x.detach().float()
@@ -47,13 +55,8 @@ class RangeObserver:
             self.counts += torch.bincount(bits + BINS // 2, minlength=BINS).cpu()
 
 
-def needs_histogram(spec: QuantSpec) -> bool:
-    """Whether a static range is chosen from the distribution of the values."""
-    return spec.observer in ("percentile", "kl", "mse", "lsq", "lsq_plus")
-
-
 def histogram_values(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The middle of every bin that is not empty, float32 ascending, and its count, float64."""
+    """Return the middle of every non-empty bin, float32 ascending, and its count, float64."""
     used = counts.nonzero().flatten()
     bits = (used - BINS // 2).to(torch.int32) << 16
     lower = bits.view(torch.float32)
@@ -65,40 +68,76 @@ def histogram_values(counts: Tensor) -> tuple[Tensor, Tensor]:
     return middle[order], counts[used][order].double()
 
 
-def static_qparams(
-    low: Tensor, high: Tensor, mean: Tensor, counts: Tensor | None, spec: QuantSpec
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a static activation from what calibration saw.
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of one static activation, over all batches and processes.
+
+    Attributes:
+        low: Smallest value, float32 ``[1]``.
+        high: Largest value, float32 ``[1]``.
+        mean: Mean over the calls of their smallest and largest value, float32 ``[2]``.
+        counts: Histogram of the values; None unless the observer needs one.
+    """
+
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    counts: Tensor | None = None
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """The values of the histogram and their counts, as `histogram_values` returns them."""
+        assert self.counts is not None
+        return histogram_values(self.counts)
+
+
+def static_qparams(statistics: Statistics, spec: QuantSpec) -> QParams:
+    """Choose scale and zero point of a static activation with the spec's observer.
 
     Args:
-        low: Smallest value, float32 ``[1]``.
-        high: Largest value, ``[1]``.
-        mean: Mean over the calls of their smallest and largest value, float32 ``[2]``.
-        counts: Histogram of the values, where the observer needs one.
+        statistics: From calibration.
         spec: The quantization, strategy "tensor".
 
     Returns:
         Scale and zero point, float32 ``[1]``.
     """
-    if spec.observer == "moving_average":
-        return choose_qparams(mean[:1], mean[1:], spec)
-    if counts is None:
-        return choose_qparams(low, high, spec)
-    values, weights = histogram_values(counts)
-    if spec.observer == "percentile":
-        low, high = _percentile(values, weights, spec)
-    elif spec.observer == "kl":
-        share = _kl_share(values, weights, spec)
-        low, high = low * share, high * share
-    else:  # mse; and where learning starts
-        return mse_qparams(
-            values, spec, steps=200, smallest=0.01, weights=weights
-        )  # one outlier may be 100 times the rest
-    return choose_qparams(low, high, spec)
+    qparams: QParams = implementation(OBSERVERS[spec.observer].from_statistics)(statistics, spec)
+    return qparams
+
+
+def full_range(statistics: Statistics, spec: QuantSpec) -> QParams:
+    """Keep every value (``observer: minmax``)."""
+    return choose_qparams(statistics.low, statistics.high, spec)
+
+
+def mean_range(statistics: Statistics, spec: QuantSpec) -> QParams:
+    """Keep the mean range of the calls (``observer: moving_average``)."""
+    return choose_qparams(statistics.mean[:1], statistics.mean[1:], spec)
+
+
+def least_squares_range(statistics: Statistics, spec: QuantSpec) -> QParams:
+    """Search the range with the least squared error (``observer: mse``; start of LSQ)."""
+    values, weights = statistics.values
+    # the narrowest range is 1 % of the full one: an outlier may be 100 times as large as all other values
+    return mse_qparams(values, spec, steps=200, smallest=0.01, weights=weights)
+
+
+def kl_range(statistics: Statistics, spec: QuantSpec) -> QParams:
+    """Search the range with the least KL divergence (``observer: kl``)."""
+    fraction = _kl_fraction(*statistics.values, spec)
+    return choose_qparams(statistics.low * fraction, statistics.high * fraction, spec)
+
+
+def percentile_range(statistics: Statistics, spec: QuantSpec) -> QParams:
+    """Keep ``spec.percentile`` percent of the values (``observer: percentile``)."""
+    return choose_qparams(*_percentile(*statistics.values, spec), spec)
 
 
 def _percentile(values: Tensor, weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The range of that percentage of the values: of magnitudes if symmetric, else cut alike at both ends."""
+    """Find the range that keeps the percentile of the values.
+
+    Symmetric codes keep the smallest magnitudes; otherwise both ends lose the same fraction.
+    """
     keep = spec.percentile / 100
     if spec.symmetric:
         values, order = values.abs().sort()
@@ -112,11 +151,11 @@ def _percentile(values: Tensor, weights: Tensor, spec: QuantSpec) -> tuple[Tenso
     return values[torch.searchsorted(total, (1 - keep) / 2).clamp(max=len(values) - 1)].view(1), top
 
 
-def _kl_share(values: Tensor, weights: Tensor, spec: QuantSpec) -> float:
-    """The share of the range whose clipped and quantized distribution is nearest to the real one.
+def _kl_fraction(values: Tensor, weights: Tensor, spec: QuantSpec) -> float:
+    """Find the fraction of the range whose quantized distribution is closest to the data.
 
-    Migacz, "8-bit inference with TensorRT", GTC 2017, slide 38, on 2048 equal bins over the whole range; both ends are
-    moved alike, so it also serves asymmetric codes.
+    Migacz, "8-bit inference with TensorRT", GTC 2017, slide 38, on 2048 equal bins over the full range. Both ends are
+    scaled by the same fraction, so asymmetric codes are supported as well.
     """
     low, high = values.amin(), values.amax()
     if spec.symmetric:
@@ -129,13 +168,13 @@ def _kl_share(values: Tensor, weights: Tensor, spec: QuantSpec) -> float:
     bins = torch.zeros(_KL_BINS, dtype=torch.float64)
     bins.index_add_(0, ((values - low) / step).long().clamp(max=_KL_BINS - 1), weights)
     middles = low + (torch.arange(_KL_BINS) + 0.5) * step
-    best, best_share = float("inf"), 1.0
-    for share in torch.linspace(1.0, 0.05, 191).tolist():
-        # codes of the clipped values: fake quantization maps every bin to its code's value
+    best, best_fraction = float("inf"), 1.0
+    for fraction in torch.linspace(1.0, 0.05, 191).tolist():
+        # fake quantization maps every bin to the value of its code, which identifies the code
         scale, zero_point = choose_qparams(
-            (low if not spec.symmetric else -high).view(1) * share, high.view(1) * share, spec
+            (low if not spec.symmetric else -high).view(1) * fraction, high.view(1) * fraction, spec
         )
-        kept = (middles >= low * share) & (middles <= high * share)
+        kept = (middles >= low * fraction) & (middles <= high * fraction)
         if not kept.any():
             continue
         reference = bins * kept
@@ -149,8 +188,8 @@ def _kl_share(values: Tensor, weights: Tensor, spec: QuantSpec) -> float:
         places = torch.zeros_like(mass).index_add_(0, code, filled).clamp(min=1)
         candidate = (mass / places)[code] * filled
         p, q = reference[kept] / reference.sum(), candidate / candidate.sum().clamp(min=1e-300)
-        # what clipping put where the candidate has nothing costs as much as a tiny probability does
+        # clipping adds mass where the candidate has none; there the candidate counts as a tiny probability
         divergence = float((p * (p.clamp(min=1e-300).log() - q.clamp(min=1e-9).log())).sum())
         if divergence < best:
-            best, best_share = divergence, share
-    return best_share
+            best, best_fraction = divergence, fraction
+    return best_fraction

@@ -1,18 +1,17 @@
-"""Which layers of a model are quantized, and how: globs over layer names, and every check before anything changes."""
+"""Layer selection: globs over layer names, with the quantization of the matching layers."""
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.errors import QatkitError, QatkitWarning, did_you_mean, under
 from qatkit.quantization.experts import QATExperts, expert_weights, is_experts
 from qatkit.quantization.kv_cache import attention_modules, check_kv_quantization
+from qatkit.quantization.layer_checks import check_layer, check_ties
 from qatkit.quantization.layers import SWAPS, QATLayer, swap_of
 from qatkit.schemes import Scheme, check_kv_cache
 from qatkit.spec import QuantSpec
@@ -29,24 +28,24 @@ def select(
     layers: Mapping[str, Scheme] | None = None,
     kv_cache: QuantSpec | None = None,
 ) -> Selection:
-    """The layers that are to be quantized and how, in the model's order; nothing is changed.
+    """Choose the layers to quantize, in model order, and check them; nothing is changed.
 
-    Only exact types are taken: a subclass (a bitsandbytes `Linear4bit`, the `out_proj` of `nn.MultiheadAttention`)
-    computes something else with its weight, and swapping it would be silently wrong. An embedding is only taken by a
-    pattern that names it: the last part of ``*`` or ``model.*`` names every layer, and none in particular.
+    Only exact types are selected: a subclass (a bitsandbytes `Linear4bit`, the `out_proj` of `nn.MultiheadAttention`)
+    uses its weight in another way, and a swap would silently compute something else. An embedding is selected only by
+    a glob that names it: globs whose last part is ``*``, such as ``*`` or ``model.*``, do not.
 
     Args:
         model: Any module.
-        weight: How weights are quantized, unless `layers` says otherwise.
-        activation: How inputs are quantized, unless `layers` says otherwise.
-        include: Globs over layer names; every one must match a layer.
-        exclude: Globs over layer names that are left alone; every one must match a layer.
-        layers: By glob, what is quantized otherwise; of several that match a layer the last decides.
-        kv_cache: How keys and values are quantized; only checked here.
+        weight: Quantization of weights, unless `layers` overrides it.
+        activation: Quantization of inputs, unless `layers` overrides it.
+        include: Globs over layer names; every glob must match a layer.
+        exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
+        layers: Quantization by glob; the last matching glob wins.
+        kv_cache: Quantization of keys and values; it is only checked here.
 
     Raises:
-        QatkitError: a pattern selects nothing or a layer that cannot be quantized, a size does not divide, or a weight
-            is not finite.
+        QatkitError: A glob matches nothing or a layer that cannot be quantized, a size does not divide, or a weight is
+            non-finite.
     """
     layers = layers or {}
     check_arguments(weight, activation, include, exclude, layers, kv_cache)
@@ -55,44 +54,50 @@ def select(
         check_kv_cache(kv_cache)
         check_kv_quantization(model, exclude)
         if default == Scheme() and not layers:
-            if list(include) != ["*"]:
-                raise QatkitError(f"include: {list(include)} has no meaning with kv_cache alone; leave it out")
-            for index, pattern in enumerate(exclude):
-                _check_pattern(f"exclude[{index}]", pattern, dict(attention_modules(model)), {}, must_fit=False)
+            _check_kv_patterns(model, include, exclude)
             return {}
     if default == Scheme():
         if not layers:
-            raise QatkitError("prepare_qat: neither weight nor activation is given; write weight=QuantSpec(num_bits=8)")
+            raise QatkitError(
+                "neither weight nor activation is quantized", key="weight", advice="pass weight=QuantSpec(num_bits=8)"
+            )
         include = ()
-    fits, foreign = _candidates(model)
-    known = [*fits, *foreign]
+    candidates, others = _candidates(model)
+    known = [*candidates, *others]
     excluded = {name for name in known if any(fnmatchcase(name, pattern) for pattern in exclude)}
     named = [(f"include[{index}]", pattern) for index, pattern in enumerate(include)]
     named += [(f"layers['{pattern}']", pattern) for pattern in layers]
     patterns = [pattern for _, pattern in named]
-    for name, module in foreign.items():
+    for name, module in others.items():
         if isinstance(module, QATLayer | QATExperts) and name not in excluded and _matches(name, module, patterns):
-            raise QatkitError(f"layer '{name}' is already fake-quantized; exclude it, or call strip_qat(model) first")
+            raise QatkitError(
+                f"layer '{name}' is already fake-quantized", advice="exclude it, or call strip_qat(model) first"
+            )
     for key, pattern in named:
-        _check_pattern(key, pattern, fits, foreign, must_fit=True)
+        _check_pattern(key, pattern, candidates, others, must_fit=True)
     attention = dict(attention_modules(model)) if kv_cache is not None else {}
     for index, pattern in enumerate(exclude):
-        _check_pattern(f"exclude[{index}]", pattern, fits | attention, foreign, must_fit=False)
+        _check_pattern(f"exclude[{index}]", pattern, candidates | attention, others, must_fit=False)
     chosen: Selection = {}
-    for name, module in fits.items():
+    keys: dict[str, str] = {}
+    for name, module in candidates.items():
         if name in excluded or not _matches(name, module, patterns):
             continue
-        scheme = default
-        for pattern, own in layers.items():
-            scheme = own if _matches(name, module, [pattern]) else scheme
+        glob = next((pattern for pattern in reversed(list(layers)) if _matches(name, module, [pattern])), None)
+        scheme = default if glob is None else layers[glob]
         if scheme != Scheme():
             chosen[name] = scheme
+            keys[name] = "" if glob is None else f"layers['{glob}']"
     if not chosen:
-        raise QatkitError(f"include {list(include)} minus exclude {list(exclude)} leaves no layer to quantize")
-    _warn_of_missed(foreign, excluded, patterns)
-    _check_ties(model, chosen)
+        raise QatkitError(
+            f"include {list(include)} without exclude {list(exclude)} selects no layer", key="exclude",
+            advice="exclude fewer layers",
+        )  # fmt: skip
+    _warn_of_skipped(others, excluded, patterns)
+    check_ties(model, chosen)
     for name, scheme in chosen.items():
-        _check(name, fits[name], scheme)
+        with under(keys[name]):
+            check_layer(name, candidates[name], scheme)
     return chosen
 
 
@@ -104,35 +109,48 @@ def check_arguments(
     layers: Mapping[str, object],
     kv_cache: object,
 ) -> None:
-    """Refuse what `prepare_qat` and the callback cannot take, such as a scheme where a spec is expected."""
+    """Check the types of the arguments that `prepare_qat` and the callback share."""
     for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
         if isinstance(spec, Scheme):
-            raise QatkitError(f"{name}: a scheme holds two specs; write weight=w8a8.weight, activation=w8a8.activation")
+            raise QatkitError(
+                "a scheme holds two specs", key=name, advice="pass weight=w8a8.weight, activation=w8a8.activation"
+            )
         if spec is not None and not isinstance(spec, QuantSpec):
-            raise QatkitError(f"{name}: {spec!r} is no QuantSpec; write QuantSpec(num_bits=8)")
+            raise QatkitError(f"{spec!r} is not a QuantSpec", key=name, advice="pass QuantSpec(num_bits=8)")
     for name, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
-            raise QatkitError(f"{name}: '{patterns}' is no list of patterns; write ['{patterns}']")
-    for glob, how in layers.items():
-        if not isinstance(how, Scheme):
+            raise QatkitError(f"'{patterns}' is not a list of globs", key=name, advice=f"pass ['{patterns}']")
+    for glob, scheme in layers.items():
+        if not isinstance(scheme, Scheme):
             raise QatkitError(
-                f"layers['{glob}']: {how!r} is no Scheme; write scheme('W8A16') or Scheme(weight=QuantSpec(num_bits=8))"
-            )
+                f"{scheme!r} is not a Scheme", key=f"layers['{glob}']",
+                advice="pass scheme('W8A16') or Scheme(weight=QuantSpec(num_bits=8))",
+            )  # fmt: skip
+
+
+def _check_kv_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Check the globs where only keys and values are quantized."""
+    if list(include) != ["*"]:
+        raise QatkitError(
+            f"{list(include)} has no effect where only kv_cache is quantized", key="include", advice="remove include"
+        )
+    for index, pattern in enumerate(exclude):
+        _check_pattern(f"exclude[{index}]", pattern, dict(attention_modules(model)), {}, must_fit=False)
 
 
 def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Layers that can be quantized, and other modules that hold parameters."""
-    fits: dict[str, nn.Module] = {}
-    foreign: dict[str, nn.Module] = {}
+    """Return the layers that can be quantized, and the other modules that hold parameters."""
+    candidates: dict[str, nn.Module] = {}
+    others: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if swap_of(type(module)) is not None or is_experts(module):
-            fits[name] = module
+            candidates[name] = module
         elif name and (hasattr(module, "weight") or next(module.parameters(recurse=False), None) is not None):
-            foreign[name] = module
-    return fits, foreign
+            others[name] = module
+    return candidates, others
 
 
-def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
+def _matches(name: str, module: nn.Module, patterns: Iterable[str]) -> bool:
     explicit = isinstance(module, nn.Embedding)
     return any(
         fnmatchcase(name, pattern) and not (explicit and set(pattern.rpartition(".")[2]) <= {"*", "?"})
@@ -141,126 +159,38 @@ def _matches(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
 
 
 def _check_pattern(
-    key: str, pattern: str, fits: Mapping[str, nn.Module], foreign: Mapping[str, nn.Module], must_fit: bool
+    key: str, pattern: str, candidates: Mapping[str, nn.Module], others: Mapping[str, nn.Module], must_fit: bool
 ) -> None:
-    if any(fnmatchcase(name, pattern) for name in fits):
+    if any(fnmatchcase(name, pattern) for name in candidates):
         return
-    others = [name for name in foreign if fnmatchcase(name, pattern)]
-    if others and must_fit:
+    matched = [name for name in others if fnmatchcase(name, pattern)]
+    if matched and must_fit:
         kinds = ", ".join(sorted(kind.__name__ for kind in SWAPS))
         raise QatkitError(
-            f"{key}: '{pattern}' selects '{others[0]}', a {type(foreign[others[0]]).__name__}, which cannot be "
-            f"quantized (only {kinds}, transformers' Conv1D and fused experts can); leave it out"
-        )
-    if not others:
-        near = difflib.get_close_matches(pattern, fits, n=3, cutoff=0.3) or list(fits)[:3]
-        known = f"the nearest are {near}" if near else "the model has no layer that can be quantized"
-        raise QatkitError(f"{key}: '{pattern}' matches no layer; {known}")
+            f"'{pattern}' selects '{matched[0]}', a {type(others[matched[0]]).__name__}, which cannot be quantized "
+            f"(only {kinds}, transformers' Conv1D and fused experts can)", key=key, advice="remove it",
+        )  # fmt: skip
+    if not matched:
+        raise QatkitError(f"'{pattern}' matches no layer", key=key, advice=did_you_mean(pattern, candidates))
 
 
-def _warn_of_missed(foreign: Mapping[str, nn.Module], excluded: set[str], patterns: Sequence[str]) -> None:
-    missed = [
+def _warn_of_skipped(others: Mapping[str, nn.Module], excluded: set[str], patterns: Sequence[str]) -> None:
+    skipped = [
         f"{name} ({type(module).__name__})"
-        for name, module in foreign.items()
-        if _multiplies(module) and name not in excluded and _matches(name, module, patterns)
+        for name, module in others.items()
+        if _has_weight_matrix(module) and name not in excluded and _matches(name, module, patterns)
     ]
-    if missed:
+    if skipped:
         warnings.warn(
-            f"not quantized, because their types are not plain layers: {', '.join(missed[:8])}"
-            f"{f' and {len(missed) - 8} more' if len(missed) > 8 else ''}; name them in exclude if that is meant",
+            f"not quantized, because these types are not supported: {', '.join(skipped[:8])}"
+            f"{f' and {len(skipped) - 8} more' if len(skipped) > 8 else ''}; name them in exclude to accept that",
             QatkitWarning,
             stacklevel=4,
         )
 
 
-def _multiplies(module: nn.Module) -> bool:
-    """Whether a module is of the kinds that hold most weights of a model: what a glob passes over ships unquantized."""
+def _has_weight_matrix(module: nn.Module) -> bool:
+    """Whether a module belongs to the types that hold most weights of a model."""
     kinds = (*SWAPS, nn.modules.conv._ConvNd, nn.RNNBase)
-    # experts that transformers does not mark: one matrix for each, which a token or a position never is
+    # experts that transformers does not mark have one matrix each, unlike embeddings of tokens or positions
     return isinstance(module, kinds) or any(min(weight.shape) > 1 for _, weight in expert_weights(module))
-
-
-def _check_ties(model: nn.Module, chosen: Selection) -> None:
-    """Two layers that hold one weight may be quantized alike, or one of them: two roundings of it are two weights."""
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or name not in chosen:
-            continue
-        first = owners.setdefault(id(weight), name)
-        if chosen[first].weight != chosen[name].weight:
-            raise QatkitError(
-                f"layers '{first}' and '{name}' are tied: they hold one weight, and would quantize it in two ways; "
-                "give both the same weight spec, or exclude one"
-            )
-
-
-def _check(name: str, layer: nn.Module, scheme: Scheme) -> None:
-    weights = expert_weights(layer) if is_experts(layer) else [("", cast(Tensor, layer.weight))]
-    for part, weight in weights:
-        _check_weight(f"{name}.{part}" if part else name, layer, weight, scheme)
-    if scheme.activation is None:
-        return
-    if is_experts(layer) or isinstance(layer, nn.Embedding):
-        what = (
-            "fused experts route their inputs inside"
-            if is_experts(layer)
-            else "an embedding's inputs are whole numbers"
-        )
-        raise QatkitError(
-            f"layer '{name}': {what}, so only its weight can be quantized; give it an entry of its own in layers "
-            "with a weight alone, or exclude it"
-        )
-    if scheme.activation.strategy == "token" and weights[0][1].dim() != 2:
-        raise QatkitError(
-            f"layer '{name}': strategy 'token' is for linear layers, whose last dimension is a token's; "
-            "use strategy: tensor, or exclude the layer"
-        )
-    size = scheme.activation.group_size
-    if size is not None and (weights[0][1].dim() != 2 or _inputs(layer) % size):
-        raise QatkitError(
-            f"layer '{name}': activation.group_size {size} does not divide its {_inputs(layer)} inputs; "
-            "exclude the layer"
-        )
-
-
-def _inputs(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    kind = swap_of(type(layer))
-    return weight.shape[0] if kind is not None and kind.transposed else weight.shape[1]
-
-
-def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -> None:
-    if not isinstance(weight, nn.Parameter):
-        raise QatkitError(
-            f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); "
-            "make it permanent (prune.remove, remove_weight_norm), or exclude the layer"
-        )
-    if weight.numel() == 0:
-        raise QatkitError(f"layer '{name}': its weight of shape {list(weight.shape)} is empty; exclude it")
-    if not weight.is_meta and not weight.isfinite().all():
-        raise QatkitError(f"layer '{name}': its weight holds NaN or infinite values; mend the checkpoint first")
-    if isinstance(layer, nn.Embedding) and layer.sparse:
-        raise QatkitError(f"layer '{name}': an embedding with sparse gradients cannot be quantized; write sparse=False")
-    spec = scheme.weight
-    if spec is not None and is_experts(layer) and spec.strategy in ("tensor", "block"):
-        raise QatkitError(
-            f"layer '{name}': every expert is scaled on its own, so strategy '{spec.strategy}' over all of them is "
-            "another model; write strategy: channel or group in an entry of its own in layers"
-        )
-    if spec is None or spec.strategy not in ("group", "block"):
-        return
-    if weight.dim() > 2 and not is_experts(layer):
-        raise QatkitError(
-            f"layer '{name}': strategy '{spec.strategy}' is for linear layers, not for weights of shape "
-            f"{list(weight.shape)}; use strategy: channel, or exclude the layer"
-        )
-    if spec.group_size is None:
-        return
-    size = weight.shape[1 if layer.is_transposed else 2] if is_experts(layer) else _inputs(layer)
-    if size % spec.group_size:
-        fitting = [n for n in range(4, size + 1) if size % n == 0][:8]
-        raise QatkitError(
-            f"layer '{name}': group_size {spec.group_size} does not divide its {size} inputs; write one of {fitting}"
-        )

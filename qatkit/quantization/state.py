@@ -1,4 +1,4 @@
-"""The quantizers of a model on disk: scales and zero points exactly as training used them, and their specs."""
+"""Save and load the quantizers of a model: specs, scales and zero points, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SUFFIX = "_fake_quant"
 
 
 def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
-    """Scales and zero points of a prepared model, and its specs, by layer.
+    """Collect the scales, zero points and specs of a prepared model, by layer.
 
     Returns:
         Tensors named ``{layer}.{part}.scale`` and ``{layer}.{part}.zero_point`` (float32, CPU; none for dynamic
-        activations), where the part is "weight", "input" or the name of an expert projection, with a
-        ``{layer}.{part}.tensor_scale`` where scales have two levels; and the specs as ``{layer}: {part: spec}``.
+        activations), where the part is "weight", "input" or the name of an expert projection, and
+        ``{layer}.{part}.tensor_scale`` for two-level scales; and the specs as ``{layer}: {part: spec}``.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -39,7 +39,7 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
             if fake_quant.tensor_scale is not None:
                 kept["tensor_scale"] = full_tensor(fake_quant.tensor_scale)
             if not fake_quant.dynamic:
-                # only a computed scale needs the weight, and only that is gathered for it
+                # the weight is gathered only where its scale is computed from it
                 x = full_tensor(_weight(module, part)) if fake_quant.computed else torch.empty(0)
                 kept["scale"], kept["zero_point"] = fake_quant.whole_qparams(x)
             for key, tensor in kept.items():
@@ -48,7 +48,7 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
 
 
 def layer_specs(model: nn.Module) -> Specs:
-    """The specs of a prepared model as plain data, ``{layer}: {part: fields}``."""
+    """Return the specs of a prepared model as plain data, ``{layer}: {part: fields}``."""
     specs = {
         name: {part: asdict(fake_quant.spec) for part, fake_quant in _parts(module).items()}
         for name, module in model.named_modules()
@@ -57,7 +57,7 @@ def layer_specs(model: nn.Module) -> Specs:
 
 
 def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
-    """Prepare the layers of a plain model as recorded by `layer_specs`, in place; static scales wait to be set."""
+    """Prepare a plain model in place from the specs of `layer_specs`, without scales."""
     for name, parts in specs.items():
         by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
         if "key" in by_part:
@@ -70,7 +70,7 @@ def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
 
 
 def _parts(module: nn.Module) -> dict[str, FakeQuantize]:
-    """The fake quantizers of one module, by what they quantize."""
+    """Return the fake quantizers of one module by part: weight, input, key, value, ..."""
     return {
         name.removesuffix(_SUFFIX): child for name, child in module._modules.items() if isinstance(child, FakeQuantize)
     }
@@ -84,7 +84,7 @@ def _weight(module: nn.Module, part: str) -> Tensor:
 
 
 def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the state-dict keys of fake quantizers start with, under every name that a shared layer has."""
+    """Return the state-dict prefixes of fake quantizers, for every name of a shared layer."""
     return tuple(
         f"{name}.{attribute}."
         for name, module in model.named_modules(remove_duplicate=False)
@@ -94,20 +94,20 @@ def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def save_quantizers(model: nn.Module, path: Path) -> None:
-    """Write the quantizers of a prepared model to a safetensors file, the specs in its metadata."""
+    """Write the quantizers of a prepared model to a safetensors file, specs as metadata."""
     tensors, specs = quantizer_state(model)
     save_file(tensors, path, metadata={"specs": json.dumps(specs)})
 
 
 def load_quantizers(model: nn.Module, path: Path) -> list[str]:
-    """Prepare a plain model with the specs of the file and give it the file's scales, in place.
+    """Prepare a plain model with the specs and scales of a file, in place.
 
     Returns:
         The names of the prepared layers.
 
     Raises:
-        QatkitError: a scale that is computed from the weights differs from the recorded one, which means that the
-            weights are not those the file was written for.
+        QatkitError: A scale that is computed from the weights differs from the recorded one: the file was written for
+            other weights.
     """
     with safe_open(path, framework="pt") as file:
         specs = json.loads(file.metadata()["specs"])
@@ -116,17 +116,21 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
     for name in specs:
         module = model.get_submodule(name)
         for part, fake_quant in _parts(module).items():
-            found = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "tensor_scale")}
-            if found["tensor_scale"] is not None:
-                fake_quant.set_tensor_scale(found["tensor_scale"])
-            if found["scale"] is None or found["zero_point"] is None:
+            kept = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "tensor_scale")}
+            if kept["tensor_scale"] is not None:
+                fake_quant.set_tensor_scale(kept["tensor_scale"])
+            if kept["scale"] is None or kept["zero_point"] is None:
                 continue
-            if found["scale"].isnan().any():
+            if kept["scale"].isnan().any():
                 raise QatkitError(
-                    f"{path.name}: layer '{name}' has no scale for its {part}; it was saved before it was calibrated"
-                )
+                    f"the {part} of layer '{name}' has no scale, because it was saved before calibration",
+                    key=path.name, advice="calibrate the model and save it again",
+                )  # fmt: skip
             if not fake_quant.computed:
-                fake_quant.set_qparams(found["scale"], found["zero_point"])
-            elif not torch.equal(fake_quant.qparams(_weight(module, part).detach())[0].cpu(), found["scale"]):
-                raise QatkitError(f"layer '{name}': its weight does not belong to the scales in {path.name}")
+                fake_quant.set_qparams(kept["scale"], kept["zero_point"])
+            elif not torch.equal(fake_quant.qparams(_weight(module, part).detach())[0].cpu(), kept["scale"]):
+                raise QatkitError(
+                    f"the weight of layer '{name}' does not match its recorded scale", key=path.name,
+                    advice="load the weights that were saved with this file",
+                )  # fmt: skip
     return list(specs)

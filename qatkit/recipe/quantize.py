@@ -3,97 +3,118 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from qatkit.errors import QatkitError
+from qatkit.quantization.observers import OBSERVERS
+from qatkit.quantization.ptq.methods import METHODS
 from qatkit.schemes import Scheme, check_kv_cache, scheme
-from qatkit.spec import Observer, QuantSpec
+from qatkit.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How the layers that a glob selects are quantized: by the name of a scheme, or by specs."""
+    """Quantization of the layers that a glob selects: the name of a scheme, or specs."""
 
     scheme: str | None = None
-    """A name of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0), instead of specs."""
-    observer: Observer | None = None
-    """With a scheme: where the weight's scale comes from, such as lsq; by default the range."""
+    """Scheme of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0), instead of specs."""
+    observer: str | None = None
+    """With a scheme: observer of the weight's scale, such as lsq; minmax by default."""
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
     """Quantization of each layer's input: ``strategy: tensor`` is calibrated and frozen, ``token`` and ``group`` are
     dynamic."""
 
     def __post_init__(self) -> None:
-        _ = self.how
+        _ = self.specs
 
     @property
-    def how(self) -> Scheme:
-        """The specs, wherever they come from."""
+    def specs(self) -> Scheme:
+        """The specs of weight and activation, given or looked up."""
         if self.scheme is None:
             if self.observer is not None:
-                raise ValueError("observer: it goes with scheme; write it inside weight: {observer: ...}")
+                raise QatkitError(
+                    f"'{self.observer}' has no effect without scheme", key="observer",
+                    advice="set it inside weight: {observer: ...}",
+                )  # fmt: skip
             return Scheme(self.weight, self.activation)
         if self.weight is not None or self.activation is not None:
-            raise ValueError(
-                f"scheme: '{self.scheme}' says what weight and activation are; write scheme, or these, not both"
-            )
+            raise QatkitError(
+                f"'{self.scheme}' already defines weight and activation", key="scheme",
+                advice="set either scheme, or weight and activation",
+            )  # fmt: skip
         return scheme(self.scheme, self.observer)
 
 
 @dataclass(frozen=True)
 class QuantizeConfig(LayerConfig):
-    """Fake-quantize the layers that the patterns select."""
+    """Fake-quantize the layers that the globs select."""
 
     layers: dict[str, LayerConfig] = field(default_factory=dict)
-    """By glob over layer names, what is quantized otherwise; of several that match a layer the last decides."""
+    """Quantization by glob over layer names, instead of the one above; the last matching glob wins."""
     kv_cache: QuantSpec | None = None
     """Quantization of the keys and values that attention caches: ``strategy: tensor`` or ``token``."""
-    init: Literal["rtn", "mse", "gptq", "awq", "smoothquant"] | None = None
-    """Where the weights and scales start from; by default scales that are kept start at the least squared error."""
+    init: str | None = None
+    """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default stored scales start at
+    the least squared error."""
     share_inputs: bool = False
-    """Give layers that read the same input (q/k/v, gate/up) one static scale instead of one each."""
+    """Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one each."""
     include: list[str] = field(default_factory=lambda: ["*"])
-    """Globs over layer names; every one must match a layer."""
+    """Globs over layer names; every glob must match a layer."""
     exclude: list[str] = field(default_factory=list)
+    """Globs over names of layers to leave unquantized; every glob must match a layer."""
     calibration_batches: int = 16
-    """Training batches whose activations set the static ranges, at least 1."""
+    """Number of training batches that set the static ranges, at least 1."""
 
     def __post_init__(self) -> None:
-        how = self.how
-        if how == Scheme() and not self.layers and self.kv_cache is None:
-            raise ValueError("weight: neither weight nor activation is given; write weight: {num_bits: 8}")
+        if self.specs == Scheme() and not self.layers and self.kv_cache is None:
+            raise QatkitError(
+                "neither weight nor activation is given", key="weight", advice="set weight: {num_bits: 8}"
+            )
         if self.kv_cache is not None:
             check_kv_cache(self.kv_cache)
-        for where, found in {
-            "weight": how,
-            **{f"layers.{glob}": layer.how for glob, layer in self.layers.items()},
-        }.items():
-            observer = found.weight.observer if found.weight is not None else None
-            if self.init in ("mse", "gptq", "awq") and observer in ("minmax", "absmean"):
-                raise ValueError(
-                    f"init: '{self.init}' sets scales, but those of {where} are computed from the weights on every "
-                    "step; write observer: mse there (the scale stays) or observer: lsq (it is learned)"
-                )
+        if self.init is not None:
+            self._check_init(self.init)
         if not self.include:
-            raise ValueError("include: [] selects no layer; write ['*'] or leave the quantize block out")
+            raise QatkitError("[] selects no layer", key="include", advice="use ['*'], or remove the quantize block")
         if self.calibration_batches < 1:
-            raise ValueError(
-                f"calibration_batches: {self.calibration_batches} is out of range; write a number of at least 1"
-            )
+            raise QatkitError(
+                f"{self.calibration_batches} is out of range", key="calibration_batches",
+                advice="use an integer of at least 1",
+            )  # fmt: skip
+
+    def _check_init(self, init: str) -> None:
+        sets_scales = METHODS.row(init, "init").stored_scales
+        overrides = {f"layers.{glob}": layer.specs for glob, layer in self.layers.items()}
+        for where, specs in {"weight": self.specs, **overrides}.items():
+            observer = specs.weight.observer if specs.weight is not None else None
+            if sets_scales and observer is not None and OBSERVERS[observer].computed:
+                raise QatkitError(
+                    f"'{init}' sets weight scales, but {where} uses observer '{observer}', which computes them from "
+                    "the weights on every step",
+                    key="init",
+                    advice="use observer: mse (a stored scale) or observer: lsq (a learned scale) there",
+                )
 
     @property
     def moves_weights(self) -> bool:
-        """Whether the weights that training starts from are not those of the stage before."""
-        return self.init in ("gptq", "awq", "smoothquant")
+        """Whether the starting point has other weights than the previous stage's model."""
+        return self.init is not None and METHODS[self.init].changes_weights
+
+    @property
+    def moves_zeros(self) -> bool:
+        """Whether the starting point turns pruned weights into others than zero."""
+        return self.init is not None and not METHODS[self.init].keeps_zeros
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `prepare_qat` is called with."""
+        """The arguments of `prepare_qat`."""
         return {
-            "weight": self.how.weight,
-            "activation": self.how.activation,
+            "weight": self.specs.weight,
+            "activation": self.specs.activation,
             "include": self.include,
             "exclude": self.exclude,
-            "layers": {glob: layer.how for glob, layer in self.layers.items()},
+            "layers": {glob: layer.specs for glob, layer in self.layers.items()},
             "kv_cache": self.kv_cache,
             "share_inputs": self.share_inputs,
         }

@@ -140,9 +140,9 @@ class Recipe:
                         key="shrink",
                         advice="shrink before quantize",
                     )
-                if pruned[name] and stage.quantize is not None and stage.quantize.init == "gptq":
+                if pruned[name] and stage.quantize is not None and stage.quantize.moves_zeros:
                     raise QatkitError(
-                        "'gptq' adjusts the remaining weights after each one it rounds, which would make pruned "
+                        f"'{stage.quantize.init}' adjusts the remaining weights after each one it rounds, which would make pruned "
                         "weights nonzero",
                         key="quantize.init",
                         advice="use awq or mse, or set hold_sparsity: false",

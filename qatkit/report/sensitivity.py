@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 
-from qatkit.quantization.mixed.allocation import Sensitivity
+from qatkit.quantization.mixed.records import Sensitivity
 
 
 def markdown(sensitivity: Sensitivity) -> str:

@@ -1,4 +1,4 @@
-"""The ``quantize`` block."""
+"""The ``quantize`` block of a stage: its checks and its callback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qatkit.errors import QatkitError
+from qatkit.errors import under
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.quantization.ptq.runner import check_method
 from qatkit.recipe import QuantizeConfig
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 def check(config: QuantizeConfig, model: nn.Module) -> list[str]:
-    """The layers that are quantized, after everything that can be known of them was checked."""
+    """Check the block against a model and return the names of the layers to quantize."""
     names = prepare_qat(model, **config.arguments)
     try:
         if config.init is not None:
-            check_method(model, config.init)
-    except QatkitError as error:
-        raise QatkitError(f"init: {error}") from None
+            with under("init"):
+                check_method(model, config.init)
     finally:
         strip_qat(model)
     return names
 
 
 def callback(config: QuantizeConfig) -> QuantizationAwareTraining:
-    """What fake-quantizes."""
+    """Return the callback that fake-quantizes the model."""
     from qatkit.callbacks import QuantizationAwareTraining
 
-    how = config.arguments
-    how |= {key: inside(how[key]) for key in ("include", "exclude")} | {"layers": inside_keys(how["layers"])}
-    return QuantizationAwareTraining(**how, init=config.init, calibration_batches=config.calibration_batches)
+    arguments = config.arguments
+    arguments |= {key: inside(arguments[key]) for key in ("include", "exclude")}
+    arguments |= {"layers": inside_keys(arguments["layers"])}
+    return QuantizationAwareTraining(**arguments, init=config.init, calibration_batches=config.calibration_batches)

@@ -14,7 +14,9 @@ import pytest
 
 from qatkit.cli.main import main
 from qatkit.pipeline.validation import validate_recipe
-from qatkit.quantization.mixed.allocation import Sensitivity, allocate, allocated_layers, totals
+from qatkit.quantization.mixed.allocation import allocate, totals
+from qatkit.quantization.mixed.overrides import allocated_layers
+from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.recipe.loading import load_recipe
 
 SMALL = ["stages.dense.max_steps=30", "model.args.channels=[8,8]"]
@@ -123,7 +125,7 @@ def test_a_folder_without_the_dense_stage_is_measured_on_the_model_as_its_factor
         (("sensitivity", "vision/digits_int4", "--out", "run"), "max_steps: was 30, is now 1000"),
         (("sensitivity", "vision/digits_int4", "--stage", "qat", "--out", "run"), "stage 'qat' of run is not finished"),
         (("sensitivity", "vision/digits_int4", "--stage", "end", "--out", "run"), "--stage: 'end' is not a stage"),
-        (("sensitivity", "vision/digits_int4", "--candidates", "W4A17"), "scheme: 'W4A17' is unknown"),
+        (("sensitivity", "vision/digits_int4", "--candidates", "W4A17"), "scheme: unknown scheme 'W4A17'"),
         (("sensitivity", "vision/digits_int4", "--candidates", "none.yaml"), "there is no file 'none.yaml'"),
         (("sensitivity", "vision/digits_int4", "--candidates", "bad.yaml"), "candidates.int4.weight.bits: unknown key"),
         (("sensitivity", "vision/digits_int4", "--exclude", "norm9"), "exclude[0]: 'norm9' matches no layer"),

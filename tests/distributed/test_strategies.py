@@ -42,8 +42,8 @@ def test_training_moved_the_weights_and_the_scales(results: dict[str, dict[str, 
     # equal results would prove nothing if nothing had been trained
     torch.manual_seed(0)
     from qatkit.models import cnn
+    from qatkit.quantization.estimators import mse_qparams
     from qatkit.quantization.folding import fold_batchnorm
-    from qatkit.quantization.observers import mse_qparams
     from qatkit.spec import QuantSpec
 
     model = cnn(channels=[8, 16])

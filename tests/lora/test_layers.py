@@ -18,7 +18,7 @@ from qatkit.lora.layers import AdaptedQATLinear, AdaptedWeight
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
-from qatkit.quantization.ptq.runner import initialise
+from qatkit.quantization.ptq.runner import apply_ptq
 
 OBSERVERS = ["minmax", "mse", "lsq"]
 
@@ -187,7 +187,7 @@ def test_gptq_sets_the_frozen_weight_below_the_adapters() -> None:
     model = copy.deepcopy(plain)
     attach(model, ["0", "2"], Adapter(4, 8))
     for each in (plain, model):
-        initialise(each, "gptq", batches)
+        apply_ptq(each, "gptq", batches)
     x = torch.randn(9, 32)
     assert torch.equal(model(x), plain(x))
     original = network()[0]
@@ -195,7 +195,7 @@ def test_gptq_sets_the_frozen_weight_below_the_adapters() -> None:
     assert not torch.equal(model.state_dict()["0.weight"], original.weight)
     train(model)
     with pytest.raises(QatkitError, match=r"init: an adapter that is trained cannot be moved"):
-        initialise(model, "gptq", batches)
+        apply_ptq(model, "gptq", batches)
 
 
 def test_a_deepcopy_and_a_state_dict_carry_the_adapters() -> None:

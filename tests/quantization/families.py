@@ -12,7 +12,7 @@ from qatkit import (
     QuantSpec,
     fake_quantize,
 )
-from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.estimators import computed_qparams
 
 W4 = QuantSpec(num_bits=4)
 TOKEN = QuantSpec(strategy="token")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qatkit import QuantSpec, choose_qparams, dequantize, fake_quantize, quantize
-from qatkit.quantization.arithmetic import value_range
+from qatkit import QatkitError, QuantSpec, choose_qparams, dequantize, fake_quantize, quantize
+from qatkit.quantization.slices import value_range
 
 SPECS = [
     QuantSpec(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=8 if strategy == "group" else None)
@@ -142,17 +142,23 @@ def test_an_all_zero_channel_gets_the_widest_scale_and_an_all_zero_tensor_gets_o
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_bits": 9}, "num_bits: 9 is out of range; write 2 to 8"),
+        ({"num_bits": 9}, "num_bits: 9 is out of range for type 'int'; use 2 to 8"),
         ({"num_bits": 1}, "num_bits: 1 is out of range"),
-        ({"strategy": "group"}, "group_size: strategy 'group' needs a size"),
-        ({"group_size": 32}, "group_size: 32 has no meaning with strategy 'channel'"),
-        ({"observer": "lqs"}, "observer: 'lqs' is unknown; write one of minmax, absmean, mse"),
-        ({"num_bits": "4"}, "num_bits: '4' is no whole number"),
-        ({"symmetric": "false"}, "symmetric: 'false' is neither True nor False"),
-        ({"strategy": "group", "group_size": "32"}, "group_size: '32' is no whole number; write one such as 32"),
-        ({"strategy": "token", "observer": "lsq"}, "observer: 'lsq' cannot be used with strategy 'token'"),
+        ({"strategy": "group"}, "group_size: strategy 'group' needs an integer of at least 1, not None; use 32"),
+        (
+            {"group_size": 32},
+            "group_size: 32 has no effect with strategy 'channel'; set strategy: group, or remove group_size",
+        ),
+        ({"observer": "lqs"}, "observer: unknown observer 'lqs'; did you mean 'lsq'"),
+        ({"num_bits": "4"}, "num_bits: '4' is not an integer"),
+        ({"symmetric": "false"}, "symmetric: 'false' is not a boolean; use true or false"),
+        ({"strategy": "group", "group_size": "32"}, "group_size: '32' is not an integer; use an integer such as 32"),
+        (
+            {"strategy": "token", "observer": "lsq"},
+            "observer: 'lsq' is not supported with strategy 'token', .*; use minmax",
+        ),
     ],
 )
-def test_a_spec_that_makes_no_sense_is_refused_with_what_to_write(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_invalid_spec_raises_an_error_with_the_fix(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(QatkitError, match=message):
         QuantSpec(**fields)  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qatkit import QuantSpec, calibrate, fake_quantize, prepare_qat, quantize, scheme
 from qatkit.pipeline.sharding import exact_division
-from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers
-from qatkit.quantization.ptq.runner import Method, initialise
+from qatkit.quantization.ptq.runner import apply_ptq
 from tests.support.texts import VOCAB, tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -111,7 +111,7 @@ def test_calibration_on_a_gpu_gives_the_scales_of_the_cpu(observer: Any) -> None
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse", "gptq", "awq", "smoothquant"])
-def test_an_initialiser_is_as_good_on_a_gpu_as_on_the_cpu(method: Method) -> None:
+def test_a_ptq_method_is_as_good_on_a_gpu_as_on_the_cpu(method: str) -> None:
     tokens = torch.randint(VOCAB, (8, 16))
     dense = tiny_llama().eval()
 
@@ -120,7 +120,7 @@ def test_an_initialiser_is_as_good_on_a_gpu_as_on_the_cpu(method: Method) -> Non
         # SmoothQuant moves what is hard in dynamic inputs
         dynamic = QuantSpec(8, strategy="token") if method == "smoothquant" else None
         prepare_qat(model, QuantSpec(3, strategy="group", group_size=16, observer="lsq"), dynamic, exclude=["lm_head"])
-        assert initialise(model, method, list(own.split(4)))
+        assert apply_ptq(model, method, list(own.split(4)))
         with torch.no_grad():
             return (model(own).logits.cpu() - dense(tokens).logits).norm().item()
 

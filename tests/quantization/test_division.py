@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qatkit import QuantSpec, fake_quantize, quantize, scheme
-from qatkit.quantization.arithmetic import divided, round_scale
-from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.estimators import computed_qparams
+from qatkit.quantization.scales import divided, round_scale
 from tests.quantization.test_formats import SPECS
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import choose_qparams_affine, dequantize_affine, quantize_affine
 
 from qatkit import QatkitError, QuantSpec, dequantize, fake_quantize, quantize, scheme
-from qatkit.quantization.arithmetic import aligned, blocks, tensor_scale_of, unblocked, value_range
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
+from qatkit.quantization.scales import tensor_scale_of
+from qatkit.quantization.slices import aligned, from_slices, to_slices, value_range
 from qatkit.schemes import SCHEMES
 
 ELEMENTS: list[dict[str, Any]] = [
@@ -113,10 +114,10 @@ def test_any_scale_gives_codes_inside_the_range_and_the_nearest_value(
     again = dequantize(quantize(x, scale, zero_point, spec), scale, zero_point, spec)
     assert torch.equal(values, again)
     # every value that the codes stand for, from a list that does not round: none is nearer
-    size_of = blocks(torch.ones_like(x), spec) * aligned(scale, x, spec)
-    v, rounded = (unblocked(blocks(t, spec) / size_of, x.shape, spec) for t in (x, values))
+    size_of = to_slices(torch.ones_like(x), spec) * aligned(scale, x, spec)
+    v, rounded = (from_slices(to_slices(t, spec) / size_of, x.shape, spec) for t in (x, values))
     grid = every_value(spec)
-    offset = unblocked(aligned(zero_point, x, spec).expand_as(size_of), x.shape, spec)
+    offset = from_slices(aligned(zero_point, x, spec).expand_as(size_of), x.shape, spec)
     nearest = (v.unsqueeze(-1) - (grid - offset.unsqueeze(-1))).abs().amin(dim=-1)
     # both are differences of float32 numbers, so what rounding leaves in them grows with the numbers
     assert ((v - rounded).abs() - nearest).abs().le(1e-4 + 1e-6 * v.abs()).all()
@@ -315,28 +316,31 @@ def test_an_all_zero_channel_and_an_all_zero_tensor_keep_finite_scales_in_every_
                 assert fake_quantize(w, scale, zero_point, spec).isfinite().all(), spec
 
 
-def test_an_unknown_scheme_is_refused_with_the_nearest_names() -> None:
+def test_an_unknown_scheme_raises_an_error_with_the_nearest_name() -> None:
     assert scheme("w4a16") is SCHEMES["W4A16"]
-    with pytest.raises(QatkitError, match="scheme: 'W4A17' is unknown; write one of W4A1"):
+    with pytest.raises(QatkitError, match="scheme: unknown scheme 'W4A17'; did you mean 'W4A1"):
         scheme("W4A17")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_bits": 5, "type": "float"}, "num_bits: 5 is out of range for type 'float'; write 4 or 6 or 8"),
-        ({"num_bits": 4, "type": "ternary"}, "num_bits: 4 is out of range for type 'ternary'; write 2"),
-        ({"num_bits": 8, "type": "float", "symmetric": False}, "symmetric: false is for whole numbers"),
-        ({"num_bits": 2, "type": "ternary"}, "observer: 'minmax' is not for type 'ternary'; write absmean, mse or lsq"),
-        ({"observer": "absmean"}, "observer: 'absmean' is for type 'ternary'"),
-        ({"observer": "lsq_plus"}, "observer: 'lsq_plus' learns a zero point; write symmetric: false"),
-        ({"strategy": "block"}, r"block_structure: strategy 'block' needs two sizes, not None; write \[128, 128\]"),
-        ({"block_structure": [1, 2]}, "block_structure: .* has no meaning with strategy 'channel'"),
+        ({"num_bits": 5, "type": "float"}, "num_bits: 5 is out of range for type 'float'; use 4, 6 or 8"),
+        ({"num_bits": 4, "type": "ternary"}, "num_bits: 4 is out of range for type 'ternary'; use 2"),
+        ({"num_bits": 8, "type": "float", "symmetric": False}, "symmetric: false is not supported for type 'float'"),
+        (
+            {"num_bits": 2, "type": "ternary"},
+            "observer: 'minmax' is not supported for type 'ternary'; use absmean, mse or lsq",
+        ),
+        ({"observer": "absmean"}, "observer: 'absmean' is not supported for type 'int'; use minmax, mse"),
+        ({"observer": "lsq_plus"}, "observer: 'lsq_plus' learns a zero point, .*; set symmetric: false"),
+        ({"strategy": "block"}, r"block_structure: strategy 'block' needs two sizes, not None; use \[128, 128\]"),
+        ({"block_structure": [1, 2]}, "block_structure: .* has no effect with strategy 'channel'"),
         ({"scale_dtype": "float8_e8m0fnu"}, "scale_dtype: 'float8_e8m0fnu' is for floats in groups"),
-        ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is for symmetric whole numbers"),
-        ({"observer": "percentile", "percentile": 30.0}, "percentile: 30.0 is out of range; write more than 50"),
+        ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is for symmetric integers only"),
+        ({"observer": "percentile", "percentile": 30.0}, "percentile: 30.0 is out of range; use more than 50"),
     ],
 )
-def test_a_format_that_makes_no_sense_is_refused_with_what_to_write(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_invalid_format_raises_an_error_with_the_fix(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(QatkitError, match=message):
         QuantSpec(**fields)

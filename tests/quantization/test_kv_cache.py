@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from qatkit import (
     QatkitError,
     QuantSpec,
+    apply_ptq,
     calibrate,
     fake_quantize,
-    initialise,
     prepare_qat,
     strip_qat,
 )
 from qatkit.export.dense import export_dense
 from qatkit.export.onnx import export_onnx
 from qatkit.export.verification import verify
-from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers
 from tests.quantization.families import TOKEN, TOKENS, W4, llama, mixtral
 
@@ -49,14 +49,14 @@ def test_a_dynamic_input_is_quantized_once_for_all_layers_that_read_it_and_let_g
     def count(key: str) -> Callable[..., Any]:
         def counted(self: Any, x: Tensor) -> Any:
             calls[key] += 1
-            return type(self)._rounded(self, x)
+            return type(self)._fake_quantized(self, x)
 
         return counted
 
     for key, one in (("shared", model), ("alone", alone)):
         for _, fake_quant in fake_quantizers(one):
             if fake_quant.role == "activation":
-                fake_quant._rounded = count(key).__get__(fake_quant)  # type: ignore[method-assign]
+                fake_quant._fake_quantized = count(key).__get__(fake_quant)  # type: ignore[method-assign]
                 if key == "alone":
                     for module in one.modules():
                         fake_quant.unshare(module)
@@ -120,9 +120,13 @@ def test_a_rounded_key_is_the_key_after_its_rotary_position() -> None:
 def test_a_model_without_attention_and_an_attention_that_cannot_be_wrapped_are_refused() -> None:
     with pytest.raises(QatkitError, match="kv_cache: Sequential has no attention module of transformers"):
         prepare_qat(nn.Sequential(nn.Linear(2, 2)), kv_cache=TOKEN)
-    with pytest.raises(QatkitError, match="computes attention with 'eager', which cannot be wrapped; load the model"):
+    with pytest.raises(
+        QatkitError, match="computes attention with 'eager', which qatkit cannot replace; load the model"
+    ):
         prepare_qat(llama(attn_implementation="eager"), kv_cache=TOKEN)
-    with pytest.raises(QatkitError, match=r"kv_cache\.strategy: 'channel' is not for caches; write tensor or token"):
+    with pytest.raises(
+        QatkitError, match=r"kv_cache\.strategy: 'channel' is not supported for caches; use tensor or token"
+    ):
         prepare_qat(llama(), kv_cache=W4)
 
 
@@ -150,7 +154,9 @@ def test_a_shared_input_that_was_rounded_without_gradients_does_not_cut_them_and
 
 def test_an_attention_that_asks_for_the_name_of_its_function_is_refused() -> None:
     config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(QatkitError, match="is a FalconAttention, whose code asks for the attention's name"):
+    with pytest.raises(
+        QatkitError, match="is a FalconAttention, whose code depends on the name of the attention function"
+    ):
         prepare_qat(transformers.FalconForCausalLM(config), kv_cache=TOKEN)
 
 
@@ -158,14 +164,14 @@ def test_attention_modules_can_be_excluded_and_patterns_beside_a_cache_alone_are
     assert prepare_qat(llama(), kv_cache=TOKEN, exclude=["*.0.*"]) == ["model.layers.1.self_attn"]
     with pytest.raises(QatkitError, match=r"exclude\[0\]: 'layr' matches no layer"):
         prepare_qat(llama(), kv_cache=TOKEN, exclude=["layr"])
-    with pytest.raises(QatkitError, match=r"include: .* has no meaning with kv_cache alone"):
+    with pytest.raises(QatkitError, match=r"include: .* has no effect where only kv_cache is quantized"):
         prepare_qat(llama(), kv_cache=TOKEN, include=["nonsense"])
 
 
 def test_a_static_cache_waits_for_calibration_while_gptq_runs() -> None:
     model = llama()
     prepare_qat(model, QuantSpec(4, observer="mse"), exclude=["lm_head"], kv_cache=QuantSpec(8, strategy="tensor"))
-    initialise(model, "gptq", [TOKENS])
+    apply_ptq(model, "gptq", [TOKENS])
     calibrate(model, [TOKENS])
     assert model(TOKENS).logits.isfinite().all()
 

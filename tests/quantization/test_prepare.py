@@ -28,8 +28,8 @@ from qatkit import (
     scheme,
     strip_qat,
 )
+from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.layers import SWAPS
-from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.selection import select
 from qatkit.quantization.state import load_quantizers, save_quantizers
 
@@ -130,7 +130,7 @@ def test_scales_of_other_weights_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     prepare_qat(model, W4)
     save_quantizers(model, tmp_path / "q.safetensors")
-    with pytest.raises(QatkitError, match=r"layer '0': its weight does not belong to the scales in q\.safetensors"):
+    with pytest.raises(QatkitError, match=r"q\.safetensors: the weight of layer '0' does not match its recorded scale"):
         load_quantizers(nn.Sequential(nn.Linear(16, 8)), tmp_path / "q.safetensors")
 
 
@@ -147,34 +147,37 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": ["block.1"]}, r"include\[0\]: 'block.1' matches no layer; the nearest are \['block.0'"),
-        ({"include": ["*"], "exclude": ["hed"]}, r"exclude\[0\]: 'hed' matches no layer; the nearest are \['head', "),
+        ({"include": ["block.1"]}, r"include\[0\]: 'block.1' matches no layer; did you mean 'block.0'"),
+        ({"include": ["*"], "exclude": ["hed"]}, r"exclude\[0\]: 'hed' matches no layer; did you mean 'head'"),
         ({"include": ["norm"]}, r"'norm' selects 'norm', a LayerNorm, which cannot be quantized"),
-        ({"include": "head"}, r"include: 'head' is no list of patterns; write \['head'\]"),
-        ({"weight": "W4A16"}, r"weight: 'W4A16' is no QuantSpec; write QuantSpec\(num_bits=8\)"),
-        ({"weight": scheme("W8A8")}, r"weight: a scheme holds two specs; write weight=w8a8.weight, activation="),
-        ({"layers": {"head": W4}}, r"layers\['head'\]: QuantSpec\(.*\) is no Scheme; write scheme\('W8A16'\)"),
+        ({"include": "head"}, r"include: 'head' is not a list of globs; pass \['head'\]"),
+        ({"weight": "W4A16"}, r"weight: 'W4A16' is not a QuantSpec; pass QuantSpec\(num_bits=8\)"),
+        ({"weight": scheme("W8A8")}, r"weight: a scheme holds two specs; pass weight=w8a8.weight, activation="),
+        ({"layers": {"head": W4}}, r"layers\['head'\]: QuantSpec\(.*\) is not a Scheme; pass scheme\('W8A16'\)"),
         ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is for activations"),
-        ({"weight": QuantSpec(observer="kl")}, "weight.observer: 'kl' is for activations; write minmax, mse or lsq"),
+        ({"weight": QuantSpec(observer="kl")}, "weight.observer: 'kl' is for activations; use minmax, mse or lsq"),
         ({"activation": QuantSpec(2, type="ternary", observer="mse")}, "activation.strategy: 'channel' is for weights"),
         (
             {"activation": QuantSpec(strategy="group", group_size=4, observer="mse")},
-            "activation.observer: 'mse' cannot be used with strategy 'group'",
+            "activation.observer: 'mse' is not supported with strategy 'group'",
         ),
         (
             {"include": ["*", "embedding"], "activation": QuantSpec(strategy="token")},
-            "'embedding': an embedding's inputs",
+            "activation: only the weight of layer 'embedding' can be quantized: its inputs are integers",
         ),
         (
             {"layers": {"*ead": Scheme(W4), "block.*": Scheme(LSQ), "hea": Scheme(LSQ)}},
             r"layers\['hea'\]: 'hea' matches no",
         ),
-        ({"include": ["*", "embedding"], "layers": {"head": Scheme(LSQ)}}, "layers 'embedding' and 'head' are tied"),
-        ({"exclude": ["*"]}, r"minus exclude \['\*'\] leaves no layer"),
-        ({"weight": None}, "neither weight nor activation is given"),
+        (
+            {"include": ["*", "embedding"], "layers": {"head": Scheme(LSQ)}},
+            "layers 'embedding' and 'head' share one weight",
+        ),
+        ({"exclude": ["*"]}, r"without exclude \['\*'\] selects no layer"),
+        ({"weight": None}, "weight: neither weight nor activation is quantized"),
         (
             {"weight": QuantSpec(4, strategy="group", group_size=3)},
-            r"layer 'block.0': group_size 3 does not divide its 8 inputs; write one of \[4, 8\]",
+            r"weight.group_size: 3 does not divide in_features=8 of layer 'block.0'; use one of 4, 8",
         ),
     ],
 )
@@ -204,7 +207,9 @@ def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:
             "norm": nn.LayerNorm(8),
         }
     )
-    missed = r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose2d\), rnn \(LSTM\); name them in"
+    missed = (
+        r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose2d\), rnn \(LSTM\); name them in exclude"
+    )
     with pytest.warns(QatkitWarning, match=missed):
         assert prepare_qat(model, W4) == ["head"]
     strip_qat(model)
@@ -222,7 +227,7 @@ def test_a_second_preparation_and_a_weight_that_is_not_finite_are_refused() -> N
         prepare_qat(model, W4)
     model = Tied()
     model.block[0].weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
-    with pytest.raises(QatkitError, match=r"layer 'block\.0': its weight holds NaN or infinite values"):
+    with pytest.raises(QatkitError, match=r"the weight of layer 'block\.0' has NaN or infinite values; repair"):
         prepare_qat(model, W4)
 
 
@@ -286,14 +291,18 @@ def test_a_layer_under_two_names_is_saved_and_loaded_whole(tmp_path: Path) -> No
         (
             prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
             {},
-            r"'0': its weight is computed by a hook",
+            "the weight of layer '0' is computed by a hook",
         ),
-        (nn.Linear(4, 0), {}, r"'0': its weight of shape \[0, 4\] is empty"),
-        (nn.Conv2d(1, 1, 3), {"activation": QuantSpec(strategy="token")}, "'0': strategy 'token' is for linear layers"),
+        (nn.Linear(4, 0), {}, r"the weight of layer '0' with shape \[0, 4\] is empty"),
+        (
+            nn.Conv2d(1, 1, 3),
+            {"activation": QuantSpec(strategy="token")},
+            "activation.strategy: 'token' is for linear layers, .* layer '0' is a Conv2d",
+        ),
         (
             nn.Linear(6, 4),
             {"activation": QuantSpec(strategy="group", group_size=4)},
-            "'0': activation.group_size 4 does not divide its 6 inputs",
+            "activation.group_size: 4 does not divide in_features=6 of layer '0'; use one of 6",
         ),
         (nn.Linear(4, 4), {"activation": QuantSpec(8)}, "activation.strategy: 'channel' is for weights"),
     ],

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from qatkit import QuantSpec, Scheme
-from qatkit.quantization.mixed.allocation import Group, Option, Sensitivity
+from qatkit.quantization.mixed.records import Group, Option, Sensitivity
 from qatkit.report.sensitivity import markdown, picture
 
 MEASURED = Sensitivity(

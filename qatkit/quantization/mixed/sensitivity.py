@@ -1,4 +1,4 @@
-"""How much the loss grows when one group of layers alone is quantized."""
+"""Sensitivity: the loss increase when only one group of layers is quantized."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.calibrate import calibrate
-from qatkit.quantization.mixed.allocation import Group, Option, Sensitivity, stored_bytes
+from qatkit.quantization.calibration import calibrate
+from qatkit.quantization.mixed.records import Group, Option, Sensitivity, stored_bytes
 from qatkit.quantization.prepare import SIBLINGS, fake_quantizers, prepare_qat, quantized_weights, strip_qat
 from qatkit.quantization.selection import select
 from qatkit.schemes import Scheme
@@ -27,45 +27,48 @@ def measure_sensitivity(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Sensitivity:
-    """Measure the loss with each group of layers alone quantized to each candidate, after training, without tuning.
+    """Measure the loss with each group of layers quantized to each candidate, without training.
 
-    Weight scales come from the specs' observers; static activation scales are calibrated on what `loss` runs. The model
-    is evaluated in eval mode, without gradients and with the same random numbers each time, and is left as it was, also
-    after an error: same layers, same bits.
+    Weight scales come from the observers of the specs; static activation scales are calibrated on the data of `loss`.
+    The model runs in eval mode, without gradients and with the same random numbers every time. Afterwards, also after
+    an error, it has the same layers and the same weights, bit for bit.
 
     Args:
         model: Any module with plain layers.
         candidates: Formats by name; each has a weight spec.
         loss: Runs the model over calibration data and returns the mean loss. It is called once for the plain model,
-            then for each group and candidate once, and once more where static scales are calibrated.
-        include: Globs over layer names, as `prepare_qat` takes them.
-        exclude: Globs over layer names that stay unquantized.
+            once for every group and candidate, and once more where static scales are calibrated.
+        include: Globs over layer names, as in `prepare_qat`.
+        exclude: Globs over names of layers to leave unquantized.
 
     Returns:
-        A group for all layers that get one format: those that read one input (q/k/v, gate/up) and those that hold one
-        weight. A candidate that does not fit a group (a group size that does not divide) is left out of it.
+        One group for all layers that must have the same format: those that read one input (q/k/v, gate/up) and those
+        that share one weight. A candidate that does not fit a group (a group size that does not divide) is left out.
 
     Raises:
-        QatkitError: no candidate fits a group, the loss is not finite, `loss` never runs a layer, or the model is
-            already quantized.
+        QatkitError: No candidate fits a group, the loss is non-finite, `loss` never runs a layer, or the model is
+            quantized already.
 
     Example:
         >>> import torch
         >>> from qatkit import QuantSpec, Scheme
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)), torch.randn(16, 8)
         >>> candidates = {f"int{bits}": Scheme(QuantSpec(num_bits=bits)) for bits in (2, 8)}
-        >>> found = measure_sensitivity(model, candidates, lambda model: model(x).square().mean().item())
-        >>> [(group.name, group.options["int2"].bytes) for group in found.groups]
+        >>> sensitivity = measure_sensitivity(model, candidates, lambda model: model(x).square().mean().item())
+        >>> [(group.name, group.options["int2"].bytes) for group in sensitivity.groups]
         [('0', 48), ('1', 6)]
     """
     if not candidates:
-        raise QatkitError("candidates: none is given; write {'int8': Scheme(QuantSpec(num_bits=8))}")
-    for name, how in candidates.items():
-        if how.weight is None:
-            raise QatkitError(f"candidates: '{name}' leaves the weight as it is, so it saves nothing; give it a weight")
+        raise QatkitError("there is none", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}")
+    for name, scheme in candidates.items():
+        if scheme.weight is None:
+            raise QatkitError(
+                f"'{name}' does not quantize the weight, so it saves nothing", key="candidates",
+                advice="add a weight spec",
+            )  # fmt: skip
     if quantized := fake_quantizers(model):
         layer = quantized[0][0].rpartition(".")[0]
-        raise QatkitError(f"layer '{layer}' is already fake-quantized; call strip_qat(model) first")
+        raise QatkitError(f"layer '{layer}' is already fake-quantized", advice="call strip_qat(model) first")
     groups = layer_groups(model, include, exclude)
     left_out: list[str] = []
     fitting = [_fitting(model, layers, candidates, left_out) for layers in groups]
@@ -74,7 +77,9 @@ def measure_sensitivity(
         model.eval()
         plain = _evaluate(model, loss)
         if not math.isfinite(plain):
-            raise QatkitError(f"loss: it is {plain} with nothing quantized; give a loss that is finite on this model")
+            raise QatkitError(
+                f"{plain} for the plain model", key="loss", advice="use a loss that is finite on this model"
+            )
         measured = [
             _measure(model, layers, fits, loss, plain, left_out) for layers, fits in zip(groups, fitting, strict=True)
         ]
@@ -96,11 +101,13 @@ def measure_sensitivity(
 
 
 def layer_groups(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[list[str]]:
-    """The layers that can be quantized, those together that need one format: one input, or one weight.
+    """Group the layers that need the same format: those with one input, or one weight.
 
-    Runtimes join q/k/v and gate/up into one product, and two roundings of a tied weight would be two weights.
+    Runtimes merge q/k/v and gate/up into one matrix product, and a tied weight can only have one format.
     """
-    chosen = select(model, QuantSpec(strategy="channel"), include=include, exclude=exclude)  # which fits every layer
+    chosen = select(
+        model, QuantSpec(strategy="channel"), include=include, exclude=exclude
+    )  # per channel, which fits every layer
     root = {name: name for name in chosen}
 
     def find(name: str) -> str:
@@ -126,16 +133,17 @@ def _fitting(
     model: nn.Module, layers: Sequence[str], candidates: Mapping[str, Scheme], left_out: list[str]
 ) -> dict[str, Scheme]:
     fits, reasons = {}, []
-    for name, how in candidates.items():
+    for name, scheme in candidates.items():
         try:
-            select(model, layers={escape(layer): how for layer in layers})
-            fits[name] = how
+            select(model, layers={escape(layer): scheme for layer in layers})
+            fits[name] = scheme
         except QatkitError as error:
             reasons.append(f"{name} is left out: {error}")
     if not fits:
         raise QatkitError(
-            f"layers {list(layers)}: no candidate fits; exclude them, or add one that fits\n  " + "\n  ".join(reasons)
-        )
+            f"no candidate fits layers {list(layers)}:\n  " + "\n  ".join(reasons), key="candidates",
+            advice="exclude the layers, or add a candidate that fits",
+        )  # fmt: skip
     left_out += reasons
     return fits
 
@@ -145,19 +153,19 @@ def _measure(
 ) -> Group:
     options: dict[str, Option] = {}
     weights = 0
-    for name, how in fits.items():
+    for name, scheme in fits.items():
         try:
-            prepare_qat(model, layers={escape(layer): how for layer in layers})
+            prepare_qat(model, layers={escape(layer): scheme for layer in layers})
             used = fake_quantizers(model)
             if not all(fake_quant.ready for _, fake_quant in used):
                 calibrate(model, [None], lambda _: loss(model))
             value = _evaluate(model, loss)
             if idle := [quantizer for quantizer, fake_quant in used if not fake_quant.ran]:
                 raise QatkitError(
-                    f"layer '{idle[0].rpartition('.')[0]}': the loss never runs it, so nothing can be measured; "
-                    "exclude it"
+                    f"the loss never runs layer '{idle[0].rpartition('.')[0]}', so nothing can be measured",
+                    advice="exclude it",
                 )
-            # tied weights share their quantizer, and are stored once
+            # tied weights share their quantizer and are stored once
             stored = {id(fake_quant): (weight, fake_quant.spec) for _, weight, fake_quant in quantized_weights(model)}
         finally:
             strip_qat(model)
@@ -166,9 +174,11 @@ def _measure(
             size = sum(stored_bytes(weight.shape, spec) for weight, spec in stored.values())
             options[name] = Option(bytes=size, increase=value - plain)
         else:
-            left_out.append(f"{name} is left out: with it in {list(layers)} the loss is {value}")
+            left_out.append(f"{name} is left out: the loss is {value} with it in {list(layers)}")
     if not options:
-        raise QatkitError(f"layers {list(layers)}: the loss is not finite with any candidate; exclude them")
+        raise QatkitError(
+            f"the loss is non-finite with every candidate for layers {list(layers)}", advice="exclude the layers"
+        )
     return Group(layers=tuple(layers), weights=weights, options=options)
 
 

@@ -1,4 +1,4 @@
-"""AWQ: give the inputs that carry most a finer grid, then clip where that costs the output least."""
+"""AWQ: scale salient inputs up so that their weights lose less precision, then clip ranges."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qatkit.quantization.arithmetic import choose_qparams, fake_quantize, value_range
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.arithmetic import fake_quantize
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
+from qatkit.quantization.ptq.equivalence import SharedInput
 from qatkit.quantization.ptq.hessian import output_error
+from qatkit.quantization.scales import choose_qparams
+from qatkit.quantization.slices import value_range
 from qatkit.spec import QuantSpec
 
 
@@ -17,21 +20,22 @@ from qatkit.spec import QuantSpec
 def awq_scales(
     weights: Sequence[Tensor], specs: Sequence[QuantSpec], magnitude: Tensor, hessian: Tensor, grid: int = 20
 ) -> Tensor:
-    """What inputs are divided by, and the weights' columns multiplied with, so that rounding changes the outputs least.
+    """Find the input scales with the least output error.
 
-    Lin et al., 2023, https://arxiv.org/abs/2306.00978, equations 4 and 5, over a grid of exponents; each exponent
-    is also tried with the weights' mean magnitude in the denominator, as later code does. The error is that of the
-    layers' own outputs, which their inputs' second moments give exactly.
+    Inputs are divided by the scales, and weight columns multiplied by them. Lin et al., 2023,
+    https://arxiv.org/abs/2306.00978, equations 4 and 5, over a grid of exponents. Each exponent is also tried with the
+    weights' mean magnitude in the denominator, as later implementations do. The error is that of the layers' outputs,
+    which follows exactly from the second moments of their inputs.
 
     Args:
         weights: The layers that read the input, each ``[out, in]``.
-        specs: How each is quantized. Ranges are not clipped in the search.
+        specs: Quantization of each weight. The search does not clip ranges.
         magnitude: Mean magnitude of every input, ``[in]``.
         hessian: Mean outer product of the input rows, ``[in, in]``.
-        grid: Into how many steps the exponents from 0 to 1 are divided.
+        grid: Number of steps into which the exponents from 0 to 1 are divided.
 
     Returns:
-        float32 ``[in]``, all positive; ones where no scaling is better.
+        float32 ``[in]``, all positive; ones if no scaling reduces the error.
 
     Example:
         >>> x = torch.randn(64, 16) * torch.logspace(-1, 1, 16)
@@ -54,26 +58,36 @@ def awq_scales(
     for exponent in torch.linspace(0, 1, grid + 1).tolist():
         attempt(0.0, exponent)
         attempt(1.0, exponent)
-    for step in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):  # the error is rough: also between the points
+    for step in (
+        -0.75,
+        -0.5,
+        -0.25,
+        0.25,
+        0.5,
+        0.75,
+    ):  # the error is not smooth, so points in between are tried as well
         attempt(family, around + step / grid)
     return best
 
 
 def _balanced(scales: Tensor) -> Tensor:
-    """Scales around 1; what is zero (an input that always is) or infinite (weights that are) becomes 1."""
+    """Normalize scales around 1.
+
+    Zero (from an input that is always zero) and infinite scales (from zero weights) become 1.
+    """
     scales = torch.where(scales.isfinite() & (scales > 0), scales, torch.nan)
     middle = (scales.nan_to_num(0).amax() * scales.nan_to_num(torch.inf).amin()).sqrt()
     return (scales / middle).nan_to_num(1.0, 1.0, 1.0).clamp(1e-4, 1e4)
 
 
 def _relative_size(weights: Sequence[Tensor], specs: Sequence[QuantSpec]) -> Tensor:
-    """Mean magnitude of every input's weights, each as a share of the largest weight in its slice, ``[in]``."""
-    shares = []
+    """Compute every input's mean weight, relative to the largest of its slice, ``[in]``."""
+    sizes = []
     for weight, spec in zip(weights, specs, strict=True):
         size = spec.group_size or weight.shape[1]
         grouped = weight.abs().view(len(weight), -1, size)
-        shares.append((grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-30)).view(weight.shape))
-    return torch.cat(shares).mean(0)
+        sizes.append((grouped / grouped.amax(-1, keepdim=True).clamp(min=1e-30)).view(weight.shape))
+    return torch.cat(sizes).mean(0)
 
 
 def _error(weights: Sequence[Tensor], specs: Sequence[QuantSpec], scales: Tensor, hessian: Tensor) -> float:
@@ -89,18 +103,18 @@ def _error(weights: Sequence[Tensor], specs: Sequence[QuantSpec], scales: Tensor
 def awq_clip(
     weight: Tensor, hessian: Tensor, spec: QuantSpec, steps: int = 25, smallest: float = 0.4
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that change the layer's output least among ranges shrunk in equal steps.
+    """Find scale and zero point with the least output error among shrunk ranges.
 
-    The search for clipping of Lin et al., 2023: where `observers.mse_qparams` counts the weights' errors, this counts
-    what each slice adds to its outputs, as if the other slices were exact. The scale of least squared error is tried as
-    well, and is what blocks get.
+    This is the clipping search of Lin et al., 2023: where `estimators.mse_qparams` adds up the errors of the weights,
+    this adds up the output errors of each slice, with all other slices exact. The scale with the least squared error is
+    tried as well, and is always used for block scales and two-level scales.
 
     Args:
         weight: ``[out, in]``.
         hessian: Mean outer product of the layer's input rows, ``[in, in]``.
-        spec: How the weight is quantized.
-        steps: How many ranges are tried, from the full one down.
-        smallest: The narrowest range tried, as a share of the full one.
+        spec: Quantization of the weight.
+        steps: Number of ranges tried, from the full one down.
+        smallest: The narrowest range tried, as a fraction of the full one.
 
     Returns:
         Scale and zero point in their stored shape, float32.
@@ -117,8 +131,8 @@ def awq_clip(
         return best
     least = _slice_error(weight, best, hessian, spec)
     low, high = value_range(weight, spec)
-    for share in torch.linspace(1.0, smallest, steps).tolist():
-        tried = choose_qparams(low * share, high * share, spec)
+    for fraction in torch.linspace(1.0, smallest, steps).tolist():
+        tried = choose_qparams(low * fraction, high * fraction, spec)
         error = _slice_error(weight, tried, hessian, spec)
         better = error < least
         least = torch.where(better, error, least)
@@ -127,7 +141,7 @@ def awq_clip(
 
 
 def _slice_error(weight: Tensor, qparams: tuple[Tensor, Tensor], hessian: Tensor, spec: QuantSpec) -> Tensor:
-    """What the rounding of every slice adds to the squared error of its outputs, in the stored scale's shape."""
+    """Compute the squared output error that each slice causes, in the stored scale's shape."""
     error = fake_quantize(weight, *qparams, spec) - weight
     if spec.group_size is None:
         rows = output_error(error, hessian)
@@ -135,3 +149,17 @@ def _slice_error(weight: Tensor, qparams: tuple[Tensor, Tensor], hessian: Tensor
     size = spec.group_size
     own = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
     return output_error(error.view(len(weight), -1, size).transpose(0, 1), own).t()  # [out, groups]
+
+
+def clipped_weight(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight itself with the scale and zero point of `awq_clip`."""
+    return weight, *awq_clip(weight, hessian, spec)
+
+
+def awq_fold(shared: SharedInput) -> Tensor | None:
+    """Compute the scales of one input with `awq_scales`; None without quantized weights."""
+    quantized = [(r.matrix.detach(), r.weight_fake_quant.spec) for r in shared.readers if r.weight_fake_quant]
+    if not quantized:
+        return None
+    matrices, specs = zip(*quantized, strict=True)
+    return awq_scales(matrices, specs, shared.statistics.magnitude, shared.statistics.hessian)

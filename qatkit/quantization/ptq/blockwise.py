@@ -1,4 +1,4 @@
-"""Run a model block by block, so that the activations of one block are in memory at a time."""
+"""Blockwise execution, which keeps the activations of one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Run:
     """One batch on its way through the blocks.
 
     Attributes:
-        hidden: What the next block gets first.
-        rest: Every block's other arguments: masks, positions. Blocks mostly share them.
+        hidden: First argument of the next block.
+        rest: The other arguments of every block, such as masks and positions, which most models share among blocks.
         autocast: Device type and dtype if the model runs under autocast.
     """
 
@@ -28,7 +28,7 @@ class Run:
     autocast: tuple[str, torch.dtype] | None = None
 
     def through(self, block: nn.Module, index: int) -> Tensor:
-        """The block's output; a copy of the input goes in, because a block may write into it."""
+        """Return the block's output; it gets a copy of its input, which it may change in place."""
         args, kwargs = self.rest[index]
         with ExitStack() as stack:
             if self.autocast is not None:
@@ -38,7 +38,10 @@ class Run:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of the ModuleList with the most quantized layers, the outermost of equal ones; none without any."""
+    """Return the members of the ModuleList with the most quantized layers.
+
+    The outermost list wins a tie; the result is empty if no list has a quantized layer.
+    """
     best: list[nn.Module] = []
     most = 0
     for module in model.modules():
@@ -50,10 +53,11 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def capture(blocks: Sequence[nn.Module], batches: Sequence[Any], forward: Callable[[Any], object]) -> list[Run] | None:
-    """What the blocks get, if they run one after the other and each gets the output of the one before; else None.
+    """Record the inputs of the blocks, or return None if they do not form a chain.
 
-    Of the activations only the first block's input is kept. Every block's other arguments are kept as they are: some
-    models give each block its own mask or positions.
+    In a chain every block runs once, in order, with the previous block's output as its first argument. Of the
+    activations only the first block's input is kept. The other arguments of every block are kept, because some models
+    pass each block its own mask or positions.
     """
     runs = []
     for batch in batches:
@@ -100,14 +104,14 @@ class _Recorder:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no caches of keys and values; modes and random numbers are put back."""
+    """Run in eval mode without gradients and KV caches, with isolated random numbers."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     configs: dict[int, Any] = {id(c): c for module in model.modules() if (c := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     try:
         for config in caching:
-            config.use_cache = False  # a cache would grow each time a block runs again
+            config.use_cache = False  # a cache would grow with every run of a block
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
             yield
@@ -120,7 +124,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unquantized(layers: Sequence[QATLayer], part: str) -> Iterator[None]:
-    """Compute with the plain weights ("weight_fake_quant") or inputs ("input_fake_quant") of `layers`."""
+    """Disable the "weight_fake_quant" or the "input_fake_quant" of `layers`."""
     kept = [(layer, getattr(layer, part)) for layer in layers]
     try:
         for layer, _ in kept:

@@ -1,39 +1,51 @@
-"""Where the scale of an input can move: out of a layer's weight into what comes before, the function unchanged."""
+"""Equivalent transformations: move a scale from an input's producer to its consumers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.layers import QATTransposedLinear
+from qatkit.quantization.layers import QATLayer, QATTransposedLinear
+from qatkit.quantization.ptq.hessian import InputStatistics
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Names inside a block: what makes an input, and everything that reads it."""
+    """The producer of an input and all its consumers, as names inside a block."""
 
     producer: str
     consumers: tuple[str, ...]
     offset: float = 0.0
-    """What a norm adds to its weight before it multiplies."""
+    """Constant that a norm adds to its weight before multiplying."""
     relu: str = ""
-    """The activation in between, which has to be a ReLU."""
+    """Name of the activation function in between, which must be a ReLU."""
     if_true: str = ""
-    """An attribute of the block without which the norm stands elsewhere."""
+    """Attribute of the block that must be true; otherwise the norm is in another place."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """An edge of a model: the modules themselves."""
+    """The producer of an input and all its consumers, as modules."""
 
     producer: nn.Module
     consumers: tuple[nn.Module, ...]
     offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """One input whose scales a method may move: its statistics and the layers that read it."""
+
+    readers: Sequence[QATLayer]
+    """The quantized layers that read the input."""
+    matrices: Sequence[Tensor]
+    """The weights of all layers that read the input, each ``[out, in]``."""
+    statistics: InputStatistics
 
 
 _QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
@@ -60,37 +72,37 @@ BLOCKS: dict[str, tuple[Edge, ...]] = {
         Edge("final_layer_norm", ("fc1",), if_true="do_layer_norm_before"),
         Edge("fc1", ("fc2",), relu="activation_fn"),
     ),
-    # its norms come after the residual sum, which reads them as well
+    # its norms follow the residual sum, and the next residual sum reads their output as well
     "BertLayer": (
         Edge("attention.self.value", ("attention.output.dense",)),
         Edge("intermediate.dense", ("output.dense",), relu="intermediate.intermediate_act_fn"),
     ),
 }  # fmt: skip
-"""The edges of transformers' blocks, by class."""
+"""The edges inside transformers' blocks, by class name."""
 
 
 def find_folds(root: nn.Module, uses: Counter[int]) -> list[Fold]:
-    """The edges inside a module, itself included: of the blocks in `BLOCKS`, and of Linear-ReLU-Linear in Sequentials.
+    """Find the edges of known blocks and of Linear-ReLU-Linear in `nn.Sequential`.
 
     Args:
-        root: A block, or a whole model.
-        uses: How often every parameter (by its id) is used in the model; a shared weight has no scale of its own.
+        root: A block, or a whole model; the module itself is searched as well.
+        uses: Number of uses of every parameter (by id) in the model; shared weights cannot be rescaled.
 
     Raises:
-        QatkitError: something else than a linear layer, such as an adapter, stands where one is expected.
+        QatkitError: A module is not a linear layer where one is expected; it may be an adapter.
     """
-    found: list[Fold] = []
+    folds: list[Fold] = []
     for module in root.modules():
         kind = type(module).__name__
         for edge in BLOCKS.get(kind, ()):
-            found += _table_fold(module, edge, kind)
+            folds += _table_fold(module, edge, kind)
         if isinstance(module, nn.Sequential):
-            found += _sequential_folds(module)
-    return [fold for fold in found if all(uses[id(part.weight)] == 1 for part in (fold.producer, *fold.consumers))]
+            folds += _sequential_folds(module)
+    return [fold for fold in folds if all(uses[id(part.weight)] == 1 for part in (fold.producer, *fold.consumers))]
 
 
 def parameter_uses(model: nn.Module) -> Counter[int]:
-    """How many modules use every parameter, a module under two names twice."""
+    """Count the uses of every parameter; a module with two names counts twice."""
     return Counter(
         id(parameter)
         for _, module in model.named_modules(remove_duplicate=False)
@@ -108,9 +120,10 @@ def _table_fold(block: nn.Module, edge: Edge, kind: str) -> Iterator[Fold]:
         if not _is_linear(module):
             raise QatkitError(
                 f"layer '{name}' of {kind} is a {type(module).__name__}, not a linear layer, so its input cannot be "
-                "scaled; merge adapters before, or use gptq"
+                "scaled",
+                advice="merge adapters first, or use gptq",
             )
-    if _is_linear(producer):  # with fewer heads of values than of queries one output serves several inputs
+    if _is_linear(producer):  # with grouped-query attention one output of v_proj feeds several inputs of o_proj
         if _matrix(producer).shape[0] != _matrix(consumers[0]).shape[1]:
             return
     elif not isinstance(getattr(producer, "weight", None), nn.Parameter):
@@ -130,7 +143,7 @@ def _sequential_folds(layers: nn.Sequential) -> Iterator[Fold]:
 
 
 def fold_tensors(fold: Fold) -> list[Tensor]:
-    """The parameters that `apply_fold` changes."""
+    """Return the parameters that `apply_fold` changes."""
     bias = getattr(fold.producer, "bias", None)
     weights = [part.weight for part in (fold.producer, *fold.consumers) if isinstance(part.weight, Tensor)]
     return weights if bias is None else [*weights, bias]
@@ -138,10 +151,10 @@ def fold_tensors(fold: Fold) -> list[Tensor]:
 
 @torch.no_grad()
 def apply_fold(fold: Fold, scales: Tensor) -> None:
-    """Divide an input by `scales` in what makes it, and multiply the columns that read it, in place.
+    """Divide a producer by `scales` and multiply its consumers' columns, in place.
 
     Args:
-        fold: The modules.
+        fold: Producer and consumers.
         scales: Positive, float32 ``[in]``.
     """
     producer = fold.producer
@@ -160,7 +173,7 @@ def apply_fold(fold: Fold, scales: Tensor) -> None:
 
 
 def fold_matrices(fold: Fold) -> list[Tensor]:
-    """The weights of the consumers, each ``[out, in]``."""
+    """Return the weights of the consumers, each ``[out, in]``."""
     return [_matrix(consumer).detach() for consumer in fold.consumers]
 
 
@@ -169,6 +182,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """A linear layer's weight as ``[out, in]``; of transformers' Conv1D it is the transposed one."""
+    """Return a linear layer's weight as ``[out, in]``, transposed for transformers' Conv1D."""
     assert isinstance(module.weight, Tensor)
     return module.weight if isinstance(module, nn.Linear) else module.weight.t()

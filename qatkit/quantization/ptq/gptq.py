@@ -1,4 +1,4 @@
-"""GPTQ: round a weight column by column, and let the columns that are still to come make up for each error."""
+"""GPTQ: round a weight column by column and correct the remaining columns for each error."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.arithmetic import fake_quantize
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
 from qatkit.quantization.ptq.hessian import output_error
 from qatkit.spec import QuantSpec
 
 FLOORS = (0.85, 0.7, 0.5, 0.35)
-"""How far ranges may shrink in a search. Errors that are passed on push other weights outwards, where a narrow range
-clips them, and how far depends on the layer: every row keeps what serves its output best."""
+"""Lower limits of the fraction to which a search may shrink ranges. Corrections for earlier columns enlarge weights,
+which a narrow range then clips, by an amount that depends on the layer. Every row keeps the limit with the least output
+error."""
 
 
 @torch.no_grad()
@@ -28,29 +29,30 @@ def gptq(
     block_size: int = 128,
     act_order: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight so that the layer's output changes least.
+    """Round a weight so that the layer's outputs change least.
 
     Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
-    the inverse Hessian. Where ranges are searched, a weight's squared error counts as much as the output suffers from
-    it after the columns behind have made up for it. A row that comes out worse than rounded to nearest, on the grid of
-    the weight as it was, is rounded so. An input that was always zero is rounded to nearest too, and not set to zero:
-    in training it may wake up.
+    the inverse Hessian. Where ranges are searched, the squared error of a weight is multiplied by its effect on the
+    outputs after later columns have corrected for it. A row whose output error exceeds that of rounding the original
+    weight to nearest is rounded to nearest. The weights of an input that was always zero are rounded to nearest as
+    well, not set to zero, because the input may become active in training.
 
     Args:
         weight: ``[out, in]``.
-        hessian: Mean outer product of the layer's input rows, or any multiple, ``[in, in]``.
-        spec: How the weight is quantized; ``observer: minmax`` takes scales from ranges, every other one searches.
-        damping: Added to the Hessian's diagonal, as a share of its mean; grows tenfold where the factorization fails.
-        block_size: Columns whose errors reach the columns behind them in one product.
-        act_order: Go through the columns by falling Hessian diagonal. Scales then come from the weight as it was, so
-            that groups stay contiguous. Without, a group's scale comes from the weights as they are when it is reached.
+        hessian: Mean outer product of the layer's input rows, or any multiple of it, ``[in, in]``.
+        spec: Quantization of the weight; ``observer: minmax`` takes scales from ranges, every other one searches.
+        damping: Added to the Hessian's diagonal, as a fraction of its mean; grows tenfold if the factorization fails.
+        block_size: Columns per block; the errors of a block reach the columns after it in one matrix product.
+        act_order: Process columns in order of decreasing Hessian diagonal. Scales then come from the original weight,
+            so that groups stay contiguous. Otherwise the scale of a group comes from the corrected weights at the time
+            the group is reached.
 
     Returns:
         The rounded weight ``[out, in]``, exactly on the grid of the returned scale and zero point (stored shapes), all
         float32.
 
     Raises:
-        QatkitError: the Hessian is not finite, or not positive definite in spite of the damping.
+        QatkitError: The Hessian is non-finite, or not positive definite in spite of the damping.
 
     Example:
         >>> x, weight, spec = torch.randn(64, 16), torch.randn(4, 16), QuantSpec(num_bits=3)
@@ -69,23 +71,23 @@ def gptq(
     grids = [torch.stack([_by_row(part, weight, spec) for part in parts]) for parts in zip(*tried, strict=True)]
 
     def regroup(left: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """Scales of one group of what is left, ``[tried, out, group_size]``."""
-        found = [_qparams(part, spec, floor, costs[columns]) for part, floor in zip(left, floors, strict=True)]
-        return torch.stack([scale for scale, _ in found]), torch.stack([zero_point for _, zero_point in found])
+        """Compute the scales of one group of the corrected weights, ``[tried, out, group_size]``."""
+        qparams = [_qparams(part, spec, floor, costs[columns]) for part, floor in zip(left, floors, strict=True)]
+        return torch.stack([scale for scale, _ in qparams]), torch.stack([zero_point for _, zero_point in qparams])
 
-    # a scale over the scales fixes the groups' scales, too
+    # with two-level scales the scale per tensor is fixed, and so are those of the groups
     grows = spec.strategy == "group" and not act_order and not spec.two_level
-    rounded, *found = _sweep(weight, inverse, order, grids, spec, block_size, regroup if grows else None)
+    rounded, *swept_grids = _sweep(weight, inverse, order, grids, spec, block_size, regroup if grows else None)
     nearest = torch.stack([fake_quantize(weight, *qparams, spec) for qparams in tried])
     errors, plain = output_error(rounded - weight, hessian), output_error(nearest - weight, hessian)  # [tried, out]
     worse = errors > plain
-    for swept, before in zip((rounded, errors, *found), (nearest, plain, *grids), strict=True):
+    for swept, before in zip((rounded, errors, *swept_grids), (nearest, plain, *grids), strict=True):
         swept[worse] = before[worse]
     if spec.strategy not in ("channel", "group"):  # rows share scales
         whole = int(errors.sum(1).argmin())
         return rounded[whole], *tried[whole]
     best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
-    return rounded[best, rows], found[0][best, rows], found[1][best, rows]
+    return rounded[best, rows], swept_grids[0][best, rows], swept_grids[1][best, rows]
 
 
 def _sweep(
@@ -97,23 +99,23 @@ def _sweep(
     block_size: int,
     regroup: Callable[[Tensor, slice], tuple[Tensor, Tensor]] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go through the columns once, for all scales that are tried at a time.
+    """Process the columns once, for all tried scales together.
 
     Args:
         weight: ``[out, in]``.
-        inverse: What `_inverse_factor` gives for the columns in `order`.
+        inverse: The result of `_inverse_factor` for the columns in `order`.
         order: Columns, ``[in]``.
         grids: Scales and zero points, each ``[tried, out, slices of a row]``.
-        spec: How the weight is quantized.
-        block_size: Columns of a block.
-        regroup: Gives the scales of a group when it is reached; None if they stay.
+        spec: Quantization of the weight.
+        block_size: Columns per block.
+        regroup: Computes the scales of a group when it is reached; None for fixed scales.
 
     Returns:
         Rounded weights ``[tried, out, in]``, and scales and zero points as in `grids`.
     """
     width = spec.group_size or (spec.block_structure or weight.shape)[1]
     if regroup is not None:
-        block_size = max(block_size // width, 1) * width  # so that every group is up to date when it is reached
+        block_size = max(block_size // width, 1) * width  # so that a group is fully corrected when it is reached
     column_spec = replace(spec, strategy="group", group_size=1, block_structure=None)
     tried = len(grids[0])
     scales, zero_points = (grid.flatten(0, 1).clone() for grid in grids)
@@ -126,8 +128,8 @@ def _sweep(
             own = slice(places[column] // width, places[column] // width + 1)
             if regroup is not None and column % width == 0:
                 columns = slice(column, column + width)
-                found = regroup(left[:, columns].view(tried, len(weight), width), columns)
-                scales[:, own], zero_points[:, own] = (part.flatten(0, 1) for part in found)
+                qparams = regroup(left[:, columns].view(tried, len(weight), width), columns)
+                scales[:, own], zero_points[:, own] = (part.flatten(0, 1) for part in qparams)
             exact = left[:, column : column + 1]
             value = fake_quantize(exact, scales[:, own], zero_points[:, own], column_spec)
             error = (exact - value) / inverse[column, column]
@@ -140,14 +142,14 @@ def _sweep(
 
 
 def _qparams(weight: Tensor, spec: QuantSpec, floor: float, costs: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point from the range, or from a search among ranges down to a share `floor` of it."""
+    """Take scale and zero point from the range, or from a search down to `floor` times it."""
     if spec.observer == "minmax":
         return computed_qparams(weight, spec)
     return mse_qparams(weight, spec, steps=30, smallest=floor, weights=costs.expand_as(weight))
 
 
 def _by_row(scale: Tensor, weight: Tensor, spec: QuantSpec) -> Tensor:
-    """A stored scale as ``[out, slices of a row]``."""
+    """Expand a stored scale to ``[out, slices of a row]``."""
     if spec.strategy == "tensor":
         return scale.expand(len(weight)).unsqueeze(1)
     if spec.block_structure is not None:
@@ -156,25 +158,28 @@ def _by_row(scale: Tensor, weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with ``U^T U`` the inverse of the damped Hessian.
+    """Compute the upper triangular U for which ``U^T U`` is the inverse of the damped Hessian.
 
-    ``H = R R^T`` with R upper triangular is the Cholesky factorization from the last column to the first; then U is the
-    inverse of R. So the Hessian is never inverted itself, which would square the rounding errors.
+    ``H = R R^T`` with an upper triangular R is the Cholesky factorization from the last column to the first, and U is
+    the inverse of R. This avoids inverting the Hessian itself, which would square the rounding errors.
     """
     if not hessian.isfinite().all():
-        raise QatkitError("gptq: the Hessian holds NaN or infinite values; the layer's inputs are not finite")
+        raise QatkitError(
+            "gptq: the Hessian has NaN or infinite values", advice="check the layer's inputs, which are non-finite"
+        )
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
     diagonal[dead] = mean
-    for share in (damping, 9 * damping, 90 * damping):  # 1, 10 and 100 times the damping in all
-        diagonal += share * mean
+    for added in (damping, 9 * damping, 90 * damping):  # 1, 10 and 100 times the damping in total
+        diagonal += added * mean
         lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if int(info) == 0:
             eye = torch.eye(len(hessian), device=hessian.device)
             upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             return upper
     raise QatkitError(
-        f"gptq: the Hessian is not positive definite with damping {damping}; write a larger one, such as 0.1"
-    )
+        f"gptq: the Hessian is not positive definite with damping {damping}", key="damping",
+        advice="use a larger one, such as 0.1",
+    )  # fmt: skip

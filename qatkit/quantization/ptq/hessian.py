@@ -1,4 +1,4 @@
-"""What initialisers need to know of a layer's inputs, summed up so that few inputs are kept."""
+"""Statistics of a layer's inputs for PTQ methods, accumulated without keeping the inputs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch.nn import functional as F
 
 from qatkit.quantization.layers import QATLayer, QATTransposedLinear
 
-_SAMPLES = 8  # of a convolution's batch that are unfolded at a time
-_ROWS = 256  # of the inputs that are kept at least, once there were as many
+_SAMPLES = 8  # samples of a convolution's batch that are unfolded at a time
+_ROWS = 256  # smallest number of rows in a sample, if there were that many
 
 
 class InputStatistics:
-    """Sums over the rows that a layer multiplied with its weight matrix.
-
-    Attributes:
-        rows: How many there were.
+    """Statistics of the rows that a layer multiplies by its weight matrix.
 
     Args:
-        second_moment: Keep what `hessian` needs, ``[in, in]``; otherwise keep some rows, for `sample`.
+        second_moment: Accumulate the second moment for `hessian`, ``[in, in]``; otherwise keep rows for `sample`.
+
+    Attributes:
+        rows: Number of rows.
     """
 
     def __init__(self, second_moment: bool) -> None:
@@ -33,7 +33,7 @@ class InputStatistics:
         self._second_moment = second_moment
 
     def update(self, rows: Tensor) -> None:
-        """Take in rows ``[n, in]``; no rows (an expert that got no token) say nothing."""
+        """Add rows ``[n, in]``; an empty tensor (an expert that got no token) is skipped."""
         if not len(rows):
             return
         rows = rows.detach().float()
@@ -58,7 +58,7 @@ class InputStatistics:
 
     @property
     def half_range(self) -> Tensor:
-        """Half of what lies between the smallest and the largest of every input and zero, float32 ``[in]``."""
+        """Half of the range of every input, zero included, float32 ``[in]``."""
         assert self._low is not None
         assert self._high is not None
         return (self._high - self._low) / 2
@@ -71,28 +71,31 @@ class InputStatistics:
 
     @property
     def hessian(self) -> Tensor:
-        """Mean of the rows' outer products, float32 ``[in, in]``: half the Hessian of the output's squared error."""
+        """Mean outer product of the rows, float32 ``[in, in]``.
+
+        It is half the Hessian of the squared output error.
+        """
         assert self._moment is not None
         return self._moment / self.rows
 
     def _keep(self, rows: Tensor) -> None:
-        """Keep every `_stride`-th of all rows; when they become too many, every second of those."""
+        """Keep every `_stride`-th row; drop every second one when there are too many."""
         self._kept.append(rows[-self.rows % self._stride :: self._stride].clone())
         while sum(map(len, self._kept)) >= 2 * _ROWS:
             self._kept, self._stride = [torch.cat(self._kept)[::2]], 2 * self._stride
 
     @property
     def sample(self) -> Tensor:
-        """Rows at equal distances, float32 ``[n, in]``: all of few, between 256 and 512 of many."""
+        """Evenly spaced rows, float32 ``[n, in]``: 256 to 512, or all if there are fewer."""
         return torch.cat(self._kept)
 
     @property
     def finite(self) -> bool:
-        """Whether every number that was taken in is finite."""
+        """Whether every value was finite."""
         return self.rows == 0 or bool(self.half_range.isfinite().all())
 
     def rescale(self, scales: Tensor) -> None:
-        """As if every row had been divided by `scales`, ``[in]``."""
+        """Update the statistics as if every row had been divided by `scales`, ``[in]``."""
         assert self._low is not None
         assert self._high is not None
         assert self._abssum is not None
@@ -102,20 +105,20 @@ class InputStatistics:
         self._kept = [rows / scales for rows in self._kept]
 
 
-def fits(layer: QATLayer) -> bool:
-    """Whether a layer multiplies rows of inputs with one weight matrix: linear layers and ungrouped convolutions."""
+def is_matrix_product(layer: QATLayer) -> bool:
+    """Whether a layer multiplies rows by one matrix: linear, or an ungrouped convolution."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.groups == 1
     return isinstance(layer, nn.Linear | QATTransposedLinear)
 
 
-def watch(layer: QATLayer, x: Tensor, statistics: InputStatistics) -> None:
-    """Take in what `layer` multiplies with its weight ``[out, in, ...]`` flattened to ``[out, in * ...]``.
+def record_inputs(layer: QATLayer, x: Tensor, statistics: InputStatistics) -> None:
+    """Add the rows that a layer multiplies by its flattened weight ``[out, in * ...]``.
 
     Args:
-        layer: A layer that `fits`.
+        layer: A layer for which `is_matrix_product` holds.
         x: Its input.
-        statistics: Where the rows go.
+        statistics: Statistics to update.
     """
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         statistics.update(x.reshape(-1, x.shape[-1]))
@@ -132,10 +135,10 @@ def watch(layer: QATLayer, x: Tensor, statistics: InputStatistics) -> None:
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """Mean squared error of every output that an error of the weight causes, ``diag(E H E^T)``.
+    """Compute the mean squared error of every output, ``diag(E H E^T)``.
 
     Args:
-        error: Rounded minus exact weight, ``[..., out, in]``.
+        error: Quantized minus exact weight, ``[..., out, in]``.
         hessian: ``[..., in, in]``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Set the starting point of quantization-aware training: weights and scales from a few batches."""
+"""Apply a PTQ method to a prepared model, as the starting point of training."""
 
 from __future__ import annotations
 
@@ -6,175 +6,156 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.observers import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
-from qatkit.quantization.ptq.awq import awq_clip, awq_scales
 from qatkit.quantization.ptq.blockwise import Run, capture, find_blocks, isolated, unquantized
 from qatkit.quantization.ptq.equivalence import (
     BLOCKS,
     Fold,
+    SharedInput,
     apply_fold,
     find_folds,
     fold_matrices,
     fold_tensors,
     parameter_uses,
 )
-from qatkit.quantization.ptq.gptq import gptq
-from qatkit.quantization.ptq.hessian import InputStatistics, fits, watch
-from qatkit.quantization.ptq.smoothquant import smoothquant_search
+from qatkit.quantization.ptq.hessian import InputStatistics, is_matrix_product, record_inputs
+from qatkit.quantization.ptq.methods import METHODS, Method
+from qatkit.quantization.ptq.undo import Undo
 from qatkit.quantization.ranges import RangeObserver
-from qatkit.spec import QuantSpec
-
-Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
 
 
-def initialise(
-    model: nn.Module, method: Method, batches: Iterable[Any], forward: Callable[[Any], object] | None = None
+def apply_ptq(
+    model: nn.Module, method: str, batches: Iterable[Any], forward: Callable[[Any], object] | None = None
 ) -> list[str]:
-    """Set weights and weight scales of a prepared model so that it starts close to the float model, in place.
+    """Set weights and weight scales of a prepared model with a PTQ method, in place.
 
     "rtn" takes scales from ranges and "mse" from the least squared error of the weights; neither reads `batches`.
     "gptq" rounds the weights so that outputs change least. "awq" and "smoothquant" move scales between layers, which
-    leaves the float model's function as it is; "awq" then clips. Call it before `calibrate`.
+    leaves the function of the float model unchanged; "awq" then clips. Call it before `calibrate`.
 
-    Blocks that run one after the other (the layers of a transformer) are treated one by one, each on what the quantized
-    blocks before it give; then everything outside of them. A model without such a list is one block. Inputs are not
-    quantized meanwhile. Embeddings, grouped convolutions, fused experts and layers with shared or unused weights keep
-    their own scales; a warning names those. In a process group every rank computes on its own: give all of them the
-    same batches, and shard the model afterwards.
+    Blocks that run one after the other (the layers of a transformer) are processed one by one, each with the outputs of
+    the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one
+    block. Inputs are not quantized meanwhile. Embeddings, grouped convolutions, fused experts and layers with shared
+    or unused weights keep their scales, and a warning names them. In a process group every rank computes on its own:
+    pass the same batches to every rank, and shard the model afterwards.
 
     Args:
         model: A model from `prepare_qat`.
-        method: What to do.
-        batches: What `forward` takes; all are kept in memory, and for every block one activation of each.
+        method: A name of `METHODS`.
+        batches: Inputs of `forward`; all are kept in memory, and one activation of each for the current block.
         forward: Runs the model on one batch; `model(batch)` by default.
 
     Returns:
         Names of the layers that the method has set.
 
     Raises:
-        QatkitError: no batches; activations that are not finite; scales that are computed from the weights, with "mse",
-            "gptq" and "awq"; a block whose layers are not known, or inputs that are calibrated, with "awq" and
-            "smoothquant". The model is as it was.
+        QatkitError: There is no batch; activations are non-finite; weight scales are computed from the weights, with
+            "mse", "gptq" and "awq"; a block's layers are unknown or its inputs are calibrated already, with "awq" and
+            "smoothquant". The model is then unchanged.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = prepare_qat(model, weight=QuantSpec(num_bits=4, observer="lsq"))
-        >>> initialise(model, "gptq", [torch.randn(32, 8)])
+        >>> apply_ptq(model, "gptq", [torch.randn(32, 8)])
         ['0', '2']
     """
     check_method(model, method)
-    undo = Undo()
+    row, undo = METHODS[method], Undo()
     try:
-        if method in ("rtn", "mse"):
-            return _from_weights(model, method, undo)
+        if not row.reads_batches:
+            return _from_weights(model, row, undo)
         with isolated(model), _unquantized_caches(model):
-            return _Initialiser(model, method, undo).run(list(batches), forward or model)
+            return _BatchMethod(model, row, undo).run(list(batches), forward or model)
     except BaseException:
         undo()
         raise
 
 
 def check_method(model: nn.Module, method: str) -> None:
-    """Refuse what `initialise` refuses before it reads a batch; the prepared model may be on the meta device.
+    """Check what `apply_ptq` can check without a batch; works on the meta device.
 
     Raises:
-        QatkitError: as `initialise` says.
+        QatkitError: As in `apply_ptq`.
     """
-    if method not in get_args(Method):
-        raise QatkitError(f"method: '{method}' is unknown; write one of {', '.join(get_args(Method))}")
+    row = METHODS.row(method, "method")
     weights = quantized_weights(model)
     if not weights and not qat_layers(model):
-        raise QatkitError(f"{method}: the model has no fake-quantized layer; call prepare_qat before")
-    if not weights and method != "smoothquant":
-        raise QatkitError(f"{method}: it sets weights and their scales, and no weight is quantized; give a weight spec")
-    if method in ("gptq", "awq", "smoothquant"):
-        _Initialiser(model, method, Undo()).folds(find_blocks(model))
-    else:
+        raise QatkitError(f"{method}: the model has no fake-quantized layer", advice="call prepare_qat first")
+    if not weights and row.needs_weights:
+        raise QatkitError(
+            f"{method} sets weights and their scales, and no weight is quantized", advice="add a weight spec"
+        )
+    if row.reads_batches:
+        _BatchMethod(model, row, Undo()).folds(find_blocks(model))
+    elif row.stored_scales:
         for name, _, fake_quant in weights:
             if fake_quant.computed:
-                _refuse_computed(name, fake_quant, method)
+                raise _computed_scale(name, fake_quant, row)
+
+
+def _from_weights(model: nn.Module, method: Method, undo: Undo) -> list[str]:
+    estimate = implementation(method.from_weight)
+    names = []
+    for name, weight, fake_quant in quantized_weights(model):
+        if fake_quant.computed:
+            continue
+        undo.keep(*fake_quant.parameters(), *fake_quant.buffers())
+        fake_quant.initialize(weight, estimate)
+        names.append(name)
+    return names
+
+
+def _computed_scale(name: str, fake_quant: FakeQuantize, method: Method) -> QatkitError:
+    return QatkitError(
+        f"layer '{name}': {method.name} sets scales, but observer '{fake_quant.spec.observer}' computes them from the "
+        "weight on every call",
+        advice="use observer: mse (a stored scale) or lsq (a learned scale)",
+    )
 
 
 @contextmanager
 def _unquantized_caches(model: nn.Module) -> Iterator[None]:
-    """Keys and values are not quantized meanwhile: their ranges are calibrated later."""
+    """Leave keys and values unquantized: their ranges are calibrated later."""
     inputs = {id(layer.input_fake_quant) for _, layer in qat_layers(model)}
     caches = [fq for _, fq in fake_quantizers(model) if fq.role == "activation" and id(fq) not in inputs]
     try:
         for fake_quant in caches:
-            fake_quant.observer = RangeObserver()  # what is watched passes as it is
+            fake_quant.observer = RangeObserver()  # a quantizer with an observer returns its input unchanged
         yield
     finally:
         for fake_quant in caches:
             fake_quant.observer = None
 
 
-class Undo:
-    """Remembers tensors as they were before they are changed, on the CPU."""
+class _BatchMethod:
+    """One call of `apply_ptq` with a method that reads batches."""
 
-    def __init__(self) -> None:
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(self, *tensors: Tensor | None) -> None:
-        """Remember tensors that are about to change; what is remembered stays."""
-        for tensor in tensors:
-            if tensor is not None and id(tensor) not in self._before:
-                self._before[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Put everything back."""
-        for tensor, before in self._before.values():
-            tensor.copy_(before)
-
-
-def _from_weights(model: nn.Module, method: str, undo: Undo) -> list[str]:
-    names = []
-    for name, weight, fake_quant in quantized_weights(model):
-        if fake_quant.computed:
-            continue
-        undo.keep(*fake_quant.parameters(), *fake_quant.buffers())
-        fake_quant.initialize(weight)
-        if method == "rtn":
-            fake_quant.set_qparams(*computed_qparams(weight, fake_quant.spec))
-        names.append(name)
-    return names
-
-
-def _refuse_computed(name: str, fake_quant: FakeQuantize, method: str) -> None:
-    if method in ("mse", "gptq", "awq"):
-        raise QatkitError(
-            f"layer '{name}': {method} sets scales, but with observer: {fake_quant.spec.observer} they are computed "
-            "from the weight on every call; write observer: mse (the scale stays) or lsq (learned)"
-        )
-
-
-class _Initialiser:
-    """One call of `initialise` with a method that reads batches."""
-
-    def __init__(self, model: nn.Module, method: str, undo: Undo) -> None:
+    def __init__(self, model: nn.Module, method: Method, undo: Undo) -> None:
         self.model, self.method, self.undo = model, method, undo
         self.names = {layer: name for name, layer in qat_layers(model)}
         self.uses = parameter_uses(model)
         self.done: list[str] = []
         plain = {name for name, *_ in quantized_weights(model)} - set(self.names.values())
-        self.left = dict.fromkeys(sorted(plain), "fused experts")
+        self.skipped = dict.fromkeys(sorted(plain), "fused experts")
         self._check()
 
     def run(self, batches: list[Any], forward: Callable[[Any], object]) -> list[str]:
-        """Treat block after block, then the layers outside of them."""
+        """Process block after block, then the layers outside the blocks."""
         if not batches:
-            raise QatkitError(f"{self.method}: the data gave no batch; it needs at least one")
+            raise QatkitError(
+                f"{self.method.name} got no batch and needs at least one", key="batches",
+                advice="pass a data loader that is not empty",
+            )  # fmt: skip
         layers, blocks = list(self.names), find_blocks(self.model)
         folds = self.folds(blocks)
         with unquantized(layers, "input_fake_quant"):
@@ -182,77 +163,82 @@ class _Initialiser:
                 runs = capture(blocks, batches, forward)
             if runs is None:
                 blocks, runs = [], []
-            treated: set[nn.Module] = set()
+            processed: set[nn.Module] = set()
             for index, block in enumerate(blocks):
                 inside = [layer for layer in block.modules() if isinstance(layer, QATLayer)]
-                self._treat(inside, folds, functools.partial(_through, runs, block, index))
-                treated.update(inside)
+                self._process(inside, folds, functools.partial(_through, runs, block, index))
+                processed.update(inside)
                 for run in runs:
                     run.hidden = run.through(block, index)
             runs.clear()
-            rest = [layer for layer in layers if layer not in treated]
+            rest = [layer for layer in layers if layer not in processed]
             if rest:
-                self._treat(rest, folds, lambda: (forward(batch) for batch in batches))
-        if self.left and self.method != "smoothquant":
-            kept = ", ".join(f"{name} ({why})" for name, why in self.left.items())
-            warnings.warn(f"{self.method}: these layers keep their own scales: {kept}", QatkitWarning, stacklevel=3)
+                self._process(rest, folds, lambda: (forward(batch) for batch in batches))
+        if self.skipped and self.method.from_inputs:
+            names = ", ".join(f"{name} ({reason})" for name, reason in self.skipped.items())
+            warnings.warn(f"{self.method.name}: these layers keep their scales: {names}", QatkitWarning, stacklevel=3)
         return self.done
 
     def _check(self) -> None:
         for layer, name in self.names.items():
             if hasattr(layer.weight, "device_mesh"):
-                raise QatkitError(f"layer '{name}': its weight is sharded; call initialise before fully_shard")
-            weight, inputs = layer.weight_fake_quant, layer.input_fake_quant
-            if weight is not None and weight.computed and fits(layer):
-                _refuse_computed(name, weight, self.method)
-            if self.method != "gptq" and inputs is not None and not inputs.computed and inputs.ready:
                 raise QatkitError(
-                    f"layer '{name}': {self.method} changes the range of its input, which is already calibrated; call "
-                    "initialise before calibrate"
+                    f"the weight of layer '{name}' is sharded", advice="call apply_ptq before fully_shard"
+                )
+            weight, inputs = layer.weight_fake_quant, layer.input_fake_quant
+            if self.method.stored_scales and weight is not None and weight.computed and is_matrix_product(layer):
+                raise _computed_scale(name, weight, self.method)
+            if self.method.move_scales and inputs is not None and not inputs.computed and inputs.ready:
+                raise QatkitError(
+                    f"{self.method.name} changes the input range of layer '{name}', which is already calibrated",
+                    advice="call apply_ptq before calibrate",
                 )
 
     def folds(self, blocks: list[nn.Module]) -> list[Fold]:
-        """Where the method moves scales; none with gptq."""
-        if self.method == "gptq":
+        """Find the inputs whose scales the method can move."""
+        if not self.method.move_scales:
             return []
         for block in blocks or [self.model]:
             if qat_layers(block) and not find_folds(block, self.uses):
                 raise QatkitError(
-                    f"{self.method}: nothing is known about what comes before the layers of a {type(block).__name__} "
-                    f"of {type(self.model).__name__}; known are {', '.join(BLOCKS)} and nn.Sequential of Linear and "
-                    "ReLU; use gptq"
+                    f"{self.method.name} does not know the layer order of {type(block).__name__} in "
+                    f"{type(self.model).__name__}; it knows {', '.join(BLOCKS)} and nn.Sequential of Linear and ReLU",
+                    advice="use gptq",
                 )
         return find_folds(self.model, self.uses)
 
-    def _treat(self, inside: list[QATLayer], folds: list[Fold], runs: Callable[[], Iterator[object]]) -> None:
-        """Watch the inputs of some layers while the model runs with their plain weights, then set them."""
-        watched = {layer: InputStatistics(self.method != "smoothquant") for layer in inside if fits(layer)}
+    def _process(self, inside: list[QATLayer], folds: list[Fold], runs: Callable[[], Iterator[object]]) -> None:
+        """Record the inputs of some layers, run with plain weights, then set the layers."""
+        recorded = {layer: InputStatistics(self.method.second_moment) for layer in inside if is_matrix_product(layer)}
         with ExitStack() as stack:
             stack.enter_context(unquantized(inside, "weight_fake_quant"))
-            for layer, statistics in watched.items():
-                stack.callback(layer.register_forward_pre_hook(_watcher(statistics), with_kwargs=True).remove)
+            for layer, statistics in recorded.items():
+                stack.callback(layer.register_forward_pre_hook(_recorder(statistics), with_kwargs=True).remove)
             for _ in runs():
                 pass
-        for layer, statistics in watched.items():
+        for layer, statistics in recorded.items():
             if not statistics.finite:
-                raise QatkitError(f"{self.method}: the input of layer '{self.names[layer]}' is not finite")
+                raise QatkitError(
+                    f"{self.method.name}: the input of layer '{self.names[layer]}' is non-finite",
+                    advice="check the data and the checkpoint",
+                )
         for fold in folds:
-            if any(consumer in watched for consumer in fold.consumers):
-                self._fold(fold, watched)
-        if self.method == "smoothquant":
+            if any(consumer in recorded for consumer in fold.consumers):
+                self._fold(fold, recorded)
+        if not self.method.from_inputs:
             return
         for layer in inside:
             fake_quant = layer.weight_fake_quant
             if fake_quant is None:
                 continue
-            reason = self._reason(layer, watched.get(layer))
+            reason = self._reason(layer, recorded.get(layer))
             if reason:
-                self.left[self.names[layer]] = reason
+                self.skipped[self.names[layer]] = reason
             else:
-                self._set(layer, fake_quant, watched.pop(layer).hessian)
+                self._set(layer, fake_quant, recorded.pop(layer).hessian)
 
     def _reason(self, layer: QATLayer, statistics: InputStatistics | None) -> str:
-        """Why a layer keeps its own scale; nothing if it does not."""
+        """Return why a layer keeps its scale, or an empty string."""
         if statistics is None:
             return "grouped convolution" if isinstance(layer, nn.Conv1d | nn.Conv2d) else "embedding"
         if self.uses[id(layer.weight)] > 1:
@@ -264,35 +250,22 @@ class _Initialiser:
         matrix = layer.matrix
         self.undo.keep(layer.weight, *fake_quant.parameters(), *fake_quant.buffers())
         if fake_quant.spec.two_level:
-            fake_quant.initialize(matrix)  # the scale over the scales
-        if self.method == "gptq":
-            rounded, *qparams = gptq(matrix.flatten(1), hessian, fake_quant.spec)
-            layer.set_matrix(rounded.view_as(matrix))
-        else:
-            qparams = list(awq_clip(matrix.flatten(1), hessian, fake_quant.spec))
+            fake_quant.initialize(matrix)  # sets the scale per tensor
+        weight, *qparams = implementation(self.method.from_inputs)(matrix.flatten(1), hessian, fake_quant.spec)
+        layer.set_matrix(weight.view_as(matrix))
         fake_quant.set_qparams(*qparams)
         self.done.append(self.names[layer])
 
-    def _fold(self, fold: Fold, watched: dict[QATLayer, InputStatistics]) -> None:
-        """Find the scales of one input and move them into what makes it."""
-        readers = [consumer for consumer in fold.consumers if isinstance(consumer, QATLayer) and consumer in watched]
-        statistics = watched[readers[0]]
+    def _fold(self, fold: Fold, recorded: dict[QATLayer, InputStatistics]) -> None:
+        """Compute the scales of one input and move them into the layers around it."""
+        readers = [consumer for consumer in fold.consumers if isinstance(consumer, QATLayer) and consumer in recorded]
+        statistics = recorded[readers[0]]
         if statistics.rows == 0:
             return
-        if self.method == "smoothquant":
-            scales = smoothquant_search(
-                [reader.matrix for reader in readers],
-                [_spec(reader.weight_fake_quant) for reader in readers],
-                [_spec(reader.input_fake_quant) for reader in readers],
-                statistics,
-                torch.stack([matrix.abs().amax(0) for matrix in fold_matrices(fold)]).amax(0),
-            )
-        else:
-            quantized = [(r.matrix.detach(), r.weight_fake_quant.spec) for r in readers if r.weight_fake_quant]
-            if not quantized:
-                return
-            matrices, specs = zip(*quantized, strict=True)
-            scales = awq_scales(matrices, specs, statistics.magnitude, statistics.hessian)
+        shared = SharedInput(readers, fold_matrices(fold), statistics)
+        scales: Tensor | None = implementation(self.method.move_scales)(shared)
+        if scales is None:
+            return
         self.undo.keep(*fold_tensors(fold))
         apply_fold(fold, scales)
         for layer in (fold.producer, *fold.consumers):
@@ -303,21 +276,17 @@ class _Initialiser:
                 self.undo.keep(*fake_quant.parameters(), *fake_quant.buffers())
                 fake_quant.initialize(layer.matrix)
         for layer in readers:
-            watched[layer].rescale(scales)
-            if self.method == "smoothquant":
+            recorded[layer].rescale(scales)
+            if not self.method.from_inputs:
                 self.done.append(self.names[layer])
-
-
-def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
-    return None if fake_quant is None else fake_quant.spec
 
 
 def _through(runs: list[Run], block: nn.Module, index: int) -> Iterator[object]:
     return (run.through(block, index) for run in runs)
 
 
-def _watcher(statistics: InputStatistics) -> Callable[..., None]:
+def _recorder(statistics: InputStatistics) -> Callable[..., None]:
     def hook(layer: QATLayer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        watch(layer, args[0] if args else next(iter(kwargs.values())), statistics)
+        record_inputs(layer, args[0] if args else next(iter(kwargs.values())), statistics)
 
     return hook

@@ -1,4 +1,4 @@
-"""SmoothQuant: move what makes activations hard to quantize into the weights."""
+"""SmoothQuant: move the outliers of activations into the weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from qatkit.quantization.arithmetic import fake_quantize
-from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.estimators import computed_qparams
+from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.ptq.equivalence import SharedInput
 from qatkit.quantization.ptq.hessian import InputStatistics
 from qatkit.spec import QuantSpec
 
 
 def smoothquant_scales(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:
-    """What inputs are divided by, and the weight's columns multiplied with.
+    """Compute the scales that inputs are divided by and weight columns multiplied by.
 
-    Xiao et al., 2022, https://arxiv.org/abs/2211.10438, equation 4: ``max|X|^alpha / max|W|^(1 - alpha)``. An input
-    that is always zero, or a column that is, keeps scale 1.
+    Xiao et al., 2022, https://arxiv.org/abs/2211.10438, equation 4: ``max|X|^alpha / max|W|^(1 - alpha)``. The scale is
+    1 for an input that is always zero and for a column of zeros.
 
     Args:
         activation_absmax: Largest magnitude of every input, ``[in]``.
         weight_absmax: Largest magnitude of every input's weights, over all layers that read it, ``[in]``.
-        alpha: How much of the difficulty moves: 0 evens out the weights, 1 the activations.
+        alpha: Migration strength: 0 evens out the weights, 1 the activations.
 
     Returns:
         float32 ``[in]``, all positive.
@@ -46,22 +48,23 @@ def smoothquant_search(
     weight_absmax: Tensor,
     grid: int = 10,
 ) -> Tensor:
-    """The scales of equation 4 whose alpha changes the outputs least, with weights and inputs both rounded.
+    """Find the scales of equation 4 with the least output error.
 
-    Xiao et al. choose one alpha per model from a grid (section 5.1). Which is best differs from input to input: here
-    each gets its own, and no scales where none helps. Each alpha is also tried with half of every input's range in
-    place of its largest magnitude, as later code has it, and with its mean magnitude.
+    Weights and inputs are both quantized. Xiao et al. choose one alpha per model from a grid (section 5.1). The best
+    alpha differs from input to input, so here each input has its own, and no scales where none reduces the error. Each
+    alpha is also tried with half of every input's range instead of its largest magnitude, as later implementations do,
+    and with its mean magnitude.
 
     Args:
         weights: The layers that read the input, each ``[out, in]``.
-        weight_specs: How each weight is quantized; None if it is not.
-        input_specs: How each layer's input is quantized; None if it is not.
-        statistics: Of the inputs, with rows kept: the errors are those of the outputs of these rows.
+        weight_specs: Quantization of each weight; None if it is not quantized.
+        input_specs: Quantization of each layer's input; None if it is not quantized.
+        statistics: Of the inputs, with a sample of rows, for which the output errors are computed.
         weight_absmax: Largest magnitude of every input's weights, over all layers that read it, ``[in]``.
-        grid: Into how many steps alpha from 0 to 1 is divided; then also between the best ones.
+        grid: Number of steps into which alpha from 0 to 1 is divided; values next to the best one are tried as well.
 
     Returns:
-        float32 ``[in]``, all positive; ones where no scaling is better.
+        float32 ``[in]``, all positive; ones if no scaling reduces the error.
 
     Example:
         >>> x, weight = torch.randn(64, 16) * torch.logspace(-1, 1, 16), torch.randn(4, 16)
@@ -77,8 +80,8 @@ def smoothquant_search(
     def error(scales: Tensor) -> float:
         total, scaled = 0.0, rows / scales
         for weight, weight_spec, input_spec, outputs in zip(weights, weight_specs, input_specs, exact, strict=True):
-            made = _rounded(scaled, input_spec) @ _rounded(weight * scales, weight_spec).t()
-            total += float((made - outputs).square().sum())
+            actual = _fake_quantized(scaled, input_spec) @ _fake_quantized(weight * scales, weight_spec).t()
+            total += float((actual - outputs).square().sum())
         return total
 
     best = torch.ones_like(weight_absmax, dtype=torch.float32)
@@ -87,9 +90,9 @@ def smoothquant_search(
     def attempt(activation: Tensor, alpha: float) -> None:
         nonlocal best, least, size, around
         scales = smoothquant_scales(activation, weight_absmax, alpha)
-        found = error(scales)
-        if found < least:
-            best, least, size, around = scales, found, activation, alpha
+        current = error(scales)
+        if current < least:
+            best, least, size, around = scales, current, activation, alpha
 
     for activation in (statistics.absmax, statistics.half_range, statistics.magnitude):
         for alpha in torch.linspace(0, 1, grid + 1).tolist():
@@ -99,5 +102,20 @@ def smoothquant_search(
     return best
 
 
-def _rounded(x: Tensor, spec: QuantSpec | None) -> Tensor:
+def _fake_quantized(x: Tensor, spec: QuantSpec | None) -> Tensor:
     return x if spec is None else fake_quantize(x, *computed_qparams(x, spec), spec)
+
+
+def smoothquant_fold(shared: SharedInput) -> Tensor:
+    """Compute the scales of one input with `smoothquant_search`."""
+    return smoothquant_search(
+        [reader.matrix for reader in shared.readers],
+        [_spec(reader.weight_fake_quant) for reader in shared.readers],
+        [_spec(reader.input_fake_quant) for reader in shared.readers],
+        shared.statistics,
+        torch.stack([matrix.abs().amax(0) for matrix in shared.matrices]).amax(0),
+    )
+
+
+def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
+    return None if fake_quant is None else fake_quant.spec

@@ -15,7 +15,9 @@ from qatkit import QatkitError, QuantSpec, Scheme, calibrate, prepare_qat, schem
 from qatkit.data import digits
 from qatkit.models import cnn, llama, mlp
 from qatkit.quantization.folding import fold_batchnorm
-from qatkit.quantization.mixed.allocation import Sensitivity, allocate, allocated_layers, totals
+from qatkit.quantization.mixed.allocation import allocate, totals
+from qatkit.quantization.mixed.overrides import allocated_layers
+from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.quantization.mixed.sensitivity import layer_groups, measure_sensitivity
 from qatkit.quantization.prepare import qat_layers, quantized_weights
 
@@ -151,7 +153,8 @@ def test_fused_experts_are_measured_where_every_expert_has_scales_of_its_own() -
     assert (group.layers, group.weights) == (("model.layers.0.mlp.experts",), 4 * 3 * 32 * 48)
     assert group.options["int4"].bytes == group.weights // 2 + 4 * 4 * (2 * 48 + 32)  # a scale for each expert's output
     (said,) = found.left_out
-    assert said.startswith("W8A8 is left out: layer 'model.layers.0.mlp.experts': fused experts route their inputs")
+    assert "W8A8 is left out" in said
+    assert "only the weight of layer 'model.layers.0.mlp.experts' can be quantized" in said
 
 
 def uniform(sensitivity: Sensitivity, candidate: str) -> dict[str, str]:
@@ -213,9 +216,11 @@ def test_a_candidate_that_does_not_fit_is_left_out_of_that_layer_and_said() -> N
     found = measure_sensitivity(model, candidates, lambda model: float(model(x).square().mean()))
     assert [list(group.options) for group in found.groups] == [["W4A16", "W8A8"], ["W8A8"]]
     (said,) = found.left_out
-    assert said.startswith("W4A16 is left out: layer '1': group_size 128 does not divide its 24 inputs")
+    assert said.startswith(
+        "W4A16 is left out: layers['1'].weight.group_size: 128 does not divide in_features=24 of layer '1'"
+    )
     del candidates["W8A8"]
-    with pytest.raises(QatkitError, match=r"layers \['1'\]: no candidate fits; exclude them, or add one that fits"):
+    with pytest.raises(QatkitError, match=r"candidates: no candidate fits layers \['1'\]"):
         measure_sensitivity(model, candidates, lambda model: 0.0)
 
 
@@ -229,7 +234,7 @@ def test_a_format_that_breaks_the_model_is_left_out() -> None:
     binary = Scheme(QuantSpec(num_bits=2, strategy="tensor"), QuantSpec(num_bits=2, strategy="tensor"))
     found = measure_sensitivity(model, {"int2": binary, "int8": CANDIDATES["int8"]}, loss, include=["0"])
     assert list(found.groups[0].options) == ["int8"]
-    assert found.left_out == ("int2 is left out: with it in ['0'] the loss is inf",)
+    assert found.left_out == ("int2 is left out: the loss is inf with it in ['0']",)
 
 
 class Idle(nn.Module):
@@ -247,13 +252,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
     def loss(model: nn.Module) -> float:
         return float(model(x).sum())
 
-    with pytest.raises(QatkitError, match="layer 'idle': the loss never runs it"):
+    with pytest.raises(QatkitError, match="the loss never runs layer 'idle'"):
         measure_sensitivity(Idle(), CANDIDATES, loss)
-    with pytest.raises(QatkitError, match="loss: it is nan with nothing quantized"):
+    with pytest.raises(QatkitError, match="loss: nan for the plain model"):
         measure_sensitivity(Idle(), CANDIDATES, lambda model: float("nan"))
-    with pytest.raises(QatkitError, match="'half' leaves the weight as it is"):
+    with pytest.raises(QatkitError, match="'half' does not quantize the weight"):
         measure_sensitivity(Idle(), {"half": Scheme(None, A8)}, loss)
-    with pytest.raises(QatkitError, match="candidates: none is given"):
+    with pytest.raises(QatkitError, match="candidates: there is none"):
         measure_sensitivity(Idle(), {}, loss)
     model = Idle()
     prepare_qat(model, QuantSpec(), include=["idle"])

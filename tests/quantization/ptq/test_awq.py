@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qatkit import QuantSpec, fake_quantize
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
 from qatkit.quantization.ptq.awq import awq_clip, awq_scales
 
 W3 = QuantSpec(3, strategy="group", group_size=16)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qatkit import QatkitError, QuantSpec, fake_quantize
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
 from qatkit.quantization.ptq.gptq import gptq
 
 SPECS = [
@@ -185,8 +185,8 @@ def test_fewer_rows_than_inputs_are_enough_and_what_cannot_be_factored_is_refuse
     rows = torch.randn(3, 32, generator=generator)  # float32 cannot factor this with so little damping, ten times can
     assert gptq(weight, rows.t() @ rows, QuantSpec(4), damping=1e-7)[0].isfinite().all()
     broken: list[tuple[dict[str, Any], Tensor, str]] = [
-        ({"damping": 0.0}, torch.ones(32, 32), "not positive definite with damping 0.0; write a larger one"),
-        ({}, torch.full((32, 32), torch.nan), "holds NaN or infinite values"),
+        ({"damping": 0.0}, torch.ones(32, 32), "not positive definite with damping 0.0; use a larger one"),
+        ({}, torch.full((32, 32), torch.nan), "has NaN or infinite values"),
     ]
     for options, hessian, message in broken:
         with pytest.raises(QatkitError, match=message):

@@ -10,7 +10,7 @@ from torch import nn
 
 from qatkit import QuantSpec, prepare_qat
 from qatkit.quantization.prepare import qat_layers
-from qatkit.quantization.ptq.hessian import InputStatistics, fits, output_error, watch
+from qatkit.quantization.ptq.hessian import InputStatistics, is_matrix_product, output_error, record_inputs
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_the_error_of_the_output_follows_from_the_hessian(layer: Any, x: torch.T
     exact = model(x).detach()
     prepare_qat(model, weight=QuantSpec(2, observer="mse"))
     statistics = InputStatistics(second_moment=True)
-    watch(qat_layers(model)[0][1], x, statistics)
+    record_inputs(qat_layers(model)[0][1], x, statistics)
     with torch.no_grad():
         outputs = (model(x) - exact).double().movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
         error = (layer.fake_quantized_weight() - layer.weight).flatten(1)
@@ -64,4 +64,4 @@ def test_numbers_that_are_not_finite_are_noticed_wherever_they_come(bad: float) 
 def test_grouped_convolutions_and_embeddings_do_not_multiply_rows_with_one_matrix() -> None:
     model = nn.ModuleList([nn.Conv2d(4, 4, 3, groups=4), nn.Embedding(4, 4), nn.Conv2d(4, 4, 3), nn.Linear(4, 4)])
     prepare_qat(model, weight=QuantSpec(8), include=["*", "1"])
-    assert [fits(layer) for _, layer in qat_layers(model)] == [False, False, True, True]
+    assert [is_matrix_product(layer) for _, layer in qat_layers(model)] == [False, False, True, True]

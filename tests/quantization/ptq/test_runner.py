@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qatkit import QatkitWarning, QuantSpec, calibrate, prepare_qat
-from qatkit.quantization.observers import mse_qparams
+from qatkit.quantization.estimators import mse_qparams
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.ptq.awq import awq_clip
 from qatkit.quantization.ptq.gptq import gptq
-from qatkit.quantization.ptq.runner import Method, initialise
+from qatkit.quantization.ptq.runner import apply_ptq
 from tests.quantization.ptq.models import CONFIGS, DATA, W3, W3_CHANNEL, cnn, mlp, output, tiny, tokens
 
 HEAD = {"llama": ["lm_head"], "gpt2": ["lm_head"]}
@@ -62,7 +62,7 @@ def test_gptq_and_awq_start_closer_to_the_float_model_than_the_weights_alone_all
         prepared = copy.deepcopy(model)
         exclude = ["lm_head"] if hasattr(model, "lm_head") else []
         names = prepare_qat(prepared, weight=W3, exclude=exclude)
-        assert sorted(initialise(prepared, method, DATA)) == sorted(names)
+        assert sorted(apply_ptq(prepared, method, DATA)) == sorted(names)
         errors[method] = error(prepared, exact, unseen)
     assert errors["gptq"] < 0.9 * errors["mse"]
     assert errors["awq"] < errors["rtn"]
@@ -78,7 +78,7 @@ def test_models_without_a_list_of_blocks_are_one_block(make: Callable[[], nn.Mod
         if method == "awq" and isinstance(model[0], nn.Conv2d):
             continue
         names = prepare_qat(prepared, weight=W3_CHANNEL)
-        assert initialise(prepared, method, batches) == names
+        assert apply_ptq(prepared, method, batches) == names
         errors[method] = error(prepared, exact, unseen)
     assert errors["gptq"] < 0.8 * errors["mse"]
     assert errors.get("awq", 0.0) < errors["rtn"]
@@ -90,7 +90,7 @@ def test_a_block_is_rounded_on_what_the_rounded_blocks_before_it_give() -> None:
     model = copy.deepcopy(plain)
     prepare_qat(model, weight=W3, exclude=["lm_head"])
     forwards = []
-    initialise(model, "gptq", DATA, lambda batch: forwards.append(model(batch)))
+    apply_ptq(model, "gptq", DATA, lambda batch: forwards.append(model(batch)))
     assert len(forwards) == len(DATA)
     reference = copy.deepcopy(plain)
     reference.model.layers[0].load_state_dict(
@@ -119,19 +119,19 @@ def test_what_it_sets_is_what_the_layers_compute_with() -> None:
         with torch.no_grad():  # a checkpoint that was loaded after
             for _, layer in qat_layers(model):
                 layer.weight *= 3
-        initialise(model, "gptq", DATA)
+        apply_ptq(model, "gptq", DATA)
         for name, layer in qat_layers(model):
             assert torch.equal(layer.fake_quantized_weight(), layer.weight), name
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert_relu"])
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
-def test_scales_that_move_keep_the_function(name: str, method: Method) -> None:
+def test_scales_that_move_keep_the_function(name: str, method: str) -> None:
     plain = tiny(name)
     model = copy.deepcopy(plain)
     exclude = [] if name == "bert_relu" else ["lm_head"]
     prepare_qat(model, weight=W3_CHANNEL, activation=QuantSpec(8, strategy="token"), exclude=exclude)
-    initialise(model, method, DATA)
+    apply_ptq(model, method, DATA)
     own = {key: value for key, value in model.state_dict().items() if "fake_quant" not in key}
     moved = copy.deepcopy(plain)
     moved.load_state_dict(own)
@@ -145,7 +145,7 @@ def test_scales_belong_to_the_weights_after_the_move_and_to_their_inputs() -> No
     for method in ("awq", "smoothquant"):
         model = copy.deepcopy(plain)
         prepare_qat(model, weight=W3, exclude=["lm_head"])
-        initialise(model, method, DATA)
+        apply_ptq(model, method, DATA)
         moved = copy.deepcopy(plain)
         moved.load_state_dict({key: value for key, value in model.state_dict().items() if "fake_quant" not in key})
         for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"):
@@ -175,7 +175,7 @@ def test_smoothquant_helps_where_an_activation_has_outliers() -> None:
     for method in ("rtn", "smoothquant"):
         prepared = copy.deepcopy(model)
         prepare_qat(prepared, weight=QuantSpec(8), activation=QuantSpec(8, strategy="tensor"), exclude=["lm_head"])
-        initialise(prepared, method, DATA)
+        apply_ptq(prepared, method, DATA)
         calibrate(prepared, DATA)
         errors[method] = error(prepared, exact, tokens(9))
     assert errors["smoothquant"] < 0.3 * errors["rtn"]
@@ -204,7 +204,7 @@ def test_the_activations_of_one_block_are_in_memory_at_a_time() -> None:
 
         for module in (*model.model.layers, *(layer for _, layer in qat_layers(model))):
             module.register_forward_hook(follow)
-        initialise(model, "gptq", DATA)
+        apply_ptq(model, "gptq", DATA)
         most[blocks] = max(counts)
     assert len(DATA) <= most[2] < 4 * len(DATA)
     assert most[8] == most[2]
@@ -216,10 +216,10 @@ def test_blocks_that_do_not_run_one_after_the_other_are_treated_together(order: 
     names = prepare_qat(model, weight=W3_CHANNEL)
     x = image_like(64, 16)
     if 1 in order:
-        assert initialise(model, "gptq", [x]) == names
+        assert apply_ptq(model, "gptq", [x]) == names
         return
     with pytest.warns(QatkitWarning, match=r"blocks\.1\.1 \(no input reached it\), blocks\.1\.3"):
-        assert initialise(model, "gptq", [x]) == [name for name in names if ".1." not in name]
+        assert apply_ptq(model, "gptq", [x]) == [name for name in names if ".1." not in name]
 
 
 def test_what_happens_between_blocks_is_noticed_and_blocks_may_write_into_their_input() -> None:
@@ -227,14 +227,14 @@ def test_what_happens_between_blocks_is_noticed_and_blocks_may_write_into_their_
     forwards = []
     between = Blocks((0, 1, 2), between=0.5)
     prepare_qat(between, weight=W3_CHANNEL)
-    initialise(between, "gptq", [x], lambda batch: forwards.append(between(batch)))
+    apply_ptq(between, "gptq", [x], lambda batch: forwards.append(between(batch)))
     assert len(forwards) == 2  # once to look, once for all layers together
     results = []
     for inplace in (False, True):
         torch.manual_seed(3)
         model = Blocks((0, 1, 2), inplace)
         prepare_qat(model, weight=W3_CHANNEL)
-        initialise(model, "gptq", [x.clone()], lambda batch, model=model: model(batch.clone()))
+        apply_ptq(model, "gptq", [x.clone()], lambda batch, model=model: model(batch.clone()))
         results.append(torch.cat([layer.weight.flatten() for _, layer in qat_layers(model)]))
     assert torch.equal(*results)
 
@@ -249,7 +249,7 @@ def test_layers_outside_of_the_blocks_come_last_and_may_run_under_autocast() -> 
 
     dtypes = set()
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, args, result: dtypes.add(result.dtype))
-    done = initialise(model, "gptq", DATA, forward)
+    done = apply_ptq(model, "gptq", DATA, forward)
     assert dtypes == {torch.bfloat16}
     assert sorted(done) == sorted(names)
     assert done[-1] == "lm_head"

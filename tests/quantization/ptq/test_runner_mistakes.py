@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from qatkit import QatkitError, QatkitWarning, QuantSpec, calibrate, prepare_qat
 from qatkit.quantization.prepare import qat_layers
-from qatkit.quantization.ptq.runner import Method, initialise
+from qatkit.quantization.ptq.runner import apply_ptq
 from tests.quantization.ptq.models import A8, DATA, W3, W3_CHANNEL, cnn, mlp, tiny
 
 
@@ -23,22 +23,22 @@ def test_what_a_method_cannot_serve_keeps_its_own_scale_and_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(144, 2))
     prepare_qat(model, weight=W3_CHANNEL)
     before = model[0].weight_fake_quant.scale.clone()
-    with pytest.warns(QatkitWarning, match=r"gptq: these layers keep their own scales: 0 \(grouped convolution\)$"):
-        assert initialise(model, "gptq", [torch.randn(8, 4, 8, 8)]) == ["2", "4"]
+    with pytest.warns(QatkitWarning, match=r"gptq: these layers keep their scales: 0 \(grouped convolution\)$"):
+        assert apply_ptq(model, "gptq", [torch.randn(8, 4, 8, 8)]) == ["2", "4"]
     assert torch.equal(model[0].weight_fake_quant.scale, before)
 
     tied = tiny("gpt2")
     prepare_qat(tied, weight=QuantSpec(8, observer="mse"), include=["lm_head", "transformer.wte", "*.c_fc"])
     weight = tied.lm_head.weight.clone()
     with pytest.warns(QatkitWarning, match=r"transformer.wte \(embedding\), lm_head \(shared weight\)"):
-        initialise(tied, "gptq", DATA)
+        apply_ptq(tied, "gptq", DATA)
     assert torch.equal(tied.lm_head.weight, weight)
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     moe = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=64, num_hidden_layers=2, num_local_experts=2)).eval()
     prepare_qat(moe, weight=W3, exclude=["lm_head", "*.gate"])
     with pytest.warns(QatkitWarning, match=r"model.layers.0.mlp.experts.down_proj \(fused experts\)"):
-        assert len(initialise(moe, "gptq", DATA)) == 8
+        assert len(apply_ptq(moe, "gptq", DATA)) == 8
 
 
 def test_modes_caches_and_random_numbers_are_as_before() -> None:
@@ -51,7 +51,7 @@ def test_modes_caches_and_random_numbers_are_as_before() -> None:
         for _ in range(2):
             yield torch.randint(1, 64, (2, 8))  # draws random numbers
 
-    initialise(model, "awq", batches())
+    apply_ptq(model, "awq", batches())
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.use_cache
     assert (model.training, model.model.norm.training) == (True, False)
@@ -64,14 +64,14 @@ def test_dropout_is_off_while_inputs_are_watched() -> None:
     for training in (False, True):
         model = copy.deepcopy(plain).train(training)
         prepare_qat(model, weight=W3, exclude=["lm_head"])
-        initialise(model, "gptq", DATA)
+        apply_ptq(model, "gptq", DATA)
         weights.append(torch.cat([layer.weight.flatten() for _, layer in qat_layers(model)]))
     assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
 @pytest.mark.parametrize("stop", ["nan", "interrupt"])
-def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method: Method, stop: str) -> None:
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method: str, stop: str) -> None:
     model = tiny("llama")
     prepare_qat(model, weight=W3_CHANNEL, exclude=["lm_head"])
     calls = []
@@ -87,9 +87,9 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(method: Method, stop
     else:
         model.model.layers[1].register_forward_hook(interrupt)
     before = copy.deepcopy(model.state_dict())
-    match = rf"{method}: the input of layer 'model.layers.1.self_attn.q_proj' is not finite" if stop == "nan" else None
+    match = rf"{method}: the input of layer 'model.layers.1.self_attn.q_proj' is non-finite" if stop == "nan" else None
     with pytest.raises(QatkitError if stop == "nan" else KeyboardInterrupt, match=match):
-        initialise(model, method, DATA)
+        apply_ptq(model, method, DATA)
     assert all(torch.equal(value, before[key]) or "input_layernorm" in key for key, value in model.state_dict().items())
     assert all(layer.weight_fake_quant is not None for _, layer in qat_layers(model))
 
@@ -100,47 +100,47 @@ def test_mistakes_are_named_before_anything_runs() -> None:
 
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2), 2)
     cases: list[tuple[Any, nn.Module, QuantSpec, list[Tensor], str]] = [
-        ("gtpq", mlp(), W3_CHANNEL, DATA, "method: 'gtpq' is unknown; write one of rtn, mse, gptq, awq, smoothquant"),
-        ("gptq", mlp(), W3_CHANNEL, [], "gptq: the data gave no batch"),
-        ("gptq", mlp(), QuantSpec(3), DATA, r"layer '0': gptq sets scales, .* write observer: mse .* or lsq"),
-        ("awq", mlp(), QuantSpec(3), DATA, r"layer '0': awq sets scales, .* write observer: mse .* or lsq"),
-        ("mse", mlp(), QuantSpec(3), DATA, r"layer '0': mse sets scales, .* write observer: mse .* or lsq"),
+        ("gtpq", mlp(), W3_CHANNEL, DATA, "method: unknown PTQ method 'gtpq'; did you mean 'gptq'"),
+        ("gptq", mlp(), W3_CHANNEL, [], "batches: gptq got no batch"),
+        ("gptq", mlp(), QuantSpec(3), DATA, r"layer '0': gptq sets scales, .* use observer: mse .* or lsq"),
+        ("awq", mlp(), QuantSpec(3), DATA, r"layer '0': awq sets scales, .* use observer: mse .* or lsq"),
+        ("mse", mlp(), QuantSpec(3), DATA, r"layer '0': mse sets scales, .* use observer: mse .* or lsq"),
         (
             "awq",
             cnn(),
             W3_CHANNEL,
             DATA,
-            r"awq: nothing is known about .* layers of a Sequential of Sequential; .* use gptq",
+            r"awq does not know the layer order of Sequential in Sequential; .* use gptq",
         ),
-        ("smoothquant", encoder, QuantSpec(8), DATA, "layers of a TransformerEncoderLayer of TransformerEncoder; "),
+        ("smoothquant", encoder, QuantSpec(8), DATA, "layer order of TransformerEncoderLayer in TransformerEncoder; "),
     ]
     for method, model, spec, batches, message in cases:
         prepare_qat(model, weight=spec, exclude=["*.out_proj"] if model is encoder else [])
         with pytest.raises(QatkitError, match=message):
-            initialise(model, method, batches, forward)
+            apply_ptq(model, method, batches, forward)
 
 
 def test_a_method_that_sets_weights_is_refused_where_none_is_quantized() -> None:
     for method in ("rtn", "mse", "gptq", "awq"):
         model = mlp()
         prepare_qat(model, activation=A8)
-        with pytest.raises(QatkitError, match=f"{method}: it sets weights .* no weight is quantized; give a weight"):
-            initialise(model, method, DATA)  # type: ignore[arg-type]
+        with pytest.raises(QatkitError, match=f"{method} sets weights .* no weight is quantized; add a weight"):
+            apply_ptq(model, method, DATA)  # type: ignore[arg-type]
 
 
 def test_a_plain_model_is_refused() -> None:
-    with pytest.raises(QatkitError, match="gptq: the model has no fake-quantized layer; call prepare_qat before"):
-        initialise(mlp(), "gptq", [torch.randn(8, 16)])
+    with pytest.raises(QatkitError, match="gptq: the model has no fake-quantized layer; call prepare_qat first"):
+        apply_ptq(mlp(), "gptq", [torch.randn(8, 16)])
 
 
 def test_ranges_need_nothing_where_they_are_computed_and_blocks_may_stay_plain() -> None:
     model = mlp()
     prepare_qat(model, weight=QuantSpec(8))
-    assert initialise(model, "rtn", []) == []
+    assert apply_ptq(model, "rtn", []) == []
     llama = tiny("llama")
     names = prepare_qat(llama, weight=W3, exclude=["lm_head", "model.layers.0.*"])
     forwards = []
-    done = initialise(llama, "awq", DATA, lambda batch: forwards.append(llama(batch)))
+    done = apply_ptq(llama, "awq", DATA, lambda batch: forwards.append(llama(batch)))
     assert sorted(done) == sorted(names)
     assert len(forwards) == len(DATA)  # block by block, the plain one among them
 
@@ -149,9 +149,11 @@ def test_inputs_that_are_already_calibrated_are_not_made_stale() -> None:
     model = mlp()
     prepare_qat(model, weight=W3_CHANNEL, activation=A8)
     calibrate(model, [torch.randn(8, 16)])
-    with pytest.raises(QatkitError, match=r"layer '0': smoothquant .* call initialise before calibrate"):
-        initialise(model, "smoothquant", [torch.randn(8, 16)])
-    initialise(model, "gptq", [torch.randn(8, 16)])
+    with pytest.raises(
+        QatkitError, match=r"smoothquant changes the input range of layer '0', .* call apply_ptq before calibrate"
+    ):
+        apply_ptq(model, "smoothquant", [torch.randn(8, 16)])
+    apply_ptq(model, "gptq", [torch.randn(8, 16)])
 
 
 def test_sharded_weights_are_refused(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
         model = mlp()
         prepare_qat(model, weight=W3_CHANNEL)
         fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        with pytest.raises(QatkitError, match="layer '0': its weight is sharded; call initialise before fully_shard"):
-            initialise(model, "gptq", [torch.randn(8, 16)])
+        with pytest.raises(QatkitError, match="the weight of layer '0' is sharded; call apply_ptq before fully_shard"):
+            apply_ptq(model, "gptq", [torch.randn(8, 16)])
     finally:
         dist.destroy_process_group()

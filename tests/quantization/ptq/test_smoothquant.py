@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qatkit import QuantSpec, fake_quantize
-from qatkit.quantization.observers import computed_qparams
+from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.ptq.hessian import InputStatistics
 from qatkit.quantization.ptq.smoothquant import smoothquant_scales, smoothquant_search
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
 from qatkit.quantization.ranges import static_qparams
-from qatkit.spec import Observer
 
 A8 = QuantSpec(symmetric=False, strategy="tensor")
 
@@ -66,8 +65,8 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "calibration: the data gave no batch"),
-        ([torch.full((2, 4), torch.nan)], "calibration: the input of layer '0' holds NaN or infinite values"),
+        ([], "batches: calibration got no batch"),
+        ([torch.full((2, 4), torch.nan)], "the input of layer '0' has NaN or infinite values during calibration"),
     ],
 )
 def test_data_that_cannot_calibrate_is_refused_by_layer(batches: list[torch.Tensor], message: str) -> None:
@@ -79,15 +78,15 @@ def test_data_that_cannot_calibrate_is_refused_by_layer(batches: list[torch.Tens
 
 @pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "kl"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("share", [1 / 8, 1.0])
+@pytest.mark.parametrize("fraction", [1 / 8, 1.0])
 def test_a_value_that_is_not_finite_is_noticed_by_every_range_method(
-    observer: Observer, value: float, share: float
+    observer: str, value: float, fraction: float
 ) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     prepare_qat(model, activation=QuantSpec(symmetric=False, strategy="tensor", observer=observer))
     x = torch.randn(2, 4)
-    x.view(-1)[: int(8 * share)] = value
-    with pytest.raises(QatkitError, match="calibration: the input of layer '0' holds NaN or infinite values"):
+    x.view(-1)[: int(8 * fraction)] = value
+    with pytest.raises(QatkitError, match="the input of layer '0' has NaN or infinite values during calibration"):
         calibrate(model, [torch.randn(2, 4), x])
     assert model[0].input_fake_quant.scale.isnan().all()
 
@@ -102,14 +101,14 @@ def test_an_interrupt_while_ranges_are_searched_sets_no_scale(monkeypatch: pytes
             raise KeyboardInterrupt
         return static_qparams(*given)
 
-    monkeypatch.setattr("qatkit.quantization.calibrate.static_qparams", slow)
+    monkeypatch.setattr("qatkit.quantization.calibration.static_qparams", slow)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, [torch.randn(8, 4)])
     assert model[0].input_fake_quant.scale.isnan().all()
 
 
 def test_a_model_that_was_not_prepared_is_refused() -> None:
-    with pytest.raises(QatkitError, match="calibrate: the model has no fake-quantized layer; call prepare_qat before"):
+    with pytest.raises(QatkitError, match="model: the model has no fake-quantized layer; call prepare_qat first"):
         calibrate(nn.Linear(4, 4), [torch.randn(2, 4)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qatkit import QuantSpec, fake_quantize
-from qatkit.quantization.observers import computed_qparams, mse_qparams
+from qatkit.quantization.estimators import computed_qparams, mse_qparams
 
 
 def error(x: torch.Tensor, qparams: tuple[torch.Tensor, torch.Tensor], spec: QuantSpec) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""Checks of a selected layer's weight, type and sizes against its quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.experts import expert_weights, is_experts
+from qatkit.quantization.layers import swap_of
+from qatkit.schemes import Scheme
+
+
+def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
+    """Raise an error if a layer cannot be quantized as its scheme says.
+
+    Args:
+        name: The layer's name, for errors.
+        layer: A plain layer that has a quantized class.
+        scheme: Its quantization.
+    """
+    weights = expert_weights(layer) if is_experts(layer) else [("", cast(Tensor, layer.weight))]
+    for part, weight in weights:
+        _check_weight(f"{name}.{part}" if part else name, layer, weight, scheme)
+    if scheme.activation is None:
+        return
+    if is_experts(layer) or isinstance(layer, nn.Embedding):
+        reason = "fused experts route their inputs internally" if is_experts(layer) else "its inputs are integers"
+        raise QatkitError(
+            f"only the weight of layer '{name}' can be quantized: {reason}", key="activation",
+            advice="give the layer a weight-only entry in layers, or exclude it",
+        )  # fmt: skip
+    dims = weights[0][1].dim()
+    if scheme.activation.strategy == "token" and dims != 2:
+        raise QatkitError(
+            f"'token' is for linear layers, whose last dimension belongs to a token, and layer '{name}' is a "
+            f"{type(layer).__name__}", key="activation.strategy", advice="use tensor, or exclude the layer",
+        )  # fmt: skip
+    size = scheme.activation.group_size
+    if size is not None and dims != 2:
+        raise QatkitError(
+            f"'group' is for linear layers, and layer '{name}' is a {type(layer).__name__}",
+            key="activation.strategy", advice="use tensor, or exclude the layer",
+        )  # fmt: skip
+    if size is not None and _inputs(layer) % size:
+        raise QatkitError(
+            f"{size} does not divide in_features={_inputs(layer)} of layer '{name}'", key="activation.group_size",
+            advice=f"use one of {_divisors(_inputs(layer))}, or exclude the layer",
+        )  # fmt: skip
+
+
+def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Raise an error if layers that share one weight are quantized differently.
+
+    Quantizing one of the layers only is allowed.
+    """
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or name not in schemes:
+            continue
+        first = owners.setdefault(id(weight), name)
+        if schemes[first].weight != schemes[name].weight:
+            raise QatkitError(
+                f"layers '{first}' and '{name}' share one weight but have different weight specs",
+                advice="use the same weight spec for both, or exclude one",
+            )
+
+
+def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -> None:
+    if not isinstance(weight, nn.Parameter):
+        raise QatkitError(
+            f"the weight of layer '{name}' is computed by a hook (torch's prune, weight_norm or spectral_norm)",
+            advice="make it permanent (prune.remove, remove_weight_norm), or exclude the layer",
+        )
+    if weight.numel() == 0:
+        raise QatkitError(
+            f"the weight of layer '{name}' with shape {list(weight.shape)} is empty", advice="exclude the layer"
+        )
+    if not weight.is_meta and not weight.isfinite().all():
+        raise QatkitError(
+            f"the weight of layer '{name}' has NaN or infinite values", advice="repair the checkpoint first"
+        )
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        raise QatkitError(f"embedding '{name}' has sparse gradients and cannot be quantized", advice="set sparse=False")
+    spec = scheme.weight
+    if spec is not None and is_experts(layer) and spec.strategy in ("tensor", "block"):
+        raise QatkitError(
+            f"'{spec.strategy}' is not supported for the fused experts '{name}', whose experts have separate scales",
+            key="weight.strategy", advice="use channel or group, in an entry of its own in layers",
+        )  # fmt: skip
+    if spec is None or spec.strategy not in ("group", "block"):
+        return
+    if weight.dim() > 2 and not is_experts(layer):
+        raise QatkitError(
+            f"'{spec.strategy}' is for linear layers, and the weight of layer '{name}' has shape {list(weight.shape)}",
+            key="weight.strategy", advice="use channel, or exclude the layer",
+        )  # fmt: skip
+    if spec.group_size is None:
+        return
+    size = weight.shape[1 if layer.is_transposed else 2] if is_experts(layer) else _inputs(layer)
+    if size % spec.group_size:
+        raise QatkitError(
+            f"{spec.group_size} does not divide in_features={size} of layer '{name}'", key="weight.group_size",
+            advice=f"use one of {_divisors(size)}, or exclude the layer",
+        )  # fmt: skip
+
+
+def _inputs(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    kind = swap_of(type(layer))
+    return weight.shape[0] if kind is not None and kind.transposed else weight.shape[1]
+
+
+def _divisors(size: int) -> str:
+    return ", ".join([str(n) for n in range(4, size + 1) if size % n == 0][:8]) or str(size)

@@ -1,0 +1,120 @@
+"""Records of a sensitivity measurement: size and loss of every format per layer group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qatkit.errors import QatkitError
+from qatkit.quantization.slices import scale_shape
+from qatkit.schemes import Scheme
+from qatkit.spec import QuantSpec
+
+_SCALE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1}
+
+
+def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
+    """Compute the bytes of a quantized weight: packed codes, scales and zero points.
+
+    Codes and zero points are packed at `num_bits` without gaps; scales have their dtype, and two-level scales one
+    float32 in addition. The header and the alignment of a file are not included.
+
+    Args:
+        shape: Shape of the weight, ``[out, in, ...]``.
+        spec: Its quantization.
+
+    Example:
+        >>> from qatkit import scheme
+        >>> stored_bytes([1, 32], scheme("Q4_0").weight), stored_bytes([1, 32], scheme("Q8_0").weight)
+        (18, 34)
+    """
+    scales = math.prod(scale_shape(shape, spec))
+    codes = math.ceil(math.prod(shape) * spec.num_bits / 8)
+    zero_points = 0 if spec.symmetric else math.ceil(scales * spec.num_bits / 8)
+    return codes + zero_points + scales * _SCALE_BYTES[spec.scale_dtype] + 4 * spec.two_level
+
+
+@dataclass(frozen=True)
+class Option:
+    """Size and loss increase of one format for a group of layers."""
+
+    bytes: int
+    increase: float
+    """Loss with only this group quantized minus the loss of the plain model; noise can make it negative."""
+
+    @property
+    def cost(self) -> float:
+        """The increase that allocation uses: a negative one is noise and counts as 0."""
+        return max(self.increase, 0.0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that must have the same format."""
+
+    layers: tuple[str, ...]
+    weights: int
+    """Number of weights; tied weights count once."""
+    options: dict[str, Option]
+    """By candidate; candidates that do not fit the layers are missing."""
+
+    @property
+    def name(self) -> str:
+        """The layers' names."""
+        return " + ".join(self.layers)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Size and loss of each format for each group of layers, from `measure_sensitivity`."""
+
+    loss: float
+    """Loss of the plain model."""
+    candidates: dict[str, Scheme]
+    groups: tuple[Group, ...]
+    others: tuple[str, ...] = ()
+    """The model's other modules with parameters, which a glob over layer names must not match."""
+    left_out: tuple[str, ...] = ()
+    """One sentence for every candidate that does not fit a group."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all groups."""
+        return sum(group.weights for group in self.groups)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain data for `from_plain`."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, content: Any) -> Sensitivity:
+        """Build the record from the data of `to_plain`, which may have been stored as JSON.
+
+        Raises:
+            QatkitError: The data has another structure.
+        """
+        try:
+            return cls(
+                loss=float(content["loss"]),
+                candidates={
+                    name: Scheme(**{side: QuantSpec(**spec) for side, spec in how.items() if spec is not None})
+                    for name, how in content["candidates"].items()
+                },
+                groups=tuple(
+                    Group(
+                        layers=tuple(group["layers"]),
+                        weights=int(group["weights"]),
+                        options={name: Option(**option) for name, option in group["options"].items()},
+                    )
+                    for group in content["groups"]
+                ),
+                others=tuple(content["others"]),
+                left_out=tuple(content["left_out"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise QatkitError(
+                f"not a file of `qatkit sensitivity` ({type(error).__name__}: {error})", key="sensitivity",
+                advice="measure again",
+            ) from None  # fmt: skip

@@ -1,0 +1,87 @@
+"""PTQ methods: the starting points that `quantize.init` names, in a table without torch.
+
+Adding a method takes one function and one row here. A row implements one or two of three hooks: `from_weight`,
+`from_inputs` and `move_scales`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qatkit.common.tables import Table
+
+
+@dataclass(frozen=True)
+class Method:
+    """One post-training method that sets the starting point of training."""
+
+    name: str
+    description: str
+    from_weight: str = ""
+    """``module:function(weight, spec)`` that returns a scale and a zero point; such a method reads no batch."""
+    from_inputs: str = ""
+    """``module:function(weight, hessian, spec)`` that returns the weight, a scale and a zero point; the weight may be
+    rounded to the grid."""
+    move_scales: str = ""
+    """``module:function(shared_input)`` that takes a `SharedInput` and returns the scales that the input is divided by,
+    float32 ``[in]``, or None; the layers that read the input are multiplied by them."""
+    needs_weights: bool = True
+    """The method has nothing to do where no weight is quantized."""
+    stored_scales: bool = False
+    """The method sets weight scales, so scales that are computed on every forward pass are refused."""
+    second_moment: bool = True
+    """Inputs are summed up as a second moment ``[in, in]``; otherwise a sample of their rows is kept."""
+    keeps_zeros: bool = True
+    """Pruned weights stay zero."""
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether the method runs the model."""
+        return bool(self.from_inputs or self.move_scales)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights that training starts from differ from those before."""
+        return self.reads_batches
+
+
+_PTQ = "qatkit.quantization.ptq"
+
+METHODS = Table(
+    "PTQ method",
+    [
+        Method(
+            "rtn",
+            "round to nearest, with scales from the range of the weights",
+            from_weight="qatkit.quantization.estimators:computed_qparams",
+        ),
+        Method(
+            "mse",
+            "scales with the least squared error of the weights",
+            from_weight="qatkit.quantization.estimators:mse_qparams",
+            stored_scales=True,
+        ),
+        Method(
+            "gptq",
+            "round the weights one column at a time, each correcting the errors before it (GPTQ)",
+            from_inputs=f"{_PTQ}.gptq:gptq",
+            stored_scales=True,
+            keeps_zeros=False,
+        ),
+        Method(
+            "awq",
+            "scale salient inputs up, then clip where that costs the output least (AWQ)",
+            from_inputs=f"{_PTQ}.awq:clipped_weight",
+            move_scales=f"{_PTQ}.awq:awq_fold",
+            stored_scales=True,
+        ),
+        Method(
+            "smoothquant",
+            "move outliers of the activations into the weights (SmoothQuant)",
+            move_scales=f"{_PTQ}.smoothquant:smoothquant_fold",
+            needs_weights=False,
+            second_moment=False,
+        ),
+    ],
+)
+"""Every PTQ method by name."""

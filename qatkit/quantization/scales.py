@@ -1,0 +1,131 @@
+"""Scales and zero points from ranges, rounded to the dtype of the exported file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatkit.quantization.elements import E4M3_MAX
+from qatkit.spec import QuantSpec
+
+
+def choose_qparams(
+    low: Tensor, high: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute scale and zero point of slices whose values lie in ``[low, high]``.
+
+    A slice that is all zero gets the scale of the widest slice (1 if every slice is zero), never 0 or NaN.
+
+    Args:
+        low: Smallest values, float32, any shape.
+        high: Largest values, the same shape.
+        spec: Number of bits, symmetry, scale rule and the dtype that scales are rounded to.
+        tensor_scale: For two-level scales, the result of `tensor_scale_of`; computed from these ranges by default.
+
+    Returns:
+        Scale and zero point (an integer), both float32 in the shape of `low`.
+
+    Example:
+        >>> import torch
+        >>> spec = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
+        >>> scale, zero_point = choose_qparams(torch.tensor([-0.3]), torch.tensor([1.2]), spec)
+        >>> zero_point.item()
+        51.0
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    largest = torch.maximum(-low, high)
+    if spec.two_level and tensor_scale is None:
+        tensor_scale = tensor_scale_of(largest, spec)
+    if not spec.symmetric:
+        scale = divided(high - low, spec.qmax)
+    elif spec.scale_dtype == "float8_e8m0fnu":
+        scale = _mx_scale(largest, spec)
+    elif spec.scale_rule == "range":
+        scale = divided(largest, (spec.qmax - spec.qmin) / 2)
+    elif spec.scale_rule == "signed":
+        scale = divided(torch.where(-low >= high, low, high), spec.qmin)
+    else:
+        scale = divided(largest, spec.qmax)
+    widest = scale.abs().amax() if scale.numel() else scale.new_ones(())
+    scale = torch.where(scale != 0, scale, torch.where(widest > 0, widest, torch.ones_like(widest)))
+    scale = round_scale(scale, spec, tensor_scale)
+    if spec.symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, round_zero_point(-low / scale, spec)
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """Compute ``x / number`` with the same bits on every device.
+
+    By a Python number CUDA multiplies with its reciprocal, which is off in the last bit; by a tensor on the GPU it
+    divides, but Inductor sees through such a tensor. In float64 the reciprocal's error is too small to change the
+    rounded result: a quotient of float32 by a number of few bits is never that close to the middle of two float32
+    values.
+
+    Args:
+        x: float32.
+        number: A number of few significant bits, such as the largest code.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cuda":
+        return (x.double() / number).float()
+    return x / x.new_full((), number)
+
+
+def tensor_scale_of(largest: Tensor, spec: QuantSpec) -> Tensor:
+    """Compute the scale per tensor that maps the largest slice scale to e4m3's maximum.
+
+    It is a divisor, as compressed-tensors' global scale is: a slice is scaled by ``e4m3 / tensor_scale``.
+
+    Args:
+        largest: Magnitudes, float32, any shape.
+        spec: A spec with ``two_level`` scales.
+
+    Returns:
+        ``[1]``, float32.
+    """
+    largest = largest.amax().clamp(min=torch.finfo(torch.float32).tiny).view(1)
+    scale = (E4M3_MAX * spec.qmax) / largest
+    return torch.where(scale.isfinite(), scale, torch.ones_like(scale))
+
+
+def _mx_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
+    """Compute the power of two that puts the largest value into the top binade.
+
+    OCP MX 1.0, section 6.3. As in compressed-tensors, a value closer to the next power of two than to the largest code
+    counts as that power: from 1.75 times a power of two on (1.9375 with 6 bits, whose largest code is 1.875 times one).
+    """
+    mantissa, exponent = torch.frexp(largest)
+    carries = mantissa * 2 >= (1.9375 if spec.num_bits == 6 else 1.75)
+    emax = torch.frexp(torch.tensor(float(spec.qmax)))[1].to(exponent.device)
+    return torch.where(largest > 0, torch.exp2((exponent + carries.int() - emax).float().clamp(-127, 127)), 0.0)
+
+
+def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> Tensor:
+    """Round a scale to a nonzero value of ``spec.scale_dtype``, returned in float32.
+
+    Scales are negative under the signed rule only; everywhere else the magnitude counts. float16 scales go down to
+    2**-24, the smallest subnormal: with the smallest normal number, weights of 1e-5 would all round to zero.
+    """
+    size = scale.float().abs()
+    if spec.scale_dtype == "float8_e8m0fnu":
+        # the nearest power of two on a logarithmic axis; the last bit of a logarithm itself depends on the device
+        mantissa, exponent = torch.frexp(size.clamp(2.0**-126, 2.0**127))
+        power = torch.exp2((exponent - (mantissa <= 0.5**0.5).int()).float())
+        size = torch.where(size.isnan(), size, power)  # the exponent of NaN is undefined
+    elif spec.two_level:
+        assert tensor_scale is not None
+        # the reciprocal of float32's smallest numbers is infinite, so the quotient e4m3 / tensor_scale is kept finite
+        small = (size * tensor_scale).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        size = small / tensor_scale
+    else:
+        dtype = getattr(torch, spec.scale_dtype)
+        smallest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
+        size = size.clamp(smallest, torch.finfo(dtype).max)
+        if dtype is not torch.float32:
+            size = size.to(dtype).float()
+    return torch.where(scale < 0, -size, size) if spec.scale_rule == "signed" else size
+
+
+def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Round to the nearest integer code, so that zero stays exactly zero."""
+    return zero_point.round().clamp(spec.qmin, spec.qmax)

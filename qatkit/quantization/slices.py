@@ -1,0 +1,86 @@
+"""Slices: the parts of a tensor that share one scale, and the shapes of scales.
+
+Scales are stored in the shapes of compressed-tensors: ``[1]`` per tensor, ``[out, 1]`` per channel,
+``[out, groups]`` per group, ``[row blocks, column blocks]`` per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import assert_never
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qatkit.spec import QuantSpec
+
+
+def to_slices(x: Tensor, spec: QuantSpec) -> Tensor:
+    """View `x` so that a scale broadcasts over its slice.
+
+    Args:
+        x: A weight ``[out, ...]``, or an activation of any shape.
+        spec: Its quantization.
+
+    Returns:
+        ``x`` itself; ``[..., groups, group_size]`` with strategy "group"; with strategy "block"
+        ``[row blocks, rows, column blocks, columns]``, padded with zeros at the edges.
+    """
+    if spec.group_size is not None:
+        return x.reshape(*x.shape[:-1], x.shape[-1] // spec.group_size, spec.group_size)
+    if spec.block_structure is not None:
+        rows, columns = spec.block_structure
+        x = F.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
+        return x.view(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
+    return x
+
+
+def from_slices(slices: Tensor, shape: torch.Size, spec: QuantSpec) -> Tensor:
+    """Undo `to_slices`: return the tensor in its original shape."""
+    if spec.block_structure is not None:
+        slices = slices.reshape(slices.shape[0] * slices.shape[1], -1)[: shape[0], : shape[1]]
+    return slices.reshape(shape)
+
+
+def aligned(scale: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
+    """Reshape a stored scale (or zero point) so that it broadcasts over ``to_slices(x, spec)``."""
+    if spec.strategy == "channel":
+        return scale.view(-1, *[1] * (x.dim() - 1))
+    if spec.strategy == "block":
+        return scale[:, None, :, None]
+    return scale.unsqueeze(-1) if spec.strategy == "group" else scale
+
+
+def value_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest value of every slice, in the stored scale's shape."""
+    x = x.detach()
+    if spec.strategy == "tensor":
+        low, high = torch.aminmax(x)
+        return low.float().view(1), high.float().view(1)
+    if spec.strategy == "channel":
+        low, high = torch.aminmax(x.flatten(1), dim=1, keepdim=True)
+    elif spec.strategy == "group":
+        low, high = torch.aminmax(to_slices(x, spec), dim=-1)
+    elif spec.strategy == "block":
+        low, high = torch.aminmax(to_slices(x, spec).transpose(1, 2).flatten(2), dim=-1)
+    elif spec.strategy == "token":  # a token is the last dimension
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    else:
+        assert_never(spec.strategy)
+    return low.float(), high.float()
+
+
+def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
+    """Return the stored scale's shape for a weight ``[out, in, ...]`` of the given shape.
+
+    Example:
+        >>> scale_shape([8, 64], QuantSpec(num_bits=4, strategy="group", group_size=32))
+        (8, 2)
+    """
+    if spec.strategy == "tensor":
+        return (1,)
+    if spec.block_structure is not None:
+        rows, columns = spec.block_structure
+        return (-(-shape[0] // rows), -(-shape[1] // columns))
+    return (shape[0], 1 if spec.group_size is None else shape[1] // spec.group_size)
