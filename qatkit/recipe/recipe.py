@@ -142,8 +142,8 @@ class Recipe:
                     )
                 if pruned[name] and stage.quantize is not None and stage.quantize.moves_zeros:
                     raise QatkitError(
-                        f"'{stage.quantize.init}' adjusts the remaining weights after each one it rounds, which would make pruned "
-                        "weights nonzero",
+                        f"'{stage.quantize.init}' adjusts the remaining weights after each one it rounds, which would "
+                        "make pruned weights nonzero",
                         key="quantize.init",
                         advice="use awq or mse, or set hold_sparsity: false",
                     )
