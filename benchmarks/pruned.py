@@ -33,8 +33,8 @@ from qatkit.run.folder import Run
 from qatkit.tasks import evaluate
 
 ROUNDS = {0.8: 7, 0.9: 10}
-"""Rounds of the lottery after which so much is pruned, at `SHARE` of the rest in each."""
-SHARE = 1 - 0.2 ** (1 / 7)
+"""Rounds of the lottery to reach each sparsity when every round prunes `FRACTION` of the remaining weights."""
+FRACTION = 1 - 0.2 ** (1 / 7)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _callbacks(
     else:
         assert start in ("wanda", "sparsegpt")
         assert batches is not None
-        prune_one_shot(model, batches, start, nm=(2, 4), exclude=exclude)  # type: ignore[arg-type]  # a Method
+        prune_one_shot(model, batches, start, nm=(2, 4), exclude=exclude)
     return [ConstantPruning(exclude=inside)] if method.endswith(", trained") else None
 
 
@@ -185,7 +185,7 @@ def _windows(size: recovery.Size, seed: int) -> DataLoader[Any]:
 
 
 def _zeros(model: nn.Module, exclude: Sequence[str]) -> float:
-    """The share of zeros in the weights that may be pruned."""
+    """Fraction of zeros in the prunable weights."""
     weights: list[Any] = [layer.weight for layer in prunable_layers(model, exclude=exclude).values()]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
@@ -200,7 +200,7 @@ stages:
   ticket:
     max_steps: {steps}
     lr: 3.0e-3
-    lottery: {{rounds: {rounds}, share: {share}, rewind: {rewind}, scope: model, reinit: true}}
+    lottery: {{rounds: {rounds}, fraction: {fraction}, rewind: {rewind}, scope: model, reinit: true}}
 """
 
 
@@ -212,8 +212,8 @@ def _lottery(job: Job, size: Size) -> dict[str, float]:
             path = Path(folder) / "lottery.yaml"
             path.write_text(
                 LOTTERY.format(
-                    seed=job.seed, channels=list(size.channels), steps=size.digits_steps, rounds=rounds, share=SHARE,
-                    rewind=max(size.digits_steps // 20, 1),
+                    seed=job.seed, channels=list(size.channels), steps=size.digits_steps, rounds=rounds,
+                    fraction=FRACTION, rewind=max(size.digits_steps // 20, 1),
                 )
             )  # fmt: skip
             run = Run(load_recipe(path), Path(folder) / "run")

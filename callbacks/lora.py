@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
-from qatkit.callbacks.held_zeros import HeldZeros
+from qatkit.callbacks.pruning_callback import PruningCallback
 from qatkit.callbacks.quantization import QuantizationAwareTraining
 from typing_extensions import override
 
@@ -130,7 +130,7 @@ class LoRA(Callback):
         position = callbacks.index(self)
         for other in callbacks:
             name = type(other).__name__
-            if isinstance(other, HeldZeros):
+            if isinstance(other, PruningCallback):
                 raise QatkitError(
                     f"callbacks: {name} masks weights, which LoRA freezes; prune in a fit before, and write "
                     "LoRA(held=[...]) with the layers whose zeros are to stay"

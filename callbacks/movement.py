@@ -1,4 +1,4 @@
-"""Pruning by where weights move while they are fine-tuned."""
+"""Movement pruning: weights are ranked by how fine-tuning changes them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from qatkit.pruning.shards import local, rows_here, total_counts
 
 
 class MovementPruning(MagnitudePruning):
-    """Prunes the weights that fine-tuning moves towards 0, however large they are, along a ramp.
+    """Prunes the weights that fine-tuning moves towards 0, whatever their magnitude, along a ramp.
 
-    Movement pruning of Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683): the score of a weight is the sum
-    over steps of ``-w * g``. Other than in the paper, a weight that was pruned stays so, as under every callback that
-    holds zeros. Scores take 4 bytes per weight, and are saved with a checkpoint.
+    Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683): the score of a weight is the sum over steps of
+    ``-w * g``. Unlike in the paper, a pruned weight stays pruned, as with the other pruning callbacks. Scores take 4
+    bytes per weight, and are saved in checkpoints.
 
     Args:
-        ramp: How sparsity grows with training progress; it starts after some steps, from 0, for scores to be there.
-        scope: "layer" prunes every layer to this share, "model" the lowest scores of all layers together.
+        ramp: Sparsity as a function of training progress; it must start from 0 and after the first step, when scores
+            exist.
+        scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names that are left alone.
+        exclude: Globs over layer names to leave out.
 
     Raises:
-        QatkitError: as for `MagnitudePruning`, or the ramp prunes before there are scores.
+        QatkitError: for the same reasons as `MagnitudePruning`, or the ramp prunes before scores exist.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -53,7 +54,9 @@ class MovementPruning(MagnitudePruning):
         super().__init__(ramp=ramp, scope=scope, include=include, exclude=exclude)
         if ramp.initial or not ramp.start:
             raise QatkitError(
-                f"ramp: {ramp} prunes before a step has given scores; write initial=0 and a start above 0, such as 0.1"
+                f"start={ramp.start} and initial={ramp.initial} prune before the first step, when no scores exist",
+                key="ramp",
+                advice="use initial=0 and a start above 0, such as 0.1",
             )
         self._scores: dict[str, Tensor] = {}
 
@@ -81,7 +84,7 @@ class MovementPruning(MagnitudePruning):
                 weight = pl_module.get_submodule(name).weight
                 assert isinstance(weight, nn.Parameter)
                 if weight.grad is not None:
-                    # where float16 overflowed the scaler skips the step, but one NaN would stay in the sum for ever
+                    # after a float16 overflow the scaler skips the step, but a NaN would stay in the sum forever
                     gradient = local(weight.grad).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
                     add_movement(local(scores), local(weight), gradient)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -104,13 +107,13 @@ class MovementPruning(MagnitudePruning):
         scores = {name: self._scores[name].clone() for name in weights}
         for name, weight in weights.items():
             local(scores[name]).masked_fill_(~nonzeros(weight), torch.finfo(torch.float32).min)
-        share = self._share_at(level)
+        sparsity = self._sparsity_at(level)
         if self.scope == "model":
-            masks = lowest(scores, round(share * sum(weight.numel() for weight in weights.values())), signed=True)
+            masks = lowest(scores, round(sparsity * sum(weight.numel() for weight in weights.values())), signed=True)
         else:
             masks = {}
             for name, values in scores.items():
-                count = round(share * values.numel())
+                count = round(sparsity * values.numel())
                 check_floor(name, values.numel() - count, values.numel())
                 masks |= lowest({name: values}, count, signed=True)
         kept = total_counts({name: int(mask.sum()) for name, mask in masks.items()}, weights)

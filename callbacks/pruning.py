@@ -1,4 +1,4 @@
-"""Pruning in anybody's LightningModule."""
+"""Magnitude pruning of any LightningModule, and a callback that keeps existing zeros."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from qatkit.callbacks.held_zeros import AVERAGING, HeldZeros
+from qatkit.callbacks.pruning_callback import AVERAGING, PruningCallback
 from torch import Tensor, nn
 from typing_extensions import override
 
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.pruning.layers import check_pattern, share_of
+from qatkit.pruning.layers import check_pattern, sparsity_of
 from qatkit.pruning.masks import (
     apply_mask,
     block_mask,
@@ -32,30 +32,30 @@ from qatkit.pruning.schedule import Ramp
 from qatkit.pruning.shards import total_counts
 
 UPDATES = 100
-"""Steps in which a ramp rises; what is pruned in one of them can still be made up for before the next."""
+"""Number of pruning steps in a ramp; between two of them, training recovers from the first."""
 
 
-class MagnitudePruning(HeldZeros):
-    """Sets the smallest weights to zero, at once or along a ramp, and keeps them there.
+class MagnitudePruning(PruningCallback):
+    """Sets the smallest weights to zero, at once or along a ramp, and keeps them at zero.
 
-    Without a ramp the weights are pruned once, before training; training then makes up for it. Masks are exact: of
-    ``n`` weights ``round(sparsity * n)`` are zeros, the same ones on any number of processes. Beside
-    `QuantizationAwareTraining`, stand before it: its ranges are then those of the pruned model.
+    Without a ramp the weights are pruned once before training, which then recovers the accuracy. Masks are exact:
+    ``round(sparsity * n)`` of ``n`` weights are zero, the same ones on any number of processes. Put it before
+    `QuantizationAwareTraining`, so that quantization ranges are calibrated on the pruned model.
 
     Args:
-        sparsity: Share of zeros, above 0 and below 1. Give one of `sparsity`, `ramp` and `nm`.
-        scope: "layer" prunes every layer to this share, "model" the smallest weights of all layers together.
-        nm: ``(N, M)`` keeps N of every M neighbouring inputs, such as ``(2, 4)``.
+        sparsity: Fraction of pruned weights, above 0 and below 1. Give one of `sparsity`, `ramp` and `nm`.
+        scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
+        nm: ``(N, M)`` keeps N of every M consecutive inputs, such as ``(2, 4)``.
         block: Rows and columns of the blocks that are pruned as a whole.
-        ramp: How sparsity grows with training progress.
+        ramp: Sparsity as a function of training progress.
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names that are left alone.
-        layers: Shares for the layers that a glob matches, instead of `sparsity`; the last match decides, 0 leaves them
-            alone.
+        exclude: Globs over layer names to leave out.
+        layers: Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob decides, and 0
+            leaves a layer dense.
 
     Raises:
-        QatkitError: settings that do not go together, a pattern that matches nothing, a layer that `nm` or `block` does
-            not fit, that would lose all its weights, or that resumes with other zeros than it was saved with.
+        QatkitError: settings conflict; a pattern matches nothing; `nm` or `block` does not fit a layer; a layer would
+            lose all its weights; or a resumed layer has other zeros than it was saved with.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -79,32 +79,45 @@ class MagnitudePruning(HeldZeros):
         given = [key for key, value in (("sparsity", sparsity), ("ramp", ramp), ("nm", nm)) if value is not None]
         if len(given) != 1:
             raise QatkitError(
-                f"MagnitudePruning: {' and '.join(given) or 'nothing'} {'are' if given else 'is'} given; write one of "
-                "sparsity=0.5, ramp=Ramp(0.5) and nm=(2, 4)"
+                f"exactly one of sparsity, ramp and nm is needed, got {' and '.join(given) or 'none'}",
+                key=given[0] if given else "sparsity",
+                advice="pass sparsity=0.5, ramp=Ramp(0.5) or nm=(2, 4)",
             )
         if sparsity is not None:
             check_sparsity("sparsity", sparsity)
         if ramp is not None and not isinstance(ramp, Ramp):
-            raise QatkitError(f"ramp: {ramp!r} is no ramp; write Ramp(0.5)")
+            raise QatkitError(f"{ramp!r} is not a Ramp", key="ramp", advice="use Ramp(0.5)")
         self.ramp = ramp if ramp is not None else Ramp(sparsity or 0.0, end=0.0)
         if nm is not None:
             check_nm_pair(nm)
         if block is not None:
             check_pair("block", block, (16, 16))
         if nm is None and not self.ramp.final:
-            raise QatkitError("sparsity: 0.0 prunes nothing; write a share of zeros above 0, such as 0.5")
+            raise QatkitError(
+                "0.0 prunes nothing",
+                key="sparsity" if ramp is None else "ramp.final",
+                advice="use a fraction above 0, such as 0.5",
+            )
         if scope not in ("layer", "model"):
-            raise QatkitError(f"scope: '{scope}' is unknown; write 'layer' or 'model'")
+            raise QatkitError(f"'{scope}' is unknown", key="scope", advice="use 'layer' or 'model'")
         self.layer_sparsity = dict(layers or {})
-        for key, value in (("scope='model'", scope == "model"), ("nm", nm)):
-            if value and self.layer_sparsity:
-                raise QatkitError(f"layers: {self.layer_sparsity} has no meaning with {key}; leave one of them out")
+        for other, conflicts in (("scope='model'", scope == "model"), ("nm", nm is not None)):
+            if conflicts and self.layer_sparsity:
+                raise QatkitError(
+                    f"{self.layer_sparsity} has no effect with {other}", key="layers", advice="remove one of them"
+                )
         if block is not None and (nm is not None or scope == "model"):
-            raise QatkitError(f"block: {block} does not go together with nm or scope='model'; leave one of them out")
+            raise QatkitError(
+                f"{block} cannot be combined with nm or scope='model'", key="block", advice="remove one of them"
+            )
         if nm is not None and scope == "model":
-            raise QatkitError("scope: 'model' has no meaning with nm, which keeps as many in every group; leave it out")
-        for pattern, share in self.layer_sparsity.items():
-            check_sparsity(f"layers['{pattern}']", share)
+            raise QatkitError(
+                "'model' has no effect with nm, which keeps equally many weights in every group",
+                key="scope",
+                advice="remove scope",
+            )
+        for pattern, fraction in self.layer_sparsity.items():
+            check_sparsity(f"layers['{pattern}']", fraction)
         self.scope = scope
         self.nm = nm
         self.block = block
@@ -119,8 +132,9 @@ class MagnitudePruning(HeldZeros):
         averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]  # set by Lightning
         if averaging and self.ramp.end > self.ramp.start:
             raise QatkitError(
-                f"ramp: {type(averaging[0]).__name__} averages weights of before and after they are pruned, which "
-                "leaves no zeros; prune in an earlier stage and hold the zeros with ConstantPruning"
+                f"{type(averaging[0]).__name__} averages weights from before and after pruning, which leaves no zeros",
+                key="ramp",
+                advice="prune in an earlier fit, and keep the zeros with ConstantPruning",
             )
 
     @override
@@ -130,7 +144,11 @@ class MagnitudePruning(HeldZeros):
             check_pattern(f"layers['{pattern}']", pattern, list(layers))
         layers = {name: layer for name, layer in layers.items() if self._ramp_of(name).final or self.nm}
         if not layers:
-            raise QatkitError(f"layers: {self.layer_sparsity} leaves no layer to prune; write a share above 0 for one")
+            raise QatkitError(
+                f"{self.layer_sparsity} leaves no layer to prune",
+                key="layers",
+                advice="use a fraction above 0 for at least one layer",
+            )
         for name, layer in layers.items():
             if self.nm is not None:
                 check_nm(name, layer.weight, *self.nm)  # type: ignore[arg-type]  # a Parameter
@@ -148,8 +166,9 @@ class MagnitudePruning(HeldZeros):
         chosen = list(self.select(pl_module))
         if recorded and list(recorded) != chosen:
             raise QatkitError(
-                f"include: the checkpoint holds the zeros of {list(recorded)}, the patterns now select {chosen}; "
-                "resume with the patterns it was trained with"
+                f"the checkpoint has pruned layers {list(recorded)}, and the patterns now select {chosen}",
+                key="include",
+                advice="use the patterns it was trained with",
             )
         super().resume(pl_module, recorded)
 
@@ -158,7 +177,9 @@ class MagnitudePruning(HeldZeros):
         super().on_train_start(trainer, pl_module)
         if self.ramp.end and math.isinf(trainer.estimated_stepping_batches):
             raise QatkitError(
-                "ramp: training has no end to take a share of; write Trainer(max_steps=...) or max_epochs"
+                "training has no end, so its progress is unknown",
+                key="ramp",
+                advice="set max_steps or max_epochs of the Trainer",
             )
 
     @override
@@ -174,8 +195,8 @@ class MagnitudePruning(HeldZeros):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.nm is None and self._level < UPDATES:
             warnings.warn(
-                f"ramp: training ended at {self._share_at(max(self._level, 0)):.1%} zeros of {self.ramp.final:.1%}; "
-                f"let the ramp end before training may stop, such as Ramp({self.ramp.final}, end=0.5)",
+                f"ramp: training ended at {self._sparsity_at(max(self._level, 0)):.1%} of {self.ramp.final:.1%} "
+                f"sparsity; let the ramp end before training may stop, such as Ramp({self.ramp.final}, end=0.5)",
                 QatkitWarning,
                 stacklevel=2,
             )
@@ -190,9 +211,11 @@ class MagnitudePruning(HeldZeros):
         self._level = state_dict["level"]
         for key, value in self._settings().items():
             if state_dict["settings"][key] != value:
+                before = state_dict["settings"][key]
                 raise QatkitError(
-                    f"{key}: the checkpoint was pruned with {state_dict['settings'][key]}, this run would go on with "
-                    f"{value}; write what it was, or start from its weights without resuming"
+                    f"the checkpoint was pruned with {before}, and this run would continue with {value}",
+                    key=key,
+                    advice=f"use {before}, or load its weights without resuming",
                 )
 
     def _settings(self) -> dict[str, Any]:
@@ -205,31 +228,32 @@ class MagnitudePruning(HeldZeros):
         }
 
     def _ramp_of(self, name: str) -> Ramp:
-        share = share_of(name, self.layer_sparsity, self.ramp.final)
-        return replace(self.ramp, final=share, initial=min(self.ramp.initial, share))
+        final = sparsity_of(name, self.layer_sparsity, self.ramp.final)
+        return replace(self.ramp, final=final, initial=min(self.ramp.initial, final))
 
     def _level_at(self, progress: float) -> int:
+        """Return the pruning step of the ramp, from 0 to `UPDATES`, at a training progress."""
         start, end = self.ramp.start, self.ramp.end
         if progress >= end:
             return UPDATES
-        # 0.3 - 0.25 is a little less than a tenth of 0.5
+        # 0.3 - 0.25 is slightly less than a tenth of 0.5
         return 0 if progress <= start else math.floor(UPDATES * (progress - start) / (end - start) + 1e-9)
 
-    def _share_at(self, level: int, name: str | None = None) -> float:
-        """The sparsity of a level; of one layer, or of all of them."""
+    def _sparsity_at(self, level: int, name: str | None = None) -> float:
+        """Return the sparsity at a pruning step, of one layer or of all of them."""
         ramp = self.ramp if name is None else self._ramp_of(name)
         if level == 0:
             return ramp.initial
         return ramp.final if level == UPDATES else ramp.at(ramp.start + (ramp.end - ramp.start) * level / UPDATES)
 
     def _prune(self, pl_module: LightningModule, level: int) -> None:
-        """Make the zeros of a level, and hold the layers from then on."""
+        """Prune to the sparsity of a pruning step, and keep the zeros of these layers from then on."""
         self._level = level
-        if self.nm is None and not self._share_at(level):
-            return  # nothing is pruned yet, so zeros that layers may start with are free to move
+        if self.nm is None and not self._sparsity_at(level):
+            return  # nothing is pruned yet, so weights that start at zero may still change
         layers = self.select(pl_module)
         weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
-        # every mask before the first change: after an error the module is still the user's
+        # all masks are computed before the first change, so an error leaves the module unchanged
         for name, mask in self._masks_at(weights, level).items():
             apply_mask(weights[name], mask)
         self.layers = list(layers)
@@ -238,27 +262,27 @@ class MagnitudePruning(HeldZeros):
         if self.nm is not None:
             return {name: nm_mask(weight, *self.nm, name) for name, weight in weights.items()}
         if self.scope == "model":
-            masks = global_masks(weights, self._share_at(level))
+            masks = global_masks(weights, self._sparsity_at(level))
             kept = total_counts({name: int(mask.sum()) for name, mask in masks.items()}, weights)
             for name, weight in weights.items():
                 check_floor(name, kept[name], weight.numel())
             return masks
-        shares = {name: self._share_at(level, name) for name in weights}
+        sparsity = {name: self._sparsity_at(level, name) for name in weights}
         if self.block is not None:
-            return {name: block_mask(weight, shares[name], self.block, name) for name, weight in weights.items()}
-        return {name: global_masks({name: weight}, shares[name])[name] for name, weight in weights.items()}
+            return {name: block_mask(weight, sparsity[name], self.block, name) for name, weight in weights.items()}
+        return {name: global_masks({name: weight}, sparsity[name])[name] for name, weight in weights.items()}
 
 
-class ConstantPruning(HeldZeros):
-    """Keeps the zeros that the weights already have, such as those of an earlier stage, and makes none.
+class ConstantPruning(PruningCallback):
+    """Keeps the zeros that the weights already have, such as those of an earlier stage, and prunes nothing.
 
     Args:
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names that are left alone.
+        exclude: Globs over layer names to leave out.
 
     Raises:
-        QatkitError: a pattern matches nothing, no selected layer has a zero, one has nothing else, or one resumes with
-            other zeros than it was saved with.
+        QatkitError: a pattern matches nothing; no selected layer has a zero; a layer is all zeros; or a resumed layer
+            has other zeros than it was saved with.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -278,6 +302,7 @@ class ConstantPruning(HeldZeros):
         self.layers = [name for name in layers if zeros[name]]
         if not self.layers:
             raise QatkitError(
-                f"include: none of {list(layers)} has a weight of 0, so there is nothing to keep; load pruned weights, "
-                "or write MagnitudePruning(sparsity=...)"
+                f"no weight of {list(layers)} is 0, so there is no mask to keep",
+                key="include",
+                advice="load pruned weights, or use MagnitudePruning(sparsity=0.5)",
             )

@@ -1,4 +1,4 @@
-"""Going back to earlier weights under the zeros that pruning made."""
+"""Weight rewinding: restore earlier weights under the current pruning mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from qatkit.callbacks.held_zeros import HeldZeros
+from qatkit.callbacks.pruning_callback import PruningCallback
 from torch import Tensor
 from typing_extensions import override
 
@@ -16,19 +16,20 @@ from qatkit.pruning.shards import local, rows_here, total_counts
 
 
 class WeightRewinding(Callback):
-    """Starts training with the weights of an earlier time, under the zeros that the callbacks before it have made.
+    """Starts training from earlier weights, under the mask of the pruning callbacks before it.
 
-    The step between two rounds of iterative magnitude pruning: Frankle and Carbin (2019,
-    https://arxiv.org/abs/1803.03635) go back to the initial weights, Frankle et al. (2020,
-    https://arxiv.org/abs/1912.05671) to those of an early step. Everything goes back, biases and the statistics of
-    BatchNorm too; only the zeros stay. The optimizer starts anew, and a resumed run goes on as it was.
+    This is the step between two rounds of iterative magnitude pruning: Frankle and Carbin (2019,
+    https://arxiv.org/abs/1803.03635) rewind to the initial weights, Frankle et al. (2020,
+    https://arxiv.org/abs/1912.05671) to those of an early step. The whole state is restored, including biases and
+    BatchNorm statistics; only pruned weights stay zero. The optimizer starts without state. A fit that resumes from a
+    checkpoint does not rewind again.
 
     Args:
-        earlier: The state dict of the LightningModule at that time, whole, on any device.
+        earlier: The unsharded state dict of the LightningModule at the earlier time, on any device.
 
     Raises:
-        QatkitError: no pruning callback stands before it, the weights do not fit the module, or a weight that was not
-            pruned would become 0, which could no longer be told from a pruned one.
+        QatkitError: there is no pruning callback before it; the weights do not fit the module; or a kept weight would
+            become 0, and so be indistinguishable from a pruned one.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -44,8 +45,9 @@ class WeightRewinding(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not self._pruning(trainer):
             raise QatkitError(
-                "callbacks: WeightRewinding has no pruning callback before it, whose zeros would stay; write "
-                "callbacks=[MagnitudePruning(0.5), WeightRewinding(...)]"
+                "WeightRewinding needs a pruning callback before it, whose mask it keeps",
+                key="callbacks",
+                advice="use callbacks=[MagnitudePruning(0.5), WeightRewinding(...)]",
             )
 
     @override
@@ -54,37 +56,39 @@ class WeightRewinding(Callback):
             return  # the checkpoint is from after the rewind
         current = pl_module.state_dict()
         _check_fits(self._earlier, current)
-        held = {name: weight for each in self._pruning(trainer) for name, weight in each.weights(pl_module).items()}
-        masks = {name: nonzeros(weight) for name, weight in held.items()}
+        pruned = {name: weight for each in self._pruning(trainer) for name, weight in each.weights(pl_module).items()}
+        masks = {name: nonzeros(weight) for name, weight in pruned.items()}
         lost = {
-            name: int((mask & (rows_here(self._earlier[f"{name}.weight"], held[name]).to(mask.device) == 0)).sum())
+            name: int((mask & (rows_here(self._earlier[f"{name}.weight"], pruned[name]).to(mask.device) == 0)).sum())
             for name, mask in masks.items()
         }
-        for name, count in total_counts(lost, held).items():
-            if count:  # before the first change: after an error the module is still the user's
+        for name, count in total_counts(lost, pruned).items():
+            if count:  # checked before the first change, so an error leaves the module unchanged
                 raise QatkitError(
-                    f"layer '{name}': {count} weights that were kept are 0 at the time to go back to, and would count "
-                    "as pruned; go back to a later step, or exclude the layer"
+                    f"{count} kept weights of layer '{name}' are 0 in the earlier weights, and would count as pruned",
+                    advice="use weights of a later step, or exclude the layer",
                 )
         with torch.no_grad():
             for name, tensor in current.items():
                 local(tensor).copy_(rows_here(self._earlier[name], tensor))
-        for name, weight in held.items():
+        for name, weight in pruned.items():
             apply_mask(weight, masks[name])
 
-    def _pruning(self, trainer: Trainer) -> list[HeldZeros]:
+    def _pruning(self, trainer: Trainer) -> list[PruningCallback]:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
-        return [each for each in callbacks[: callbacks.index(self)] if isinstance(each, HeldZeros)]
+        return [each for each in callbacks[: callbacks.index(self)] if isinstance(each, PruningCallback)]
 
 
 def _check_fits(earlier: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
-    unlike = [
+    different = [
         name
         for name in [*current, *earlier]
         if name not in earlier or name not in current or earlier[name].shape != current[name].shape
     ]
-    if unlike:
+    if different:
         raise QatkitError(
-            f"WeightRewinding: '{unlike[0]}' and {len(set(unlike)) - 1} more are not in both the module and the "
-            "weights to go back to, or have another shape; give the state_dict() of the module at an earlier time"
+            f"{len(set(different))} tensors differ in shape from the module's or exist only on one side, such as "
+            f"'{different[0]}'",
+            key="earlier",
+            advice="pass the state_dict() of the same module at an earlier time",
         )

@@ -1,4 +1,4 @@
-"""N:M sparsity that is learned while training: masks that may still change."""
+"""SR-STE: N:M sparse training with a mask that changes during training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from qatkit.callbacks.held_zeros import AVERAGING, HeldZeros
+from qatkit.callbacks.pruning_callback import AVERAGING, PruningCallback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -18,20 +18,21 @@ from qatkit.pruning.masks import apply_mask, check_nm, check_nm_pair, nm_mask
 from qatkit.pruning.shards import local, rows_here
 
 
-class SparseRefinedSTE(HeldZeros):
-    """Trains dense weights whose N:M sparse part computes: SR-STE.
+class SparseRefinedSTE(PruningCallback):
+    """Trains dense weights and uses their N:M sparse part in the forward pass (SR-STE).
 
     Zhou et al. (2021, https://arxiv.org/abs/2102.04010): ``w <- w - lr * (g(mask * w) + decay * (1 - mask) * w)``, with
-    the mask of the present ``w`` in every step. It is the one callback with dense gradients: pruned weights go on
-    training, and come back where they grow larger than their neighbours. Between two steps the module holds the sparse
-    weights, so what is validated and saved is N:M sparse; the callback keeps the pruned values, which takes the memory
-    of the layers' weights once more. They are saved with a checkpoint, beside the weights.
+    the mask recomputed from ``w`` in every step. It is the only pruning callback with dense gradients: pruned weights
+    keep training, and are used again if they become larger than their neighbors. Between steps the module has the
+    sparse weights, so validation and saved weights are N:M sparse. The callback keeps the pruned values, which takes as
+    much memory as the layers' weights, and saves them in checkpoints.
 
     Args:
-        nm: ``(N, M)`` keeps N of every M neighbouring inputs.
-        decay: Pulls pruned weights towards 0, which makes masks change less; 0 is a plain straight-through estimator.
+        nm: ``(N, M)`` keeps N of every M consecutive inputs.
+        decay: Weight decay of pruned weights, which makes the mask change less; 0 is a plain straight-through
+            estimator.
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names that are left alone.
+        exclude: Globs over layer names to leave out.
 
     Raises:
         QatkitError: a pattern matches nothing, or N:M does not fit a layer.
@@ -51,7 +52,9 @@ class SparseRefinedSTE(HeldZeros):
     ) -> None:
         super().__init__(include, exclude)
         if not decay >= 0:
-            raise QatkitError(f"decay: {decay} is out of range; write 0 or a small number above it, such as 2e-4")
+            raise QatkitError(
+                f"{decay} is out of range", key="decay", advice="use 0 or a small positive number, such as 2e-4"
+            )
         check_nm_pair(nm)
         self.nm = nm
         self.decay = decay
@@ -68,8 +71,9 @@ class SparseRefinedSTE(HeldZeros):
         averaging = [c for c in trainer.callbacks if isinstance(c, AVERAGING)]  # type: ignore[attr-defined]  # set by Lightning
         if averaging:
             raise QatkitError(
-                f"callbacks: {type(averaging[0]).__name__} averages weights with different masks, which leaves no "
-                "zeros; leave it out, or average in a later stage with ConstantPruning"
+                f"{type(averaging[0]).__name__} averages weights with different masks, which leaves no zeros",
+                key="callbacks",
+                advice="remove it, or average in a later fit with ConstantPruning",
             )
 
     @override
@@ -84,7 +88,7 @@ class SparseRefinedSTE(HeldZeros):
         layers = self.select(pl_module)
         self.check_not_empty(layers)
         self.layers = list(layers)
-        self._take_out(pl_module)
+        self._split(pl_module)
 
     @override
     def resume(self, pl_module: LightningModule, recorded: dict[str, int]) -> None:
@@ -106,23 +110,23 @@ class SparseRefinedSTE(HeldZeros):
                 local(weight.detach()).add_(pruned)
                 if weight.grad is not None:
                     local(weight.grad).add_(pruned, alpha=self.decay)
-        # not at the batch's end: a module that optimizes by hand may step several times in one
-        self._let_go()
-        self._after = optimizer.register_step_post_hook(lambda *_: self._take_out(pl_module) if self._stepped else None)
+        # not at the end of the batch: with manual optimization, a batch may have several steps
+        self._remove_hook()
+        self._after = optimizer.register_step_post_hook(lambda *_: self._split(pl_module) if self._stepped else None)
 
     @override
-    def put_back(self, pl_module: LightningModule) -> None:
+    def reapply(self, pl_module: LightningModule) -> None:
         if self._stepped:
-            self._take_out(pl_module)
-        self._let_go()
+            self._split(pl_module)
+        self._remove_hook()
 
-    def _let_go(self) -> None:
+    def _remove_hook(self) -> None:
         if self._after is not None:
-            self._after.remove()  # outside of the optimizer's step, which goes through its hooks
+            self._after.remove()  # not inside the optimizer's step, which iterates over its hooks
         self._after = None
 
-    def _take_out(self, pl_module: LightningModule) -> None:
-        """Split every weight into the N:M sparse part, which stays, and the values it is without."""
+    def _split(self, pl_module: LightningModule) -> None:
+        """Split every weight into its N:M sparse part, which stays in the module, and the pruned values."""
         for name, weight in self.weights(pl_module).items():
             mask = nm_mask(weight, *self.nm, name)
             self._pruned[name] = weight.detach().clone()

@@ -1,4 +1,4 @@
-"""What the configs of transformers say layer by layer, for models that lose some of their layers."""
+"""Per-layer settings in the configs of transformers, for models from which layers are removed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
-"""What they call the number of layers."""
+"""Names of the number of layers."""
 PER_LAYER = (
     "layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "attention_window", "layer_rope_theta",
 )  # fmt: skip
-"""Lists with an entry for every layer."""
-NUMBERS = ("mlp_only_layers", "moe_layers", "rope_scaling_layers")
-"""Lists of numbers of layers."""
+"""Lists with one entry per layer."""
+INDEX_LISTS = ("mlp_only_layers", "moe_layers", "rope_scaling_layers")
+"""Lists of layer indices."""
 
 
 def shorten(config: Any, depth: int, numbers: Sequence[int]) -> None:
-    """Let a config say that of `depth` layers those of these numbers are left; one of another depth stays as it is.
+    """Adapt a config in place to a model that keeps only some of its layers.
+
+    A config whose number of layers is not `depth` is left unchanged.
+
+    Args:
+        config: The config of a transformers model.
+        depth: Number of layers before.
+        numbers: Indices of the kept layers, in rising order.
 
     Example:
         >>> from types import SimpleNamespace
@@ -31,9 +38,11 @@ def shorten(config: Any, depth: int, numbers: Sequence[int]) -> None:
     setattr(config, counts, len(numbers))
     for key in PER_LAYER:
         values = getattr(config, key, None)
-        if isinstance(values, (list, tuple)) and len(values) >= depth:  # SmolLM3's may be longer than there are layers
+        if (
+            isinstance(values, (list, tuple)) and len(values) >= depth
+        ):  # SmolLM3's may be longer than its number of layers
             setattr(config, key, [values[number] for number in numbers])
-    for key in NUMBERS:
+    for key in INDEX_LISTS:
         values = getattr(config, key, None)
         if isinstance(values, (list, tuple)):
             setattr(config, key, [new for new, number in enumerate(numbers) if number in values])

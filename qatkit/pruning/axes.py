@@ -1,4 +1,4 @@
-"""The map of a Llama-like transformer: the axes of its parameters, and whether a model is one."""
+"""The layout of a Llama-like transformer: the axes of its parameters, and a check that a model has it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 
-KNOWN = "Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3 and what has the same blocks"
+KNOWN = "Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3 and models with the same layers"
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-"""What a config must say."""
-# the axes of every parameter; "head" is heads * head_dim and "group" key-value heads * head_dim
+"""Sizes that a config must have."""
 BLOCK = {
     "input_layernorm": ("hidden",),
     "post_attention_layernorm": ("hidden",),
@@ -28,42 +27,44 @@ BLOCK = {
     "mlp.up_proj": ("neuron", "hidden"),
     "mlp.down_proj": ("hidden", "neuron"),
 }
+"""Axes of the parameters of one layer; "head" is heads * head_dim, and "group" is key-value heads * head_dim."""
 OPTIONAL = ("self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj")
-"""Without the others a block is no such block: what they do is scored."""
-AROUND = {"embed_tokens": ("whole", "hidden"), "norm": ("hidden",)}
+"""Parameters that a layer may lack; importance is measured at the others."""
+SHARED = {"embed_tokens": ("whole", "hidden"), "norm": ("hidden",)}
+"""Axes of the parameters outside the layers."""
 HEADS = {"lm_head": ("whole", "hidden"), "score": ("whole", "hidden")}
-"""Of a language model and of a classifier; no prefix stands before them."""
+"""Axes of the output layer of a language model and of a classifier; their names have no prefix."""
 
 
 def prefix_of(model: nn.Module) -> str:
-    """What stands before ``layers.0``.
+    """Return the part of the parameter names before ``layers.0``, such as ``model.``.
 
     Raises:
-        QatkitError: the model has not the blocks that are known here, each with the sizes that its config says.
+        QatkitError: the model is not Llama-like, or its sizes differ from its config.
     """
     first = "layers.0.self_attn.q_proj"
     prefix = next((name.removesuffix(first) for name, _ in model.named_modules() if name.endswith(first)), "")
-    if unlike := _unlike(model, prefix):
+    if difference := _difference(model, prefix):
         raise QatkitError(
-            f"model: {type(model).__name__} is no Llama-like model of transformers: {unlike}. Structured pruning knows "
-            f"{KNOWN}; of others whole layers can be dropped by their place (layers: 2 with layers_by: uniform, or "
-            "keep_layers), but a config such as BERT's cannot say that heads are missing"
+            f"{type(model).__name__} is not a Llama-like transformer: {difference}; supported are {KNOWN}",
+            key="model",
+            advice="remove whole layers instead (layers: 2 with layers_by: uniform, or keep_layers)",
         )
     return prefix
 
 
 def axes_of(prefix: str, name: str) -> tuple[str, ...]:
-    """The axes of a weight or bias; none where they are not known."""
+    """Return the axes of a weight or bias; empty if they are unknown."""
     module, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         return ()
     if inside := re.match(rf"{re.escape(prefix)}layers\.\d+\.(.+)", module):
         return BLOCK.get(inside[1], ())
-    return HEADS.get(module) or AROUND.get(module.removeprefix(prefix), ())
+    return HEADS.get(module) or SHARED.get(module.removeprefix(prefix), ())
 
 
-def _unlike(model: nn.Module, prefix: str) -> str | None:
-    """Why a model cannot be cut by what is known here."""
+def _difference(model: nn.Module, prefix: str) -> str | None:
+    """Describe how a model differs from the known layout; None if it does not."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return "it has no config"
@@ -78,12 +79,12 @@ def _unlike(model: nn.Module, prefix: str) -> str | None:
     state = model.state_dict()
     for name in state:
         if not axes_of(prefix, name):
-            return f"the axes of its '{name}' are not known"
+            return f"the axes of '{name}' are unknown"
     for key in SIZES:
         if not isinstance(getattr(config, key, None), int):
-            return f"its config gives no number as {key}"
+            return f"its config has no integer {key}"
     if len(layers) != config.num_hidden_layers:
-        return f"it has {len(layers)} layers and its config counts {config.num_hidden_layers}"
+        return f"it has {len(layers)} layers, and its config says {config.num_hidden_layers}"
     head_dim = head_dim_of(config)
     sizes = {
         "hidden": config.hidden_size,
@@ -94,44 +95,43 @@ def _unlike(model: nn.Module, prefix: str) -> str | None:
     for name, value in state.items():
         wanted = [sizes.get(axis, size) for axis, size in zip(axes_of(prefix, name), value.shape, strict=False)]
         if wanted != list(value.shape):
-            return f"its '{name}' is of shape {list(value.shape)} where its config says {wanted}"
+            return f"'{name}' has shape {list(value.shape)}, and its config says {wanted}"
     return None
 
 
 def head_dim_of(config: Any) -> int:
-    """The width of a head."""
+    """Return the width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def build_like(model: nn.Module, config: Any, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A model of the same class with another config and random weights.
+    """Build a model of the same class with another config and random weights.
 
     Args:
-        model: One of transformers.
-        config: Says the new sizes.
-        weights: Those that the new model must have room for, by name.
+        model: A model of transformers.
+        config: The config with the new sizes.
+        weights: Tensors that the new model must have parameters for, by name.
 
     Raises:
-        QatkitError: the class cannot be built so, or its weights would have other shapes.
+        QatkitError: the class cannot be built from the config, or its weights have other shapes.
     """
     kind, before = type(model), vars(model.config)
     changed = {key: size for key, size in vars(config).items() if isinstance(size, int) and before.get(key) != size}
     try:
         with torch.random.fork_rng(devices=[]):
             built: nn.Module = kind(config)
-    except Exception as error:  # foreign code may raise anything
-        said = f"cannot be built ({type(error).__name__}: {str(error)[:200]})"
-        raise QatkitError(_cannot_say(kind, changed, said)) from error
-    found, wanted = ({key: list(w.shape) for key, w in part.items()} for part in (built.state_dict(), weights))
-    for key in wanted | found:
-        if found.get(key) != wanted.get(key):
-            said = f"has '{key}' of shape {found.get(key)} where {wanted.get(key)} is left"
-            raise QatkitError(_cannot_say(kind, changed, said))
+    except Exception as error:  # third-party code may raise anything
+        raise _unsupported(kind, changed, f"cannot be built ({type(error).__name__}: {str(error)[:200]})") from error
+    shapes, wanted = ({key: list(w.shape) for key, w in part.items()} for part in (built.state_dict(), weights))
+    for key in wanted | shapes:
+        if shapes.get(key) != wanted.get(key):
+            raise _unsupported(kind, changed, f"has '{key}' of shape {shapes.get(key)} instead of {wanted.get(key)}")
     return built
 
 
-def _cannot_say(kind: type, changed: Mapping[str, Any], said: str) -> str:
-    return (
-        f"model: {kind.__name__} with {changed} {said}: its config cannot say what would be left; cut something "
-        "else, as a rule neurons or other layers"
+def _unsupported(kind: type, changed: Mapping[str, Any], problem: str) -> QatkitError:
+    return QatkitError(
+        f"{kind.__name__} with {changed} {problem}, so its config cannot express these sizes",
+        key="model",
+        advice="shrink something else, such as neurons or other layers",
     )

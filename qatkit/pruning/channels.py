@@ -1,4 +1,4 @@
-"""Convolutional networks with fewer channels; what depends on a channel is found by Torch-Pruning, an extra."""
+"""Channel pruning of convolutional networks; Torch-Pruning, an optional extra, finds the coupled channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qatkit.errors import QatkitError
 from qatkit.pruning.layers import PRUNABLE, check_pattern, matches
 from qatkit.pruning.masks import check_sparsity
 
-ROUNDING = 1e-9  # else a tenth of 10 channels would be 0.99999 of one, and none
+ROUNDING = 1e-9  # without it, a tenth of 10 channels would be 0.99999, rounded down to 0
 
 
 def prune_channels(
@@ -26,32 +26,32 @@ def prune_channels(
     multiple: int | None = None,
     scores: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A smaller copy of `model`: the share `ratio` of the channels of every layer is cut out, lowest scores first.
+    """Build a smaller copy of `model` by removing the fraction `ratio` of every layer's channels, lowest scores first.
 
-    Channels that belong together (through residual sums, concatenations, BatchNorm) go together: Fang et al. (2023,
-    https://arxiv.org/abs/2301.12900). By default scores are L2 norms, averaged over what belongs to a channel.
+    Coupled channels (through residual sums, concatenations, BatchNorm) are removed together: Fang et al. (2023,
+    https://arxiv.org/abs/2301.12900). By default scores are L2 norms, averaged over the weights of a channel.
 
     Args:
-        model: Any module that autograd can follow; not yet prepared for quantization.
-        example: An input of it.
-        ratio: Share of channels, from 0 to below 1.
-        exclude: Globs over the names of layers that keep their channels, such as the one that makes the output.
-        multiple: Rounds the numbers of channels to multiples of it, as fast kernels want them.
-        scores: For each output channel of the layers by name, from `channel_scores`.
+        model: Any module that autograd can trace, not yet prepared for quantization; it is not changed.
+        example: An example input.
+        ratio: Fraction of channels to remove, from 0 to below 1.
+        exclude: Globs over the names of layers that keep their channels, such as the output layer.
+        multiple: Rounds the numbers of channels to multiples of it, for fast kernels.
+        scores: Scores of the output channels by layer name, from `channel_scores` or `taylor_channel_scores`.
 
     Returns:
-        The smaller model; the old one stays as it is.
+        The smaller model.
 
     Raises:
-        QatkitError: Torch-Pruning is not installed, a pattern matches nothing, a layer is no plain one or has a weight
-            of another, the ratio leaves a layer no channel, or the output would have another shape.
+        QatkitError: Torch-Pruning is not installed; a pattern matches nothing; a layer is not a plain one or shares a
+            weight with another; the ratio removes all channels of a layer; or the output would change its shape.
     """
     check_sparsity("ratio", ratio)
     check_channels(model, exclude)
     try:
         torch_pruning: Any = importlib.import_module("torch_pruning")
     except ImportError as error:
-        raise QatkitError("channels are cut out by Torch-Pruning: pip install torch-pruning") from error
+        raise QatkitError("channel pruning needs Torch-Pruning", advice="install torch-pruning") from error
     smaller = copy.deepcopy(model).eval()
     with torch.no_grad():
         before = smaller(example).shape
@@ -66,30 +66,35 @@ def prune_channels(
     graph, roots = pruner.DG, pruner.root_module_types
     groups = list(graph.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=roots))
     if not groups:
-        raise QatkitError(f"exclude: {list(exclude)} leaves no layer whose channels can be cut out; exclude fewer")
-    narrowest = sorted((_narrowest(pruner, group) for group in groups), key=lambda found: found[1] / found[2])
+        raise QatkitError(
+            f"{list(exclude)} excludes every layer whose channels can be removed",
+            key="exclude",
+            advice="exclude fewer layers",
+        )
+    narrowest = sorted((_narrowest(pruner, group) for group in groups), key=lambda layer: layer[1] / layer[2])
     pruner.step()
     for name, channels, together in narrowest:
-        # Torch-Pruning leaves a group alone rather than take all that a layer of it has
+        # Torch-Pruning skips a group rather than remove all channels of one of its layers
         if graph.get_out_channels(smaller.get_submodule(name)) == channels > _kept(channels, ratio):
             raise _none_left(name, channels, ratio, max(together, multiple or 1))
     with torch.no_grad():
         after = smaller(example).shape
     if after != before:
         raise QatkitError(
-            f"exclude: the output's shape would become {list(after)} instead of {list(before)}; name the layer that "
-            "makes the output, such as exclude=['classifier']"
+            f"the output shape would change from {list(before)} to {list(after)}",
+            key="exclude",
+            advice="exclude the output layer, such as exclude=['classifier']",
         )
     return smaller.train(model.training)
 
 
 def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float = 0) -> None:
-    """Raise what `prune_channels` would of a model, as far as it can be known without an input.
+    """Raise the errors of `prune_channels` that can be found without an input.
 
     Args:
-        model: Maybe on torch's meta device.
-        exclude: As there.
-        ratio: As there.
+        model: Any module, also on torch's meta device.
+        exclude: Globs over the names of layers that keep their channels.
+        ratio: Fraction of channels to remove, from 0 to below 1.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PRUNABLE)}
     for index, pattern in enumerate(exclude):
@@ -97,26 +102,26 @@ def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float =
     for name, layer in layers.items():
         if type(layer) not in PRUNABLE:
             raise QatkitError(
-                f"layer '{name}': {type(layer).__name__} is no plain layer, and may hold more than its weight; prune "
-                "before prepare_qat, or call strip_qat(model) first"
+                f"layer '{name}' is a {type(layer).__name__}, which may have more parameters than a plain layer",
+                advice="prune before prepare_qat, or call strip_qat(model) first",
             )
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             if (other := owners.setdefault(id(parameter), f"{name}.{kind}")) != f"{name}.{kind}":
                 raise QatkitError(
-                    f"layer '{name}': its {kind} is also '{other}', and each would be cut by itself; use one module at "
-                    "both places, or give each a weight of its own"
+                    f"layer '{name}' shares its {kind} with '{other}', and each would be pruned separately",
+                    advice="use one module in both places, or separate weights",
                 )
-    # as a rule the last one makes the output and keeps its channels; where another does, excluding it changes nothing
+    # the last layer usually makes the output and keeps its channels; if another does, leaving it out does no harm
     channels = {name: len(layers[name].weight) for name in list(layers)[:-1] if not matches(name, exclude)}
-    if none := [name for name, count in channels.items() if not _kept(count, ratio)]:
-        name = min(none, key=lambda name: channels[name])
+    if emptied := [name for name, count in channels.items() if not _kept(count, ratio)]:
+        name = min(emptied, key=lambda name: channels[name])
         raise _none_left(name, channels[name], ratio)
 
 
 def _importance(torch_pruning: Any, model: nn.Module, scores: Mapping[str, Tensor] | None) -> Any:
-    """What Torch-Pruning asks about a group of layers whose channels go together."""
+    """Make the importance function that Torch-Pruning calls on each group of layers with coupled channels."""
     if scores is None:
         return torch_pruning.importance.GroupMagnitudeImportance(p=2)
     by_layer = {model.get_submodule(name): score.cpu() for name, score in scores.items()}
@@ -135,13 +140,13 @@ def _importance(torch_pruning: Any, model: nn.Module, scores: Mapping[str, Tenso
 
 
 def _narrowest(pruner: Any, group: Any) -> tuple[str, int, int]:
-    """Of layers whose channels go together the one with fewest: its name, its channels, and what they come in.
+    """Find the layer with the fewest channels in a group: its name, its channels, and their granularity.
 
-    They come in more than one where a grouped convolution or norm loses as many of each of its groups.
+    The granularity is above 1 for grouped convolutions and norms, which lose equally many channels of each group.
     """
     names, graph = {module: name for name, module in pruner.model.named_modules()}, pruner.DG
-    making = [item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)]
-    channels = {names[layer]: graph.get_out_channels(layer) for layer in making if layer in names}
+    sources = [item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)]
+    channels = {names[layer]: graph.get_out_channels(layer) for layer in sources if layer in names}
     name = min(channels, key=lambda name: channels[name])
     counts = pruner.in_channel_groups, pruner.out_channel_groups
     return name, channels[name], max(part.get(item.dep.target.module, 1) for item in group for part in counts)
@@ -152,10 +157,15 @@ def _kept(channels: int, ratio: float) -> int:
 
 
 def _none_left(name: str, channels: int, ratio: float, least: int = 1) -> QatkitError:
-    """A layer keeps at least one channel, of every group where it has groups."""
+    """Make the error about a layer that would keep fewer than `least` channels."""
     enough = 1 - math.ceil(1000 * least / channels) / 1000
-    write = f"ratio: {enough:.3g} or less (in a recipe channels: {1 - enough:.3g} or more), or " if enough > 0 else ""
-    found = f"{channels}, which stay in multiples of {least}" if least > 1 else f"{channels}"
+    smaller = (
+        f"use a ratio of {enough:.3g} or less (in a recipe, channels: {1 - enough:.3g} or more), or "
+        if enough > 0
+        else ""
+    )
+    count = f"{channels}, kept in multiples of {least}" if least > 1 else f"{channels}"
     return QatkitError(
-        f"layer '{name}': ratio: {ratio:.3g} leaves none of its channels ({found}); write {write}exclude: ['{name}']"
+        f"a ratio of {ratio:.3g} removes all channels of layer '{name}' ({count})",
+        advice=f"{smaller}exclude the layer",
     )

@@ -1,4 +1,4 @@
-"""Prune a trained model at once by how much its loss would change, to first order."""
+"""One-shot pruning of a trained model by gradient-based scores."""
 
 from __future__ import annotations
 
@@ -8,55 +8,62 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import prunable_layers
 from qatkit.pruning.masks import apply_mask, check_floor, check_nm, check_sparsity, nm_mask
+from qatkit.pruning.methods import METHODS
 from qatkit.pruning.scores import taylor_scores
 from qatkit.pruning.selection import lowest
 
 
 def gradient_scores(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    score: Callable[[Tensor, Tensor], Tensor] = taylor_scores,
 ) -> dict[str, Tensor]:
-    """`taylor_scores` of the layers' weights, summed over batches, float32.
+    """Sum the scores of the layers' weights over batches, float32.
 
-    Near the end of training the mean gradient is small and says little; the squares of each batch's do not cancel out.
-    Runs in eval mode; modes, gradients and random number generators are put back.
+    Near the end of training the mean gradient is small and carries little information, while squares of per-batch
+    gradients do not cancel. The model runs in eval mode; modes, gradients and random number generators are restored.
 
     Args:
-        model: Holds the layers.
+        model: The module that contains the layers.
         layers: Layers by name.
-        batches: What `loss` takes.
-        loss: The loss of one batch, 0-d.
+        batches: Arguments for `loss`.
+        loss: Returns the loss of one batch, 0-d.
+        score: Scores a weight from its gradient on one batch.
 
     Raises:
-        QatkitError: no batches, or a layer that the loss does not depend on.
+        QatkitError: there are no batches, or the loss does not depend on a layer.
     """
     weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
     scores = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     modes = [(module, module.training) for module in model.modules()]
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     devices = {weight.device for weight in weights.values() if weight.device.type == "cuda"}
-    seen = False
+    empty = True
     try:
         model.eval()
         for weight in frozen:
             weight.requires_grad_(True)
         with torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
             for batch in batches:
-                seen = True
-                found = torch.autograd.grad(loss(batch), list(weights.values()), allow_unused=True)
-                for (name, weight), gradient in zip(weights.items(), found, strict=True):
+                empty = False
+                gradients = torch.autograd.grad(loss(batch), list(weights.values()), allow_unused=True)
+                for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                     if gradient is None:
-                        raise QatkitError(f"layer '{name}': the loss does not depend on it; exclude the layer")
-                    scores[name] += taylor_scores(weight, gradient)
+                        raise QatkitError(f"the loss does not depend on layer '{name}'", advice="exclude the layer")
+                    scores[name] += score(weight, gradient)
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
         for module, mode in modes:
             module.training = mode
-    if not seen:
-        raise QatkitError("prune_by_gradient: there are no batches; pass a few that the model was trained on")
+    if empty:
+        raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
     return scores
 
 
@@ -69,25 +76,27 @@ def prune_by_gradient(
     scope: Literal["layer", "model"] = "layer",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    method: str = "taylor",
 ) -> list[str]:
-    """Prune the weights of `model` in place whose ``(w * g) ** 2``, summed over batches, is the lowest.
+    """Prune the weights of `model` in place that have the lowest scores, summed over batches.
 
     Args:
         model: A trained model, on one process.
-        batches: What `loss` takes.
-        loss: The loss of one batch, 0-d.
-        sparsity: Share of zeros, from 0 to below 1; give it or `nm`.
-        nm: ``(N, M)`` keeps N of every M neighbouring inputs.
-        scope: "layer" prunes every layer to this share, "model" the lowest scores of all layers together.
+        batches: Arguments for `loss`.
+        loss: Returns the loss of one batch, 0-d.
+        sparsity: Fraction of pruned weights, from 0 to below 1; give either this or `nm`.
+        nm: ``(N, M)`` keeps N of every M consecutive inputs.
+        scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
         include: Globs over layer names; every one must match a layer.
-        exclude: Globs over layer names that are left alone.
+        exclude: Globs over layer names to leave out.
+        method: A method of `qatkit.pruning.methods.METHODS` that measures gradients; "taylor" is ``(w * g) ** 2``.
 
     Returns:
         The names of the pruned layers.
 
     Raises:
-        QatkitError: a pattern matches nothing, settings are out of range or do not fit a layer, no batches, or a layer
-            that the loss does not depend on or that would lose all its weights.
+        QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or does not fit a
+            layer; there are no batches; or the loss does not depend on a layer, or it would lose all its weights.
 
     Example:
         >>> import torch
@@ -95,15 +104,21 @@ def prune_by_gradient(
         >>> prune_by_gradient(model, [torch.randn(4, 8)], lambda x: model(x).square().sum(), sparsity=0.5)
         ['0', '2']
     """
+    row = METHODS.row(method, "method")
+    if row.measures != "gradients":
+        names = " or ".join(f"'{each.name}'" for each in METHODS.values() if each.measures == "gradients")
+        raise QatkitError(f"'{method}' does not use gradients", key="method", advice=f"use {names}")
     if (sparsity is None) == (nm is None):
-        raise QatkitError("prune_by_gradient: write one of sparsity=0.5 and nm=(2, 4)")
+        raise QatkitError(
+            "exactly one of sparsity and nm is needed", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
+        )
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
     layers = prunable_layers(model, include, exclude)
     if nm is not None:
         for name, layer in layers.items():
             check_nm(name, cast(Tensor, layer.weight), *nm)
-    scores = gradient_scores(model, layers, batches, loss)
+    scores = gradient_scores(model, layers, batches, loss, implementation(row.function))
     if nm is not None:
         masks = {name: nm_mask(values, *nm) for name, values in scores.items()}
     elif scope == "model":

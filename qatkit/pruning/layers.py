@@ -1,30 +1,34 @@
-"""Which layers are pruned."""
+"""Selection of the layers to prune."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, did_you_mean
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""And what is derived from them, as fake-quantized layers are: pruning needs their weight alone, not their forward."""
+"""Prunable layer types. Subclasses such as fake-quantized layers count too: pruning only needs their weight."""
 
 
 def prunable_layers(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> dict[str, nn.Module]:
-    """The linear and convolutional layers that the globs select, by name, in the model's order.
+    """Select linear and convolutional layers by globs over their names, in the model's order.
 
-    Two layers with one weight are one: it counts under the first name.
+    Two layers that share a weight count as one, under the first name.
+
+    Args:
+        model: Any module.
+        include: Globs over layer names; every one must match a layer.
+        exclude: Globs over layer names to leave out.
 
     Raises:
-        QatkitError: a pattern matches no layer, nothing is left, or a weight is quantized, is computed by a hook or is
-            used by another kind of layer or by an excluded one too.
+        QatkitError: a pattern matches no layer; no layer remains; or a weight is quantized, computed by a hook, or
+            shared with an excluded layer or one of another type.
 
     Example:
         >>> from torch import nn
@@ -34,7 +38,7 @@ def prunable_layers(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
     for key, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
-            raise QatkitError(f"{key}: '{patterns}' is no list of patterns; write ['{patterns}']")
+            raise QatkitError(f"'{patterns}' is not a list of patterns", key=key, advice=f"use ['{patterns}']")
         for index, pattern in enumerate(patterns):
             check_pattern(f"{key}[{index}]", pattern, list(layers))
     elsewhere = {
@@ -43,7 +47,7 @@ def prunable_layers(
         if name not in layers
         for parameter in module.parameters(recurse=False)
     }
-    left_out = {id(_weight(layer)): name for name, layer in layers.items() if matches(name, exclude)}
+    excluded = {id(_weight(layer)): name for name, layer in layers.items() if matches(name, exclude)}
     chosen: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for name, layer in layers.items():
@@ -52,57 +56,67 @@ def prunable_layers(
         _check_weight(name, _weight(layer))
         if id(layer.weight) in elsewhere:
             raise QatkitError(
-                f"layer '{name}': its weight is also that of '{elsewhere[id(layer.weight)]}', which would be pruned "
-                "with it; exclude the layer"
+                f"layer '{name}' shares its weight with '{elsewhere[id(layer.weight)]}', which would be pruned too",
+                advice="exclude the layer",
             )
-        if id(layer.weight) in left_out:
+        if id(layer.weight) in excluded:
             raise QatkitError(
-                f"layer '{name}': its weight is also that of '{left_out[id(layer.weight)]}', which is excluded and "
-                "would be pruned with it; exclude both, or neither"
+                f"layer '{name}' shares its weight with '{excluded[id(layer.weight)]}', which is excluded",
+                advice="exclude both, or neither",
             )
         seen.add(id(layer.weight))
         chosen[name] = layer
     if not chosen:
-        raise QatkitError(f"include {list(include)} minus exclude {list(exclude)} leaves no layer to prune")
+        raise QatkitError(
+            f"include={list(include)} and exclude={list(exclude)} select no layer", advice="exclude fewer layers"
+        )
     return chosen
 
 
 def _weight(layer: nn.Module) -> object:
-    # layers that compressed-tensors has packed have codes under other names alone
+    # layers packed by compressed-tensors have no weight, only codes under other names
     return getattr(layer, "weight", None)
 
 
 def _check_weight(name: str, weight: object) -> None:
     if isinstance(weight, UninitializedParameter):
-        raise QatkitError(f"layer '{name}': it has no weight before its first batch; run one through the model before")
+        raise QatkitError(
+            f"layer '{name}' is lazy and has no weight before its first batch",
+            advice="run one batch through the model first",
+        )
     if weight is not None and not isinstance(weight, nn.Parameter):
         raise QatkitError(
-            f"layer '{name}': its weight is computed by a hook (torch's prune, weight_norm or spectral_norm); make "
-            "it permanent (prune.remove, remove_weight_norm), or exclude the layer"
+            f"the weight of layer '{name}' is computed by a hook (torch's prune, weight_norm or spectral_norm)",
+            advice="make it permanent (prune.remove, remove_weight_norm), or exclude the layer",
         )
-    # tensor subclasses of torchao and bitsandbytes say that their codes are floats; FSDP2's shards are floats
+    # tensor subclasses of torchao and bitsandbytes report a float dtype for integer codes; FSDP2's shards are floats
     codes = weight is not None and type(weight) is not nn.Parameter and not hasattr(weight, "to_local")
     if weight is None or codes or not weight.is_floating_point() or weight.element_size() < 2:
         kind = "packed" if weight is None else type(weight).__name__ if codes else weight.dtype
         raise QatkitError(
-            f"layer '{name}': its weight is {kind}, no float of 16 bits or more: it is quantized already; prune the "
-            "model before it is quantized, or exclude the layer"
+            f"the weight of layer '{name}' is already quantized ({kind}), and pruning needs floats of at least 16 bits",
+            advice="prune the model before quantizing it, or exclude the layer",
         )
 
 
-def share_of(name: str, shares: Mapping[str, float], default: float) -> float:
-    """The share of the last glob that matches the name, or the default where none does."""
-    return next((share for pattern, share in reversed(list(shares.items())) if matches(name, [pattern])), default)
+def sparsity_of(name: str, by_glob: Mapping[str, float], default: float) -> float:
+    """Return the sparsity of the last glob that matches the layer name, or the default if none does.
+
+    Example:
+        >>> sparsity_of("mlp.up", {"*": 0.5, "mlp.*": 0.8}, 0.9)
+        0.8
+    """
+    return next((value for pattern, value in reversed(list(by_glob.items())) if matches(name, [pattern])), default)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether any of the globs matches the name."""
+    """Check whether any of the globs matches the name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_pattern(key: str, pattern: str, names: Sequence[str]) -> None:
-    """Raise if a glob matches no layer."""
+    """Raise if a glob matches none of the layer names."""
     if not any(fnmatchcase(name, pattern) for name in names):
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-        known = f"the nearest are {near}" if near else "the model has no linear or convolutional layer"
-        raise QatkitError(f"{key}: '{pattern}' matches no layer that can be pruned; {known}")
+        raise QatkitError(
+            f"'{pattern}' matches no linear or convolutional layer", key=key, advice=did_you_mean(pattern, names)
+        )

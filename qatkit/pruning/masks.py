@@ -1,4 +1,4 @@
-"""Masks: which weights stay. A mask is bool, True where the weight is kept; its False are an exact count."""
+"""Pruning masks: boolean tensors that are True where a weight is kept. The number of pruned weights is exact."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.selection import chunks, lowest
+from qatkit.pruning.selection import NON_FINITE_ADVICE, chunks, lowest
 from qatkit.pruning.shards import local, rows_here, total_counts
 
 FLOOR = 0.001
-"""The least share of a layer's weights that pruning leaves; with fewer, next to nothing passes through the layer."""
+"""Smallest fraction of a layer's weights that pruning must keep; below it, the layer passes almost no signal."""
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """Prune the ``round(sparsity * numel)`` smallest magnitudes of one weight; of equal ones those that come first.
+    """Prune the ``round(sparsity * numel)`` smallest magnitudes of one weight.
+
+    Ties are broken by index: the first of equal magnitudes is pruned first.
 
     Args:
         weight: Any shape; float32, bfloat16 or float16.
-        sparsity: Share of zeros, from 0 to below 1.
+        sparsity: Fraction of pruned weights, from 0 to below 1.
 
     Returns:
         The mask, bool, in the weight's shape.
 
     Raises:
-        QatkitError: the sparsity is out of range or leaves less than `FLOOR` of the weight, or a value is not finite.
+        QatkitError: the sparsity is out of range or keeps less than `FLOOR` of the weight, or a value is non-finite.
 
     Example:
         >>> import torch
@@ -40,15 +42,15 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
     """Prune the ``round(sparsity * numel)`` smallest magnitudes of all weights together.
 
     Args:
-        weights: Weights by the names of their layers; where FSDP2 sharded them, on all processes.
-        sparsity: Share of zeros over all of them, from 0 to below 1.
+        weights: Weights by layer name; call it on all processes if FSDP2 sharded them.
+        sparsity: Fraction of pruned weights over all of them, from 0 to below 1.
 
     Returns:
-        A mask for each weight; of a sharded one, the mask of the local shard. Nothing checks `FLOOR` over several
-        weights: see `check_floor`.
+        A mask for each weight; for a sharded weight, the mask of the local shard. `FLOOR` holds for all weights
+        together, not for each of them: see `check_floor`.
 
     Raises:
-        QatkitError: as for `magnitude_mask`.
+        QatkitError: for the same reasons as `magnitude_mask`.
     """
     check_sparsity("sparsity", sparsity)
     total = sum(weight.numel() for weight in weights.values())
@@ -58,21 +60,21 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
 
 
 def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
-    """Keep the `n` largest magnitudes of every `m` neighbours along the inputs; of equal ones those that come last.
+    """Keep the `n` largest magnitudes of every `m` consecutive inputs (N:M sparsity); of equal ones, the last.
 
-    2:4 is what NVIDIA's sparse tensor cores take: Mishra et al. (2021, https://arxiv.org/abs/2104.08378), section 3.
+    NVIDIA's sparse tensor cores use 2:4: Mishra et al. (2021, https://arxiv.org/abs/2104.08378), section 3.
 
     Args:
-        weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose neighbours are input channels.
-        n: How many of each group are kept.
-        m: Size of a group; divides the inputs.
-        name: The layer's, for errors.
+        weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose groups run along the input channels.
+        n: Number of weights kept in each group.
+        m: Group size; divides `in`.
+        name: Name of the layer, for errors.
 
     Returns:
-        The mask, bool, in the weight's shape; of a sharded weight, the mask of the local shard.
+        The mask, bool, in the weight's shape; for a sharded weight, the mask of the local shard.
 
     Raises:
-        QatkitError: `n` and `m` make no pattern, `m` does not divide the inputs, or a value is not finite.
+        QatkitError: `n` and `m` are not a valid pattern, `m` does not divide `in`, or a value is non-finite.
 
     Example:
         >>> import torch
@@ -82,24 +84,24 @@ def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
     check_nm(name, weight, n, m)
     rows = local(weight.detach()).movedim(1, -1).contiguous()
     mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-    strange = torch.zeros((), dtype=torch.bool, device=rows.device)  # read once, after all chunks: a GPU need not wait
+    non_finite = torch.zeros((), dtype=torch.bool, device=rows.device)  # read once, after all chunks: one GPU sync
     for values, kept in zip(chunks(rows.view(-1), m), chunks(mask.view(-1), m), strict=True):
         groups = values.abs().view(-1, m)
         if len(groups):
-            strange |= ~groups.amax().isfinite()
+            non_finite |= ~groups.amax().isfinite()
         kept.view(-1, m).copy_(_two_of_four(groups) if (n, m) == (2, 4) else _largest(groups, n))
-    if strange:  # comparisons with NaN are all false, and would keep fewer than n
+    if non_finite:  # comparisons with NaN are all false, and would keep fewer than n
         raise QatkitError(
-            f"layer '{name}': values to rank are NaN or infinite; the training diverged, or the checkpoint is damaged"
+            f"layer '{name}' has NaN or infinite values where pruning ranks them", advice=NON_FINITE_ADVICE
         )
     return mask.movedim(-1, 1).contiguous()
 
 
 def _two_of_four(groups: Tensor) -> Tensor:
-    """`_largest` of two among four by comparing each pair once: ``[groups, 4]`` is read once and written once."""
+    """Compute `_largest` for 2:4 by comparing each pair once: ``[groups, 4]`` is read once and written once."""
     a, b, c, d = groups.t().contiguous()
     ab, ac, ad, bc, bd, cd = a > b, a > c, a > d, b > c, b > d, c > d
-    # one stays where it beats two of the other three; in a tie the later one wins
+    # a value is kept if it beats two of the other three; the later one wins a tie
     return torch.stack(
         [
             (ab & ac) | (ad & (ab | ac)),
@@ -112,6 +114,7 @@ def _two_of_four(groups: Tensor) -> Tensor:
 
 
 def _largest(groups: Tensor, n: int) -> Tensor:
+    """True at the `n` largest values of each row of ``[groups, m]``; of equal ones, the last."""
     order = groups.sort(dim=1, stable=True).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, groups.shape[1] - n :], True)
 
@@ -121,15 +124,15 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: st
 
     Args:
         weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose blocks hold whole kernels.
-        sparsity: Share of pruned blocks, from 0 to below 1.
+        sparsity: Fraction of pruned blocks, from 0 to below 1.
         block: Rows and columns of a block; they divide `out` and `in`.
-        name: What errors call the weight.
+        name: Name of the layer, for errors.
 
     Returns:
-        The mask, bool, in the weight's shape; of a sharded weight, the mask of the local shard.
+        The mask, bool, in the weight's shape; for a sharded weight, the mask of the local shard.
 
     Raises:
-        QatkitError: the sparsity is out of range or leaves no block, a block does not fit, or a value is not finite.
+        QatkitError: the sparsity is out of range or keeps no block, a block does not fit, or a value is non-finite.
 
     Example:
         >>> import torch
@@ -140,7 +143,7 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: st
     check_block(name, weight, block)
     whole: Tensor = weight.detach()
     if hasattr(whole, "full_tensor"):
-        whole = whole.full_tensor()  # a block may lie on two processes
+        whole = whole.full_tensor()  # a block may span two processes
     rows, columns = block
     out, inputs = whole.shape[:2]
     grid = whole.float().abs().flatten(2).sum(-1) if whole.dim() > 2 else whole.float().abs()
@@ -154,7 +157,7 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: st
 
 
 def apply_mask(tensor: Tensor, mask: Tensor) -> None:
-    """Set the pruned values to exactly 0, in place, whatever they are: NaN and infinite ones too.
+    """Set the pruned values to exactly 0, in place, even if they are NaN or infinite.
 
     Args:
         tensor: A weight or a gradient, float; sharded or not.
@@ -165,9 +168,10 @@ def apply_mask(tensor: Tensor, mask: Tensor) -> None:
 
 @torch.no_grad()
 def apply_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """`apply_mask` for many tensors and their masks, each taken as it comes; they share their scratch memory."""
-    # bits times 0 or 1: on CPU several times faster than masked_fill_ with a bool mask, and NaN * 0 is no 0. The masks
-    # are widened into one scratch tensor: a new one per chunk costs more in fresh pages than all the arithmetic
+    """Apply `apply_mask` to pairs of tensor and mask one after the other, with shared scratch memory."""
+    # The bits are multiplied by 0 or 1: several times faster on CPU than masked_fill_ with a bool mask, and unlike
+    # NaN * 0 the result is 0. All masks are widened into one scratch tensor: allocating one per chunk would cost more
+    # in page faults than the arithmetic.
     scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for tensor, mask in pairs:
         part = local(tensor.detach())
@@ -183,7 +187,7 @@ def apply_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def nonzeros(weight: Tensor) -> Tensor:
-    """The mask that the zeros of a weight are, bool; of a sharded one, of the local shard."""
+    """Read the mask off a pruned weight: True where it is not 0; for a sharded weight, of the local shard."""
     part = local(weight.detach())
     if not part.is_contiguous():
         return part.to(torch.bool)
@@ -194,55 +198,62 @@ def nonzeros(weight: Tensor) -> Tensor:
 
 
 def count_zeros(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many weights of each layer are 0; where FSDP2 sharded them, over all processes."""
+    """Count the zeros of each layer's weight; if FSDP2 sharded it, over all processes."""
     here = {name: int((~nonzeros(weight)).sum()) for name, weight in weights.items()}
     return total_counts(here, weights)
 
 
 def check_sparsity(key: str, sparsity: float) -> None:
-    """Raise if a share of zeros is not one."""
+    """Raise if `sparsity` is not a fraction from 0 to below 1."""
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise QatkitError(f"{key}: {sparsity!r} is out of range; write a share of zeros from 0 to below 1, such as 0.5")
+        raise QatkitError(
+            f"{sparsity!r} is out of range", key=key, advice="use a fraction from 0 to below 1, such as 0.5"
+        )
 
 
 def check_pair(key: str, pair: object, example: tuple[int, int]) -> None:
-    """Raise if what should be two whole numbers is not, such as the text 2:4."""
+    """Raise if `pair` is not two integers, but for example the text ``"2:4"``."""
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise QatkitError(f"{key}: {pair!r} is no pair of whole numbers; write {example}")
+        raise QatkitError(f"{pair!r} is not a pair of integers", key=key, advice=f"use {example}")
 
 
 def check_nm_pair(nm: tuple[int, int]) -> None:
-    """Raise if N:M is no pattern."""
+    """Raise if `nm` is not a valid N:M pattern."""
     check_pair("nm", nm, (2, 4))
     if not 0 < nm[0] < nm[1]:
-        raise QatkitError(f"nm: [{nm[0]}, {nm[1]}] keeps {nm[0]} of {nm[1]}; write 0 < N < M, such as [2, 4]")
+        raise QatkitError(
+            f"{list(nm)} would keep {nm[0]} of every {nm[1]} weights", key="nm", advice="use 0 < N < M, such as [2, 4]"
+        )
 
 
 def check_floor(name: str, kept: int, total: int) -> None:
-    """Raise if pruning leaves a layer less than `FLOOR` of its weights."""
+    """Raise if pruning keeps less than `FLOOR` of a layer's weights."""
     if kept < max(FLOOR * total, 1):
         raise QatkitError(
-            f"layer '{name}': pruning would leave {kept} of its {total} weights, below the floor of {FLOOR:.1%}; "
-            "write a lower sparsity, exclude the layer, or prune by layer instead of over the model"
+            f"layer '{name}' would keep {kept} of its {total} weights, below the floor of {FLOOR:.1%}",
+            advice="use a lower sparsity or scope='layer', or exclude the layer",
         )
 
 
 def check_nm(name: str, weight: Tensor, n: int, m: int) -> None:
-    """Raise if N:M is no pattern, or does not fit the weight."""
+    """Raise if N:M is not a valid pattern, or does not fit the weight."""
     check_nm_pair((n, m))
     if weight.dim() < 2 or weight.shape[1] % m:
         raise QatkitError(
-            f"layer '{name}': its weight of shape {list(weight.shape)} has inputs that groups of {m} do not divide; "
-            "exclude the layer"
+            f"groups of {m} do not divide the inputs of layer '{name}', whose weight has shape {list(weight.shape)}",
+            advice="exclude the layer",
         )
 
 
 def check_block(name: str, weight: Tensor, block: tuple[int, int]) -> None:
-    """Raise if blocks do not fit the weight."""
+    """Raise if the block shape is not valid, or does not fit the weight."""
     if len(block) != 2 or min(block) < 1:
-        raise QatkitError(f"block: {list(block)} is no shape of a block; write [rows, columns], such as [16, 16]")
+        raise QatkitError(
+            f"{list(block)} is not a block shape", key="block", advice="use [rows, columns], such as [16, 16]"
+        )
     if weight.dim() < 2 or weight.shape[0] % block[0] or weight.shape[1] % block[1]:
         raise QatkitError(
-            f"layer '{name}': blocks of {block[0]} by {block[1]} do not divide its weight of shape "
-            f"{list(weight.shape)}; exclude the layer"
+            f"blocks of {block[0]} x {block[1]} do not divide the weight of layer '{name}', which has shape "
+            f"{list(weight.shape)}",
+            advice="exclude the layer",
         )

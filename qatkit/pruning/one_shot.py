@@ -1,57 +1,60 @@
-"""Prune a trained model at once, without training: layer by layer, on a few batches."""
+"""One-shot pruning of a trained model: layer by layer, from calibration batches, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import prunable_layers
 from qatkit.pruning.masks import apply_mask, check_floor, check_nm, check_sparsity, nm_mask
-from qatkit.pruning.scores import row_mask, wanda_scores
-from qatkit.pruning.sparsegpt import sparsegpt
+from qatkit.pruning.methods import METHODS
+from qatkit.pruning.scores import row_mask
 
-Method = Literal["wanda", "sparsegpt"]
+LAYERWISE = ("input_norms", "gram")
+"""What the methods measure that prune layer by layer."""
 
 
 def prune_one_shot(
     model: nn.Module,
     batches: Iterable[Any],
-    method: Method = "sparsegpt",
+    method: str = "sparsegpt",
     sparsity: float | None = None,
     nm: tuple[int, int] | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     forward: Callable[[Any], object] | None = None,
 ) -> list[str]:
-    """Prune the linear layers of `model` in place, block by block: each one sees what the pruned blocks before it give.
+    """Prune the linear layers of `model` in place, block by block.
 
-    A block is what a number in the layers' names counts, such as ``model.layers.3``; all batches run once for each.
-    Runs in eval mode without gradients; modes and random number generators are put back. For a model on one process.
+    A block is the layers that share the first number in their names, such as ``model.layers.3``. Its inputs come from
+    the blocks before it as they are after pruning, so all batches run once per block. The model runs in eval mode
+    without gradients; modes and random number generators are restored. It must be on one process.
 
     Args:
         model: A trained model.
-        batches: What `forward` takes; they are kept, and run once for every block.
+        batches: Arguments for `forward`; they are kept, and run once for every block.
         method: "wanda" (Sun et al., 2023) prunes within each output and leaves the other weights as they are;
-            "sparsegpt" (Frantar and Alistarh, 2023) makes up for what it prunes, and keeps ``[in, in]`` numbers for
-            each layer of a block.
-        sparsity: Share of zeros in each layer, from 0 to below 1; give it or `nm`.
-        nm: ``(N, M)`` keeps N of every M neighbouring inputs.
-        include: Globs over layer names; every one must match a layer. Of the matched layers the linear ones are pruned.
-        exclude: Globs over layer names that are left alone.
+            "sparsegpt" (Frantar and Alistarh, 2023) updates the kept weights to compensate, and needs ``[in, in]``
+            float32 memory for each layer of a block.
+        sparsity: Fraction of pruned weights in each layer, from 0 to below 1; give either this or `nm`.
+        nm: ``(N, M)`` keeps N of every M consecutive inputs.
+        include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are pruned.
+        exclude: Globs over layer names to leave out.
         forward: Runs the model on one batch; `model(batch)` by default.
 
     Returns:
         The names of the pruned layers.
 
     Raises:
-        QatkitError: a pattern matches nothing, settings are out of range or do not fit a layer, no batches, or a layer
-            that they never reach, whose inputs are not finite or that would lose all its weights. What the batches
-            show is seen block by block, so after such an error the blocks before are pruned.
+        QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or does not fit a
+            layer; there are no batches; or a layer gets no input, gets non-finite input or would lose all its weights.
+            Inputs are checked block by block: after such an error, earlier blocks are already pruned.
 
     Example:
         >>> import torch
@@ -59,35 +62,42 @@ def prune_one_shot(
         >>> prune_one_shot(model, [torch.randn(4, 8)], nm=(2, 4))
         ['0', '2']
     """
-    if method not in ("wanda", "sparsegpt"):
-        raise QatkitError(f"method: '{method}' is unknown; write 'wanda' or 'sparsegpt'")
+    row = METHODS.row(method, "method")
+    if row.measures not in LAYERWISE:
+        names = " or ".join(f"'{each.name}'" for each in METHODS.values() if each.measures in LAYERWISE)
+        raise QatkitError(f"'{method}' does not prune layer by layer", key="method", advice=f"use {names}")
     if (sparsity is None) == (nm is None):
-        raise QatkitError("prune_one_shot: write one of sparsity=0.5 and nm=(2, 4)")
+        raise QatkitError(
+            "exactly one of sparsity and nm is needed", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
+        )
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
     chosen = prunable_layers(model, include, exclude)
     layers = {name: layer for name, layer in chosen.items() if isinstance(layer, nn.Linear)}
     if not layers:
-        raise QatkitError(f"include {list(include)} selects {list(chosen)}, of which none is linear")
+        raise QatkitError(
+            f"none of the selected layers is linear: {list(chosen)}", key="include", advice="include a linear layer"
+        )
     for name, layer in layers.items():
         if nm is not None:
             check_nm(name, layer.weight, *nm)
         else:
             total, width = layer.weight.numel(), layer.weight.shape[1]
-            share = sparsity or 0.0
-            pruned = round(share * width) * (total // width) if method == "wanda" else round(share * total)
+            fraction, by_row = sparsity or 0.0, row.measures == "input_norms"
+            pruned = round(fraction * width) * (total // width) if by_row else round(fraction * total)
             check_floor(name, total - pruned, total)
     kept = list(batches)
     if not kept:
-        raise QatkitError("prune_one_shot: there are no batches; pass a few that the model was trained on")
+        raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
+    function = implementation(row.function)
     for _, names in groupby(layers, key=_block):
         block = {name: layers[name] for name in names}
-        seen = _inputs(model, block, kept, forward or model, gram=method == "sparsegpt")
+        sums = _input_sums(model, block, kept, forward or model, gram=row.measures == "gram")
         for name, layer in block.items():
-            if method == "sparsegpt":
-                layer.weight.data.copy_(sparsegpt(layer.weight, seen[name], sparsity, nm))
+            if row.measures == "gram":
+                layer.weight.data.copy_(function(layer.weight, sums[name], sparsity, nm))
                 continue
-            scores = wanda_scores(layer.weight, seen[name].sqrt())
+            scores = function(layer.weight, sums[name].sqrt())
             apply_mask(layer.weight, nm_mask(scores, *nm) if nm is not None else row_mask(scores, sparsity or 0.0))
     return list(layers)
 
@@ -97,42 +107,40 @@ def check_linear(method: str, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
             raise QatkitError(
-                f"layer '{name}': '{method}' prunes linear layers, and this is a {type(layer).__name__}; exclude the "
-                "layer"
+                f"'{method}' prunes only linear layers, and layer '{name}' is a {type(layer).__name__}",
+                advice="exclude the layer",
             )
 
 
 def _block(name: str) -> str:
-    """The name up to its first number; the whole name where there is none."""
+    """Cut a layer name after its first number; keep the whole name if it has none."""
     parts = name.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdecimal()), len(parts))
     return ".".join(parts[: number + 1])
 
 
-def _inputs(
+def _input_sums(
     model: nn.Module,
     layers: dict[str, nn.Linear],
     batches: list[Any],
     forward: Callable[[Any], object],
     gram: bool,
 ) -> dict[str, Tensor]:
-    """``X.T @ X`` over all inputs of each layer, float32; only its diagonal, the squared norms, without `gram`."""
+    """Compute ``X.T @ X`` over all inputs of each layer, float32; without `gram`, its diagonal (squared norms)."""
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2).float()
-            with torch.autocast(
-                x.device.type, enabled=False
-            ):  # in which products would be bfloat16, and their sums too
-                found = x.t() @ x if gram else x.square().sum(dim=0)
-            sums[name] = sums[name] + found if name in sums else found
+            with torch.autocast(x.device.type, enabled=False):  # autocast would compute the product in bfloat16
+                products = x.t() @ x if gram else x.square().sum(dim=0)
+            sums[name] = sums[name] + products if name in sums else products
 
         return add
 
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
@@ -143,13 +151,15 @@ def _inputs(
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    missed = [name for name in layers if name not in sums]
-    if missed:
-        raise QatkitError(f"layer '{missed[0]}': the batches never reach it; exclude it, or pass batches that do")
-    strange = [name for name, found in sums.items() if not found.isfinite().all()]
-    if strange:
+    unreached = [name for name in layers if name not in sums]
+    if unreached:
         raise QatkitError(
-            f"layer '{strange[0]}': its inputs are NaN or infinite on the batches; the training diverged, or they hold "
-            "such values: pass others"
+            f"the batches never reach layer '{unreached[0]}'", advice="exclude it, or pass batches that reach it"
+        )
+    non_finite = [name for name, total in sums.items() if not total.isfinite().all()]
+    if non_finite:
+        raise QatkitError(
+            f"the inputs of layer '{non_finite[0]}' are NaN or infinite on the calibration batches",
+            advice="use other batches, or a model whose training did not diverge",
         )
     return sums

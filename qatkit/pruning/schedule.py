@@ -1,4 +1,4 @@
-"""When sparsity grows: a pure function of training progress."""
+"""The sparsity schedule, a pure function of training progress."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Ramp:
     """Sparsity that grows fast at first and slowly at the end.
 
     ``final + (initial - final) * (1 - (progress - start) / (end - start)) ** power`` between `start` and `end`: Zhu and
-    Gupta (2017, https://arxiv.org/abs/1710.01878), equation 1, where the power is 3.
+    Gupta (2017, https://arxiv.org/abs/1710.01878), equation 1, with a power of 3.
 
     Args:
-        final: Sparsity from `end` on, 0 to below 1.
-        start: Progress, 0 to 1, at which it starts to grow.
-        end: Progress at which it is reached; where it equals `start`, at once.
+        final: Sparsity from `end` on, from 0 to below 1.
+        start: Training progress, from 0 to 1, at which sparsity starts to grow.
+        end: Training progress at which sparsity reaches `final`; equal to `start` for a single step.
         initial: Sparsity until `start`, at most `final`.
-        power: 1 is a straight line.
+        power: Exponent of the curve; 1 is linear.
 
     Raises:
         QatkitError: a value is out of range.
@@ -42,17 +42,22 @@ class Ramp:
         check_sparsity("ramp.final", self.final)
         check_sparsity("ramp.initial", self.initial)
         if self.initial > self.final:
-            raise QatkitError(f"ramp.initial: {self.initial} is above final, {self.final}; write a lower one")
+            raise QatkitError(
+                f"{self.initial} is above final={self.final}", key="ramp.initial", advice="use a lower value"
+            )
         if not 0 <= self.start <= self.end <= 1:
             raise QatkitError(
-                f"ramp: start {self.start} and end {self.end} are no part of training; write fractions of it with "
-                "0 <= start <= end <= 1"
+                f"start={self.start} and end={self.end} are out of range",
+                key="ramp",
+                advice="use fractions of training with 0 <= start <= end <= 1",
             )
         if not self.power > 0:
-            raise QatkitError(f"ramp.power: {self.power} is out of range; write a number above 0, such as 3")
+            raise QatkitError(
+                f"{self.power} is out of range", key="ramp.power", advice="use a number above 0, such as 3"
+            )
 
     def at(self, progress: float) -> float:
-        """The sparsity at a training progress from 0 to 1."""
+        """Return the sparsity at a training progress from 0 to 1."""
         if progress >= self.end:
             return self.final
         if progress <= self.start:

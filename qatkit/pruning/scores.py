@@ -1,4 +1,4 @@
-"""How much a weight counts, beyond its magnitude: pure functions that give a score for every weight."""
+"""Importance scores of single weights beyond their magnitude, as pure functions."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from qatkit.pruning.masks import check_sparsity
 
 
 def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """Magnitude times the norm of the input that the weight multiplies: ``|w[i, j]| * ||x[:, j]||``.
+    """Score each weight by its magnitude times the norm of its input: ``|w[i, j]| * ||x[:, j]||``.
 
-    Sun et al. (2023, https://arxiv.org/abs/2306.11695), equation 1. They are compared within each output: `row_mask`.
+    Sun et al. (2023, https://arxiv.org/abs/2306.11695), equation 1. Scores are compared within each output: `row_mask`.
 
     Args:
         weight: ``[out, in]``.
         input_norm: L2 norm of every input over all tokens, ``[in]``.
 
     Returns:
-        Scores of at least 0 in the weight's shape, float32.
+        Non-negative scores in the weight's shape, float32.
+
+    Example:
+        >>> import torch
+        >>> wanda_scores(torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 0.5]))
+        tensor([[3., 1.]])
     """
     return weight.detach().float().abs() * input_norm.float()
 
 
 def taylor_scores(weight: Tensor, gradient: Tensor) -> Tensor:
-    """How much the loss changes when the weight becomes 0, to first order: ``(w * g) ** 2``.
+    """Score each weight by the squared first-order change of the loss if it becomes 0: ``(w * g) ** 2``.
 
     Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), equation 8 for single weights.
 
     Args:
         weight: Any shape.
-        gradient: The loss's gradient in it, of one batch or the mean over many.
+        gradient: Gradient of the loss with respect to the weight, of one batch or averaged over several.
 
     Returns:
-        Scores of at least 0 in the weight's shape, float32.
+        Non-negative scores in the weight's shape, float32.
     """
     return (weight.detach().float() * gradient.float()).square()
 
@@ -43,29 +48,29 @@ def taylor_scores(weight: Tensor, gradient: Tensor) -> Tensor:
 def add_movement(scores: Tensor, weight: Tensor, gradient: Tensor) -> None:
     """Add one step to movement scores, in place: ``scores -= w * g``; high where weights move away from 0.
 
-    Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683), section 4. They are compared as they are:
+    Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683), section 4. Compare these scores by value:
     ``lowest(..., signed=True)``.
 
     Args:
-        scores: Sums so far, float32, in the weight's shape.
+        scores: Accumulated scores, float32, in the weight's shape.
         weight: The weight before the step.
-        gradient: The loss's gradient in it.
+        gradient: Gradient of the loss with respect to the weight.
     """
     scores.addcmul_(weight.float(), gradient.float(), value=-1)
 
 
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Prune the ``round(sparsity * in)`` lowest scores of every output; of equal ones those that come first.
+    """Prune the ``round(sparsity * in)`` lowest scores of every output; of equal ones, the first.
 
     Args:
         scores: ``[out, in]``.
-        sparsity: Share of zeros in each row, from 0 to below 1.
+        sparsity: Fraction of pruned weights in each row, from 0 to below 1.
 
     Returns:
         The mask, bool: False where pruned.
 
     Raises:
-        QatkitError: the sparsity is out of range or leaves an output no input.
+        QatkitError: the sparsity is out of range or prunes whole rows.
 
     Example:
         >>> import torch
@@ -76,6 +81,8 @@ def row_mask(scores: Tensor, sparsity: float) -> Tensor:
     check_sparsity("sparsity", sparsity)
     count = round(sparsity * scores.shape[1])
     if count == scores.shape[1]:
-        raise QatkitError(f"sparsity: {sparsity} leaves none of {count} inputs; write a lower share")
+        raise QatkitError(
+            f"{sparsity} prunes all {count} inputs of every output", key="sparsity", advice="use a lower fraction"
+        )
     lowest = scores.sort(dim=1, stable=True).indices[:, :count]
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, lowest, False)

@@ -1,9 +1,9 @@
-"""Which scores are the lowest: an exact count of them over any number of tensors, without a sort or a concatenation.
+"""Select an exact number of the lowest scores over any number of tensors, without sorting or concatenating them.
 
-The bits of a float, read as an integer, stand in the order of its magnitude, so a threshold is a question of counting:
-a histogram of the high 16 bits finds the bin that it lies in, and one of the low 16 bits within this bin finds it.
-16-bit floats need the first alone. Histograms of shards add up, and equal scores are told apart by their index, so any
-number of processes finds the same masks.
+The bits of a float, read as an integer, sort like its magnitude, so the threshold can be found by counting: a histogram
+of the high 16 bits gives its bin, and a histogram of the low 16 bits within that bin gives its value. 16-bit floats
+need only the first histogram. Histograms of shards add up and ties are broken by index, so the masks do not depend on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from qatkit.pruning.shards import group_of, is_sharded, local
 INFINITY = {torch.float32: 0x7F80, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 """The high 16 bits of infinity."""
 OFFSET = 1 << 15
-"""Added to the high 16 bits of signed keys, so that a histogram can count them."""
+"""Added to the high 16 bits of signed keys, because histogram bins start at 0."""
+NON_FINITE_ADVICE = "lower the learning rate if training diverged, or use another checkpoint if this one is damaged"
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Reads scores as integers in the same order.
+    """Map scores to integers that sort in the same order.
 
     Args:
-        dtype: The one dtype of all scores; float32 where they differ, which holds the others exactly.
-        signed: Whether the scores are ordered as they are; otherwise their magnitudes are.
+        dtype: The dtype of all scores; float32 if they differ, which represents the others exactly.
+        signed: Whether to order the scores by value; otherwise by magnitude.
     """
 
     dtype: torch.dtype
@@ -37,6 +38,7 @@ class Keys:
 
     @property
     def wide(self) -> bool:
+        """Whether a key has 32 bits."""
         return self.dtype is torch.float32
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -47,21 +49,22 @@ class Keys:
         return torch.where(keys < 0, keys ^ magnitude, keys)
 
     def high(self, scores: Tensor) -> Tensor:
-        """The high 16 bits of the keys, from 0."""
+        """Return the high 16 bits of the keys, shifted to start at 0."""
         keys = self(scores) >> 16 if self.wide else self(scores)
         return keys.int() + OFFSET if self.signed else keys
 
 
 def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> dict[str, Tensor]:
-    """Find the `count` lowest of all scores; among equal ones those that come first.
+    """Find the `count` lowest of all scores; of equal ones, the first.
 
     Args:
-        scores: Named tensors of any shapes in float32, bfloat16 or float16; where FSDP2 sharded them, on all processes.
-        count: How many to select, less than there are.
-        signed: Whether the scores are compared as they are; by default their magnitudes are.
+        scores: Tensors of any shape by name, float32, bfloat16 or float16; call it on all processes if FSDP2 sharded
+            them.
+        count: Number of scores to select, less than their total.
+        signed: Whether to compare scores by value; by default they are compared by magnitude.
 
     Returns:
-        A mask for every tensor, bool: False at the selected scores. Of a sharded tensor, the mask of the local shard.
+        A mask for every tensor, bool: False at the selected scores. For a sharded tensor, the mask of the local shard.
 
     Raises:
         QatkitError: a score is NaN or infinite, of another dtype, or sharded by columns.
@@ -73,12 +76,15 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
     """
     for name, tensor in scores.items():
         if tensor.dtype not in INFINITY:
-            raise QatkitError(f"layer '{name}': {tensor.dtype} cannot be ranked; write float32, bfloat16 or float16")
+            raise QatkitError(
+                f"scores of layer '{name}' are {tensor.dtype}, which cannot be ranked",
+                advice="use float32, bfloat16 or float16",
+            )
     dtypes = {tensor.dtype for tensor in scores.values()}
     keys = Keys(dtypes.pop() if len(dtypes) == 1 else torch.float32, signed)
     group = group_of(scores)
     pieces = {name: local(tensor.detach()) for name, tensor in scores.items()}
-    # what every process holds whole is counted by the first one
+    # unsharded tensors are replicated, so only the first process counts them
     counts_here = [
         group is None or is_sharded(tensor) or distributed.get_rank(group) == 0 for tensor in scores.values()
     ]
@@ -92,8 +98,8 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
         first = threshold - OFFSET * signed  # the bin as the keys' own high bits
 
         def low(chunk: Tensor) -> Tensor:
-            found = keys(chunk)
-            return found[(found >> 16) == first] & 0xFFFF
+            all_keys = keys(chunk)
+            return all_keys[(all_keys >> 16) == first] & 0xFFFF
 
         threshold, left = _bin_of(_histogram(counted, low, device, group), left)
         threshold += first << 16
@@ -113,9 +119,9 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
 
 
 def chunks(flat: Tensor, multiple: int = 1) -> Sequence[Tensor]:
-    """Parts of a flat tensor whose temporaries stay in a core's cache, or fill a GPU; whole multiples of a length."""
+    """Split a flat tensor so that temporaries fit a CPU cache, or fill a GPU; lengths are multiples of `multiple`."""
     size = 1 << 18 if flat.device.type == "cpu" else 1 << 24
-    if len(flat) <= size:  # small layers are many, and a split that cuts nothing is not free
+    if len(flat) <= size:  # small layers are common, and a split into one part is not free
         return [flat]
     return flat.split(max(size - size % multiple, multiple))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -126,6 +132,7 @@ def _histogram(
     device: torch.device,
     group: distributed.ProcessGroup | None,
 ) -> Tensor:
+    """Count the values of `digits` over all pieces and processes: ``[65536]``, int64, on the CPU."""
     total = torch.zeros(1 << 16, dtype=torch.int64, device=device)
     for piece in pieces:
         for chunk in chunks(piece):
@@ -136,30 +143,32 @@ def _histogram(
 
 
 def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin of the value with this rank (from 0), and its rank among the values of the bin."""
-    upto = histogram.cumsum(0)
-    found = int(torch.searchsorted(upto, rank, right=True))
-    assert found < len(histogram), "one score at least is left over"
-    return found, rank - int(upto[found] - histogram[found])
+    """Find the bin of the value with this rank (from 0), and its rank within the bin."""
+    cumulative = histogram.cumsum(0)
+    index = int(torch.searchsorted(cumulative, rank, right=True))
+    assert index < len(histogram), "count is less than the number of scores"
+    return index, rank - int(cumulative[index] - histogram[index])
 
 
 def _check_finite(high: Tensor, keys: Keys, scores: Mapping[str, Tensor]) -> None:
+    """Raise if the histogram of the high 16 bits counts NaN or infinity."""
     infinity = INFINITY[keys.dtype]
-    strange = (
+    non_finite = (
         high[infinity + OFFSET :].sum() + high[: OFFSET - infinity].sum() if keys.signed else high[infinity:].sum()
     )
-    if strange:
+    if non_finite:
         names = [name for name, tensor in scores.items() if not local(tensor).isfinite().all()]
         raise QatkitError(
-            f"layer '{(names or list(scores))[0]}': {int(strange)} of the values to rank are NaN or infinite; the "
-            "training diverged, or the checkpoint is damaged"
+            f"layer '{(names or list(scores))[0]}' has NaN or infinite values where pruning ranks them "
+            f"({int(non_finite)} in all)",
+            advice=NON_FINITE_ADVICE,
         )
 
 
 def _quotas(
     equal: list[int], sharded: list[bool], left: int, device: torch.device, group: distributed.ProcessGroup | None
 ) -> list[int]:
-    """How many of the scores at the threshold each piece gives, in the order of tensors and then of their rows."""
+    """Divide the `left` scores to select at the threshold over the pieces, in the order of tensors and then rows."""
     rank, size = (0, 1) if group is None else (distributed.get_rank(group), distributed.get_world_size(group))
     table = torch.zeros(size, len(equal), dtype=torch.int64, device=device)
     table[rank] = torch.tensor(equal, device=device)
@@ -174,13 +183,13 @@ def _quotas(
 
 
 def _above(piece: Tensor, keys: Keys, threshold: int, quota: int) -> Tensor:
-    """True where a score is above the threshold, or equal to it and not among the first `quota` that are."""
+    """Mark the scores above the threshold, and those equal to it after the first `quota`."""
     mask = torch.empty(piece.shape, dtype=torch.bool, device=piece.device)
     for chunk, part in zip(chunks(piece.reshape(-1)), chunks(mask.view(-1)), strict=True):
-        found = keys(chunk)
-        torch.ge(found, threshold, out=part)
+        chunk_keys = keys(chunk)
+        torch.ge(chunk_keys, threshold, out=part)
         if quota:
-            first = (found == threshold).nonzero().flatten()[:quota]
+            first = (chunk_keys == threshold).nonzero().flatten()[:quota]
             part[first] = False
             quota -= len(first)
     return mask

@@ -1,4 +1,4 @@
-"""SparseGPT: prune one layer at once and let the weights that stay make up for it."""
+"""SparseGPT: prune one layer in one shot and update the kept weights to compensate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qatkit.pruning.masks import check_nm, check_sparsity, nm_mask
 from qatkit.pruning.selection import lowest
 
 BLOCK = 128
-"""Columns whose mask is chosen together, and that are updated before the rest of the weight is."""
+"""Columns whose mask is chosen together; the columns after them are updated once per block."""
 
 
 @torch.no_grad()
@@ -21,24 +21,30 @@ def sparsegpt(
     nm: tuple[int, int] | None = None,
     damp: float = 0.01,
 ) -> Tensor:
-    """Prune a weight for the least squared error of the layer's output, column by column.
+    """Prune a weight column by column, with the least squared error of the layer's output.
 
-    Frantar and Alistarh (2023, https://arxiv.org/abs/2301.00774), algorithm 1. With ``inverse(X.T @ X) = U.T @ U``, the
-    weight in column ``j`` costs ``w ** 2 / U[j, j] ** 2``; when it becomes 0, the columns behind it change by ``-w /
-    U[j, j] * U[j, :]``. Zeros that are there before are among those that are pruned, and stay.
+    Frantar and Alistarh (2023, https://arxiv.org/abs/2301.00774), algorithm 1. With ``inverse(X.T @ X) = U.T @ U``,
+    pruning a weight ``w`` in column ``j`` costs ``w ** 2 / U[j, j] ** 2``, and the columns after it change by
+    ``-w / U[j, j] * U[j, :]``. Existing zeros count towards the sparsity and stay zero.
 
     Args:
         weight: ``[out, in]``.
-        gram: ``X.T @ X`` over the layer's inputs, ``[in, in]``, float32 or float64, which is what it is computed in.
-        sparsity: Share of zeros, exact over the weight; give it or `nm`.
-        nm: ``(N, M)`` keeps N of every M neighbouring inputs.
-        damp: Added to the diagonal, as a share of its mean.
+        gram: ``X.T @ X`` over the layer's inputs, ``[in, in]``; its dtype, float32 or float64, is used throughout.
+        sparsity: Fraction of pruned weights, exact over the weight; give either this or `nm`.
+        nm: ``(N, M)`` keeps N of every M consecutive inputs.
+        damp: Added to the diagonal of `gram`, as a fraction of its mean.
 
     Returns:
         The pruned weight, in the dtype of `weight`.
 
     Raises:
-        QatkitError: the sparsity or the pattern is out of range, or the inputs are not finite.
+        QatkitError: the sparsity or the pattern is out of range, or the inputs are non-finite.
+
+    Example:
+        >>> import torch
+        >>> x, weight = torch.eye(4), torch.tensor([[0.1, -3.0, 2.0, -0.2]])
+        >>> sparsegpt(weight, x.t() @ x, nm=(2, 4))
+        tensor([[ 0., -3.,  2.,  0.]])
     """
     if nm is not None:
         check_nm("weight", weight, *nm)
@@ -49,14 +55,14 @@ def sparsegpt(
     zeros = pruned == 0
     before = zeros if zeros.any() else None
     rows, columns = pruned.shape
-    size = BLOCK if nm is None else max(BLOCK - BLOCK % nm[1], nm[1])  # no group on two blocks
+    size = BLOCK if nm is None else max(BLOCK - BLOCK % nm[1], nm[1])  # no group spans two blocks
     done = 0
     for start in range(0, columns, size):
         end = min(start + size, columns)
         block, root = pruned[:, start:end], upper[start:end, start:end]
         mask = torch.ones_like(block, dtype=torch.bool)
         if nm is None:
-            # the rounded total up to here less what is done: over all blocks the count is exact
+            # the rounded count up to this column, minus the weights already pruned: exact over all blocks
             scores = _scores(block, root.diagonal(), unused[start:end])
             old = zeros[:, start:end]
             count = max(round((sparsity or 0.0) * rows * end) - done, int(old.sum()))
@@ -82,15 +88,17 @@ def sparsegpt(
 
 
 def _scores(weight: Tensor, root: Tensor, unused: Tensor) -> Tensor:
-    # what multiplies inputs that are always 0 costs nothing
+    # pruning a weight whose input is always 0 costs nothing
     return torch.where(unused, 0.0, (weight / root).square()).float()
 
 
 def _inverse_root(gram: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """``U`` with ``U.T @ U`` the inverse of the damped Gram matrix, and which inputs are always 0."""
+    """Compute ``U`` with ``U.T @ U = inverse(damped gram)``, and the mask of inputs that are always 0."""
     gram = gram.detach().clone()
     if not gram.isfinite().all():
-        raise QatkitError("sparsegpt: the inputs of the layer are NaN or infinite; calibrate on other batches")
+        raise QatkitError(
+            "the inputs of the layer are NaN or infinite", key="gram", advice="use other calibration batches"
+        )
     diagonal = gram.diagonal()
     unused = diagonal == 0
     diagonal += damp * diagonal.mean()

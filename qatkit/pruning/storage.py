@@ -1,19 +1,19 @@
-"""Pruned weights on disk without their zeros.
+"""Store pruned weights without their zeros.
 
-What a file needs per weight, in bytes; b is the size of a value (4 for float32, 2 for bfloat16) and s the sparsity:
+Bytes per weight, where b is the size of a value (4 for float32, 2 for bfloat16) and s the sparsity:
 
     dense     b
-    bitmask   b * (1 - s) + 1/8              a bit per weight, and the values that are not 0
-    csr       (b + 2) * (1 - s), and 4 per row    a column for every value; 4 bytes instead of 2 over 65536 columns
+    bitmask   b * (1 - s) + 1/8              one bit per weight, and the non-zero values
+    csr       (b + 2) * (1 - s), and 4 per row    a column index for each value; 4 bytes instead of 2 over 65536 columns
 
-| share of the dense file | 50 % | 75 % | 90 % | 95 % | 99 % |
+| fraction of the dense size, by sparsity | 50 % | 75 % | 90 % | 95 % | 99 % |
 | --- | --- | --- | --- | --- | --- |
 | bitmask, float32 | 53.1 % | 28.1 % | 13.1 % | 8.1 % | 4.1 % |
 | csr, float32 | 75.0 % | 37.5 % | 15.0 % | 7.5 % | 1.5 % |
 | bitmask, bfloat16 | 56.2 % | 31.2 % | 16.2 % | 11.2 % | 7.2 % |
 | csr, bfloat16 | 100.0 % | 50.0 % | 20.0 % | 10.0 % | 2.0 % |
 
-Without the rows of CSR, which a layer of 4096 inputs makes less than 0.05 % of. `stored_bytes` is exact.
+The table leaves out CSR's 4 bytes per row, less than 0.05 % for a layer of 4096 inputs. `stored_bytes` is exact.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, did_you_mean
 
 Format = Literal["dense", "bitmask", "csr"]
 FORMATS: tuple[Format, ...] = ("dense", "bitmask", "csr")
 WIDE = 1 << 16
-"""Columns that 2 bytes can number."""
+"""Number of columns that a 2-byte index can address."""
 
 
 def stored_bytes(weight: Tensor, form: Format) -> int:
-    """How many bytes a weight takes in a file, without the header.
+    """Return the size of a weight in a file, in bytes, without the header.
 
     Args:
-        weight: Any shape; for "csr" all dimensions but the first make the columns.
+        weight: Any shape; "csr" flattens all dimensions but the first into columns.
         form: "dense", "bitmask" or "csr".
     """
     if form == "dense":
@@ -53,19 +53,19 @@ def stored_bytes(weight: Tensor, form: Format) -> int:
 
 
 def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = None) -> dict[str, Format]:
-    """Write a state dict as safetensors, pruned weights without their zeros.
+    """Write a state dict as safetensors, with pruned weights stored without their zeros.
 
     Args:
         state: Tensors by name.
-        path: The file.
-        form: How float tensors of two dimensions and more are stored, where it makes them smaller; by default each in
-            its smallest form.
+        path: The file to write.
+        form: Storage form of float tensors with two or more dimensions, used if it is smaller than dense; by default
+            the smallest form of each tensor.
 
     Returns:
         The form of every tensor.
 
     Raises:
-        QatkitError: the form is unknown, or a tensor has the name of another one's part.
+        QatkitError: the form is unknown, or a tensor has the same name as a stored part of another tensor.
 
     Example:
         >>> import tempfile, torch
@@ -74,7 +74,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
         {'weight': 'csr', 'bias': 'dense'}
     """
     if form is not None and form not in FORMATS:
-        raise QatkitError(f"form: '{form}' is unknown; write one of {list(FORMATS)}")
+        raise QatkitError(f"'{form}' is unknown", key="form", advice=did_you_mean(form, FORMATS))
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, object]] = {}
     forms: dict[str, Format] = {}
@@ -93,7 +93,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
         for part, content in parts.items():
             if f"{name}.{part}" in state:
                 raise QatkitError(
-                    f"'{name}.{part}': '{name}' is stored in parts, one of which has this name; rename it"
+                    f"tensor '{name}.{part}' has the name that a stored part of '{name}' needs", advice="rename it"
                 )
             tensors[f"{name}.{part}"] = content
     save_file(tensors, path, metadata={"format": "pt", "sparse": json.dumps(described)})
@@ -101,7 +101,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
 
 
 def load_sparse(path: Path) -> dict[str, Tensor]:
-    """Read a file of `save_sparse` back into dense tensors, equal to those that were saved.
+    """Read a file written by `save_sparse` into dense tensors, equal to the saved ones.
 
     Raises:
         QatkitError: the file was not written by `save_sparse`.
@@ -109,9 +109,11 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "sparse" not in metadata:
-            raise QatkitError(f"'{path}' has no record of sparse tensors; load it with safetensors.torch.load_file")
+            raise QatkitError(
+                "the file was not written by save_sparse", key=str(path), advice="use safetensors.torch.load_file"
+            )
         described = json.loads(metadata["sparse"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is not a mapping
     for name, about in described.items():
         values = tensors.pop(f"{name}.values")
         shape, dtype = about["shape"], getattr(torch, about["dtype"])
@@ -128,7 +130,7 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
 
 
 def _smallest(value: Tensor, form: Format | None) -> Format:
-    # torch counts no zeros in floats of 8 bits
+    # torch cannot count zeros in 8-bit floats
     if value.dim() < 2 or not value.numel() or not value.is_floating_point() or value.element_size() < 2:
         return "dense"
     candidates = FORMATS if form is None else ("dense", form)

@@ -1,7 +1,7 @@
-"""Smaller transformers: layers, attention heads, MLP neurons and hidden channels are cut out of a Llama-like model.
+"""Structured pruning of Llama-like transformers: layers, attention heads, MLP neurons and hidden channels.
 
-First come the scores (`importance`), then the cut (`shrink`). What comes out is a plain model of the same class with a
-corrected config, which `from_pretrained` loads wherever transformers is.
+`importance` computes scores, and `shrink` removes the parts with the lowest. The result is a plain model of the same
+class with an adapted config, which `from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -21,50 +21,51 @@ from qatkit.pruning.axes import axes_of, build_like, head_dim_of, prefix_of
 
 @dataclass(frozen=True)
 class Shape:
-    """The size to shrink to; None leaves a dimension as it is.
+    """The sizes to shrink to; None leaves a dimension unchanged.
 
     Args:
-        layers: Number of blocks.
+        layers: Number of layers.
         hidden: Width of the residual stream.
         neurons: Width of the MLP.
-        heads: Query heads in all; a multiple of the key-value heads.
-        groups: Key-value heads; a query goes with the head it reads, so that grouped-query attention stays what it is.
+        heads: Total number of query heads; a multiple of the key-value heads.
+        kv_heads: Number of key-value heads. A query head stays with its key-value head, which preserves grouped-query
+            attention.
     """
 
     layers: int | None = None
     hidden: int | None = None
     neurons: int | None = None
     heads: int | None = None
-    groups: int | None = None
+    kv_heads: int | None = None
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores of what can be cut out; the lowest goes first."""
+    """Scores of the parts of a model; the lowest are removed first."""
 
     layers: Tensor
-    """``[layers]``: how far a block turns the residual stream."""
+    """``[layers]``"""
     hidden: Tensor
-    """``[hidden]``"""
+    """``[hidden]``: channels of the residual stream."""
     neurons: Tensor
     """``[layers, neurons]``"""
     heads: Tensor
-    """``[layers, heads]``"""
+    """``[layers, heads]``: query heads."""
 
 
 def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None = None) -> Importance:
-    """Score every part by what passes through it on a few batches.
+    """Score every part by its activations on a few batches.
 
-    Muralidharan et al. (2024, https://arxiv.org/abs/2407.14679), section 2.2: mean magnitudes of neurons and of normed
-    hidden channels, norms of head outputs, and for blocks one less the cosine of what comes in and what goes out.
+    Muralidharan et al. (2024, https://arxiv.org/abs/2407.14679), section 2.2: mean magnitudes of neurons and of
+    normalized hidden channels, norms of head outputs, and for layers 1 minus the cosine of input and output.
 
     Args:
         model: A Llama-like model of transformers (Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3).
-        batches: What `forward` takes.
+        batches: Arguments for `forward`.
         forward: Runs the model on one batch; `model(batch)` by default.
 
     Raises:
-        QatkitError: the model is no such model, or there are no batches.
+        QatkitError: the model is not Llama-like, or there are no batches.
     """
     prefix = prefix_of(model)
     config: Any = model.config
@@ -115,24 +116,24 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
         for module, mode in modes:
             module.training = mode
     if not seen:
-        raise QatkitError("importance: there are no batches; pass a few that the model was trained on")
+        raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
     return Importance(**sums)
 
 
 def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
-    """A smaller model of the same class, with the parts of highest scores; the old one stays as it is.
+    """Build a smaller model of the same class from the parts with the highest scores.
 
     Args:
-        model: A Llama-like model of transformers.
-        scores: From `importance`.
-        shape: The size of the new one.
+        model: A Llama-like model of transformers; it is not changed.
+        scores: Scores from `importance`, `magnitude_importance` or `taylor_importance`.
+        shape: The sizes of the new model.
 
     Returns:
-        The new model, with a config that says what it is.
+        The new model, with a config of the new sizes.
 
     Raises:
-        QatkitError: the model is no such model, or a size is larger than it was, does not fit the others or cannot be
-            said by the model's config.
+        QatkitError: the model is not Llama-like; or a size is larger than before, does not fit the others, or cannot
+            be expressed by the model's config.
     """
     prefix = prefix_of(model)
     config: Any = copy.deepcopy(model.config)
@@ -150,7 +151,7 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
     state: dict[str, Tensor] = {}
     picks: dict[str, Tensor | None] = {"whole": None, "hidden": hidden}
     for position, index in enumerate(layers):
-        queries, groups = _heads(scores.heads[index], new["heads"], old.groups or 1, new["groups"])
+        queries, groups = _heads(scores.heads[index], new["heads"], old.kv_heads or 1, new["kv_heads"])
         inside: dict[str, Tensor | None] = picks | {
             "neuron": _best(scores.neurons[index], new["neurons"]),
             "head": _spread(queries, head_dim),
@@ -164,10 +165,10 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
             state[name] = _cut(value, axes_of(prefix, name), picks)
     shorten(config, config.num_hidden_layers, layers)
     config.hidden_size, config.intermediate_size, config.head_dim = len(hidden), new["neurons"], head_dim
-    config.num_attention_heads, config.num_key_value_heads = new["heads"], new["groups"]
+    config.num_attention_heads, config.num_key_value_heads = new["heads"], new["kv_heads"]
     smaller: Any = build_like(model, config, state)
     smaller.to(next(model.parameters()).device)
-    # assigned, each in its own dtype: a cast of the whole model would round the rotary frequencies too
+    # assign keeps each tensor's dtype: casting the whole model would also round the rotary frequencies
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
     smaller.train(model.training)
@@ -176,36 +177,39 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
 
 
 def _head_norms(x: Tensor, heads: int) -> Tensor:
+    """Average the L2 norm of each head's output over tokens: ``[heads]``."""
     norms: Tensor = torch.linalg.vector_norm(x.float().reshape(-1, heads, x.shape[-1] // heads), dim=-1)
     return norms.mean(dim=0)
 
 
 def _checked(old: Shape, shape: Shape) -> dict[str, int]:
+    """Fill in the unchanged sizes, and check that all of them fit the model and each other."""
     sizes = {}
     for key, before in vars(old).items():
         wanted = vars(shape)[key]
         sizes[key] = before if wanted is None else wanted
         if not 1 <= sizes[key] <= before:
-            raise QatkitError(f"shape.{key}: {sizes[key]} is out of range; write a number from 1 to {before}")
+            raise QatkitError(f"{sizes[key]} is out of range", key=key, advice=f"use an integer from 1 to {before}")
+    queries_per_group = (old.heads or 1) // (old.kv_heads or 1)
     if shape.heads is None:
-        sizes["heads"] = sizes["groups"] * ((old.heads or 1) // (old.groups or 1))
-    per_group = (old.heads or 1) // (old.groups or 1)
-    if sizes["heads"] % sizes["groups"] or sizes["heads"] // sizes["groups"] > per_group:
+        sizes["heads"] = sizes["kv_heads"] * queries_per_group
+    heads, groups = sizes["heads"], sizes["kv_heads"]
+    if heads % groups or heads // groups > queries_per_group:
         raise QatkitError(
-            f"shape.heads: {sizes['heads']} query heads do not go with {sizes['groups']} key-value heads, "
-            f"each of which serves {per_group} of them at most; write a multiple of {sizes['groups']} up to "
-            f"{sizes['groups'] * per_group}"
+            f"{heads} query heads do not fit {groups} key-value heads with at most {queries_per_group} each",
+            key="heads",
+            advice=f"use a multiple of {groups} up to {groups * queries_per_group}",
         )
     return sizes
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the highest scores, in their order; of equal ones those that come last."""
+    """Return the indices of the `count` highest scores, in rising order; of equal scores, the last."""
     return scores.sort(stable=True).indices[len(scores) - count :].sort().values
 
 
 def _heads(scores: Tensor, heads: int, old_groups: int, groups: int) -> tuple[Tensor, Tensor]:
-    """The query heads and key-value heads that stay: the best groups, and within each the same number of queries."""
+    """Choose the query and key-value heads to keep: the best groups, with equally many queries in each."""
     by_group = scores.view(old_groups, -1)
     kept = _best(by_group.sum(dim=1), groups)
     queries = [group * by_group.shape[1] + _best(by_group[group], heads // groups) for group in kept]
@@ -213,10 +217,12 @@ def _heads(scores: Tensor, heads: int, old_groups: int, groups: int) -> tuple[Te
 
 
 def _spread(heads: Tensor, head_dim: int) -> Tensor:
+    """Expand head indices to the indices of their channels."""
     return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
 
 
 def _cut(value: Tensor, axes: tuple[str, ...], picks: Mapping[str, Tensor | None]) -> Tensor:
+    """Select the kept indices along every axis of a parameter."""
     for dimension, axis in enumerate(axes[: value.dim()]):
         pick = picks[axis]
         if pick is not None:

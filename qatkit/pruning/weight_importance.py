@@ -1,4 +1,4 @@
-"""Scores of what can be cut out of a Llama-like model by its weights: their magnitude, or their part in the loss."""
+"""Importance scores of the parts of a Llama-like model from its weights: magnitude, and first-order Taylor."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from qatkit.pruning.structure import Importance
 
 @torch.no_grad()
 def magnitude_importance(model: nn.Module) -> Importance:
-    """Sum of squares of all weights that go with a part: a neuron's row in gate and up and its column in down.
+    """Score every part by the sum of squares of its weights.
+
+    The weights of a neuron, for example, are its rows in the gate and up projections and its column in the down
+    projection.
 
     Args:
         model: A Llama-like model of transformers.
 
     Raises:
-        QatkitError: the model is no such model.
+        QatkitError: the model is not Llama-like.
     """
     return _by_part(model, {name: value.float().square() for name, value in model.named_parameters()})
 
 
 def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Importance:
-    """The squared change of the loss without a part, to first order: ``(sum of w * g) ** 2``, averaged over batches.
+    """Score every part by the squared first-order change of the loss when it is removed.
 
-    Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), equation 8, whose gate of a part multiplies all its
-    weights: its derivative is the sum.
+    This is ``(sum of w * g) ** 2`` over the part's weights, averaged over batches: Molchanov et al. (2019,
+    https://arxiv.org/abs/1906.10771), equation 8, for a gate that multiplies all weights of the part.
 
     Args:
         model: A Llama-like model of transformers.
-        batches: What `loss` takes.
-        loss: The model's loss on one batch, with its graph.
+        batches: Arguments for `loss`.
+        loss: Returns the model's loss on one batch, with its graph.
 
     Raises:
-        QatkitError: the model is no such model, or there are no batches.
+        QatkitError: the model is not Llama-like, or there are no batches.
     """
     modes, seen = [(module, module.training) for module in model.modules()], 0
     total: Importance | None = None
@@ -53,19 +56,19 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[
                 for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
                 if gradient is not None
             }
-            found = {key: value.square() for key, value in vars(_by_part(model, products)).items()}
-            total = Importance(**{key: found[key] + (vars(total)[key] if total else 0) for key in found})
+            scores = {key: value.square() for key, value in vars(_by_part(model, products)).items()}
+            total = Importance(**{key: scores[key] + (vars(total)[key] if total else 0) for key in scores})
             seen += 1
     finally:
         for module, mode in modes:
             module.training = mode
     if total is None:
-        raise QatkitError("importance: there are no batches; pass a few that the model was trained on")
+        raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
     return Importance(**{key: value / seen for key, value in vars(total).items()})
 
 
 def _by_part(model: nn.Module, values: Mapping[str, Tensor]) -> Importance:
-    """Numbers per weight, summed over the weights of each part; keys and values are shared out among their queries."""
+    """Sum per-weight values over each part; those of keys and values are divided among their query heads."""
     prefix = prefix_of(model)
     config: Any = model.config
     count, heads, groups = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
@@ -90,6 +93,6 @@ def _by_part(model: nn.Module, values: Mapping[str, Tensor]) -> Importance:
             elif axis == "head":
                 sums["heads"][index] += along.view(heads, -1).sum(dim=1)
             elif axis == "group":
-                share = along.view(groups, -1).sum(dim=1) * groups / heads
-                sums["heads"][index] += share.repeat_interleave(heads // groups)
+                per_query = along.view(groups, -1).sum(dim=1) * groups / heads
+                sums["heads"][index] += per_query.repeat_interleave(heads // groups)
     return Importance(**sums)

@@ -6,114 +6,137 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qatkit.errors import QatkitError
 from qatkit.recipe.lottery import LotteryConfig, PartConfig, RewindConfig
 from qatkit.recipe.prune import PruneConfig
 from qatkit.recipe.stage import StageConfig
 
 
 def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageConfig]:
-    """The stages with every ``lottery`` block replaced by those that it stands for.
+    """Replace every ``lottery`` block by the stages that it expands into.
+
+    Args:
+        stages: The stages of a recipe by name, in order.
+        seed: The recipe's seed; the control of a lottery takes its fresh weights from the next one.
 
     Raises:
-        ValueError: the block does not go together with its stage, or a name is taken.
+        QatkitError: the block conflicts with its stage, or two stages would have one name.
     """
-    found: dict[str, StageConfig] = {}
-    zeros: dict[str | None, bool] = {None: False}
+    result: dict[str, StageConfig] = {}
+    sparse: dict[str | None, bool] = {None: False}
     last: str | None = None
     for name, stage in stages.items():
-        held = stage.model is None and stage.hold_sparsity and zeros.get(stage.start or last, False)
-        if held and stage.lottery is not None:
-            raise ValueError(
-                f"stages.{name}.lottery: it starts from a dense model, and an earlier stage has made zeros; write "
-                "hold_sparsity: false to let them grow again"
+        inherited = stage.model is None and stage.hold_sparsity and sparse.get(stage.start or last, False)
+        if inherited and stage.lottery is not None:
+            raise QatkitError(
+                "it starts from a dense model, and an earlier stage has pruned this one",
+                key=f"stages.{name}.lottery",
+                advice="set hold_sparsity: false to let the pruned weights grow again",
             )
-        zeros[name] = held or stage.prune is not None or stage.lottery is not None
+        sparse[name] = inherited or stage.prune is not None or stage.lottery is not None
         last = name
-        before = next(reversed(found), None)
-        more = {name: stage} if stage.lottery is None else _rounds(name, stage, stage.lottery, before, seed)
-        for each in more:
-            if each in found or (each != name and each in stages):
-                raise ValueError(f"stages.{each}: the lottery block of '{name}' makes a stage of this name; rename one")
-        found |= more
+        before = next(reversed(result), None)
+        new = {name: stage} if stage.lottery is None else _rounds(name, stage, stage.lottery, before, seed)
+        for each in new:
+            if each in result or (each != name and each in stages):
+                raise QatkitError(
+                    f"the lottery block of '{name}' creates a stage of the same name",
+                    key=f"stages.{each}",
+                    advice="rename one of them",
+                )
+        result |= new
         if stage.lottery is not None and stage.lottery.reinit and name != list(stages)[-1]:
-            raise ValueError(
-                f"stages.{name}.lottery.reinit: true makes '{name}_reinit' the input of the stages after it, and that "
-                "is the control; write reinit: false, or put the stage last"
+            raise QatkitError(
+                f"the next stage would continue from the control '{name}_reinit'",
+                key=f"stages.{name}.lottery.reinit",
+                advice="set reinit: false, or put the stage last",
             )
-    return found
+    return result
 
 
 def _rounds(
     name: str, stage: StageConfig, lottery: LotteryConfig, before: str | None, seed: int
 ) -> dict[str, StageConfig]:
+    """Expand the lottery block of one stage."""
     for block in ("model", "shrink", "prune", "quantize", "lora", "rewind", "part", "early_stopping"):
         if getattr(stage, block) is not None:
-            raise ValueError(
-                f"stages.{name}.{block}: it has no meaning beside lottery, which stands for several stages; write it "
-                "in a stage of its own"
+            raise QatkitError(
+                "it cannot be combined with lottery, which expands into several stages",
+                key=f"stages.{name}.{block}",
+                advice="move it to a stage of its own",
             )
-    first = lottery.rewind if isinstance(lottery.rewind, int) else 0
-    if first >= stage.max_steps:
-        raise ValueError(
-            f"stages.{name}.lottery.rewind: {first} is not before the end of its {stage.max_steps} steps; write fewer"
+    rewind_step = lottery.rewind if isinstance(lottery.rewind, int) else 0
+    if rewind_step >= stage.max_steps:
+        raise QatkitError(
+            f"{rewind_step} is not below max_steps={stage.max_steps}",
+            key=f"stages.{name}.lottery.rewind",
+            advice="use an earlier step",
         )
     before = stage.start or before
     plain = replace(stage, lottery=None, hold_sparsity=True, start=None)
-    dense = replace(stage, lottery=None, distill=None)  # the dense model is who may teach the rounds
-    found: dict[str, StageConfig] = {}
+    dense = replace(stage, lottery=None, distill=None)  # the dense model is the teacher of the rounds
+    result: dict[str, StageConfig] = {}
     rest: dict[str, Any] = {"max_steps": stage.max_steps}
-    if first:
-        found[f"{name}_start"] = replace(dense, max_steps=first, part=PartConfig(stage.max_steps))
+    if rewind_step:
+        result[f"{name}_start"] = replace(dense, max_steps=rewind_step, part=PartConfig(stage.max_steps))
         dense = replace(dense, start=None)
-        rest = {"max_steps": stage.max_steps - first, "part": PartConfig(stage.max_steps, first)}
-    found[f"{name}_0"] = replace(dense, **rest)
-    rewind = None if lottery.rewind == "learning_rate" else RewindConfig(f"{name}_start" if first else before)
+        rest = {"max_steps": stage.max_steps - rewind_step, "part": PartConfig(stage.max_steps, rewind_step)}
+    result[f"{name}_0"] = replace(dense, **rest)
+    rewind = None if lottery.rewind == "learning_rate" else RewindConfig(f"{name}_start" if rewind_step else before)
     for number in range(1, lottery.rounds + 1):
-        sparsity = round(1 - (1 - lottery.share) ** number, 10)
+        sparsity = round(1 - (1 - lottery.fraction) ** number, 10)
         if sparsity == 1:
-            raise ValueError(
-                f"stages.{name}.lottery.rounds: {lottery.rounds} rounds that prune {lottery.share} each leave no "
-                "weight; write fewer"
+            raise QatkitError(
+                f"{lottery.rounds} rounds that prune {lottery.fraction} each leave no weight",
+                key=f"stages.{name}.lottery.rounds",
+                advice="use fewer rounds",
             )
         prune = PruneConfig(sparsity, scope=lottery.scope, include=lottery.include, exclude=lottery.exclude)
-        found[f"{name}_{number}"] = replace(plain, **rest, prune=prune, rewind=rewind)
+        result[f"{name}_{number}"] = replace(plain, **rest, prune=prune, rewind=rewind)
     if lottery.reinit:
-        found[f"{name}_reinit"] = replace(plain, rewind=RewindConfig(seed=seed + 1))
-    return found
+        result[f"{name}_reinit"] = replace(plain, rewind=RewindConfig(seed=seed + 1))
+    return result
 
 
-def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[str], zeros: bool) -> None:
-    """Refuse to go back to weights that do not fit, or where no zeros are.
+def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[str], sparse: bool) -> None:
+    """Refuse to rewind to weights that do not fit the model, or in a stage without a sparsity mask.
 
     Args:
         name: The stage that rewinds.
         stages: All stages.
-        line: The stages that it goes back to, the last first and with itself.
-        zeros: Whether the stage has zeros.
+        line: The stage itself and those it continues from, the latest first.
+        sparse: Whether the stage has pruned weights.
 
     Raises:
-        ValueError: says which stage is in the way.
+        QatkitError: the rewind is impossible; names the stage that prevents it.
     """
     rewind = stages[name].rewind
     assert rewind is not None
+    key = f"stages.{name}.rewind"
     if rewind.stage is not None and rewind.stage not in line[1:]:
-        raise ValueError(
-            f"stages.{name}.rewind.stage: '{rewind.stage}' is no earlier stage of the same model; write one of "
-            f"{line[:0:-1]}"
+        earlier = line[:0:-1]
+        raise QatkitError(
+            f"'{rewind.stage}' is not an earlier stage of the same model",
+            key=f"{key}.stage",
+            advice=f"use one of {', '.join(earlier)}" if earlier else "remove stage",
         )
-    if not zeros:
-        raise ValueError(
-            f"stages.{name}.rewind: the stage has no zeros to put weights under; write prune: {{sparsity: 0.5}} beside "
-            "it"
+    if not sparse:
+        raise QatkitError(
+            "the stage has no pruned weights, so there is no mask to keep",
+            key=key,
+            advice="set prune: {sparsity: 0.5} beside it",
         )
     for each in line[: line.index(rewind.stage)] if rewind.stage is not None else line:
         if stages[each].quantize is not None or stages[each].lora is not None:
-            block = "quantizes" if stages[each].quantize is not None else "trains adapters"
-            raise ValueError(
-                f"stages.{name}.rewind: stage '{each}' {block}, which changes the layers that weights would go back "
-                "to; do it in a stage after the last rewind"
+            action = "quantizes" if stages[each].quantize is not None else "trains adapters"
+            raise QatkitError(
+                f"stage '{each}' {action}, which changes the layers whose weights would be restored",
+                key=key,
+                advice=f"move what '{each}' does to a stage after the last rewind",
             )
         if (stages[each].model or stages[each].shrink) and (rewind.seed is None or each == name):
-            raise ValueError(
-                f"stages.{name}.rewind: stage '{each}' makes the model another one; go back to a stage after it"
+            raise QatkitError(
+                f"stage '{each}' changes the architecture",
+                key=key,
+                advice=f"rewind to '{each}' or a later stage" if each != name else "move rewind to a later stage",
             )

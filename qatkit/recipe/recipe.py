@@ -214,13 +214,9 @@ def check_schema_version(version: object) -> None:
 
 def _check_sharding(stage: StageConfig) -> None:
     """Refuse methods that need complete tensors, which FSDP2 shards."""
-    method = stage.prune.method if stage.prune is not None else None
-    if method in ("wanda", "sparsegpt", "taylor"):
-        raise QatkitError(
-            f"'{method}' needs complete weights, and fsdp2 shards them",
-            key="prune.method",
-            advice="use magnitude, or set trainer.strategy: ddp",
-        )
+    if stage.prune is not None:
+        with under("prune"):
+            stage.prune.check_sharding()
     if stage.optimizer != "adamw":
         raise QatkitError(
             f"'{stage.optimizer}' updates complete tensors, and fsdp2 shards them",

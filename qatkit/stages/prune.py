@@ -1,15 +1,16 @@
-"""The ``prune`` block, and the zeros that later stages hold."""
+"""The ``prune`` block, and the pruning masks that later stages keep."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
-from qatkit.pruning.layers import check_pattern, prunable_layers, share_of
+from qatkit.pruning.layers import check_pattern, prunable_layers, sparsity_of
 from qatkit.pruning.masks import check_block, check_floor, check_nm
 from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
@@ -18,13 +19,21 @@ from qatkit.stages.layer_names import inside, inside_keys
 from qatkit.tasks import mean_loss
 
 if TYPE_CHECKING:
-    from qatkit.callbacks.held_zeros import HeldZeros
+    from qatkit.callbacks.pruning_callback import PruningCallback
 
 
 def check(config: PruneConfig, model: nn.Module) -> list[str]:
-    """The layers that are pruned, after everything that can be known of them was checked."""
+    """Check everything about the block that can be known before training.
+
+    Args:
+        config: The block.
+        model: The model at the stage's start, also on torch's meta device.
+
+    Returns:
+        The names of the layers to prune.
+    """
     chosen = prunable_layers(model, config.include, config.exclude)
-    if config.method in ("wanda", "sparsegpt"):
+    if config.row.linear_only:
         check_linear(config.method, chosen)
     for pattern in config.layers:
         check_pattern(f"layers['{pattern}']", pattern, list(chosen))
@@ -35,74 +44,71 @@ def check(config: PruneConfig, model: nn.Module) -> list[str]:
         if config.block is not None:
             check_block(layer, weight, (config.block[0], config.block[1]))
     if config.nm is None:
-        _check_shares(config, {layer: cast(Tensor, module.weight) for layer, module in chosen.items()})
+        _check_sparsity(config, {layer: cast(Tensor, module.weight) for layer, module in chosen.items()})
     return list(chosen)
 
 
-def _check_shares(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
-    """Whether something is pruned, and as far as it is known before training, something left."""
-    share = config.sparsity if config.ramp is None else config.ramp.final
-    assert share is not None
-    if config.scope == "model":  # how much of each layer goes depends on its values
+def _check_sparsity(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
+    """Check that at least one layer is pruned, and that no layer loses all its weights."""
+    sparsity = config.sparsity if config.ramp is None else config.ramp.final
+    assert sparsity is not None
+    if config.scope == "model":  # the sparsity of each layer depends on its values
         total = sum(weight.numel() for weight in weights.values())
-        check_floor(", ".join(weights), total - round(share * total), total)
+        check_floor(", ".join(weights), total - round(sparsity * total), total)
         return
-    shares = {layer: share_of(layer, config.layers, share) for layer in weights}
-    if not any(shares.values()):
-        raise QatkitError(f"layers: {dict(config.layers)} leaves no layer to prune; write a share above 0 for one")
+    by_layer = {layer: sparsity_of(layer, config.layers, sparsity) for layer in weights}
+    if not any(by_layer.values()):
+        raise QatkitError(
+            f"{dict(config.layers)} leaves no layer to prune",
+            key="layers",
+            advice="use a fraction above 0 for at least one layer",
+        )
     for layer, weight in weights.items():
         total = weight.numel()
         if config.block is not None:
             total //= config.block[0] * config.block[1] * (weight[0, 0].numel())
-        check_floor(layer, total - round(shares[layer] * total), total)
+        check_floor(layer, total - round(by_layer[layer] * total), total)
 
 
-def callbacks(config: PruneConfig | None, held: Sequence[str], model: nn.Module) -> list[HeldZeros]:
-    """What prunes, and what holds the zeros of earlier stages meanwhile.
+def callbacks(config: PruneConfig | None, pruned: Sequence[str], model: nn.Module) -> list[PruningCallback]:
+    """Make the callbacks that prune, and that keep the masks of earlier stages.
 
     Args:
         config: The stage's block, if it has one.
-        held: Layers whose zeros an earlier stage made. All of them stay through any method but srste, whose zeros may
-            change in the layers that it prunes.
+        pruned: Layers that an earlier stage pruned. Their masks are kept whatever the method, except for srste, which
+            may change the masks of the layers it prunes.
         model: The model at the stage's start.
     """
     from qatkit.callbacks import ConstantPruning
 
-    # over a model, or where a ramp has not begun, a layer may be among the pruned ones without a zero
-    held = [layer for layer in held if bool((model.get_submodule(layer).weight == 0).any())]  # type: ignore[union-attr]  # a Parameter
+    # with scope: model, or before a ramp has begun, a pruned layer may have no zeros
+    sparse = [layer for layer in pruned if bool((model.get_submodule(layer).weight == 0).any())]  # type: ignore[union-attr]  # a Parameter
     if config is None:
-        return [ConstantPruning(inside(held))] if held else []
+        return [ConstantPruning(inside(sparse))] if sparse else []
     chosen = prunable_layers(model, config.include, config.exclude)
-    pruned = {name for name in chosen if share_of(name, config.layers, 1.0)}
-    # a ramp holds nothing before its first zeros; what prunes at once holds its layers, old zeros and new, by itself
-    left = [layer for layer in held if config.ramp is not None or layer not in pruned]
-    return [*([ConstantPruning(inside(left))] if left else []), _pruning(config)]
+    selected = {name for name in chosen if sparsity_of(name, config.layers, 1.0)}
+    # a ramp keeps no zeros before its first pruning step; one-shot methods keep old and new zeros of their layers
+    constant = [layer for layer in sparse if config.ramp is not None or layer not in selected]
+    return [*([ConstantPruning(inside(constant))] if constant else []), _pruning(config)]
 
 
-def _pruning(config: PruneConfig) -> HeldZeros:
-    from qatkit.callbacks import MagnitudePruning, MovementPruning, OneShotPruning, SparseRefinedSTE
+def _pruning(config: PruneConfig) -> PruningCallback:
+    """Make the callback of the block's method, with the settings that the method takes."""
+    row = config.row
+    settings: dict[str, Any] = {
+        "sparsity": config.sparsity,
+        "ramp": None if config.ramp is None else Ramp(**asdict(config.ramp)),
+        "nm": None if config.nm is None else (config.nm[0], config.nm[1]),
+        "scope": config.scope,
+        "block": None if config.block is None else (config.block[0], config.block[1]),
+        "layers": inside_keys(config.layers),
+        "calibration_batches": config.calibration_batches,
+    }
+    arguments = {key: settings[key] for key in row.keys}
+    arguments |= {"include": inside(config.include), "exclude": inside(config.exclude)}
+    if row.callback:
+        return cast("PruningCallback", implementation(row.callback)(**arguments))
+    from qatkit.callbacks import OneShotPruning
 
-    nm = None if config.nm is None else (config.nm[0], config.nm[1])
-    ramp = None if config.ramp is None else Ramp(**asdict(config.ramp))
-    include, exclude = inside(config.include), inside(config.exclude)
-    if config.method == "movement":
-        assert ramp is not None
-        return MovementPruning(ramp, config.scope, include, exclude)
-    if config.method == "srste":
-        assert nm is not None
-        return SparseRefinedSTE(nm, include=include, exclude=exclude)
-    if config.method != "magnitude":
-        loss = mean_loss if config.method == "taylor" else None
-        return OneShotPruning(
-            config.method, config.sparsity, nm, config.scope, include, exclude, config.calibration_batches, loss
-        )
-    return MagnitudePruning(
-        sparsity=config.sparsity,
-        scope=config.scope,
-        nm=nm,
-        block=None if config.block is None else (config.block[0], config.block[1]),
-        ramp=ramp,
-        include=include,
-        exclude=exclude,
-        layers=inside_keys(config.layers),
-    )
+    loss = mean_loss if row.measures == "gradients" else None
+    return OneShotPruning(config.method, **arguments, calibration_forward=loss)

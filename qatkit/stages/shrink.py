@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from qatkit.common.tables import implementation
 from qatkit.distillation.students import depth_of, student_from_teacher
 from qatkit.errors import QatkitError
 from qatkit.pruning.axes import build_like, prefix_of
-from qatkit.pruning.channel_scores import channel_scores, last_layer
+from qatkit.pruning.channel_scores import last_layer
 from qatkit.pruning.channels import check_channels, prune_channels
-from qatkit.pruning.structure import Importance, Shape, importance, shrink
-from qatkit.pruning.weight_importance import magnitude_importance, taylor_importance
+from qatkit.pruning.methods import IMPORTANCES
+from qatkit.pruning.structure import Importance, Shape, shrink
 from qatkit.recipe import ShrinkConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
-    """A model on torch's meta device as the stage will train it; where channels are cut, as it was.
+    """Check the block, and return the model that the stage will train on torch's meta device.
+
+    With `channels` the model is returned unchanged, because channel pruning needs values.
 
     Raises:
-        QatkitError: the model cannot be cut so.
+        QatkitError: the model cannot be shrunk to these sizes.
     """
     if config.channels is not None:
         if not callable(getattr(model, "arguments", None)):
             raise QatkitError(
-                f"channels: {type(model).__name__} has no method arguments() that says what its factory would make its "
-                "like from, so its new sizes could not be written down; add one, as qatkit.models.vision has"
+                f"{type(model).__name__} has no method arguments(), so its new sizes could not be recorded",
+                key="channels",
+                advice="add a method arguments() that returns the factory arguments, as in qatkit.models.vision",
             )
         check_channels(model, config.exclude, 1 - config.channels)
         if find_spec("torch_pruning") is None:
-            raise QatkitError("channels: they are cut out by Torch-Pruning; pip install torch-pruning")
+            raise QatkitError("it needs Torch-Pruning", key="channels", advice="install torch-pruning")
         return model
-    with torch.device("meta"):
+    with torch.device("meta"), _without_model_key():
         smaller = _fewer_layers(config, model)
         if (shape := _shape(config, smaller)) != Shape():
             sizes: Any = smaller.config
@@ -50,12 +54,21 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
                 neurons=torch.zeros(count, sizes.intermediate_size, device="cpu"),
                 heads=torch.zeros(count, sizes.num_attention_heads, device="cpu"),
             )
-            smaller = _in_words_of_the_block(lambda: shrink(smaller, equal, shape))
-        elif smaller is not model and hasattr(smaller.config, "to_dict"):  # its config is what it is loaded from
-            _in_words_of_the_block(lambda: build_like(model, copy.deepcopy(smaller.config), smaller.state_dict()))
+            smaller = shrink(smaller, equal, shape)
+        elif smaller is not model and hasattr(smaller.config, "to_dict"):  # it must be loadable from its config
+            build_like(model, copy.deepcopy(smaller.config), smaller.state_dict())
     if sum(p.numel() for p in smaller.parameters()) == sum(p.numel() for p in model.parameters()):
-        raise QatkitError("the sizes are those that the model has, so nothing is cut; write smaller ones")
+        raise QatkitError("the model already has these sizes", advice="use smaller ones")
     return smaller
+
+
+@contextmanager
+def _without_model_key() -> Iterator[None]:
+    """Drop the key ``model``, an argument of the functions below that the block does not have."""
+    try:
+        yield
+    except QatkitError as error:
+        raise (error.with_fields(key="") if error.key == "model" else error) from error.__cause__
 
 
 def apply(
@@ -65,14 +78,14 @@ def apply(
     call: Callable[[nn.Module, Any], Tensor],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> nn.Module:
-    """The smaller model; the old one stays as it is.
+    """Build the smaller model.
 
     Args:
         config: The block.
-        model: With plain layers.
+        model: A model with plain layers; it is not changed.
         batches: Training batches that importance is measured on.
-        call: The outputs of a model for a batch.
-        loss: The loss of a model on a batch.
+        call: Returns the outputs of a model for a batch.
+        loss: Returns the loss of a model on a batch.
     """
     if config.channels is not None:
         return _fewer_channels(config, model, batches, call, loss)
@@ -80,17 +93,28 @@ def apply(
     shape = _shape(config, smaller)
     if shape == Shape():
         return smaller
-    if config.importance == "magnitude":
-        scores = magnitude_importance(smaller)
-    elif config.importance == "taylor":
-        scores = taylor_importance(smaller, batches, lambda batch: loss(smaller, batch))
-    else:
-        scores = importance(smaller, batches, lambda batch: call(smaller, batch))
+    scores = _measured(IMPORTANCES[config.importance].transformer, config, smaller, batches, call, loss)
     return shrink(smaller, scores, shape)
 
 
+def _measured(
+    function: str,
+    config: ShrinkConfig,
+    model: nn.Module,
+    batches: Sequence[Any],
+    call: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> Any:
+    """Call an importance function of the table with what its measure needs."""
+    measures = IMPORTANCES[config.importance].measures
+    if not measures:
+        return implementation(function)(model)
+    run = loss if measures == "loss" else call
+    return implementation(function)(model, batches, lambda batch: run(model, batch))
+
+
 def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
-    """Layers that are dropped by their place: a student by layers, of any model of transformers with one stack."""
+    """Remove layers by position, from any transformers model with one stack of layers."""
     if config.keep_layers is not None:
         return student_from_teacher(model, config.keep_layers)
     if config.layers is None or config.layers_by == "score":
@@ -99,20 +123,19 @@ def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
 
 
 def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
-    """The sizes that importance decides about."""
+    """Return the sizes that are reached by importance."""
     by_score = config.layers if config.layers_by == "score" else None
-    wanting = ("heads", "kv_heads", "neurons", "hidden")
     keys = [
         *(["layers"] if by_score is not None else []),
-        *(key for key in wanting if getattr(config, key) is not None),
+        *(key for key in ("heads", "kv_heads", "neurons", "hidden") if getattr(config, key) is not None),
     ]
     if not keys:
         return Shape()
     try:
         prefix_of(model)
     except QatkitError as error:
-        network = "" if hasattr(model, "config") else "; for convolutional networks write channels: 0.5"
-        raise QatkitError(f"{keys[0]}: {str(error).removeprefix('model: ')}{network}") from None
+        advice = None if hasattr(model, "config") else "use channels: 0.5 for a convolutional network"
+        raise error.with_fields(key=keys[0], advice=advice) from None
     sizes: Any = model.config
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     wanted = None if config.heads is None else _size(config.heads, heads)
@@ -124,20 +147,12 @@ def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
         hidden=None if config.hidden is None else _size(config.hidden, sizes.hidden_size),
         neurons=None if config.neurons is None else _size(config.neurons, sizes.intermediate_size),
         heads=wanted,
-        groups=kept,
+        kv_heads=kept,
     )
 
 
-def _in_words_of_the_block(cut: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return cut()
-    except QatkitError as error:
-        said = re.sub(r"^(model: |shape\.)", "", re.sub(r"^shape\.groups", "kv_heads", str(error)))
-        raise QatkitError(said) from None
-
-
 def _size(wanted: int | float, whole: int) -> int:
-    """A number is itself, a share that of the whole; never 0."""
+    """Convert a size of the block to a number of parts, at least 1."""
     return wanted if isinstance(wanted, int) else max(1, round(wanted * whole))
 
 
@@ -148,15 +163,17 @@ def _fewer_channels(
     call: Callable[[nn.Module, Any], Tensor],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> nn.Module:
+    """Remove channels of a convolutional network; the layer that runs last keeps its own."""
     assert config.channels is not None
     batch = batches[0]
     if isinstance(batch, Mapping):
-        raise QatkitError(f"channels: they are for models of one input, and a batch of the data holds {sorted(batch)}")
+        raise QatkitError(
+            f"it needs a model with a single input, and a batch has {', '.join(sorted(batch))}",
+            key="channels",
+            advice="use layers, heads, neurons or hidden for a transformer",
+        )
     example = batch[0][:1]
-    scores = None
-    if config.importance == "taylor":
-        scores = channel_scores(model, batches, lambda batch: loss(model, batch), taylor=True)
-    elif config.importance == "activation":
-        scores = channel_scores(model, batches, lambda batch: call(model, batch))
+    function = IMPORTANCES[config.importance].channels
+    scores = _measured(function, config, model, batches, call, loss) if function else None
     exclude = [*config.exclude, last_layer(model, example)]
     return prune_channels(model, example, 1 - config.channels, exclude, scores=scores)

@@ -91,13 +91,13 @@ def test_two_of_them_serve_one_trainer() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(QatkitError, match=r"layer 'net.2': its weight of shape \[3, 16\] .* groups of 5 do not divide"):
+    with pytest.raises(QatkitError, match=r"groups of 5 do not divide the inputs of layer 'net.2', .* \[3, 16\]"):
         trainer(SparseRefinedSTE((2, 5), include=["net.2"])).fit(Classifier(), batches())
     with pytest.raises(QatkitError, match="averages weights with different masks"):
         trainer(SparseRefinedSTE(), EMAWeightAveraging()).fit(Classifier(), batches())
     with pytest.raises(QatkitError, match="StochasticWeightAveraging averages weights with different masks"):
         trainer(SparseRefinedSTE(), StochasticWeightAveraging(1e-3)).fit(Classifier(), batches())
-    with pytest.raises(QatkitError, match=r"nm: \[4, 2\] keeps 4 of 2; write 0 < N < M"):
+    with pytest.raises(QatkitError, match=r"nm: \[4, 2\] would keep 4 of every 2 weights; use 0 < N < M"):
         SparseRefinedSTE((4, 2))
     with pytest.raises(QatkitError, match="decay: -1 is out of range"):
         SparseRefinedSTE(decay=-1)

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "CLIPTextModel": (SIZES | {"bos_token_id": 0, "eos_token_id": 0}, "layers.0.input_layernorm'"),
     "CohereForCausalLM": (SIZES, "has no 'model.layers.0.post_attention_layernorm'"),
     "GPT2LMHeadModel": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, "has no layers.0.self_attn.q_proj"),
-    "Gemma2ForCausalLM": (SIZES, "the axes of its 'model.layers.0.pre_feedforward_layernorm.weight' are not known"),
+    "Gemma2ForCausalLM": (SIZES, "the axes of 'model.layers.0.pre_feedforward_layernorm.weight' are unknown"),
     "Qwen3MoeForCausalLM": (SIZES | {"num_experts": 2}, "has no 'model.layers.0.mlp.up_proj'"),
 }
 
@@ -51,9 +51,9 @@ def test_a_family_of_other_blocks_is_refused_by_name_with_what_it_lacks_and_what
     kind = getattr(transformers, name)
     with torch.device("meta"):
         model = kind(kind.config_class(**arguments))
-    with pytest.raises(QatkitError, match=rf"{name} is no Llama-like model of transformers: .*{lacks}") as caught:
+    with pytest.raises(QatkitError, match=rf"{name} is not a Llama-like transformer: .*{lacks}") as caught:
         prefix_of(model)
-    assert "knows Llama, Mistral, Qwen2" in str(caught.value)
+    assert "supported are Llama, Mistral, Qwen2" in str(caught.value)
     assert "layers_by: uniform" in str(caught.value)
 
 
@@ -66,19 +66,19 @@ def test_a_llama_that_is_not_what_its_config_says_is_refused_by_what_differs() -
     assert prefix_of(llama()) == "model."
     odd = llama()
     odd.model.layers[1].mlp.gate_scale = nn.Linear(2, 2)
-    with pytest.raises(QatkitError, match=r"the axes of its 'model.layers.1.mlp.gate_scale.weight' are not known"):
+    with pytest.raises(QatkitError, match=r"the axes of 'model.layers.1.mlp.gate_scale.weight' are unknown"):
         prefix_of(odd)
     wide = llama()
     wide.model.layers[1].self_attn.q_proj = nn.Linear(32, 64, bias=False)  # as gated attention has it
-    with pytest.raises(QatkitError, match=r"1.self_attn.q_proj.weight' is of shape \[64, 32\] where .* \[32, 32\]"):
+    with pytest.raises(QatkitError, match=r"1.self_attn.q_proj.weight' has shape \[64, 32\], .* \[32, 32\]"):
         prefix_of(wide)
     short = llama()
     del short.model.layers[0]
-    with pytest.raises(QatkitError, match="it has 1 layers and its config counts 2"):
+    with pytest.raises(QatkitError, match="it has 1 layers, and its config says 2"):
         prefix_of(short)
     silent = llama()
     del silent.config.num_key_value_heads
-    with pytest.raises(QatkitError, match="its config gives no number as num_key_value_heads"):
+    with pytest.raises(QatkitError, match="its config has no integer num_key_value_heads"):
         prefix_of(silent)
-    with pytest.raises(QatkitError, match="Linear is no Llama-like model of transformers: it has no config"):
+    with pytest.raises(QatkitError, match="Linear is not a Llama-like transformer: it has no config"):
         prefix_of(nn.Linear(2, 2))

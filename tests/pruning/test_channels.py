@@ -86,15 +86,15 @@ def test_behind_a_concatenation_the_norm_and_the_head_lose_the_channels_of_each_
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(QatkitError, match=r"shape would become \[4, 5\] instead of \[4, 10\]; name the layer"):
+    with pytest.raises(QatkitError, match=r"shape would change from \[4, 10\] to \[4, 5\]; exclude the output layer"):
         prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5)
-    with pytest.raises(QatkitError, match="'head' matches no layer"):
+    with pytest.raises(QatkitError, match="'head' matches no linear or convolutional layer"):
         prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5, exclude=["head"])
     with pytest.raises(QatkitError, match=r"ratio: 1.0 is out of range"):
         prune_channels(cnn(channels=[8, 16]), IMAGES, 1.0)
     model = cnn(channels=[8, 16])
     prepare_qat(model, QuantSpec(num_bits=4))
-    with pytest.raises(QatkitError, match=r"QATConv2d is no plain layer, .*; prune before prepare_qat"):
+    with pytest.raises(QatkitError, match=r"is a QATConv2d, .*; prune before prepare_qat"):
         prune_channels(model, IMAGES, 0.5, exclude=["classifier"])
 
 
@@ -112,21 +112,21 @@ class Gated(nn.Module):
 def test_a_layer_that_would_keep_no_channel_is_named_with_the_most_that_can_go() -> None:
     for ratio in (0.9, 0.95):  # with 0.9 only the first would keep none
         with pytest.raises(
-            QatkitError, match=r"'conv1': ratio: 0.9.* none of its channels \(8\); write ratio: 0.875 or"
+            QatkitError, match=r"a ratio of 0.9\d* removes all channels of layer 'conv1' \(8\); use a ratio of 0.875 or"
         ):
             prune_channels(cnn(channels=[8, 16]), IMAGES, ratio, exclude=["classifier"])
     small = prune_channels(cnn(channels=[8, 16]), IMAGES, 0.875, exclude=["classifier"])
     assert (small.conv1.out_channels, small.conv2.out_channels) == (1, 2)
     with pytest.raises(
-        QatkitError, match=r"'gate': ratio: 0.5 leaves none of its channels \(1\); write exclude: \['gate'"
+        QatkitError, match=r"a ratio of 0.5 removes all channels of layer 'gate' \(1\); exclude the layer"
     ):
         prune_channels(Gated(), IMAGES, 0.5, exclude=["head"])
     with pytest.raises(
-        QatkitError, match=r"'second': .* \(6, which stay in multiples of 2\); write ratio: 0.666 or less"
+        QatkitError, match=r"layer 'second' \(6, kept in multiples of 2\); use a ratio of 0.666 or less"
     ):
         prune_channels(Gated(), IMAGES, 0.7, exclude=["head", "gate"])
     assert prune_channels(Gated(), IMAGES, 0.666, exclude=["head", "gate"]).second.out_channels == 2
-    with pytest.raises(QatkitError, match=r"exclude: \['\*'\] leaves no layer whose channels can be cut out"):
+    with pytest.raises(QatkitError, match=r"exclude: \['\*'\] excludes every layer whose channels can be removed"):
         prune_channels(cnn(channels=[8, 16]), IMAGES, 0.5, exclude=["*"])
 
 
@@ -149,7 +149,7 @@ class Twice(nn.Module):
 
 def test_a_weight_of_two_layers_is_refused_and_a_layer_used_twice_is_cut_once() -> None:
     with pytest.raises(
-        QatkitError, match=r"layer 'third': its weight is also 'second.weight', .*; use one module at both"
+        QatkitError, match=r"layer 'third' shares its weight with 'second.weight', .*; use one module in both"
     ):
         prune_channels(Twice("weight"), IMAGES, 0.5, exclude=["head"])
     small = prune_channels(Twice("module"), IMAGES, 0.5, exclude=["head"])

@@ -32,7 +32,9 @@ def test_a_weight_of_an_excluded_layer_is_not_pruned_under_another_name() -> Non
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     for excluded, other in (("a", "b"), ("b", "a")):
-        with pytest.raises(QatkitError, match=f"layer '{other}': its weight is also that of '{excluded}', which"):
+        with pytest.raises(
+            QatkitError, match=f"layer '{other}' shares its weight with '{excluded}', which is excluded"
+        ):
             prunable_layers(model, exclude=[excluded])
     assert list(prunable_layers(model, exclude=["a", "b"])) == ["c"]
     assert list(prunable_layers(model, include=["a"])) == ["a"]  # as a later stage holds it
@@ -41,28 +43,28 @@ def test_a_weight_of_an_excluded_layer_is_not_pruned_under_another_name() -> Non
 def test_a_weight_that_an_embedding_uses_too_is_refused() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "up": nn.Linear(4, 4), "head": nn.Linear(4, 10)})
     model["head"].weight = model["embed"].weight
-    with pytest.raises(QatkitError, match=r"layer 'head': its weight is also that of 'embed'.*; exclude the layer"):
+    with pytest.raises(QatkitError, match=r"layer 'head' shares its weight with 'embed'.*; exclude the layer"):
         prunable_layers(model)
     assert list(prunable_layers(model, exclude=["head"])) == ["up"]
 
 
 def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
-    with pytest.raises(QatkitError, match=r"include\[1\]: '5' matches no layer that can be pruned; .* \['0'"):
+    with pytest.raises(QatkitError, match=r"include\[1\]: '5' matches no linear or convolutional layer; use one of 0"):
         prunable_layers(network(), include=["3", "5"])
-    with pytest.raises(QatkitError, match=r"exclude\[0\]: '1' matches no layer"):
+    with pytest.raises(QatkitError, match=r"exclude\[0\]: '1' matches no linear"):
         prunable_layers(network(), exclude=["1"])
-    with pytest.raises(QatkitError, match=r"leaves no layer to prune"):
+    with pytest.raises(QatkitError, match=r"select no layer"):
         prunable_layers(network(), exclude=["*"])
-    with pytest.raises(QatkitError, match=r"include: '\*' is no list of patterns; write \['\*'\]"):
+    with pytest.raises(QatkitError, match=r"include: '\*' is not a list of patterns; use \['\*'\]"):
         prunable_layers(network(), include="*")
 
 
 def test_weights_that_are_computed_or_no_floats_are_refused() -> None:
-    with pytest.raises(QatkitError, match="layer '0': its weight is computed by a hook"):
+    with pytest.raises(QatkitError, match="the weight of layer '0' is computed by a hook"):
         prunable_layers(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))))
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.int8, no float.* prune the"):
+    with pytest.raises(QatkitError, match=r"the weight of layer '0' is already quantized \(torch\.int8\).* prune the"):
         prunable_layers(nn.Sequential(layer))
 
 
@@ -73,22 +75,20 @@ def test_models_that_other_libraries_have_quantized_are_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     quantize_(model, Int8WeightOnlyConfig())
     assert model[0].weight.is_floating_point(), "it says so"
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is Int8Tensor, no float .*it is quantized already"):
+    with pytest.raises(QatkitError, match=r"the weight of layer '0' is already quantized \(Int8Tensor\)"):
         prunable_layers(model)
     packed = nn.Linear(64, 64)  # as compressed-tensors leaves it
     packed.register_parameter("weight_packed", nn.Parameter(torch.zeros(64, 8, dtype=torch.int32), requires_grad=False))
     del packed.weight
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is packed, no float .*it is quantized already"):
+    with pytest.raises(QatkitError, match=r"the weight of layer '0' is already quantized \(packed\)"):
         prunable_layers(nn.Sequential(packed))
     assert list(prunable_layers(nn.Sequential(packed, nn.Linear(4, 4)), exclude=["0"])) == ["1"]
     eight = nn.Linear(64, 64)
     eight.weight = nn.Parameter(eight.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(
-        QatkitError, match=r"layer '0': its weight is torch\.float8_e4m3fn, no float .*quantized already"
-    ):
+    with pytest.raises(QatkitError, match=r"the weight of layer '0' is already quantized \(torch\.float8_e4m3fn\)"):
         prunable_layers(nn.Sequential(eight))
-    with pytest.raises(QatkitError, match="layer '0': it has no weight before its first batch"):
+    with pytest.raises(QatkitError, match="layer '0' is lazy and has no weight before its first batch"):
         prunable_layers(nn.Sequential(nn.LazyLinear(4)))
     four = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64))
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is .*: it is quantized already"):
+    with pytest.raises(QatkitError, match=r"the weight of layer '0' is already quantized"):
         prunable_layers(four)

@@ -142,19 +142,19 @@ def test_mistakes_are_named() -> None:
     model = Blocks()
     model.unused = nn.Linear(4, 4)
     for settings, message in (
-        ({"sparsity": 0.5}, "layer 'unused': the batches never reach it"),
-        ({}, "write one of sparsity=0.5 and nm"),
-        ({"sparsity": 0.5, "nm": (2, 4)}, "write one of sparsity=0.5 and nm"),
+        ({"sparsity": 0.5}, "the batches never reach layer 'unused'"),
+        ({}, "pass sparsity=0.5 or nm"),
+        ({"sparsity": 0.5, "nm": (2, 4)}, "pass sparsity=0.5 or nm"),
         ({"sparsity": 1.5}, "sparsity: 1.5 is out of range"),
-        ({"nm": (2, 5)}, "layer 'layers.0.0': .* groups of 5 do not divide"),
-        ({"sparsity": 0.5, "method": "obs"}, "method: 'obs' is unknown; write 'wanda' or 'sparsegpt'"),
+        ({"nm": (2, 5)}, "groups of 5 do not divide the inputs of layer 'layers.0.0'"),
+        ({"sparsity": 0.5, "method": "obs"}, "method: unknown pruning method 'obs'; use one of magnitude"),
     ):
         with pytest.raises(QatkitError, match=message):
             prune_one_shot(model, [torch.randn(2, 32)], **settings)
-    with pytest.raises(QatkitError, match="there are no batches"):
+    with pytest.raises(QatkitError, match="batches: it is empty"):
         prune_one_shot(model, [], sparsity=0.5)
     for method in ("wanda", "sparsegpt"):
-        with pytest.raises(QatkitError, match=r"layer 'layers\.0\.0': its inputs are NaN or infinite"):
+        with pytest.raises(QatkitError, match=r"the inputs of layer 'layers\.0\.0' are NaN or infinite"):
             prune_one_shot(Blocks(), [torch.full((2, 32), torch.nan)], method, sparsity=0.5)
 
 

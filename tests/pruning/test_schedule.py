@@ -37,9 +37,9 @@ def test_a_ramp_without_length_jumps() -> None:
     ("values", "message"),
     [
         ({"final": 1.0}, "ramp.final: 1.0 is out of range"),
-        ({"final": 0.5, "initial": 0.6}, "ramp.initial: 0.6 is above final, 0.5"),
-        ({"final": 0.5, "start": 0.6, "end": 0.5}, r"ramp: start 0.6 and end 0.5 are no part of training"),
-        ({"final": 0.5, "end": 100}, r"ramp: start 0.0 and end 100 are no part of training"),
+        ({"final": 0.5, "initial": 0.6}, "ramp.initial: 0.6 is above final=0.5"),
+        ({"final": 0.5, "start": 0.6, "end": 0.5}, r"ramp: start=0.6 and end=0.5 are out of range"),
+        ({"final": 0.5, "end": 100}, r"ramp: start=0.0 and end=100 are out of range"),
         ({"final": 0.5, "power": 0}, "ramp.power: 0 is out of range"),
     ],
 )

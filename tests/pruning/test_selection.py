@@ -76,7 +76,9 @@ def test_a_value_that_is_not_finite_is_an_error_that_names_the_layer(
 ) -> None:
     damaged = torch.ones(4, dtype=dtype)
     damaged[2] = value
-    with pytest.raises(QatkitError, match=r"layer 'net.2': 1 of the values to rank are NaN or infinite"):
+    with pytest.raises(
+        QatkitError, match=r"layer 'net.2' has NaN or infinite values where pruning ranks them \(1 in all\)"
+    ):
         lowest({"net.0": torch.ones(4, dtype=dtype), "net.2": damaged}, 3, signed)
 
 
@@ -88,5 +90,7 @@ def test_the_largest_finite_values_are_finite() -> None:
 
 
 def test_another_dtype_is_refused() -> None:
-    with pytest.raises(QatkitError, match=r"layer 'w': torch.float64 cannot be ranked; write float32"):
+    with pytest.raises(
+        QatkitError, match=r"scores of layer 'w' are torch.float64, which cannot be ranked; use float32"
+    ):
         lowest({"w": torch.ones(4, dtype=torch.float64)}, 1)

@@ -27,9 +27,7 @@ def test_two_of_four_is_told_from_what_is_not() -> None:
 
 def test_a_model_that_is_not_on_a_gpu_is_told_so_and_stays_as_it_was() -> None:
     model = network()
-    with pytest.raises(
-        QatkitError, match=r"layer '0': it is on cpu, and 2:4 kernels need an NVIDIA GPU; write model\.cu"
-    ):
+    with pytest.raises(QatkitError, match=r"layer '0' is on cpu, and 2:4 kernels need an NVIDIA GPU; use model\.cu"):
         use_sparse_kernels(model)
     assert type(model[0].weight) is nn.Parameter
 
@@ -51,10 +49,10 @@ def test_sparse_kernels_compute_what_the_dense_ones_do() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_that_the_kernels_cannot_take_are_named() -> None:
     model = nn.Sequential(network()[0], nn.ReLU(), nn.Linear(512, 3)).cuda().bfloat16()
-    with pytest.raises(QatkitError, match=r"layer '2': its weight of shape .* is not 2:4 sparse"):
+    with pytest.raises(QatkitError, match=r"the weight of layer '2', of shape .*, is not 2:4 sparse"):
         use_sparse_kernels(model)
     model[2].weight.data.mul_(nm_mask(model[2].weight, 2, 4))
     with pytest.warns(QatkitWarning, match=r"layers \['2'\] stay dense"):
         assert use_sparse_kernels(model) == ["0"]
-    with pytest.raises(QatkitError, match=r"layer '0': its weight is torch\.float32; write model\.to"):
+    with pytest.raises(QatkitError, match=r"the weight of layer '0' is torch\.float32; use model\.to"):
         use_sparse_kernels(network().cuda())

@@ -86,10 +86,10 @@ def test_wide_rows_and_two_of_four_are_stored() -> None:
 
 
 def test_other_files_and_unknown_forms_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match=r"form: 'coo' is unknown; write one of \['dense', 'bitmask', 'csr'\]"):
+    with pytest.raises(QatkitError, match=r"form: 'coo' is unknown; use one of dense, bitmask, csr"):
         save_sparse({}, tmp_path / "a.safetensors", "coo")  # type: ignore[arg-type]
     save_file({"a": torch.ones(2)}, tmp_path / "plain.safetensors")
-    with pytest.raises(QatkitError, match="has no record of sparse tensors; load it with"):
+    with pytest.raises(QatkitError, match="the file was not written by save_sparse; use"):
         load_sparse(tmp_path / "plain.safetensors")
 
 
@@ -98,5 +98,5 @@ def test_floats_of_8_bits_stay_dense_and_names_of_parts_are_not_taken(tmp_path: 
     eight = pruned(0.9, torch.float32, (8, 8)).to(torch.float8_e4m3fn)
     assert save_sparse({"weight": eight}, path) == {"weight": "dense"}
     assert torch.equal(load_sparse(path)["weight"].float(), eight.float())
-    with pytest.raises(QatkitError, match=r"'w\.values': 'w' is stored in parts"):
+    with pytest.raises(QatkitError, match=r"tensor 'w\.values' has the name that a stored part of 'w' needs"):
         save_sparse({"w": pruned(0.9, torch.float32, (8, 8)), "w.values": torch.ones(3)}, path)

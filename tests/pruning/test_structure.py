@@ -72,7 +72,7 @@ def test_without_some_heads_it_is_the_model_with_their_outputs_off(heads: int | 
     config = Qwen3Config(**SIZES, head_dim=4)
     dense = model(config)
     scores = importance(dense, batches())
-    small = shrink(dense, scores, Shape(heads=heads, groups=groups))
+    small = shrink(dense, scores, Shape(heads=heads, kv_heads=groups))
     per_group = (heads or 2 * groups) // groups
     for index, layer in enumerate(dense.model.layers):
         kept = []
@@ -117,7 +117,7 @@ def test_a_classifier_reads_what_is_left_of_the_stream() -> None:
     torch.manual_seed(0)
     dense = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
     scores = importance(dense, batches())
-    small = shrink(dense, scores, Shape(layers=3, hidden=24, neurons=20, heads=4, groups=2))
+    small = shrink(dense, scores, Shape(layers=3, hidden=24, neurons=20, heads=4, kv_heads=2))
     kept = sorted(scores.hidden.argsort()[32 - 24 :].tolist())
     assert torch.equal(small.score.weight, dense.score.weight[:, kept])
     assert small(batches()[0]).logits.shape == (2, 3)
@@ -157,7 +157,7 @@ def test_without_some_channels_it_is_the_model_whose_stream_leaves_them_empty() 
 def test_plain_from_pretrained_loads_what_comes_out(config: Any, tmp_path: Path) -> None:
     dense = model(config).to(torch.bfloat16)
     before = copy.deepcopy(dense.state_dict())
-    small = shrink(dense, importance(dense, batches()), Shape(layers=3, hidden=24, neurons=32, heads=4, groups=2))
+    small = shrink(dense, importance(dense, batches()), Shape(layers=3, hidden=24, neurons=32, heads=4, kv_heads=2))
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype is torch.bfloat16
@@ -184,10 +184,10 @@ def test_what_nothing_passes_through_has_the_lowest_score() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (Shape(layers=5), "shape.layers: 5 is out of range; write a number from 1 to 4"),
-        (Shape(neurons=0), "shape.neurons: 0 is out of range; write a number from 1 to 48"),
-        (Shape(heads=6), "shape.heads: 6 query heads do not go with 4 key-value heads"),
-        (Shape(heads=8, groups=2), "write a multiple of 2 up to 4"),
+        (Shape(layers=5), "layers: 5 is out of range; use an integer from 1 to 4"),
+        (Shape(neurons=0), "neurons: 0 is out of range; use an integer from 1 to 48"),
+        (Shape(heads=6), "heads: 6 query heads do not fit 4 key-value heads"),
+        (Shape(heads=8, kv_heads=2), "use a multiple of 2 up to 4"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(shape: Shape, message: str) -> None:
@@ -198,16 +198,16 @@ def test_sizes_that_do_not_fit_are_errors(shape: Shape, message: str) -> None:
 
 def test_models_that_it_does_not_know_are_refused() -> None:
     scores = Importance(torch.ones(4), torch.ones(32), torch.ones(4, 48), torch.ones(4, 8))
-    with pytest.raises(QatkitError, match="Sequential is no Llama-like model of transformers"):
+    with pytest.raises(QatkitError, match="Sequential is not a Llama-like transformer"):
         shrink(nn.Sequential(nn.Linear(2, 2)), scores, Shape())
     stable = model(StableLmConfig(**SIZES))  # its heads are always as wide as all of them fill the stream
-    for shape in (Shape(groups=2), Shape(hidden=24)):
+    for shape in (Shape(kv_heads=2), Shape(hidden=24)):
         with pytest.raises(
-            QatkitError, match=r"StableLmForCausalLM with .* its config cannot say .*; cut something else"
+            QatkitError, match=r"StableLmForCausalLM with .* its config cannot express .*; shrink something else"
         ):
             shrink(stable, scores, shape)
     with pytest.raises(QatkitError, match=r"with {'hidden_size': 30, .*} cannot be built \(ValueError"):
         shrink(stable, scores, Shape(hidden=30))
     assert shrink(stable, scores, Shape(neurons=8)).config.intermediate_size == 8
-    with pytest.raises(QatkitError, match="there are no batches"):
+    with pytest.raises(QatkitError, match="batches: it is empty"):
         importance(model(), [])

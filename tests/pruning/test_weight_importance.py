@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qatkit import QatkitError
 from qatkit.models import cnn
-from qatkit.pruning.channel_scores import channel_scores, last_layer
+from qatkit.pruning.channel_scores import channel_scores, last_layer, taylor_channel_scores
 from qatkit.pruning.structure import Shape, shrink
 from qatkit.pruning.weight_importance import magnitude_importance, taylor_importance
 
@@ -103,7 +103,7 @@ def test_what_has_no_weight_goes_first() -> None:
     dense.model.layers[0].mlp.up_proj.weight.data[4] = 0
     for scores in (magnitude_importance(dense), taylor_importance(dense, batches(), lambda x: loss(dense, x))):
         assert scores.neurons[0].argmin() == 4
-    with pytest.raises(QatkitError, match="there are no batches"):
+    with pytest.raises(QatkitError, match="batches: it is empty"):
         taylor_importance(dense, [], lambda x: loss(dense, x))
 
 
@@ -114,7 +114,7 @@ def test_channels_are_scored_by_what_they_pass_on_and_by_the_slope_of_the_loss()
     found = channel_scores(network, [image], network)
     torch.testing.assert_close(found["conv1"], network.conv1(image).abs().mean(dim=(0, 2, 3)).float())
     entropy = torch.nn.functional.cross_entropy
-    found = channel_scores(network, [image], lambda x: entropy(network(x), label), taylor=True)
+    found = taylor_channel_scores(network, [image], lambda x: entropy(network(x), label))
     gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
     weight = network.conv2.weight.detach() * gate.view(-1, 1, 1, 1)
     output = functional_call(network, {"conv2.weight": weight}, (image,))

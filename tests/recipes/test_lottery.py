@@ -26,7 +26,7 @@ model: {factory: "qatkit.models:mlp", args: {in_features: 64, hidden: [32], num_
 data: {factory: "qatkit.data:digits"}
 trainer: {accelerator: cpu}
 stages:
-  ticket: {max_steps: 60, lr: 3.0e-3, lottery: {rounds: 2, share: 0.5, rewind: 10, reinit: true}}
+  ticket: {max_steps: 60, lr: 3.0e-3, lottery: {rounds: 2, fraction: 0.5, rewind: 10, reinit: true}}
 """
 
 
@@ -187,27 +187,27 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("stages.ticket.lottery.rounds=0", r"stages\.ticket\.lottery\.rounds: 0 is out of range"),
-        ("stages.ticket.lottery.share=1.0", r"stages\.ticket\.lottery\.share: 1\.0 is out of range"),
+        ("stages.ticket.lottery.fraction=1.0", r"stages\.ticket\.lottery\.fraction: 1\.0 is out of range"),
         (
-            "stages.ticket.lottery={rounds: 40, share: 0.5}",
+            "stages.ticket.lottery={rounds: 40, fraction: 0.5}",
             r"stages\.ticket\.lottery\.rounds: 40 rounds that prune 0\.5 each leave no weight",
         ),
-        ("stages.ticket.lottery.rewind=start", r"lottery\.rewind: 'start' is unknown; write init, learning_rate or a"),
-        ("stages.ticket.lottery.rewind=0", r"lottery\.rewind: 0 is out of range; write init, or at least 1 step"),
-        ("stages.ticket.lottery.rewind=60", r"lottery\.rewind: 60 is not before the end of its 60 steps"),
-        ("stages.ticket.prune={sparsity: 0.5}", r"stages\.ticket\.prune: it has no meaning beside lottery"),
-        ("stages.after={max_steps: 5}", r"reinit: true makes 'ticket_reinit' the input of the stages after it"),
+        ("stages.ticket.lottery.rewind=start", r"lottery\.rewind: 'start' is unknown; use init, learning_rate or a"),
+        ("stages.ticket.lottery.rewind=0", r"lottery\.rewind: 0 is out of range; use init, or a number of steps"),
+        ("stages.ticket.lottery.rewind=60", r"lottery\.rewind: 60 is not below max_steps=60"),
+        ("stages.ticket.prune={sparsity: 0.5}", r"stages\.ticket\.prune: it cannot be combined with lottery"),
+        ("stages.after={max_steps: 5}", r"reinit: the next stage would continue from the control 'ticket_reinit'"),
         (
             "stages={ticket_1: {max_steps: 1}, ticket: {max_steps: 9, lottery: {rounds: 1}}}",
             r"stages\.ticket_1: .* name",
         ),
         (
             "stages={a: {max_steps: 1}, b: {max_steps: 1, rewind: {stage: a}}}",
-            r"stages\.b\.rewind: the stage has no zeros to put weights under",
+            r"stages\.b\.rewind: the stage has no pruned weights",
         ),
         (
             "stages={a: {max_steps: 1}, b: {max_steps: 1, prune: {sparsity: 0.5}, rewind: {stage: c}}}",
-            r"stages\.b\.rewind\.stage: 'c' is no earlier stage of the same model; write one of \['a'\]",
+            r"stages\.b\.rewind\.stage: 'c' is not an earlier stage of the same model; use one of a",
         ),
         (
             "stages={a: {max_steps: 1, quantize: {weight: {num_bits: 4}}}, "
@@ -216,10 +216,10 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
         ),
         (
             "stages={a: {max_steps: 1, prune: {sparsity: 0.5}}, b: {max_steps: 9, lottery: {rounds: 1}}}",
-            r"stages\.b\.lottery: it starts from a dense model, and an earlier stage has made zeros",
+            r"stages\.b\.lottery: it starts from a dense model, and an earlier stage has pruned this one",
         ),
         ("stages={a: {max_steps: 9, part: {of: 8}}}", r"stages\.a\.part\.of: 8 is less than the 0 steps before"),
-        ("stages={a: {max_steps: 9, part: {of: 8, start: 8}}}", r"stages\.a\.part\.start: 8 is no step of"),
+        ("stages={a: {max_steps: 9, part: {of: 8, start: 8}}}", r"stages\.a\.part\.start: 8 is not a step of"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:

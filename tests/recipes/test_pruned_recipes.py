@@ -162,24 +162,30 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.prune.prune.nm=[4, 2]", r"stages\.prune\.prune\.nm: \[4, 2\] is no pair N < M; write \[2, 4\]"),
+        (
+            "stages.prune.prune.nm=[4, 2]",
+            r"stages\.prune\.prune\.nm: \[4, 2\] is not a pair N, M with 0 < N < M; use a pair such as \[2, 4\]",
+        ),
         (
             "stages.prune.prune.sparsity=0.5",
-            r"stages\.prune\.prune\.sparsity: \['sparsity', 'nm'\] is given with method: magnitude; write one of",
+            r"stages\.prune\.prune\.sparsity: method magnitude needs exactly one of .*, got sparsity and nm",
         ),
-        ("stages.prune.prune.include=[hed]", r"stages\.prune\.prune\.include\[0\]: 'hed' matches no layer"),
-        ("stages.prune.prune.nm=[2, 7]", r"stages\.prune\.prune: layer '1': its weight of shape .* groups of 7 do not"),
+        ("stages.prune.prune.include=[hed]", r"stages\.prune\.prune\.include\[0\]: 'hed' matches no linear"),
+        ("stages.prune.prune.nm=[2, 7]", r"stages\.prune\.prune: groups of 7 do not divide the inputs of layer '1'"),
         (
             "stages.prune.prune={sparsity: 0.5, block: [3, 3]}",
-            r"stages\.prune\.prune: layer '1': blocks of 3 by 3 do not",
+            r"stages\.prune\.prune: blocks of 3 x 3 do not divide the weight of layer '1'",
         ),
-        ("stages.prune.prune.nm=null", r"stages\.prune\.prune\.sparsity: nothing is given"),
+        (
+            "stages.prune.prune.nm=null",
+            r"stages\.prune\.prune\.sparsity: method magnitude needs exactly one of sparsity, ramp, nm, got none",
+        ),
         ("stages.prune.prune={sparsity: 1.0}", r"prune\.sparsity: 1\.0 is out of range"),
         ("stages.prune.prune={nm: 2:4}", r"prune\.nm: '2:4' is not a list; write \[2, 4\]"),
-        ("stages.prune.prune={sparsity: 0.9999}", r"stages\.prune\.prune: layer '1': pruning would leave 0 of its"),
+        ("stages.prune.prune={sparsity: 0.9999}", r"stages\.prune\.prune: layer '1' would keep 0 of its"),
         (
             "stages.prune.prune={sparsity: 0.5, layers: {'3': 0.9999}}",
-            r"stages\.prune\.prune: layer '3': pruning would leave",
+            r"stages\.prune\.prune: layer '3' would keep",
         ),
         (
             "stages.prune.prune={sparsity: 0.5, layers: {'*': 0.0}}",
@@ -187,27 +193,33 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ),
         (
             "stages.prune.prune={sparsity: 0.5, calibration_batches: 4}",
-            r"prune\.calibration_batches: 4 goes together with method: wanda, sparsegpt, taylor; leave it out",
+            r"prune\.calibration_batches: 4 has no effect, .* only wanda, sparsegpt, taylor can; remove",
         ),
         ("stages.prune.prune={sparsity: -0.5}", r"prune\.sparsity: -0\.5 is out of range"),
         ("stages.prune.prune={ramp: {final: 1.5}}", r"prune\.ramp\.final: 1\.5 is out of range"),
-        ("stages.prune.prune={ramp: {final: 0.5, start: 0.6}}", r"prune\.ramp\.end: 0\.5 is not after start: 0\.6"),
-        ("stages.prune.prune={sparsity: 0.5, layers: {'1': 1.0}}", r"prune\.layers\.1: 1\.0 is out of range"),
-        ("stages.prune.prune={sparsity: 0.5, layers: {'9': 0.5}}", r"prune\.layers\['9'\]: '9' matches no layer"),
-        ("stages.prune.prune={nm: [2, 4], layers: {'1': 0.1}}", r"prune\.layers: .* goes together with method: magnit"),
-        ("stages.prune.prune={nm: [2, 4], scope: model}", r"prune\.scope: model goes together with magnitude, taylor"),
-        ("stages.prune.prune={nm: [2, 4], block: [2, 2]}", r"prune\.block: .* goes together with method: magnitude by"),
-        ("stages.prune.prune={method: wanda, sparsity: 0.5, scope: model}", r"prune\.scope: model goes together with"),
+        ("stages.prune.prune={ramp: {final: 0.5, start: 0.6}}", r"prune\.ramp\.end: 0\.5 is not after start=0\.6"),
+        ("stages.prune.prune={sparsity: 0.5, layers: {'1': 1.0}}", r"prune\.layers\['1'\]: 1\.0 is out of range"),
+        ("stages.prune.prune={sparsity: 0.5, layers: {'9': 0.5}}", r"prune\.layers\['9'\]: '9' matches no linear"),
+        (
+            "stages.prune.prune={nm: [2, 4], layers: {'1': 0.1}}",
+            r"prune\.layers: .* because an N:M pattern does not use it",
+        ),
+        ("stages.prune.prune={nm: [2, 4], scope: model}", r"prune\.scope: model has no effect, because an N:M pattern"),
+        ("stages.prune.prune={nm: [2, 4], block: [2, 2]}", r"prune\.block: .* because an N:M pattern does not use it"),
+        (
+            "stages.prune.prune={method: wanda, sparsity: 0.5, scope: model}",
+            r"prune\.scope: model has no effect, because method wanda does not use it",
+        ),
         (
             "stages.prune.prune={method: wanda, ramp: {final: 0.5}}",
-            r"prune\.ramp: \['ramp'\] is given with method: wand",
+            r"prune\.ramp: method wanda needs exactly one of sparsity, nm, got ramp",
         ),
-        ("stages.prune.prune={method: movement, sparsity: 0.5}", r"prune\.sparsity: .*; write one of ramp: {final"),
+        ("stages.prune.prune={method: movement, sparsity: 0.5}", r"prune\.sparsity: .*; use ramp: {final"),
         (
             "stages.prune.prune={method: movement, ramp: {final: 0.5}}",
-            r"prune\.ramp\.start: 0\.0 with initial: 0\.0 prune",
+            r"prune\.ramp\.start: start=0\.0 with initial=0\.0 prune",
         ),
-        ("stages.prune.prune={method: srste, sparsity: 0.5}", r"prune\.sparsity: .*; write one of nm: \[2, 4\]"),
+        ("stages.prune.prune={method: srste, sparsity: 0.5}", r"prune\.sparsity: .*; use nm: \[2, 4\]"),
         ("stages.prune={max_steps: 0, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: it prunes while training, and max"),
         ("stages.prune={max_steps: 0, prune: {method: srste, nm: [2, 4]}}", r"prune\.method: it prunes while training"),
         (
@@ -226,9 +238,11 @@ def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
 
 def test_methods_that_fit_no_layer_or_no_strategy_are_refused_before_anything_runs(tmp_path: Path) -> None:
     cnn = ["model={factory: 'qatkit.models:cnn'}", "stages.prune.prune={method: wanda, sparsity: 0.5}"]
-    with pytest.raises(QatkitError, match=r"stages\.prune\.prune: layer 'conv1': 'wanda' prunes linear layers"):
+    with pytest.raises(
+        QatkitError, match=r"stages\.prune\.prune: 'wanda' prunes only linear layers, and layer 'conv1'"
+    ):
         validate_recipe(run_of(tmp_path, *cnn).recipe)
-    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' needs whole weights, and fsdp2 shards them"):
+    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' needs complete weights, and fsdp2 shards them"):
         run_of(tmp_path, "trainer.strategy=fsdp2", "stages.prune.prune={method: taylor, sparsity: 0.5}")
 
 

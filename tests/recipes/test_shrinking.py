@@ -154,20 +154,20 @@ def test_a_started_shrink_goes_on_with_the_same_bits(images: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("{heads: 3}", r"stages\.cut\.shrink\.heads: 3 query heads do not go with 2"),
-        ("{layers: 9}", r"stages\.cut\.shrink\.layers: 9 is out of range; write a number from 1 to 3"),
+        ("{heads: 3}", r"stages\.cut\.shrink\.heads: 3 query heads do not fit 2"),
+        ("{layers: 9}", r"stages\.cut\.shrink\.layers: 9 is out of range; use an integer from 1 to 3"),
         ("{layers: 4, layers_by: last}", r"a student of 4 layers cannot be mapped to a teacher of 3"),
         ("{keep_layers: [2, 1]}", r"layers: \[2, 1\] are no layers of the teacher in rising order"),
-        ("{neurons: 64}", r"stages\.cut\.shrink: the sizes are those that the model has"),
+        ("{neurons: 64}", r"stages\.cut\.shrink: the model already has these sizes"),
         ("{channels: 0.5}", r"stages\.cut\.shrink\.channels: LlamaForCausalLM has no method arguments\(\)"),
-        ("{kv_heads: 9}", r"stages\.cut\.shrink\.kv_heads: 9 is out of range; write a number from 1 to 2"),
-        ("{channels: 8}", r"stages\.cut\.shrink\.channels: 8\.0 is out of range; write a share between 0 and 1"),
+        ("{kv_heads: 9}", r"stages\.cut\.shrink\.kv_heads: 9 is out of range; use an integer from 1 to 2"),
+        ("{channels: 8}", r"stages\.cut\.shrink\.channels: 8\.0 is out of range; use a fraction between 0 and 1"),
         ("{heads: 0}", r"stages\.cut\.shrink\.heads: 0 is out of range"),
         ("{hidden: 1.5}", r"stages\.cut\.shrink\.hidden: 1\.5 is out of range"),
-        ("{layers_by: last}", r"stages\.cut\.shrink\.layers: nothing is given to shrink to"),
-        ("{heads: 2, layers_by: last}", r"stages\.cut\.shrink\.layers_by: 'last' goes with layers"),
+        ("{layers_by: last}", r"stages\.cut\.shrink\.layers: no size is given"),
+        ("{heads: 2, layers_by: last}", r"stages\.cut\.shrink\.layers_by: 'last' has no effect without layers"),
         ("{channels: 0.5, layers: 2}", r"stages\.cut\.shrink\.channels: it is for convolutional networks"),
-        ("{layers: 2, keep_layers: [0]}", r"stages\.cut\.shrink\.keep_layers: \[0\] and layers: 2 are given"),
+        ("{layers: 2, keep_layers: [0]}", r"stages\.cut\.shrink\.keep_layers: \[0\] and layers=2 are both set"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused_before_a_weight_is_read(override: str, message: str, tmp_path: Path) -> None:
@@ -178,9 +178,12 @@ def test_a_size_that_cannot_be_is_refused_before_a_weight_is_read(override: str,
 @pytest.mark.parametrize(
     ("shrink", "message"),
     [
-        ("{neurons: 0.5}", r"stages\.shrink\.shrink\.neurons: .* is no Llama-like .*; for convolutional networks"),
-        ("{channels: 0.5, exclude: [conv1, con9]}", r"stages\.shrink\.shrink\.exclude\[1\]: 'con9' matches no layer"),
-        ("{channels: 0.1}", r"stages\.shrink\.shrink: layer 'conv1': .* \(in a recipe channels: 0\.125 or more\)"),
+        (
+            "{neurons: 0.5}",
+            r"stages\.shrink\.shrink\.neurons: .* is not a Llama-like .*; use channels: 0.5 for a convolutional",
+        ),
+        ("{channels: 0.5, exclude: [conv1, con9]}", r"stages\.shrink\.shrink\.exclude\[1\]: 'con9' matches no linear"),
+        ("{channels: 0.1}", r"stages\.shrink\.shrink: .* layer 'conv1' .*\(in a recipe, channels: 0\.125 or more\)"),
     ],
 )
 def test_what_does_not_fit_a_convolutional_network_is_told_by_its_key(
@@ -195,7 +198,7 @@ def test_later_stages_are_validated_on_the_smaller_model() -> None:
     quantize = "stages.recover.quantize={weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}"
     with pytest.raises(QatkitError, match=r"stages\.recover\.quantize: .*24"):
         validate_recipe(load_recipe("llm/shrink", [*TEXT, quantize]))
-    with pytest.raises(QatkitError, match=r"stages\.recover\.prune\.include\[0\]: '\*layers\.2\.\*' matches no layer"):
+    with pytest.raises(QatkitError, match=r"stages\.recover\.prune\.include\[0\]: '\*layers\.2\.\*' matches no linear"):
         validate_recipe(
             load_recipe("llm/shrink", [*TEXT, "stages.recover.prune={sparsity: 0.5, include: ['*layers.2.*']}"])
         )
@@ -236,7 +239,9 @@ def test_heads_of_bert_are_refused_by_name_and_its_layers_can_go() -> None:
         bert = BertForSequenceClassification(
             BertConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=4)
         )
-    with pytest.raises(QatkitError, match=r"BertForSequenceClassification is no Llama-like .* heads are missing"):
+    with pytest.raises(
+        QatkitError, match=r"BertForSequenceClassification is not a Llama-like .*; remove whole layers instead"
+    ):
         check(ShrinkConfig(heads=1), bert)
     assert check(ShrinkConfig(layers=2, layers_by="uniform"), bert).config.num_hidden_layers == 2  # type: ignore[union-attr]
 
@@ -259,12 +264,16 @@ def on_meta(name: str, **config: object) -> nn.Module:
         (
             "OPTForCausalLM",
             {"heads": 0.5},
-            r"^heads: OPTForCausalLM is no Llama-like .*; of others whole layers can be",
+            r"^heads: OPTForCausalLM is not a Llama-like .*; remove whole layers instead",
         ),
-        ("OPTForCausalLM", {"layers": 2}, r"^layers: OPTForCausalLM is no Llama-like .*keep_layers\), .* are missing$"),
-        ("CohereForCausalLM", {"neurons": 0.5}, r"^neurons: CohereForCausalLM is no Llama-like"),
-        ("StableLmForCausalLM", {"heads": 0.5}, r"^StableLmForCausalLM with {'num_attention_heads': 2, .* cannot say"),
-        ("StableLmForCausalLM", {"hidden": 24}, r"^StableLmForCausalLM with {'hidden_size': 24, .* cannot say"),
+        ("OPTForCausalLM", {"layers": 2}, r"^layers: OPTForCausalLM is not a Llama-like .*keep_layers\)$"),
+        ("CohereForCausalLM", {"neurons": 0.5}, r"^neurons: CohereForCausalLM is not a Llama-like"),
+        (
+            "StableLmForCausalLM",
+            {"heads": 0.5},
+            r"^StableLmForCausalLM with {'num_attention_heads': 2, .* cannot express",
+        ),
+        ("StableLmForCausalLM", {"hidden": 24}, r"^StableLmForCausalLM with {'hidden_size': 24, .* cannot express"),
         (
             "Qwen3MoeForCausalLM",
             {"keep_layers": [1, 2]},
@@ -301,7 +310,7 @@ def test_a_weight_tied_between_convolutions_is_refused_before_a_stage_runs() -> 
 
     model = cnn(channels=[8, 8, 8])
     model.conv3.weight = model.conv2.weight
-    with pytest.raises(QatkitError, match=r"^layer 'conv3': its weight is also 'conv2\.weight'"):
+    with pytest.raises(QatkitError, match=r"^layer 'conv3' shares its weight with 'conv2\.weight'"):
         check(ShrinkConfig(channels=0.5), model)
 
 

@@ -1,0 +1,142 @@
+"""The pruning methods of a recipe's ``prune`` block, and the importance measures of its ``shrink`` block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qatkit.common.tables import Table
+
+TARGETS = ("sparsity", "ramp", "nm")
+"""Keys of the ``prune`` block that set how much is pruned; a block has exactly one of them."""
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """One way to choose the weights that become zero.
+
+    A method either has a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or a
+    `callback` of its own.
+    """
+
+    name: str
+    description: str
+    keys: tuple[str, ...]
+    """Keys of the ``prune`` block that it takes, and arguments of its callback, besides `include` and `exclude`."""
+    function: str = ""
+    """``module:function`` that scores or prunes one weight; `measures` fixes its arguments."""
+    measures: Literal["", "input_norms", "gram", "gradients"] = ""
+    """Statistics of calibration batches that `function` takes beside the weight ``[out, in]``.
+
+    input_norms: L2 norm of every input, ``[in]``; returns scores, which are compared within each output.
+    gram: ``X.T @ X`` of the inputs, ``[in, in]``, then `sparsity` and `nm`; returns the pruned weight.
+    gradients: the loss's gradient of one batch; returns scores, which are summed over batches.
+    """
+    callback: str = ""
+    """``module:class`` of a `qatkit.callbacks.pruning_callback.PruningCallback`."""
+    linear_only: bool = False
+    """It refuses convolutions."""
+    sharded: bool = False
+    """It works on the shards of FSDP2."""
+    moves_mask: bool = False
+    """Its zeros change until the stage ends, even without a ramp."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The keys that it takes out of `TARGETS`."""
+        return tuple(key for key in self.keys if key in TARGETS)
+
+
+METHODS = Table(
+    "pruning method",
+    [
+        PruningMethod(
+            "magnitude",
+            "smallest absolute values",
+            ("sparsity", "ramp", "nm", "scope", "block", "layers"),
+            callback="qatkit.callbacks.pruning:MagnitudePruning",
+            sharded=True,
+        ),
+        PruningMethod(
+            "wanda",
+            "smallest product of magnitude and input norm within each output; linear layers only",
+            ("sparsity", "nm", "calibration_batches"),
+            function="qatkit.pruning.scores:wanda_scores",
+            measures="input_norms",
+            linear_only=True,
+        ),
+        PruningMethod(
+            "sparsegpt",
+            "smallest error of the layer's output, with the kept weights updated to compensate; linear layers only",
+            ("sparsity", "nm", "calibration_batches"),
+            function="qatkit.pruning.sparsegpt:sparsegpt",
+            measures="gram",
+            linear_only=True,
+        ),
+        PruningMethod(
+            "taylor",
+            "smallest first-order change of the loss, `(w * g) ** 2` summed over batches",
+            ("sparsity", "nm", "scope", "calibration_batches"),
+            function="qatkit.pruning.scores:taylor_scores",
+            measures="gradients",
+        ),
+        PruningMethod(
+            "movement",
+            "weights that training moves towards zero; needs a ramp with a `start`",
+            ("ramp", "scope"),
+            callback="qatkit.callbacks.movement:MovementPruning",
+            sharded=True,
+        ),
+        PruningMethod(
+            "srste",
+            "smallest absolute values, with an N:M mask that changes during training (dense gradients)",
+            ("nm",),
+            callback="qatkit.callbacks.srste:SparseRefinedSTE",
+            sharded=True,
+            moves_mask=True,
+        ),
+    ],
+)
+
+
+@dataclass(frozen=True)
+class ImportanceMeasure:
+    """One way to score the parts of a model that ``shrink`` may remove.
+
+    `transformer` and `channels` name functions as ``module:function``. They are called with the model; with `measures`,
+    also with calibration batches and with a function that returns the outputs or the loss of one batch.
+    """
+
+    name: str
+    description: str
+    transformer: str
+    """Scores layers, heads, neurons and hidden channels: `qatkit.pruning.structure.Importance`."""
+    channels: str = ""
+    """Scores output channels by layer name; empty for the group norms of Torch-Pruning."""
+    measures: Literal["", "outputs", "loss"] = ""
+
+
+IMPORTANCES = Table(
+    "importance measure",
+    [
+        ImportanceMeasure(
+            "activation",
+            "magnitude of the activations on the calibration batches",
+            transformer="qatkit.pruning.structure:importance",
+            channels="qatkit.pruning.channel_scores:channel_scores",
+            measures="outputs",
+        ),
+        ImportanceMeasure(
+            "magnitude",
+            "norm of the weights",
+            transformer="qatkit.pruning.weight_importance:magnitude_importance",
+        ),
+        ImportanceMeasure(
+            "taylor",
+            "first-order change of the loss when the part is removed, on the calibration batches",
+            transformer="qatkit.pruning.weight_importance:taylor_importance",
+            channels="qatkit.pruning.channel_scores:taylor_channel_scores",
+            measures="loss",
+        ),
+    ],
+)
