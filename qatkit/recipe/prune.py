@@ -64,8 +64,9 @@ class PruneConfig:
         targets = METHODS.row(self.method, "method").targets
         given = [key for key in TARGETS if getattr(self, key) is not None]
         if len(given) != 1 or given[0] not in targets:
+            wanted = targets[0] if len(targets) == 1 else f"exactly one of {', '.join(targets)}"
             raise QatkitError(
-                f"method {self.method} needs exactly one of {', '.join(targets)}, got {' and '.join(given) or 'none'}",
+                f"method {self.method} needs {wanted}, got {' and '.join(given) or 'none'}",
                 key=given[0] if len(given) == 1 else targets[0],
                 advice=f"use {' or '.join(EXAMPLES[key] for key in targets)}",
             )

@@ -181,7 +181,7 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
             r"stages\.prune\.prune\.sparsity: method magnitude needs exactly one of sparsity, ramp, nm, got none",
         ),
         ("stages.prune.prune={sparsity: 1.0}", r"prune\.sparsity: 1\.0 is out of range"),
-        ("stages.prune.prune={nm: 2:4}", r"prune\.nm: '2:4' is not a list; write \[2, 4\]"),
+        ("stages.prune.prune={nm: 2:4}", r"prune\.nm: '2:4' is not a list; use \[2, 4\]"),
         ("stages.prune.prune={sparsity: 0.9999}", r"stages\.prune\.prune: layer '1' would keep 0 of its"),
         (
             "stages.prune.prune={sparsity: 0.5, layers: {'3': 0.9999}}",
@@ -226,7 +226,10 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
             "stages.prune.prune={method: taylor, sparsity: 0.5, calibration_batches: 0}",
             r"calibration_batches: 0 is out",
         ),
-        ("stages.prune={max_steps: 5, rewind: {}, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: .* rewind needs zeros"),
+        (
+            "stages.prune={max_steps: 5, rewind: {}, prune: {ramp: {final: 0.5}}}",
+            r"prune\.ramp: .* rewind needs the mask",
+        ),
     ],
 )
 def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
@@ -272,6 +275,6 @@ def test_every_method_makes_its_share_of_zeros_which_later_stages_hold(tmp_path:
 
 
 def test_gptq_is_refused_where_it_would_move_the_zeros_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match=r"stages\.qat\.quantize\.init: 'gptq' corrects weights for each other"):
+    with pytest.raises(QatkitError, match=r"stages\.qat\.quantize\.init: 'gptq' adjusts the remaining weights"):
         run_of(tmp_path, "stages.qat.quantize.init=gptq")
     run_of(tmp_path, "stages.qat.quantize.init=gptq", "stages.ptq.hold_sparsity=false")

@@ -222,8 +222,8 @@ def test_layers_are_kept_by_place_or_number() -> None:
 
 def test_shrinking_after_zeros_or_a_grid_were_made_is_refused(tmp_path: Path) -> None:
     for block, message in (
-        ("stages.dense.prune={sparsity: 0.5}", r"stages\.shrink\.shrink: an earlier stage made zeros"),
-        ("stages.dense.quantize={weight: {num_bits: 8}}", r"stages\.shrink\.shrink: stage 'dense' has fitted"),
+        ("stages.dense.prune={sparsity: 0.5}", r"stages\.shrink\.shrink: an earlier stage pruned weights"),
+        ("stages.dense.quantize={weight: {num_bits: 8}}", r"stages\.shrink\.shrink: stage 'dense' fitted"),
     ):
         with pytest.raises(QatkitError, match=message):
             images_of(tmp_path, block)
