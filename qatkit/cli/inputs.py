@@ -43,13 +43,15 @@ def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None) -> Run:
 
 def open_run(folder: Path, allow: list[str] | None) -> Run:
     """The run that a folder holds."""
-    from qatkit.recipe.loading import load_recipe
-    from qatkit.run.folder import Run
-
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
             "not the folder of a run, because it has no recipe.yaml",
             key=str(folder),
             advice="pass the --out folder of `qatkit run`",
         )
-    return Run(load_recipe(folder / "recipe.yaml"), folder, allow or [])
+    from qatkit.recipe.loading import load_recipe
+
+    recipe = load_recipe(folder / "recipe.yaml")  # a mistake in it is reported before torch is imported
+    from qatkit.run.folder import Run
+
+    return Run(recipe, folder, allow or [])

@@ -32,6 +32,6 @@ def lazy_exports(
         return value
 
     def directory() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home_of})
+        return sorted({*home_of, *(name for name in vars(sys.modules[package]) if name.startswith("__"))})
 
     return sorted(home_of), load, directory

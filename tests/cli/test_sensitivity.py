@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-import warnings
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from qatkit.cli.main import main
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.quantization.mixed.allocation import allocate, totals
 from qatkit.quantization.mixed.overrides import allocated_layers
 from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.recipe.loading import load_recipe
+from tests.cli.in_process import Done, qatkit
 
 SMALL = ["stages.dense.max_steps=30", "model.args.channels=[8,8]"]
 FORMATS = """\
@@ -25,25 +20,6 @@ int8: {weight: {num_bits: 8}, activation: {num_bits: 8, symmetric: false, strate
 int4: {weight: {num_bits: 4, observer: mse}}
 W4A16: {scheme: W4A16}
 """
-
-
-class Done(NamedTuple):
-    """What a command left: as a process would, without the seconds that a process takes to start."""
-
-    code: object
-    out: str
-    err: str
-
-
-def qatkit(*arguments: str, cwd: Path) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["qatkit", *arguments])
-        patch.setattr(warnings, "showwarning", warnings.showwarning)  # which `main` replaces
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return Done(ended.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +115,3 @@ def test_a_mistake_is_one_message_with_exit_code_2(folder: Path, arguments: tupl
     assert message in done.err
     assert "Traceback" not in done.err
     assert not (folder / "runs").exists()
-
-
-def test_both_commands_have_help_with_an_example(tmp_path: Path) -> None:
-    for command in ("sensitivity", "allocate"):
-        assert f"Example: qatkit {command}" in qatkit(command, "--help", cwd=tmp_path).out.replace("\n", " ")
