@@ -1,4 +1,4 @@
-"""Knowledge distillation in anybody's LightningModule."""
+"""Knowledge distillation in any LightningModule."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from qatkit.callbacks.divergence import Divergence, NanWatch
+from qatkit.callbacks.divergence import DistillationLoss, NanWatch
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
 from qatkit.callbacks.fused import Fused, fused
-from qatkit.callbacks.generation import Generation, Writers, refuse_plans
-from qatkit.callbacks.positions import find, is_causal
-from qatkit.callbacks.teacher_outputs import Call, Lesson, cached_lesson, live_lesson
-from qatkit.callbacks.teachers import frozen_copy, held, refuse_part, refuse_trained
+from qatkit.callbacks.generation import Generation, Generators, check_no_generation
+from qatkit.callbacks.positions import find_tensor, is_causal
+from qatkit.callbacks.teacher_outputs import Call, TeacherOutputs, cached_teacher_outputs, live_teacher_outputs
+from qatkit.callbacks.teachers import check_not_part, check_not_trained, frozen_copy, live_teacher
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,42 +27,45 @@ logger = logging.getLogger(__name__)
 
 
 class KnowledgeDistillation(Callback):
-    """Adds a teacher to the training loss: ``alpha * distillation + (1 - alpha) * loss``.
+    """Add a distillation term to the training loss: ``alpha * distillation + (1 - alpha) * loss``.
 
-    The student's logits are taken from the forward pass that `training_step` makes anyway; the teacher gets the same
-    inputs. The teacher belongs to the callback: it is never registered in the LightningModule, trained or saved.
+    The student's logits are recorded in the forward pass that `training_step` makes anyway; the teacher gets the same
+    inputs. The teacher belongs to the callback: it is not registered in the LightningModule, trained or saved.
 
-    Positions do not count where the labels are -100 or the attention mask is 0, if the call of the student or the batch
-    has "labels" and "attention_mask" (or the batch is a tuple whose second element is the labels). For a causal
-    language model of transformers, whose logits answer to the next label, both are shifted.
+    Positions do not count where labels are -100 or the attention mask is 0. Both are looked up as "labels" and
+    "attention_mask" in the student's call, then in the batch; the labels of a batch that is a tuple are its second
+    element. For a causal language model of transformers, whose logits predict the next label, both are shifted. Outputs
+    at positions that do not count, NaN and Inf included, affect neither loss nor gradient.
 
     Args:
-        teacher: The model that teaches, called as the student is: a module, a `Teacher` with a device or dtype of its
-            own, or a `CachedTeacher`, which knows the samples by what the student is called with. "self" for a copy of
-            the student as it is before other callbacks quantize it.
+        teacher: Called with the student's inputs: a module, a `Teacher` with its own device or dtype, or a
+            `CachedTeacher`, which identifies samples by the student's inputs. "self" copies the student before other
+            callbacks quantize it.
         temperature: Divides both sets of logits; above 0. Not used by "mse".
-        alpha: Weight of the distillation term, 0 to 1; the loss that `training_step` returns gets the rest.
-        student: Name of the submodule whose output is distilled, such as "model"; by default the
-            LightningModule itself.
-        loss: "kl", "reverse_kl", "jsd" over logits, or "mse" over logits or the numbers of a regression.
-        beta: Share of the teacher in the mixture of "jsd", between 0 and 1.
-        outputs: Keys or positions of the outputs to compare, such as ``["start_logits", "end_logits"]``; the mean over
-            them counts. By default the output itself, or its "logits".
-        hidden: Hidden states to compare as well.
-        attention: Attention to compare as well.
+        alpha: Weight of the distillation term, 0 to 1; the loss that `training_step` returns has weight ``1 - alpha``.
+        student: Name of the submodule whose output is distilled, such as "model"; by default the LightningModule.
+        loss: A row of `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" over logits, or "mse"
+            over logits or regression outputs.
+        beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
+        outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
+            averaged. By default the output itself, or its "logits".
+        hidden: Add a loss between hidden states.
+        attention: Add a loss between attention maps or relations.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
-        vocab_size: Tokens of the tokenizer that both use, where their logits are padded to different widths.
-        on_policy: Lets the student continue the texts of some batches, which are then trained with the distillation
-            term alone (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
-        sequence_level: Lets the teacher continue them, to be trained on as if they were data (Kim and Rush 2016,
+        vocab_size: Number of tokens in the shared tokenizer, where logits are padded to different widths.
+        on_policy: Let the student continue the texts of some batches; these are trained with the distillation term
+            only (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
+        sequence_level: Let the teacher continue them, and train on the result like on data (Kim and Rush 2016,
             https://arxiv.org/abs/1606.07947); alpha 0 uses nothing else of the teacher.
-        fused: Leave out the logits of a causal language model of transformers that `training_step` calls by keywords,
-            with labels, for its ``loss``: this is then computed with the distillation term, a few rows at a time, and
-            ``logits`` is None. Where that is not possible (a quantized output layer, "mse") logits are made as ever.
+        fused: Compute the loss of a causal language model of transformers together with the distillation term, a few
+            rows of logits at a time. `training_step` must call the model by keywords, with labels, and use its
+            ``loss``; its ``logits`` are None. Where that is not possible, for a quantized output layer or for "mse",
+            logits are materialized.
 
     Raises:
-        QatkitError: the teacher is the student or trains with it, answers NaN or in another shape, `student` names no
-            submodule or was never called in `training_step`, or `training_step` returned no loss.
+        QatkitError: the teacher is the student or trains with it, its outputs contain NaN or have another shape, the
+            classes are not in the last dimension, `student` names no submodule or is not called in `training_step`, or
+            `training_step` returns no loss.
 
     Example:
         >>> from torch import nn
@@ -77,7 +80,7 @@ class KnowledgeDistillation(Callback):
         temperature: float = 1.0,
         alpha: float = 0.5,
         student: str | None = None,
-        loss: Literal["kl", "reverse_kl", "jsd", "mse"] = "kl",
+        loss: str = "kl",
         beta: float = 0.5,
         outputs: Sequence[str | int] | None = None,
         hidden: HiddenMatch | None = None,
@@ -90,16 +93,16 @@ class KnowledgeDistillation(Callback):
     ) -> None:
         for name, value in (("alpha", alpha), ("ramp", ramp)):
             if not 0 <= value <= 1:
-                raise QatkitError(f"{name}: {value} is out of range; write a number from 0 to 1")
+                raise QatkitError(f"{value} is out of range", key=name, advice="use a number from 0 to 1")
         if isinstance(outputs, str):
-            raise QatkitError(f"outputs: '{outputs}' is no list; write ['{outputs}']")
-        self.divergence = Divergence(loss, temperature, beta, vocab_size)
+            raise QatkitError(f"'{outputs}' is not a list", key="outputs", advice=f"use ['{outputs}']")
+        self.loss = DistillationLoss(loss, temperature, beta, vocab_size)
         self.from_self = teacher == "self"
         self.cache = teacher if isinstance(teacher, CachedTeacher) else None
         if self.cache is not None:
-            self.divergence.check_cache(self.cache)
-            refuse_plans(on_policy, sequence_level)
-        self.teacher = held(teacher) or Teacher(nn.Identity())
+            self.loss.check_cache(self.cache)
+            check_no_generation(on_policy, sequence_level)
+        self.teacher = live_teacher(teacher) or Teacher(nn.Identity())
         self.alpha = alpha
         self.student = student
         self.outputs = outputs
@@ -107,10 +110,10 @@ class KnowledgeDistillation(Callback):
         self.ramp = ramp
         self.fused = fused
         self.watch: Callable[[Callable[[], Tensor]], None] | None = None
-        """Called in every training step, with what tells where student and teacher name the same class."""
+        """Called in every training step, with a function that returns where student and teacher agree."""
         self._calls: list[Call] = []
         self._batch: Any = None
-        self.writers = Writers(on_policy, sequence_level)
+        self.generators = Generators(on_policy, sequence_level)
         self._undo: list[Any] = []
         self._causal = False
         self._nan = NanWatch()
@@ -130,16 +133,17 @@ class KnowledgeDistillation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.teardown(trainer, pl_module, stage)  # what a fit that ended with an error may have left on another module
+        self.teardown(trainer, pl_module, stage)  # hooks that a failed fit left on another module
         if not pl_module.automatic_optimization:
             raise QatkitError(
-                "manual optimization: training_step calls backward itself, so no loss is returned that a teacher "
-                "could be added to; add qatkit.distillation.losses.kd_loss(student_logits, teacher_logits) to your loss"
+                "training_step calls backward itself and returns no loss to add the distillation term to",
+                key="manual optimization",
+                advice="add qatkit.distillation.kd_loss(student_logits, teacher_logits) to your loss",
             )
         student = self._student(pl_module)
         if self.from_self:
             self.teacher = Teacher(frozen_copy(student, trainer))
-        refuse_part(self.teacher.model, pl_module)
+        check_not_part(self.teacher.model, pl_module)
         self._causal = is_causal(student if self.cache is not None else self.teacher.model)
         self._nan = NanWatch()
         step = pl_module.training_step
@@ -148,8 +152,8 @@ class KnowledgeDistillation(Callback):
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
             try:
-                args = self.writers.rewritten(args, trainer, _progress, student, self.teacher.model)
-                self.features.take(1)  # what the teacher computed while it wrote
+                args = self.generators.replace_batch(args, trainer, _progress, student, self.teacher.model)
+                self.features.take(1)  # features recorded while the teacher generated
                 self._batch = args[0] if args else kwargs.get("batch")
                 return self._distilled(trainer, pl_module, step(*args, **kwargs))
             finally:
@@ -164,7 +168,7 @@ class KnowledgeDistillation(Callback):
             else:
                 pl_module.training_step = own  # type: ignore[method-assign]  # on the instance, as it was
 
-        # on the instance: the class, and other modules made from it, stay as the user wrote them
+        # on the instance: the class and its other instances do not change
         pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance
         self._undo = [restore]
         self._undo += self.features.attach(student, self.teacher.model if self.cache is None else self.cache.layers)
@@ -172,7 +176,7 @@ class KnowledgeDistillation(Callback):
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._record(trainer, args, kwargs, output)
 
-        # after the hooks on its layers: when the student has been called, they have run
+        # registered after the hooks on its layers, so that it runs last
         self._undo.append(student.register_forward_hook(record, with_kwargs=True).remove)
         if self.fused:
             self._undo.append(student.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -182,16 +186,16 @@ class KnowledgeDistillation(Callback):
         self.teacher.to(pl_module.device)
         if self.teacher.dtype is None:
             trainer.precision_plugin.convert_module(self.teacher.model)  # "bf16-true" hands both models bf16 inputs
-        refuse_trained(self.teacher.model, trainer)
+        check_not_trained(self.teacher.model, trainer)
         self.features.train_projections(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.fused and self._fused is None:  # by now every callback has done what it does to layers
+        if self.fused and self._fused is None:  # by now every callback has replaced its layers
             teacher = self.cache or self.teacher
-            self._fused = fused(self._student(pl_module), teacher, self.divergence, self.outputs)
+            self._fused = fused(self._student(pl_module), teacher, self.loss, self.outputs)
             if isinstance(self._fused, str):
-                logger.info("distillation over whole logits: %s", self._fused)
+                logger.info("distillation materializes full logits: %s", self._fused)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -226,28 +230,30 @@ class KnowledgeDistillation(Callback):
         try:
             return pl_module.get_submodule(self.student)
         except AttributeError:
-            raise QatkitError(f"student: '{self.student}' is no submodule; {_children(pl_module)}") from None
+            raise QatkitError(
+                f"'{self.student}' is not a submodule", key="student", advice=_children(pl_module)
+            ) from None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(self._fused, Fused) or not torch.is_grad_enabled():
             return None
-        changed = self._fused.begin(args, kwargs, find("labels", args, kwargs, self._batch))
+        changed = self._fused.begin(args, kwargs, find_tensor("labels", args, kwargs, self._batch))
         return None if changed is None else (args, changed)
 
     def _record(self, trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
         states = self.features.take(0)
-        labels, present = (find(name, args, kwargs, self._batch) for name in ("labels", "attention_mask"))
-        lesson = None
+        labels, present = (find_tensor(name, args, kwargs, self._batch) for name in ("labels", "attention_mask"))
+        outputs = None
         if isinstance(self._fused, Fused) and self._fused.labels is not None:
-            lesson = self._fused.finish(output, args, kwargs, present, self._weight(trainer))
-        self._calls.append(Call(args, kwargs, output, states, labels, present, lesson))
-        return None if lesson is None else output
+            outputs = self._fused.finish(output, args, kwargs, present, self._weight(trainer))
+        self._calls.append(Call(args, kwargs, output, states, labels, present, outputs))
+        return None if outputs is None else output
 
     def _weight(self, trainer: Trainer) -> float:
-        """Of the distillation term now: all where the student wrote the texts, as nobody wants it to copy itself."""
-        return 1.0 if self.writers.now == "student" else self.alpha * self._rise(trainer)
+        """Current weight of the distillation term: 1 on texts that the student generated, whose labels are its own."""
+        return 1.0 if self.generators.now == "student" else self.alpha * self._rise(trainer)
 
     def _rise(self, trainer: Trainer) -> float:
         return min(1.0, _progress(trainer) / self.ramp) if self.ramp else 1.0
@@ -257,26 +263,30 @@ class KnowledgeDistillation(Callback):
         if loss is None:
             return result  # Lightning's way to skip a step
         if not isinstance(loss, Tensor):
-            raise QatkitError(f"training_step returned {type(loss).__name__}, not a loss tensor; return the loss")
+            raise QatkitError(
+                f"returned {type(loss).__name__}, not a loss tensor", key="training_step", advice="return the loss"
+            )
         if not self._calls:
             raise QatkitError(
-                f"student: training_step never called '{self.student or type(pl_module).__name__}', so there is "
-                f"nothing to distil; {_children(pl_module)}"
+                f"training_step never called '{self.student or type(pl_module).__name__}', so there is nothing to "
+                "distill",
+                key="student",
+                advice=_children(pl_module),
             )
         terms, extra = [], []
         for call in self._calls:
-            lesson = call.lesson or self._lesson(call)
-            for answer in lesson.answers:
-                self._nan.note(trainer, answer)
+            outputs = call.teacher_outputs or self._teacher_outputs(call)
+            for answer, mask in outputs.answers:
+                self._nan.note(trainer, answer, mask)
             if self.watch is not None:
-                for agreement in lesson.agreements:
+                for agreement in outputs.agreements:
                     self.watch(agreement)
-            terms += lesson.divergences
-            features = self.features.loss(call.states, self.features.take(1) | dict(lesson.states), call.present)
+            terms += outputs.losses
+            features = self.features.loss(call.states, self.features.take(1) | dict(outputs.states), call.present)
             if features is not None:
                 extra.append(features)
         distillation, alpha = torch.stack(terms).mean(), self._weight(trainer)
-        if isinstance(self._fused, Fused) and any(call.lesson for call in self._calls):
+        if isinstance(self._fused, Fused) and any(call.teacher_outputs for call in self._calls):
             trained = self._fused.total(self._calls, loss, alpha)
         else:
             trained = alpha * distillation + (1 - alpha) * loss
@@ -288,18 +298,18 @@ class KnowledgeDistillation(Callback):
             pl_module.log("train/feature_loss", feature_loss.detach(), on_step=True)
         return {**result, "loss": trained} if isinstance(result, Mapping) else trained
 
-    def _lesson(self, call: Call) -> Lesson:
+    def _teacher_outputs(self, call: Call) -> TeacherOutputs:
         if self.cache is not None:
-            return cached_lesson(self.cache, call, self.divergence, self.outputs, self._causal)
-        return live_lesson(self.teacher, call, self.divergence, self.outputs, self._causal)
+            return cached_teacher_outputs(self.cache, call, self.loss, self.outputs, self._causal)
+        return live_teacher_outputs(self.teacher, call, self.loss, self.outputs, self._causal)
 
 
 def _progress(trainer: Trainer) -> float:
-    """Of training, 0 to 1."""
+    """Progress of training, 0 to 1."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps
 
 
 def _children(pl_module: LightningModule) -> str:
     names = [name for name, _ in pl_module.named_children()]
-    return f"write the name of the submodule that makes the logits, one of {names}"
+    return f"pass the name of the submodule that returns the logits, one of {names}"

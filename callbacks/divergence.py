@@ -1,4 +1,4 @@
-"""How far a student's outputs are from its teacher's, and NaN among the teacher's."""
+"""The distillation loss of a training step, and the watch for NaN in teacher outputs."""
 
 from __future__ import annotations
 
@@ -9,92 +9,100 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from qatkit.distillation.cache import CachedTeacher
-from qatkit.distillation.losses import check_beta, jsd_loss, kd_loss, mse_loss, reverse_kl_loss
-from qatkit.distillation.sparse import sparse_kd_loss
+from qatkit.distillation.divergences import DIVERGENCES, Divergence
+from qatkit.distillation.losses import check_beta
 from qatkit.distillation.store import Targets
 from qatkit.distillation.vocabulary import trim_to_vocabulary
 from qatkit.errors import QatkitError
 
-LOSSES = ("kl", "reverse_kl", "jsd", "mse")
 EVERY = 50
-"""Optimizer steps between two looks for NaN on a device that would have to be waited for."""
+"""Optimizer steps between two checks for NaN on a device that a check has to wait for."""
+PADDED_ALIKE = "pass vocab_size=len(tokenizer) if both use one tokenizer and pad their logits differently"
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """Which divergence, and its numbers."""
+class DistillationLoss:
+    """A divergence with its settings."""
 
     loss: str
+    """A row of `DIVERGENCES`."""
     temperature: float
     beta: float
     vocab_size: int | None
+    """Number of tokens in the shared tokenizer, where logits are padded to different widths."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise QatkitError(f"temperature: {self.temperature} is out of range; write a number above 0")
-        if self.loss not in LOSSES:
-            raise QatkitError(f"loss: '{self.loss}' is unknown; write one of {list(LOSSES)}")
+            raise QatkitError(f"{self.temperature} is out of range", key="temperature", advice="use a number above 0")
+        DIVERGENCES.row(self.loss, key="loss")
         check_beta(self.beta)
 
+    @property
+    def row(self) -> Divergence:
+        """The divergence's row in the table."""
+        return DIVERGENCES[self.loss]
+
     def trimmed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits without the padding of their vocabularies.
+        """Trim padded vocabularies off both sets of logits.
 
         Raises:
-            QatkitError: the shapes differ all the same.
+            QatkitError: the shapes still differ.
         """
         if student.shape[:-1] == teacher.shape[:-1] and self.vocab_size is not None:
             student, teacher = trim_to_vocabulary(student, teacher, self.vocab_size)
         if student.shape != teacher.shape:
             raise QatkitError(
-                f"teacher: its outputs have shape {list(teacher.shape)}, the student's {list(student.shape)}; they "
-                "must be equal. Where both use one tokenizer and only pad their logits differently, write "
-                "vocab_size=len(tokenizer)"
+                f"its outputs have shape {list(teacher.shape)}, the student's {list(student.shape)}",
+                key="teacher",
+                advice=PADDED_ALIKE,
             )
         return student, teacher
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean over the positions that count.
+        """The mean over the counted positions.
 
         Args:
             student: Outputs ``[..., classes]`` as `trimmed` returns them.
-            teacher: The same of the teacher.
+            teacher: The teacher's outputs of the same shape.
             mask: True where a position counts.
 
         Raises:
-            QatkitError: the outputs are no probabilities of classes.
+            QatkitError: the outputs are not probabilities of classes.
         """
-        if self.loss == "mse":
-            return mse_loss(student, teacher, mask)
-        if student.dim() < 2 or student.shape[-1] == 1:
+        if self.row.compares_classes and (student.dim() < 2 or student.shape[-1] == 1):
+            regressions = ", ".join(f"loss='{name}'" for name, row in DIVERGENCES.items() if not row.compares_classes)
             raise QatkitError(
-                f"loss: '{self.loss}' compares probabilities of classes, and outputs of shape {list(student.shape)} "
-                "have no two; write loss='mse'"
+                f"'{self.loss}' compares probabilities of classes, and outputs of shape {list(student.shape)} have "
+                "fewer than two classes",
+                key="loss",
+                advice=f"use {regressions}",
             )
-        if self.loss == "jsd":
-            return jsd_loss(student, teacher, self.temperature, mask, beta=self.beta)
-        return (kd_loss if self.loss == "kl" else reverse_kl_loss)(student, teacher, self.temperature, mask)
+        loss: Tensor = self.row.loss(student, teacher, mask, temperature=self.temperature, beta=self.beta)
+        return loss
 
     def from_cache(self, student: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
-        """The same from what a cache holds of the teacher.
+        """The mean over the counted positions, from cached teacher outputs.
 
         Args:
             student: Logits as `fitted` returns them.
-            targets: For the same positions.
+            targets: Cached outputs for the same positions.
             mask: True where a position counts.
         """
-        held = targets.mask if mask is None else targets.mask & mask
-        return sparse_kd_loss(student, targets.indices, targets.log_p, targets.log_tail, self.temperature, held)
+        cached = targets.mask if mask is None else targets.mask & mask
+        top_k = targets.indices, targets.log_p, targets.log_tail
+        loss: Tensor = self.row.top_k_loss(student, top_k, cached, temperature=self.temperature, beta=self.beta)
+        return loss
 
     def fitted(self, student: Tensor, targets: Targets, cache: CachedTeacher) -> tuple[Tensor, Targets]:
-        """A student's logits and what the cache holds of its teacher, position by position.
+        """Align student logits with cached teacher outputs.
 
         Args:
             student: Logits ``[samples, length, classes]`` or ``[samples, classes]``.
-            targets: For the same samples.
-            cache: Where they are from.
+            targets: Cached outputs of the same samples.
+            cache: The cache they come from.
 
         Raises:
-            QatkitError: they do not fit.
+            QatkitError: their shapes differ.
         """
         if student.dim() == 2:
             targets = targets.map(lambda part: part.squeeze(1))
@@ -102,68 +110,74 @@ class Divergence:
             student = student[..., : self.vocab_size]
         if student.shape != (*targets.mask.shape, cache.classes):
             raise QatkitError(
-                f"teacher cache: it holds answers of shape {[*targets.mask.shape, cache.classes]}, and the student's "
-                f"outputs have {list(student.shape)}; they must be equal. Where both use one tokenizer and only pad "
-                "their logits differently, write vocab_size=len(tokenizer) in both places"
+                f"it holds outputs of shape {[*targets.mask.shape, cache.classes]}, and the student's have shape "
+                f"{list(student.shape)}",
+                key="teacher cache",
+                advice=f"{PADDED_ALIKE}, here and when the cache is written",
             )
         return student, targets
 
     def check_cache(self, cache: CachedTeacher) -> None:
-        """Raise unless a cache can give this divergence.
+        """Refuse a cache that does not fit the loss.
 
         Raises:
-            QatkitError: names what does not fit.
+            QatkitError: the loss needs full teacher outputs, or the temperatures differ.
         """
-        if self.loss != "kl":
-            raise QatkitError(
-                f"loss: '{self.loss}' needs all of the teacher's outputs, and a cache holds its best classes; "
-                "write loss='kl'"
-            )
+        self.row.check_cached()
         if cache.temperature != self.temperature:
             raise QatkitError(
-                f"temperature: {self.temperature}, and the cache in {cache.folder} was made with {cache.temperature}; "
-                f"write temperature={cache.temperature} or make another cache"
+                f"{self.temperature} differs from {cache.temperature}, with which the cache in {cache.folder} was "
+                "written",
+                key="temperature",
+                advice=f"use temperature={cache.temperature}, or write another cache",
             )
 
 
 class NanWatch:
-    """Remembers the first training batch for which a teacher answered NaN."""
+    """Remember the first training batch for which the teacher returned NaN."""
 
     def __init__(self) -> None:
-        self._found: Tensor | None = None
+        self._first: Tensor | None = None
 
-    def note(self, trainer: Trainer, answer: Tensor) -> None:
-        """Look at an answer; on the device, as to ask it would make every step wait.
+    def note(self, trainer: Trainer, answer: Tensor, mask: Tensor | None) -> None:
+        """Record whether an output contains NaN, on its device: reading the result would stall every step.
+
+        Args:
+            trainer: Provides the batch number.
+            answer: Teacher output ``[..., size]``.
+            mask: True where a position counts ``[...]``; None counts all.
 
         Raises:
-            QatkitError: it holds NaN, and it is on the CPU.
+            QatkitError: it contains NaN, and it is on the CPU.
         """
-        if self._found is None:
-            self._found = torch.full((), -1, dtype=torch.int64, device=answer.device)
+        if self._first is None:
+            self._first = torch.full((), -1, dtype=torch.int64, device=answer.device)
         batch = trainer.fit_loop.total_batch_idx
-        self._found = torch.where((self._found < 0) & answer.isnan().any(), batch, self._found)
-        if self._found.device.type == "cpu":
+        nan = answer.isnan() if mask is None else answer.isnan() & mask.to(answer.device).unsqueeze(-1)
+        self._first = torch.where((self._first < 0) & nan.any(), batch, self._first)
+        if self._first.device.type == "cpu":
             self.check()
 
     def after_batch(self, trainer: Trainer) -> None:
-        """Check now and then.
+        """Check on the CPU after every batch, elsewhere every `EVERY` steps.
 
         Raises:
             QatkitError: as `check`.
         """
-        # elsewhere than on the CPU, reading the number waits for the device
-        if self._found is not None and (self._found.device.type == "cpu" or trainer.global_step % EVERY == 0):
+        if self._first is not None and (self._first.device.type == "cpu" or trainer.global_step % EVERY == 0):
             self.check()
 
     def check(self) -> None:
-        """Raise if there was a NaN.
+        """Raise if an output contained NaN.
 
         Raises:
             QatkitError: names the batch.
         """
-        if self._found is not None and self._found >= 0:
-            batch, self._found = int(self._found), None
+        if self._first is not None and self._first >= 0:
+            batch, self._first = int(self._first), None
             raise QatkitError(
-                f"teacher: its outputs for training batch {batch}, counted from 0, hold NaN; check that batch for "
-                "empty or overlong inputs, and the precision: a teacher trained in bf16 overflows in fp16"
+                f"its outputs for training batch {batch}, counted from 0, contain NaN",
+                key="teacher",
+                advice="check that batch for empty or overlong inputs, and the precision: a teacher trained in bf16 "
+                "overflows in fp16",
             )

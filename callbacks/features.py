@@ -1,4 +1,4 @@
-"""What student and teacher compute inside, recorded by hooks and compared."""
+"""Feature distillation: hooks record features of student and teacher, and losses compare them."""
 
 from __future__ import annotations
 
@@ -12,63 +12,60 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from qatkit.distillation.features import (
-    Projections,
-    attention_transfer_loss,
-    hidden_cosine_loss,
-    hidden_mse_loss,
-    pair_layers,
-    relation_loss,
-)
-from qatkit.errors import QatkitError
-
-HIDDEN_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": hidden_mse_loss, "cosine": hidden_cosine_loss}
+from qatkit.common.tables import implementation
+from qatkit.distillation.divergences import HIDDEN_LOSSES
+from qatkit.distillation.features import Projections, attention_transfer_loss, pair_layers, relation_loss
+from qatkit.distillation.losses import zero_uncounted
+from qatkit.errors import QatkitError, under
 
 
 @dataclass(frozen=True)
 class HiddenMatch:
-    """Hidden states of the student that are to be those of the teacher."""
+    """Match the student's hidden states to those of the teacher."""
 
     layers: Mapping[str, str]
-    """The teacher's submodule for each submodule of the student, or globs such as ``{"layers.*": "layers.*"}``; their
+    """Student submodules, each with its teacher submodule: names, or globs such as ``{"layers.*": "layers.*"}``. Their
     outputs ``[..., width]`` are compared."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss."""
-    loss: Literal["mse", "cosine"] = "mse"
+    loss: str = "mse"
+    """Either "mse" or "cosine"."""
     widths: tuple[int, int] | None = None
-    """Widths of student and teacher where they differ: a linear map for each pair is then learned."""
+    """Student width and teacher width where they differ: each pair of layers then learns a linear map."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """Where a glob matches more layers of the teacher: spread over them with the last one, or the last ones."""
+    """Where a glob matches more teacher layers than student layers: spread over them and end with the last one, or take
+    the last ones."""
 
     def __post_init__(self) -> None:
         _check("hidden", self.layers, self.weight)
-        if self.loss not in HIDDEN_LOSSES:
-            raise QatkitError(f"hidden.loss: '{self.loss}' is unknown; write one of {list(HIDDEN_LOSSES)}")
+        HIDDEN_LOSSES.row(self.loss, key="hidden.loss")
 
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """What the student attends to, which is to be what the teacher attends to."""
+    """Match the student's attention to that of the teacher."""
 
     layers: Mapping[str, str]
-    """The teacher's submodule for each submodule of the student, or globs: convolutions, or the layers that make
-    queries, keys or values."""
+    """Student submodules, each with its teacher submodule: convolutions, or the projections that compute queries, keys
+    or values."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss."""
     heads: int | None = None
-    """Relation heads of MiniLMv2 over queries, keys or values ``[batch, length, width]``; None transfers the attention
-    of feature maps ``[batch, channels, height, width]``."""
+    """Number of MiniLMv2 relation heads over queries, keys or values ``[batch, length, width]``; None transfers the
+    attention of feature maps ``[batch, channels, height, width]``."""
     layers_by: Literal["uniform", "last"] = "uniform"
     """As in `HiddenMatch`."""
 
     def __post_init__(self) -> None:
         _check("attention", self.layers, self.weight)
         if self.heads is not None and self.heads < 1:
-            raise QatkitError(f"attention.heads: {self.heads} is out of range; write a number of at least 1")
+            raise QatkitError(
+                f"{self.heads} is out of range", key="attention.heads", advice="use an integer of at least 1"
+            )
 
 
 class FeatureMatch:
-    """Records the outputs of layers while student and teacher run, and compares them.
+    """Record layer outputs while student and teacher run, and compare them.
 
     Args:
         hidden: Hidden states to compare.
@@ -79,16 +76,16 @@ class FeatureMatch:
         self.hidden = hidden
         self.attention = attention
         self.projections: Projections | None = None
-        """Where widths differ, from `attach` on."""
+        """Learned maps where widths differ; made by `attach`."""
         self._pairs: tuple[dict[str, str], dict[str, str]] = ({}, {})
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def attach(self, student: nn.Module, teacher: nn.Module | Sequence[str]) -> list[Callable[[], None]]:
-        """Put hooks on the layers; returns what removes them.
+        """Register hooks on the layers; returns the functions that remove them.
 
         Args:
-            student: Trains.
-            teacher: Answers; or the names of its layers whose states come from elsewhere.
+            student: The student.
+            teacher: The teacher; or the names of its layers, where their states come from a cache.
 
         Raises:
             QatkitError: a name or glob matches no submodule.
@@ -96,13 +93,13 @@ class FeatureMatch:
         names = [name for name, _ in student.named_modules()]
         theirs = [name for name, _ in teacher.named_modules()] if isinstance(teacher, nn.Module) else teacher
         hidden, attention = (
-            {} if match is None else pair_layers(match.layers, names, theirs, match.layers_by)
-            for match in (self.hidden, self.attention)
+            _paired(key, match, names, theirs)
+            for key, match in (("hidden", self.hidden), ("attention", self.attention))
         )
         self._pairs = (hidden, attention)
         widths = None if self.hidden is None else self.hidden.widths
         if widths is not None and (self.projections is None or len(self.projections.maps) != len(hidden)):
-            with isolate_rng():  # the same on every process, and nothing taken from the user's generator
+            with isolate_rng():  # the same on every process, without a draw from the user's generator
                 torch.manual_seed(0)
                 self.projections = Projections(len(hidden), *widths)
         undo: list[Callable[[], None]] = []
@@ -115,7 +112,7 @@ class FeatureMatch:
         return undo
 
     def train_projections(self, trainer: Trainer, module: LightningModule) -> None:
-        """Give the learned maps, where there are some, to the module's optimizer.
+        """Add the learned maps to the module's optimizer.
 
         Raises:
             QatkitError: the module's weights are sharded.
@@ -124,16 +121,18 @@ class FeatureMatch:
             return
         if any(hasattr(weight, "full_tensor") for weight in module.parameters()):
             raise QatkitError(
-                "hidden.widths: learned maps cannot be trained beside sharded weights in one optimizer; compare layers "
-                "of equal width, or use attention=AttentionMatch(..., heads=...), which needs none"
+                "learned maps cannot be trained in one optimizer with sharded weights",
+                key="hidden.widths",
+                advice="compare layers of equal width, or use attention=AttentionMatch(..., heads=...), which needs no "
+                "maps",
             )
         self.projections.to(module.device)
-        # in a group that exists: a scheduler made for the optimizer counts its groups. Before the optimizer's state is
-        # restored, so that a checkpoint's fits
+        # in an existing group: schedulers count the optimizer's groups. Before the optimizer's state is restored, so
+        # that the state of a checkpoint fits
         trainer.optimizers[0].param_groups[0]["params"] += list(self.projections.parameters())
 
     def average_gradients(self, trainer: Trainer) -> None:
-        """Of the learned maps over all processes: the module that the strategy wraps does not have them."""
+        """Average the learned maps' gradients over processes: the module that the strategy wraps does not hold them."""
         if self.projections is None or trainer.world_size == 1:
             return
         for weight in self.projections.parameters():
@@ -143,7 +142,7 @@ class FeatureMatch:
                 weight.grad = reduced
 
     def take(self, side: Literal[0, 1]) -> dict[str, Tensor]:
-        """What the student (0) or the teacher (1) computed since the last call of this method."""
+        """Features of the student (0) or the teacher (1) recorded since the last call."""
         seen = dict(self._seen[side])
         self._seen[side].clear()
         return seen
@@ -152,8 +151,8 @@ class FeatureMatch:
         """The weighted sum of both comparisons; None where there are none.
 
         Args:
-            student: What `take` gave for the student.
-            teacher: What `take` gave for the teacher.
+            student: Features of the student from `take`.
+            teacher: Features of the teacher from `take`.
             mask: True where a token counts, ``[batch, length]``.
         """
         terms = []
@@ -163,10 +162,13 @@ class FeatureMatch:
                 _check_widths(names, pair, self.hidden.widths)
             ours = [pair[0] for pair in pairs]
             if self.projections is not None:
-                ours = self.projections([state.to(next(self.projections.parameters()).dtype) for state in ours])
-            compare = HIDDEN_LOSSES[self.hidden.loss]
+                dtype = next(self.projections.parameters()).dtype
+                # non-finite states of padding would reach the gradient of the maps
+                counted = [zero_uncounted(state, _mask_for(mask, state)) for state in ours]
+                ours = self.projections([state.to(dtype) for state in counted])
+            compare: Callable[..., Tensor] = implementation(HIDDEN_LOSSES[self.hidden.loss].function)
             losses = [
-                compare(state, theirs, _fitting(mask, state)) for state, (_, theirs) in zip(ours, pairs, strict=True)
+                compare(state, theirs, _mask_for(mask, state)) for state, (_, theirs) in zip(ours, pairs, strict=True)
             ]
             terms.append(self.hidden.weight * torch.stack(losses).mean())
         if self.attention is not None:
@@ -177,11 +179,20 @@ class FeatureMatch:
             losses = [
                 attention_transfer_loss(*pair)
                 if heads is None
-                else relation_loss(*pair, heads, _fitting(mask, pair[0]))
+                else relation_loss(*pair, heads, _mask_for(mask, pair[0]))
                 for pair in pairs
             ]
             terms.append(self.attention.weight * torch.stack(losses).mean())
         return torch.stack(terms).sum() if terms else None
+
+
+def _paired(
+    key: str, match: HiddenMatch | AttentionMatch | None, student: Sequence[str], teacher: Sequence[str]
+) -> dict[str, str]:
+    if match is None:
+        return {}
+    with under(key):
+        return pair_layers(match.layers, student, teacher, match.layers_by)
 
 
 def _keep(seen: dict[str, Tensor], name: str, trains: bool) -> Callable[..., None]:
@@ -190,7 +201,9 @@ def _keep(seen: dict[str, Tensor], name: str, trains: bool) -> Callable[..., Non
             return
         tensor = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(tensor, Tensor):
-            raise QatkitError(f"layers: '{name}' returns {type(tensor).__name__}, not a tensor; name a layer inside it")
+            raise QatkitError(
+                f"'{name}' returns {type(tensor).__name__}, not a tensor", key="layers", advice="name a submodule of it"
+            )
         seen[name] = tensor
 
     return hook
@@ -200,18 +213,22 @@ def _pair(student: dict[str, Tensor], teacher: dict[str, Tensor], ours: str, the
     for role, seen, name in (("student", student, ours), ("teacher", teacher, theirs)):
         if name not in seen:
             raise QatkitError(
-                f"layers: '{name}' of the {role} never ran where its hook could see it; name a layer that its forward "
-                "calls, and compile the model after the Trainer has begun, or not at all"
+                f"the hook on '{name}' of the {role} recorded no output",
+                key="layers",
+                advice="name a layer that its forward calls, and compile the model after the Trainer has started, or "
+                "not at all",
             )
     return student[ours], teacher[theirs]
 
 
 def _check_widths(names: tuple[str, str], pair: tuple[Tensor, Tensor], widths: tuple[int, int] | None) -> None:
-    found = pair[0].shape[-1], pair[1].shape[-1]
-    if found != tuple(widths or (found[0], found[0])):
+    seen = pair[0].shape[-1], pair[1].shape[-1]
+    if seen != tuple(widths or (seen[0], seen[0])):
         raise QatkitError(
-            f"hidden.widths: {widths}, and layer '{names[0]}' of the student returns {list(pair[0].shape)}, "
-            f"'{names[1]}' of the teacher {list(pair[1].shape)}; write widths={found}, or compare other layers"
+            f"{widths}, but layer '{names[0]}' of the student returns {list(pair[0].shape)} and '{names[1]}' of the "
+            f"teacher {list(pair[1].shape)}",
+            key="hidden.widths",
+            advice=f"use widths={seen}, or compare other layers",
         )
 
 
@@ -219,19 +236,24 @@ def _check_maps(states: Mapping[str, Tensor]) -> None:
     for name, state in states.items():
         if state.dim() != 4:
             raise QatkitError(
-                f"attention.heads: None is for feature maps [batch, channels, height, width], and layer '{name}' "
-                f"returns {list(state.shape)}; write heads=4 for queries, keys or values, or name convolutions"
+                f"None requires feature maps [batch, channels, height, width], and layer '{name}' returns "
+                f"{list(state.shape)}",
+                key="attention.heads",
+                advice="use heads=4 for queries, keys or values, or name convolutions",
             )
 
 
-def _fitting(mask: Tensor | None, states: Tensor) -> Tensor | None:
-    return mask if mask is not None and mask.shape == states.shape[:2] and states.dim() == 3 else None
+def _mask_for(mask: Tensor | None, states: Tensor) -> Tensor | None:
+    """The mask as booleans where it fits states ``[batch, length, width]``."""
+    return mask.bool() if mask is not None and mask.shape == states.shape[:2] and states.dim() == 3 else None
 
 
 def _check(key: str, layers: Mapping[str, str], weight: float) -> None:
     if not isinstance(layers, Mapping) or not layers:
         raise QatkitError(
-            f"{key}.layers: {layers!r} names no layers; write {{'layer of the student': 'of the teacher'}}"
+            f"{layers!r} names no layers",
+            key=f"{key}.layers",
+            advice="use {'student layer': 'teacher layer'}",
         )
     if not (weight > 0 and math.isfinite(weight)):
-        raise QatkitError(f"{key}.weight: {weight} is out of range; write a number above 0")
+        raise QatkitError(f"{weight} is out of range", key=f"{key}.weight", advice="use a number above 0")

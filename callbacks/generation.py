@@ -1,4 +1,4 @@
-"""Training batches that student or teacher write: whose turn it is and what is drawn depend on seed and step alone."""
+"""Generated training batches: the seed and the step decide which model generates and which tokens it draws."""
 
 from __future__ import annotations
 
@@ -10,70 +10,73 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from qatkit.distillation.generation import cut_prompts, generated_batch, writer_in
+from qatkit.distillation.generation import cut_prompts, generated_batch, generator_in
 from qatkit.errors import QatkitError
 
-Writer = Literal["student", "teacher"]
+Role = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Continuations of the batch's texts, written while training and trained on instead of the texts."""
+    """Train on continuations of the batch's texts, generated during training, instead of on the texts."""
 
     fraction: float | Callable[[float], float] = 1.0
-    """Share of the batches, 0 to 1; or a function of the training's progress in [0, 1]."""
+    """Fraction of the batches, 0 to 1; or a function of training progress in [0, 1]."""
     prompt: int | None = None
-    """Tokens that are kept of a text; None keeps those before the first that has a label."""
+    """Prompt length in tokens; None cuts each text before its first label."""
     new_tokens: int = 32
-    """Tokens that are written at most."""
+    """Maximum number of generated tokens."""
     temperature: float = 1.0
-    """Divides the logits before a token is drawn; 0 takes the most probable one."""
+    """Divides the logits before sampling; 0 takes the most probable token."""
     eos: Sequence[int] | None = None
-    """Tokens that end a text; by default those of the model's generation config, else of the data's tokenizer."""
+    """Tokens that end a text; by default from the model's generation config, else from the data's tokenizer."""
     seed: int = 0
-    """Decides which batches and what is drawn."""
+    """Decides which batches are generated, and the sampling."""
 
     def __post_init__(self) -> None:
         if not callable(self.fraction) and not 0 <= self.fraction <= 1:
-            raise QatkitError(f"fraction: {self.fraction} is out of range; write a number from 0 to 1")
+            raise QatkitError(f"{self.fraction} is out of range", key="fraction", advice="use a number from 0 to 1")
         for name, value in (("prompt", self.prompt), ("new_tokens", self.new_tokens)):
             if value is not None and value < 1:
-                raise QatkitError(f"{name}: {value} is out of range; write a number of at least 1")
+                raise QatkitError(f"{value} is out of range", key=name, advice="use an integer of at least 1")
         if self.temperature < 0:
-            raise QatkitError(f"temperature: {self.temperature} is out of range; write 0 or a number above 0")
+            raise QatkitError(
+                f"{self.temperature} is out of range", key="temperature", advice="use 0 or a number above 0"
+            )
 
-    def share(self, progress: float) -> float:
-        """Share of the batches at a point of training."""
+    def fraction_at(self, progress: float) -> float:
+        """The fraction of generated batches at a point of training."""
         return self.fraction(progress) if callable(self.fraction) else self.fraction
 
 
-class Writers:
-    """Decides for every training batch who writes its texts, and lets it write.
+class Generators:
+    """Decide for each training batch whether student or teacher generates its texts, and generate them.
 
     Args:
-        on_policy: What the student writes.
-        sequence_level: What the teacher writes.
+        on_policy: The student's generation.
+        sequence_level: The teacher's generation.
 
     Raises:
-        QatkitError: together they want more than all batches.
+        QatkitError: the two fractions add up to more than all batches.
     """
 
     def __init__(self, on_policy: Generation | None, sequence_level: Generation | None) -> None:
-        self.plans: dict[Writer, Generation] = {}
-        self.now: Writer | None = None
-        """Who wrote the texts of this training step."""
+        self.plans: dict[Role, Generation] = {}
+        self.now: Role | None = None
+        """The model that generated the texts of this training step."""
         if on_policy is not None:
             self.plans["student"] = on_policy
         if sequence_level is not None:
             self.plans["teacher"] = sequence_level
-        shares = [0.0 if callable(plan.fraction) else plan.fraction for plan in self.plans.values()]
-        if sum(shares) > 1:
+        fractions = [0.0 if callable(plan.fraction) else plan.fraction for plan in self.plans.values()]
+        if sum(fractions) > 1:
             raise QatkitError(
-                f"on_policy.fraction: {shares[0]} and sequence_level.fraction: {shares[1]} are more than all batches; "
-                "write two numbers whose sum is at most 1"
+                f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than all batches",
+                key="on_policy.fraction",
+                advice="use two fractions whose sum is at most 1",
             )
 
-    def rewritten(
+    def replace_batch(
         self,
         args: tuple[Any, ...],
         trainer: Trainer,
@@ -81,63 +84,65 @@ class Writers:
         student: nn.Module,
         teacher: nn.Module,
     ) -> tuple[Any, ...]:
-        """The arguments of a training step, with other texts in their batch where it is somebody's turn to write.
+        """The arguments of a training step, with generated texts in the batch where a model is chosen to generate.
 
         Args:
             args: The batch and its number.
-            trainer: Says where training is.
-            progress: Of training, from the trainer.
-            student: The one model.
-            teacher: The other.
+            trainer: Provides step, rank and tokenizer.
+            progress: Returns the progress of training in [0, 1].
+            student: The student.
+            teacher: The teacher.
         """
         if not self.plans:
             return args
         batch_idx = int(args[1]) if len(args) > 1 else 0
-        who = self.now = self.whose(progress(trainer), trainer.global_step, batch_idx)
-        if who is None:
+        role = self.now = self.choose(progress(trainer), trainer.global_step, batch_idx)
+        if role is None:
             return args
-        plan = self.plans[who]
-        model = writer_in(student, "on_policy") if who == "student" else writer_in(teacher, "sequence_level")
+        plan = self.plans[role]
+        model = generator_in(student, "on_policy") if role == "student" else generator_in(teacher, "sequence_level")
         prompts, mask = cut_prompts(args[0], plan.prompt)
-        eos = plan.eos if plan.eos is not None else ends_of(model, tokenizer_of(trainer))
+        eos = plan.eos if plan.eos is not None else eos_tokens(model, tokenizer_of(trainer))
         seed = _seed(plan.seed, trainer.global_step, batch_idx, trainer.global_rank + 1)
         batch = generated_batch(model, prompts, mask, plan.new_tokens, plan.temperature, eos, seed)
         return (batch, *args[1:])
 
-    def whose(self, progress: float, step: int, batch_idx: int) -> Writer | None:
-        """Who writes a batch; the same on every process, as sharded models must run together."""
+    def choose(self, progress: float, step: int, batch_idx: int) -> Role | None:
+        """The model that generates a batch; the same on every process, as sharded models must run together."""
         seed = next(iter(self.plans.values())).seed
         drawn = torch.rand((), generator=torch.Generator().manual_seed(_seed(seed, step, batch_idx))).item()
         below = 0.0
-        for who, plan in self.plans.items():
-            below += plan.share(progress)
+        for role, plan in self.plans.items():
+            below += plan.fraction_at(progress)
             if drawn < below:
-                return who
+                return role
         return None
 
 
-def refuse_plans(on_policy: Generation | None, sequence_level: Generation | None) -> None:
-    """Refuse texts that a cache cannot know.
+def check_no_generation(on_policy: Generation | None, sequence_level: Generation | None) -> None:
+    """Refuse generated texts with a cached teacher.
 
     Raises:
-        QatkitError: there is a plan.
+        QatkitError: one of the two is given.
     """
     for key, plan in (("on_policy", on_policy), ("sequence_level", sequence_level)):
         if plan is not None:
-            raise QatkitError(f"{key}: a cache knows only the data's texts; pass the teacher itself, or leave it out")
+            raise QatkitError(
+                "a cache holds no outputs for generated texts", key=key, advice=f"use a live teacher, or remove {key}"
+            )
 
 
 def tokenizer_of(trainer: Trainer) -> Any:
-    """The tokenizer that a data module may have."""
+    """The tokenizer of the data module; None where it has none."""
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 
-def ends_of(writer: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text of a model of transformers."""
-    found = writer.generation_config.eos_token_id
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [int(found)]
+def eos_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """End-of-text tokens from a model's generation config, else from the tokenizer."""
+    tokens = model.generation_config.eos_token_id
+    if tokens is None:
+        tokens = getattr(tokenizer, "eos_token_id", None)
+    return [] if tokens is None else list(tokens) if isinstance(tokens, (list, tuple)) else [int(tokens)]
 
 
 def _seed(*numbers: int) -> int:

@@ -1,4 +1,4 @@
-"""The logits in whatever a model returns."""
+"""The logits in a model's output, whatever its type."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from qatkit.errors import QatkitError
 
 
 def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:
-    """The logits in what a model returned.
+    """The logits in a model's output.
 
     Args:
-        output: A tensor, or a dict, a tuple or an object that holds tensors, such as a `ModelOutput`.
-        keys: Keys or positions of the tensors; None for the output itself, or its "logits".
+        output: A tensor, or a dict, tuple or object that holds tensors, such as a `ModelOutput`.
+        keys: Keys or indices of the tensors; None for the output itself, or its "logits".
 
     Raises:
-        QatkitError: there are no tensors at these keys.
+        QatkitError: a key does not name a tensor.
     """
     if keys is None:
-        found = [output if isinstance(output, Tensor) else _entry(output, "logits")]
+        tensors = [output if isinstance(output, Tensor) else _entry(output, "logits")]
     else:
-        found = [_entry(output, key) for key in keys]
-    if all(isinstance(logits, Tensor) for logits in found):
-        return found
+        tensors = [_entry(output, key) for key in keys]
+    if all(isinstance(logits, Tensor) for logits in tensors):
+        return tensors
     if isinstance(output, Mapping):
-        has = f"a {type(output).__name__} with {list(output)}"
+        kind = f"a {type(output).__name__} with {list(output)}"
     else:
-        has = f"{type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")
-    missing = [key for key, logits in zip(keys or ["logits"], found, strict=True) if not isinstance(logits, Tensor)]
+        kind = f"{type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")
+    missing = [key for key, logits in zip(keys or ["logits"], tensors, strict=True) if not isinstance(logits, Tensor)]
     raise QatkitError(
-        f"distillation needs logits; the model returned {has} without any at {missing}; write outputs=[...] with the "
-        "keys or positions of the tensors to compare"
+        f"the model returned {kind} without a tensor at {missing}",
+        key="outputs",
+        advice="pass outputs=[...] with the keys or indices of the tensors to compare",
     )
 
 

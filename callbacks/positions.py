@@ -1,25 +1,27 @@
-"""Which positions of a sequence count, from what a training step hands around anyway."""
+"""Which positions of a batch count, and in which dimension the classes are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qatkit.distillation.losses import IGNORED
+from qatkit.common.labels import IGNORED
+from qatkit.errors import QatkitError
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""How transformers names the models whose logits at one position predict the token at the next."""
+"""Class name endings of transformers models whose logits at one position predict the token at the next."""
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model, or one inside of it, is a language model of transformers that predicts the next token."""
+    """Whether the model, or a submodule, is a transformers language model that predicts the next token."""
     return any(base.__name__.endswith(CAUSAL) for part in model.modules() for base in type(part).__mro__)
 
 
-def find(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) -> Tensor | None:
-    """A tensor of this name in the arguments of a call, else in the batch.
+def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) -> Tensor | None:
+    """A tensor by name from the arguments of a call, else from the batch.
 
     The labels of a batch that is a tuple or list are its second element.
     """
@@ -32,14 +34,16 @@ def find(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) 
     return None
 
 
-def counted(logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, causal: bool) -> Tensor | None:
-    """True where the logits count: the label is not -100 and the token no padding; None where all do.
+def counted_positions(
+    logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, causal: bool
+) -> Tensor | None:
+    """True where logits count: the label is not -100 and the token is not padding; None where all count.
 
     Args:
         logits: ``[..., classes]``.
-        labels: Used where they are whole numbers ``[...]``.
+        labels: Used where they are integers ``[...]``.
         attention_mask: Used where it is ``[...]``.
-        causal: The logits at one position answer to the label at the next, so the last position answers to none.
+        causal: Logits at one position predict the label at the next, so those at the last position do not count.
     """
     places = logits.shape[:-1]
     mask: Tensor | None = None
@@ -54,6 +58,39 @@ def counted(logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None
     following = following.roll(-1, dims=1)
     following[:, -1] = False
     return _both(following, present)
+
+
+def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classes: bool) -> None:
+    """Refuse dense predictions such as ``[N, C, H, W]``, whose classes are not in the last dimension.
+
+    Args:
+        logits: Of the student, ``[..., classes]`` if they are supported.
+        labels: Decide where they are integers with the shape of the logits without one dimension.
+        compares_classes: Whether the loss compares probabilities of classes.
+
+    Raises:
+        QatkitError: the labels show that another dimension holds the classes, or four-dimensional logits have no
+            labels that show the last one does.
+    """
+    if logits.dim() < 3:
+        return
+    shape: torch.Size | None = None
+    if labels is not None and not labels.is_floating_point():
+        extra = labels.dim() == logits.dim() and labels.shape[1] == 1  # [N, 1, H, W]
+        shape = labels.squeeze(1).shape if extra else labels.shape
+    others = [dim for dim in range(1, logits.dim() - 1) if logits.shape[:dim] + logits.shape[dim + 1 :] == shape]
+    is_last = shape == logits.shape[:-1] and (logits.dim() == 3 or not others)  # square texts are texts
+    if is_last or not (others or (compares_classes and logits.dim() > 3)):
+        return
+    dim = others[0] if others else 1
+    seen = f"logits have shape {list(logits.shape)}" + ("" if labels is None else f", labels {list(labels.shape)}")
+    reason = f"so dimension {dim} holds the classes" if others else "so the class dimension is unknown"
+    raise QatkitError(
+        f"{seen}, {reason}, and distillation compares the last dimension; dense prediction is not supported here",
+        key="outputs",
+        advice=f"return logits with the classes last, or remove KnowledgeDistillation and add "
+        f"qatkit.distillation.kd_loss(student.movedim({dim}, -1), teacher.movedim({dim}, -1)) in training_step",
+    )
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:

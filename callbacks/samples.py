@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from qatkit.callbacks.generation import ends_of, tokenizer_of
+from qatkit.callbacks.generation import eos_tokens, tokenizer_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from qatkit.distillation.generation import check_length, generated_batch, writer_in
+from qatkit.distillation.generation import check_length, generated_batch, generator_in
 from qatkit.errors import QatkitError
 
 
@@ -101,7 +101,7 @@ class TextSamples(Callback):
 
     def _texts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What the model writes behind every prompt."""
-        model: Any = writer_in(pl_module, "prompts")
+        model: Any = generator_in(pl_module, "prompts")
         longest = max(map(len, self._tokens))
         # padded on the left, as generate() wants them
         tokens = torch.tensor([[0] * (longest - len(row)) + row for row in self._tokens])
@@ -109,7 +109,7 @@ class TextSamples(Callback):
         compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())
         # it would be compiled again for every length of a text
         eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-        ends = ends_of(model, self.tokenizer)
+        ends = eos_tokens(model, self.tokenizer)
         with eager, trainer.precision_plugin.forward_context():
             batch = generated_batch(model, tokens, mask, self.max_new_tokens, 0.0, ends, seed=0)
         return [self._decoded(ids, labels) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]

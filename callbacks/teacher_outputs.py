@@ -1,4 +1,4 @@
-"""What a teacher says to one call of the student: live, or from a cache."""
+"""Teacher outputs for one call of the student: from a live teacher, or from a cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qatkit.callbacks.divergence import Divergence
+from qatkit.callbacks.divergence import DistillationLoss
 from qatkit.callbacks.outputs import logits_of
-from qatkit.callbacks.positions import counted
-from qatkit.callbacks.teachers import asked
+from qatkit.callbacks.positions import check_class_dimension, counted_positions
+from qatkit.callbacks.teachers import call_teacher
 from torch import Tensor
 
 from qatkit.distillation.cache import CachedTeacher
@@ -19,19 +19,19 @@ from qatkit.errors import QatkitError
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """One call's distillation."""
+class TeacherOutputs:
+    """Teacher outputs for one call of the student, compared with the student's."""
 
-    divergences: list[Tensor]
-    """One for each output that is compared."""
+    losses: list[Tensor]
+    """One distillation loss per compared output."""
     agreements: list[Callable[[], Tensor]]
-    """Tell where student and teacher name the same class."""
-    answers: list[Tensor] = field(default_factory=list)
-    """What a live teacher said, to be looked at for NaN."""
+    """Functions that return True where student and teacher predict the same class."""
+    answers: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """Outputs of a live teacher ``[..., size]`` and the positions that count, to be checked for NaN."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
-    """What it computed inside, where a cache holds that."""
+    """Cached hidden states by layer name."""
     fused: Terms | None = None
-    """Where the student's loss was computed with the distillation term."""
+    """The terms of a loss that was computed without logits."""
 
 
 @dataclass(frozen=True)
@@ -42,55 +42,62 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     states: dict[str, Tensor]
-    """What the student computed inside."""
+    """The student's recorded features by layer name."""
     labels: Tensor | None
     present: Tensor | None
     """The attention mask."""
-    lesson: Lesson | None = None
-    """Where the teacher has answered already."""
+    teacher_outputs: TeacherOutputs | None = None
+    """Teacher outputs that were computed during the call."""
 
 
-def live_lesson(
-    teacher: Teacher, call: Call, divergence: Divergence, outputs: Sequence[str | int] | None, causal: bool
-) -> Lesson:
-    """Ask the teacher.
+def live_teacher_outputs(
+    teacher: Teacher, call: Call, loss: DistillationLoss, outputs: Sequence[str | int] | None, causal: bool
+) -> TeacherOutputs:
+    """Call the teacher and compare its outputs with the student's.
 
     Args:
-        teacher: Gets the inputs of the call.
-        call: Of the student.
-        divergence: What is compared.
-        outputs: Which outputs; see `KnowledgeDistillation`.
-        causal: Whether logits answer to the next label.
+        teacher: Called with the inputs of the student.
+        call: The call of the student.
+        loss: The distillation loss.
+        outputs: Compared outputs; see `KnowledgeDistillation`.
+        causal: Whether logits predict the next label.
 
     Raises:
-        QatkitError: the outputs do not fit.
+        QatkitError: the outputs do not fit each other.
     """
-    lesson = Lesson([], [])
-    answer = asked(teacher, call.args, call.kwargs)
-    for student, said in zip(logits_of(call.output, outputs), logits_of(answer, outputs), strict=True):
-        lesson.answers.append(said)
-        ours, theirs = divergence.trimmed(student, said.to(student.device))
-        lesson.divergences.append(divergence(ours, theirs, counted(ours, call.labels, call.present, causal)))
-        lesson.agreements.append(lambda s=ours, t=theirs: s.argmax(dim=-1) == t.argmax(dim=-1))  # type: ignore[misc]
-    return lesson
+    result = TeacherOutputs([], [])
+    answer = call_teacher(teacher, call.args, call.kwargs)
+    for student, other in zip(logits_of(call.output, outputs), logits_of(answer, outputs), strict=True):
+        check_class_dimension(student, call.labels, loss.row.compares_classes)
+        ours, theirs = loss.trimmed(student, other.to(student.device))
+        mask = counted_positions(ours, call.labels, call.present, causal)
+        result.answers.append((other, mask))
+        result.losses.append(loss(ours, theirs, mask))
+        result.agreements.append(lambda s=ours, t=theirs: s.argmax(dim=-1) == t.argmax(dim=-1))  # type: ignore[misc]
+    return result
 
 
-def cached_lesson(
-    cache: CachedTeacher, call: Call, divergence: Divergence, outputs: Sequence[str | int] | None, causal: bool
-) -> Lesson:
-    """Look up what the teacher said; arguments as of `live_lesson`.
+def cached_teacher_outputs(
+    cache: CachedTeacher, call: Call, loss: DistillationLoss, outputs: Sequence[str | int] | None, causal: bool
+) -> TeacherOutputs:
+    """Look up teacher outputs and compare them with the student's; arguments as in `live_teacher_outputs`.
 
     Raises:
-        QatkitError: a sample is not in the cache, or the outputs do not fit.
+        QatkitError: a sample is not in the cache, or the outputs do not fit each other.
     """
     (logits, *others) = logits_of(call.output, outputs)
     if others:
-        raise QatkitError(f"outputs: {outputs} are several, and a cache holds one; write one, or take a live teacher")
+        raise QatkitError(
+            f"{outputs} are several outputs, and a cache holds one",
+            key="outputs",
+            advice="name one output, or use a live teacher",
+        )
+    check_class_dimension(logits, call.labels, loss.row.compares_classes)
     targets = cache.answer(call.args, call.kwargs).map(lambda part: part.to(logits.device))
-    ours, fitting = divergence.fitted(logits, targets, cache)
-    mask = counted(ours, call.labels, call.present, causal)
-    return Lesson(
-        [divergence.from_cache(ours, fitting, mask)],
+    ours, fitting = loss.fitted(logits, targets, cache)
+    mask = counted_positions(ours, call.labels, call.present, causal)
+    return TeacherOutputs(
+        [loss.from_cache(ours, fitting, mask)],
         [lambda: ours.argmax(dim=-1) == fitting.indices[..., 0]],
         states=fitting.hidden,
     )

@@ -1,4 +1,4 @@
-"""Who may teach, and in what the teacher of a `KnowledgeDistillation` is held."""
+"""Teachers of `KnowledgeDistillation`: accepted types, checks against the student, and the call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qatkit.errors import QatkitError
 from qatkit.quantization.prepare import fake_quantizers
 
 
-def held(teacher: Any) -> Teacher | None:
-    """What a user gave as teacher, as it is held; None where it is to be a copy of the student, or is a cache.
+def live_teacher(teacher: Any) -> Teacher | None:
+    """Wrap a module as a `Teacher`; None for "self", which is copied later, and for a cached teacher.
 
     Raises:
-        QatkitError: it is no model.
+        QatkitError: it is not a model.
     """
     if teacher == "self" or isinstance(teacher, CachedTeacher):
         return None
@@ -29,69 +29,77 @@ def held(teacher: Any) -> Teacher | None:
         return teacher
     if isinstance(teacher, nn.Module):
         return Teacher(teacher)
-    said = f"'{teacher}'" if isinstance(teacher, str) else type(teacher).__name__
+    seen = f"'{teacher}'" if isinstance(teacher, str) else type(teacher).__name__
     raise QatkitError(
-        f"teacher: {said} is no model; pass a torch.nn.Module, a Teacher or a CachedTeacher, or write 'self'"
+        f"{seen} is not a model",
+        key="teacher",
+        advice="pass a torch.nn.Module, a Teacher, a CachedTeacher or 'self'",
     )
 
 
 def frozen_copy(student: nn.Module, trainer: Trainer) -> nn.Module:
-    """The student as it is, for "self".
+    """Copy the student as its own teacher.
 
     Raises:
-        QatkitError: it is quantized already.
+        QatkitError: the student is already quantized.
     """
     if fake_quantizers(student):
         raise QatkitError(
-            "teacher: 'self' is quantized already and would teach its own errors; put KnowledgeDistillation before "
-            "QuantizationAwareTraining in the list of callbacks, or pass the model itself"
+            "'self' is quantized already and would teach its own errors",
+            key="teacher",
+            advice="put KnowledgeDistillation before QuantizationAwareTraining in the list of callbacks, or pass the "
+            "model itself",
         )
-    # a LightningModule holds its Trainer, and that the data: they are no part of a teacher
+    # a LightningModule holds its Trainer, which holds the data: neither is part of a teacher
     return copy.deepcopy(student, {id(trainer): None}).requires_grad_(False)
 
 
-def refuse_part(teacher: nn.Module, module: LightningModule) -> None:
-    """Refuse a teacher that is part of the module that trains.
+def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
+    """Refuse a teacher that is a submodule of the LightningModule.
 
     Raises:
-        QatkitError: it is.
+        QatkitError: it is a submodule.
     """
     if any(part is teacher for part in module.modules()):
         raise QatkitError(
-            "teacher: it is part of the module that trains, and would teach itself; pass copy.deepcopy(...) of it"
+            "it is part of the module that trains, and would teach itself",
+            key="teacher",
+            advice="pass copy.deepcopy(...) of it",
         )
 
 
-def refuse_trained(teacher: nn.Module, trainer: Trainer) -> None:
+def check_not_trained(teacher: nn.Module, trainer: Trainer) -> None:
     """Refuse a teacher with a parameter that an optimizer trains.
 
     Raises:
-        QatkitError: names it.
+        QatkitError: names the parameter.
     """
     trained = {id(weight) for optimizer in trainer.optimizers for weight in _weights(optimizer)}
     for name, weight in teacher.named_parameters():
         if id(weight) in trained:
             raise QatkitError(
-                f"teacher: its parameter '{name}' is one that the optimizer trains, so it would follow the student; "
-                "pass copy.deepcopy(...) of it, or keep it out of configure_optimizers"
+                f"the optimizer trains its parameter '{name}', so it would follow the student",
+                key="teacher",
+                advice="pass copy.deepcopy(...) of it, or leave it out of configure_optimizers",
             )
 
 
-def asked(teacher: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a teacher answers to a call of the student.
+def call_teacher(teacher: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the teacher with the inputs of the student.
 
     Raises:
-        QatkitError: it does not take what the student takes.
+        QatkitError: it does not accept them.
     """
     try:
         return teacher(*args, **kwargs)
-    except (torch.OutOfMemoryError, QatkitError):  # says what to do about it by itself
+    except (torch.OutOfMemoryError, QatkitError):  # these errors carry their own advice
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        given = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
+        inputs = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
         raise QatkitError(
-            f"teacher: it fails on what the student is called with, ({', '.join(given)}): {error}; pass a model of the "
-            "same task, which takes the same inputs"
+            f"it fails on the student's inputs ({', '.join(inputs)}): {error}",
+            key="teacher",
+            advice="pass a model of the same task that takes the same inputs",
         ) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qatkit.advise.plan import Device, Setting, StagePlan, device_of, gigabytes, settings
+from qatkit.distillation.divergences import DIVERGENCES
 from qatkit.errors import QatkitError
 from qatkit.recipe import CacheConfig, LoraConfig, Recipe, StageConfig
 from qatkit.recipe.factories import resolve
@@ -90,9 +91,10 @@ def _changes(
             f"stages.{stage}.batch_size=1 stages.{stage}.accumulate={accumulate}",
             lambda now: replace(now, stage=replace(now.stage, batch_size=1, accumulate=accumulate)),
         )
-    if setting.teacher is not None and setting.stage.distill is not None and setting.stage.distill.loss == "kl":
-        cached = replace(setting.stage.distill, cache=CacheConfig(), teacher_bits=None, on_policy=None)
-        if setting.stage.distill.cache is None and setting.stage.distill.on_policy is None:
+    distill = setting.stage.distill
+    if setting.teacher is not None and distill is not None and DIVERGENCES[distill.loss].on_top_k:
+        cached = replace(distill, cache=CacheConfig(), teacher_bits=None, on_policy=None)
+        if distill.cache is None and distill.on_policy is None:
             yield (
                 f"stages.{stage}.distill.cache={{}}",
                 lambda now: replace(now, stage=replace(now.stage, distill=cached)),

@@ -16,9 +16,8 @@ from qatkit import stages as blocks
 from qatkit.advise.step_memory import Step, StepMemory, state_memory, step_memory
 from qatkit.callbacks.fused import output_layer
 from qatkit.common.device import device_count, device_type
-from qatkit.distillation.chunked import BestClasses, Head, linear_kd_terms
-from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
-from qatkit.kernels.kd_rows import DIVERGENCES
+from qatkit.distillation.chunked import Head, TopKTargets, linear_kd_terms
+from qatkit.distillation.divergences import DIVERGENCES
 from qatkit.lora.attach import base_layers
 from qatkit.lora.heads import classification_heads
 from qatkit.quantization.prepare import prepare_qat
@@ -95,7 +94,7 @@ class Setting:
     @property
     def fused(self) -> bool:
         """Whether distillation computes the loss inside the student's call."""
-        return self.stage.distill is not None and self.stage.distill.loss in DIVERGENCES
+        return self.stage.distill is not None and _has_kernel(self.stage.distill)
 
     def memory(self) -> tuple[StepMemory, str]:
         """What is predicted, and why activations are not, where they are not."""
@@ -170,12 +169,15 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
             return mean_loss(model, batch)
         layer = output_layer(model)
         theirs = output_layer(teacher) if teacher is not None else layer
-        if layer is not None and theirs is not None and distill.loss in DIVERGENCES:
+        if layer is not None and theirs is not None and _has_kernel(distill):
             return _fused(model, layer, teacher, theirs, tokens, distill)
         logits = call(model, batch)
         with torch.no_grad():
             said = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
-        loss = distill.alpha * _divergence(logits, said, distill)
+        divergence: Tensor = DIVERGENCES[distill.loss].loss(
+            logits, said, temperature=distill.temperature, beta=distill.beta
+        )
+        loss = distill.alpha * divergence
         hard = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         return loss + (1 - distill.alpha) * hard
 
@@ -211,7 +213,7 @@ def _fused(
     rows = tokens.numel()
     if teacher is None:
         best = distill.cache.top_k if distill.cache is not None else 1
-        answer: Head | BestClasses = BestClasses(
+        answer: Head | TopKTargets = TopKTargets(
             torch.zeros(rows, best, dtype=torch.int32), torch.zeros(rows, best), torch.zeros(rows)
         )
     else:
@@ -223,12 +225,10 @@ def _fused(
     return linear_kd_terms(student, answer, tokens.flatten(), counted, *how).loss
 
 
-def _divergence(student: Tensor, teacher: Tensor, distill: DistillConfig) -> Tensor:
-    if distill.loss == "mse":
-        return mse_loss(student, teacher)
-    if distill.loss == "jsd":
-        return jsd_loss(student, teacher, distill.temperature, beta=distill.beta)
-    return (kd_loss if distill.loss == "kl" else reverse_kl_loss)(student, teacher, distill.temperature)
+def _has_kernel(distill: DistillConfig) -> bool:
+    """Whether the fused loss computes this divergence."""
+    divergence = DIVERGENCES[distill.loss]
+    return bool(divergence.rows if distill.cache is None else divergence.top_k_rows)
 
 
 def gigabytes(size: int) -> str:

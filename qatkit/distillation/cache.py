@@ -1,6 +1,7 @@
-"""A teacher that ran once: its best classes for every token on disk, served for the samples of any batch.
+"""Cached teacher: top-k teacher outputs of every training token on disk, looked up for the samples of any batch.
 
-`qatkit.distillation.store` says what a token costs, `qatkit.distillation.keys` how a sample is known again.
+`qatkit.distillation.store` defines the files and the bytes per token, `qatkit.distillation.keys` how samples are
+identified.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 
 from qatkit.distillation.keys import inputs_of, present_tokens, sample_keys
 from qatkit.distillation.sparse import sparse_kd_loss
-from qatkit.distillation.store import STATES, Targets, open_table, pack, spread, table_bytes, unpack, write_whole
+from qatkit.distillation.store import STATES, Targets, open_table, pack, spread, table_bytes, unpack, write_bytes
 from qatkit.errors import QatkitError
 
 MANIFEST = "cache.json"
 
+KEY = "teacher cache"
+"""The key of errors about a cache."""
+
 Answer = Tensor | tuple[Tensor, Mapping[str, Tensor]]
-"""Logits ``[samples, length, classes]`` or ``[samples, classes]``, alone or with hidden states by the layer's name."""
+"""Logits ``[samples, length, classes]`` or ``[samples, classes]``, alone or with hidden states by layer name."""
 
 
 def cache_teacher(
@@ -35,36 +39,36 @@ def cache_teacher(
     temperature: float = 1.0,
     shard_batches: int = 64,
 ) -> int:
-    """Write the teacher's k most probable classes of every token, and go on where a run that was killed stopped.
+    """Write the teacher's k most probable classes of every token; resume where a killed run stopped.
 
     Args:
-        teacher: Answers a batch.
-        batches: All batches, in the same order in every run; samples are numbered from 0 as they come. The tokens of a
+        teacher: Called with each batch; returns logits, alone or with hidden states by layer name.
+        batches: All batches, in the same order in every run; samples are numbered from 0 in this order. Tokens of a
             batch that is a mapping count where its "attention_mask" is not 0.
-        folder: Where to; Arrow files of `shard_batches` batches each, and a manifest.
+        folder: Output folder: Arrow files of `shard_batches` batches each, and a manifest.
         fingerprint: What the cache depends on, such as hashes of model, tokenizer and data order; see `model_hash`.
-        k: Classes kept of every token.
-        temperature: Of the probabilities: those at another cannot be had from them.
-        shard_batches: Batches of a file; at most so many are computed again after a kill.
+        k: Classes kept per token.
+        temperature: Divides the logits. A cache serves this temperature only.
+        shard_batches: Batches per file, the most that are recomputed after a kill.
 
     Returns:
-        How many samples the cache holds.
+        The number of samples in the cache.
 
     Raises:
-        QatkitError: the folder holds a cache of something else, the logits hold NaN, `k` is out of range, or a state
-            is no vector of an answer or beyond float16.
+        QatkitError: the folder holds a cache with another fingerprint, logits hold NaN or have more than three
+            dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"k": k, "temperature": temperature, "shard_batches": shard_batches}
     manifest = folder / MANIFEST
     if manifest.exists():
-        found = json.loads(manifest.read_text())
-        _refuse_changes(folder, found, dict(fingerprint), settings)
-        if "samples" in found:
-            return int(found["samples"])
+        content = json.loads(manifest.read_text())
+        _refuse_changes(folder, content, dict(fingerprint), settings)
+        if "samples" in content:
+            return int(content["samples"])
     else:
-        found = {"fingerprint": dict(fingerprint), "settings": settings}
-        write_whole(manifest, json.dumps(found, indent=1).encode())
+        content = {"fingerprint": dict(fingerprint), "settings": settings}
+        write_bytes(manifest, json.dumps(content, indent=1).encode())
     remaining = iter(batches)
     samples = tokens = shard = 0
     while part := list(islice(remaining, shard_batches)):
@@ -72,28 +76,28 @@ def cache_teacher(
         if path.exists():
             _refuse_order(folder, path, part)
         else:
-            write_whole(path, _answers(teacher, part, k, temperature, shard * shard_batches))
+            write_bytes(path, _shard(teacher, part, k, temperature, shard * shard_batches))
         table = open_table([path])
         samples += table.num_rows
         tokens += sum(len(kept) // 2 for kept in table["log_tail"].to_pylist())  # two bytes each
         shard += 1
     if shard == 0:
-        raise QatkitError("teacher cache: the data gave no batch; check the training data")
-    done = found | {"samples": samples, "tokens": tokens, "shards": shard}
-    write_whole(manifest, json.dumps(done, indent=1).encode())
+        raise QatkitError("the data has no batch", key=KEY, advice="check the training data")
+    done = content | {"samples": samples, "tokens": tokens, "shards": shard}
+    write_bytes(manifest, json.dumps(done, indent=1).encode())
     return samples
 
 
 class CachedTeacher:
-    """Serves what `cache_teacher` wrote.
+    """Read the teacher outputs that `cache_teacher` wrote.
 
     Args:
-        folder: Of the cache.
-        fingerprint: What it must have been made from.
-        command: What makes it, for errors.
+        folder: The cache folder.
+        fingerprint: Must equal the fingerprint that the cache was written with.
+        command: The command that writes the cache, for errors.
 
     Raises:
-        QatkitError: there is no cache, it is not complete, or it was made from something else.
+        QatkitError: there is no cache, it is incomplete, or it has another fingerprint.
     """
 
     def __init__(
@@ -101,22 +105,22 @@ class CachedTeacher:
     ) -> None:
         manifest = folder / MANIFEST
         if not manifest.exists():
-            raise QatkitError(f"teacher cache: {folder} holds none; run {command} first")
-        found = json.loads(manifest.read_text())
-        _refuse_changes(folder, found, dict(fingerprint), found["settings"])
-        if "samples" not in found:
-            raise QatkitError(f"teacher cache: {folder} is not complete; run {command} again, it goes on by itself")
+            raise QatkitError(f"no cache in {folder}", key=KEY, advice=f"run {command} first")
+        content = json.loads(manifest.read_text())
+        _refuse_changes(folder, content, dict(fingerprint), content["settings"])
+        if "samples" not in content:
+            raise QatkitError(f"{folder} is incomplete", key=KEY, advice=f"run {command} again, it resumes")
         self.folder = folder
-        self.k: int = found["settings"]["k"]
-        self.temperature: float = found["settings"]["temperature"]
-        self.tokens: int = found["tokens"]
-        """Of all samples together."""
+        self.k: int = content["settings"]["k"]
+        self.temperature: float = content["settings"]["temperature"]
+        self.tokens: int = content["tokens"]
+        """Number of tokens in all samples."""
         self._command = command
-        self._table = open_table([folder / f"{shard:06d}.arrow" for shard in range(found["shards"])])
+        self._table = open_table([folder / f"{shard:06d}.arrow" for shard in range(content["shards"])])
         self.classes = int(self._table.schema.metadata[b"classes"])
-        """Of the teacher's logits."""
+        """Number of classes of the teacher's logits."""
         self.layers = [name.removeprefix(STATES) for name in self._table.schema.names if name.startswith(STATES)]
-        """Of the teacher, whose outputs are in it."""
+        """Names of the teacher layers whose hidden states are cached."""
         keys = self._table["key"].to_pylist()
         self._rows: dict[bytes, int] = dict(zip(keys, range(len(keys)), strict=True))
 
@@ -124,25 +128,27 @@ class CachedTeacher:
         return int(self._table.num_rows)
 
     def __call__(self, samples: Sequence[int] | Tensor) -> Targets:
-        """What the teacher said of these samples.
+        """Look up teacher outputs by sample number.
 
         Args:
-            samples: Numbers, from 0, in the order of the batches that were cached.
+            samples: Numbers from 0, in the order in which the samples were cached.
 
         Raises:
             QatkitError: a number is out of range.
         """
         numbers = [int(number) for number in samples]
         if not all(0 <= number < len(self) for number in numbers):
-            raise QatkitError(f"samples: {numbers} are not all in the cache; it holds 0 to {len(self) - 1}")
+            raise QatkitError(
+                f"{numbers} are not all in the cache", key="samples", advice=f"use numbers from 0 to {len(self) - 1}"
+            )
         return unpack([self._table.slice(number, 1).to_pylist()[0] for number in numbers], self.k)
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Targets:
-        """What the teacher said of the samples of a call of the student, token by token where the call has them.
+        """Look up teacher outputs by the inputs of a student call, aligned with its tokens.
 
         Args:
-            args: What the student is called with.
-            kwargs: The same by name.
+            args: Positional inputs of the student.
+            kwargs: Keyword inputs of the student.
 
         Raises:
             QatkitError: a sample is not in the cache.
@@ -151,9 +157,10 @@ class CachedTeacher:
         missing = [place for place, row in enumerate(rows) if row is None]
         if missing:
             raise QatkitError(
-                f"teacher cache: {len(missing)} of the {len(rows)} samples of a batch are not among the {len(self)} in "
-                f"{self.folder}: it is shorter than the data, or a random augmentation changed them; leave the "
-                f"augmentation out, or delete the folder and run {self._command} over all data"
+                f"{len(missing)} of the {len(rows)} samples in a batch are not among the {len(self)} in {self.folder}: "
+                "the cache is shorter than the data, or a random augmentation changed the samples",
+                key=KEY,
+                advice=f"remove the augmentation, or delete the folder and run {self._command} over all data",
             )
         return spread(self([row for row in rows if row is not None]), present_tokens(args, kwargs))
 
@@ -164,13 +171,13 @@ class CachedTeacher:
         mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """`sparse_kd_loss` against the cache, at the temperature it was made with.
+        """`sparse_kd_loss` against the cache, at its temperature.
 
         Args:
-            student: Logits ``[samples, length, classes]``; a length that differs from the cache's is padding.
-            samples: Numbers of the samples ``[samples]``.
+            student: Logits ``[samples, length, classes]``; positions beyond the cached length are padding.
+            samples: Sample numbers ``[samples]``.
             mask: True where a position counts ``[samples, length]``.
-            labels: Class numbers ``[samples, length]``; a position with -100 does not count.
+            labels: Class numbers ``[samples, length]``; positions labelled -100 do not count.
 
         Raises:
             QatkitError: a number is out of range.
@@ -188,20 +195,20 @@ class CachedTeacher:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `cache_teacher` came to its end in a folder."""
+    """Whether `cache_teacher` finished in a folder."""
     manifest = folder / MANIFEST
     return manifest.exists() and "samples" in json.loads(manifest.read_text())
 
 
 def fingerprint_of(folder: Path) -> dict[str, str]:
-    """What a cache was made from; empty where there is none."""
+    """The fingerprint of a cache; empty where there is none."""
     manifest = folder / MANIFEST
-    found: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
-    return found
+    content: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
+    return content
 
 
 def model_hash(model: nn.Module) -> str:
-    """A hash of a model's weights and their names, for a fingerprint."""
+    """Hash a model's weights and their names, for a fingerprint."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
@@ -210,53 +217,74 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _answers(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temperature: float, first: int) -> bytes:
-    """The file of some batches, numbered from `first`."""
+def _shard(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temperature: float, first: int) -> bytes:
+    """The Arrow file of some batches, numbered from `first`."""
     rows: list[dict[str, bytes]] = []
     classes = 0
     for number, batch in enumerate(part, start=first):
         with torch.no_grad():
             answer = teacher(batch)
         logits, hidden = answer if isinstance(answer, tuple) else (answer, {})
-        if logits.isnan().any():
-            raise QatkitError(f"teacher: its logits for batch {number}, counted from 0, hold NaN; check that batch")
-        for name, state in hidden.items():
-            _check_state(name, state, logits)
-        if logits.dim() == 2:  # one answer for a whole sample
-            logits = logits[:, None]
         args, kwargs = inputs_of(batch)
         present = present_tokens(args, kwargs)
-        if present is not None and present.shape != logits.shape[:2]:
+        if logits.dim() != 3 or (present is not None and present.shape != logits.shape[:2]):
             present = None
+        _check_answer(logits, hidden, present, number)
+        if logits.dim() == 2:  # one output per sample
+            logits = logits[:, None]
         rows += pack(logits, sample_keys(args, kwargs), k, temperature, present, hidden)
         classes = logits.shape[-1]
     return table_bytes(rows, classes)
 
 
-def _check_state(name: str, state: Tensor, logits: Tensor) -> None:
-    if state.shape[:-1] != logits.shape[:-1]:
+def _check_answer(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor | None, number: int) -> None:
+    """Refuse outputs that a cache cannot hold; padding is not stored, and may hold anything."""
+    if logits.dim() not in (2, 3):
         raise QatkitError(
-            f"teacher cache: layer '{name}' returns {list(state.shape)} for answers {list(logits.shape)}, and a cache "
-            "keeps one vector for every answer; compare another layer, or take a live teacher"
+            f"the teacher's logits have shape {list(logits.shape)}, and a cache holds [samples, classes] or "
+            "[samples, length, classes]",
+            key=KEY,
+            advice="use a live teacher",
         )
-    if not state.half().isfinite().all():
+    counted = slice(None) if present is None else present.to(logits.device)
+    if logits[counted].isnan().any():
         raise QatkitError(
-            f"teacher cache: layer '{name}' returns numbers up to {state.abs().max():.3g}, and a cache keeps float16, "
-            "up to 65504; compare a layer behind a normalisation, or take a live teacher"
+            f"its logits for batch {number}, counted from 0, contain NaN", key="teacher", advice="check that batch"
         )
+    for name, state in hidden.items():
+        if state.shape[:-1] != logits.shape[:-1]:
+            raise QatkitError(
+                f"layer '{name}' returns {list(state.shape)} for logits {list(logits.shape)}, and a cache holds one "
+                "vector per output",
+                key=KEY,
+                advice="compare another layer, or use a live teacher",
+            )
+        if not state[counted].half().isfinite().all():
+            raise QatkitError(
+                f"layer '{name}' returns values up to {state[counted].abs().max():.3g}, and a cache holds float16, up "
+                "to 65504",
+                key=KEY,
+                advice="compare a layer after a normalization, or use a live teacher",
+            )
 
 
 def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
+    """Refuse to resume a cache whose data come in another order."""
     keys = [key for batch in part for key in sample_keys(*inputs_of(batch))]
     if keys != open_table([path])["key"].to_pylist():
         raise QatkitError(
-            f"teacher cache: the samples of {path} are not those that the data now give in its place: another order, "
-            f"another batch size or other data; delete {folder} and make it again"
+            f"the samples of {path} are not those that the data give in its place now: the order, the batch size or "
+            "the data changed",
+            key=KEY,
+            advice=f"delete {folder} and write the cache again",
         )
 
 
-def _refuse_changes(folder: Path, found: dict[str, Any], fingerprint: dict[str, str], settings: dict[str, Any]) -> None:
-    was, now = found["settings"] | found["fingerprint"], settings | fingerprint
+def _refuse_changes(
+    folder: Path, manifest: dict[str, Any], fingerprint: dict[str, str], settings: dict[str, Any]
+) -> None:
+    """Refuse a cache whose settings or fingerprint differ."""
+    was, now = manifest["settings"] | manifest["fingerprint"], settings | fingerprint
     changes = [
         f"{key}: was {was.get(key, 'absent')}, is now {now.get(key, 'absent')}"
         for key in dict.fromkeys([*was, *now])
@@ -264,6 +292,7 @@ def _refuse_changes(folder: Path, found: dict[str, Any], fingerprint: dict[str, 
     ]
     if changes:
         raise QatkitError(
-            f"teacher cache: {folder} was made from something else:\n  " + "\n  ".join(changes) + "\n"
-            "write another folder, or delete this one"
+            f"{folder} was written from something else:\n  " + "\n  ".join(changes) + "\n",
+            key=KEY,
+            advice="use another folder, or delete this one",
         )

@@ -1,4 +1,4 @@
-"""Losses between what student and teacher compute inside: hidden states, attention maps, relations of tokens."""
+"""Feature losses: hidden states, attention maps and token relations of student and teacher."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit.distillation.losses import masked_mean
-from qatkit.errors import QatkitError
+from qatkit.distillation.losses import masked_mean, zero_uncounted
+from qatkit.errors import QatkitError, did_you_mean
 
 
 def layer_map(
     student_layers: int, teacher_layers: int, layers: Literal["uniform", "last"] | Sequence[int] = "uniform"
 ) -> list[int]:
-    """The teacher's layer for every layer of the student, numbered from 0.
+    """Map each layer of the student to a layer of the teacher, numbered from 0.
 
-    Sun et al. (2019, https://arxiv.org/abs/1908.09355), section 3.2: "uniform" is PKD-Skip with the last layer in it,
+    Sun et al. (2019, https://arxiv.org/abs/1908.09355), section 3.2: "uniform" is PKD-Skip including the last layer,
     "last" is PKD-Last.
 
     Args:
-        student_layers: How many layers the student has.
-        teacher_layers: How many the teacher has, at least as many.
-        layers: "uniform" spreads over the teacher and ends with its last layer, "last" takes its last layers; or a
-            layer number for every layer of the student.
+        student_layers: Number of student layers.
+        teacher_layers: Number of teacher layers, at least as many.
+        layers: "uniform" spreads the layers over the teacher and ends with its last one, "last" takes its last layers;
+            or one teacher layer number per student layer.
 
     Raises:
-        QatkitError: the student has more layers, or the numbers are not as many as it has, or not in the teacher.
+        QatkitError: the student has more layers than the teacher, or the numbers do not fit the two models.
 
     Example:
         >>> layer_map(3, 12)
@@ -40,20 +40,24 @@ def layer_map(
     """
     if not 1 <= student_layers <= teacher_layers:
         raise QatkitError(
-            f"layers: a student of {student_layers} layers cannot be mapped to a teacher of {teacher_layers}; write a "
-            f"number from 1 to {teacher_layers}"
+            f"{student_layers} student layers cannot be mapped to {teacher_layers} teacher layers",
+            key="layers",
+            advice=f"use an integer from 1 to {teacher_layers}",
         )
     if layers == "uniform":
         return [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
     if layers == "last":
         return list(range(teacher_layers - student_layers, teacher_layers))
     if isinstance(layers, str):  # type: ignore[unreachable]  # from a recipe or a notebook, which nobody type-checks
-        raise QatkitError(f"layers: '{layers}' is unknown; write 'uniform', 'last' or a list of layer numbers")
+        raise QatkitError(
+            f"unknown layer map '{layers}'", key="layers", advice="use 'uniform', 'last' or a list of layer numbers"
+        )
     numbers = list(layers)
     if len(numbers) != student_layers or not all(0 <= number < teacher_layers for number in numbers):
         raise QatkitError(
-            f"layers: {numbers} does not name a layer of the teacher for each of the student's {student_layers}; write "
-            f"{student_layers} numbers from 0 to {teacher_layers - 1}"
+            f"{numbers} does not name one teacher layer for each of the {student_layers} student layers",
+            key="layers",
+            advice=f"use {student_layers} numbers from 0 to {teacher_layers - 1}",
         )
     return numbers
 
@@ -64,17 +68,17 @@ def pair_layers(
     teacher: Sequence[str],
     layers_by: Literal["uniform", "last"] = "uniform",
 ) -> dict[str, str]:
-    """The teacher's layer for every layer of the student that a map of names or globs selects.
+    """Map student layers to teacher layers by names or globs.
 
     Args:
-        layers: Names or globs of the teacher's layers for those of the student; a ``*`` stands for what is between two
-            dots. The layers that a glob of the student matches are spread over those that its teacher's glob matches.
-        student: Names of all layers, in the model's order.
-        teacher: The same of the teacher.
-        layers_by: How they are spread, see `layer_map`.
+        layers: Student names or globs, each with a teacher name or glob; ``*`` matches one part between two dots.
+            The matched student layers are mapped to the matched teacher layers by `layer_map`.
+        student: Names of all student layers, in the model's order.
+        teacher: Names of all teacher layers.
+        layers_by: The layer map, see `layer_map`.
 
     Raises:
-        QatkitError: a name or glob matches nothing, or more layers of the student than of the teacher.
+        QatkitError: a name or glob matches no layer, or it matches more student layers than teacher layers.
 
     Example:
         >>> pair_layers({"layers.*": "layers.*"}, ["layers.0"], ["layers", "layers.0", "layers.1", "layers.1.mlp"])
@@ -82,33 +86,38 @@ def pair_layers(
     """
     pairs: dict[str, str] = {}
     for ours, theirs in layers.items():
-        matched = []
+        matches = []
         for role, pattern, names in (("student", ours, student), ("teacher", theirs, teacher)):
-            found = [name for name in names if name and _is_matched(name, pattern)]
-            if not found:
-                known = [name for name in names if name][:20]
-                raise QatkitError(f"layers: '{pattern}' is no submodule of the {role}; it has {known}")
-            matched.append(found)
-        if len(matched[0]) > len(matched[1]):
+            match = [name for name in names if name and _is_matched(name, pattern)]
+            if not match:
+                raise QatkitError(
+                    f"'{pattern}' matches no submodule of the {role}",
+                    key="layers",
+                    advice=did_you_mean(pattern, filter(None, names)),
+                )
+            matches.append(match)
+        if len(matches[0]) > len(matches[1]):
             raise QatkitError(
-                f"layers: '{ours}' matches {len(matched[0])} layers of the student and '{theirs}' only "
-                f"{len(matched[1])} of the teacher; write a name for each, {{{matched[0][0]}: {matched[1][0]}, ...}}"
+                f"'{ours}' matches {len(matches[0])} student layers, and '{theirs}' only {len(matches[1])} teacher "
+                "layers",
+                key="layers",
+                advice=f"name a teacher layer for each, {{{matches[0][0]}: {matches[1][0]}, ...}}",
             )
-        numbers = layer_map(len(matched[0]), len(matched[1]), layers_by)
-        pairs |= {name: matched[1][number] for name, number in zip(matched[0], numbers, strict=True)}
+        numbers = layer_map(len(matches[0]), len(matches[1]), layers_by)
+        pairs |= {name: matches[1][number] for name, number in zip(matches[0], numbers, strict=True)}
     return pairs
 
 
 class Projections(nn.Module):
-    """A learned linear map from the student's width to the teacher's for every pair of layers.
+    """Learned linear maps from student width to teacher width, one per pair of layers.
 
     Romero et al. (2015, https://arxiv.org/abs/1412.6550), section 2.2; Jiao et al. (2020,
     https://arxiv.org/abs/1909.10351), equation 8.
 
     Args:
-        pairs: How many pairs of layers.
-        student_width: Size of the student's hidden states.
-        teacher_width: Size of the teacher's.
+        pairs: Number of layer pairs.
+        student_width: Width of the student's hidden states.
+        teacher_width: Width of the teacher's hidden states.
     """
 
     def __init__(self, pairs: int, student_width: int, teacher_width: int) -> None:
@@ -116,12 +125,12 @@ class Projections(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(student_width, teacher_width, bias=False) for _ in range(pairs))
 
     def forward(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Map a hidden state ``[..., student_width]`` of every pair to ``[..., teacher_width]``."""
+        """Map the student state of each pair ``[..., student_width]`` to ``[..., teacher_width]``."""
         return [linear(state) for linear, state in zip(self.maps, hidden, strict=True)]
 
 
 def hidden_mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of hidden states, over the positions that count.
+    """Mean squared difference of hidden states over the counted positions.
 
     Jiao et al. (2020, https://arxiv.org/abs/1909.10351), equation 8.
 
@@ -134,11 +143,12 @@ def hidden_mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None
         QatkitError: the shapes differ.
     """
     _check("hidden_mse_loss", student, teacher)
-    return masked_mean((student.float() - teacher.detach().float()).square().mean(dim=-1), mask)
+    student, teacher, mask = _counted_states(student, teacher, mask)
+    return masked_mean((student.float() - teacher.float()).square().mean(dim=-1), mask)
 
 
 def hidden_cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``1 - cos(student, teacher)`` of hidden states, the mean over the positions that count.
+    """``1 - cos(student, teacher)`` of hidden states, averaged over the counted positions.
 
     Sanh et al. (2019, https://arxiv.org/abs/1910.01108), section 2.
 
@@ -151,27 +161,28 @@ def hidden_cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = N
         QatkitError: the shapes differ.
     """
     _check("hidden_cosine_loss", student, teacher)
-    return masked_mean(1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1), mask)
+    student, teacher, mask = _counted_states(student, teacher, mask)
+    return masked_mean(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
 
 
 def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance of the places that student and teacher attend to: ``||Q_s / ||Q_s|| - Q_t / ||Q_t|| ||``.
+    """Attention transfer: ``||Q_s / ||Q_s|| - Q_t / ||Q_t|| ||``, averaged over samples.
 
-    Q is the sum of squares over channels at every place. Zagoruyko and Komodakis (2017,
-    https://arxiv.org/abs/1612.03928), equation 2 with p = 2, the mean over samples; the factor beta / 2 is the weight
-    of the loss.
+    Q is the sum of squares over channels at each location. Zagoruyko and Komodakis (2017,
+    https://arxiv.org/abs/1612.03928), equation 2 with p = 2; the factor beta / 2 is the weight of the loss.
 
     Args:
         student: Feature maps ``[batch, channels, ...]``; computed in float32.
-        teacher: Feature maps of the same size but for the channels; no gradient flows into them.
+        teacher: Feature maps of the same batch and spatial size; no gradient flows into them.
 
     Raises:
-        QatkitError: the places differ.
+        QatkitError: batch or spatial sizes differ.
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise QatkitError(
-            f"attention_transfer_loss: the student's feature maps have shape {list(student.shape)}, the teacher's "
-            f"{list(teacher.shape)}; all but the channels, the second size, must be equal"
+            f"the student's feature maps have shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
+            key="attention_transfer_loss",
+            advice="pass maps that agree in all but the channels, dimension 1",
         )
     maps = [
         F.normalize(features.float().square().sum(dim=1).flatten(1), dim=-1) for features in (student, teacher.detach())
@@ -181,19 +192,19 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """KL divergence of how tokens relate: of ``softmax(A A^T / sqrt(d))`` with A the queries, the keys or the values.
+    """KL divergence of token relations ``softmax(A A^T / sqrt(d))``, with A the queries, keys or values.
 
-    Wang et al. (2021, https://arxiv.org/abs/2012.15828), equations 5 to 7: the heads of each model are joined and split
-    again into relation heads, so their number may differ between the two.
+    Wang et al. (2021, https://arxiv.org/abs/2012.15828), equations 5 to 7: the heads of each model are concatenated and
+    split into relation heads, so the two models may have different numbers of heads.
 
     Args:
-        student: Queries, keys or values ``[batch, length, width]``, heads joined; computed in float32.
-        teacher: The same of the teacher ``[batch, length, teacher width]``; no gradient flows into them.
-        heads: Relation heads; both widths are a multiple.
-        mask: True where a token counts, ``[batch, length]``; others neither relate nor are related to.
+        student: Queries, keys or values ``[batch, length, width]``, heads concatenated; computed in float32.
+        teacher: The same for the teacher ``[batch, length, teacher width]``; no gradient flows into them.
+        heads: Number of relation heads; divides both widths.
+        mask: True where a token counts, ``[batch, length]``; other tokens are neither queries nor keys.
 
     Raises:
-        QatkitError: batch or length differ, or a width is no multiple of `heads`.
+        QatkitError: batch or length differ, or `heads` does not divide a width.
     """
     if (
         student.dim() != 3
@@ -201,11 +212,13 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | N
         or student.shape[2] % heads + teacher.shape[2] % heads
     ):
         raise QatkitError(
-            f"relation_loss: the student's vectors have shape {list(student.shape)}, the teacher's "
-            f"{list(teacher.shape)}; both must be [batch, length, width] with equal batch and length, and widths that "
-            f"are multiples of heads, here {heads}"
+            f"the student's vectors have shape {list(student.shape)}, the teacher's {list(teacher.shape)}; both must "
+            f"be [batch, length, width] with equal batch and length, and heads={heads} must divide both widths",
+            key="relation_loss",
+            advice="pass queries, keys or values, and a number of heads that divides their widths",
         )
-    log_q, log_p = (_relations(vectors, heads, mask) for vectors in (student, teacher.detach()))
+    student, teacher, mask = _counted_states(student, teacher, mask)
+    log_q, log_p = (_relations(vectors, heads, mask) for vectors in (student, teacher))
     divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)  # [batch, heads, length]
     return masked_mean(divergence.mean(dim=1), mask)
 
@@ -222,13 +235,20 @@ def _relations(vectors: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     scores = split @ split.mT / math.sqrt(split.shape[-1])
     if mask is not None:
         # finite: a sequence of padding alone would be all -inf, and its softmax NaN
-        scores = scores.masked_fill(~mask.bool()[:, None, None, :], torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
     return scores.log_softmax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
+
+
+def _counted_states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """States with 0 at positions that do not count, the teacher's without a graph, and a boolean mask."""
+    mask = None if mask is None else mask.bool()
+    return zero_uncounted(student, mask), zero_uncounted(teacher.detach(), mask), mask
 
 
 def _check(name: str, student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise QatkitError(
-            f"{name}: the student's hidden states have shape {list(student.shape)}, the teacher's "
-            f"{list(teacher.shape)}; where only the widths differ, map them with Projections"
+            f"the student's hidden states have shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
+            key=name,
+            advice="map states of different widths with Projections",
         )

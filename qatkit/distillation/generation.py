@@ -1,4 +1,4 @@
-"""Texts that a model writes itself, as batches to train on: on-policy and sequence-level distillation."""
+"""Generated texts as training batches, for on-policy and sequence-level distillation."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qatkit.distillation.losses import IGNORED
+from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 
 KEYS = {"input_ids", "attention_mask", "labels"}
-"""What a batch may hold whose texts are continued: anything else would belong to the text that was there before."""
+"""Allowed entries of a batch whose texts are continued: any other would describe the original text."""
 
 
 def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, Tensor]:
-    """The beginnings of a batch's texts, padded on the left as `generate` of transformers wants them.
+    """Cut prompts from a batch's texts, padded on the left as transformers' `generate` expects.
 
     Args:
         batch: "input_ids" ``[rows, tokens]``; "attention_mask" of that shape where texts are padded, on either side.
-        length: Tokens of a prompt, fewer where a text has fewer; None takes those before the first that has a label,
-            as data of instructions and answers mark them.
+        length: Tokens in a prompt, fewer where a text is shorter; None cuts at the first labelled token, as
+            instruction data mark their answers.
 
     Returns:
         Tokens ``[rows, longest]`` and their attention mask.
 
     Raises:
-        QatkitError: the batch is no batch of texts, or a text has no prompt.
+        QatkitError: the batch holds no texts, or a text has no prompt.
 
     Example:
         >>> import torch
@@ -39,24 +39,36 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
     """
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise QatkitError(f"prompt: a batch has {held} and no 'input_ids' of texts; only texts can be continued")
+        content = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise QatkitError(
+            f"a batch has {content} and no 'input_ids' [rows, tokens]",
+            key="prompt",
+            advice="use text data: only texts can be continued",
+        )
     if extra := sorted(set(batch) - KEYS):
-        raise QatkitError(f"prompt: a batch holds {extra}, which a generated text has not; give only {sorted(KEYS)}")
+        raise QatkitError(
+            f"a batch holds {extra}, which a generated text does not have",
+            key="prompt",
+            advice=f"use data with no entries but {sorted(KEYS)}",
+        )
     present = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
     ranks = present.cumsum(dim=1)  # 1 for the first token of a text, whatever stands before it
     if length is None:
         if "labels" not in batch:
-            raise QatkitError("prompt: a batch has no 'labels' that say where its prompts end; write prompt: 32")
+            raise QatkitError(
+                "a batch has no 'labels' to mark the end of its prompts",
+                key="prompt",
+                advice="set a length, prompt: 32",
+            )
         answered = (batch["labels"] != IGNORED) & present
         lengths = (present & (answered.cumsum(dim=1) == 0)).sum(dim=1)
     else:
         lengths = ranks[:, -1].clamp(max=length)
     if bool((lengths == 0).any()):
         raise QatkitError(
-            "prompt: a text has no token before its first label; write how many tokens are the prompt, prompt: 32"
-            if length is None
-            else "prompt: a text of a batch has no token at all; leave it out of the data"
+            "a text has no token before its first label" if length is None else "a text of a batch has no token",
+            key="prompt",
+            advice="set a length, prompt: 32" if length is None else "remove empty texts from the data",
         )
     longest = int(lengths.max())
     prompts, mask = tokens.new_zeros(len(tokens), longest), tokens.new_zeros(len(tokens), longest)
@@ -68,41 +80,43 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
     return prompts, mask
 
 
-def writer_in(model: nn.Module, key: str) -> nn.Module:
-    """The model of transformers that can write texts: this one or one inside of it.
+def generator_in(model: nn.Module, key: str) -> nn.Module:
+    """The transformers model that can generate text: `model` or one of its submodules.
 
     Args:
         model: The student or the teacher.
-        key: What asks for it, for the error.
+        key: The option that needs it, for the error.
 
     Raises:
-        QatkitError: there is none.
+        QatkitError: no submodule can generate text.
     """
     for part in model.modules():
         if callable(getattr(part, "generate", None)) and hasattr(part, "generation_config"):
             return part
     raise QatkitError(
-        f"{key}: {type(model).__name__} cannot write texts; only a causal language model of transformers, which has "
-        f"generate(), can: leave {key} out"
+        f"{type(model).__name__} cannot generate text; only a causal language model of transformers has generate()",
+        key=key,
+        advice=f"remove {key}",
     )
 
 
 def check_length(model: nn.Module, key: str, tokens: int) -> None:
-    """Refuse texts that are longer than the model knows positions for.
+    """Refuse texts that are longer than the model's position range.
 
     Args:
         model: The student or the teacher.
-        key: What asks for it, for the error.
-        tokens: Of the longest text.
+        key: The option that asks for them, for the error.
+        tokens: Length of the longest text.
 
     Raises:
         QatkitError: names both lengths.
     """
-    longest = getattr(getattr(writer_in(model, key), "config", None), "max_position_embeddings", None)
+    longest = getattr(getattr(generator_in(model, key), "config", None), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise QatkitError(
-            f"{key}: prompt and new_tokens make texts of {tokens} tokens, and the model knows {longest} positions; "
-            "write smaller numbers"
+            f"prompt and new tokens add up to {tokens} tokens, and the model has {longest} positions",
+            key=key,
+            advice="use smaller numbers",
         )
 
 
@@ -115,33 +129,33 @@ def generated_batch(
     eos: Sequence[int],
     seed: int,
 ) -> dict[str, Tensor]:
-    """Let a model of transformers continue prompts, and give the texts as a batch to train on.
+    """Continue prompts with a transformers model, and return the texts as a training batch.
 
-    Every token is drawn from the model's whole distribution, in eval mode and with its own random numbers; the model's
-    mode, its generation settings and torch's generator are afterwards as they were.
+    Each token is sampled from the model's full distribution, in eval mode and with a random generator of its own; the
+    model's mode, its generation settings and torch's generator are restored afterwards.
 
     Args:
-        model: What has transformers' `generate`.
+        model: Has transformers' `generate`.
         prompts: Tokens ``[rows, longest]``, padded on the left.
         attention_mask: 1 where there is a token.
-        new_tokens: Tokens to write at most.
-        temperature: Divides the logits before a token is drawn; 0 takes the most probable one.
+        new_tokens: Maximum number of generated tokens.
+        temperature: Divides the logits before sampling; 0 takes the most probable token.
         eos: Tokens that end a text.
-        seed: Decides what is drawn.
+        seed: Seeds the sampling.
 
     Returns:
-        "input_ids", "attention_mask" and "labels" ``[rows, tokens]``, padded on the right. Labels are -100 but for what
-        the model wrote up to its first end of text, and that end itself.
+        "input_ids", "attention_mask" and "labels" ``[rows, tokens]``, padded on the right. Labels are -100 except at
+        generated tokens up to and including the first end-of-text token.
     """
     generator: Any = model
     settings = generator.generation_config
     modes = [(module, module.training) for module in model.modules()]
     filler = eos[0] if eos else 0
-    there = next(model.parameters()).device  # a teacher may have a device of its own
+    there = next(model.parameters()).device  # a teacher may have its own device
     devices = [there] if there.type == "cuda" else []
     try:
         model.eval()
-        # not those of the model: a chat model's top_k or repetition penalty would draw from another distribution
+        # not the model's own settings: a chat model's top_k or repetition penalty would change the distribution
         drawn = {"do_sample": True, "top_k": 0, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         generator.generation_config = type(settings)(
             max_new_tokens=new_tokens, use_cache=True, eos_token_id=list(eos) or None, pad_token_id=filler, **drawn
@@ -157,10 +171,10 @@ def generated_batch(
             module.training = mode
     width = prompts.shape[1]
     ends = torch.isin(texts[:, width:], torch.tensor(list(eos), dtype=texts.dtype, device=texts.device))
-    written = (ends.cumsum(dim=1) - ends.long()) == 0  # the first end belongs to the text, nothing after it does
+    written = (ends.cumsum(dim=1) - ends.long()) == 0  # the first end-of-text token belongs to the text
     mask = torch.cat([attention_mask.bool(), written], dim=1)
     answer = torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], dim=1)
-    # padded on the right instead: positions then count from each text's first token without being told
+    # move padding to the right, so that positions count from each text's first token by default
     order = (torch.arange(texts.shape[1], device=texts.device) + (width - attention_mask.sum(dim=1, keepdim=True))) % (
         texts.shape[1]
     )
@@ -173,5 +187,5 @@ def generated_batch(
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether processes must take the same number of steps, as each step gathers the others' shares of the weights."""
+    """Whether weights are sharded: each step gathers them, so every process must run the same number of steps."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,7 +1,7 @@
-"""Which sample a row of a batch is: a hash of what the model is called with, so that no data set has to number it.
+"""Sample keys: a hash of the model inputs identifies each sample of a batch, so that no data set has to number them.
 
-The order of the data, the batch it is in, the process that sees it and the padding around it do not matter; a sample
-that was changed on its way, by a random augmentation for example, is another one, for which a teacher's answer differs.
+A key does not depend on the order of the data, the batch, the process or the padding. A sample changed on its way, by a
+random augmentation for example, gets another key, as its teacher outputs differ.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from qatkit.errors import QatkitError
 
 KEY_BYTES = 16
 NO_INPUTS = ("labels", "attention_mask")
-"""Entries of a batch that do not make a sample another one: the mask says only which tokens it is made of."""
+"""Batch entries that are not hashed: the mask only selects the tokens that are."""
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with for a batch: all of a mapping, the first part of a tuple or list, or the batch."""
+    """Model inputs of a batch: a whole mapping, the first element of a tuple or list, or the batch itself."""
     if isinstance(batch, Mapping):
         return (), {name: value for name, value in batch.items() if name != "labels"}
     return (batch[0] if isinstance(batch, (tuple, list)) else batch,), {}
 
 
 def present_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The attention mask ``[samples, length]`` of a call as booleans, where it has one."""
+    """The attention mask ``[samples, length]`` of a call as booleans; None where it has none."""
     for name, value in _named(args, kwargs):
         if name == "attention_mask" and value.dim() == 2:
             return value.bool()
@@ -36,12 +36,12 @@ def present_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | N
 
 
 def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bytes]:
-    """A key of `KEY_BYTES` bytes for every sample of a call.
+    """A key of `KEY_BYTES` bytes for each sample of a call.
 
     Args:
-        args: What the model is called with; tensors ``[samples, ...]``, or mappings of them.
-        kwargs: The same by name. Of tensors ``[samples, length, ...]`` only the tokens count that "attention_mask"
-            names.
+        args: Positional model inputs; tensors ``[samples, ...]``, or mappings of them.
+        kwargs: Keyword model inputs. Of tensors ``[samples, length, ...]`` only tokens selected by "attention_mask" are
+            hashed.
 
     Raises:
         QatkitError: the call has no tensor.
@@ -56,7 +56,11 @@ def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bytes]:
     present = None if present is None else present.cpu()
     tensors = [value.detach().cpu() for name, value in _named(args, kwargs) if name not in NO_INPUTS and value.dim()]
     if not tensors:
-        raise QatkitError("teacher cache: the model is called without a tensor, so its samples cannot be told apart")
+        raise QatkitError(
+            "the model is called without a tensor, so samples cannot be identified",
+            key="teacher cache",
+            advice="pass tensors to the model, or use a live teacher",
+        )
     keys = []
     for row in range(len(tensors[0])):
         parts = []
@@ -67,7 +71,7 @@ def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bytes]:
             digest = hashlib.blake2b(f"{kept.dtype} {list(kept.shape)}".encode(), digest_size=KEY_BYTES)
             digest.update(kept.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             parts.append(digest.digest())
-        # sorted, as one model takes by name what another takes by position
+        # sorted: one model takes by name what another takes by position
         keys.append(parts[0] if len(parts) == 1 else _joined(sorted(parts)))
     return keys
 

@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions of two sets of logits, the mean over the positions that count."""
+"""Distillation losses: pure functions of two sets of logits, averaged over the positions that count."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
-
-IGNORED = -100
-"""The label of a position that does not count, as in `torch.nn.functional.cross_entropy`."""
 
 
 def kd_loss(
@@ -21,7 +19,7 @@ def kd_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, the mean over positions.
+    """``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, averaged over positions.
 
     Hinton, Vinyals and Dean (2015, https://arxiv.org/abs/1503.02531), section 2: the factor ``T**2`` keeps the size of
     the gradient when the temperature changes.
@@ -30,8 +28,8 @@ def kd_loss(
         student: Logits ``[..., classes]``, any float dtype; computed in float32.
         teacher: Logits of the same shape; no gradient flows into them.
         temperature: Divides both sets of logits.
-        mask: True where a position counts, ``[...]``; every position by default. Where none counts the loss is 0.
-        labels: Class numbers ``[...]``; a position with -100 does not count.
+        mask: True where a position counts, ``[...]``; all positions by default. The loss is 0 where none counts.
+        labels: Class numbers ``[...]``; positions labelled -100 do not count.
 
     Raises:
         QatkitError: the shapes differ.
@@ -42,8 +40,8 @@ def kd_loss(
         >>> kd_loss(logits, logits, temperature=4.0).item()
         0.0
     """
-    log_q, log_p = _log_probabilities("kd_loss", student, teacher, temperature)
-    return masked_mean(_kl(log_p, log_q), mask, labels) * temperature**2
+    log_q, log_p, counted = _log_probabilities("kd_loss", student, teacher, temperature, mask, labels)
+    return masked_mean(_kl(log_p, log_q), counted) * temperature**2
 
 
 def reverse_kl_loss(
@@ -53,7 +51,7 @@ def reverse_kl_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """``T**2 * KL(softmax(student / T) || softmax(teacher / T))``: the student learns some of the teacher's modes well.
+    """``T**2 * KL(softmax(student / T) || softmax(teacher / T))``: mode-seeking distillation.
 
     Gu et al. (2023, https://arxiv.org/abs/2306.08543), equation 1, over the classes of each position.
 
@@ -67,8 +65,8 @@ def reverse_kl_loss(
     Raises:
         QatkitError: the shapes differ.
     """
-    log_q, log_p = _log_probabilities("reverse_kl_loss", student, teacher, temperature)
-    return masked_mean(_kl(log_q, log_p), mask, labels) * temperature**2
+    log_q, log_p, counted = _log_probabilities("reverse_kl_loss", student, teacher, temperature, mask, labels)
+    return masked_mean(_kl(log_q, log_p), counted) * temperature**2
 
 
 def jsd_loss(
@@ -79,7 +77,7 @@ def jsd_loss(
     labels: Tensor | None = None,
     beta: float = 0.5,
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence: ``T**2 * (beta * KL(p || m) + (1 - beta) * KL(q || m))``.
+    """Generalized Jensen-Shannon divergence: ``T**2 * (beta * KL(p || m) + (1 - beta) * KL(q || m))``.
 
     p is the teacher, q the student and ``m = beta * p + (1 - beta) * q``. Agarwal et al. (2023,
     https://arxiv.org/abs/2306.13649), equation 1; the factor ``T**2`` is that of `kd_loss`.
@@ -90,21 +88,21 @@ def jsd_loss(
         temperature: As in `kd_loss`.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
-        beta: Share of the teacher in the mixture, between 0 and 1. Divided by ``beta``, the loss tends to `kd_loss`
-            as it goes to 0; divided by ``1 - beta``, to `reverse_kl_loss` as it goes to 1.
+        beta: Weight of the teacher in the mixture, between 0 and 1. Divided by ``beta``, the loss tends to `kd_loss`
+            as beta goes to 0; divided by ``1 - beta``, to `reverse_kl_loss` as beta goes to 1.
 
     Raises:
         QatkitError: the shapes differ or `beta` is out of range.
     """
     check_beta(beta)
-    log_q, log_p = _log_probabilities("jsd_loss", student, teacher, temperature)
+    log_q, log_p, counted = _log_probabilities("jsd_loss", student, teacher, temperature, mask, labels)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     divergence = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    return masked_mean(divergence, mask, labels) * temperature**2
+    return masked_mean(divergence, counted) * temperature**2
 
 
 def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-    """Mean squared difference of logits, or of the numbers that a regression predicts.
+    """Mean squared difference of logits, or of the outputs of a regression.
 
     Ba and Caruana (2014, https://arxiv.org/abs/1312.6184), equation 1 without its factor 1/2.
 
@@ -118,50 +116,76 @@ def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, label
         QatkitError: the shapes differ.
     """
     check_shapes("mse_loss", student, teacher)
-    difference = student.float() - teacher.detach().float()
-    return masked_mean(difference.square().mean(dim=-1), mask, labels)
+    counted = counted_mask(mask, labels)
+    student, teacher = zero_uncounted(student, counted), zero_uncounted(teacher.detach(), counted)
+    difference = student.float() - teacher.float()
+    return masked_mean(difference.square().mean(dim=-1), counted)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> Tensor:
-    """The mean over the positions that count, 0 with a graph where none does.
+def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """Booleans that are True where a position counts; None where all do.
 
     Args:
-        values: A number for every position, ``[...]``.
         mask: True or 1 where a position counts, ``[...]``.
-        labels: Class numbers ``[...]``; a position with -100 does not count.
+        labels: Class numbers ``[...]``; positions labelled -100 do not count.
     """
-    if labels is not None:
-        counted = labels != IGNORED
-        mask = counted if mask is None else mask.bool() & counted
+    mask = None if mask is None else mask.bool()
+    if labels is None:
+        return mask
+    counted = labels != IGNORED
+    return counted if mask is None else mask & counted
+
+
+def zero_uncounted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Replace whatever stands at positions that do not count by 0.
+
+    Before the arithmetic, not after it: NaN or infinity times 0 is NaN, in the loss and in its gradient.
+
+    Args:
+        values: ``[..., size]``.
+        mask: True where a position counts, ``[...]``; None returns `values` itself.
+    """
+    return values if mask is None else torch.where(mask.unsqueeze(-1), values, 0)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the positions that count; 0 with a graph where none does.
+
+    Args:
+        values: One number per position, ``[...]``.
+        mask: True where a position counts, ``[...]``.
+    """
     if mask is None:
         return values.mean()
     # the denominator is clamped rather than the batch skipped: under DDP every rank must keep its graph
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
 def check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
-    """Raise unless the two have one shape.
+    """Raise unless student and teacher have the same shape.
 
     Raises:
         QatkitError: names both shapes.
     """
     if student.shape != teacher.shape:
         raise QatkitError(
-            f"{name}: the student's logits have shape {list(student.shape)}, the teacher's {list(teacher.shape)}; "
-            "they must be equal"
+            f"the student's logits have shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
+            key=name,
+            advice="pass logits of equal shape",
         )
 
 
 def check_beta(beta: float) -> None:
-    """Raise unless it is a share.
+    """Raise unless `beta` is between 0 and 1.
 
     Raises:
         QatkitError: `beta` is out of range.
     """
     if not 0 < beta < 1:
         raise QatkitError(
-            f"beta: {beta} is out of range; write a number between 0 and 1, or take the loss 'kl' for 0 and "
-            "'reverse_kl' for 1"
+            f"{beta} is out of range",
+            key="beta",
+            advice="use a number between 0 and 1, or the loss 'kl' for 0 and 'reverse_kl' for 1",
         )
 
 
@@ -175,11 +199,15 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits.float() / temperature, dim=-1).clamp(min=torch.finfo(torch.float32).min)
 
 
-def _log_probabilities(name: str, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probabilities(
+    name: str, student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     check_shapes(name, student, teacher)
-    return log_probabilities(student, temperature), log_probabilities(teacher.detach(), temperature)
+    counted = counted_mask(mask, labels)
+    student, teacher = zero_uncounted(student, counted), zero_uncounted(teacher.detach(), counted)
+    return log_probabilities(student, temperature), log_probabilities(teacher, temperature), counted
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``KL(p || q)`` of every position."""
+    """``KL(p || q)`` of each position."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)

@@ -1,11 +1,11 @@
-"""The divergence from a teacher of whom only the k most probable classes are kept, and the mass of all others."""
+"""KL divergence from a teacher's top-k classes, with the probability of all other classes as one more class."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qatkit.distillation.losses import check_shapes, log_probabilities, masked_mean
+from qatkit.distillation.losses import check_shapes, counted_mask, log_probabilities, masked_mean, zero_uncounted
 from qatkit.errors import QatkitError
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -16,18 +16,21 @@ def top_k_log_probabilities(logits: Tensor, k: int, temperature: float = 1.0) ->
 
     Args:
         logits: ``[..., classes]``, any float dtype; computed in float32.
-        k: How many classes, at least 1 and fewer than all.
+        k: Number of classes kept: at least 1, fewer than there are.
         temperature: Divides the logits.
 
     Returns:
-        Indices int64 ``[..., k]``, log-probabilities float32 ``[..., k]`` in falling order, and of the tail ``[...]``.
+        Indices int64 ``[..., k]``, log-probabilities float32 ``[..., k]`` in descending order, and the
+        log-probability of the tail ``[...]``.
 
     Raises:
         QatkitError: `k` is out of range.
     """
     if not 1 <= k < logits.shape[-1]:
         raise QatkitError(
-            f"k: {k} is out of range; write a number from 1 to {logits.shape[-1] - 1}, one less than there are classes"
+            f"{k} is out of range for {logits.shape[-1]} classes",
+            key="k",
+            advice=f"use an integer from 1 to {logits.shape[-1] - 1}",
         )
     log_p = log_probabilities(logits, temperature)
     top, indices = log_p.topk(k, dim=-1)
@@ -46,38 +49,41 @@ def sparse_kd_loss(
     """``T**2 * KL(p || q)`` over the teacher's k most probable classes and, as one more class, the rest.
 
     Merging classes can only lower the divergence (the data-processing inequality), so the loss is a lower bound of
-    `kd_loss`, and 0 where the two agree. Without the tail both are normalised over the k classes: such a student is
-    told nothing about the mass it puts elsewhere, and is biased (Anshumann et al. 2025,
+    `kd_loss`, and 0 where the two agree. Without the tail both distributions are normalized over the k classes: the
+    student then learns nothing about the probability of the other classes, and is biased (Anshumann et al. 2025,
     https://arxiv.org/abs/2503.16870, section 3).
 
     Args:
         student: Logits ``[..., classes]``, any float dtype; computed in float32.
         indices: The teacher's classes ``[..., k]``, integers.
-        log_p: The teacher's log-probabilities of them ``[..., k]`` at this temperature.
-        log_tail: The log of the teacher's probability of all others ``[...]``; None leaves them out.
+        log_p: The teacher's log-probabilities of these classes ``[..., k]`` at this temperature.
+        log_tail: Log of the teacher's probability of all other classes ``[...]``; None leaves them out.
         temperature: Divides the student's logits.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
 
     Raises:
-        QatkitError: the shapes do not fit.
+        QatkitError: the shapes do not fit each other.
     """
     if indices.shape != log_p.shape or indices.shape[:-1] != student.shape[:-1]:
         raise QatkitError(
-            f"sparse_kd_loss: the student's logits have shape {list(student.shape)}, the teacher's indices "
-            f"{list(indices.shape)} and log-probabilities {list(log_p.shape)}; all but the last size must be equal"
+            f"the student's logits have shape {list(student.shape)}, the teacher's indices {list(indices.shape)} and "
+            f"log-probabilities {list(log_p.shape)}",
+            key="sparse_kd_loss",
+            advice="pass tensors that agree in all but the last dimension",
         )
-    log_q = log_probabilities(student, temperature)
-    p, q = log_p.detach().float(), log_q.gather(-1, indices.long())
+    counted = counted_mask(mask, labels)
+    log_q = log_probabilities(zero_uncounted(student, counted), temperature)
+    p, q = zero_uncounted(log_p.detach().float(), counted), log_q.gather(-1, indices.long())
     if log_tail is None:
         p, q = p - p.logsumexp(dim=-1, keepdim=True), q - q.logsumexp(dim=-1, keepdim=True)
     else:
-        p = torch.cat([p, log_tail.detach().float().unsqueeze(-1)], dim=-1)
-        # stored in half precision, the masses no longer sum to 1; then even equal models would not have loss 0
+        p = torch.cat([p, zero_uncounted(log_tail.detach().float().unsqueeze(-1), counted)], dim=-1)
+        # stored in half precision, the probabilities no longer sum to 1; then even equal models would have a loss
         p = p - p.logsumexp(dim=-1, keepdim=True)
         q = torch.cat([q, _tail(log_q, indices.long()).unsqueeze(-1)], dim=-1)
     p = p.clamp(min=_LOWEST)
-    return masked_mean((p.exp() * (p - q)).sum(dim=-1), mask, labels) * temperature**2
+    return masked_mean((p.exp() * (p - q)).sum(dim=-1), counted) * temperature**2
 
 
 def top_k_kd_loss(
@@ -89,12 +95,12 @@ def top_k_kd_loss(
     labels: Tensor | None = None,
     tail: bool = True,
 ) -> Tensor:
-    """`sparse_kd_loss` from a teacher's whole logits.
+    """`sparse_kd_loss` from full teacher logits.
 
     Args:
         student: As in `kd_loss`.
         teacher: As in `kd_loss`.
-        k: How many of the teacher's classes stand for themselves, at least 1 and fewer than all.
+        k: Number of teacher classes kept: at least 1, fewer than there are.
         temperature: As in `kd_loss`.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
@@ -104,10 +110,11 @@ def top_k_kd_loss(
         QatkitError: the shapes differ or `k` is out of range.
     """
     check_shapes("top_k_kd_loss", student, teacher)
-    indices, log_p, log_tail = top_k_log_probabilities(teacher.detach(), k, temperature)
+    teacher = zero_uncounted(teacher.detach(), counted_mask(mask, labels))
+    indices, log_p, log_tail = top_k_log_probabilities(teacher, k, temperature)
     return sparse_kd_loss(student, indices, log_p, log_tail if tail else None, temperature, mask, labels)
 
 
 def _tail(log_p: Tensor, indices: Tensor) -> Tensor:
-    """Log of the probability outside of `indices`: a sum of what is there, as 1 minus the rest would round to 0."""
+    """Log of the probability outside of `indices`, summed over the tail: 1 minus the top k would round to 0."""
     return log_p.scatter(-1, indices, _LOWEST).logsumexp(dim=-1)

@@ -1,13 +1,12 @@
-"""Rows of a teacher cache in Arrow files: a sample each, its tokens packed.
+"""Storage of a teacher cache: Arrow files with one row per sample, its tokens packed.
 
-A token costs ``4 * k + 2`` bytes up to 65,536 classes and ``5 * k + 2`` above: class numbers in 16 or 24 bits,
-log-probabilities and that of all other classes in float16. For k = 64 these are 258 and 322 bytes. A hidden state costs
-2 bytes for each of its numbers.
+A token takes ``4 * k + 2`` bytes up to 65,536 classes and ``5 * k + 2`` above: class numbers in 16 or 24 bits,
+log-probabilities and that of all other classes in float16. For k = 64 that is 258 and 322 bytes. A hidden state takes
+2 bytes per element.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qatkit.common.files import atomic_path
 from qatkit.distillation.sparse import top_k_log_probabilities
 
 SHORT = 1 << 16
-"""Classes that 16 bits can number."""
+"""Number of classes that 16 bits can index."""
 LOWEST = torch.finfo(torch.float16).min
 STATES = "hidden:"
-"""What stands before a layer's name in the name of its column."""
+"""Prefix of a column that holds a layer's hidden states, before the layer's name."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher said of some samples, padded to the longest."""
+    """Cached teacher outputs of some samples, padded to the longest."""
 
     indices: Tensor
     """Classes int64 ``[samples, length, k]``."""
@@ -39,10 +39,10 @@ class Targets:
     mask: Tensor
     """True where the cache holds a token ``[samples, length]``."""
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
-    """The outputs of layers of the teacher by name, float32 ``[samples, length, width]``, where they were asked for."""
+    """Outputs of cached teacher layers by name, float32 ``[samples, length, width]``."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
-        """The same with every tensor changed by a function."""
+        """Apply a function to every tensor."""
         return Targets(
             change(self.indices),
             change(self.log_p),
@@ -60,15 +60,15 @@ def pack(
     present: Tensor | None,
     hidden: Mapping[str, Tensor],
 ) -> list[dict[str, bytes]]:
-    """A row for every sample.
+    """Pack teacher outputs into one row per sample.
 
     Args:
-        logits: The teacher's ``[samples, length, classes]``.
-        keys: Of the samples.
-        k: Classes kept of every token.
-        temperature: Of the probabilities.
-        present: True where a token counts ``[samples, length]``; the others are not kept.
-        hidden: States by the layer's name ``[samples, length, width]``.
+        logits: Teacher logits ``[samples, length, classes]``.
+        keys: Sample keys.
+        k: Classes kept per token.
+        temperature: Divides the logits.
+        present: True where a token counts ``[samples, length]``; other tokens are not stored.
+        hidden: Hidden states by layer name ``[samples, length, width]``.
     """
     indices, log_p, log_tail = (part.cpu() for part in top_k_log_probabilities(logits, k, temperature))
     columns = {
@@ -89,7 +89,7 @@ def pack(
 
 
 def unpack(rows: Sequence[Mapping[str, bytes]], k: int) -> Targets:
-    """What `pack` packed, padded to the longest sample."""
+    """Unpack rows of `pack`, padded to the longest sample."""
     parts = [_unpack(row, k) for row in rows]
     lengths = torch.tensor([len(part["log_tail"]) for part in parts])
     padded = {name: pad_sequence([part[name] for part in parts], batch_first=True) for name in parts[0]}
@@ -99,15 +99,15 @@ def unpack(rows: Sequence[Mapping[str, bytes]], k: int) -> Targets:
 
 
 def spread(targets: Targets, present: Tensor | None) -> Targets:
-    """Put each sample's tokens where a batch has them: the cache holds no padding.
+    """Move each sample's tokens to their positions in a padded batch: the cache stores no padding.
 
     Args:
-        targets: What `unpack` returned.
-        present: The attention mask of the batch ``[samples, length]``; None where no sample is padded.
+        targets: As `unpack` returns them.
+        present: Attention mask of the batch ``[samples, length]``; None where no sample is padded.
     """
     if present is None or bool(present.all()):
         return targets
-    present = present.to(targets.mask.device)  # the batch may be on a GPU, and what is read from a file is not
+    present = present.to(targets.mask.device)  # the batch may be on a GPU, and cached tensors are on the CPU
 
     def place(part: Tensor) -> Tensor:
         out = part.new_zeros(*present.shape, *part.shape[2:])
@@ -118,7 +118,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
 
 
 def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
-    """Rows as an Arrow file, with the number of classes beside them."""
+    """Serialize rows as an Arrow file whose metadata holds the number of classes."""
     import pyarrow as pa
 
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"classes": str(classes)})
@@ -130,20 +130,16 @@ def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
 
 
 def open_table(paths: Sequence[Path]) -> Any:
-    """The Arrow files as one table, mapped into memory and read when it is asked for."""
+    """The Arrow files as one memory-mapped table, read on access."""
     import pyarrow as pa
 
     return pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths])
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all: a file that is there is complete, whenever the process was killed."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: a file that exists is complete, whenever the process was killed."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _unpack(row: Mapping[str, bytes], k: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Students made of some of a teacher's layers."""
+"""Students built from some of a teacher's layers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ Model = TypeVar("Model", bound=nn.Module)
 def student_from_teacher(
     teacher: Model, layers: int | Sequence[int], keep: Literal["uniform", "last"] = "uniform"
 ) -> Model:
-    """A copy of a transformers model with fewer layers, whose config says so: `from_pretrained` loads what it saves.
+    """Copy a transformers model with fewer layers and a matching config, so that `from_pretrained` loads it.
 
     Sanh et al. (2019, https://arxiv.org/abs/1910.01108), section 3, start a student from every second layer of its
     teacher. Everything but the dropped layers is copied.
 
     Args:
-        teacher: A model of transformers with one stack of layers; it stays as it is.
-        layers: How many layers to keep, or the numbers of those to keep, in rising order from 0.
-        keep: Which, where `layers` is a number: spread over the teacher with its last layer, or its last ones.
+        teacher: A transformers model with one stack of layers; it is not changed.
+        layers: Number of layers to keep, or their indices in ascending order.
+        keep: Which layers to keep where `layers` is a number: "uniform" spreads them over the teacher and ends with
+            its last one, "last" keeps the last ones.
 
     Raises:
-        QatkitError: the model has no config or several stacks, or the numbers are not in it.
+        QatkitError: the model has no config, it has several stacks, or `layers` are not layers of it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,18 +46,20 @@ def student_from_teacher(
         numbers = list(layers)
         if numbers != sorted({*numbers} & {*range(depth)}) or not numbers:
             raise QatkitError(
-                f"layers: {numbers} are no layers of the teacher in rising order; write numbers from 0 to {depth - 1}"
+                f"{numbers} are not layers of the teacher in ascending order",
+                key="layers",
+                advice=f"use numbers from 0 to {depth - 1}",
             )
     dropped = [number for number in range(depth) if number not in numbers]
     stack = teacher.get_submodule(name)
     assert isinstance(stack, nn.ModuleList)
-    # not copied only to be dropped: a teacher may fill the memory by itself
+    # dropped layers are not copied: a teacher may fill the memory by itself
     student = copy.deepcopy(teacher, {id(stack[number]): None for number in dropped})
     kept = nn.ModuleList([student.get_submodule(f"{name}.{number}") for number in numbers])
     for index, layer in enumerate(kept):
         for part in layer.modules():
-            if isinstance(getattr(part, "layer_idx", None), int):  # where its keys and values lie in the cache
-                part.layer_idx = index  # type: ignore[assignment]  # no tensor, as was just seen
+            if isinstance(getattr(part, "layer_idx", None), int):  # index of its keys and values in the cache
+                part.layer_idx = index  # type: ignore[assignment]  # an int, as checked above
     student.set_submodule(name, kept)
     configs = {id(config): config for config in (getattr(part, "config", None) for part in student.modules())}
     for config in configs.values():
@@ -66,22 +69,23 @@ def student_from_teacher(
 
 
 def depth_of(teacher: nn.Module) -> int:
-    """How many layers a model of transformers has.
+    """The number of layers of a transformers model.
 
     Raises:
-        QatkitError: the model has no config or several stacks.
+        QatkitError: the model has no config, or several stacks.
     """
     return _stack(teacher)[1]
 
 
 def _stack(teacher: nn.Module) -> tuple[str, int]:
-    """Name and size of the one list of layers that the config counts."""
+    """Name and length of the only layer list whose length the config gives."""
     config = getattr(teacher, "config", None)
     depth = next((getattr(config, key) for key in DEPTHS if isinstance(getattr(config, key, None), int)), None)
     if depth is None:
         raise QatkitError(
-            f"teacher: {type(teacher).__name__} has no config with {' or '.join(DEPTHS[:3])}; pass a model of "
-            "transformers, or build the student yourself"
+            f"{type(teacher).__name__} has no config with {' or '.join(DEPTHS[:3])}",
+            key="teacher",
+            advice="pass a transformers model, or build the student yourself",
         )
     stacks = [
         name
@@ -91,7 +95,9 @@ def _stack(teacher: nn.Module) -> tuple[str, int]:
     stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(stacks) != 1:
         raise QatkitError(
-            f"teacher: {type(teacher).__name__} has {len(stacks)} lists of {depth} layers ({stacks}); only a model "
-            "with one stack of layers can be cut, so build the student yourself"
+            f"{type(teacher).__name__} has {len(stacks)} lists of {depth} layers ({stacks}), and only a model with "
+            "one stack of layers can be cut",
+            key="teacher",
+            advice="build the student yourself",
         )
     return stacks[0], depth

@@ -1,4 +1,4 @@
-"""A teacher: a frozen model that only answers."""
+"""A live teacher: a frozen model that is never trained or saved."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from torch import Tensor, nn
 
 
 class Teacher:
-    """Runs a model in eval mode without gradients.
+    """Run a model in eval mode without gradients.
 
-    Deliberately not an `nn.Module`: as an attribute of one it is never registered, so it is neither trained, saved,
+    Deliberately not an `nn.Module`: as an attribute of one it is not registered, so it is neither trained, saved,
     sharded nor counted.
 
     Args:
-        model: The teacher; put into eval mode.
-        device: Where it stays, such as "cuda:1"; None lets it follow the student.
-        dtype: What its weights and inputs are converted to, such as `torch.bfloat16`; None leaves them as they are.
+        model: The teacher; switched to eval mode.
+        device: The teacher's device, such as "cuda:1"; None uses the student's.
+        dtype: Dtype of its weights and inputs, such as `torch.bfloat16`; None leaves them unchanged.
+
+    Example:
+        >>> teacher = Teacher(nn.Linear(4, 2), dtype=torch.bfloat16)
+        >>> teacher(torch.zeros(1, 4)).dtype, teacher(torch.zeros(1, 4)).requires_grad
+        (torch.bfloat16, False)
     """
 
     def __init__(
@@ -31,21 +36,21 @@ class Teacher:
             model.to(dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.model.eval()  # a Trainer that holds it elsewhere may have switched it to train mode
+        self.model.eval()  # a Trainer that holds it too may have switched it to train mode
         with torch.no_grad():
-            return self.model(*self._fitting(args), **self._fitting(kwargs))
+            return self.model(*self._converted(args), **self._converted(kwargs))
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the teacher's weights, unless it has a device of its own."""
+        """Move the teacher to a device, or to its own where it has one."""
         self.model.to(self.device or device)
         return self
 
-    def _fitting(self, value: Any) -> Any:
-        """Inputs where the teacher is, and in its dtype."""
+    def _converted(self, value: Any) -> Any:
+        """Inputs on the teacher's device and in its dtype."""
         if isinstance(value, Tensor):
             return value.to(self.device, self.dtype if value.is_floating_point() else None)
         if isinstance(value, Mapping):
-            return {key: self._fitting(part) for key, part in value.items()}
+            return {key: self._converted(part) for key, part in value.items()}
         if type(value) in (tuple, list):
-            return type(value)(self._fitting(part) for part in value)
+            return type(value)(self._converted(part) for part in value)
         return value

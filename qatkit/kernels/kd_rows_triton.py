@@ -1,9 +1,8 @@
-"""The arithmetic of `qatkit.kernels.kd_rows` for GPUs, as one Triton kernel.
+"""The arithmetic of `qatkit.kernels.kd_rows_torch` for GPUs, as one Triton kernel.
 
-Eager torch goes over the logits of a row a dozen times, in float32. What has to be moved is less: both rows are read
-for their maxima and sums (for the Jensen-Shannon divergence twice), read again, and one is written, all in the dtype of
-the logits. On a GPU that is the difference between a loss that takes longer than its matrix products and one that hides
-behind them.
+Eager torch passes over the logits of a row a dozen times, in float32. The kernel moves less memory: it reads both rows
+for their maxima and sums (twice for the Jensen-Shannon divergence), reads them again, and writes one, all in the dtype
+of the logits. On a GPU that decides whether the loss takes longer than its matrix products or hides behind them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# what Triton compiles takes pointers and blocks, for which Python has no types: so it has none below
+KINDS = ("kl", "reverse_kl", "jsd")
+"""The divergences that the kernel implements."""
+
+# compiled functions take pointers and blocks, for which Python has no types
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def _shifted(values, top, shared):  # type: ignore[no-untyped-def]
 def _over_mixture(log_p, log_q, beta):  # type: ignore[no-untyped-def]
     """``log p - log m`` and ``log q - log m`` with ``m = beta * p + (1 - beta) * q``, from the ratio of p and q alone.
 
-    Beyond e^80 the smaller of the two is nothing in a sum, and the exponential would not be finite.
+    Beyond a ratio of e^80 the smaller of the two is lost in a sum, and the exponential would overflow.
     """
     ratio = tl.minimum(tl.maximum(log_p - log_q, -80.0), 80.0)
     of_q = -tl.log(beta * tl.exp(ratio) + (1 - beta))
@@ -34,11 +36,11 @@ def _over_mixture(log_p, log_q, beta):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(  # type: ignore[no-untyped-def]
-    student, teacher, labels, share, label_share, divergence, cross_entropy, student_stride, teacher_stride,
+    student, teacher, labels, weights, label_weights, divergence, cross_entropy, student_stride, teacher_stride,
     classes, narrow, temperature, alpha, beta,
     KIND: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row per program; see `RowKernel` for what it takes and leaves."""
+    """One row per program; `TritonRows` describes the arguments."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -48,12 +50,12 @@ def _rows(  # type: ignore[no-untyped-def]
     hard_sum, dot = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     label = 0
     target = 0.0
-    # what lies at one place is read before any thread may write: the reductions below are a barrier
+    # every value is read before any thread may write: the reductions below are a barrier
     if LABELS:
         label = tl.load(labels + row)
-        # a label that is no class shows, as a loss of NaN
+        # a label that is no class gives a loss of NaN
         target = tl.load(student + label, mask=label < classes, other=float("nan")).to(tl.float32)
-    # what logits have in common would cost their differences the last digits: it is taken off, by a large one of each
+    # a common offset of the logits would cost their differences the last digits: subtract a large logit of each row
     some = tl.arange(0, BLOCK)
     s_shift = tl.max(tl.load(student + some, mask=some < narrow, other=float("-inf")).to(tl.float32), 0)
     t_shift = tl.max(tl.load(teacher + some, mask=some < narrow, other=float("-inf")).to(tl.float32), 0)
@@ -102,8 +104,8 @@ def _rows(  # type: ignore[no-untyped-def]
         mean = tl.sum(of_q, 0)
         tl.store(divergence + row, beta * tl.sum(of_p, 0) + (1 - beta) * mean)
     if GRADIENT:
-        weight = tl.load(share + row) * alpha * temperature
-        hard_weight = tl.load(label_share + row) * (1 - alpha)
+        weight = tl.load(weights + row) * alpha * temperature
+        hard_weight = tl.load(label_weights + row) * (1 - alpha)
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             shared = columns < narrow
@@ -114,7 +116,7 @@ def _rows(  # type: ignore[no-untyped-def]
                 slope = tl.exp(log_q) - tl.exp(log_p)
             elif KIND == "reverse_kl":
                 slope = tl.exp(log_q) * (log_q - log_p - mean)
-            else:
+            elif KIND == "jsd":
                 _, q_over_m = _over_mixture(log_p, log_q, beta)
                 slope = (1 - beta) * tl.exp(log_q) * (q_over_m - mean)
             slope = tl.where(shared, weight * slope, 0.0)
@@ -124,18 +126,19 @@ def _rows(  # type: ignore[no-untyped-def]
             tl.store(student + columns, slope, mask=columns < classes)
 
 
-class RowKernel:
-    """Takes the place of `qatkit.kernels.kd_rows.Block`, for whole logits in float32 or less.
+class TritonRows:
+    """The fast path of `qatkit.kernels.kd_rows_torch.TorchRows` on CUDA, for full logits in float32 or narrower.
 
     Args:
         temperature: The logits come divided by it.
-        alpha: Weight of the divergence; cross-entropy gets the rest.
-        kind: "kl", "reverse_kl" or "jsd".
-        beta: For "jsd".
-        gradient: Whether the gradient takes the place of the student's logits; else these stay.
+        alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
+        kind: One of `KINDS`.
+        beta: Mixture weight of "jsd".
+        gradient: Overwrite the student's logits with the gradient; else they are left as they are.
     """
 
     def __init__(self, temperature: float, alpha: float, kind: str, beta: float, gradient: bool) -> None:
+        assert kind in KINDS, kind
         self.temperature = temperature
         self.alpha = alpha
         self.kind = kind
@@ -143,19 +146,19 @@ class RowKernel:
         self.gradient = gradient
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, share: Tensor, label_share: Tensor
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, weights: Tensor, label_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Divergence and cross-entropy of these rows, as `Block` gives them; the teacher's logits stay as they are."""
+        """Divergence and cross-entropy of these rows, as `TorchRows` returns them; the teacher's logits are kept."""
         rows, classes = student.shape
-        divergence, cross_entropy = share.new_zeros(2, rows)
-        # 16 bytes of each row per thread and turn; with fewer classes than lanes the rest idles
+        divergence, cross_entropy = weights.new_zeros(2, rows)
+        # 16 bytes of each row per thread and iteration; with fewer classes than lanes the rest idles
         block = min(2048, triton.next_power_of_2(classes))
         # Triton launches on the current GPU; torch has no types for device_of
         with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]
             _rows[(rows,)](
-                student, teacher, labels, share, label_share, divergence, cross_entropy,
+                student, teacher, labels, weights, label_weights, divergence, cross_entropy,
                 student.stride(0), teacher.stride(0), classes, teacher.shape[1],
                 self.temperature, self.alpha, self.beta,
                 KIND=self.kind, LABELS=labels is not None, GRADIENT=self.gradient, BLOCK=block, num_warps=8,
             )  # fmt: skip
-        return torch.dot(share, divergence) * self.temperature**2, torch.dot(label_share, cross_entropy)
+        return torch.dot(weights, divergence) * self.temperature**2, torch.dot(label_weights, cross_entropy)

@@ -5,89 +5,100 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qatkit.distillation.divergences import DIVERGENCES, HIDDEN_LOSSES
+from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Ask the teacher once, before training, and keep its best classes of every token; then no teacher is needed."""
+    """Run the teacher once before training and store its top-k outputs per token; training then needs no teacher."""
 
     top_k: int = 64
-    """Classes kept of every token, at least 1 and fewer than there are; all others together are one more."""
+    """Classes stored per token, at least 1 and fewer than there are; all others together count as one more."""
     folder: str | None = None
-    """Where they are kept, to be shared by runs; by default in the run's folder."""
+    """Folder of the cache, to share it between runs; by default in the run's folder."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} is out of range; write a whole number of at least 1, such as 64")
+        _check_at_least_1("top_k", self.top_k)
 
 
 @dataclass(frozen=True)
 class HiddenConfig:
-    """Hidden states of the student that are to be those of the teacher."""
+    """Match the student's hidden states to those of the teacher."""
 
     layers: dict[str, str] = MISSING
-    """The teacher's layer for each layer of the student, by their names in the two models or by globs."""
+    """Student layers, each with its teacher layer: names in the two models, or globs."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """Where a glob matches more layers of the teacher: spread over them with the last one, or the last ones."""
+    """Where a glob matches more teacher layers than student layers: ``uniform`` spreads over them and ends with the
+    last one, ``last`` takes the last ones."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
-    loss: Literal["mse", "cosine"] = "mse"
+    loss: str = "mse"
+    """``mse`` or ``cosine``."""
     widths: list[int] | None = None
-    """Widths of student and teacher where they differ: a linear map for each pair is then learned."""
+    """Student width and teacher width where they differ: each pair of layers then learns a linear map."""
 
     def __post_init__(self) -> None:
+        HIDDEN_LOSSES.row(self.loss, key="loss")
         _check_features(self.layers, self.weight)
         if self.widths is not None and (len(self.widths) != 2 or min(self.widths) < 1):
-            raise ValueError(f"widths: {self.widths} are not two widths; write [of the student, of the teacher]")
+            raise QatkitError(
+                f"{self.widths} are not two widths", key="widths", advice="use [student width, teacher width]"
+            )
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """What the student attends to, which is to be what the teacher attends to."""
+    """Match the student's attention to that of the teacher."""
 
     layers: dict[str, str] = MISSING
-    """As in ``hidden``: convolutions, or the layers that make queries, keys or values."""
+    """As in ``hidden``: convolutions, or the projections that compute queries, keys or values."""
     layers_by: Literal["uniform", "last"] = "uniform"
     """As in ``hidden``."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
     heads: int | None = None
-    """Relation heads of queries, keys or values; null transfers the attention of feature maps."""
+    """Number of relation heads for queries, keys or values; null transfers the attention of feature maps."""
 
     def __post_init__(self) -> None:
         _check_features(self.layers, self.weight)
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"heads: {self.heads} is out of range; write a whole number of at least 1, or null")
+        if self.heads is not None:
+            _check_at_least_1("heads", self.heads)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Train some batches on texts that a model writes: beginnings of the data's texts, continued while training."""
+    """Train some batches on generated text: a model continues prompts from the data during training."""
 
     fraction: float = 1.0
-    """Share of the batches, 0 to 1."""
+    """Fraction of the batches, 0 to 1."""
     ramp: float = 0.0
-    """Share of the stage over which `fraction` rises from 0, 0 to 1."""
+    """Fraction of the stage over which `fraction` rises from 0, 0 to 1."""
     prompt: int | None = None
-    """Tokens that are kept of a text; by default those before the first that has a label."""
+    """Prompt length in tokens; by default a text's tokens before its first label."""
     new_tokens: int = 32
-    """Tokens that are written at most; a text ends earlier with an end-of-text token."""
+    """Maximum number of generated tokens; a text ends earlier with an end-of-text token."""
     temperature: float = 1.0
-    """Divides the logits before a token is drawn; 0 takes the most probable one."""
+    """Divides the logits before sampling; 0 takes the most probable token."""
 
     def __post_init__(self) -> None:
         for name in ("fraction", "ramp"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name}: {value} is out of range; write a number from 0 to 1")
+            _check_0_to_1(name, getattr(self, name))
         for name in ("prompt", "new_tokens"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name}: {number} is out of range; write a whole number of at least 1")
+            if (number := getattr(self, name)) is not None:
+                _check_at_least_1(name, number)
         if self.temperature < 0:
-            raise ValueError(f"temperature: {self.temperature} is out of range; write 0 or a number above 0")
+            raise QatkitError(
+                f"{self.temperature} is out of range", key="temperature", advice="use 0 or a number above 0"
+            )
 
-    def share(self, progress: float) -> float:
-        """Share of the batches at a point of the stage, 0 to 1."""
+    def fraction_at(self, progress: float) -> float:
+        """The fraction of generated batches at a point of the stage.
+
+        Args:
+            progress: Progress of the stage, 0 to 1.
+        """
         return self.fraction * (min(1.0, progress / self.ramp) if self.ramp else 1.0)
 
 
@@ -98,66 +109,81 @@ class DistillConfig:
     temperature: float = 1.0
     """Divides both sets of logits; above 0."""
     alpha: float = 0.5
-    """Weight of the distillation term, 0 to 1; the labels' loss gets the rest."""
-    loss: Literal["kl", "reverse_kl", "jsd", "mse"] = "kl"
-    """KL(teacher || student), KL(student || teacher), Jensen-Shannon, or the squared error of the outputs."""
+    """Weight of the distillation term, 0 to 1; the loss of the labels has weight ``1 - alpha``."""
+    loss: str = "kl"
+    """A row of `qatkit.distillation.divergences`: ``kl``, ``reverse_kl``, ``jsd`` or ``mse``."""
     beta: float = 0.5
-    """With ``loss: jsd``, the teacher's share in the mixture, between 0 and 1."""
+    """Weight of the teacher in the mixture of ``loss: jsd``, between 0 and 1."""
     ramp: float = 0.0
-    """Share of the stage over which the distillation term rises to its weight, 0 to 1."""
+    """Fraction of the stage over which the distillation term rises to its weight, 0 to 1."""
     teacher: str | None = None
-    """The stage whose result teaches; by default the model before the first compression on this stage's way."""
+    """The stage whose result is the teacher; by default the model before the first compression on this stage's path."""
     teacher_bits: int | None = None
-    """8 or 4: bitsandbytes holds the weights of the teacher's linear layers, all but the output layer."""
+    """8 or 4: quantize the teacher's linear layers, except its output layer, with bitsandbytes."""
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the teacher's weights; null leaves them as they are."""
+    """Dtype of the teacher's weights; null leaves them unchanged."""
     teacher_device: str | None = None
-    """Where the teacher stays, such as ``cuda:1``; null is where the student is."""
+    """The teacher's device, such as ``cuda:1``; null uses the student's."""
     cache: CacheConfig | None = None
-    """Learn from what the teacher said before training; needs ``loss: kl``."""
+    """Learn from a cached teacher; needs a loss that can be computed from the top-k classes, such as ``kl``."""
     hidden: HiddenConfig | None = None
-    """Compare hidden states as well."""
+    """Add a loss between hidden states."""
     attention: AttentionConfig | None = None
-    """Compare attention as well."""
+    """Add a loss between attention maps or relations."""
     on_policy: GenerationConfig | None = None
-    """Language models: the student writes, and learns from the teacher alone how to go on."""
+    """Language models: train on text that the student generates, with the distillation term only."""
     sequence_level: GenerationConfig | None = None
-    """Language models: the teacher writes, and its texts are trained on as data are."""
+    """Language models: train on text that the teacher generates, like on data."""
 
     def __post_init__(self) -> None:
+        divergence = DIVERGENCES.row(self.loss, key="loss")
         if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature} is out of range; write a number above 0")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha: {self.alpha} is out of range; write a number from 0 to 1")
+            raise QatkitError(f"{self.temperature} is out of range", key="temperature", advice="use a number above 0")
         if not 0 < self.beta < 1:
-            raise ValueError(f"beta: {self.beta} is out of range; write a number between 0 and 1")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp: {self.ramp} is out of range; write a number from 0 to 1")
+            raise QatkitError(f"{self.beta} is out of range", key="beta", advice="use a number between 0 and 1")
+        for name in ("alpha", "ramp"):
+            _check_0_to_1(name, getattr(self, name))
         if self.teacher_bits not in (None, 8, 4):
-            raise ValueError(f"teacher_bits: {self.teacher_bits} is not offered by bitsandbytes; write 8, 4 or null")
-        if self.cache is not None and self.loss != "kl":
-            raise ValueError(
-                f"loss: '{self.loss}' needs all of the teacher's outputs, and a cache holds its best classes; write "
-                "kl, or leave cache out"
+            raise QatkitError(
+                f"{self.teacher_bits} bits are not supported by bitsandbytes",
+                key="teacher_bits",
+                advice="use 8, 4 or null",
             )
-        if self.cache is not None and self.attention is not None and self.attention.heads is None:
-            raise ValueError(
-                "attention: a cache keeps vectors of tokens and no feature maps; write heads, or leave cache out"
-            )
+        if self.cache is not None:
+            divergence.check_cached()
+            if self.attention is not None and self.attention.heads is None:
+                raise QatkitError(
+                    "a cache holds one vector per token and no feature maps",
+                    key="attention",
+                    advice="set heads, or remove the cache",
+                )
         if self.on_policy is not None and self.sequence_level is not None:
             fractions = self.on_policy.fraction, self.sequence_level.fraction
             if sum(fractions) > 1:
-                raise ValueError(
-                    f"on_policy.fraction: {fractions[0]} and sequence_level.fraction: {fractions[1]} are more than all "
-                    "batches; write two numbers whose sum is at most 1"
+                raise QatkitError(
+                    f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than all batches",
+                    key="on_policy.fraction",
+                    advice="use two fractions whose sum is at most 1",
                 )
         for name in ("on_policy", "sequence_level"):
             if self.cache is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name}: a cache knows only the data's texts; leave cache out, or {name}")
+                raise QatkitError(
+                    "a cache holds no outputs for generated texts", key=name, advice=f"remove the cache, or {name}"
+                )
+
+
+def _check_at_least_1(key: str, value: int) -> None:
+    if value < 1:
+        raise QatkitError(f"{value} is out of range", key=key, advice="use an integer of at least 1")
+
+
+def _check_0_to_1(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise QatkitError(f"{value} is out of range", key=key, advice="use a number from 0 to 1")
 
 
 def _check_features(layers: dict[str, str], weight: float) -> None:
     if not weight > 0:
-        raise ValueError(f"weight: {weight} is out of range; write a number above 0")
+        raise QatkitError(f"{weight} is out of range", key="weight", advice="use a number above 0")
     if not layers:
-        raise ValueError("layers: {} names no layers; write {layer of the student: layer of the teacher}")
+        raise QatkitError("no layers are named", key="layers", advice="use {student layer: teacher layer}")

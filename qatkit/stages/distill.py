@@ -1,7 +1,8 @@
-"""The ``distill`` block."""
+"""The ``distill`` block of a stage: checks, the teacher it asks for, and its callback."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ from torch import nn
 
 from qatkit.common.device import device_type
 from qatkit.distillation.cache import CachedTeacher
+from qatkit.distillation.divergences import DIVERGENCES
 from qatkit.distillation.features import pair_layers
 from qatkit.distillation.generation import check_length
 from qatkit.distillation.teacher import Teacher
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning, under
 from qatkit.lora.attach import base_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.recipe import DistillConfig, GenerationConfig, TrainerConfig
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class LowBitTeacher(Teacher):
-    """A teacher whose linear layers are held in 8 or 4 bits from the moment it is where it answers.
+    """A teacher whose linear layers are quantized to 8 or 4 bits when it reaches its device.
 
     Args:
         model: The teacher.
-        bits: Of the weights.
+        bits: Bits of its weights.
         device: As in `Teacher`.
         dtype: As in `Teacher`.
     """
@@ -49,53 +51,66 @@ class LowBitTeacher(Teacher):
 
 
 def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, teacher: nn.Module) -> None:
-    """Check what can be known of the two models before a weight is read."""
-    for key, plan, writer in (
+    """Check the block against both models, before weights are loaded.
+
+    Raises:
+        QatkitError: a model cannot generate text, bitsandbytes cannot quantize the teacher, or a layer is unknown.
+    """
+    divergence = DIVERGENCES.row(config.loss, key="loss")
+    for key, used, default in (
+        ("temperature", divergence.uses_temperature, DistillConfig.temperature),
+        ("beta", divergence.uses_beta, DistillConfig.beta),
+    ):
+        if not used and getattr(config, key) != default:
+            warnings.warn(
+                f"{key}: {getattr(config, key)} has no effect with loss '{config.loss}'; remove it",
+                QatkitWarning,
+                stacklevel=2,
+            )
+    for key, plan, generator in (
         ("on_policy", config.on_policy, student),
         ("sequence_level", config.sequence_level, teacher),
     ):
         if plan is not None:
-            check_length(writer, key, (plan.prompt or 1) + plan.new_tokens)
+            check_length(generator, key, (plan.prompt or 1) + plan.new_tokens)
     if config.teacher_bits is not None:
         if not base_layers(teacher):
             raise QatkitError(
-                f"teacher_bits: the teacher has no plain linear layer to hold in {config.teacher_bits} bits"
+                f"the teacher has no plain linear layer to quantize to {config.teacher_bits} bits",
+                key="teacher_bits",
+                advice="remove it",
             )
-        device = torch.device(config.teacher_device or device_type(trainer.accelerator))
         try:
-            check_backend(device)
+            check_backend(torch.device(config.teacher_device or device_type(trainer.accelerator)))
         except QatkitError as error:
-            said = str(error).partition("; write")[0]
-            raise QatkitError(f"teacher_{said}; leave teacher_bits out, or write a device that it supports") from error
+            advice = "remove it, or set teacher_device to a device that bitsandbytes supports"
+            raise error.with_fields(key="teacher_bits", advice=advice) from error
     resolved(config, student, teacher)
 
 
 def resolved(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> DistillConfig:
-    """The block with a name for every layer that it compares, where it has globs.
+    """Replace globs in ``hidden`` and ``attention`` by the names of the layers they match.
 
     Raises:
         QatkitError: a name or glob matches no layer.
     """
     names, theirs = ([name for name, _ in model.named_modules()] for model in (student, teacher))
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for key in ("hidden", "attention"):
         if (match := getattr(config, key)) is not None:
-            try:
-                layers = pair_layers(match.layers, names, theirs, match.layers_by)
-            except QatkitError as error:
-                raise QatkitError(f"{key}.{error}") from None
-            found[key] = replace(match, layers=layers)
-    return replace(config, **found)
+            with under(key):
+                changes[key] = replace(match, layers=pair_layers(match.layers, names, theirs, match.layers_by))
+    return replace(config, **changes)
 
 
 def compared_layers(config: DistillConfig) -> list[str]:
-    """The teacher's layers whose outputs a resolved block compares."""
+    """The teacher layers whose outputs a resolved block compares."""
     matches = [match for match in (config.hidden, config.attention) if match is not None]
     return sorted({name for match in matches for name in match.layers.values()})
 
 
 def teacher(config: DistillConfig, model: nn.Module) -> Teacher:
-    """The model as the block wants it held."""
+    """The model as a teacher, with the block's device, dtype and bits."""
     dtype: torch.dtype | None = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
     if config.teacher_bits is None:
         return Teacher(model, config.teacher_device, dtype)
@@ -106,7 +121,7 @@ def teacher(config: DistillConfig, model: nn.Module) -> Teacher:
 def callback(
     config: DistillConfig, teacher: Teacher | CachedTeacher, seed: int, vocab_size: int | None = None
 ) -> KnowledgeDistillation:
-    """What adds the teacher to the loss."""
+    """The callback that adds the distillation term to the loss."""
     from qatkit.callbacks import KnowledgeDistillation
 
     return KnowledgeDistillation(
@@ -147,4 +162,4 @@ def _generation(config: GenerationConfig | None, seed: int) -> Generation | None
 
     if config is None:
         return None
-    return Generation(config.share, config.prompt, config.new_tokens, config.temperature, seed=seed)
+    return Generation(config.fraction_at, config.prompt, config.new_tokens, config.temperature, seed=seed)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qatkit.distillation.generation import check_length, writer_in
+from qatkit.distillation.generation import check_length, generator_in
 from qatkit.recipe import SamplesConfig
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check(config: SamplesConfig, model: nn.Module) -> None:
     """Refuse a model that cannot write, or not so much."""
-    writer_in(model, "samples")
+    generator_in(model, "samples")
     check_length(model, "samples.max_new_tokens", 1 + config.max_new_tokens)
 
 

@@ -1,4 +1,4 @@
-"""The cache of a teacher's answers: what it holds, what it costs, kills, and caches of something else."""
+"""The teacher cache: contents, bytes per token, kills, and caches written from something else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES, SAMPLES, LENGTH = 301, 10, 6
 
 
 class Logits:
-    """A teacher whose answers are known, and counted."""
+    """A teacher with known outputs that counts its calls."""
 
     def __init__(self, classes: int = CLASSES) -> None:
         self.everything = sines(1, SAMPLES, LENGTH, classes, scale=6)
@@ -54,16 +54,16 @@ def test_the_loss_from_the_cache_is_that_of_the_whole_teacher_but_for_half_preci
 
 
 @pytest.mark.parametrize(("classes", "most"), [(CLASSES, 258), (70_000, 322)])
-def test_a_token_costs_its_bytes_and_class_numbers_above_16_bits_survive(
+def test_a_token_takes_the_stated_bytes_and_class_numbers_above_16_bits_survive(
     tmp_path: Path, classes: int, most: int
 ) -> None:
     teacher = Logits(classes)
-    teacher.everything[..., -1] = 9.0  # the best class is the last
+    teacher.everything[..., -1] = 9.0  # the most probable class is the last
     cache_teacher(teacher, batches(), tmp_path, FINGERPRINT)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
-    assert size <= SAMPLES * LENGTH * most + 4096  # what Arrow says of a file
+    assert size <= SAMPLES * LENGTH * most + 4096  # Arrow's file overhead
     targets = CachedTeacher(tmp_path, FINGERPRINT)(range(SAMPLES))
-    # of classes that differ by a rounding either may be among the best
+    # of two classes that differ by a rounding error either may be in the top k
     torch.testing.assert_close(teacher.everything.gather(-1, targets.indices), teacher.everything.topk(64).values)
     assert all(row.unique().numel() == 64 for row in targets.indices.flatten(0, 1))
     exact = teacher.everything.double().log_softmax(-1).topk(64).values
@@ -81,7 +81,7 @@ def test_after_a_kill_only_the_unfinished_file_is_computed_again_and_the_cache_i
     cache_teacher(Logits(), batches(), tmp_path / "whole", FINGERPRINT, **options)
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(Killed(), batches(), tmp_path / "cut", FINGERPRINT, **options)
-    with pytest.raises(QatkitError, match=r"is not complete; run cache_teacher\(\.\.\., folder\) again"):
+    with pytest.raises(QatkitError, match=r"is incomplete; run cache_teacher\(\.\.\., folder\) again"):
         CachedTeacher(tmp_path / "cut", FINGERPRINT)
     teacher = Logits()
     assert cache_teacher(teacher, batches(), tmp_path / "cut", FINGERPRINT, **options) == SAMPLES
@@ -104,7 +104,7 @@ def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(tmp_path: Path
     process = subprocess.Popen([warm.python(), "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     wait_for(tmp_path / "cut" / "000001.arrow", process)
     process.kill()
-    process.communicate()  # until the process that writes the files has gone
+    process.communicate()  # until the writing process has ended
     assert not is_complete(tmp_path / "cut")
     teacher = Logits()
     for folder, answers in (("whole", Logits()), ("cut", teacher)):
@@ -114,7 +114,7 @@ def test_a_killed_process_leaves_whole_files_and_the_next_goes_on(tmp_path: Path
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
-def test_a_cache_of_something_else_is_refused_and_what_changed_is_named(tmp_path: Path) -> None:
+def test_a_cache_with_another_fingerprint_is_refused_by_the_changed_key(tmp_path: Path) -> None:
     cache_teacher(Logits(), batches(), tmp_path, FINGERPRINT)
     other = FINGERPRINT | {"tokenizer": "d4"}
     with pytest.raises(QatkitError, match="tokenizer: was c3, is now d4"):
@@ -141,15 +141,15 @@ def test_samples_of_different_lengths_are_padded_and_padding_does_not_count(tmp_
     assert cached.loss(student, [0, 9]).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_mistakes_are_answered_with_what_to_write(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match=r"holds none; run cache_teacher\(\.\.\., folder\) first"):
+def test_mistakes_are_refused_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(QatkitError, match=r"no cache in .*; run cache_teacher\(\.\.\., folder\) first"):
         CachedTeacher(tmp_path, FINGERPRINT)
     broken = Logits()
     broken.everything[5] = torch.nan
-    with pytest.raises(QatkitError, match="batch 2, counted from 0, hold NaN"):
+    with pytest.raises(QatkitError, match="batch 2, counted from 0, contain NaN"):
         cache_teacher(broken, batches(), tmp_path, FINGERPRINT)
     cache_teacher(Logits(), batches(), tmp_path, FINGERPRINT)
-    with pytest.raises(QatkitError, match=r"samples: \[10\] are not all in the cache; it holds 0 to 9"):
+    with pytest.raises(QatkitError, match=r"samples: \[10\] are not all in the cache; use numbers from 0 to 9"):
         CachedTeacher(tmp_path, FINGERPRINT)([10])
 
 

@@ -1,4 +1,4 @@
-"""The fused loss against plain torch over whole logits, and against Liger Kernel."""
+"""The fused loss against plain torch over full logits, and against Liger Kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qatkit import QatkitError
-from qatkit.distillation import chunked
+from qatkit.distillation import chunked_op
 from qatkit.distillation.chunked import linear_kd_loss
 from qatkit.distillation.losses import jsd_loss, kd_loss, reverse_kl_loss
 from tests.distillation import tensors
@@ -39,7 +39,7 @@ def example(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def plain(parts: dict[str, Tensor], temperature: float, alpha: float, kind: str) -> Tensor:
-    """The same over whole logits, with the losses that are tested on their own."""
+    """The same over full logits, with the losses that have their own tests."""
     student = F.linear(parts["student_hidden"], parts["student_weight"], parts.get("student_bias"))
     teacher = F.linear(parts["teacher_hidden"], parts["teacher_weight"], parts.get("teacher_bias"))
     mask = parts.get("mask", torch.ones(len(student), dtype=torch.bool))
@@ -65,8 +65,8 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) 
 def test_loss_and_gradients_are_those_of_plain_torch_for_any_cut_into_rows(
     kind: Any, temperature: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(chunked.WORKSPACE, "cpu", rows * 2 * CLASSES * 4)
-    monkeypatch.setitem(chunked.CACHED, "cpu", 3 * CLASSES)
+    monkeypatch.setitem(chunked_op.WORKSPACE, "cpu", rows * 2 * CLASSES * 4)
+    monkeypatch.setitem(chunked_op.CACHED, "cpu", 3 * CLASSES)
     parts = example()
     loss, expected = (
         linear_kd_loss(**parts, temperature=temperature, alpha=0.7, kind=kind),
@@ -112,8 +112,8 @@ def test_loss_and_gradients_are_those_of_liger_kernel(beta: float, temperature: 
         assert part.grad.double().norm().item() == pytest.approx(REFERENCES[f"{key} |{name}.grad|"], rel=1e-5)
 
 
-def test_a_whole_matrix_of_logits_never_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunked.WORKSPACE, "cpu", 4 << 20)
+def test_the_full_matrix_of_logits_is_never_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chunked_op.WORKSPACE, "cpu", 4 << 20)
     positions, classes = 4096, 16384
     hidden = torch.randn(positions, 4, requires_grad=True)
     weight = torch.randn(classes, 4, requires_grad=True)
@@ -130,7 +130,7 @@ def test_a_whole_matrix_of_logits_never_exists(monkeypatch: pytest.MonkeyPatch) 
     assert status("VmHWM") - before < positions * classes * 4 / 8
 
 
-def test_what_does_not_need_a_gradient_gets_none() -> None:
+def test_inputs_that_need_no_gradient_get_none() -> None:
     parts = example()
     parts["student_weight"].requires_grad_(False)
     loss = linear_kd_loss(**parts, temperature=2.0)
@@ -197,7 +197,7 @@ def test_bf16_models_get_bf16_gradients() -> None:
     assert_equal([gradient.float() for gradient in found], expected, 2e-2)
 
 
-def test_a_second_backward_says_that_the_gradients_are_used_up() -> None:
+def test_a_second_backward_is_refused_as_the_gradients_are_used_up() -> None:
     loss = linear_kd_loss(**example())
     loss.backward(retain_graph=True)
     with pytest.raises(QatkitError, match="backward was called twice"):
@@ -208,14 +208,14 @@ def test_a_second_backward_says_that_the_gradients_are_used_up() -> None:
     ("changes", "message"),
     [
         ({"teacher_weight": torch.zeros(303, 12)}, r"\[301, 16\]\] \(student\) and \[\[50, 12\], \[303, 12\]\].*cut"),
-        ({"kind": "mse"}, r"kind: 'mse' is unknown; write one of \['kl', 'reverse_kl', 'jsd'\]"),
-        ({"labels": None}, "labels: missing, and alpha 0.5 gives weight to them"),
+        ({"kind": "mse"}, "kind: 'mse' has no row kernel; compute it from full logits"),
+        ({"labels": None}, "labels: missing, and alpha=0.5 gives cross-entropy a weight; pass labels"),
         ({"temperature": 0.0}, "temperature: 0.0 is out of range"),
         ({"alpha": 2.0}, "alpha: 2.0 is out of range"),
         ({"beta": 1.0}, "beta: 1.0 is out of range"),
     ],
 )
-def test_a_mistake_is_answered_with_what_to_write(changes: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_refused_with_advice(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         linear_kd_loss(**(example() | changes))
 
@@ -223,9 +223,9 @@ def test_a_mistake_is_answered_with_what_to_write(changes: dict[str, Any], messa
 def test_without_a_c_compiler_the_kernel_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not chunked._has_triton.__wrapped__()
+    assert not chunked_op._has_triton.__wrapped__()
     compiler = tmp_path / "gcc"
     compiler.touch(0o755)
-    assert chunked._has_triton.__wrapped__() == (find_spec("triton") is not None)
+    assert chunked_op._has_triton.__wrapped__() == (find_spec("triton") is not None)
     monkeypatch.setenv("CC", "missing")
-    assert not chunked._has_triton.__wrapped__()
+    assert not chunked_op._has_triton.__wrapped__()

@@ -1,4 +1,4 @@
-"""Distillation on a GPU: the fused loss against float64, and a cache whose answers lie on the CPU."""
+"""Distillation on a GPU: the fused loss against float64, and a cache whose tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatkit.distillation import chunked
+from qatkit.distillation import chunked_op
 from qatkit.distillation.cache import CachedTeacher, cache_teacher
 from qatkit.distillation.chunked import linear_kd_loss
 from tests.distillation.tensors import sines
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("parts_of", [1 << 30, 1 << 15])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd"])
-def test_the_fused_loss_is_that_of_whole_logits_in_float64(
+def test_the_fused_loss_equals_that_of_full_logits_in_float64(
     kind: str, dtype: torch.dtype, bound: float, parts_of: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(chunked.WORKSPACE, "cuda", parts_of)  # all rows at once, or some at a time
+    monkeypatch.setitem(chunked_op.WORKSPACE, "cuda", parts_of)  # all rows at once, or some at a time
     there = {name: part.detach().cuda().requires_grad_(part.requires_grad) for name, part in example(dtype).items()}
-    exact = {  # of the values that the GPU gets
+    exact = {  # from the values that the GPU gets
         name: part.detach().cpu().to(torch.float64 if part.is_floating_point() else part.dtype)
         .requires_grad_(part.requires_grad)
         for name, part in there.items()

@@ -1,4 +1,4 @@
-"""Texts that a model writes: what of them counts, what they are drawn from, and what stays as it was."""
+"""Generated texts: their labels, the distribution they are sampled from, and the state that is restored."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def test_prompts_end_where_the_labels_begin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "said"),
+    ("batch", "length", "message"),
     [
         ({"pixels": WORDS}, 2, r"prompt: a batch has \['pixels'\] and no 'input_ids'"),
-        ([WORDS, WORDS], 2, "prompt: a batch has list"),
-        ({"input_ids": WORDS, "position_ids": WORDS}, 2, r"holds \['position_ids'\], which a generated text has not"),
-        ({"input_ids": WORDS}, None, r"no 'labels'.*write prompt: 32"),
+        ([WORDS, WORDS], 2, "prompt: a batch has list and no"),
+        ({"input_ids": WORDS, "position_ids": WORDS}, 2, r"holds \['position_ids'\], which a generated text does not have"),
+        ({"input_ids": WORDS}, None, r"no 'labels'.*set a length, prompt: 32"),
         ({"input_ids": WORDS, "labels": WORDS}, None, r"no token before its first label.*prompt: 32"),
-        ({"input_ids": WORDS, "attention_mask": torch.zeros_like(WORDS)}, 2, "no token at all"),
+        ({"input_ids": WORDS, "attention_mask": torch.zeros_like(WORDS)}, 2, "a text of a batch has no token; remove empty texts"),
     ],
 )
-def test_batches_without_prompts_are_refused(batch: object, length: int | None, said: str) -> None:
-    with pytest.raises(QatkitError, match=said):
+def test_batches_without_prompts_are_refused(batch: object, length: int | None, message: str) -> None:
+    with pytest.raises(QatkitError, match=message):
         cut_prompts(batch, length)  # type: ignore[arg-type]  # what data of users may be
 
 
 class Scripted(GPT2LMHeadModel):
-    """Writes what it is told, one list a row, whatever it has read."""
+    """Generates a given list of tokens per row, whatever its input."""
 
     script: Tensor
     asked = 0

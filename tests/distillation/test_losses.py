@@ -132,7 +132,7 @@ def test_the_jensen_shannon_divergence_tends_to_both_kullback_leibler_divergence
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1])
-def test_a_share_out_of_range_is_refused_and_its_limits_are_named(beta: float) -> None:
+def test_a_beta_out_of_range_is_refused_and_its_limits_are_named(beta: float) -> None:
     with pytest.raises(QatkitError, match=rf"beta: {beta} is out of range; .*'kl' for 0 and 'reverse_kl' for 1"):
         jsd_loss(logits(0), logits(1), beta=beta)
 

@@ -1,4 +1,4 @@
-"""The loss from a teacher's k best classes against the formula in float64."""
+"""The loss from a teacher's top-k classes against the formula in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.distillation.tensors import LABELS, VOCABULARY, logits
 
 
 def closed_form(student: Tensor, teacher: Tensor, k: int, temperature: float, tail: bool) -> Tensor:
-    """Of every position, in float64: both distributions over the teacher's k best classes and all others as one."""
+    """Each position in float64: both distributions over the teacher's top-k classes and all others as one."""
     p, q = ((part.double() / temperature).softmax(-1) for part in (teacher, student))
     best = p.argsort(dim=-1, descending=True)[..., :k]
     p, q = p.gather(-1, best), q.gather(-1, best)
@@ -69,7 +69,7 @@ def test_classes_masked_with_minus_infinity_in_both_add_nothing() -> None:
         assert student.grad[..., :VOCABULARY].isfinite().all()
 
 
-def test_masses_rounded_to_half_precision_still_give_no_loss_between_equals() -> None:
+def test_probabilities_rounded_to_half_precision_give_no_loss_between_equal_models() -> None:
     indices, log_p, log_tail = top_k_log_probabilities(logits(1), 8)
     loss = sparse_kd_loss(logits(1), indices.int(), log_p.half(), log_tail.half())
     assert 0 <= loss.item() < 1e-6
@@ -77,7 +77,7 @@ def test_masses_rounded_to_half_precision_still_give_no_loss_between_equals() ->
 
 @pytest.mark.parametrize("k", [0, VOCABULARY])
 def test_a_k_out_of_range_is_refused(k: int) -> None:
-    with pytest.raises(QatkitError, match=f"k: {k} is out of range; write a number from 1 to {VOCABULARY - 1}"):
+    with pytest.raises(QatkitError, match=f"k: {k} is out of range for .*; use an integer from 1 to {VOCABULARY - 1}"):
         top_k_kd_loss(logits(1), logits(2), k)
 
 

@@ -130,9 +130,9 @@ def test_ties_and_the_number_of_parameters_are_those_of_a_fresh_model() -> None:
 @pytest.mark.parametrize(
     ("make", "layers", "message"),
     [
-        (llama, 7, "a student of 7 layers cannot be mapped to a teacher of 6"),
-        (llama, [3, 1], r"layers: \[3, 1\] are no layers .* from 0 to 5"),
-        (llama, [6], r"layers: \[6\] are no layers"),
+        (llama, 7, "7 student layers cannot be mapped to 6 teacher layers"),
+        (llama, [3, 1], r"layers: \[3, 1\] are not layers .* from 0 to 5"),
+        (llama, [6], r"layers: \[6\] are not layers"),
         (lambda: nn.Linear(2, 2), 1, "Linear has no config with num_hidden_layers"),
         (
             lambda: BartForConditionalGeneration(
@@ -146,7 +146,7 @@ def test_ties_and_the_number_of_parameters_are_those_of_a_fresh_model() -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_mistake_is_answered_with_what_to_write(make: Any, layers: Any, message: str) -> None:
+def test_a_mistake_is_refused_with_advice(make: Any, layers: Any, message: str) -> None:
     transformers.logging.set_verbosity_error()
     with pytest.raises(QatkitError, match=message):
         student_from_teacher(make(), layers)

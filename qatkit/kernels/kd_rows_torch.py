@@ -1,4 +1,4 @@
-"""Loss and gradient of a few rows of logits, in place: the arithmetic of `linear_kd_loss`."""
+"""Loss and gradient of a few rows of logits, in place: the torch reference of `linear_kd_loss`, on any device."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Divergence = Callable[[Tensor, Tensor, list[Tensor], float], Tensor]
-"""Takes the scaled logits of student and teacher ``[rows, classes]``, each with a maximum of 0, scratch of that shape
-and beta; returns the divergence of every row ``[rows, 1]`` and leaves its gradient for the student's scaled logits in
-the place of the teacher's."""
+RowDivergence = Callable[[Tensor, Tensor, list[Tensor], float], Tensor]
+"""Takes the scaled logits of student and teacher ``[rows, classes]``, each with a maximum of 0, scratch tensors of that
+shape, and beta. Returns the divergence of each row ``[rows, 1]`` and overwrites the teacher's logits with its gradient
+with respect to the student's scaled logits."""
 
-Best = tuple[Tensor, Tensor]
-"""A teacher's best classes, int64 ``[rows, k]``, and the log-probabilities ``[rows, k + 1]`` of these and of all
-others together, normalised."""
+TopK = tuple[Tensor, Tensor]
+"""A teacher's most probable classes, int64 ``[rows, k]``, and the log-probabilities ``[rows, k + 1]`` of these classes
+and of all others together, normalized."""
+
+TopKDivergence = Callable[[Tensor, TopK, Tensor], tuple[Tensor, Tensor]]
+"""Takes the student's scaled logits, a teacher's top-k classes and one scratch tensor. Returns the divergence of each
+row ``[rows, 1]`` and its gradient with respect to the student's scaled logits."""
 
 
-class Block:
+class TorchRows:
     """Turns rows of logits into their gradient, with scratch memory that all calls share.
 
     Args:
-        rows: The most rows of one call.
-        classes: How many classes.
-        dtype: Of the arithmetic; logits in another are converted row by row.
-        device: Where the logits are.
+        rows: The largest number of rows in one call.
+        classes: Number of classes.
+        dtype: Dtype of the arithmetic; logits in another dtype are converted row by row.
+        device: Device of the logits.
         temperature: The logits come divided by it.
-        alpha: Weight of the divergence; cross-entropy gets the rest.
-        divergence: One of `DIVERGENCES`.
-        beta: For the divergence.
+        alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
+        divergence: Computes the divergence from full logits; None where every call passes top-k classes.
+        top_k_divergence: Computes it from top-k classes; None where no call passes them.
+        beta: Mixture weight of the divergence.
     """
 
     def __init__(
@@ -39,64 +44,68 @@ class Block:
         device: torch.device,
         temperature: float,
         alpha: float,
-        divergence: Divergence,
+        divergence: RowDivergence | None,
+        top_k_divergence: TopKDivergence | None,
         beta: float,
     ) -> None:
         self.scratch = torch.empty(5, rows, classes, dtype=dtype, device=device)
         self.temperature = temperature
         self.alpha = alpha
         self.divergence = divergence
+        self.top_k_divergence = top_k_divergence
         self.beta = beta
 
     def __call__(
-        self, student: Tensor, teacher: Tensor | Best, labels: Tensor | None, share: Tensor, label_share: Tensor
+        self, student: Tensor, teacher: Tensor | TopK, labels: Tensor | None, weights: Tensor, label_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Divergence and cross-entropy of these rows; the gradient of the loss takes the place of the student's logits.
+        """Divergence and cross-entropy of these rows; the student's logits are overwritten with the loss's gradient.
 
         Args:
             student: Logits over the temperature ``[rows, classes]``, overwritten.
-            teacher: The same of the teacher, overwritten; ``[rows, fewer]`` where the student has padding classes
-                behind those of the teacher. Or its best classes.
-            labels: Class numbers ``[rows]``, valid ones wherever `label_share` is above 0.
-            share: Weight of each row in the divergence ``[rows]``, in the dtype of the arithmetic.
-            label_share: The same in the cross-entropy.
+            teacher: Logits over the temperature, overwritten; ``[rows, fewer]`` where the student has padding classes
+                after those of the teacher. Or the teacher's top-k classes.
+            labels: Class numbers ``[rows]``, valid ones wherever `label_weights` is above 0.
+            weights: Weight of each row in the divergence ``[rows]``, in the dtype of the arithmetic.
+            label_weights: Weight of each row in the cross-entropy ``[rows]``.
         """
         scratch = list(self.scratch[:, : len(student)])
-        share = share.unsqueeze(1)  # [rows, 1], as everything below that is one per row
+        weights = weights.unsqueeze(1)  # [rows, 1], like every value per row below
         exact = student.dtype == self.scratch.dtype
         s = student if exact else scratch[3].copy_(student)
         s -= s.amax(dim=1, keepdim=True)
         if isinstance(teacher, Tensor):
+            assert self.divergence is not None
             narrow = teacher.shape[1]
             t = teacher if exact else scratch[4][:, :narrow].copy_(teacher)
             t -= t.amax(dim=1, keepdim=True)
             divergence = self.divergence(s[:, :narrow], t, [part[:, :narrow] for part in scratch], self.beta)
         else:
+            assert self.top_k_divergence is not None
             narrow = s.shape[1]
-            divergence, t = _best_kl(s, teacher, scratch[0])
-        soft = (share * divergence).sum() * self.temperature**2
-        weight = share * (self.alpha * self.temperature)
+            divergence, t = self.top_k_divergence(s, teacher, scratch[0])
+        soft = (weights * divergence).sum() * self.temperature**2
+        slopes = weights * (self.alpha * self.temperature)
         if labels is None:
             cross_entropy = torch.zeros_like(soft)
-            torch.mul(t, weight, out=s[:, :narrow])
+            torch.mul(t, slopes, out=s[:, :narrow])
             s[:, narrow:] = 0
         else:
             s *= self.temperature
             target = s.gather(1, labels.unsqueeze(1))
             total = s.exp_().sum(dim=1, keepdim=True)
-            label_share = label_share.unsqueeze(1)
-            cross_entropy = (label_share * (total.log() - target)).sum()
-            hard = label_share * (1 - self.alpha)
+            label_weights = label_weights.unsqueeze(1)
+            cross_entropy = (label_weights * (total.log() - target)).sum()
+            hard = label_weights * (1 - self.alpha)
             s *= hard / total
             s.scatter_add_(1, labels.unsqueeze(1), -hard)
-            s[:, :narrow].addcmul_(t, weight)
+            s[:, :narrow].addcmul_(t, slopes)
         if not exact:
             student.copy_(s)
         return soft, cross_entropy
 
 
-def _kl(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
-    """``sum(p * (log p - log q))``, gradient ``q - p``."""
+def kl_rows(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
+    """``sum(p * (log p - log q))``, gradient ``q - p``; see `RowDivergence`."""
     p = torch.exp(t, out=scratch[0])
     p_total = p.sum(dim=1, keepdim=True)
     value = _dot(p, t.sub_(s)) / p_total - p_total.log()
@@ -106,8 +115,8 @@ def _kl(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
     return value + q_total.log()
 
 
-def _reverse_kl(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
-    """``sum(q * (log q - log p))``, gradient ``q * (log q - log p - value)``."""
+def reverse_kl_rows(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
+    """``sum(q * (log q - log p))``, gradient ``q * (log q - log p - value)``; see `RowDivergence`."""
     q = torch.exp(s, out=scratch[0])
     q_total = q.sum(dim=1, keepdim=True)
     p_total = torch.exp(t, out=scratch[1]).sum(dim=1, keepdim=True)
@@ -118,7 +127,7 @@ def _reverse_kl(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Ten
     return mean - q_total.log() + p_total.log()
 
 
-def _jsd(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
+def jsd_rows(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
     """With ``m = beta * p + (1 - beta) * q``: gradient ``(1 - beta) * q * (log q - log m - KL(q || m))``."""
     p, q = torch.exp(t, out=scratch[0]), torch.exp(s, out=scratch[1])
     p_total, q_total = p.sum(dim=1, keepdim=True), q.sum(dim=1, keepdim=True)
@@ -133,13 +142,13 @@ def _jsd(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor:
     return beta * teacher + (1 - beta) * (mean - q_total.log())
 
 
-def _best_kl(s: Tensor, best: Best, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """KL over k classes and the rest as one more; gradient ``q - p`` of these, shared out in the rest as q is."""
-    indices, log_p = best
+def top_k_kl_rows(s: Tensor, top_k: TopK, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """KL over k classes and the rest as one more; gradient ``q - p``, in the rest distributed in proportion to q."""
+    indices, log_p = top_k
     q = torch.exp(s, out=scratch)
     total = q.sum(dim=1, keepdim=True)
     top = q.gather(1, indices)
-    # a sum of what is there, as 1 minus the best would round to 0
+    # summed over the tail: 1 minus the top k would round to 0
     rest = q.scatter_(1, indices, 0).sum(dim=1, keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny)
     log_q = torch.cat([s.gather(1, indices), rest.log()], dim=1) - total.log()
     p = log_p.exp()
@@ -151,6 +160,3 @@ def _best_kl(s: Tensor, best: Best, scratch: Tensor) -> tuple[Tensor, Tensor]:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     products: Tensor = torch.linalg.vecdot(a, b)
     return products.unsqueeze(1)
-
-
-DIVERGENCES: dict[str, Divergence] = {"kl": _kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

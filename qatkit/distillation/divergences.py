@@ -1,0 +1,133 @@
+"""The table of distillation losses, from which schema, callbacks, fused kernels, memory prediction and docs read.
+
+A new divergence is one function over logits and one row here. Where it has no form over top-k targets, a cached teacher
+is refused for it; where it has no row kernel, full logits are materialized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qatkit.common.tables import Table, implementation
+from qatkit.errors import QatkitError
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One way to measure how far student outputs are from teacher outputs."""
+
+    name: str
+    """The value of ``distill.loss``."""
+    description: str
+    """One line for the docs."""
+    on_logits: str
+    """``module:function(student, teacher, mask=)`` over full outputs, with ``temperature=`` and ``beta=`` if used."""
+    on_top_k: str = ""
+    """The same over a teacher's k most probable classes, as in `sparse_kd_loss`; empty: it needs full outputs."""
+    rows: str = ""
+    """Row kernel over logits, as in `qatkit.kernels.kd_rows_torch`; empty: logits must be materialized."""
+    top_k_rows: str = ""
+    """Row kernel for a teacher's top-k classes; empty: logits must be materialized with a cached teacher."""
+    triton: bool = False
+    """Whether `qatkit.kernels.kd_rows_triton` implements it as well."""
+    compares_classes: bool = True
+    """Whether outputs are probabilities of at least two classes after a softmax."""
+    uses_temperature: bool = True
+    uses_beta: bool = False
+
+    def loss(self, student: Any, teacher: Any, mask: Any = None, *, temperature: float = 1.0, beta: float = 0.5) -> Any:
+        """The mean over the counted positions, from full outputs.
+
+        Args:
+            student: Logits ``[..., classes]``.
+            teacher: Logits of the same shape.
+            mask: True where a position counts ``[...]``; None counts all.
+            temperature: Divides both sets of logits, where the divergence uses it.
+            beta: Mixture weight, where the divergence uses it.
+        """
+        return implementation(self.on_logits)(student, teacher, mask=mask, **self._options(temperature, beta))
+
+    def top_k_loss(
+        self, student: Any, top_k: Any, mask: Any = None, *, temperature: float = 1.0, beta: float = 0.5
+    ) -> Any:
+        """The mean over the counted positions, from a teacher's k most probable classes.
+
+        Args:
+            student: Logits ``[..., classes]``.
+            top_k: Indices ``[..., k]``, log-probabilities ``[..., k]`` and log-probability of the rest ``[...]``.
+            mask: As in `loss`.
+            temperature: As in `loss`.
+            beta: As in `loss`.
+        """
+        return implementation(self.on_top_k)(student, *top_k, mask=mask, **self._options(temperature, beta))
+
+    def check_cached(self, key: str = "loss") -> None:
+        """Refuse a cached teacher for a divergence that needs full outputs.
+
+        Args:
+            key: Where the divergence was named, for the error.
+
+        Raises:
+            QatkitError: there is no form over top-k targets.
+        """
+        if not self.on_top_k:
+            cacheable = ", ".join(name for name, row in DIVERGENCES.items() if row.on_top_k)
+            raise QatkitError(
+                f"'{self.name}' needs full teacher outputs, and a cache holds only the top-k classes",
+                key=key,
+                advice=f"use {cacheable}, or remove the cache",
+            )
+
+    def _options(self, temperature: float, beta: float) -> dict[str, float]:
+        return ({"temperature": temperature} if self.uses_temperature else {}) | (
+            {"beta": beta} if self.uses_beta else {}
+        )
+
+
+@dataclass(frozen=True)
+class HiddenLoss:
+    """One way to compare hidden states."""
+
+    name: str
+    """The value of ``distill.hidden.loss``."""
+    description: str
+    function: str
+    """``module:function(student, teacher, mask)``."""
+
+
+DIVERGENCES = Table(
+    "distillation loss",
+    [
+        Divergence(
+            "kl", "KL(teacher || student), as in Hinton et al. (2015)",
+            on_logits="qatkit.distillation.losses:kd_loss", on_top_k="qatkit.distillation.sparse:sparse_kd_loss",
+            rows="qatkit.kernels.kd_rows_torch:kl_rows", top_k_rows="qatkit.kernels.kd_rows_torch:top_k_kl_rows",
+            triton=True,
+        ),
+        Divergence(
+            "reverse_kl", "KL(student || teacher): mode-seeking, as in MiniLLM (Gu et al. 2023)",
+            on_logits="qatkit.distillation.losses:reverse_kl_loss",
+            rows="qatkit.kernels.kd_rows_torch:reverse_kl_rows", triton=True,
+        ),
+        Divergence(
+            "jsd", "generalized Jensen-Shannon divergence, with `beta` as in GKD (Agarwal et al. 2023)",
+            on_logits="qatkit.distillation.losses:jsd_loss",
+            rows="qatkit.kernels.kd_rows_torch:jsd_rows", triton=True, uses_beta=True,
+        ),
+        Divergence(
+            "mse", "mean squared error of logits or of regression outputs (Ba and Caruana 2014)",
+            on_logits="qatkit.distillation.losses:mse_loss", compares_classes=False, uses_temperature=False,
+        ),
+    ],
+)  # fmt: skip
+"""Losses between the outputs of student and teacher."""
+
+HIDDEN_LOSSES = Table(
+    "hidden-state loss",
+    [
+        HiddenLoss("mse", "mean squared error", "qatkit.distillation.features:hidden_mse_loss"),
+        HiddenLoss("cosine", "one minus the cosine similarity", "qatkit.distillation.features:hidden_cosine_loss"),
+    ],
+)
+"""Losses between hidden states of student and teacher."""
