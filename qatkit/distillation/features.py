@@ -98,8 +98,8 @@ def pair_layers(
             matches.append(match)
         if len(matches[0]) > len(matches[1]):
             raise QatkitError(
-                f"'{ours}' matches {len(matches[0])} student layers, and '{theirs}' only {len(matches[1])} teacher "
-                "layers",
+                f"'{ours}' matches more student layers ({len(matches[0])}) than '{theirs}' matches teacher layers "
+                f"({len(matches[1])})",
                 key="layers",
                 advice=f"name a teacher layer for each, {{{matches[0][0]}: {matches[1][0]}, ...}}",
             )

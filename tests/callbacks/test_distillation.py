@@ -1,4 +1,4 @@
-"""KnowledgeDistillation in somebody else's LightningModule."""
+"""KnowledgeDistillation in a user's LightningModule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ByHand(Classifier):
 
 
 @pytest.mark.parametrize("student", [None, "net"])
-def test_the_training_is_that_of_the_formula_written_by_hand(student: str | None) -> None:
+def test_training_equals_that_of_the_formula_written_by_hand(student: str | None) -> None:
     ours, by_hand = Classifier(), ByHand()
     trainer(KnowledgeDistillation(teacher(), temperature=4.0, alpha=0.7, student=student)).fit(ours, batches())
     trainer().fit(by_hand, batches())
@@ -90,12 +90,12 @@ def test_a_training_step_that_returns_a_dict_keeps_its_other_entries() -> None:
     [
         (lambda m: KnowledgeDistillation(m.net, student="net"), "teacher: it is part of the module that trains"),
         (lambda m: KnowledgeDistillation(m.net), "teacher: it is part of the module that trains"),
-        (lambda m: KnowledgeDistillation(teacher(), student="model"), r"'model' is no submodule; .* one of \['net'\]"),
+        (lambda m: KnowledgeDistillation(teacher(), student="model"), r"'model' is not a submodule; .* one of \['net'\]"),
         (lambda m: KnowledgeDistillation(teacher(), temperature=0.0), "temperature: 0.0 is out of range"),
         (lambda m: KnowledgeDistillation(teacher(), alpha=1.5), "alpha: 1.5 is out of range"),
     ],
 )
-def test_a_mistake_is_answered_with_what_to_write(make: Any, message: str) -> None:
+def test_a_mistake_is_refused_with_advice(make: Any, message: str) -> None:
     module = Classifier()
     with pytest.raises(QatkitError, match=message):
         trainer(make(module)).fit(module, batches())

@@ -1,4 +1,4 @@
-"""What KnowledgeDistillation can compare, and which positions count, in somebody else's LightningModule."""
+"""Losses, outputs, features and counted positions of KnowledgeDistillation in a user's LightningModule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from qatkit.callbacks import KnowledgeDistillation, QuantizationAwareTraining
 from qatkit.callbacks.features import AttentionMatch, HiddenMatch
-from qatkit.callbacks.positions import counted, is_causal
+from qatkit.callbacks.positions import counted_positions, is_causal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -58,7 +58,7 @@ def test_every_loss_is_that_of_its_function(loss: Any) -> None:
 
 
 class Heads(nn.Module):
-    """Answers with several heads, in whatever a user's model returns."""
+    """Returns several heads, in a dict or a tuple."""
 
     def __init__(self, kind: str, seed: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_the_mean_over_several_heads_counts(kind: str, outputs: list[Any]) -> No
     expected = (kd_loss(student.start(x), model.start(x)) + kd_loss(student.end(x), model.end(x))) / 2
     found, _ = first_loss(Module(copy.deepcopy(student)), KnowledgeDistillation(model, outputs=outputs, student="net"))
     assert found == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(QatkitError, match=rf"the model returned .*{kind}.* without any at .*; write outputs=\[...\]"):
+    with pytest.raises(QatkitError, match=rf"the model returned .*{kind}.* without a tensor at .*; pass outputs=\[...\]"):
         first_loss(Module(student), KnowledgeDistillation(model, student="net"))
 
 
@@ -127,13 +127,13 @@ def test_a_causal_language_model_is_taught_where_the_next_token_is_an_answer() -
 
 def test_without_a_shift_positions_count_where_their_own_label_does() -> None:
     logits, batch = torch.zeros(2, 7, 29), sentences()
-    everywhere = counted(logits, batch["labels"], batch["attention_mask"], causal=False)
+    everywhere = counted_positions(logits, batch["labels"], batch["attention_mask"], causal=False)
     assert everywhere is not None
     assert torch.equal(everywhere, batch["labels"] != -100)
-    padding = counted(logits, None, torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]), causal=True)
+    padding = counted_positions(logits, None, torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]), causal=True)
     assert padding is not None
     assert padding.tolist() == [[False, False, True, True, True, True, False], [True] * 6 + [False]]
-    assert counted(logits, torch.zeros(2), None, causal=True) is None  # labels of something else
+    assert counted_positions(logits, torch.zeros(2), None, causal=True) is None  # labels of something else
 
 
 def test_labels_in_a_tuple_leave_positions_out() -> None:
@@ -168,7 +168,7 @@ def test_self_distillation_teaches_with_the_model_as_it_was_before_quantization(
         fit(quantization(), KnowledgeDistillation("self"))
 
 
-def test_the_teacher_may_be_brought_in_slowly() -> None:
+def test_a_ramp_raises_the_weight_of_the_teacher() -> None:
     distil = KnowledgeDistillation(teacher(), alpha=0.8, ramp=0.5)
     losses: list[list[float]] = []
 
@@ -240,7 +240,7 @@ def test_relations_of_values_are_taught_to_a_language_model() -> None:
     assert 0 < fit.callback_metrics["train/feature_loss"].item() < 0.7 * first
 
 
-def test_a_teacher_that_answers_nan_names_the_batch() -> None:
+def test_nan_in_teacher_outputs_names_the_batch() -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -250,7 +250,7 @@ def test_a_teacher_that_answers_nan_names_the_batch() -> None:
             self.calls += 1
             return self.net(x) * (torch.nan if self.calls == 4 else 1)
 
-    with pytest.raises(QatkitError, match="its outputs for training batch 3, counted from 0, hold NaN"):
+    with pytest.raises(QatkitError, match="its outputs for training batch 3, counted from 0, contain NaN"):
         trainer(KnowledgeDistillation(Sometimes())).fit(Classifier(), batches())
 
 
@@ -261,11 +261,11 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW([*self.parameters(), *model.parameters()])
 
-    with pytest.raises(QatkitError, match=r"teacher: its parameter '0.weight' is one that the optimizer trains"):
+    with pytest.raises(QatkitError, match=r"teacher: the optimizer trains its parameter '0.weight'"):
         trainer(KnowledgeDistillation(model)).fit(Both(), batches())
     tied = teacher(16)
     tied[0].weight = (module := Classifier()).net[0].weight
-    with pytest.raises(QatkitError, match=r"teacher: its parameter '0.weight' is one that the optimizer trains"):
+    with pytest.raises(QatkitError, match=r"teacher: the optimizer trains its parameter '0.weight'"):
         trainer(KnowledgeDistillation(tied)).fit(module, batches())
 
 
@@ -274,24 +274,24 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
     [
         (lambda: KnowledgeDistillation(nn.Linear(8, 4)), r"shape \[16, 4\], the student's \[16, 3\].*vocab_size=len"),
         (lambda: KnowledgeDistillation(teacher(), vocab_size=4), r"vocab_size: 4 tokens"),
-        (lambda: KnowledgeDistillation(teacher(), loss="l2"), r"loss: 'l2' is unknown; write one of \['kl'"),
-        (lambda: KnowledgeDistillation("model"), "teacher: 'model' is no model; .* write 'self'"),
-        (lambda: KnowledgeDistillation(teacher(), outputs="logits"), r"write \['logits'\]"),
+        (lambda: KnowledgeDistillation(teacher(), loss="l2"), "loss: unknown distillation loss 'l2'; did you mean 'kl'"),
+        (lambda: KnowledgeDistillation("model"), "teacher: 'model' is not a model; .* or 'self'"),
+        (lambda: KnowledgeDistillation(teacher(), outputs="logits"), r"use \['logits'\]"),
         (lambda: KnowledgeDistillation(teacher(), ramp=2.0), "ramp: 2.0 is out of range"),
         (
             lambda: KnowledgeDistillation(teacher(), hidden=HiddenMatch({"net.7": "0"})),
-            r"layers: 'net.7' is no submodule of the student; it has \['net', 'net.0'",
+            r"hidden.layers: 'net.7' matches no submodule of the student; did you mean 'net.2'",
         ),
         (
             lambda: KnowledgeDistillation(teacher(), hidden=HiddenMatch({"net.1": "1"})),
-            r"hidden.widths: None, .* 'net.1' of the student returns \[16, 16\], '1' of the teacher \[16, 32\]; "
-            r"write widths=\(16, 32\)",
+            r"hidden.widths: None, .* 'net.1' of the student returns \[16, 16\] and '1' of the teacher \[16, 32\]; "
+            r"use widths=\(16, 32\)",
         ),
         (lambda: HiddenMatch({}), "hidden.layers: {} names no layers"),
         (lambda: AttentionMatch({"a": "b"}, weight=0.0), "attention.weight: 0.0 is out of range"),
     ],
 )
-def test_a_mistake_is_answered_with_what_to_write(make: Any, message: str) -> None:
+def test_a_mistake_is_refused_with_advice(make: Any, message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         trainer(make()).fit(Classifier(), batches())
 
@@ -301,7 +301,7 @@ def test_regressions_are_compared_by_their_numbers() -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             return F.mse_loss(self(batch[0]), batch[0][:, :1])
 
-    with pytest.raises(QatkitError, match=r"outputs of shape \[16, 1\] have no two; write loss='mse'"):
+    with pytest.raises(QatkitError, match=r"outputs of shape \[16, 1\] have fewer than two classes; use loss='mse'"):
         trainer(KnowledgeDistillation(nn.Linear(8, 1))).fit(Regression(nn.Linear(8, 1)), batches())
     trainer(KnowledgeDistillation(nn.Linear(8, 1), loss="mse")).fit(Regression(nn.Linear(8, 1)), batches())
 

@@ -27,7 +27,7 @@ from tests.callbacks.modules import Classifier, batches, network, trainer
 
 
 class Stack(nn.Module):
-    """Some layers of one width, and an answer."""
+    """Some layers of one width, and a classifier."""
 
     def __init__(self, depth: int, seed: int, width: int = 8) -> None:
         super().__init__()
@@ -96,39 +96,39 @@ def test_a_cache_of_a_classifier_holds_the_hidden_states_that_a_glob_names(tmp_p
     )
     assert cached == pytest.approx(live, rel=1e-3)
     other = HiddenMatch({"head": "head"})
-    with pytest.raises(QatkitError, match=r"'head' is no submodule of the teacher; it has \['layers.0', "):
+    with pytest.raises(QatkitError, match=r"'head' matches no submodule of the teacher; use one of layers.0, "):
         features_of_first_step(KnowledgeDistillation(CachedTeacher(tmp_path, {}), student="net", hidden=other), student)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KnowledgeDistillation(None), "teacher: NoneType is no model; pass a torch.nn.Module, a Teacher or"),  # type: ignore[arg-type]
-        (lambda: KnowledgeDistillation(lambda x: x), "teacher: function is no model"),  # type: ignore[arg-type]
+        (lambda: KnowledgeDistillation(None), "teacher: NoneType is not a model; pass a torch.nn.Module, a Teacher, a CachedTeacher or"),  # type: ignore[arg-type]
+        (lambda: KnowledgeDistillation(lambda x: x), "teacher: function is not a model"),  # type: ignore[arg-type]
         (
             lambda: KnowledgeDistillation(nn.Linear(5, 3)),
-            r"teacher: it fails on what the student is called with, \(float32 \[16, 8\]\): .*the same task",
+            r"teacher: it fails on the student's inputs \(float32 \[16, 8\]\): .*the same task",
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), hidden=HiddenMatch({"net.0": "layers.0"}, widths=(12, 8))),
-            r"hidden.widths: \(12, 8\), and layer 'net.0' of the student returns \[16, 16\], 'layers.0' of the teacher "
-            r"\[16, 8\]; write widths=\(16, 8\)",
+            r"hidden.widths: \(12, 8\), but layer 'net.0' of the student returns \[16, 16\] and 'layers.0' of the teacher "
+            r"\[16, 8\]; use widths=\(16, 8\)",
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), hidden=HiddenMatch({"net.*": "layers.*"})),
-            r"'net.\*' matches 3 layers of the student and 'layers.\*' only 1 of the teacher; write a name for each",
+            r"'net.\*' matches more student layers \(3\) than 'layers.\*' matches teacher layers \(1\); name a teacher",
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), attention=AttentionMatch({"blocks.*": "layers.*"})),
-            r"layers: 'blocks.\*' is no submodule of the student; it has \['net', 'net.0'",
+            r"attention.layers: 'blocks.\*' matches no submodule of the student; use one of net, net.0",
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), attention=AttentionMatch({"net.0": "layers.0"})),
-            r"attention.heads: None is for feature maps .*, and layer 'net.0' returns \[16, 16\]; write heads=4 for",
+            r"attention.heads: None requires feature maps .*, and layer 'net.0' returns \[16, 16\]; use heads=4 for",
         ),
     ],
 )
-def test_a_mistake_is_answered_with_what_to_write(make: Any, message: str) -> None:
+def test_a_mistake_is_refused_with_advice(make: Any, message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         trainer(make()).fit(Classifier(), batches())
 
@@ -136,8 +136,8 @@ def test_a_mistake_is_answered_with_what_to_write(make: Any, message: str) -> No
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (torch.ones(2, 5, 4), r"layer 'a' returns \[2, 5, 4\] for answers \[2, 3\], and a cache keeps one vector"),
-        (torch.full((2, 4), 1e6), r"layer 'a' returns numbers up to 1e\+06, and a cache keeps float16"),
+        (torch.ones(2, 5, 4), r"layer 'a' returns \[2, 5, 4\] for logits \[2, 3\], and a cache holds one vector"),
+        (torch.full((2, 4), 1e6), r"layer 'a' returns values up to 1e\+06, and a cache holds float16"),
     ],
 )
 def test_states_that_a_cache_cannot_hold_are_refused(state: Tensor, message: str, tmp_path: Path) -> None:

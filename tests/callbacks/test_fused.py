@@ -141,14 +141,14 @@ class Capped(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("quantized", "those of the student do not come from a plain linear layer"),
-        ("capped student", "those of the student do not come from a plain linear layer"),
-        ("capped teacher", "those of the teacher do not come from a plain linear layer"),
-        ("mse", "loss 'mse' and outputs None compare them"),
-        ("outputs", "outputs ['logits'] compare them"),
+        ("quantized", "the student's logits are not the output of a plain linear layer"),
+        ("capped student", "the student's logits are not the output of a plain linear layer"),
+        ("capped teacher", "the teacher's logits are not the output of a plain linear layer"),
+        ("mse", "loss 'mse' has no fused kernel"),
+        ("outputs", "outputs ['logits'] are compared"),
     ],
 )
-def test_where_logits_are_needed_they_are_made_and_a_line_says_why(
+def test_logits_are_materialized_where_they_are_needed_and_a_line_says_why(
     case: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     student, teacher = llama(1), llama(2)
@@ -167,8 +167,8 @@ def test_where_logits_are_needed_they_are_made_and_a_line_says_why(
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        (lambda step: step() + step(), r"called the student 2 times.*write fused=False"),
-        (lambda step: 2 * step(), r"multiplies the student's loss by 2\.0.*write fused=False"),
+        (lambda step: step() + step(), "called the student 2 times.*use fused=False"),
+        (lambda step: 2 * step(), r"multiplies the student's loss, .* by 2\.0.*use fused=False"),
     ],
 )
 def test_a_step_that_does_more_than_take_the_loss_is_refused(times: Any, message: str) -> None:

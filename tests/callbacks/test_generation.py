@@ -1,4 +1,4 @@
-"""On-policy and sequence-level distillation in somebody else's LightningModule."""
+"""On-policy and sequence-level distillation in a user's LightningModule."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_student_reads_the_teachers_texts_as_if_they_were_data() -> None:
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_share_of_generated_batches_follows_its_schedule() -> None:
+def test_the_fraction_of_generated_batches_follows_its_schedule() -> None:
     def late(progress: float) -> float:
         return 1.0 if progress >= 0.5 else 0.0
 
@@ -165,16 +165,16 @@ def test_a_text_ends_where_the_models_config_says_and_else_the_tokenizer_of_the_
     assert (written >= 150).any()
 
 
-def test_models_that_cannot_write_and_wrong_values_are_refused() -> None:
+def test_models_that_cannot_generate_and_values_out_of_range_are_refused() -> None:
     other = copy.deepcopy(Classifier().net)
     own = Generation(prompt=PROMPT)
-    with pytest.raises(QatkitError, match=r"on_policy: Classifier cannot write texts; only a causal language model"):
+    with pytest.raises(QatkitError, match="on_policy: Classifier cannot generate text; only a causal language model"):
         trainer(KnowledgeDistillation(other, on_policy=own)).fit(Classifier(), texts())
-    with pytest.raises(QatkitError, match="sequence_level: Sequential cannot write texts"):
+    with pytest.raises(QatkitError, match="sequence_level: Sequential cannot generate text"):
         trainer(distil(other, sequence_level=own)).fit(Writer(), texts())
     with pytest.raises(QatkitError, match=r"fraction: 1\.5 is out of range"):
         Generation(1.5)
     with pytest.raises(QatkitError, match=r"new_tokens: 0 is out of range"):
         Generation(new_tokens=0)
-    with pytest.raises(QatkitError, match=r"on_policy\.fraction: 0\.6 and sequence_level\.fraction: 0\.6 are more"):
+    with pytest.raises(QatkitError, match=r"on_policy\.fraction: 0\.6 and sequence_level\.fraction 0\.6 add up to more"):
         KnowledgeDistillation(other, on_policy=Generation(0.6), sequence_level=Generation(0.6))
