@@ -63,7 +63,7 @@ def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, tea
     ):
         if not used and getattr(config, key) != default:
             warnings.warn(
-                f"{key}: {getattr(config, key)} has no effect with loss '{config.loss}'; remove it",
+                f"distill.{key}: {getattr(config, key)} has no effect with loss '{config.loss}'; remove it",
                 QatkitWarning,
                 stacklevel=2,
             )

@@ -90,7 +90,10 @@ def test_a_training_step_that_returns_a_dict_keeps_its_other_entries() -> None:
     [
         (lambda m: KnowledgeDistillation(m.net, student="net"), "teacher: it is part of the module that trains"),
         (lambda m: KnowledgeDistillation(m.net), "teacher: it is part of the module that trains"),
-        (lambda m: KnowledgeDistillation(teacher(), student="model"), r"'model' is not a submodule; .* one of \['net'\]"),
+        (
+            lambda m: KnowledgeDistillation(teacher(), student="model"),
+            r"'model' is not a submodule; .* one of \['net'\]",
+        ),
         (lambda m: KnowledgeDistillation(teacher(), temperature=0.0), "temperature: 0.0 is out of range"),
         (lambda m: KnowledgeDistillation(teacher(), alpha=1.5), "alpha: 1.5 is out of range"),
     ],

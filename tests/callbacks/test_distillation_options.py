@@ -82,7 +82,9 @@ def test_the_mean_over_several_heads_counts(kind: str, outputs: list[Any]) -> No
     expected = (kd_loss(student.start(x), model.start(x)) + kd_loss(student.end(x), model.end(x))) / 2
     found, _ = first_loss(Module(copy.deepcopy(student)), KnowledgeDistillation(model, outputs=outputs, student="net"))
     assert found == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(QatkitError, match=rf"the model returned .*{kind}.* without a tensor at .*; pass outputs=\[...\]"):
+    with pytest.raises(
+        QatkitError, match=rf"the model returned .*{kind}.* without a tensor at .*; pass outputs=\[...\]"
+    ):
         first_loss(Module(student), KnowledgeDistillation(model, student="net"))
 
 
@@ -274,7 +276,10 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
     [
         (lambda: KnowledgeDistillation(nn.Linear(8, 4)), r"shape \[16, 4\], the student's \[16, 3\].*vocab_size=len"),
         (lambda: KnowledgeDistillation(teacher(), vocab_size=4), r"vocab_size: 4 tokens"),
-        (lambda: KnowledgeDistillation(teacher(), loss="l2"), "loss: unknown distillation loss 'l2'; did you mean 'kl'"),
+        (
+            lambda: KnowledgeDistillation(teacher(), loss="l2"),
+            "loss: unknown distillation loss 'l2'; did you mean 'kl'",
+        ),
         (lambda: KnowledgeDistillation("model"), "teacher: 'model' is not a model; .* or 'self'"),
         (lambda: KnowledgeDistillation(teacher(), outputs="logits"), r"use \['logits'\]"),
         (lambda: KnowledgeDistillation(teacher(), ramp=2.0), "ramp: 2.0 is out of range"),

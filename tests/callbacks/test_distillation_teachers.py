@@ -103,7 +103,10 @@ def test_a_cache_of_a_classifier_holds_the_hidden_states_that_a_glob_names(tmp_p
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: KnowledgeDistillation(None), "teacher: NoneType is not a model; pass a torch.nn.Module, a Teacher, a CachedTeacher or"),  # type: ignore[arg-type]
+        (
+            lambda: KnowledgeDistillation(None),
+            "teacher: NoneType is not a model; pass a torch.nn.Module, a Teacher, a CachedTeacher or",
+        ),  # type: ignore[arg-type]
         (lambda: KnowledgeDistillation(lambda x: x), "teacher: function is not a model"),  # type: ignore[arg-type]
         (
             lambda: KnowledgeDistillation(nn.Linear(5, 3)),
@@ -111,8 +114,8 @@ def test_a_cache_of_a_classifier_holds_the_hidden_states_that_a_glob_names(tmp_p
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), hidden=HiddenMatch({"net.0": "layers.0"}, widths=(12, 8))),
-            r"hidden.widths: \(12, 8\), but layer 'net.0' of the student returns \[16, 16\] and 'layers.0' of the teacher "
-            r"\[16, 8\]; use widths=\(16, 8\)",
+            r"hidden.widths: \(12, 8\), but layer 'net.0' of the student returns \[16, 16\] and 'layers.0' of the "
+            r"teacher \[16, 8\]; use widths=\(16, 8\)",
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), hidden=HiddenMatch({"net.*": "layers.*"})),

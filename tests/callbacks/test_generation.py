@@ -176,5 +176,7 @@ def test_models_that_cannot_generate_and_values_out_of_range_are_refused() -> No
         Generation(1.5)
     with pytest.raises(QatkitError, match=r"new_tokens: 0 is out of range"):
         Generation(new_tokens=0)
-    with pytest.raises(QatkitError, match=r"on_policy\.fraction: 0\.6 and sequence_level\.fraction 0\.6 add up to more"):
+    with pytest.raises(
+        QatkitError, match=r"on_policy\.fraction: 0\.6 and sequence_level\.fraction 0\.6 add up to more"
+    ):
         KnowledgeDistillation(other, on_policy=Generation(0.6), sequence_level=Generation(0.6))

@@ -33,10 +33,18 @@ def test_prompts_end_where_the_labels_begin() -> None:
     [
         ({"pixels": WORDS}, 2, r"prompt: a batch has \['pixels'\] and no 'input_ids'"),
         ([WORDS, WORDS], 2, "prompt: a batch has list and no"),
-        ({"input_ids": WORDS, "position_ids": WORDS}, 2, r"holds \['position_ids'\], which a generated text does not have"),
+        (
+            {"input_ids": WORDS, "position_ids": WORDS},
+            2,
+            r"holds \['position_ids'\], which a generated text does not have",
+        ),
         ({"input_ids": WORDS}, None, r"no 'labels'.*set a length, prompt: 32"),
         ({"input_ids": WORDS, "labels": WORDS}, None, r"no token before its first label.*prompt: 32"),
-        ({"input_ids": WORDS, "attention_mask": torch.zeros_like(WORDS)}, 2, "a text of a batch has no token; remove empty texts"),
+        (
+            {"input_ids": WORDS, "attention_mask": torch.zeros_like(WORDS)},
+            2,
+            "a text of a batch has no token; remove empty texts",
+        ),
     ],
 )
 def test_batches_without_prompts_are_refused(batch: object, length: int | None, message: str) -> None:

@@ -14,7 +14,9 @@ from tests.distillation.tensors import sines
 pytest.importorskip("triton")  # it exists for Linux only
 from qatkit.kernels.kd_rows_triton import KINDS, TritonRows
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, tests/distillation/test_cuda.py runs the kernel")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU, tests/distillation/test_cuda.py runs the kernel"
+)
 
 BETA, ALPHA, ROWS = 0.3, 0.7, 4
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
