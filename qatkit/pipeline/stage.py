@@ -19,7 +19,7 @@ from qatkit.data.tokenizers import check_tokenizer
 from qatkit.pipeline.finishing import finished_model, save_result
 from qatkit.pipeline.processes import is_first_process
 from qatkit.pipeline.progress import Style
-from qatkit.pipeline.teachers import teaching
+from qatkit.pipeline.teachers import teacher_spec
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.training import train
 from qatkit.run.architecture import Architecture, architecture_of
@@ -57,7 +57,7 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
         processes = before.processes if before is not None else None
         write_started(folder, Started(stage_print.inputs, stage_print.fingerprint, processes))
     stage = run.recipe.stages[name]
-    taught = teaching(run, name, is_first_process()) if stage.distill else None
+    spec = teacher_spec(run, name, is_first_process()) if stage.distill else None
     parent = run.recipe.parent_of(name)
     start = run.record(parent) if parent else None
     architecture = start.architecture if start else Architecture(stage.model) if stage.model else None
@@ -75,7 +75,7 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
         run.recipe,
         name,
         model,
-        taught,
+        spec,
         run.build_data,
         folder,
         tracking.loggers(name),

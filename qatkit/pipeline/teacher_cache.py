@@ -1,4 +1,4 @@
-"""The cache of a teacher's outputs for a stage: what it is made from, who writes it, and how it is opened."""
+"""The teacher cache of a stage: its fingerprint, its batches, and how it is written and opened."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ from qatkit.run.folder import Run
 from qatkit.tasks import model_inputs, to_logits
 
 WEIGHTS = ("config.json", "*.safetensors")
-"""What decides what a model in a folder computes."""
+"""Files that determine the outputs of a model in a folder."""
 
 
 def cache_folder(run: Run, stage: str) -> Path:
-    """Where the cache of a stage's teacher is."""
+    """The folder of a stage's teacher cache."""
     cache = _block(run, stage).cache
     return Path(cache.folder) if cache is not None and cache.folder else run.out / "teachers" / stage
 
 
 def write_caches(run: Run) -> Iterator[str]:
-    """The caches of all stages that want one; a line about each.
+    """Write the cache of every stage that learns from one; yield a line about each.
 
     Raises:
-        QatkitError: no stage does, or as `write_cache`.
+        QatkitError: no stage learns from a cache, or as `write_cache`.
     """
     wanted = [name for name, stage in run.recipe.stages.items() if stage.distill is not None and stage.distill.cache]
     if not wanted:
         raise QatkitError(
-            f"recipe: no stage of {list(run.recipe.stages)} learns from a cache; write "
-            "distill: {cache: {top_k: 64}} in one"
+            f"no stage of {list(run.recipe.stages)} learns from a cache",
+            key="stages",
+            advice="set distill: {cache: {top_k: 64}} in one",
         )
     for stage in wanted:
         started = time.perf_counter()
@@ -62,21 +63,21 @@ def write_caches(run: Run) -> Iterator[str]:
 
 
 def write_cache(run: Run, stage: str) -> Path:
-    """Ask a stage's teacher for all that the stage will see, unless that was done; a killed process goes on.
+    """Write the teacher's outputs for all training samples of a stage, unless they exist; resume after a kill.
 
     Raises:
-        QatkitError: the teacher's stage is not finished, or the folder holds a cache of something else.
+        QatkitError: the teacher's stage is not finished, or the folder holds a cache with another fingerprint.
     """
     folder, distill = cache_folder(run, stage), resolved_block(run, stage)
     assert distill.cache is not None
     rows, prints, size = _inputs(run, stage)
     if is_complete(folder):
-        CachedTeacher(folder, _served(folder, prints))  # says what differs
+        CachedTeacher(folder, _served(folder, prints))  # raises if something differs
         return folder
     device = torch.device(distill.teacher_device or device_type(run.recipe.trainer.accelerator))
     model = run.load_model(run.recipe.teacher_of(stage))
     teacher = blocks.distill.teacher(distill, model).to(device)
-    teacher.device = device  # inputs go where it is
+    teacher.device = device  # inputs are moved to it
     layers = blocks.distill.compared_layers(distill)
     with _recorded(teacher.model, layers) as states, _precision(run.recipe.trainer, device):
 
@@ -88,17 +89,17 @@ def write_cache(run: Run, stage: str) -> Path:
         try:
             cache_teacher(answer, rows, folder, prints, distill.cache.top_k, distill.temperature)
         except QatkitError as error:
-            if error.key == "k":
+            if error.key == "k":  # the argument's name; the recipe calls it top_k
                 raise error.with_fields(key=f"stages.{stage}.distill.cache.top_k") from None
             raise
     return folder
 
 
 def open_cache(run: Run, stage: str) -> tuple[CachedTeacher, int | None]:
-    """The cache of a stage's teacher, and the tokens of the vocabulary where it was trimmed to them.
+    """Open a stage's teacher cache; also returns the vocabulary size if logits were trimmed to it.
 
     Raises:
-        QatkitError: it is missing, not complete or of something else.
+        QatkitError: the cache is missing, incomplete, or has another fingerprint.
     """
     _, prints, size = _inputs(run, stage)
     command = f"`qatkit cache-teacher RECIPE --out {run.out}`"
@@ -107,17 +108,18 @@ def open_cache(run: Run, stage: str) -> tuple[CachedTeacher, int | None]:
 
 
 def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | None]:
-    """The batches that are cached, what the cache depends on, and the tokens that count."""
+    """The batches to cache, the fingerprint of the cache, and the vocabulary size if logits are trimmed to it."""
     config, distill = run.recipe.stages[stage], _block(run, stage)
     data = run.build_data(config.batch_size)
     data.prepare_data()
     data.setup("fit")
-    rows, told = _batches(run, stage, data)
+    rows, samples = _batches(run, stage, data)
     source = run.recipe.teacher_of(stage)
     if source is not None and run.find(source) is None:
         raise QatkitError(
-            f"stages.{stage}.distill: stage '{source}' teaches and is not finished in {run.out}; run "
-            f"`qatkit run RECIPE --out {run.out} --until {source}` first"
+            f"its teacher, stage '{source}', is not finished in {run.out}",
+            key=f"stages.{stage}.distill",
+            advice=f"run `qatkit run RECIPE --out {run.out} --until {source}` first",
         )
     models = run.stage_models()
     size = vocabulary(models[stage], models.teacher(stage), data, stage)
@@ -134,27 +136,27 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
     if (tokenizer := getattr(data, "tokenizer", None)) is not None:
         prints["tokenizer"] = _hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     assert distill.cache is not None
-    prints |= {"top_k": str(distill.cache.top_k), "temperature": str(distill.temperature), "samples": told}
+    prints |= {"top_k": str(distill.cache.top_k), "temperature": str(distill.temperature), "samples": samples}
     prints["classes"] = "all" if size is None else str(size)
     prints["hidden"] = ", ".join(blocks.distill.compared_layers(resolved_block(run, stage))) or "none"
-    held = (run.recipe.trainer.precision, distill.teacher_dtype, distill.teacher_bits)
-    return rows, prints | {"precision": " ".join(str(part) for part in held if part is not None)}, size
+    precision = (run.recipe.trainer.precision, distill.teacher_dtype, distill.teacher_bits)
+    return rows, prints | {"precision": " ".join(str(part) for part in precision if part is not None)}, size
 
 
 def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[Any], str]:
-    """All that a stage will see, each sample once, and which they are: all, or the first in the order of training."""
+    """All training samples of a stage, each once, and their description for the fingerprint."""
     loader, config = data.train_dataloader(), run.recipe.stages[stage]
     processes = device_count(run.recipe.trainer.accelerator, run.recipe.trainer.devices)
-    if isinstance(loader, StreamLoader):  # its epochs are no passes: each begins where the one before it ended
-        looked_at = config.quantize.calibration_batches if config.quantize else 0
-        count = (config.max_steps * config.accumulate + looked_at) * processes
+    if isinstance(loader, StreamLoader):  # its epochs are not passes: each starts where the last one ended
+        calibration = config.quantize.calibration_batches if config.quantize else 0
+        count = (config.max_steps * config.accumulate + calibration) * processes
         return islice(chain.from_iterable(repeat(loader)), count), f"{count * config.batch_size} of the stream"
     if not isinstance(loader, DataLoader):
         return loader, "all"
-    rows, told = loader.dataset, "all"
+    rows, samples = loader.dataset, "all"
     if isinstance(loader.sampler, DistributedSampler):
         wanted = config.max_steps * config.accumulate * config.batch_size * processes
-        # what a pass leaves out for the sake of whole batches may differ with the number of processes
+        # the number of samples dropped to fill the last batch depends on the number of processes
         if wanted <= len(rows) - processes * len(loader.sampler):  # type: ignore[arg-type]  # a map-style data set
             order: list[int] = []
             epoch = 0
@@ -162,12 +164,12 @@ def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[
                 loader.sampler.set_epoch(epoch)
                 order += list(loader.sampler)
                 epoch += 1
-            rows, told = Subset(rows, order[:wanted]), f"{wanted} in the order of seed {run.recipe.seed}"
-    return DataLoader(rows, config.batch_size, collate_fn=loader.collate_fn), told
+            rows, samples = Subset(rows, order[:wanted]), f"{wanted} in the order of seed {run.recipe.seed}"
+    return DataLoader(rows, config.batch_size, collate_fn=loader.collate_fn), samples
 
 
 def resolved_block(run: Run, stage: str) -> DistillConfig:
-    """The `distill` block of a stage with a name for every layer that is compared."""
+    """The ``distill`` block of a stage, with layer names in the place of globs."""
     models = run.stage_models()
     return blocks.distill.resolved(_block(run, stage), models[stage], models.teacher(stage))
 
@@ -179,27 +181,29 @@ def _block(run: Run, stage: str) -> DistillConfig:
 
 
 def _served(folder: Path, prints: dict[str, str]) -> dict[str, str]:
-    """What a cache must have been made from: one of all samples serves a stage that sees fewer."""
-    held = fingerprint_of(folder).get("samples")
-    return prints | {"samples": held} if held == "all" else prints
+    """The fingerprint that a cache must have: a cache of all samples serves a stage that trains on fewer."""
+    samples = fingerprint_of(folder).get("samples")
+    return prints | {"samples": samples} if samples == "all" else prints
 
 
 def wait_for(folder: Path) -> None:
-    """Until the first process has written a cache.
+    """Wait until the first process has written a cache.
 
     Raises:
-        QatkitError: the process that started this one ended before.
+        QatkitError: the process that started this one ended first.
     """
     starter = os.getppid()
     while not is_complete(folder):
-        if os.getppid() != starter:  # nobody else would ever write it
-            raise QatkitError(f"teacher cache: the first process ended before {folder} was complete; see its error")
+        if os.getppid() != starter:  # no other process would write it
+            raise QatkitError(
+                f"the first process ended before {folder} was complete", key="teacher cache", advice="see its error"
+            )
         time.sleep(1)
 
 
 @contextmanager
 def _recorded(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """What layers returned last, by their names."""
+    """Record the latest output of layers by name."""
     states: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -217,7 +221,7 @@ def _recorded(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
 
 
 def _precision(trainer: TrainerConfig, device: torch.device) -> torch.autocast:
-    """As a live teacher computes inside of the training step."""
+    """The autocast context that a live teacher has in a training step."""
     dtype = torch.float16 if trainer.precision == "16-mixed" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=trainer.precision != "32-true")
 

@@ -1,4 +1,4 @@
-"""Who teaches a stage of a recipe: a model, or the cache of what it said of the training data."""
+"""The teacher of a stage: a live model, or the cache of its outputs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """What a stage learns from."""
+class TeacherSpec:
+    """A stage's teacher and the settings it is compared with."""
 
     block: DistillConfig
-    """With a name for every layer that is compared."""
+    """The ``distill`` block, with layer names in the place of globs."""
     teacher: Teacher | CachedTeacher
     vocab_size: int | None
-    """Tokens that student and teacher share, where their logits are padded to different widths."""
+    """Number of shared tokens, where student and teacher pad their logits to different widths."""
 
 
-def teaching(run: Run, stage: str, first_process: bool) -> Teaching:
-    """The teacher of a stage; one process makes the cache where the recipe wants one that is not there.
+def teacher_spec(run: Run, stage: str, first_process: bool) -> TeacherSpec:
+    """Load the teacher of a stage, or open its cache; the first process writes a cache that does not exist yet.
 
     Args:
         run: The recipe and its folder.
-        stage: One with a distill block.
-        first_process: Whether this process writes.
+        stage: A stage with a ``distill`` block.
+        first_process: Whether this is the process that writes.
 
     Raises:
-        QatkitError: the cache is of something else, or the two models do not share a vocabulary.
+        QatkitError: the cache has another fingerprint, or the two models do not share a vocabulary.
     """
     distill = resolved_block(run, stage)
     if distill.cache is None:
@@ -44,10 +44,10 @@ def teaching(run: Run, stage: str, first_process: bool) -> Teaching:
         data = run.build_data(run.recipe.stages[stage].batch_size)
         size = vocabulary(models[stage], models.teacher(stage), data, stage)
         model = run.load_model(run.recipe.teacher_of(stage))
-        return Teaching(distill, blocks.distill.teacher(distill, model), size)
+        return TeacherSpec(distill, blocks.distill.teacher(distill, model), size)
     if first_process:
         write_cache(run, stage)
     else:
         wait_for(cache_folder(run, stage))
     cached, size = open_cache(run, stage)
-    return Teaching(distill, cached, size)
+    return TeacherSpec(distill, cached, size)

@@ -21,7 +21,7 @@ from qatkit.lora.attach import to_full_precision
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.progress import Style, progress_callbacks
-from qatkit.pipeline.teachers import Teaching
+from qatkit.pipeline.teachers import TeacherSpec
 from qatkit.pipeline.trainer import build_trainer, checkpoints, fit
 from qatkit.quantization.folding import Fold
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe
@@ -50,7 +50,7 @@ def train(
     recipe: Recipe,
     name: str,
     model: nn.Module,
-    taught: Teaching | None,
+    teacher_spec: TeacherSpec | None,
     data: Callable[[int], LightningDataModule],
     folder: Path,
     loggers: Sequence[Logger],
@@ -64,7 +64,7 @@ def train(
         recipe: The whole recipe.
         name: The stage to train.
         model: The model that the stage starts with: plain layers, on the CPU.
-        taught: The stage's teacher, if it distills.
+        teacher_spec: The stage's teacher, if it distills.
         data: Builds the data module for a batch size.
         folder: The stage's folder.
         loggers: Where the stage's numbers go.
@@ -89,8 +89,9 @@ def train(
     ordered = (steps, stopping, *pruning, rewinding, quantize, lora, monitor, samples)
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
-        assert taught is not None
-        callbacks.append(blocks.distill.callback(taught.block, taught.teacher, recipe.seed, taught.vocab_size))
+        assert teacher_spec is not None
+        block, teacher, size = teacher_spec.block, teacher_spec.teacher, teacher_spec.vocab_size
+        callbacks.append(blocks.distill.callback(block, teacher, recipe.seed, size))
     callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
     last = folder / "last.ckpt"
     callbacks.append(checkpoints(folder, steps))

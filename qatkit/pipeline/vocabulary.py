@@ -1,4 +1,4 @@
-"""The tokens that a student and its teacher share."""
+"""The shared vocabulary of a student and its teacher."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from qatkit.errors import QatkitError
 
 
 def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule, stage: str) -> int | None:
-    """Tokens that two language models share where their logits are padded to different widths; else None.
+    """The number of shared tokens of two language models whose logits are padded to different widths; else None.
 
     Args:
-        student: The model that trains.
-        teacher: The model that teaches.
-        data: May have the tokenizer that both read, as ``tokenizer``.
-        stage: For errors.
+        student: The student.
+        teacher: The teacher.
+        data: Provides a tokenizer for models that have none, if it has an attribute ``tokenizer``.
+        stage: The stage's name, for errors.
 
     Raises:
-        QatkitError: their tokenizers differ, or are not known.
+        QatkitError: their tokenizers differ, or are unknown.
     """
     widths = [_width(model) for model in (student, teacher)]
     if None in widths:
@@ -30,13 +30,15 @@ def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule
         if widths[0] == widths[1]:
             return None
         raise QatkitError(
-            f"{key}: the student has logits for {widths[0]} tokens and the teacher for {widths[1]}, and no tokenizer "
-            "is known that both use; give the data module an attribute 'tokenizer'"
+            f"the student has logits for {widths[0]} tokens and the teacher for {widths[1]}, and their shared tokenizer "
+            "is unknown",
+            key=key,
+            advice="set an attribute 'tokenizer' on the data module",
         )
     try:
         size = shared_vocab_size(tokenizers[0], tokenizers[1])
     except QatkitError as error:
-        raise error.under(key) from None
+        raise error.with_fields(key=key) from None
     return size if widths[0] != widths[1] else None
 
 
@@ -46,14 +48,14 @@ def _width(model: nn.Module) -> int | None:
 
 
 def _tokenizer(model: nn.Module) -> Tokenizer | None:
-    """That of a pretrained model, where one is beside its weights."""
+    """The tokenizer in the folder of a pretrained model; None where there is none."""
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:
         return None
     from transformers import AutoTokenizer
 
     try:
-        found: Tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError):
         return None
-    return found
+    return tokenizer

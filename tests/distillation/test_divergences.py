@@ -16,9 +16,10 @@ from qatkit.distillation.chunked import linear_kd_loss
 from qatkit.distillation.divergences import DIVERGENCES, HIDDEN_LOSSES, Divergence
 from qatkit.distillation.losses import masked_mean
 from qatkit.distillation.sparse import top_k_log_probabilities
-from qatkit.pipeline.loop import Run, run_stages
+from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.distillation.tensors import LABELS, logits
 
 RECIPE = """\

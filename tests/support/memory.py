@@ -15,7 +15,7 @@ from qatkit import stages as blocks
 from qatkit.distillation.cache import CachedTeacher
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.runner import run_stages
-from qatkit.pipeline.teachers import Teaching, teaching
+from qatkit.pipeline.teachers import TeacherSpec, teacher_spec
 from qatkit.pipeline.training import train
 from qatkit.recipe import Recipe
 from qatkit.run.folder import Run
@@ -53,20 +53,20 @@ def measured(recipe: Recipe, stage: str, folder: Path) -> int:
     run = Run(recipe, folder)
     model = run.build_model()
     distill = recipe.stages[stage].distill
-    taught = None
+    spec = None
     if distill is not None and distill.cache is not None:
         run_stages(run, until=recipe.teacher_of(stage))
-        taught = teaching(run, stage, first_process=True)
-        assert isinstance(taught.teacher, CachedTeacher)
+        spec = teacher_spec(run, stage, first_process=True)
+        assert isinstance(spec.teacher, CachedTeacher)
     elif distill is not None:
-        taught = Teaching(distill, blocks.distill.teacher(distill, run.build_model()), None)
-    models = [model] if taught is None or isinstance(taught.teacher, CachedTeacher) else [model, taught.teacher.model]
+        spec = TeacherSpec(distill, blocks.distill.teacher(distill, run.build_model()), None)
+    models = [model] if spec is None or isinstance(spec.teacher, CachedTeacher) else [model, spec.teacher.model]
     folder.mkdir(parents=True, exist_ok=True)
     with (
         patch.object(CompressionModule, "on_train_start", start),
         patch.object(CompressionModule, "on_train_end", stop),
     ):
-        train(recipe, stage, model, taught, run.build_data, folder, [])
+        train(recipe, stage, model, spec, run.build_data, folder, [])
     now = peak = 0
     events: list[Any] = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     for event in sorted(events, key=lambda event: event.start_ns()):
