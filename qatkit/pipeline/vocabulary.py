@@ -30,8 +30,8 @@ def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule
         if widths[0] == widths[1]:
             return None
         raise QatkitError(
-            f"the student has logits for {widths[0]} tokens and the teacher for {widths[1]}, and their shared tokenizer "
-            "is unknown",
+            f"the student has logits for {widths[0]} tokens and the teacher for {widths[1]}, and their shared "
+            "tokenizer is unknown",
             key=key,
             advice="set an attribute 'tokenizer' on the data module",
         )

@@ -144,7 +144,7 @@ def test_a_changed_teacher_is_refused(out: Path, folder: Path) -> None:
 def test_missing_parts_are_named_with_the_command_that_makes_them(out: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=r"no cache in .*; run `qatkit cache-teacher RECIPE --out"):
         open_cache(start(out, folder), "qat")
-    with pytest.raises(QatkitError, match=r"'dense' teaches and is not finished.*--until dense` first"):
+    with pytest.raises(QatkitError, match=r"'dense', is not finished.*--until dense` first"):
         write_cache(start(tmp_path / "empty", folder), "qat")
     done = CliRunner().invoke(app, ["cache-teacher", str(folder / "recipe.yaml"), "stages.qat.distill.cache=null"])
     assert "no stage of ['dense', 'qat'] learns from a cache" in str(done.exception)
