@@ -160,7 +160,7 @@ def test_a_cache_shorter_than_the_data_is_refused_by_the_first_sample_that_it_la
     other = json.loads(manifest.read_text())
     other["fingerprint"]["samples"] = content["fingerprint"]["samples"]
     manifest.write_text(json.dumps(other))
-    with pytest.raises(QatkitError, match=r"of a batch are not among the 64 in .*: it is shorter than the data"):
+    with pytest.raises(QatkitError, match=r"in a batch are not among the 64 in .*: the cache is shorter than the data"):
         run_stages(run)
 
 
