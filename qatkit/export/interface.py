@@ -10,6 +10,7 @@ from torch import nn
 
 from qatkit.quantization.prepare import fake_quantizers, qat_layers
 from qatkit.schemes import Scheme
+from qatkit.tasks.table import Task
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class PlannedExport:
     """By layer name; layers that are not quantized are absent."""
     kv_cache: bool = False
     """Whether keys and values are quantized."""
+    task: Task | None = None
+    """The task that the data declare; None where it is not known."""
 
     @classmethod
     def of(cls, model: nn.Module) -> PlannedExport:

@@ -42,8 +42,13 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """Refuse a model that ONNX, as ONNX Runtime reads it, cannot hold; weights are not read.
 
     Raises:
-        QatkitError: a quantized layer has no QDQ form, or keys and values are quantized.
+        QatkitError: the model takes named inputs, a quantized layer has no QDQ form, or keys and values are quantized.
     """
+    if planned.task is not None and planned.task.named_inputs:
+        raise QatkitError(
+            f"'onnx' exports models of one input tensor, and models for the task '{planned.task.name}' take several",
+            advice=_INSTEAD,
+        )
     if planned.kv_cache:
         raise QatkitError("quantized keys and values have no ONNX form", advice=f"remove kv_cache, or {_INSTEAD}")
     for name, module in model.named_modules():
@@ -86,7 +91,7 @@ def example_of(batch: Any) -> Tensor:
     """The input tensor of a batch ``(inputs, labels)``.
 
     Raises:
-        QatkitError: the batch is a mapping, that is, the model takes several inputs.
+        QatkitError: the batch is a mapping, so the model takes several inputs.
     """
     if isinstance(batch, Mapping):
         raise QatkitError(

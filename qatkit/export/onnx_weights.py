@@ -1,6 +1,7 @@
-"""The integers in an ONNX file against the model they came from: read by the `onnx` library, decoded by the runtime.
+"""Compare the constants of an ONNX file with the model: read with the `onnx` library, decoded by ONNX Runtime.
 
-Nothing of the exporter is used here but the names that it promises.
+Of the exporter, only the documented tensor names are used. A float bias may have another name, because graph
+optimizers fold and rename such constants: it is found through the graph, as the constant added after the layer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qatkit.errors import QatkitError
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
@@ -24,28 +24,23 @@ from qatkit.quantization.slices import value_range
 def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
     """Compare every code, scale, zero point and bias in an ONNX file with a model's own.
 
-    A scale may differ only where all its codes stand for zero, since it changes nothing there.
+    A scale may differ only where all its codes stand for zero, since it changes no weight there.
 
     Args:
         model: On the CPU, plain or prepared and calibrated.
         path: The ``.onnx`` file.
 
     Returns:
-        How many codes were compared, and what differs, in words.
-
-    Raises:
-        QatkitError: onnx or onnxruntime is not installed.
+        The number of codes that were compared, and the differences in words.
     """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise QatkitError(f"reading ONNX files needs {error.name}: pip install 'qatkit[onnx]'") from error
+    import onnx
+
     try:
         file = _File(onnx.load(path))
     except Exception as error:  # protobuf's and onnx's exceptions share no base class
         return 0, [f"{path.name} is not an ONNX file: {error}"]
-    compared, failures, names = 0, [], set()
+    compared, names = 0, set()
+    failures: list[str] = []
     for name, layer in qat_layers(model):
         prefix = f"{name}." if name else ""
         if layer.weight_fake_quant is not None:
@@ -61,7 +56,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
 
 
 class _File:
-    """An ONNX file's constants, and its quantizing nodes by the tensors they read."""
+    """The constants of an ONNX file, and its QuantizeLinear and DequantizeLinear nodes by the tensors they read."""
 
     def __init__(self, proto: Any) -> None:
         from onnx import numpy_helper
@@ -105,7 +100,7 @@ class _File:
         failures += self._compare(f"layer '{name}': zero point of the input", keys[1], zero_point)
         decoders = {keys_read[1:] for keys_read in self.decoders}
         if not failures and not (keys in self.encoders and keys in decoders):
-            failures.append(f"layer '{name}': nothing in the graph rounds the input with its scale and zero point")
+            failures.append(f"layer '{name}': no QuantizeLinear node quantizes the input with its scale and zero point")
         return failures
 
     def check_bias(self, name: str, prefix: str, layer: QATLayer) -> list[str]:
@@ -116,7 +111,13 @@ class _File:
             return [] if codes is None and f"{prefix}bias" not in self.tensors else [f"{what}: the model has none"]
         if codes is None:
             stored = self.tensors.get(f"{prefix}bias")
-            return _differences(what, stored if stored is None else stored.reshape(-1), bias)
+            if stored is not None or not self._outputs_of(prefix):
+                return _differences(what, stored if stored is None else stored.reshape(-1), bias)
+            failures = []
+            for output in self._outputs_of(prefix):  # one for every call of the layer
+                stored = self._added_to(output, bias.numel())
+                failures += _differences(what, stored if stored is None else stored.reshape(-1), bias)
+            return failures
         weight_scale, input_scale = (self.tensors.get(f"{prefix}{part}.scale") for part in ("weight", "input"))
         if scale is None or weight_scale is None or input_scale is None:
             return [f"{what}: its scale, or one of the two it is the product of, is not in the file"]
@@ -126,7 +127,7 @@ class _File:
         failures = _differences(f"{what}'s scale, against weight scale x input scale", scale, product)
         step = np.broadcast_to(scale.astype(np.float64), codes.shape)
         value = bias.double().numpy()
-        wrong = np.abs(codes * step - value) > 2.0**-22 * np.abs(value)  # what float32 loses in two roundings
+        wrong = np.abs(codes * step - value) > 2.0**-22 * np.abs(value)  # the error of two float32 roundings
         if wrong.any():
             first = int(wrong.nonzero()[0][0])
             failures.append(
@@ -136,14 +137,39 @@ class _File:
             )
         return failures
 
+    def _outputs_of(self, prefix: str) -> list[str]:
+        """The outputs of the matrix products and convolutions that use a layer's decoded weight."""
+        codes = f"{prefix}weight.codes"
+        weights = {node.output[0] for inputs, node in self.decoders.items() if inputs[0] == codes}
+        outputs = []
+        for node in self.proto.graph.node:  # in topological order
+            if node.op_type in _LAYOUT and weights & set(node.input):
+                weights.add(node.output[0])
+            elif node.op_type in ("Conv", "Gemm", "MatMul") and weights & set(node.input):
+                outputs.append(node.output[0])
+        return outputs
+
+    def _added_to(self, output: str, size: int) -> np.ndarray[Any, Any] | None:
+        """The constant of `size` values that is added to a product, inside its node or directly after it."""
+        values = {output}
+        for node in self.proto.graph.node:
+            if output in node.output and len(node.input) > 2 and node.input[2] in self.tensors:
+                return self.tensors[node.input[2]]
+            if node.op_type in _LAYOUT and values & set(node.input):
+                values.add(node.output[0])
+            elif node.op_type == "Add" and values & set(node.input):
+                constants = [self.tensors[name] for name in node.input if name in self.tensors]
+                return next((constant for constant in constants if constant.size == size), None)
+        return None
+
     def _compare(self, what: str, key: str, expected: Tensor) -> list[str]:
-        found = self.tensors.get(key)
-        if found is not None and found.size == expected.numel() and not key.endswith("codes"):
-            found = found.reshape(expected.shape)  # scales have no trailing dimensions of size 1 in ONNX
-        return _differences(what, found, expected)
+        stored = self.tensors.get(key)
+        if stored is not None and stored.size == expected.numel() and not key.endswith("codes"):
+            stored = stored.reshape(expected.shape)  # scales have no trailing dimensions of size 1 in ONNX
+        return _differences(what, stored, expected)
 
     def _decode(self, keys: tuple[str, ...]) -> np.ndarray[Any, Any]:
-        """What ONNX Runtime's DequantizeLinear makes of one weight: the file's own node, alone in a graph."""
+        """Decode one weight with ONNX Runtime: the file's own DequantizeLinear node, alone in a graph."""
         import onnxruntime
         from onnx import TensorProto, helper
 
@@ -164,17 +190,21 @@ class _File:
         return decoded
 
 
-def _differences(what: str, found: np.ndarray[Any, Any] | None, expected: Tensor) -> list[str]:
-    if found is None:
+_LAYOUT = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
+"""Operators that change the layout of a tensor, not its values."""
+
+
+def _differences(what: str, stored: np.ndarray[Any, Any] | None, expected: Tensor) -> list[str]:
+    if stored is None:
         return [f"{what}: not in the file"]
-    if found.shape != tuple(expected.shape):
-        return [f"{what}: shape {list(found.shape)} in the file, {list(expected.shape)} in the model"]
+    if stored.shape != tuple(expected.shape):
+        return [f"{what}: shape {list(stored.shape)} in the file, {list(expected.shape)} in the model"]
     model = expected.numpy()
-    wrong = found.astype(np.float64) != model.astype(np.float64)
+    wrong = stored.astype(np.float64) != model.astype(np.float64)
     if not wrong.any():
         return []
     first = tuple(int(axis[0]) for axis in np.atleast_1d(wrong).nonzero())
-    pair = np.atleast_1d(found)[first], np.atleast_1d(model)[first]
+    pair = np.atleast_1d(stored)[first], np.atleast_1d(model)[first]
     return [
         f"{what}: {int(wrong.sum())} of {wrong.size} differ, the first at {list(first)}: "
         f"{pair[0]} in the file, {pair[1]} in the model"

@@ -1,4 +1,4 @@
-"""Layers that compute as a QDQ graph does: with integer constants, and with nothing but ONNX's two operators."""
+"""Layers that compute as a QDQ graph does: integer constants, QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: int) 
 
 
 class _Codes(nn.Module):
-    """An integer initialiser and the DequantizeLinear after it."""
+    """An integer constant and the DequantizeLinear node that reads it."""
 
     codes: Tensor
     scale: Tensor
@@ -60,8 +60,8 @@ class _Codes(nn.Module):
         return out
 
 
-class _Rounding(nn.Module):
-    """QuantizeLinear and DequantizeLinear of an activation, one scale for the tensor."""
+class _InputQuantizer(nn.Module):
+    """QuantizeLinear and DequantizeLinear of a per-tensor quantized activation."""
 
     scale: Tensor
     zero_point: Tensor
@@ -96,17 +96,17 @@ QDQ: dict[type[QATLayer], type[nn.Module]] = {QATLinear: _QDQLinear, QATConv2d: 
 
 
 def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Input, weight, bias as the layer computes with them, and a bias to add after it.
+    """The layer's input, weight and bias, and a bias to add after the layer.
 
-    A floating-point bias inside a layer whose input is quantized is no safe place: ONNX Runtime rounds it to int32
-    by itself (WeightBiasQuantization), and lets it overflow. Added after the layer it stays what it is.
+    A floating-point bias inside a layer with a quantized input is not safe: ONNX Runtime quantizes it to int32
+    (WeightBiasQuantization) and lets it overflow. Added after the layer, it keeps its value.
     """
-    rounding: Any = layer.input
+    quantizer: Any = layer.input
     weight, bias = (part() if isinstance(part, _Codes) else part for part in (layer.weight, layer.bias))
     weight, bias = cast(Tensor, weight), cast("Tensor | None", bias)
-    if rounding is None:
+    if quantizer is None:
         return x, weight, bias, None
-    return (rounding(x), weight, bias, None) if isinstance(layer.bias, _Codes) else (rounding(x), weight, None, bias)
+    return (quantizer(x), weight, bias, None) if isinstance(layer.bias, _Codes) else (quantizer(x), weight, None, bias)
 
 
 @torch.no_grad()
@@ -115,54 +115,54 @@ def to_qdq(name: str, layer: QATLayer) -> None:
     weight: _Codes | Tensor = layer.weight
     trained_bias = layer.operands(torch.zeros(1))[2]
     bias: _Codes | Tensor | None = trained_bias
-    rounding = None
+    quantizer = None
     if (fake_quant := layer.input_fake_quant) is not None:
-        scale, zero_point = fake_quant.qparams(torch.empty(0))  # never computed: dynamic scales were refused
+        scale, zero_point = fake_quant.qparams(torch.empty(0))  # stored: dynamic scales were refused
         dtype = torch.int8 if fake_quant.spec.symmetric else torch.uint8
-        rounding = _Rounding(scale.view(()), zero_point.view(()).to(dtype), fake_quant.spec)
+        quantizer = _InputQuantizer(scale.view(()), zero_point.view(()).to(dtype), fake_quant.spec)
     if (fake_quant := layer.weight_fake_quant) is not None:
         spec = fake_quant.spec
         scale, zero_point = fake_quant.qparams(layer.weight)
         codes = quantize(layer.weight, scale, zero_point, spec)
         shape = {"tensor": (), "channel": (-1,)}.get(spec.strategy, tuple(scale.shape))
         weight = _Codes(codes, scale.reshape(shape), zero_point.reshape(shape).to(codes.dtype), spec.group_size or 0)
-        if trained_bias is not None and rounding is not None and spec.group_size is None:
-            bias = _integer_bias(name, trained_bias, weight, rounding)
+        if trained_bias is not None and quantizer is not None and spec.group_size is None:
+            bias = _integer_bias(name, trained_bias, weight, quantizer)
     del layer.weight, layer.bias, layer.weight_fake_quant, layer.input_fake_quant
     layer.__class__ = cast("type[QATLayer]", QDQ[type(layer)])
-    for part, value in (("weight", weight), ("bias", bias), ("input", rounding)):
+    for part, value in (("weight", weight), ("bias", bias), ("input", quantizer)):
         setattr(layer, part, value)
 
 
-def _integer_bias(name: str, bias: Tensor, weight: _Codes, rounding: _Rounding) -> _Codes | Tensor:
-    """The bias in int32 on the grid of the products, weight scale x input scale, which integer kernels need.
+def _integer_bias(name: str, bias: Tensor, weight: _Codes, quantizer: _InputQuantizer) -> _Codes | Tensor:
+    """The bias as int32 codes with scale weight scale x input scale, as integer kernels need it.
 
-    The largest sum a channel can reach must still fit beside its bias, so a channel with a tiny scale and a large bias
-    is a danger. Where all its codes stand for zero, any scale gives the same weights, and one that fits is taken;
-    otherwise the bias stays in floating point.
+    The largest sum that a channel can reach plus its bias must fit into 32 bits, which a tiny scale with a large bias
+    violates. Where all codes of the channel stand for zero, any scale gives the same weights, so one that fits is
+    used; otherwise the bias stays in floating point.
     """
     assert weight.zero_point is not None
     rows = weight.zero_point.dim() * [-1] + weight.zero_point.dim() * (weight.codes.dim() - 1) * [1]
     centred = weight.codes.long() - weight.zero_point.long().view(rows)
-    widest_input = max(abs(rounding.qmin - int(rounding.zero_point)), abs(rounding.qmax - int(rounding.zero_point)))
+    widest_input = max(abs(quantizer.qmin - int(quantizer.zero_point)), abs(quantizer.qmax - int(quantizer.zero_point)))
     reach = centred.abs().flatten(1).sum(1) * widest_input  # [out]
 
     def codes() -> tuple[Tensor, Tensor, Tensor]:
-        scale = weight.scale * rounding.scale
+        scale = weight.scale * quantizer.scale
         values = (bias / scale).round()
-        return values, scale, ~(values.double().abs() + reach < _INT32_MAX)  # true for NaN and infinity as well
+        return values, scale, ~(values.double().abs() + reach < _INT32_MAX)  # true for NaN and Inf as well
 
     values, scale, too_large = codes()
     dead = too_large & (reach == 0) if scale.dim() else too_large.any() & (reach == 0).all()
     if dead.any():
-        needed = (bias.abs() if scale.dim() else bias.abs().amax()) / rounding.scale * 2.0**-24
+        needed = (bias.abs() if scale.dim() else bias.abs().amax()) / quantizer.scale * 2.0**-24
         weight.scale = torch.where(dead, needed.clamp(min=2.0**-100), weight.scale)
         values, scale, too_large = codes()
     if too_large.any():
         warnings.warn(
-            f"layer '{name}': its bias is too large for its scales to fit 32 bits (output channel "
+            f"layer '{name}': its bias is too large for 32 bits at its scales (output channel "
             f"{int(too_large.nonzero()[0])}: bias {float(bias[too_large][0]):.3g}), so it is added in floating point "
-            "after the layer, and a convolution then runs without integer kernels; the file computes the same",
+            "after the layer; the results are the same, but a convolution runs without integer kernels",
             QatkitWarning,
             stacklevel=5,  # past torch.no_grad's wrapper
         )

@@ -1,4 +1,4 @@
-"""The runtimes that exported files are for: loading one, running it, and seeing which kernels it chose."""
+"""ONNX Runtime: load an exported file, run it, and count the kernels that were chosen."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "
 
 
 class Runtime:
-    """A model file in its runtime; call it with one batch.
+    """A loaded ONNX file; call it with one batch.
 
     Args:
         session: An ONNX Runtime session with one input.
-        threads: Threads that one call uses; None is ONNX Runtime's own choice.
+        threads: Threads per call; None leaves the choice to ONNX Runtime.
     """
 
     def __init__(self, session: Any, threads: int | None) -> None:
@@ -47,27 +47,27 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Kernels:
-    """How often each multiplying kernel occurs in the graph that the runtime really executes."""
+    """How often each matrix-product kernel occurs in the graph that the runtime executes."""
 
     integer: dict[str, int]
-    """Kernels over codes, such as ``{"QLinearConv": 3, "QGemm": 1}``."""
+    """Integer kernels, such as ``{"QLinearConv": 3, "QGemm": 1}``."""
     floating: dict[str, int]
-    """Kernels that stayed in floating point, such as ``{"Conv": 1}``; empty where every product is of integers."""
+    """Floating-point kernels, such as ``{"Conv": 1}``; empty where every product is an integer product."""
 
 
 def load_runtime(path: Path, threads: int | None = None) -> Runtime:
     """Load a ``.onnx`` file into ONNX Runtime on the CPU.
 
-    On x86 processors without VNNI, integer kernels may saturate between two products; the session is told to take the
-    exact ones there (``session.x64quantprecision``), and so should the session that serves the model. Elsewhere they
-    are exact already, and the option would only halve their speed.
+    On x86 processors without VNNI, integer kernels may saturate between two products. The session selects exact
+    kernels there (``session.x64quantprecision``), and so should the session that serves the model. On other processors
+    the integer kernels are exact, and the option would only halve their speed.
 
     Args:
         path: The file.
         threads: Threads per call; None leaves the choice to ONNX Runtime.
 
     Raises:
-        QatkitError: ONNX Runtime is not installed, the file is not ONNX, or the runtime refuses it.
+        QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.
 
     Example:
         >>> import tempfile, torch
@@ -82,10 +82,10 @@ def load_runtime(path: Path, threads: int | None = None) -> Runtime:
 
 
 def integer_kernels(path: Path) -> Kernels:
-    """Count the kernels that ONNX Runtime chose for a file, in the graph as it optimized it on this machine.
+    """Count the kernels that ONNX Runtime chose for a file, in the graph that it optimized for this machine.
 
     Raises:
-        QatkitError: ONNX Runtime is not installed, the file is not ONNX, or the runtime refuses it.
+        QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -100,7 +100,7 @@ def integer_kernels(path: Path) -> Kernels:
 
 
 def _saturates() -> bool:
-    """Whether this processor's fast 8-bit products may overflow 16 bits: x86 without VNNI, or that does not say."""
+    """Whether fast 8-bit products of this processor may overflow 16 bits: x86 without VNNI, or unknown."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
@@ -112,23 +112,39 @@ def _saturates() -> bool:
 
 def _session(path: Path, threads: int | None, optimized: Path | None = None) -> Any:
     if path.suffix != ".onnx":
-        raise QatkitError(f"{path}: no runtime is known for '{path.suffix}' files; give a .onnx file")
+        raise QatkitError(
+            f"ONNX Runtime does not load '{path.suffix}' files", key=str(path), advice="pass a .onnx file"
+        )
     try:
         import onnxruntime
     except ImportError as error:
-        raise QatkitError("running ONNX files needs onnxruntime: pip install 'qatkit[onnx]'") from error
+        raise QatkitError("onnxruntime is not installed", advice="run: pip install 'qatkit[onnx]'") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: it warns that an optimized graph is for this machine alone
-    # by default it rounds the inputs of products with weights alone to 8 bits, which nobody trained
+    # errors only: it warns that an optimized graph is for this machine alone
+    options.log_severity_level = 3
+    # by default it quantizes the inputs of weight-only products to 8 bits, which training did not do
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    if _saturates():
+    exact = _saturates()
+    if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
+        options.log_severity_level = 4  # the first attempt may fail
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    try:
+
+    def load() -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    try:
+        try:
+            return load()
+        except Exception:
+            if not exact:
+                raise
+            # with exact kernels, ONNX Runtime fails where two calls share a weight; unfused, the graph is exact too
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            return load()
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise QatkitError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        raise QatkitError(f"ONNX Runtime cannot load it: {error}", key=str(path)) from error

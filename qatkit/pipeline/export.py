@@ -15,6 +15,7 @@ from qatkit.export.interface import PlannedExport
 from qatkit.quantization.selection import select
 from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.run.folder import Run
+from qatkit.tasks.table import Task
 
 
 def exported_stages(recipe: Recipe) -> list[str]:
@@ -22,13 +23,14 @@ def exported_stages(recipe: Recipe) -> list[str]:
     return Run(recipe, Path()).rows
 
 
-def check_export(recipe: Recipe, stage: str, model: nn.Module) -> None:
+def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None) -> None:
     """Refuse a stage whose result the recipe's export format cannot hold; no weight is read.
 
     Args:
         recipe: Its ``export`` block names the format; nothing is checked without one.
         stage: A stage that the comparison shows.
         model: The stage's model, with plain layers; the meta device will do.
+        task: The task that the data declare.
 
     Raises:
         QatkitError: with the stage and, where it is known, the layer.
@@ -37,20 +39,20 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module) -> None:
         return
     row = FORMATS.row(recipe.export.format, "export.format")
     try:
-        row.call("check", model, _planned(recipe.stages[stage].quantize, model))
+        row.call("check", model, _planned(recipe.stages[stage].quantize, model, task))
         row.check_packages()
     except QatkitError as error:
         raise error.with_fields(key="export.format", problem=f"stage '{stage}': {error.problem}") from None
 
 
-def _planned(config: QuantizeConfig | None, model: nn.Module) -> PlannedExport:
+def _planned(config: QuantizeConfig | None, model: nn.Module, task: Task | None) -> PlannedExport:
     if config is None:
-        return PlannedExport()
+        return PlannedExport(task=task)
     selection = {key: value for key, value in config.arguments.items() if key != "share_inputs"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QatkitWarning)  # the check of the quantize block gives it
         schemes = select(model, **selection)
-    return PlannedExport(schemes, kv_cache=config.kv_cache is not None)
+    return PlannedExport(schemes, kv_cache=config.kv_cache is not None, task=task)
 
 
 def export_run(run: Run) -> list[Path]:

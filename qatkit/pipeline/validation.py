@@ -88,7 +88,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
             with _at(f"stages.{name}.quantize"):
                 layers[name] = blocks.quantize.check(stage.quantize, model)
         if name in exported_stages(recipe):
-            check_export(recipe, name, model)
+            check_export(recipe, name, model, task)
     return layers
 
 

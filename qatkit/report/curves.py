@@ -1,4 +1,4 @@
-"""The curves of a stage's training, read from what its CSV logger left."""
+"""Training curves of a stage, read from the files of its CSV logger."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from pathlib import Path
 from typing import TypedDict
 
 POINTS = 400
-"""Points that a report keeps of each curve; more cannot be told apart on a page."""
+"""Points per curve in a report; more are not visible on a page."""
 
 
 class Curve(TypedDict):
-    """One logged number over a stage's optimizer steps."""
+    """One logged metric over the optimizer steps of a stage."""
 
     steps: list[int]
     values: list[float]
 
 
 class Curves(TypedDict):
-    """What a stage logged while it trained."""
+    """The metrics that a stage logged during training."""
 
     resumed_at: list[int]
-    """The first logged step of every attempt but the first."""
+    """The first logged step of every attempt except the first."""
     metrics: dict[str, Curve]
 
 
 def read_curves(logs: Path) -> Curves:
     """Join the attempts of a stage into one curve per metric.
 
-    A killed attempt may have gone beyond the checkpoint that the next one continued: where two attempts logged the same
+    A killed attempt may have passed the checkpoint from which the next one resumed: where two attempts logged the same
     steps, the later one counts.
 
     Args:
-        logs: A stage's ``logs`` folder with ``attempt_N/metrics.csv``; curves are empty where it has none.
+        logs: A stage's ``logs`` folder with ``attempt_N/metrics.csv``; without them the curves are empty.
     """
-    found: dict[str, dict[int, float]] = {}
+    by_name: dict[str, dict[int, float]] = {}
     resumed_at = []
     for position, path in enumerate(sorted(logs.glob("attempt_*/metrics.csv"), key=_attempt)):
         rows = list(_numbers(path))
         first = min((step for step, _, _ in rows), default=0)
         if position and rows:
             resumed_at.append(first)
-            found = {name: {s: v for s, v in points.items() if s < first} for name, points in found.items()}
+            by_name = {name: {s: v for s, v in points.items() if s < first} for name, points in by_name.items()}
         for step, name, value in rows:
-            found.setdefault(name, {})[step] = value
-    return Curves(resumed_at=resumed_at, metrics={name: _thinned(found[name]) for name in sorted(found)})
+            by_name.setdefault(name, {})[step] = value
+    return Curves(resumed_at=resumed_at, metrics={name: _thinned(by_name[name]) for name in sorted(by_name)})
 
 
 def _attempt(path: Path) -> int:
@@ -56,7 +56,7 @@ def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, text in row.items():
-                # a killed process may leave the last line half written
+                # a killed process may leave an incomplete last line
                 if name not in ("epoch", "step") and text and row.get("step"):
                     yield int(row["step"]), name, float(text)
 

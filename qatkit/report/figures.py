@@ -1,4 +1,4 @@
-"""Pictures of runs: how good they are against what it costs, and the curves of training."""
+"""Figures of runs: the metric against size or latency, and training curves."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ WIDTH = 370
 
 @dataclass(frozen=True)
 class Point:
-    """One exported file in a picture of its metric against its cost."""
+    """One exported file in a figure of its metric against its cost."""
 
     label: str
-    """Stands beside the mark; the stage's name, or the run's number."""
+    """The text beside the mark: the stage's name, or the run's number."""
     words: str
-    """Stage and run in full."""
+    """Stage and run, for the tooltip."""
     kind: str
     """dense, post-training or trained."""
     colour: str
     cost: float
     low: float
-    """First quartile of the cost; the cost itself where it has no spread."""
+    """First quartile of the cost; the cost itself where there is no spread."""
     high: float
     value: float
-    """Of the metric; an accuracy is from 0 to 1."""
+    """The value of the metric; an accuracy is between 0 and 1."""
     samples: int
-    """Test samples or tokens behind it."""
+    """The number of test samples or tokens."""
 
 
 def tradeoff(key: str, points: Sequence[Point], metric: Metric, cost: str, unit: str) -> str:
-    """A metric against size or latency, with what the test split leaves open and the quartiles of the clock.
+    """Draw a metric against size or latency, with confidence intervals and the quartiles of the measured latency.
 
     Args:
-        key: Prefix of the picture's ids.
+        key: Prefix of the figure's ids.
         points: The files.
-        metric: What the vertical axis shows; an interval is known of accuracies alone.
-        cost: What the horizontal axis shows, such as "size".
+        metric: The metric on the vertical axis; only accuracies have a confidence interval.
+        cost: The quantity on the horizontal axis, such as "size".
         unit: Its unit.
     """
     marks = {}
@@ -65,24 +65,24 @@ def tradeoff(key: str, points: Sequence[Point], metric: Metric, cost: str, unit:
                 markeredgewidth=1.2, gid=f"mark-{index}", zorder=3,
             )  # fmt: skip
             marks[f"mark-{index}"] = f"{point.words}: {metric.show(point.value)} at {point.cost:.4g} {unit}"
-        figure.draw_without_rendering()  # from here on, places on the picture are known
+        figure.draw_without_rendering()  # positions are known from here on
         _place_labels(axes, points, metric)
         axes.set_xlabel(f"{cost} ({unit})")
         axes.set_ylabel(f"test {metric.name} ({metric.unit})" if metric.unit else f"test {metric.name}")
         return to_svg(figure, key, f"{metric.title} against {cost}. {'; '.join(marks.values())}", marks)
 
 
-def interval(share: float, samples: int) -> tuple[float, float]:
-    """The accuracies that a measured one is consistent with at 95 % (Wilson's score interval)."""
+def interval(accuracy: float, samples: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a measured accuracy (Wilson's score interval)."""
     if samples == 0:
-        return share, share
+        return accuracy, accuracy
     z2 = 1.96**2 / samples
-    middle, half = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    middle, half = accuracy + z2 / 2, math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4))
     return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
 
 
 def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
-    """Room around what is shown; logarithmic where the best would be pressed against the axis."""
+    """Leave room around the values; use a logarithmic axis where the best would touch the edge."""
     if not metric.percent and top > 20 * bottom:
         axes.set_yscale("log")
         axes.set_ylim(bottom / 1.6, top * 1.6)
@@ -93,7 +93,7 @@ def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
 
 
 def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
-    """From zero, so that lengths compare; logarithmic where the smallest would be pressed against it."""
+    """Start at zero, so that lengths compare; use a logarithmic axis where the smallest would touch the edge."""
     small, large = min(point.low for point in points), max(point.high for point in points)
     typical = max(point.cost for point in points)
     if typical > 20 * min(point.cost for point in points):
@@ -101,13 +101,13 @@ def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
         axes.set_xlim(small / 1.6, large * 1.6)
         _plain_log_ticks(axes.xaxis, small / 1.6, large * 1.6)
     else:
-        # a quartile far out, from a busy machine, may run off the picture
+        # an extreme quartile, from a busy machine, may leave the figure
         axes.set_xlim(0, min(large, 2 * typical) * 1.12)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _place_labels(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
-    """Beside each mark, at the one of eight places where a label covers least of marks and other labels."""
+    """Place each label beside its mark, where it covers the least of marks and other labels."""
     spots = [axes.transData.transform((point.cost, metric.scale * point.value)) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     places = [(side * dx, dy) for dx, dy in ((9, 9), (9, -9), (11, 0), (9, 22), (9, -22)) for side in (1, -1)]
@@ -144,12 +144,12 @@ GROUPS = {
     "accuracy": "Accuracy (%)",
     "quant": "Quantization (%)",
 }
-"""Titles of the pictures of training, in their order."""
+"""Titles of the training figures, in their order."""
 _ENDS = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "agreement": "accuracy"}
 
 
 def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
-    """Which curves share a picture, by the group's name; a distilled stage logs its labels' loss twice."""
+    """Group curves that share a figure, by the group's name; a distilled stage logs its label loss twice."""
     metrics = {name: curve for name, curve in curves["metrics"].items() if len(curve["steps"]) > 1}
     if metrics.get("train/label_loss") == metrics.get("train/loss"):
         metrics.pop("train/loss", None)
@@ -161,14 +161,14 @@ def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
 
 
 def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], resumed_at: Sequence[int]) -> str:
-    """The curves of one group over a stage's optimizer steps.
+    """Draw the curves of one group over a stage's optimizer steps.
 
     Args:
-        key: Prefix of the picture's ids.
+        key: Prefix of the figure's ids.
         stage: The stage's name.
         kind: The group's name.
         curves: By metric.
-        resumed_at: Steps where a killed run went on.
+        resumed_at: Steps at which a killed run was resumed.
     """
     marks = {}
     percent = 100 if kind in ("accuracy", "quant") else 1
@@ -180,7 +180,7 @@ def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], r
                 curve["steps"], values, color=SERIES[index % len(SERIES)], label=label, gid=f"mark-{index}",
                 linewidth=1 if len(values) > 80 else 1.8, linestyle=("-", "--", "-.")[index % 3],
             )  # fmt: skip
-            marks[f"mark-{index}"] = f"{label}: {values[0]:.3g} at first, {values[-1]:.3g} at last"
+            marks[f"mark-{index}"] = f"{label}: {values[0]:.3g} at the start, {values[-1]:.3g} at the end"
         for step in resumed_at:
             axes.axvline(step, color=MUTED, linewidth=1, linestyle=":")
             axes.annotate("resumed", (step, 0.02), xycoords=("data", "axes fraction"), color=MUTED, rotation=90,
@@ -194,11 +194,11 @@ def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], r
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("optimizer step")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, columnspacing=1.2)
-        return to_svg(figure, key, f"{stage}, {kind} while training. {'; '.join(marks.values())}", marks)
+        return to_svg(figure, key, f"{stage}, {kind} during training. {'; '.join(marks.values())}", marks)
 
 
 def _at_least(axes: Axes, span: float) -> None:
-    """Show that many points of accuracy: zoomed in further, single samples of the split look like progress."""
+    """Show at least `span` points of accuracy: at a larger zoom, single samples of the split look like progress."""
     low, high = axes.dataLim.intervaly
     room = max(0.05 * (high - low), (span - (high - low)) / 2)
     top = min(high + room, 100.3)

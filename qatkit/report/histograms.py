@@ -1,7 +1,7 @@
-"""Where a layer's weights lie on their quantization grid.
+"""Histograms of weights on their quantization grid.
 
-Every channel or group has a scale of its own, so weights are counted in units of it: ``w / scale + zero_point``. On
-that axis the grid of every slice is the same, the whole numbers from qmin to qmax, and what lies beyond is clipped.
+Every channel or group has its own scale, so weights are counted in units of it: ``w / scale + zero_point``. On that
+axis all grids are the same, the integers from qmin to qmax, and weights beyond them are clipped.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from qatkit.quantization.slices import aligned, to_slices
 INSIDE = 64
 """Bins over the range of the codes; a power of two, so that borders between codes are borders of bins (2 to 6 bits)."""
 OUTSIDE = 4
-"""Bins on either side of the range; the outermost also counts everything beyond it."""
+"""Bins on either side of the range; the outermost ones also count everything beyond them."""
 
 
 class Histogram(TypedDict):
-    """Weights of one layer by their place on the grid."""
+    """The weights of one layer by their position on the grid."""
 
     bits: int
     qmin: float
     qmax: float
     """The codes are ``qmin .. qmax``; the bins inside run from ``qmin - 0.5`` to ``qmax + 0.5``."""
-    whole: bool
-    """Whether the codes are the whole numbers between, and not small floats."""
+    integer: bool
+    """Whether the codes are the integers in between, not small floats."""
     counts: list[int]
     """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of one width."""
 
 
 @torch.no_grad()
 def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
-    """Count the unrounded weights of every layer with a quantized weight, one layer at a time.
+    """Count the latent weights of every layer with a quantized weight, one layer at a time.
 
     Args:
-        model: Prepared, with scales in place.
+        model: From `prepare_qat`, with scales in place.
     """
-    found = {}
+    histograms = {}
     for name, sharded, fake_quant in quantized_weights(model):
         spec, weight = fake_quant.spec, full_tensor(sharded).float()
         scale, zero_point = fake_quant.whole_qparams(weight)
@@ -49,7 +49,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
         width = (spec.qmax - spec.qmin + 1) / INSIDE
         bins = ((place - (spec.qmin - 0.5)) / width).floor().clamp(-OUTSIDE, INSIDE + OUTSIDE - 1).long() + OUTSIDE
         counts = torch.bincount(bins.flatten(), minlength=INSIDE + 2 * OUTSIDE)
-        found[name] = Histogram(
-            bits=spec.num_bits, qmin=spec.qmin, qmax=spec.qmax, whole=not spec.is_float, counts=counts.tolist()
+        histograms[name] = Histogram(
+            bits=spec.num_bits, qmin=spec.qmin, qmax=spec.qmax, integer=not spec.is_float, counts=counts.tolist()
         )
-    return found
+    return histograms

@@ -1,4 +1,4 @@
-"""How well a language model predicts held-out text, and how far it is from the dense model it was made from."""
+"""Evaluate a language model on held-out text: perplexity, and agreement with its dense reference model."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from qatkit.errors import QatkitError
 from qatkit.tasks import Task, call, perplexity, task_of
 
 Text = tuple[Tensor, Tensor]
-"""Tokens and their labels, ``[tokens]`` each."""
+"""Token ids and labels, ``[tokens]`` each."""
 
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """A model on held-out text, every token predicted once."""
+    """Metrics of a model on held-out text; every token is predicted once."""
 
     context: int
-    """Tokens that the model sees at most, the predicted one among them."""
+    """The largest number of tokens in a window, including the predicted one."""
     stride: int
-    """Tokens between two windows: beyond the first window, each is predicted from at least ``context - stride``."""
+    """Tokens between two windows; after the first window, a token has at least ``context - stride`` predecessors."""
     tokens: int
     loss: float
     """Per token, in nats."""
     perplexity: float
     agreement: float
-    """Share of tokens for which it and the dense model name the same one as the likeliest."""
+    """Fraction of tokens with the same top-1 prediction as the dense model."""
     kl: float
     """KL(dense || model) per token, in nats."""
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Overlapping windows over a text: begin, end, and the first token that no window before has predicted.
+    """Overlapping windows over a text: begin, end, and the first token that no earlier window predicted.
 
     Example:
         >>> list(windows(10, context=6, stride=2))
         [(0, 6, 1), (2, 8, 6), (4, 10, 8)]
     """
-    new = 1  # nothing comes before the first token
+    new = 1  # the first token has no predecessor
     for begin in range(0, length, stride):
         end = min(begin + context, length)
         if end > new:
@@ -63,23 +63,24 @@ def score(
     stride: int,
     batch_size: int = 8,
 ) -> LanguageScore:
-    """Measure a causal language model over texts with a sliding window.
+    """Measure a causal language model on texts with a sliding window.
 
     Args:
         model: Called with ``input_ids``; in eval mode.
-        dense: What it is compared with; None where it is the dense model itself.
-        texts: Tokens and labels; a label of -100 does not count.
-        context: Tokens of a window.
-        stride: Tokens between two windows, at most `context`; half of it by habit.
-        batch_size: Windows at once.
+        dense: The reference model; None where `model` is the dense model itself.
+        texts: Token ids and labels; a label of -100 does not count.
+        context: Tokens per window.
+        stride: Tokens between two windows, at most `context`; half of it is customary.
+        batch_size: Windows per batch.
 
     Raises:
-        QatkitError: the numbers do not fit, or no token counts.
+        QatkitError: context or stride is out of range, or no token counts.
     """
     if context < 2 or not 1 <= stride <= context:
         raise QatkitError(
-            f"evaluate.stride: {stride} with context {context} is out of range; write context 2 or more and a stride "
-            "from 1 to it"
+            f"{stride} with context {context} is out of range",
+            key="evaluate.stride",
+            advice="set a context of at least 2 and a stride from 1 to the context",
         )
     loss = kl = 0.0
     count = same = 0
@@ -97,13 +98,15 @@ def score(
         kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     if count == 0:
-        raise QatkitError("evaluate: no label of the test texts counts; give texts whose labels are not all -100")
+        raise QatkitError(
+            "no label of the test texts counts", key="evaluate", advice="use texts whose labels are not all -100"
+        )
     mean = loss / count
     return LanguageScore(context, stride, count, mean, perplexity(mean), same / count, kl / count)
 
 
 def _batches(texts: Sequence[Text], context: int, stride: int, size: int) -> Iterator[Text]:
-    """Windows of one length together; labels of tokens that were predicted before do not count."""
+    """Batches of windows of equal length; labels of tokens that were already predicted do not count."""
     waiting: dict[int, list[Text]] = {}
     for tokens, labels in texts:
         for begin, end, new in windows(len(tokens), context, stride):
@@ -123,10 +126,10 @@ def _stacked(group: Sequence[Text]) -> Text:
 
 
 def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]:
-    """The held-out texts of a test split: one, where its batches are windows cut from a stream of tokens.
+    """The held-out texts of a test split; a single text where the batches are windows of one token stream.
 
-    That is so where every token is a label and nothing says where a row ends; other rows stay texts of their own, and
-    padding is cut off. Where positions begin again in a row, which holds several documents, each of them is a text.
+    The batches are such windows if every token is a label and nothing marks the end of a row. Otherwise every row is a
+    text, without its padding. A packed row, in which positions restart, gives one text per document.
 
     Raises:
         QatkitError: the task of the batches is not next-token prediction.
@@ -158,29 +161,29 @@ def next_token_only(task: Task) -> QatkitError:
 
 
 def check_harness() -> None:
-    """Raise unless lm-evaluation-harness is installed.
+    """Check that lm-evaluation-harness is installed.
 
     Raises:
-        QatkitError: says how.
+        QatkitError: it is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise QatkitError("evaluate.tasks: lm_eval is not installed; run: pip install 'qatkit[lm-eval]'")
+        raise QatkitError("lm_eval is not installed", key="evaluate.tasks", advice="run: pip install 'qatkit[lm-eval]'")
 
 
 def harness(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None = None, batch_size: int = 8
 ) -> dict[str, float]:
-    """Run tasks of lm-evaluation-harness on a model of transformers.
+    """Run lm-evaluation-harness tasks on a transformers model.
 
     Args:
         model: In eval mode.
-        tokenizer: Of transformers.
-        tasks: Names that ``lm_eval ls tasks`` lists, or YAML files with tasks of your own.
-        limit: Samples of each task; all by default.
-        batch_size: Samples at once.
+        tokenizer: A transformers tokenizer.
+        tasks: Names from ``lm_eval ls tasks``, or YAML files with custom tasks.
+        limit: Samples per task; all by default.
+        batch_size: Samples per batch.
 
     Returns:
-        The first metric of every task, under ``task metric``.
+        The first metric of every task, by ``"task metric"``.
 
     Raises:
         QatkitError: lm-evaluation-harness is not installed.
@@ -195,6 +198,6 @@ def harness(
 
 
 def _first_metric(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    # keys are "metric,filter"; beside them stand the alias and standard errors
+    # keys are "metric,filter"; others are the alias and standard errors
     numbers = [(key.partition(",")[0], value) for key, value in row.items() if "," in key and "stderr" not in key]
     return [(name, float(value)) for name, value in numbers[:1]]

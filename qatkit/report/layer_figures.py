@@ -1,4 +1,4 @@
-"""Pictures of a model's layers: their weights on the quantization grid, and what quantization did to each."""
+"""Figures of a model's layers: weights on the quantization grid, and statistics of their quantization."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ WIDTH, HEIGHT = 300, 165
 
 
 def weight_histogram(key: str, layer: str, before: Histogram | None, after: Histogram, kind: str) -> str:
-    """One layer's weights over the codes of its grid, at the stage's start (dashed) and at its end (filled).
+    """Draw one layer's weights over the codes of its grid, at the stage's start (dashed) and at its end (filled).
 
-    Up to 4 bits, a dot at every code shows what the weights are rounded to, on the same scale: weights per code.
+    Up to 4 bits, a dot at every code shows the number of weights that are rounded to it, on the same axis.
 
     Args:
-        key: Prefix of the picture's ids.
+        key: Prefix of the figure's ids.
         layer: The layer's name.
-        before: At the stage's start; None where nothing was trained.
-        after: At its end.
-        kind: post-training or trained; decides the colour.
+        before: The histogram at the stage's start; None where nothing was trained.
+        after: The histogram at its end.
+        kind: post-training or trained; decides the color.
     """
     colour = KINDS[kind]
     low, high = after["qmin"] - 0.5, after["qmax"] + 0.5
     few = sum(after["counts"]) < 20 * INSIDE
-    edges, density = _density(after, 4 if few else 1)  # few weights in narrow bins show nothing but their chance
+    edges, density = _density(after, 4 if few else 1)  # few weights in narrow bins show only sampling noise
     marks = {"mark-after": f"{layer}: {_in_words(after)}"}
     with canvas(WIDTH, HEIGHT) as (figure, (axes,)):
         for start, end in ((edges[0], low), (high, edges[-1])):
@@ -40,7 +40,7 @@ def weight_histogram(key: str, layer: str, before: Histogram | None, after: Hist
             edges, density = _density(before, 4 if few else 1)
             axes.stairs(density, edges, color=INK, linewidth=1.1, linestyle=(0, (2.5, 1.5)), gid="mark-before")
             marks["mark-before"] = f"{layer}, before training: {_in_words(before)}"
-        if after["bits"] <= 4 and after["whole"]:  # 256 lines would be a grey field
+        if after["bits"] <= 4 and after["integer"]:  # 256 lines would be a gray area
             codes = list(range(int(after["qmin"]), int(after["qmax"]) + 1))
             axes.vlines(codes, 0, _per_code(after), color=INK, linewidth=0.7, alpha=0.6)
             axes.plot(codes, _per_code(after), "o", color=INK, markersize=3.6, gid="mark-codes")
@@ -56,7 +56,7 @@ def weight_histogram(key: str, layer: str, before: Histogram | None, after: Hist
 
 
 def _density(histogram: Histogram, merged: int) -> tuple[list[float], list[float]]:
-    """Borders of the bins, and the share of weights in each per unit of code."""
+    """The bin edges, and the fraction of weights in each bin per unit of code."""
     counts, total = histogram["counts"], max(sum(histogram["counts"]), 1)
     width = (histogram["qmax"] - histogram["qmin"] + 1) / INSIDE * merged
     start = histogram["qmin"] - 0.5 - OUTSIDE / merged * width
@@ -65,29 +65,29 @@ def _density(histogram: Histogram, merged: int) -> tuple[list[float], list[float
 
 
 def _per_code(histogram: Histogram) -> list[float]:
-    """Share of weights that round to each code; what is clipped goes to the outer two."""
+    """The fraction of weights that round to each code; clipped weights count for the two outer codes."""
     counts, total = histogram["counts"], max(sum(histogram["counts"]), 1)
     per = INSIDE >> histogram["bits"]
-    shares = [sum(counts[index : index + per]) / total for index in range(OUTSIDE, OUTSIDE + INSIDE, per)]
-    shares[0] += sum(counts[:OUTSIDE]) / total
-    shares[-1] += sum(counts[-OUTSIDE:]) / total
-    return shares
+    fractions = [sum(counts[index : index + per]) / total for index in range(OUTSIDE, OUTSIDE + INSIDE, per)]
+    fractions[0] += sum(counts[:OUTSIDE]) / total
+    fractions[-1] += sum(counts[-OUTSIDE:]) / total
+    return fractions
 
 
-def beyond(histogram: Histogram) -> float:
-    """Share of weights outside the range of codes, 0 to 1."""
+def clipped_fraction(histogram: Histogram) -> float:
+    """The fraction of weights outside the range of codes, 0 to 1."""
     counts = histogram["counts"]
     return (sum(counts[:OUTSIDE]) + sum(counts[-OUTSIDE:])) / max(sum(counts), 1)
 
 
 def _in_words(histogram: Histogram) -> str:
     codes = f"codes {histogram['qmin']} to {histogram['qmax']}"
-    return f"{sum(histogram['counts']):,} weights on {codes}, {beyond(histogram):.1%} clipped"
+    return f"{sum(histogram['counts']):,} weights on {codes}, {clipped_fraction(histogram):.1%} clipped"
 
 
 _PANELS: list[tuple[str, Callable[[Mapping[str, Any]], float], str]] = [
     ("weight bits", lambda layer: layer["weight_bits"], "{:.0f}"),
-    ("share of the codes (%)", lambda layer: 100 * layer["share"], "{:.1f}"),
+    ("fraction of code bytes (%)", lambda layer: 100 * layer["fraction"], "{:.1f}"),
     ("weight error (%)", lambda layer: 100 * layer["weight_error"], "{:.1f}"),
     ("clipped (%)", lambda layer: 100 * layer["clip_rate"], "{:.1f}"),
     ("zeros (%)", lambda layer: 100 * layer["sparsity"], "{:.1f}"),
@@ -95,13 +95,13 @@ _PANELS: list[tuple[str, Callable[[Mapping[str, Any]], float], str]] = [
 
 
 def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wide: bool) -> str:
-    """Bits, share of the size, rounding error, clipped weights and zeros of every layer, a bar for each stage.
+    """Draw bits, fraction of the size, rounding error, clipped weights and zeros per layer, with a bar per stage.
 
     Args:
-        key: Prefix of the picture's ids.
-        stages: ``stage``, ``kind`` and ``layers`` of the compressing rows of a report.
-        count: How many layers to draw, the largest ones.
-        wide: The five side by side; else below each other, for a phone.
+        key: Prefix of the figure's ids.
+        stages: ``stage``, ``kind`` and ``layers`` of the compressed rows of a report.
+        count: The number of layers to draw; the largest are chosen.
+        wide: The five panels side by side; otherwise below each other, for a phone.
     """
     names = largest([layer["name"] for row in stages for layer in row["layers"]], stages, count)
     thickness = 0.78 / len(stages)
@@ -115,7 +115,7 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
                 for layer in row["layers"]:
                     if layer["name"] not in names:
                         continue
-                    value = measure({**layer, "share": layer["code_bytes"] / total})
+                    value = measure({**layer, "fraction": layer["code_bytes"] / total})
                     y = names.index(layer["name"]) + thickness * (index - (len(stages) - 1) / 2)
                     gid = f"mark-{len(marks)}"
                     axes.barh(y, value, thickness * 0.86, color=KINDS[row["kind"]], gid=gid)[0].set_gid(gid)
@@ -139,12 +139,12 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
 
 
 def _short(name: str) -> str:
-    """The end of a long name, which tells layers apart; the whole one appears at the bars."""
+    """The end of a long name, which tells layers apart; the tooltip of a bar has the full name."""
     return name if len(name) <= 26 else f"…{name[-25:]}"
 
 
 def largest(names: Sequence[str], stages: Sequence[Mapping[str, Any]], count: int) -> list[str]:
-    """The `count` layers that hold most weights, in the model's order."""
+    """The `count` layers with the most weights, in the model's order."""
     weights = {layer["name"]: layer["weights"] for row in stages for layer in row["layers"]}
     chosen = set(sorted(weights, key=lambda name: -weights[name])[:count])
     return [name for name in dict.fromkeys(names) if name in chosen]

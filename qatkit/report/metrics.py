@@ -1,4 +1,4 @@
-"""The number that a run is judged by: the accuracy of a classifier, the perplexity of a language model."""
+"""The metric that a run is judged by, such as accuracy or perplexity, and how it is shown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qatkit.tasks.table import TASKS
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is named, written and drawn."""
+    """The name, the format and the axis of a metric."""
 
     name: str
     """Its key in ``stage.json`` after ``test/``, and in a row of the report after ``test_``."""
     per: str
-    """What is counted: samples or tokens."""
+    """The counted unit: samples or tokens."""
     better: str
-    """Where the better files are in a picture of it against cost."""
+    """The direction of better files in a figure of the metric against cost."""
     unit: str
     percent: bool
 
@@ -27,11 +27,11 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What values are multiplied with where they are drawn."""
+        """The factor of values in figures."""
         return 100.0 if self.percent else 1.0
 
     def show(self, value: float) -> str:
-        """A value as people write it.
+        """Format a value.
 
         Example:
             >>> ACCURACY.show(0.985), PERPLEXITY.show(12.3456), PERPLEXITY.show(123456.7)
@@ -47,10 +47,10 @@ class Metric:
 ACCURACY = Metric("accuracy", "samples", "Up and to the left", "%", percent=True)
 PERPLEXITY = Metric("perplexity", "tokens", "Down and to the left", "", percent=False)
 METRICS = {metric.name: metric for metric in (ACCURACY, PERPLEXITY)}
-"""Those that a task may be judged by."""
+"""The metrics that a task may be judged by."""
 
 
 def metric_of(report: dict[str, Any]) -> Metric:
-    """What the rows of a report are judged by."""
+    """The metric that the rows of a report are judged by."""
     task = TASKS.row(report["rows"][0]["verification"]["task"], "report.json")
     return METRICS[task.metric]

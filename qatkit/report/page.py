@@ -1,4 +1,4 @@
-"""One or several runs as one HTML file that needs nothing else: no network, no script, no file beside it."""
+"""The report page: one run or several as one self-contained HTML file without scripts or network access."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ NEEDS = ("matplotlib", "jinja2")
 
 
 def missing_packages() -> str | None:
-    """What to install before a page can be made, or None where all is there."""
+    """The packages that a page needs and that are not installed, with the command; None where all are installed."""
     absent = [name for name in NEEDS if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed; run: pip install 'qatkit[report]'" if absent else None
 
 
 def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
-    """The page of one run, or of several with a comparison before them.
+    """Render the page of one run, or of several runs with a comparison above them.
 
     Args:
-        reports: Contents of ``report.json``.
-        folders: Where each comes from; tells runs of the same name apart.
+        reports: The content of each ``report.json``.
+        folders: The run folder of each; tells runs with the same name apart.
 
     Raises:
         QatkitError: matplotlib or jinja2 is not installed.
     """
     if (missing := missing_packages()) is not None:
-        raise QatkitError(f"report.html: {missing}")
+        raise QatkitError(f"{missing}", key="report.html")
     import jinja2
 
     from qatkit.report.sections import compared, section  # it imports matplotlib
@@ -56,7 +56,7 @@ def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
 
 
 def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The recipes' names; where two are the same, with as much of their folders as tells them apart.
+    """The recipes' names; equal names get as much of their folders as tells them apart.
 
     Example:
         >>> run_names(["a", "b", "b"], [Path("r/1"), Path("r/2"), Path("r/3")])

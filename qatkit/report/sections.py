@@ -1,4 +1,4 @@
-"""What the page's template is filled with: pictures, tables and sentences of each run."""
+"""The values of the page template: figures, tables and sentences of each run."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from qatkit.report.figures import GROUPS, Point, curve_groups, tradeoff, training_curves
-from qatkit.report.layer_figures import beyond, largest, layer_picture, weight_histogram
+from qatkit.report.layer_figures import clipped_fraction, largest, layer_picture, weight_histogram
 from qatkit.report.metrics import Metric, metric_of
 from qatkit.report.sentences import headline, parity, tiles
 from qatkit.report.svg import KINDS, SERIES
 from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
 
 HISTOGRAMS, BARS = 12, 24
-"""Layers whose weights and whose numbers are drawn; fewer where several runs share the page."""
+"""The number of layers with a weight histogram and with bars; fewer where several runs share the page."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A titled ``<svg>``."""
+    """An ``<svg>`` with a title and a note."""
 
     title: str
     note: str
@@ -27,13 +27,13 @@ class Picture:
 
 
 def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str, Any]:
-    """Everything the page shows of one run.
+    """Everything that the page shows about one run.
 
     Args:
-        key: Prefix of the ids of its pictures.
+        key: Prefix of the ids of its figures.
         report: The content of ``report.json``.
-        name: What the page calls the run.
-        runs: How many runs the page shows.
+        name: The run's name on the page.
+        runs: The number of runs on the page.
     """
     columns, rows = merged_table([report])
     metric = metric_of(report)
@@ -60,7 +60,7 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
 
 
 def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """What stands before the runs where there are several: one table and the same axes for all of them."""
+    """The comparison above several runs: one table and common axes for all of them."""
     columns, rows = merged_table(reports)
     owners = [index for index, report in enumerate(reports) for _ in report["rows"]]
     entries: dict[Metric, list[_Entry]] = {}
@@ -72,7 +72,7 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
         "columns": columns,
         "rows": [(owner, names[owner], row) for owner, row in zip(owners, rows, strict=True)],
         "colours": len(SERIES),
-        # files that are judged by different numbers cannot share an axis
+        # files with different metrics cannot share an axis
         "tradeoffs": [(metric, _tradeoffs(f"all-{metric.name}", metric, own)) for metric, own in entries.items()],
         "failed": [
             f"{name}, {row['stage']}"
@@ -84,7 +84,7 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
 
 
 def merged_table(reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """The comparison of all runs under one row of headers; each cell is its value and the remark in brackets."""
+    """The comparison of all runs under common headers; each cell is a value and its remark in brackets."""
     columns = list(dict.fromkeys(header for report in reports for header in headers(report)))
     columns.append(columns.pop(columns.index("parity")))
     rows = []
@@ -114,7 +114,9 @@ def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Pict
     mega = max(row["bytes"] for row, *_ in entries) >= 2e6
     divisor, unit = (1e6, "MB") if mega else (1e3, "kB")
     sizes = [point(entry, *[entry[0]["bytes"] / divisor] * 3) for entry in entries]
-    found = [Picture(f"{metric.title} against size", "", tradeoff(f"{key}-size", sizes, metric, "size on disk", unit))]
+    pictures = [
+        Picture(f"{metric.title} against size", "", tradeoff(f"{key}-size", sizes, metric, "size on disk", unit))
+    ]
     for batch in dict.fromkeys(latency["batch_size"] for row, *_ in entries for latency in row["latency"]):
         points = [
             point(entry, latency["median_ms"], latency["low_ms"], latency["high_ms"])
@@ -123,8 +125,8 @@ def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Pict
             if latency["batch_size"] == batch
         ]
         svg = tradeoff(f"{key}-latency{batch}", points, metric, f"latency, batch of {batch}", "ms")
-        found.append(Picture(f"{metric.title} against latency, batch of {batch}", "", svg))
-    return found
+        pictures.append(Picture(f"{metric.title} against latency, batch of {batch}", "", svg))
+    return pictures
 
 
 def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]
 
 
 def _histograms(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> list[dict[str, Any]]:
-    """Of every stage that trained its quantized weights; of the others only where none did."""
+    """Histograms of every stage that trained quantized weights; of other stages only where none did."""
     with_weights = [row for row in rows if row["histograms"]]
     trained = [row for row in with_weights if row["kind"] == "trained"]
     return [_stage_histograms(key, row, drawn) for row in trained or with_weights]
@@ -152,8 +154,8 @@ def _stage_histograms(key: str, row: dict[str, Any], drawn: int) -> dict[str, An
     for index, name in enumerate(name for name in shown if name in row["histograms"]):
         after, before = row["histograms"][name]["after"], row["histograms"][name]["before"]
         svg = weight_histogram(f"{key}-{row['stage']}-weights{index}", name, before, after, row["kind"])
-        was = f"{beyond(before):.1%} → " if before else ""
-        note = f"error {by_name[name]['weight_error']:.1%} · clipped {was}{beyond(after):.1%}"
+        was = f"{clipped_fraction(before):.1%} → " if before else ""
+        note = f"error {by_name[name]['weight_error']:.1%} · clipped {was}{clipped_fraction(after):.1%}"
         pictures.append(Picture(f"{name} · {after['bits']} bits", note, svg))
     return {"stage": row["stage"], "kind": row["kind"], "pictures": pictures, "layers": len(row["histograms"])}
 

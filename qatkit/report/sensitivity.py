@@ -1,4 +1,4 @@
-"""What each format does to each layer, as a Markdown table and as a picture."""
+"""The sensitivity of each layer to each candidate scheme, as a Markdown table and as a figure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qatkit.quantization.mixed.records import Sensitivity
 
 
 def markdown(sensitivity: Sensitivity) -> str:
-    """A row per group of layers: for every candidate the increase of the loss, and bits per weight with scales."""
+    """A Markdown table with one row per layer group: loss increase and bits per weight of every candidate."""
     names = list(sensitivity.candidates)
     lines = [
         "# Sensitivity",
         "",
-        f"Loss with nothing quantized: {sensitivity.loss:.6g}. Each cell: how much it grows when these layers alone "
-        "are quantized, and the bits per weight, scales and zero points included.",
+        f"Loss without quantization: {sensitivity.loss:.6g}. Each cell: the loss increase when only these layers are "
+        "quantized, and the bits per weight, including scales and zero points.",
         "",
         f"| layers | weights | {' | '.join(names)} |",
         f"| --- | ---: | {' | '.join('---:' for _ in names)} |",
@@ -36,9 +36,9 @@ def _cell(name: str) -> str:
 
 
 def picture(sensitivity: Sensitivity) -> str:
-    """The same as a standalone SVG: a line per group, a mark per candidate, increases on a logarithmic axis.
+    """A standalone SVG with one line per layer group, one mark per candidate, and a logarithmic axis.
 
-    Increases of zero and below, and those too small to tell apart, stand at the left edge.
+    Increases that are negative, zero or too small to distinguish are drawn at the left edge.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -63,7 +63,7 @@ def picture(sensitivity: Sensitivity) -> str:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.set_yticks(range(len(groups)), [_short(group.layers) for group in groups])
-        axes.set_xlabel("increase of the loss when these layers alone are quantized (left edge: none)", color=MUTED)
+        axes.set_xlabel("loss increase when only these layers are quantized (left edge: none)", color=MUTED)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=6, columnspacing=1.2)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor=CARD, metadata={"Date": None})
@@ -71,6 +71,6 @@ def picture(sensitivity: Sensitivity) -> str:
 
 
 def _short(layers: tuple[str, ...]) -> str:
-    """The first layer's name, its end if it is long, and how many more there are."""
+    """The first layer's name, shortened to its end if it is long, and the number of further layers."""
     name = layers[0] if len(layers[0]) <= 40 else f"…{layers[0][-39:]}"
     return name if len(layers) == 1 else f"{name} +{len(layers) - 1}"

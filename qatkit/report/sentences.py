@@ -1,4 +1,4 @@
-"""What a report says in sentences: the result of a run, and what parity means."""
+"""Sentences of a report: the result of a run, and the verification of each file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qatkit.tasks.table import TASKS
 
 
 class Parity(TypedDict):
-    """Whether a file computes what training computed."""
+    """The verification of one file, in sentences."""
 
     passed: bool
     headline: str
@@ -18,7 +18,7 @@ class Parity(TypedDict):
 
 
 class Tile(TypedDict):
-    """A number at the head of a run."""
+    """One of the numbers at the top of a run's page."""
 
     label: str
     value: str
@@ -28,41 +28,41 @@ class Tile(TypedDict):
 
 
 def parity(check: dict[str, Any]) -> Parity:
-    """The verification of one file, for a reader who knows none of its terms.
+    """The verification of one file, for a reader who does not know its terms.
 
     Args:
-        check: ``verification`` of a row of the report.
+        check: The ``verification`` of a row of the report.
     """
     row = FORMATS.row(check["format"], "verification.format")
     if not check["passed"]:
         return Parity(
             passed=False,
-            headline=f"{row.runtime} does NOT compute what training computed. Do not ship this file.",
+            headline=f"{row.runtime} does NOT compute what training computed. Do not deploy this file.",
             sentences=check["failures"],
         )
     sentences = []
     if check["layers"]:
         weights = f"{check['weights']:,} {row.weights} in {check['layers']} layers"
-        sentences.append(f"Every one of the {weights} of the file is the trained one.")
+        sentences.append(f"All {weights} of the file equal the trained ones.")
     sentences.append(_difference(check))
-    same = round(check["agreement"] * check["samples"])
-    whom = "every one" if same == check["samples"] else f"{same:,}"
     task = TASKS.row(check["task"], "report.json")
-    sentences.append(f"Both name the same {task.agreement} for {whom} of {check['samples']:,} {task.counted}.")
+    samples, same = check["samples"], round(check["agreement"] * check["samples"])
+    count = f"all {samples:,}" if same == samples else f"{same:,} of {samples:,}"
+    sentences.append(f"Both models give the same {task.agreement} for {count} {task.counted}.")
     return Parity(passed=True, headline=f"{row.runtime} computes what training computed.", sentences=sentences)
 
 
 def _difference(check: dict[str, Any]) -> str:
     error, effect = check["mean_error"], check["quantization_error"]
     if error == 0:
-        return "Its outputs are equal to the last bit."
-    text = f"Its outputs differ by {plain(error)} on average"
+        return "Outputs are equal to the last bit."
+    text = f"Outputs differ by {plain(error)} on average"
     if check["allowed_error"] is None:
-        return f"{text}, since this format does not round activations; they are not held to a bound."
-    limit = f"more than {plain(check['allowed_error'])} would fail"
+        return f"{text}, because this format does not quantize activations; no bound applies."
+    limit = f"the limit is {plain(check['allowed_error'])}"
     if effect == 0:
-        return f"{text}: the noise of floating-point sums in another order ({limit})."
-    return f"{text}, {_part(error / effect)} of what quantization itself changes ({plain(effect)}; {limit})."
+        return f"{text}: rounding noise of floating-point sums in another order ({limit})."
+    return f"{text}, {_part(error / effect)} of the effect of quantization itself ({plain(effect)}; {limit})."
 
 
 def _part(ratio: float) -> str:
@@ -73,7 +73,7 @@ def _part(ratio: float) -> str:
 
 
 def plain(number: float) -> str:
-    """Two significant digits as people write them: 0.000036, and 8e-7 where the zeros would be counted.
+    """A number with two significant digits: 0.000036, and 8e-7 where there would be more zeros.
 
     Example:
         >>> plain(3.6e-05), plain(0.346)
@@ -88,7 +88,7 @@ def plain(number: float) -> str:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """A run's result in one sentence: its last row against its first."""
+    """The result of a run in one sentence: its last row compared with its first."""
     first, last, metric = report["rows"][0], report["rows"][-1], metric_of(report)
     was, now = metric.show(metric.of(first)), metric.show(metric.of(last))
     if last is first:
@@ -105,21 +105,21 @@ def headline(report: dict[str, Any]) -> str:
 
 
 def kilobytes(size: int) -> str:
-    """A file's size in kB or MB, of 1000."""
+    """A file size in kB or MB (decimal)."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def tiles(report: dict[str, Any]) -> list[Tile]:
-    """The numbers at the head of a run: its last row against its first, and parity over all rows."""
+    """The numbers at the top of a run's page: its last row against its first, and parity of all rows."""
     first, last = report["rows"][0], report["rows"][-1]
     alone, metric = last is first, metric_of(report)
     samples = last["verification"]["samples"]
     note = f"one of {samples:,} test samples is {1 / samples:.2%}"
     if not metric.percent:
-        note = f"over {samples:,} test tokens, a loss of {last['test_loss']:.3f} nats each"
+        note = f"over {samples:,} test tokens, mean loss {last['test_loss']:.3f} nats"
     if not alone:
         note = f"{_change(metric, metric.of(first), metric.of(last))} {first['stage']}; {note}"
-    found = [
+    shown = [
         Tile(label=f"{metric.name} of {last['stage']}", value=metric.show(metric.of(last)), note=note, state=""),
         Tile(
             label="size on disk" if alone else "smaller on disk",
@@ -130,7 +130,7 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
     ]
     for then, now in zip(first["latency"], last["latency"], strict=True):
         before, after = then["median_ms"], now["median_ms"]
-        found.append(
+        shown.append(
             Tile(
                 label=f"{'latency' if alone else 'speed'}, batch of {now['batch_size']}",
                 value=f"{after:.3g} ms" if alone else f"{before / after:.2f}x",
@@ -139,9 +139,9 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
             )
         )
     failed = [row["stage"] for row in report["rows"] if not row["verification"]["passed"]]
-    found.append(
+    shown.append(
         Tile(
-            label="training and runtime agree",
+            label="parity of training and runtime",
             value="FAILED" if failed else "verified",
             note=f"{', '.join(failed)}: see below"
             if failed
@@ -149,7 +149,7 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
             state="bad" if failed else "good",
         )
     )
-    return found
+    return shown
 
 
 def _change(metric: Metric, was: float, now: float) -> str:

@@ -1,7 +1,7 @@
-"""matplotlib figures as SVG that belongs to the page around it.
+"""Convert matplotlib figures to inline SVG that follows the style of the page.
 
-Colours become the page's CSS variables, so one picture serves the light and the dark theme; text stays text in the
-page's font; ids get a prefix, because all pictures of a page share one namespace.
+Colors become CSS variables of the page, so one figure serves the light and the dark theme; text stays text in the
+page's font; ids get a prefix, because all figures of a page share one namespace.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# it warns that the first start on a machine takes a while; stderr is for what needs the user
+# it warns that the first start on a machine takes a while, which needs no action
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 INK, MUTED, LINE, CARD, BAD = "#18202b", "#566173", "#dde2ea", "#fffffe", "#b3261f"
 KINDS = {"dense": "#65707e", "post-training": "#b4590f", "trained": "#0b5fc1"}
 MARKERS = {"dense": "s", "post-training": "D", "trained": "o"}
 SERIES = ["#0b5fc2", "#b45911", "#0f7b5e", "#a3308e", "#7a6a01", "#c0392a", "#4b52b7", "#37606a"]
-"""Colours of runs and curves, in order."""
+"""Colors of runs and curves, in order."""
 
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", CARD: "card", BAD: "bad"}
 _VARIABLES |= {colour: kind for kind, colour in KINDS.items()}
@@ -58,7 +58,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qatkit",
     "text.color": INK,
-    "text.parse_math": False,  # a layer's name is text, whatever signs it has
+    "text.parse_math": False,  # layer names may contain $
     "xtick.color": LINE,
     "xtick.labelcolor": MUTED,
     "xtick.labelsize": 11.5,
@@ -72,14 +72,14 @@ _STYLE: dict[Any, Any] = {
 def canvas(
     width: int, height: int, rows: int = 1, columns: int = 1, share_y: bool = False
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure in the page's style and its axes, row by row; draw and call `to_svg` inside.
+    """A figure in the page's style and its axes, row by row; draw and call `to_svg` inside the block.
 
     Args:
-        width: In CSS pixels, at which text has the page's size.
+        width: In CSS pixels, at which text has the size of the page's text.
         height: In CSS pixels.
         rows: Rows of axes.
         columns: Columns of axes.
-        share_y: Whether all axes have one vertical scale.
+        share_y: Whether all axes share the vertical scale.
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -89,20 +89,20 @@ def canvas(
 
 
 def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> str:
-    """The figure as an inline ``<svg>`` without any reference to the outside.
+    """Convert a figure to an inline ``<svg>`` without external references.
 
     Args:
-        figure: What was drawn on a `canvas`.
+        figure: From `canvas`.
         key: Prefix of its ids; unique on the page.
-        label: What is to be seen, in words, for those who do not see it.
-        marks: By the gid of an artist, the words that appear when one points at it.
+        label: A description of the figure, for screen readers.
+        marks: Tooltips by the gid of an artist.
     """
     buffer = io.StringIO()
-    figure.canvas.print_svg(buffer)  # type: ignore[attr-defined]  # savefig would draw once more, for the layout alone
+    figure.canvas.print_svg(buffer)  # type: ignore[attr-defined]  # savefig would draw once more, only for the layout
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would apply to the whole page
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would apply to the entire page
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(?<= )(d|x|y|transform)="[^"]*"', lambda found: _rounded(found[0]), text)
     text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), text)
@@ -117,7 +117,7 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
 
 
 def _lean(text: str, marks: set[str]) -> str:
-    """Without the ids that nothing refers to, and the groups that are empty then: half of the file."""
+    """Remove unreferenced ids and groups that are empty without them: half of the file."""
     used = marks | set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)

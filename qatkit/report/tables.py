@@ -1,4 +1,4 @@
-"""The comparison, as a table for the terminal and as Markdown."""
+"""The comparison of a run's stages, as a table for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 def headers(report: dict[str, Any]) -> list[str]:
-    """The columns of the comparison; one for each batch size that was measured."""
+    """The columns of the comparison, with one for each measured batch size."""
     sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
     judged = f"test {metric_of(report).name}"
     speed = [f"batch of {n}" for n in sizes]
-    return ["stage", "what", judged, "in the runtime", *_language_headers(report), "size", *speed, "parity"]
+    return ["stage", "kind", judged, "in the runtime", *_language_headers(report), "size", *speed, "parity"]
 
 
 def _language_headers(report: dict[str, Any]) -> list[str]:
-    """Of what the ``evaluate`` block of the recipe measured."""
+    """Columns for the results of the recipe's ``evaluate`` block."""
     measured = report["rows"][0].get("language")
     if not measured:
         return []
-    seen = f"{measured['context']} tokens by {measured['stride']}"
-    return [f"perplexity, {seen}", "next token of dense", "KL to dense", *measured["tasks"]]
+    seen = f"context {measured['context']}, stride {measured['stride']}"
+    return [f"perplexity, {seen}", "agreement with dense", "KL to dense", *measured["tasks"]]
 
 
 def _language_cells(row: dict[str, Any]) -> list[str]:
@@ -38,7 +38,7 @@ def _language_cells(row: dict[str, Any]) -> list[str]:
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
-    """The cells of the comparison, a list per row under `headers`; ratios are to the first row."""
+    """The cells of the comparison, one list per row in the order of `headers`; ratios are to the first row."""
     first, metric = report["rows"][0], metric_of(report)
     rows = []
     for row in report["rows"]:
@@ -64,7 +64,7 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
 
 
 def kernel_notes(report: dict[str, Any]) -> list[str]:
-    """A sentence for every quantized stage of which the runtime computes some products in floating point."""
+    """A sentence for every quantized stage for which the runtime computes some products in floating point."""
     notes = []
     for row in report["rows"]:
         kernels = row.get("kernels")
@@ -72,19 +72,20 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
             floating = ", ".join(f"{count} {name}" for name, count in kernels["floating"].items())
             integer = ", ".join(f"{count} {name}" for name, count in kernels["integer"].items()) or "none"
             notes.append(
-                f"{row['stage']}: not every layer runs on integer kernels, which costs speed (integer: {integer}; "
-                f"floating point: {floating}). A layer needs its input and its output quantized: docs/own_model.md"
+                f"{row['stage']}: some layers run on floating-point kernels, which are slower (integer: {integer}; "
+                f"floating point: {floating}). A layer runs on integer kernels if its input and its output are "
+                "quantized; see docs/own_model.md"
             )
     return notes
 
 
 def model_table(report: dict[str, Any]) -> list[list[str]]:
-    """A header and a row per stage about its model, with ratios to the first; empty where all have the same model."""
+    """A header and one row per stage: the cost of its model and the ratio to the first; empty if all are equal."""
     rows = report["rows"]
     if not all("torch_ms" in row.get("cost", {}) for row in rows):
         return []
     first = rows[0]["cost"]
-    table = [["stage", "parameters", "MACs of one sample", "plain torch, one sample"]]
+    table = [["stage", "parameters", "MACs per sample", "latency in PyTorch, one sample"]]
     for row in rows:
         cost, itself = row["cost"], row is rows[0]
         table.append(
@@ -99,44 +100,44 @@ def model_table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def zeros_table(report: dict[str, Any]) -> list[list[str]]:
-    """A header and a row per layer whose zeros a stage holds, all of them together first; empty where none does."""
+    """A header, the total, and one row per pruned layer whose mask a stage keeps; empty where there is none."""
     rows = [row for row in report["rows"] if row.get("zeros")]
     layers = dict.fromkeys(layer for row in rows for layer in row["zeros"])
     if not layers:
         return []
 
-    def share(found: Iterable[tuple[int, int]]) -> str:
-        zeros, weights = map(sum, zip(*found, strict=True))
+    def sparsity(counts: Iterable[tuple[int, int]]) -> str:
+        zeros, weights = map(sum, zip(*counts, strict=True))
         return f"{zeros / weights:.2%}"
 
     table = [["layer", *(row["stage"] for row in rows)]]
-    table.append([f"all {len(layers)} layers", *(share(row["zeros"].values()) for row in rows)])
+    table.append([f"all {len(layers)} layers", *(sparsity(row["zeros"].values()) for row in rows)])
     for layer in layers:
-        table.append([layer, *(share([row["zeros"][layer]]) if layer in row["zeros"] else "-" for row in rows)])
+        table.append([layer, *(sparsity([row["zeros"][layer]]) if layer in row["zeros"] else "-" for row in rows)])
     return table
 
 
 def sparse_notes(report: dict[str, Any]) -> list[str]:
-    """A sentence for every sparse file: its size against the dense weights."""
+    """A sentence for every sparse file: its size compared with the dense weights."""
     return [
         f"{row['stage']}: {row['bytes'] / 1000:.1f} kB without zeros, {row['bytes'] / row['dense_bytes']:.1%} of the "
-        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take dense"
+        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights need in dense storage"
         for row in report["rows"]
         if row.get("dense_bytes")
     ]
 
 
 def split_note(report: dict[str, Any]) -> str:
-    """What the judging numbers were measured on, in a sentence."""
+    """The data that the metrics were measured on, in a sentence."""
     if metric_of(report).percent:
-        return "Accuracies are of the held-out test split."
-    note = "Perplexities and losses (nats per token) are of the held-out test split; lower is better."
+        return "Accuracy is measured on the held-out test split."
+    note = "Perplexity and loss (nats per token) are measured on the held-out test split; lower is better."
     if measured := report["rows"][0].get("language"):
         note += (
-            f" Of {measured['context']} tokens by {measured['stride']}: windows of {measured['context']} tokens that "
+            f" Context {measured['context']}, stride {measured['stride']}: windows of {measured['context']} tokens "
             f"advance by {measured['stride']}, so that each token is predicted once, from at least "
-            f"{measured['context'] - measured['stride']} before it where the text has them. KL is KL(dense || row) in "
-            "nats per token."
+            f"{measured['context'] - measured['stride']} preceding tokens where the text has them. Agreement is the "
+            "fraction of tokens with the same top-1 prediction. KL is KL(dense || row) in nats per token."
         )
     return note
 
@@ -158,17 +159,17 @@ def terminal_table(report: dict[str, Any]) -> Table:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole report as Markdown: the comparison, what was verified, and every layer."""
+    """The complete report as Markdown: comparison, verification, and every layer."""
     lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
-    lines += [f"{split_note(report)} Size is that of the file on disk.", "", "## Parity", ""]
+    lines += [f"{split_note(report)} Size is the size of the exported file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
     if table := model_table(report):
         lines += ["", "## Models", "", *_table(table[0], table[1:])]
     if table := zeros_table(report):
-        lines += ["", "## Zeros", "", *_table(table[0], table[1:]), "", "Counted in the saved weights."]
+        lines += ["", "## Sparsity", "", *_table(table[0], table[1:]), "", "Zeros are counted in the saved weights."]
     if notes := sparse_notes(report):
-        lines += ["", "## Without zeros", "", *(f"- {note}" for note in notes)]
+        lines += ["", "## Sparse storage", "", *(f"- {note}" for note in notes)]
     if notes := kernel_notes(report):
         lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
     for row in report["rows"]:

@@ -41,6 +41,8 @@ class Task:
     """What is counted, in the plural."""
     per_token: bool = False
     """The loss of an optimizer step is the mean over its tokens, not over its batches."""
+    named_inputs: bool = False
+    """Batches are mappings of named inputs, not pairs ``(inputs, labels)``."""
     next_token: bool = False
     """Each token is predicted from those before it, so sliding-window perplexity and generated text make sense."""
 
@@ -65,6 +67,7 @@ TASKS: Table[Task] = Table(
             metric="accuracy",
             agreement="class",
             counted="test texts",
+            named_inputs=True,
         ),
         Task(
             name="causal",
@@ -76,6 +79,7 @@ TASKS: Table[Task] = Table(
             counted="test tokens",
             per_token=True,
             next_token=True,
+            named_inputs=True,
         ),
         Task(
             name="masked",
@@ -86,6 +90,7 @@ TASKS: Table[Task] = Table(
             agreement="hidden token",
             counted="hidden test tokens",
             per_token=True,
+            named_inputs=True,
         ),
         Task(
             name="pairs",
@@ -95,6 +100,7 @@ TASKS: Table[Task] = Table(
             metric="accuracy",
             agreement="partner",
             counted="test pairs",
+            named_inputs=True,
         ),
     ],
 )

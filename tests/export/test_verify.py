@@ -192,7 +192,7 @@ def constant_is_gone(graph: Any) -> None:
         (other_codes_are_decoded, r"layer 'conv2': no DequantizeLinear reads the codes"),
         (decoded_along_another_axis, r"layer 'conv2': .*(decode|differ)"),
         (layer_in_floating_point, r"layer 'conv2': codes of the weight: not in the file"),
-        (input_is_not_rounded, r"layer 'conv2': nothing in the graph rounds the input"),
+        (input_is_not_rounded, r"layer 'conv2': no QuantizeLinear node quantizes the input"),
         (relu_is_gone, r"outputs: the mean difference from the trained model is .* 1 % of the quantization error"),
         (constant_is_gone, r"layer 'conv2': scales of the weight: not in the file"),
         (constant_is_gone, r"ONNX Runtime cannot load it"),
@@ -253,6 +253,48 @@ def test_a_dead_channel_may_have_another_scale_in_the_file(tmp_path: Path) -> No
     scales = next(t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if t.name == "0.weight.scale")
     assert numpy_helper.to_array(scales)[1] > 1e-20
     result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(64))], threads=1)
+    assert result.passed, result.failures
+
+
+def with_a_renamed_bias() -> tuple[nn.Module, torch.Tensor]:
+    """A convolution whose bias is added after it, in a constant that the exporter's optimizer names."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), torch.randn(8, 4, 6, 6)
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-8
+        model[0].bias[1] = 0.1
+    prepare_qat(model, QuantSpec(8), UINT8)
+    calibrate(model, [x])
+    return model, x
+
+
+@pytest.mark.filterwarnings("ignore:layer '0'. its bias is too large")
+def test_a_constant_is_found_whatever_the_optimizer_called_it(tmp_path: Path) -> None:
+    model, x = with_a_renamed_bias()
+    export_onnx(model, x, tmp_path / "model.onnx")
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert "0.bias" not in {tensor.name for tensor in proto.graph.initializer}
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8))], threads=1)
+    assert result.passed, result.failures
+    (name,) = (tensor.name for tensor in proto.graph.initializer if list(tensor.dims) == [4, 1, 1])
+
+    def change(values: np.ndarray[Any, Any]) -> None:
+        values[2] += 1e-6
+
+    constant(proto.graph, name, change)
+    onnx.save(proto, tmp_path / "model.onnx")
+    (failure,) = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8))], threads=1).failures
+    assert failure.startswith("layer '0': the bias: 1 of 4 differ, the first at [2]")
+
+
+def test_a_layer_that_is_called_twice_passes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 12), torch.randn(8, 12)
+    model = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(12, 3))
+    prepare_qat(model, QuantSpec(8), UINT8)
+    calibrate(model, [x])
+    export_onnx(model, x, tmp_path / "model.onnx")
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8))], threads=1)
     assert result.passed, result.failures
 
 

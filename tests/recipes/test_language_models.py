@@ -116,7 +116,7 @@ def test_the_report_judges_by_perplexity(finished: Run, tmp_path: Path) -> None:
     assert "Perplexity against size" in page
     assert "Down and to the left is better." in page
     assert "validation perplexity " in page
-    assert "Both name the same next token for every one of" in page
+    assert "Both models give the same next token for all" in page
     for words in ("test accuracy", "Accuracies", "test samples", "kernels"):
         assert words not in page, words
     curves = {stage["stage"]: stage["curves"]["metrics"] for stage in report["stages"]}
@@ -181,7 +181,7 @@ def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finish
     assert scores["qat"]["kl"] > 0
     assert 0 < scores["qat"]["agreement"] <= 1
     assert 0 < scores["dense"]["loss"] < report["dense"]["test_loss"]  # more is seen before each token
-    header = "| in the runtime | perplexity, 16 tokens by 4 | next token of dense | KL to dense | size |"
+    header = "| in the runtime | perplexity, context 16, stride 4 | agreement with dense | KL to dense | size |"
     assert header in (tmp_path / "report.md").read_text()
     folder = tmp_path / "export" / "qat"
     tokens = AutoTokenizer.from_pretrained(folder)("def decode(self, value):", return_tensors="pt")["input_ids"]

@@ -50,7 +50,13 @@ def test_the_demo_ends_with_a_table_of_perplexity_size_and_parity(shown: tuple[R
     run, printed = shown
     assert "page: runs/demo-llm/report.html" in printed
     table = (run.out / "report.md").read_text().splitlines()[2:]
-    for column in ("test perplexity", "perplexity, 16 tokens by 8", "next token of dense", "KL to dense", "size"):
+    for column in (
+        "test perplexity",
+        "perplexity, context 16, stride 8",
+        "agreement with dense",
+        "KL to dense",
+        "size",
+    ):
         assert column in table[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2 : 2 + len(run.rows)]]
     assert [row[0] for row in rows] == ["dense", "magnitude24", "one_shot", "sparse24", "int4"]

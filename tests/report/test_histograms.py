@@ -10,7 +10,7 @@ from qatkit import QuantSpec, prepare_qat
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import qat_layers
 from qatkit.report.histograms import INSIDE, OUTSIDE, weight_histograms
-from qatkit.report.layer_figures import beyond
+from qatkit.report.layer_figures import clipped_fraction
 
 SPECS = [
     QuantSpec(num_bits=4, observer="lsq"),
@@ -36,7 +36,7 @@ def test_bins_are_those_of_numpy_in_units_of_each_slice_s_scale(spec: QuantSpec)
     found = weight_histograms(model)["0"]
     assert found["counts"] == expected.tolist()
     assert sum(found["counts"]) == 64 * 32
-    assert beyond(found) == pytest.approx(layer_table(model)[0].clip_rate)
+    assert clipped_fraction(found) == pytest.approx(layer_table(model)[0].clip_rate)
 
 
 def test_layers_whose_weights_are_not_quantized_have_no_grid() -> None:

@@ -156,7 +156,7 @@ def test_the_page_holds_the_whole_run(folder: Path, open_page: OpenPage) -> None
         assert f"{name}\n{number}" in facts
     weights = sum(layer["weights"] for layer in report["rows"][2]["layers"])
     parity = page.locator("ul.parity li").nth(2).inner_text()
-    assert f"Every one of the {weights:,} integer weights in 3 layers of the file is the trained one." in parity
+    assert f"All {weights:,} integer weights in 3 layers of the file equal the trained ones." in parity
 
 
 CONTRASTS = """() => {
@@ -228,7 +228,7 @@ def test_a_failed_verification_is_loud(changed: Callable[..., Path], open_page: 
     page = open_page(folder / "report.html")
     alarm = page.get_by_role("alert")
     assert alarm.inner_text() == (
-        "Parity of qat FAILED. ONNX Runtime does NOT compute what training computed. Do not ship this file."
+        "Parity of qat FAILED. ONNX Runtime does NOT compute what training computed. Do not deploy this file."
     )
     box = alarm.bounding_box()
     assert box is not None

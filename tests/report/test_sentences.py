@@ -1,4 +1,4 @@
-"""Parity and results in words, with numbers worked out by hand."""
+"""Sentences about parity and results, with numbers calculated by hand."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def test_parity_in_plain_words() -> None:
     said = parity(CHECK)
     assert said["headline"] == "ONNX Runtime computes what training computed."
     assert said["sentences"] == [
-        "Every one of the 15,248 integer weights in 4 layers of the file is the trained one.",
-        "Its outputs differ by 0.000040 on average, 1/80 of what quantization itself changes "
-        "(0.0032; more than 0.0035 would fail).",
-        "Both name the same class for 359 of 360 test samples.",
+        "All 15,248 integer weights in 4 layers of the file equal the trained ones.",
+        "Outputs differ by 0.000040 on average, 1/80 of the effect of quantization itself "
+        "(0.0032; the limit is 0.0035).",
+        "Both models give the same class for 359 of 360 test samples.",
     ]
 
 
 def test_equal_outputs_noise_and_formats_without_a_bound_are_said_as_they_are() -> None:
     dense = {**CHECK, "format": "dense", "mean_error": 0.0, "allowed_error": 0.0}
     assert parity(dense)["sentences"][:2] == [
-        "Every one of the 15,248 weights in 4 layers of the file is the trained one.",
-        "Its outputs are equal to the last bit.",
+        "All 15,248 weights in 4 layers of the file equal the trained ones.",
+        "Outputs are equal to the last bit.",
     ]
     noise = {**CHECK, "layers": 0, "quantization_error": 0.0, "mean_error": 8.4e-7, "agreement": 1.0}
     assert parity(noise)["sentences"] == [
-        "Its outputs differ by 8.4e-7 on average: the noise of floating-point sums in another order "
-        "(more than 0.0035 would fail).",
-        "Both name the same class for every one of 360 test samples.",
+        "Outputs differ by 8.4e-7 on average: rounding noise of floating-point sums in another order "
+        "(the limit is 0.0035).",
+        "Both models give the same class for all 360 test samples.",
     ]
     unbounded = parity({**CHECK, "allowed_error": None})["sentences"][1]
-    assert unbounded.endswith("since this format does not round activations; they are not held to a bound.")
+    assert unbounded.endswith("because this format does not quantize activations; no bound applies.")
 
 
 def test_a_failure_is_told_with_every_difference_and_without_numbers_that_may_be_missing() -> None:
@@ -100,10 +100,10 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
     first, size, agree = tiles(report)
     assert (first["label"], first["value"]) == ("perplexity of qat", "8.166")
     # exp(0.1) - 1
-    assert first["note"] == "+10.52% against dense; over 92,000 test tokens, a loss of 2.100 nats each"
+    assert first["note"] == "+10.52% against dense; over 92,000 test tokens, mean loss 2.100 nats"
     assert (size["value"], agree["value"]) == ("4.00x", "verified")
     same = parity(report["rows"][0]["verification"])["sentences"][-1]
-    assert same == "Both name the same next token for 91,744 of 92,000 test tokens."
+    assert same == "Both models give the same next token for 91,744 of 92,000 test tokens."
 
 
 def test_wilson_interval_of_the_literature() -> None:

@@ -74,7 +74,7 @@ def test_a_row_of_the_table_is_all_that_a_new_task_takes(run: Run, tmp_path: Pat
     assert "test numbers outputs differ" in checked.summary()
     report_run(run)
     write_page([run.out], tmp_path / "page.html")
-    assert "Both name the same parity for every one of 360 test numbers." in (tmp_path / "page.html").read_text()
+    assert "Both models give the same parity for all 360 test numbers." in (tmp_path / "page.html").read_text()
 
 
 def test_capabilities_of_the_row_are_asked_before_training(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""Limits of export formats that follow from the model and the task are reported before training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qatkit import QatkitError
+from qatkit.pipeline.export import check_export
+from qatkit.pipeline.validation import validate_recipe
+from qatkit.recipe.loading import load_recipe
+
+INT8 = "stages={dense: {max_steps: 1}, qat: {max_steps: 1, quantize: {weight: {num_bits: 8}, include: ['%s']}}}"
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv1d(4, 4, 3), r"a quantized Conv1d has no ONNX form; exclude it, or use export: \{format: dense\}"),
+        (nn.Embedding(4, 4), "a quantized Embedding has no ONNX form"),
+        (nn.Linear(4, 4, dtype=torch.bfloat16), r"its weight is bfloat16, .*; train in float32"),
+    ],
+)
+def test_layers_that_onnx_cannot_hold_are_refused_before_training(layer: nn.Module, message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.odd = layer
+    recipe = load_recipe("vision/digits_int4", [INT8 % "odd", "export={format: onnx}"])
+    check_export(recipe, "dense", model.to("meta"), None)
+    with pytest.raises(QatkitError, match=rf"export\.format: stage 'qat': layer 'odd': {message}"):
+        check_export(recipe, "qat", model.to("meta"), None)
+
+
+def test_dynamic_activations_are_refused_for_onnx_before_training() -> None:
+    dynamic = "stages.qat.quantize.layers={classifier: {scheme: W8A8}}"
+    with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': dynamic activation quantization .*token"):
+        validate_recipe(load_recipe("vision/digits_int4", [dynamic]))
+
+
+def test_text_models_are_refused_for_onnx_by_their_task() -> None:
+    with pytest.raises(
+        QatkitError, match=r"export\.format: stage .* one input tensor, and models for the task 'causal'"
+    ):
+        validate_recipe(load_recipe("llm/int4_qat", ["export.format=onnx"]))
