@@ -1,13 +1,13 @@
-"""A teacher cached on disk against one that runs: what a training step costs, and what the student learns.
+"""Compare a teacher cached on disk with a live one: cost of a training step, and loss of the student.
 
 Run: python benchmarks/cached_teacher.py [--quick]
-Takes about ten minutes on two cores; --quick shows the mechanics in seconds and writes no results.
+Takes about ten minutes on two cores; --quick tests the mechanics in seconds and writes no results.
 
-Text: Python's standard library. The teacher is the Llama of 4 layers that `qat_recovery.py` trained on it, the students
+Text: Python's standard library. The teacher is the Llama of 4 layers that `qat_recovery.py` trains on it. The students
 are 3 of its layers, and 2 layers with random weights. Every variant trains the same student on the same windows in the
-same order, once per seed; the rounds go through the variants in turn, in one process on one thread. A step is measured
-from the end of one to the end of the next, data included, in CPU time, which other processes disturb less than the time
-on the wall; medians over all steps but the first of a fit.
+same order, once per seed. Variants alternate in one process on one thread. A step is measured from the end of one
+step to the end of the next, including data, in CPU time, which other processes disturb less than wall time. Results
+are medians over all steps except the first of a fit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ALPHA, K = 0.5, 64
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: the full benchmark, or a quick look at its mechanics."""
+    """Sizes of the full benchmark and of the quick mode."""
 
     text: recovery.Size
     base: Path | None
@@ -63,7 +63,7 @@ QUICK = Size(recovery.QUICK, None, layers=(1, 1), steps=5, held_out=16, seeds=(0
 
 
 class Times(Callback):
-    """CPU seconds of every step but the first."""
+    """CPU seconds of every step except the first."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -77,7 +77,7 @@ class Times(Callback):
 
 
 def fit(net: nn.Module, rows: Any, size: Size, seed: int, *callbacks: Callback) -> list[float]:
-    """Train; the seconds of the steps."""
+    """Train, and return the seconds of each step."""
     times = Times()
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(rows, size.text.batch, shuffle=True, generator=order, drop_last=True)
@@ -90,7 +90,7 @@ def fit(net: nn.Module, rows: Any, size: Size, seed: int, *callbacks: Callback) 
 
 
 def students_of(teacher: nn.Module, size: Size) -> dict[str, Callable[[int], nn.Module]]:
-    """What is taught: for each, how it is made for a seed."""
+    """Functions that build each student from a seed."""
     part, random = size.layers
 
     def fresh(seed: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The digits recipes over five seeds: accuracy of dense, post-training and trained models, size, speed and parity.
+"""Run the digits recipes over five seeds: accuracy, size, speed and parity of dense, PTQ and trained models.
 
 Run: python benchmarks/digits.py
 Takes about five minutes on two cores.
@@ -70,7 +70,7 @@ def main(seeds: list[int]) -> None:
 
 
 def row(name: str, position: int, reports: list[dict[str, Any]], kernels: str) -> dict[str, Any]:
-    """One line of the table: a stage over all seeds; speed as the median ratio to fp32 ONNX in the same process."""
+    """One row of the table: a stage over all seeds, with the median speed relative to fp32 ONNX in the same process."""
     rows = [report["rows"][position] for report in reports]
     cells: dict[str, Any] = {
         "recipe": name if position else "all",

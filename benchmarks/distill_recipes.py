@@ -1,10 +1,10 @@
-"""Does a teacher help? The two shipped recipes of distillation over three seeds, each student with and without teacher.
+"""Measure whether a teacher helps: both distillation recipes over three seeds, with and without a teacher.
 
-Both students of a seed begin with the same weights and see the same batches in the same order for as many steps; only
-the loss differs. Held-out data decides: accuracy of digits, loss of a text in nats per token.
+Both students of a seed start from the same weights and see the same batches in the same order for the same number of
+steps; only the loss differs. Metrics on held-out data: accuracy for digits, loss in nats per token for text.
 
 Run: python benchmarks/distill_recipes.py [--quick] [--jobs 2] [--only RECIPE]
-The full mode takes some minutes on two cores and writes the logs beside the recipes; --quick shows the mechanics in
+The full mode takes some minutes on two cores and writes the logs beside the recipes; --quick tests the mechanics in
 less than a minute and writes nothing.
 """
 
@@ -48,13 +48,13 @@ SMALL = {
 
 
 def recipe_of(name: str, seed: int, quick: bool) -> Recipe:
-    """The shipped recipe with this seed; in quick mode with few steps and a tiny model."""
+    """The recipe with this seed; in quick mode with few steps and a tiny model."""
     short = [*SMALL[name], *(f"stages.{override}" for override in QUICK[name])] if quick else []
     return load_recipe(name, [f"seed={seed}", "trainer.accelerator=cpu", *short])
 
 
 def measure(name: str, seed: int, quick: bool) -> dict[str, Any]:
-    """Train every stage of a recipe and read what was measured on held-out data."""
+    """Train every stage of a recipe and read its held-out metrics."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def measure(name: str, seed: int, quick: bool) -> dict[str, Any]:
 
 
 def margin(job: dict[str, Any]) -> float:
-    """How much better the student is with its teacher; above 0 is better, whatever is measured."""
+    """Improvement of the student with a teacher; positive is better for every metric."""
     difference: float = job["distilled"] - job["alone"]
     return difference if METRICS[job["recipe"]] == "test/accuracy" else -difference
 
@@ -87,7 +87,7 @@ def row(name: str, jobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def claims_of(name: str, jobs: list[dict[str, Any]]) -> list[Claim]:
-    """That the teacher helps, and that nothing else can have helped."""
+    """Check that the teacher helps, and that nothing else differs."""
     margins = [margin(job) for job in jobs]
     stages = recipe_of(name, 0, quick=False).stages
     same = dataclasses.replace(stages["distilled"], distill=None) == stages["alone"]
@@ -98,7 +98,7 @@ def claims_of(name: str, jobs: list[dict[str, Any]]) -> list[Claim]:
 
 
 def write_log(name: str) -> None:
-    """The rows of the recipe, in Markdown beside it, from the results file."""
+    """Write the rows of the recipe as Markdown beside it, from the results file."""
     content = json.loads((RESULTS / "distill_recipes.json").read_text())
     jobs = [job for job in content["jobs"] if job["recipe"] == name]
     stages = [key for key in jobs[0] if key not in ("recipe", "seed", "seconds")]

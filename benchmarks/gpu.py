@@ -1,11 +1,11 @@
-"""What the costly parts take on a GPU: the fused distillation loss, masks, 2:4 products, QAT and adapters.
+"""Measure the expensive parts on a GPU: the fused distillation loss, masks, 2:4 products, QAT and adapters.
 
-Run: bash benchmarks/gpu.sh, which runs the tests that need a GPU first; or python benchmarks/gpu.py [--quick]
---quick shows the mechanics on any device and writes no results.
+Run: bash benchmarks/gpu.sh, which runs the GPU tests first; or python benchmarks/gpu.py [--quick]
+--quick tests the mechanics on any device and writes no results.
 
-Methods of a group take turns; time is the median by the device's own clock (CUDA events), after two turns that do not
-count. Memory is the most that torch's allocator held above what it held before. Liger Kernel, torchao and bitsandbytes
-have rows where they are installed. A method that fails has a row that says so, and the script then exits with 1.
+Methods of a group alternate. Time is the median in CUDA events, after two warmup turns. Memory is the peak of torch's
+allocator above the memory held before. Liger Kernel, torchao and bitsandbytes have rows if they are installed. A method
+that fails gets a row that says so, and the script then exits with 1.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def distillation(size: dict[str, int], device: torch.device) -> list[Row]:
 
 
 def masks(size: dict[str, int], device: torch.device) -> list[Row]:
-    """Half of the weights over a model, and 2:4 of one layer."""
+    """50 % of the weights of a model, and 2:4 in one layer."""
     weights = [
         nn.Parameter(torch.randn(round(share * size["weights"]), device=device)) for share in (0.4, 0.3, 0.2, 0.1)
     ]
@@ -108,7 +108,7 @@ def masks(size: dict[str, int], device: torch.device) -> list[Row]:
 
 
 def products(size: dict[str, int], device: torch.device) -> list[Row]:
-    """Linear layers with 2:4 zeros by dense and by sparse kernels; no rows where there are none."""
+    """Linear layers with 2:4 sparsity, with dense and with sparse kernels; no rows if there are no sparse kernels."""
     if device.type != "cuda":
         return []
     from qatkit.pruning.semi_structured import use_sparse_kernels
@@ -130,11 +130,11 @@ def products(size: dict[str, int], device: torch.device) -> list[Row]:
 
 
 def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
-    """A training step of a Llama with AdamW, weights in bfloat16 on a GPU: all of them, LoRA and QLoRA.
+    """A training step of a Llama with AdamW, with bfloat16 weights on a GPU: full fine-tuning, LoRA and QLoRA.
 
-    Adapters are kept in float32 and multiplied in bfloat16, by autocast, as a Trainer with "bf16-mixed" does.
-    Adapters add several small kernels to each layer, which a step of few tokens waits for. Memory is that of a copy of
-    the weights, the optimizer and the step, for each method of its own.
+    Adapters are stored in float32 and multiplied in bfloat16 by autocast, as in a Trainer with "bf16-mixed". They add
+    several small kernels to each layer, whose launch time matters for steps with few tokens. Memory includes a copy
+    of the weights, the optimizer and the step, separately for each method.
     """
     names = ["full fine-tuning", "LoRA", *(["QLoRA nf4"] if find_spec("bitsandbytes") else [])]
     width, cuda = size["hidden"], device.type == "cuda"
@@ -172,7 +172,7 @@ PARTS: tuple[Callable[[dict[str, int], torch.device], list[Row]], ...] = (
 
 
 def claims_of(rows: list[Row]) -> list[Claim]:
-    """What the project wants of itself on a GPU of the H100's class."""
+    """Targets on a GPU of the class of an H200."""
     broken = [f"{row['method']} ({row['what'].split(',')[0]})" for row in rows if row["ms"] == FAILED]
     claims = [Claim("methods that ran", "all", f"failed: {', '.join(broken)}" if broken else "all", not broken)]
     found = {row["method"]: row for row in rows if row["what"].startswith("CE + KL") and row["ms"] != FAILED}

@@ -1,7 +1,7 @@
-"""A training step of linear layers as wide as Llama-3-8B's, plain and fake-quantized, for benchmarks/gpu.py.
+"""A training step of linear layers as wide as those of Llama-3-8B, plain and fake-quantized, for benchmarks/gpu.py.
 
-torchao's layers of the same formats are the yardstick where torchao is installed. In torchtune its int8-activation,
-int4-weight training took 546 / 360 = 1.52 times as long as plain training of that model on six A100s.
+The reference is torchao's layers of the same formats, if torchao is installed. In torchtune, its training with int8
+activations and int4 weights took 546 / 360 = 1.52 times as long as plain training of that model on six A100s.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _torchao(model: nn.Module, inputs: bool) -> None:
 
 
 def claims_of(rows: list[Row]) -> list[Claim]:
-    """Not slower than torchao, and, compiled, not further from plain training than torchtune was with a whole model."""
+    """Not slower than torchao, and, compiled, an overhead at most as large as that of torchtune on a whole model."""
     times = {row["method"]: row["ms"] for row in rows if row["what"].startswith("QAT step") and row["ms"] != FAILED}
     claims = []
     for mode in ("", ", compiled"):

@@ -1,4 +1,4 @@
-"""Time and memory of methods that take turns on one device, for benchmarks/gpu.py."""
+"""Time and memory of methods that alternate on one device, for benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ FAILED = "failed"
 def measured(
     what: str, methods: Methods, turns: int, device: torch.device, held: int | None = None, calls: int = 1
 ) -> list[Row]:
-    """Every method in turn, after two turns that do not count: its median milliseconds and the memory it took, in MB.
+    """Median milliseconds and peak memory in MB of each method, after two warmup turns.
 
-    A method that raises has a row that says so, and its traceback is printed.
+    A method that raises gets a row that says so, and its traceback is printed.
 
     Args:
-        what: Is done.
-        methods: By name.
-        turns: That count.
-        device: Where.
-        held: Bytes above which memory counts; by default what is allocated before each turn.
-        calls: A turn makes so many, one behind the other, and counts for one: what the CPU does before a call is then
-            hidden behind the GPU's work, as it is in training.
+        what: Label of the group.
+        methods: Functions by name.
+        turns: Measured turns.
+        device: The device.
+        held: Bytes above which memory counts; default: the allocated bytes before each turn.
+        calls: Calls per turn, back to back, counted as one: CPU work before a call is then hidden behind GPU work, as
+        in
+            training.
     """
     times: dict[str, list[float]] = {name: [] for name in methods}
     memory = dict.fromkeys(methods, 0)

@@ -1,7 +1,7 @@
-"""What every benchmark shares: a table on the terminal, a JSON file with what made it, and claims that can fail.
+"""Common parts of all benchmarks: a table on the terminal, a JSON file with versions, and claims that can fail.
 
-A script collects rows (one dict each, the same keys) and claims, and ends with `finish(...)`. The numbers in README and
-docs are written from the JSON files by `benchmarks/tables.py`; nobody types one.
+A script collects rows (one dict each, with the same keys) and claims, and ends with `finish(...)`.
+`benchmarks/tables.py` writes the numbers in README and docs from the JSON files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Claim:
-    """Something the project says of itself, and what was measured."""
+    """A target of the project with its measured value."""
 
     text: str
     target: str

@@ -1,17 +1,17 @@
-"""GPTQ, AWQ and SmoothQuant against llm-compressor 0.14: how far single layers are from the float layer's output.
+"""Compare GPTQ, AWQ and SmoothQuant with llm-compressor 0.14 by the output error of single layers.
 
 Run: python benchmarks/initialisers.py
-Takes about five minutes, and two more the first time, when llm-compressor is installed.
+Takes about five minutes, plus two the first time to install llm-compressor.
 
-A small Llama is trained on the standard library; layers of its last block and what comes into them are taken as they
-are, and once more with a few inputs made twenty times larger (and their weights as much smaller), as large models have
-them. The error is ``|X (W - Wq)^T|^2 / |X W^T|^2`` in float64, for SmoothQuant with 8-bit inputs as well. Each of the
-two sees the same tensors and takes scales by the same rule from ranges (minmax), or by its own search (mse). For
-SmoothQuant llm-compressor stays at alpha 0.5, as its default is, and takes half of an input's range where the paper
-takes its largest magnitude; we search, on some of the rows.
+A small Llama is trained on the standard library. The benchmark takes the layers of its last block with their inputs,
+once unchanged, and once with a few inputs made twenty times larger (and their weights smaller by the same factor), as
+in large models. The error is ``|X (W - Wq)^T|^2 / |X W^T|^2`` in float64, for SmoothQuant including 8-bit inputs.
+Both libraries see the same tensors and compute scales with the same rule from ranges (minmax), or with their own
+search (mse). For SmoothQuant, llm-compressor uses its default alpha of 0.5 and half of an input's range where the
+paper uses its largest magnitude; qatkit searches on a sample of the rows.
 
-llm-compressor's requirements exclude ours, so it is installed in a virtual environment of its own,
-``build/llmcompressor``, with this environment's release of torch.
+The requirements of llm-compressor conflict with ours, so it is installed in its own virtual environment,
+``build/llmcompressor``, with the torch release of this environment.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SEED = 0
 
 
 def trained_layers(steps: int, rows: int) -> dict[str, Tensor]:
-    """Weights and inputs of the last block of a Llama after some steps, ``{layer}.weight`` and ``{layer}.x``."""
+    """Weights and inputs of the last block of a briefly trained Llama, ``{layer}.weight`` and ``{layer}.x``."""
     torch.manual_seed(SEED)
     model = llama(hidden=256, layers=2, heads=4, kv_heads=4, intermediate=768)
     windows, _, _ = text_windows(context=128)
@@ -81,7 +81,7 @@ def trained_layers(steps: int, rows: int) -> dict[str, Tensor]:
 
 
 def ours(weight: Tensor, x: Tensor, method: str, spec: QuantSpec) -> Tensor:
-    """Outputs of the layer that we quantize, float64."""
+    """Outputs of the layer quantized by qatkit, float64."""
     hessian = x.t() @ x / len(x)
     scales = torch.ones(weight.shape[1])
     if method == "rtn":
@@ -109,7 +109,7 @@ def ours(weight: Tensor, x: Tensor, method: str, spec: QuantSpec) -> Tensor:
 
 
 def theirs(tensors: dict[str, Tensor], jobs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Outputs of the layers that llm-compressor quantizes, by job."""
+    """Outputs of the layers quantized by llm-compressor, by job."""
     python = OTHER / "bin" / "python"
     if not (OTHER / "installed").exists():
         venv.create(OTHER, with_pip=True, clear=True)

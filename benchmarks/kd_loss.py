@@ -1,14 +1,13 @@
-"""Cross-entropy and distillation over a vocabulary: what one training step costs in memory and time.
+"""Measure memory and time of one training step with cross-entropy and distillation over a vocabulary.
 
 Run: python benchmarks/kd_loss.py [--packages FOLDER]
 Takes about two minutes. FOLDER holds Liger Kernel: `pip install --no-deps --target FOLDER liger-kernel triton`.
 
 2,048 tokens, 32,000 classes, width 512 for student and teacher, float32, cross-entropy and KL at temperature 2, forward
-and backward pass on one thread. Every variant runs in a process of its own; the rounds go through the variants in turn.
-Memory is the most that the process held above what it held before the first step. Time is CPU time, which other
-processes disturb less than the time on the wall, the median over the steps of all rounds after a first one each. The
-four matrix products that nobody can leave out, each over all tokens at once and into memory that exists, are measured
-beside them: they are the floor.
+and backward pass on one thread. Every variant runs in its own process, and rounds alternate between variants. Memory is
+the peak of the process above its memory before the first step. Time is CPU time, which other processes disturb less
+than wall time: the median over the steps of all rounds except the first of each. The lower bound is the time of the
+four unavoidable matrix products, each over all tokens at once and into allocated memory.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ NAMES = {
 
 
 def plain(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
-    """As a training loop writes it."""
+    """The loss as an ordinary training loop computes it."""
     student, teacher = hidden @ weight.t(), teacher_hidden @ teacher_weight.t()
     log_q, log_p = (F.log_softmax(logits / TEMPERATURE, dim=-1) for logits in (student, teacher))
     divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
@@ -75,7 +74,7 @@ def step_of(variant: str, parts: list[Tensor]) -> Callable[[], object]:
 
 
 def measure(variant: str, folder: str) -> None:
-    """In a process of its own: print the peak of memory in MB and the seconds of every step."""
+    """In a process of its own: print the peak memory in MB and the seconds of every step."""
     if variant.startswith("liger"):  # with Triton in reach, torch imports it in the first step
         sys.path.insert(0, folder)
     torch.set_num_threads(1)
@@ -98,7 +97,7 @@ def measure(variant: str, folder: str) -> None:
 
 
 def status(key: str) -> int:
-    """A number of this process in kB."""
+    """A number of this process from /proc, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(key)))
 

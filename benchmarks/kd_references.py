@@ -1,8 +1,8 @@
-"""What TRL and Liger Kernel compute for the tensors of the tests: writes tests/distillation/references.json.
+"""Write tests/distillation/references.json: losses of TRL and Liger Kernel for the tensors of the tests.
 
 Run: python benchmarks/kd_references.py FOLDER
-FOLDER holds the two packages; `pip install --no-deps --target FOLDER trl liger-kernel triton` leaves the versions of
-torch and transformers as they are. The tests read the numbers, so that they need neither package.
+FOLDER holds the two packages; `pip install --no-deps --target FOLDER trl liger-kernel triton` does not change the
+versions of torch and transformers. The tests read the numbers, so they need neither package.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What llm-compressor makes of single layers; `benchmarks/initialisers.py` runs this in an environment of its own.
+"""Quantize single layers with llm-compressor; `benchmarks/initialisers.py` runs this in another environment.
 
 Run: python llmcompressor_layers.py IN.safetensors JOBS.json OUT.safetensors
 
 IN holds ``{layer}.weight`` and ``{layer}.x``; a job is ``{name, layer, method, bits, group_size, observer}``; OUT holds
-the outputs ``{name}`` of the quantized layer for its input, scaled weights and all.
+the outputs ``{name}`` of the quantized layer for its input, with scaled weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 
 class Norm(nn.Module):
-    """The part of a norm that scales can move into."""
+    """The part of a norm that absorbs scales."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
-"""What CompressionMonitor costs: steps of one training with it and without it, in turns.
+"""Measure the overhead of CompressionMonitor: alternating steps of one training run with it and without it.
 
 Run: python benchmarks/monitor.py
 Takes about a minute and a half.
 
-Of 100 steps beside a teacher, one ends with an observation and compares the student with the teacher, nine only
-compare, and ninety do neither. A training takes these kinds of steps and steps without the monitor in turns, in an
-order that is drawn anew for every four steps. What a kind adds is the median, over the turns, of its difference to the
-step without the monitor in the same turn; the three are added up in the proportion of the 100.
+Of 100 steps with a teacher, one ends with an observation and a comparison of student and teacher, nine only compare,
+and ninety do neither. A training run alternates these kinds of steps with steps without the monitor, in an order that
+is drawn for every four steps. The overhead of a kind is the median, over the turns, of its difference to the step
+without the monitor in the same turn. The three are added in the proportion of the 100 steps.
 
-A step that does neither costs what Lightning takes to ask one more callback, whatever the model: some microseconds,
-which disappear in the noise of a step of 40 ms. They are measured in the training of one small layer. All steps are
-measured in CPU time on one thread, which other processes disturb less than the time on the wall.
+An idle step costs the time in which Lightning calls one more callback, whatever the model: microseconds, which
+disappear in the noise of a 40 ms step. It is therefore measured while training one small layer. All steps are
+measured in CPU time on one thread, which other processes disturb less than wall time.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Classifier(LightningModule):
 
 
 class Turns(Callback):
-    """Decides before every step what the monitor does in it, and keeps the time of the step."""
+    """Decides before every step what the monitor does in it, and records the time of the step."""
 
     kinds: ClassVar = {"without": 0, "idle": 10**9, "comparing": 9, "observing": 1}
     """And the interval that makes the monitor do it."""
@@ -108,7 +108,7 @@ class Turns(Callback):
 
 
 def measure(net: nn.Module, batch: list[Tensor], turns: int) -> dict[str, float]:
-    """The median of a step without the monitor, and what every kind adds to it, in milliseconds."""
+    """The median of a step without the monitor and the overhead of each kind, in milliseconds."""
     monitor, teacher = CompressionMonitor(), KnowledgeDistillation(copy.deepcopy(net), student="net")
     assert (monitor.every, COMPARISONS) == (100, 10)  # what the proportions above are of
     quantization = QuantizationAwareTraining(

@@ -1,4 +1,4 @@
-"""Take the picture of a report that the README shows.
+"""Take the screenshot of a report for the README.
 
 Run: python benchmarks/picture.py runs/demo
 Needs Chromium (apt-get install -y chromium) and a run folder with its report.html; writes docs/report.png.

@@ -1,12 +1,12 @@
-"""What the recipe llm/sparse24_kd_int4 wins back of what 2:4 magnitude pruning and rounding to int4 lose at once.
+"""Measure the loss that llm/sparse24_kd_int4 recovers after one-shot 2:4 magnitude pruning and int4 rounding.
 
-The shipped recipe runs from the dense model of the other benchmarks on this text. "Dense, trained on" takes the steps,
-learning rates and batches of the two trained stages and only lacks their cuts and their teacher; the yardstick is the
-better of it and the dense model. recovered = (one-shot - row) / (one-shot - yardstick), by the loss on the test split.
-Seeds are orders of the training data. Runs are kept in ``build/pipeline``: a stopped benchmark continues there.
+The recipe starts from the dense model of the other benchmarks on this text. "Dense, trained on" uses the steps,
+learning rates and batches of the two trained stages without compression and teacher. The yardstick is the better of
+it and the dense model. recovered = (one-shot - row) / (one-shot - yardstick), by the loss on the test split. Seeds
+change the order of the training data. Runs are stored in ``build/pipeline``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/pipeline.py [--quick] [--jobs 2]
-The full mode takes about 25 minutes of a core; --quick shows the mechanics and writes no results.
+The full mode takes about 25 minutes of one core; --quick tests the mechanics and writes no results.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ QUICK = [
 
 
 def recipe_of(seed: int, base: Path | None) -> Recipe:
-    """The shipped recipe with the dense model in a folder (None: made small), and the stages of the yardstick."""
+    """The recipe with the dense model in a folder (None: a tiny model), and the stages of the yardstick."""
     from_base = [
         f"model={{factory: 'qatkit.models:causal_lm', args: {{name_or_path: '{base}'}}}}",
         # the split that the dense model was trained on; one validation, at the end of a stage
@@ -78,13 +78,13 @@ def measure(seed: int, base: Path | None, folder: Path) -> dict[str, float]:
 
 
 def recovered(losses: dict[str, float], stage: str) -> float:
-    """The share of the one-shot loss that a stage of the same seed wins back."""
+    """The fraction of the one-shot loss that a stage of the same seed recovers."""
     yardstick = min(losses["dense"], losses[YARDSTICK[-1]])
     return (losses["one_shot"] - losses[stage]) / (losses["one_shot"] - yardstick)
 
 
 def rows_of(seeds: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """The table: loss and share recovered over the seeds."""
+    """The table: loss and recovered fraction over the seeds."""
     return [
         {
             "model": words,
@@ -96,7 +96,7 @@ def rows_of(seeds: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def claims_of(seeds: list[dict[str, float]]) -> list[Claim]:
-    """What the project wants of the recipe."""
+    """Targets of the recipe."""
     shares = [recovered(losses, "int4") for losses in seeds]
     seen = f"{mean(shares):.1%} ({', '.join(f'{share:.1%}' for share in shares)})"
     return [Claim("recovered by 2:4, KD and int4, mean over seeds", ">= 90 %", seen, mean(shares) >= 0.9)]

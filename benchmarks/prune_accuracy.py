@@ -1,12 +1,12 @@
-"""What pruning costs in accuracy, and what training and a teacher win back: a digits CNN, and a small Llama on text.
+"""Measure the accuracy lost to pruning and recovered by training and a teacher: a digits CNN, and a small Llama.
 
-Every trained row takes the same steps of the same optimizer; "dense trained on" takes them too. For the text, recovered
+Every trained row takes the same steps with the same optimizer, "dense trained on" included. For the text, recovered
 = (2:4 magnitude - row) / (2:4 magnitude - yardstick), by the loss on held-out files; the yardstick is the better of the
-dense model and the dense model trained on. Seeds are orders of the training data, and of the CNN its first weights too.
-What a job gave is kept in ``results/prune_accuracy_jobs.json``: a stopped benchmark continues there.
+dense model and the dense model trained on. Seeds change the order of the training data, and for the CNN its first
+weights too. Results of jobs are stored in ``results/prune_accuracy_jobs.json``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/prune_accuracy.py [--quick] [--jobs 2]
-The full mode takes hours of a core; --quick shows the mechanics and writes no results.
+The full mode takes hours of one core; --quick tests the mechanics and writes no results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ JOURNAL = RESULTS / "prune_accuracy_jobs.json"
 
 
 class Journal:
-    """What every job gave, on disk after each."""
+    """Results of all jobs, written to disk after each."""
 
     def __init__(self, path: Path, size: Size, folder: Path, base: Path, workers: int) -> None:
         self.path, self.size, self.folder, self.base, self.workers = path, size, folder, base, workers
@@ -44,7 +44,7 @@ class Journal:
             raise SystemExit(f"{path} was made from another dense model ({before} and not {dense})")
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Do the jobs that have not been done."""
+        """Run the jobs that are not finished."""
         todo = [job for job in dict.fromkeys(jobs) if _key(job) not in self.content]
         with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(do, job, self.size, self.folder, self.base): job for job in todo}
@@ -55,7 +55,7 @@ class Journal:
                 print(f"{count}/{len(todo)} {key}: {future.result()}", flush=True)
 
     def values(self, name: str, task: str, method: str, sparsity: float = 0.0) -> list[float]:
-        """A value of a row over the seeds that it has been run with."""
+        """A value of a row over the finished seeds."""
         keys = dict.fromkeys(_key(Job(task, method, sparsity, seed)) for seed in SEEDS)
         return [self.content[key][name] for key in keys if key in self.content]
 
@@ -66,7 +66,7 @@ def _key(job: Job) -> str:
 
 
 def all_jobs(journal: Journal, sparsities: Iterable[float], seeds: Iterable[int]) -> None:
-    """Do everything: the dense CNNs first, from which the others start."""
+    """Run everything: first the dense CNNs, from which the others start."""
     seeds, sparsities = list(seeds), list(sparsities)
     methods = ["one-shot", "gradual", "gradual + KD"]
     jobs = [Job("digits", method, seed=seed) for method in ("dense", "lottery") for seed in seeds]
@@ -80,7 +80,7 @@ def all_jobs(journal: Journal, sparsities: Iterable[float], seeds: Iterable[int]
 
 
 def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any]]:
-    """The table: accuracy of the digits, loss and share recovered of the text."""
+    """The table: accuracy for the digits, loss and recovered fraction for the text."""
     sparsities = list(sparsities)
     dense = mean(journal.values("accuracy", "digits", "dense"))
 
@@ -114,7 +114,7 @@ def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any
 
 
 def _text_scale(journal: Journal) -> tuple[float, float]:
-    """The losses between which a 2:4 row stands: the better dense one, and 2:4 by magnitude at once."""
+    """The two losses that scale a 2:4 row: the better dense one, and one-shot 2:4 magnitude pruning."""
     rounded = journal.content[_key(Job("text", "2:4 magnitude"))]["loss"]
     dense = journal.content["text | dense"]["loss"]
     return min(dense, mean(journal.values("loss", "text", "dense trained on"))), rounded
@@ -132,7 +132,7 @@ def _row(task: str, method: str, zeros: list[float], value: str, against: str, s
 
 
 def claims_of(journal: Journal) -> list[Claim]:
-    """What the project wants of itself, and what was seen."""
+    """Targets of the project and measured values."""
     dense = mean(journal.values("accuracy", "digits", "dense"))
     gradual = mean(journal.values("accuracy", "digits", "gradual + KD", 0.9))
     seen = f"{gradual:.2%} and {dense:.2%}"

@@ -1,18 +1,18 @@
-"""What masks cost: 50 % of 100 million weights pruned over the model, 2:4 masks of one layer, and zeros that are held.
+"""Measure the cost of masks: 50 % of 100 million weights over a model, 2:4 in one layer, and keeping the zeros.
 
 Run: python benchmarks/prune_cost.py [--keep]
 Takes about three minutes and 3 GB of memory.
 
-Every method gets the same four weights and runs in a process of its own, on one thread, in turns with the others. Its
-time is the median over the turns; its memory is how far the process's peak rises above what it needs for the weights.
-`global_unstructured` and qatkit also write the zeros; topk and kthvalue stop at the masks. Only qatkit tells equal
-magnitudes apart: what the others prune is the count they were asked for, more or less their ties.
+Every method gets the same four weights and runs in its own process on one thread, alternating with the others. Time is
+the median over the turns. Memory is the peak of the process above the weights. `global_unstructured` and qatkit also
+write the zeros; topk and kthvalue stop at the masks. Only qatkit breaks ties between equal magnitudes, so the others
+prune the requested count up to their ties.
 
-With --keep the rows over a model stay those of the run before, whose code has not changed since.
+With --keep, the rows over a model stay those of the previous run, if their code has not changed.
 
-Holding is measured in the training of a small transformer on 1024 tokens per step: the CPU time of every hook of the
-callback, over that of whole steps. What is held is read and written once per step however many tokens there are, so
-fewer tokens per step make it a larger share.
+The cost of keeping zeros is measured while training a small transformer on 1024 tokens per step: CPU time of every hook
+of the callback divided by that of whole steps. The weights are read and written once per step, independent of the
+number of tokens, so fewer tokens per step make the fraction larger.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Weights = list[nn.Parameter]
 
 
 def qatkit(weights: Weights) -> int:
-    """`global_masks`, and zeros written in place."""
+    """`global_masks`, with the zeros written in place."""
     masks = global_masks({str(index): weight for index, weight in enumerate(weights)}, SPARSITY)
     for weight, mask in zip(weights, masks.values(), strict=True):
         apply_mask(weight, mask)
@@ -54,7 +54,7 @@ def qatkit(weights: Weights) -> int:
 
 
 def global_unstructured(weights: Weights) -> int:
-    """torch's own, which Lightning's ModelPruning calls."""
+    """The function of torch that Lightning's ModelPruning calls."""
     layers = []
     for weight in weights:
         layer = nn.Module()
@@ -91,7 +91,7 @@ METHODS: dict[str, Callable[[Weights], int]] = {
 
 
 def one(method: str, dtype: str, numel: int) -> None:
-    """The body of a process: prune once, print seconds, bytes above the weights and the number of pruned weights."""
+    """The body of a process: prune once; print seconds, bytes above the weights and the number of pruned weights."""
     torch.manual_seed(0)
     shares = [0.4, 0.3, 0.2, 0.1]
     weights = [nn.Parameter(torch.empty(round(share * numel), dtype=DTYPES[dtype]).normal_()) for share in shares]
@@ -142,7 +142,7 @@ def over_the_model(numel: int, turns: int) -> tuple[list[dict[str, object]], lis
 
 
 def six_patterns(weight: Tensor) -> Tensor:
-    """2:4 as ASP does: the sums of the six ways to keep two of four, as a product of matrices, and the best of them."""
+    """2:4 as in ASP: the sums of all six ways to keep two of four by a matrix product, and the best of them."""
     two = [pattern for pattern in itertools.product((0.0, 1.0), repeat=4) if sum(pattern) == 2]
     patterns = torch.tensor(two, dtype=weight.dtype, device=weight.device)
     best = (weight.abs().view(-1, 4) @ patterns.t()).argmax(dim=1)
@@ -177,7 +177,7 @@ def two_of_four(turns: int) -> tuple[list[dict[str, object]], list[Claim]]:
 
 
 class Held(ConstantPruning):
-    """Keeps the CPU time of its own hooks and of whole steps."""
+    """Records the CPU time of its own hooks and of whole steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Held(ConstantPruning):
 
 
 class LanguageModel(LightningModule):
-    """A small transformer that names the next of 100 tokens."""
+    """A small transformer that predicts the next of 100 tokens."""
 
     def __init__(self, width: int = 256, layers: int = 4) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def holding(steps: int) -> tuple[list[dict[str, object]], list[Claim]]:
 
 
 def measured_before() -> tuple[list[dict[str, object]], list[Claim]]:
-    """What the results file says of masks over a model."""
+    """The rows of the results file for masks over a model."""
     content = json.loads((RESULTS / "prune_cost.json").read_text())
     rows = [row for row in content["rows"] if row["what"].startswith(f"{SPARSITY:.0%} of")]
     return rows, [Claim(**claim) for claim in content["claims"] if claim["text"].endswith("over the model")]

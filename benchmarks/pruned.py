@@ -1,4 +1,4 @@
-"""The parts of `prune_accuracy.py`: a digits CNN and a small Llama, pruned in every way by qatkit's callbacks."""
+"""Parts of `prune_accuracy.py`: a digits CNN and a small Llama, pruned with each of qatkit's callbacks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FRACTION = 1 - 0.2 ** (1 / 7)
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: the full benchmark, or a quick look at its mechanics."""
+    """Sizes of the full benchmark and of the quick mode."""
 
     digits_steps: int
     text: recovery.Size
@@ -53,7 +53,7 @@ QUICK = Size(12, recovery.QUICK, (4, 4), ((0.8, 1), (0.9, 2)))
 
 @dataclass(frozen=True)
 class Job:
-    """One model: what is pruned, how, how much of it, and the seed of its order (of the CNN's first weights too)."""
+    """One model: task, method, sparsity, and the seed of the data order (and of the first weights of the CNN)."""
 
     task: str
     """digits or text."""
@@ -65,18 +65,18 @@ class Job:
 
     @property
     def seeded(self) -> bool:
-        """Whether the seed matters: every CNN is trained from its own, the Llama is one."""
+        """Whether the seed matters: each CNN is trained from its own weights, and there is one Llama."""
         return self.task == "digits" or "trained" in self.method or "gradual" in self.method
 
 
 def do(job: Job, size: Size, folder: Path, base: Path) -> dict[str, float]:
-    """Do a job; its measured values by name.
+    """Run a job and return its measured values by name.
 
     Args:
-        job: What to do.
-        size: How much of it.
-        folder: Where the dense CNNs are, or are put.
-        base: Where the dense Llama is, or is put.
+        job: The job.
+        size: Full or quick.
+        folder: Folder of the dense CNNs, created if missing.
+        base: Path of the dense Llama, created if missing.
     """
     torch.set_num_threads(1)  # one job per core
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -124,7 +124,7 @@ def _text(job: Job, size: Size, base: Path) -> dict[str, float]:
 def _callbacks(
     job: Job, model: nn.Module, exclude: Sequence[str], scope: Any, batches: list[Any] | None = None
 ) -> list[Callback] | None:
-    """Prune at once what is pruned at once; then what training needs, or None where there is no training."""
+    """Prune now if the method is one-shot; then return the callbacks for training, or None without training."""
     method = job.method.removesuffix(" + KD")
     layers = prunable_layers(model, exclude=exclude)
     weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
@@ -173,7 +173,7 @@ def _fit(
 
 
 def _windows(size: recovery.Size, seed: int) -> DataLoader[Any]:
-    """The text in the seed's order, each batch as transformers takes it."""
+    """The text in the order of the seed, in batches for transformers."""
     windows = text_windows(recovery.CONTEXT, recovery.VOCABULARY)[0]
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
 
@@ -205,7 +205,7 @@ stages:
 
 
 def _lottery(job: Job, size: Size) -> dict[str, float]:
-    """Tickets and their controls at every sparsity; a run of more rounds goes on where that of fewer ended."""
+    """Tickets and their controls at every sparsity; a run of more rounds resumes one of fewer."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for sparsity, rounds in size.rounds:

@@ -1,13 +1,12 @@
-"""What training wins back of what rounding loses, on a small Llama and real text, in every format.
+"""Measure the loss that training recovers after quantization, on a small Llama and real text, in every format.
 
-Every trained row takes the same steps on the same tokens and gets the same sweep of learning rates; so does "dense,
-trained on". The yardstick is the better of the dense model and the dense model trained on: recovered = (RTN - row) /
-(RTN - yardstick), by the loss on held-out files.
-Seeds are orders of the training data. What a job gave is kept in ``results/qat_recovery_jobs.json``: a stopped
-benchmark continues there.
+Every trained row takes the same steps on the same tokens and gets the same sweep of learning rates, "dense, trained on"
+included. The yardstick is the better of the dense model and the dense model trained on: recovered = (RTN - row) /
+(RTN - yardstick), by the loss on held-out files. Seeds change the order of the training data. Results of jobs are
+stored in ``results/qat_recovery_jobs.json``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/qat_recovery.py [--quick] [--jobs 2]
-The full mode takes hours; --quick shows the mechanics in minutes and writes no results.
+The full mode takes hours; --quick tests the mechanics in minutes and writes no results.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ JOURNAL = RESULTS / "qat_recovery_jobs.json"
 
 
 class Journal:
-    """What every job gave, on disk after each."""
+    """Results of all jobs, written to disk after each."""
 
     def __init__(self, path: Path, size: Size, base: Path, jobs: int) -> None:
         self.path, self.size, self.base, self.workers = path, size, base, jobs
@@ -47,7 +46,7 @@ class Journal:
                 raise SystemExit(f"{path} was made from another dense model ({self.content['dense']} and not {dense})")
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Do the jobs that have not been done, the longest first."""
+        """Run the jobs that are not finished, the longest first."""
         todo = [job for job in dict.fromkeys(jobs) if _key(job) not in self.content["losses"]]
         layers = None
         if any(job.format == "mixed" for job in todo):
@@ -66,15 +65,15 @@ class Journal:
                 print(f"{count}/{len(todo)} {_key(job)}: {future.result():.4f}", flush=True)
 
     def loss(self, job: Job) -> float:
-        """What a job gave."""
+        """The result of a job."""
         return float(self.content["losses"][_key(job)])
 
     def best(self, form: str, method: str) -> Job:
-        """The job with the learning rate that gave the least loss at the first seed."""
+        """The job with the learning rate of the least loss at the first seed."""
         return min((Job(form, method, lr) for lr in RATES), key=self.loss)
 
     def seeds(self, form: str, method: str) -> list[float]:
-        """Losses of a row over the seeds that it has been run with."""
+        """Losses of a row over the finished seeds."""
         best = self.best(form, method)
         found = [replace(best, seed=seed) for seed in SEEDS]
         return [self.loss(job) for job in found if _key(job) in self.content["losses"]]
@@ -95,7 +94,7 @@ def trained_methods(form: str) -> list[str]:
 
 
 def all_jobs(journal: Journal, formats: list[str], headlines: list[str]) -> None:
-    """Do everything: untrained rows and the sweep, then seeds and starting points at the best learning rate."""
+    """Run everything: untrained rows and the sweep, then seeds and starting points at the best learning rate."""
     rounding = [Job(form, "RTN") for form in formats]
     rounding += [Job(form, "GPTQ") for form in formats if FORMATS[form].scheme.weight is not None]
     rounding += [Job("mixed", "RTN"), Job("W3 g32", "AWQ"), Job("W3 g32", "SmoothQuant")]
@@ -123,7 +122,7 @@ def _yardstick(journal: Journal) -> float:
 
 
 def rows_of(journal: Journal, formats: list[str]) -> list[dict[str, Any]]:
-    """The table: losses, and the share of the rounding loss that each row wins back."""
+    """The table: losses, and the fraction of the quantization loss that each row recovers."""
     yardstick = _yardstick(journal)
     rows = [_row("dense", "-", [journal.content["dense"]], None, yardstick)]
     rows += [
@@ -168,7 +167,7 @@ def _row(
 
 
 def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
-    """What the project wants of itself, and what was seen."""
+    """Targets of the project and measured values."""
     on, yardstick = journal.seeds("dense", "dense trained on"), _yardstick(journal)
 
     def recovered(form: str, losses: list[float]) -> float:

@@ -1,12 +1,12 @@
-"""QLoRA against LoRA, QAT + LoRA and full fine-tuning: time of a step, memory of tensors, loss.
+"""Compare QLoRA with LoRA, QAT + LoRA and full fine-tuning: time of a step, memory of tensors, loss.
 
 Run: python benchmarks/qlora.py [--quick]
-Takes about four minutes on CPU; --quick proves the mechanics in half a minute and writes nothing.
+Takes about four minutes on a CPU; --quick tests the mechanics in half a minute and writes nothing.
 
-One Llama with random weights, first trained whole for some steps, then by every method for the same steps on the same
-batches of Python's standard library, on one thread with AdamW in float32. Methods take turns, step by step, so that
-what else the machine does hits all of them alike; time is CPU time, the median. Memory is what stays between steps
-(weights, optimizer state) and the most bytes of tensors that were alive in a step besides.
+One Llama with random weights is first trained fully for some steps, then with every method for the same steps on the
+same batches of Python's standard library, on one thread with AdamW in float32. Methods alternate step by step, so
+that other load affects all of them alike; time is the median CPU time. Memory is the memory kept between steps
+(weights, optimizer state) plus the peak of the other tensors in a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def prepared(base: nn.Module, method: str) -> nn.Module:
-    """A copy of the base, ready for its method."""
+    """A copy of the base model, prepared for its method."""
     model = copy.deepcopy(base)
     if method == "full fine-tuning":
         return model
@@ -54,7 +54,7 @@ def prepared(base: nn.Module, method: str) -> nn.Module:
 
 
 def stepper(model: nn.Module, lr: float) -> tuple[Callable[[Any], float], torch.optim.Optimizer]:
-    """What takes one step on a batch, and its optimizer."""
+    """A function that takes one step on a batch, and its optimizer."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
@@ -69,7 +69,7 @@ def stepper(model: nn.Module, lr: float) -> tuple[Callable[[Any], float], torch.
 
 
 def kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of weights and of the optimizer's state; of 4-bit weights also their scales."""
+    """Bytes of weights and optimizer state; for 4-bit weights including their scales."""
     tensors = list(model.state_dict(keep_vars=True).values())
     tensors += [value for state in optimizer.state.values() for value in state.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}

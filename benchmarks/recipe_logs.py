@@ -1,8 +1,8 @@
-"""The log of a shipped recipe, beside it: the table its run ends with, what it validated on the way, and the versions.
+"""Write the log of a recipe beside it: the final table of its run, its validation results, and versions.
 
-Run: python benchmarks/recipe_logs.py NAME [NAME ...]        such as llm/int4_qat; --all for every one below
-A recipe takes what its header says. Runs are kept in ``build/recipe_logs``: a stopped one continues there. The logs of
-the distillation recipes come from `distill_recipes.py`, which measures them over seeds.
+Run: python benchmarks/recipe_logs.py NAME [NAME ...]        such as llm/int4_qat; --all for every recipe below
+The header of a recipe states its duration. Runs are stored in ``build/recipe_logs``, and a stopped run resumes there.
+The logs of the distillation recipes come from `distill_recipes.py`, which measures them over seeds.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LOGGED = (
 
 
 def values_of(name: str) -> str:
-    """A hash of what the recipe's file says, comments aside: a log tells by it which recipe was run."""
+    """A hash of the values in the recipe's file without comments; it identifies the recipe of a log."""
     values = OmegaConf.to_container(OmegaConf.load(RECIPES / f"{name}.yaml"))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def finished(name: str, folder: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Run a recipe as `qatkit run` does; its report."""
+    """Run a recipe as `qatkit run` does, and return its report."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     run = Run(load_recipe(name, ["trainer.accelerator=cpu", *overrides]), folder)
     run_stages(run)
@@ -57,7 +57,7 @@ def log(name: str, report: dict[str, Any]) -> str:
     lines = [
         f"# {name}",
         "",
-        f"Written by `python benchmarks/recipe_logs.py {name}`, which runs the recipe as it ships.",
+        f"Written by `python benchmarks/recipe_logs.py {name}` without overrides.",
         "",
         *_table(headers(report), comparison(report)),
         "",
@@ -75,7 +75,7 @@ def log(name: str, report: dict[str, Any]) -> str:
 
 
 def _validations(report: dict[str, Any]) -> Iterator[list[str]]:
-    """A row for every validation of every stage, the last of them of what the stage left."""
+    """One row per validation of every stage; the last is that of the stage's result."""
     metric = metric_of(report)
     name = f"val/{metric.name}"
     for stage in report["stages"]:

@@ -1,4 +1,4 @@
-"""The parts of `qat_recovery.py`: a small Llama on the standard library's text, and every way to make it smaller."""
+"""Parts of `qat_recovery.py`: a small Llama on the text of the standard library, and every compression method."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FP8_TOKEN = QuantSpec(8, type="float", strategy="token")
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: the full benchmark, or a quick look at its mechanics."""
+    """Sizes of the full benchmark and of the quick mode."""
 
     base_steps: int = 1200
     steps: int = 100
@@ -55,7 +55,7 @@ QUICK = Size(20, 2, 4, 8, (("hidden", 64), ("layers", 2), ("heads", 4), ("kv_hea
 
 @dataclass(frozen=True)
 class Format:
-    """A way to hold the decoder's linear layers; the embedding, which is the output layer too, stays float32."""
+    """A format of the decoder's linear layers; the embedding, tied to the output layer, stays float32."""
 
     scheme: Scheme
     layers: dict[str, Scheme] = field(default_factory=dict)
@@ -89,7 +89,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One number: a format, a method, and for what is trained a learning rate and a seed (of the data's order)."""
+    """One result: format, method, and for trained methods the learning rate and seed (of the data order)."""
 
     format: str
     method: str
@@ -101,14 +101,15 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        """Whether it takes steps."""
+        """Whether the method trains."""
         return self.lr > 0
 
 
 def base_model(size: Size, path: Path) -> nn.Module:
-    """The dense model; trained and written to `path` where it is not there yet.
+    """The dense model, trained and written to `path` if it does not exist.
 
-    Kept in float16, which costs the loss less than 1e-4: every machine then starts from the same small file.
+    It is stored in float16, which changes the loss by less than 1e-4, so that every machine starts from the same
+    small file.
     """
     torch.manual_seed(0)
     model = llama(vocab_size=VOCABULARY, context=CONTEXT, **dict(size.model))
@@ -123,16 +124,16 @@ def base_model(size: Size, path: Path) -> nn.Module:
 def train(
     model: nn.Module, steps: int, batch: int, lr: float, seed: int, kd: float = 0.0, taught: Tensor | None = None
 ) -> None:
-    """AdamW with a short warm-up and a cosine, on windows in the seed's order.
+    """Train with AdamW, a short warmup and a cosine schedule, on windows in the order of the seed.
 
     Args:
         model: The model.
         steps: Optimizer steps.
         batch: Windows per step.
-        lr: The largest learning rate.
-        seed: Decides the order of the windows.
-        kd: Weight of the teacher's term, at a temperature of 1; the labels get the rest.
-        taught: What the teacher answers in this order, ``[steps, batch * positions, vocabulary]``.
+        lr: The maximum learning rate.
+        seed: Sets the order of the windows.
+        kd: Weight of the teacher's term at temperature 1; the labels get the rest.
+        taught: Teacher logits in this order, ``[steps, batch * positions, vocabulary]``.
     """
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, 0.01))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step / steps, "cosine", 0.05))
@@ -161,9 +162,9 @@ def batches_of(seed: int, steps: int, batch: int) -> Iterator[Tensor]:
 
 
 def teach(dense: nn.Module, size: Size, seed: int, folder: Path) -> Tensor:
-    """The dense model's logits for every step of a seed, from disk after the first time: many rows learn from them.
+    """Logits of the dense model for every step of a seed, read from disk after the first time.
 
-    In float16: what is lost is 5e-4 of a logit, far below what the model knows of it.
+    Stored in float16: the error of 5e-4 per logit is far below the uncertainty of the model.
     """
     path = folder / f"taught_{seed}.npy"
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,12 +203,12 @@ def _windows() -> tuple[Tensor, Tensor]:
 
 
 def do(job: Job, size: Size, path: Path, layers: dict[str, Scheme] | None = None) -> float:
-    """Do a job; the mean loss per token on held-out files.
+    """Run a job and return the mean loss per token on held-out files.
 
     Args:
-        job: What to do.
-        size: How much of it.
-        path: Where the dense model is.
+        job: The job.
+        size: Full or quick.
+        path: Path of the dense model.
         layers: For the format "mixed", the scheme of each glob.
     """
     torch.set_num_threads(1)  # one job per core
@@ -228,12 +229,12 @@ def do(job: Job, size: Size, path: Path, layers: dict[str, Scheme] | None = None
 
 
 def trained(spec: QuantSpec | None) -> QuantSpec | None:
-    """The spec that QAT trains with: learned scales, where the format keeps a scale that can be learned."""
+    """The spec for QAT: with learned scales if the format stores a scale that can be learned."""
     return spec if spec is None or spec.strategy == "token" or spec.is_float else replace(spec, observer="lsq")
 
 
 def prepare(model: nn.Module, job: Job, method: str, size: Size, layers: dict[str, Scheme] | None) -> None:
-    """Swap the layers and set the scales as a method does."""
+    """Replace the layers and set the scales according to the method."""
     form = FORMATS.get(job.format, Format(Scheme()))
 
     def weight_of(scheme: Scheme) -> QuantSpec | None:
@@ -256,7 +257,7 @@ def prepare(model: nn.Module, job: Job, method: str, size: Size, layers: dict[st
 
 
 def _prepare_torchao(model: nn.Module, form: Format) -> None:
-    """torchao's own fake quantization of the same layers: symmetric weights, asymmetric activations per token."""
+    """torchao's fake quantization of the same layers: symmetric weights, asymmetric per-token activations."""
     from torchao.quantization import quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -274,7 +275,7 @@ def _prepare_torchao(model: nn.Module, form: Format) -> None:
 
 
 def mixed_layers(size: Size, path: Path) -> tuple[dict[str, Scheme], str]:
-    """The best mix of 2, 3, 4 and 8 bits in the bytes of 3 bits everywhere, and in words how large it is."""
+    """The best mix of 2, 3, 4 and 8 bits within the bytes of uniform 3 bits, and its size in words."""
     torch.set_num_threads(1)
     windows = _windows()[0][: 4 * size.batch]
 

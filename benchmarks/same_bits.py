@@ -1,11 +1,11 @@
-"""Whether the code still makes the same bits: six small runs of shipped recipes against recorded digests.
+"""Check that the code still produces the same bits: six small runs of recipes against recorded digests.
 
 Run: python benchmarks/same_bits.py [--record]
---record writes benchmarks/results/same_bits.json; without it the digests must equal those recorded.
+--record writes benchmarks/results/same_bits.json; without it, the digests must equal the recorded ones.
 
-Each run has fixed seeds and one thread. Recorded are the SHA-256 of every tensor (weights, scales, zero points,
+Each run has fixed seeds and one thread. The digests are the SHA-256 of every tensor (weights, scales, zero points,
 codes) of every stage and every export, and of every ONNX file. Bits depend on torch's kernels and the processor:
-compare on the machine and the versions that recorded them, which the file names.
+compare on the machine and with the versions that the file names.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RUNS = {
 
 
 def digests(out: Path) -> dict[str, str]:
-    """A SHA-256 for every tensor and the metadata of every safetensors file, and every ONNX file, in the run folder."""
+    """SHA-256 of every tensor and the metadata of every safetensors file, and of every ONNX file, in a run folder."""
     found: dict[str, str] = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()

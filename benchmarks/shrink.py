@@ -1,13 +1,13 @@
-"""Structured pruning that shrinks: how much smaller and faster, and whether plain transformers and torch load it.
+"""Measure structured pruning: size and speed of the smaller model, and whether transformers and torch load it.
 
 Run: python benchmarks/shrink.py [--quick]
 Takes about two minutes; --quick takes seconds, with smaller models and fewer rounds.
 
-Off a Llama with random weights go half of the MLP neurons, half of the heads (with their keys and values) and a third
-of the layers; off the CNN of the digits half of the channels. Each result is saved and loaded by what knows nothing of
-qatkit's surgery: `AutoModelForCausalLM.from_pretrained`, or `load_state_dict` of a model that the factory makes from
-the recorded arguments, and must compute the same. Multiply-adds are counted by torch's flop counter. Latency is that of
-plain PyTorch on one thread, one sample, median over rounds that take the large and the small model in turn.
+Half of the MLP neurons, half of the heads (with their keys and values) and a third of the layers are removed from a
+Llama with random weights, and half of the channels from the digits CNN. Each result is saved, loaded without qatkit's
+pruning code (`AutoModelForCausalLM.from_pretrained`, or `load_state_dict` of a model that the factory builds from the
+recorded arguments), and must compute the same. Multiply-adds are counted by torch's flop counter. Latency is that of
+plain PyTorch on one thread for one sample: the median over rounds that alternate between the large and the small model.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from qatkit.stages.shrink import apply
 
 
 def call(model: nn.Module, batch: Any) -> Tensor:
-    """Logits of a text or of an image."""
+    """Logits of a text or an image."""
     found = model(batch[0])
     return found.logits if hasattr(found, "logits") else found
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
-    """Of the next token, or of the class."""
+    """Loss of the next token or of the class."""
     logits, labels = call(model, batch), batch[1]
     return (
         F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -1,8 +1,9 @@
-"""How large pruned weights are on disk without their zeros, as the export format `sparse` writes them.
+"""Measure the size of pruned weights on disk without their zeros, in the export format `sparse`.
 
 Run: python benchmarks/sparse_storage.py
-Takes seconds. A linear layer of 1024 x 4096 with random weights is pruned to each sparsity, written in each form and
-read back; what is read must be equal. Sizes are of the whole file, header and all, over the file of the dense layer.
+Takes seconds. A linear layer of 1024 x 4096 with random weights is pruned to each sparsity, written in each form, and
+read back; the result must be equal. Sizes are those of the whole file, including its header, relative to the file of
+the dense layer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Run: python benchmarks/tables.py [--check]
 
-A page holds ``<!-- table: NAME -->`` ... ``<!-- end -->``; what stands between is replaced by the rows of
-``results/NAME.json``; with ``targets:`` in the place of ``table:``, by what the project wanted of itself, and seen.
+The text between ``<!-- table: NAME -->`` and ``<!-- end -->`` in a page is replaced by the rows of
+``results/NAME.json``. With ``targets:`` instead of ``table:``, it is replaced by the targets and the measured values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARK = re.compile(r"(<!-- (table|targets): (\w+) -->\n)(.*?)(<!-- end -->)", re.
 
 
 def table(name: str) -> str:
-    """The rows of one benchmark as Markdown, and below them the versions, seeds and machine they come from."""
+    """The rows of one benchmark as Markdown, followed by versions, seeds and machine."""
     content = _result(name)
     lines = _lines(content["rows"])
     versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
@@ -30,7 +30,7 @@ def table(name: str) -> str:
 
 
 def targets(name: str) -> str:
-    """What the project wanted of itself in one benchmark, and what was seen; a missed target stays in the list."""
+    """Targets of one benchmark with measured values; a missed target stays in the list."""
     claims = _result(name)["claims"]
     words = ("target", "required", "measured", "")
     rows = [(c["text"], c["target"], c["measured"], "" if c["holds"] else "**missed**") for c in claims]

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, as torch makes them and lets go of them: no allocator, no process size."""
+"""Count the bytes of live tensors as torch creates and frees them, without allocator or process sizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):
-    """While it is entered, follows every storage that an operator returns; tensors from before are not counted.
+    """Within the context, track every storage that an operator returns; tensors from before are not counted.
 
-    `peak` is the most that was alive at once.
+    `peak` is the largest number of bytes that were alive at the same time.
     """
 
     def __init__(self) -> None:

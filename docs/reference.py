@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import shutil
 from collections.abc import Iterator
@@ -56,26 +57,23 @@ def reference(package: str) -> str:
 
 
 def home(value: Any, package: str) -> str:
-    """The module that defines a public name; for a type or a constant, which does not say, the package."""
-    module = getattr(value, "__module__", None) or package
-    return module if module.startswith("qatkit") else package
+    """The module that defines a class or a function; the package for every other value, which does not know it."""
+    defined = value.__module__ if inspect.isclass(value) or inspect.isroutine(value) else package
+    return defined if defined.startswith("qatkit") else package
 
 
 def command_line() -> str:
     """A page with the help text of `qatkit` and of each of its commands, as the terminal shows it."""
-    import typer
     from typer.testing import CliRunner
 
+    from qatkit.cli.commands import COMMANDS
     from qatkit.cli.main import app
 
-    group: Any = typer.main.get_command(app)
+    def sections() -> Iterator[str]:
+        for words in ([], *([name] for name in COMMANDS)):
+            plain = {"COLUMNS": "100", "TERM": "dumb"}
+            shown = CliRunner().invoke(app, [*words, "--help"], env=plain, prog_name="qatkit")
+            assert shown.exit_code == 0, shown.output
+            yield f"## {' '.join(['qatkit', *words])}\n\n```text\n{shown.output.strip()}\n```\n"
 
-    def pages() -> Iterator[str]:
-        for words in ([], *([name] for name in group.commands)):
-            shown = CliRunner().invoke(
-                app, [*words, "--help"], env={"COLUMNS": "100", "TERM": "dumb"}, prog_name="qatkit"
-            )
-            text = re.sub(r"\x1b\[[0-9;]*m", "", shown.output).strip("\n")
-            yield f"## {' '.join(['qatkit', *words])}\n\n```text\n{text}\n```\n"
-
-    return "# Command line\n\n" + "\n".join(pages())
+    return "# Command line\n\n" + "\n".join(sections())

@@ -1,4 +1,4 @@
-"""Quantization-aware training with a teacher in a Trainer you already have.
+"""Quantization-aware training with a teacher in your own Trainer.
 
 Run: python examples/own_trainer.py
 Needs: pip install 'qatkit[demo]'
@@ -20,7 +20,7 @@ from qatkit.export.verification import verify
 
 
 class Classifier(LightningModule):
-    """Somebody's LightningModule: nothing in it knows of qatkit."""
+    """An ordinary LightningModule without any qatkit code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def main(epochs: int = 10) -> None:
     data, module = digits(), Classifier()
     Trainer(max_epochs=epochs, enable_checkpointing=False, logger=False).fit(module, data)
 
-    # the three lines: int4 weights, int8 activations, taught by the model that was just trained
+    # three lines: int4 weights, int8 activations, and the model that was just trained as the teacher
     quantize = QuantizationAwareTraining(QuantSpec(4, observer="lsq"), QuantSpec(8, symmetric=False, strategy="tensor"))
     distil = KnowledgeDistillation(copy.deepcopy(module.net), temperature=4.0, alpha=0.7, student="net")
     Trainer(max_epochs=epochs, callbacks=[quantize, distil], enable_checkpointing=False, logger=False).fit(module, data)

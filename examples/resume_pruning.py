@@ -1,4 +1,4 @@
-"""Prune half of a network, stop, resume: what is left of the zeros with Lightning's ModelPruning and with qatkit.
+"""Prune half of a network, stop and resume: sparsity with Lightning's ModelPruning and with qatkit.
 
 Run: python examples/resume_pruning.py
 Needs: pip install 'qatkit[demo]'
@@ -19,7 +19,7 @@ from qatkit.data import digits
 
 
 class Classifier(LightningModule):
-    """Somebody's LightningModule: nothing in it knows of pruning."""
+    """An ordinary LightningModule without any pruning code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Classifier(LightningModule):
 
 
 def lightning_pruning(module: Classifier) -> Callback:
-    """Lightning's own callback, told to prune both layers once, as qatkit's does."""
+    """Lightning's own callback, set to prune both layers once, as qatkit's does."""
     return ModelPruning(
         "l1_unstructured",
         parameters_to_prune=[(module.net[1], "weight"), (module.net[3], "weight")],
@@ -49,13 +49,13 @@ def qatkit_pruning(module: Classifier) -> Callback:
 
 
 def sparsity(module: Classifier) -> float:
-    """Share of zeros in the weights of both layers."""
+    """Fraction of zeros in the weights of both layers."""
     weights = torch.cat([layer.weight.detach().flatten() for layer in module.net if isinstance(layer, nn.Linear)])
     return (weights == 0).float().mean().item()
 
 
 def stop_and_resume(make: Callable[[Classifier], Callback], folder: Path) -> tuple[float, float]:
-    """Sparsity after two epochs, and after two more that resume from the checkpoint of the second."""
+    """Sparsity after two epochs, and after two more epochs resumed from the checkpoint."""
     found = []
     for epochs, checkpoint in ((2, None), (4, folder / "stopped.ckpt")):
         seed_everything(1, verbose=False)

@@ -1,4 +1,4 @@
-"""Two processes of these tests come from two servers."""
+"""The two processes of these tests come from two servers."""
 
 from __future__ import annotations
 

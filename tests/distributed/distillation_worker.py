@@ -1,6 +1,6 @@
-"""Trains a small network with every part of distillation, on one process or two, and writes what came out.
+"""Train a small network with every part of distillation on one process or two, and write the results.
 
-Usage: distillation_worker.py single|ddp|whole|fsdp2 OUT; "whole" is one process without learned maps, as fsdp2 is
+Usage: distillation_worker.py single|ddp|whole|fsdp2 OUT; "whole" is one process without learned maps, like fsdp2
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains a small Llama on texts that it writes itself, on two processes whose texts end at different places.
+"""Train a small Llama on texts that it generates, on two processes whose texts end at different positions.
 
 Usage: generation_worker.py OUT
 """

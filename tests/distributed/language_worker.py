@@ -1,4 +1,4 @@
-"""Takes one optimizer step of a small Llama on two processes that see unlike numbers of labels, and writes gradients.
+"""Take one optimizer step of a small Llama on two processes with different numbers of labels; write gradients.
 
 Usage: language_worker.py OUT
 """

@@ -1,4 +1,4 @@
-"""Trains adapters on one process or on two, on the same samples, and writes what they are merged into.
+"""Train adapters on one process or two on the same samples, and write the merged weights.
 
 Usage: lora_worker.py single|two OUT
 """

@@ -1,4 +1,4 @@
-"""Trains stages of a recipe on two processes and writes what tensors took on each, bytes.
+"""Train stages of a recipe on two processes and write the tensor memory of each, in bytes.
 
 Usage: memory_worker.py RECIPE OUT
 """
@@ -34,15 +34,15 @@ COLLECTIVES = ("all_gather_single", "reduce_scatter_single", "all_gather_into_te
 
 
 def overrides(case: str) -> list[str]:
-    """What a case changes in the recipe."""
+    """The overrides of a case."""
     return ["trainer.devices=2", f"trainer.strategy={case.split()[-1]}", *CASES[case][1]]
 
 
 def freed_here(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective whose work is dropped last by the thread that called it, where the profiler sees what is freed.
+    """Wrap a collective so that its work is dropped by the calling thread, in which the profiler sees frees.
 
-    Gloo's own thread holds the tensors of its work a moment longer than the caller waits, and what is freed in a
-    thread of its own the profiler counts as held for ever: the peak would differ from run to run by whole blocks.
+    Gloo's own thread holds the tensors of its work a moment longer than the caller waits, and the profiler never
+    counts a free in that thread: the peak would differ from run to run by whole blocks.
     """
 
     def waiting(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Prunes a small network while it trains, on one process or two, stops, resumes, and writes what came out.
+"""Prune a small network during training on one process or two, stop, resume, and write the results.
 
 Usage: pruning_worker.py single|ddp|fsdp2 OUT
 """

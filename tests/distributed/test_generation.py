@@ -1,4 +1,4 @@
-"""On-policy distillation on two processes, plain and sharded: nobody waits for a text that the other has finished."""
+"""On-policy distillation on two processes, replicated and sharded: no process waits for a finished text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of a text is a mean over all tokens of a step: two processes against one that takes the one large batch."""
+"""The loss of a text is the mean over all tokens of a step: two processes against one process with one large batch."""
 
 from __future__ import annotations
 

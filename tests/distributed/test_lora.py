@@ -1,4 +1,4 @@
-"""Adapters on two processes: what one process trains on the same samples."""
+"""Adapters on two processes equal those that one process trains on the same samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The predicted memory of each of two processes is what torch's allocator gives there while Lightning trains."""
+"""The predicted memory of each of two processes is the memory that torch allocates while Lightning trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe that shrinks on two processes: what is cut is what one process cuts, and the smaller model trains."""
+"""A recipe that shrinks on two processes removes what one process removes, and the smaller model trains."""
 
 from __future__ import annotations
 

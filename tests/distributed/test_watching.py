@@ -1,4 +1,4 @@
-"""A NaN on one process, early stopping and samples on two: all processes leave out the same step and end alike."""
+"""A NaN on one process, early stopping and samples on two: both processes skip the same step and end alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a small Llama on two processes, one of which meets a NaN, with samples and early stopping; writes the weights.
+"""Train a small Llama with a NaN on one of two processes, samples and early stopping, and write the weights.
 
 Usage: watching_worker.py OUT
 """

@@ -1,4 +1,4 @@
-"""Trains a small CNN with QAT and KD through the public callbacks, on one process or two, and writes what came out.
+"""Train a small CNN with QAT and KD through the public callbacks on one process or two, and write the results.
 
 Usage: worker.py single|ddp|fsdp2 OUT
 """

@@ -1,6 +1,7 @@
-"""torch.onnx makes its table of 700 operators and their signatures anew for every export: most of a small one's time.
+"""Cache torch.onnx's registry of 700 operators, which it otherwise rebuilds for every export.
 
-Both are the same each time: tests make them once in a process. What an export adds goes to a registry of its own.
+The registry and its signatures never change, and building them takes most of the time of a small export. An export adds
+its own operators to a separate registry.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def operators() -> Any:
 
 
 def ready() -> None:
-    """Make what is kept before it is asked for, as for processes to be forked."""
+    """Build the caches now, before processes are forked."""
     ONNXRegistry.from_torchlib()
 
 

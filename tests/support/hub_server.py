@@ -1,4 +1,4 @@
-"""A hub on localhost: the few answers of huggingface.co that its client libraries ask for, out of a folder."""
+"""A local server that answers the requests of the Hugging Face client libraries from a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMIT = "a" * 40
 
 @contextmanager
 def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve ``root/models/OWNER/NAME`` and ``root/datasets/OWNER/NAME``; what is called "gated" is kept back.
+    """Serve ``root/models/OWNER/NAME`` and ``root/datasets/OWNER/NAME``; names with "gated" are refused.
 
     Yields:
         The address, and a list of the requests so far.

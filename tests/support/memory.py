@@ -1,4 +1,4 @@
-"""The bytes of tensors that are held while the pipeline trains a stage of a recipe."""
+"""Measure the bytes of tensors while the pipeline trains a stage of a recipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ stages:
 
 
 def measured(recipe: Recipe, stage: str, folder: Path) -> int:
-    """The most that the CPU allocator gave while a stage trained, with the weights from before its first step."""
+    """Peak of the CPU allocator while a stage trains, including the weights from before its first step."""
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     before = 0
 
@@ -77,7 +77,7 @@ def measured(recipe: Recipe, stage: str, folder: Path) -> int:
 
 
 def _storages(model: nn.Module) -> Iterator[torch.UntypedStorage]:
-    """Of parameters, as far as they are on this process, of buffers, and of the scales of bitsandbytes."""
+    """Storages of the local parameters and buffers, and of the scales of bitsandbytes."""
     for module in model.modules():
         held: list[Any] = [*module._parameters.values(), *module._buffers.values()]
         for weight in list(module._parameters.values()):

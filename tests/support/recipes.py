@@ -1,4 +1,4 @@
-"""A small recipe, and how tests look at the message that a bad one is refused with."""
+"""A small recipe, and helpers to check the message that refuses a bad one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ export: {format: onnx}
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """The message a recipe is refused with; it must fit one screen."""
+    """The message that refuses a recipe; it must fit on one screen."""
     with pytest.raises(QatkitError) as caught:
         load_recipe(path, overrides)
     message = str(caught.value)

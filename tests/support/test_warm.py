@@ -1,4 +1,4 @@
-"""A forked process is what Python would have started: the same words, streams, folder, environment and end."""
+"""A forked process behaves like one that Python starts: arguments, streams, folder, environment and exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts with labels that do not count, in batches of unlike sizes, and a Llama small enough to train in a test."""
+"""Texts with ignored labels in batches of different sizes, and a Llama small enough to train in a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of tracking share: somebody without an account of W&B, and what a run left, read from its own records."""
+"""Helpers for tests of tracking: a user without a W&B account, and the records of a W&B run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qatkit.recipe.loading import load_recipe
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Somebody without an account, and without anything that W&B keeps between runs."""
+    """A user without an account, and without files that W&B keeps between runs."""
     for name, value in stranger(tmp_path).items():
         monkeypatch.setenv(name, value)
     for name in [name for name in os.environ if name.startswith("WANDB_") and name not in stranger(tmp_path)]:
@@ -50,7 +50,7 @@ def read_records(path: Path) -> Iterator[Any]:
 
 
 class Records:
-    """What one process told W&B."""
+    """The records that one process sent to W&B."""
 
     def __init__(self, path: Path) -> None:
         self.records = list(read_records(path))
@@ -90,7 +90,7 @@ class Records:
         return {artifact.name: artifact for artifact in found if artifact.type in ("report", "model")}
 
     def typed(self, kind: str) -> Counter[str]:
-        """How often each name was logged with a value of a W&B type."""
+        """The number of times each name was logged with a value of a W&B type."""
         return Counter(
             name
             for row in self.history()

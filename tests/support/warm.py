@@ -1,8 +1,8 @@
-"""Real processes without the seconds that each would spend on importing torch and Lightning, and on leaving them.
+"""Start real processes without the seconds for importing torch and Lightning, and for exiting.
 
-``python()`` and ``qatkit()`` are commands that do what those of the environment do, with a folder, an environment,
-standard streams, signals and an exit code of their own; a server that has imported everything forks them. What a test
-says about imports, or about a process from its first line on, it says with ``sys.executable``.
+``python()`` and ``qatkit()`` are commands that behave like those of the environment, with their own folder,
+environment, standard streams, signals and exit code. A server that has imported everything forks them. Tests of
+imports, or of a process from its first line on, use ``sys.executable``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ sys.exit(os.WEXITSTATUS(status))
 
 
 def serve(path: Path) -> None:
-    """Start a server, which ends with this process."""
+    """Start a server that ends with this process."""
     command = [sys.executable, str(SERVER), str(path)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT, cwd=path.parent)
     atexit.register(server.kill)
@@ -55,7 +55,7 @@ def serve(path: Path) -> None:
 
 @functools.cache
 def commands() -> Path:
-    """A folder for PATH that holds python and qatkit."""
+    """A folder for PATH with the commands python and qatkit."""
     folder = Path(tempfile.mkdtemp(prefix="warm"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     serve(folder / "socket")
@@ -76,5 +76,8 @@ def qatkit() -> str:
 
 @functools.cache
 def with_peers() -> None:
-    """Fork the second of two processes from a server of its own: two that share the order of sets would prove less."""
+    """Fork the second of two processes from its own server.
+
+    Processes of one server share the iteration order of sets, so that a test of both would prove less.
+    """
     serve(commands() / "socket_of_peers")

@@ -1,9 +1,10 @@
-"""Started by tests/warm.py: imports what every command imports, then forks a process for each that is asked for.
+"""Started by tests/support/warm.py: imports the modules of every command, then forks a process per request.
 
-Usage: warm_server.py SOCKET, with a pipe as standard input that is closed when the server is to end.
+Usage: warm_server.py SOCKET, with a pipe as standard input whose closing ends the server.
 
-A request is a JSON object of arguments, folder and environment behind its length, with the three standard streams; the
-answer is how the process ended. Bytes that follow a request are signals for it; a closed connection kills it.
+A request is a JSON object with arguments, folder and environment, preceded by its length and the three standard
+streams. The answer is the exit status of the process. Bytes after a request are signals for it; closing the
+connection kills it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ STATUS = 0  # of a forked process
 
 @atexit.register  # before any other, so it runs last
 def leave() -> None:
-    """Spare a forked process the seconds that taking apart every imported module costs."""
+    """Exit a forked process at once, without the seconds that unloading every imported module takes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(STATUS)
@@ -60,7 +61,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing on the error stream, also of what holds it already."""
+    """Discard the error stream, also for code that already holds it."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -72,7 +73,7 @@ def silence() -> Iterator[None]:
 
 
 def main(path: str) -> tuple[dict[str, Any], list[int]]:
-    """Serve for ever; what returns is a forked process, with its request and its standard streams."""
+    """Serve forever; the function returns in a forked process, with its request and its standard streams."""
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     for name in LOADED:
         importlib.import_module(name)
@@ -117,7 +118,7 @@ def read(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def keep(pid: int, connection: socket.socket) -> NoReturn:
-    """Stand between a process and who asked for it."""
+    """Connect a process to the client that requested it."""
 
     def obey() -> None:
         with contextlib.suppress(OSError):  # it has ended
@@ -132,7 +133,7 @@ def keep(pid: int, connection: socket.socket) -> NoReturn:
 
 
 def become(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int], python: str) -> None:
-    """Be the process that ``python ARGUMENTS`` would have been in this folder and environment."""
+    """Become the process that ``python ARGUMENTS`` would be in this folder and environment."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
