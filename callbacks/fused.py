@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from qatkit.common.labels import IGNORED
 from qatkit.distillation.cache import CachedTeacher
 from qatkit.distillation.chunked import Head, TopKTargets, linear_kd_terms
+from qatkit.distillation.output_layer import output_layer
 from qatkit.distillation.teacher import Teacher
 from qatkit.distillation.vocabulary import log_trimmed
 from qatkit.errors import QatkitError
@@ -30,16 +31,6 @@ ROWS = 256
 """Rows of logits at a time where only the argmax is needed."""
 UNSUPPORTED = {"num_items_in_batch", "shift_labels", "logits_to_keep"}
 """Call arguments with which transformers models compute another loss, or fewer logits."""
-
-
-def output_layer(model: nn.Module) -> nn.Linear | None:
-    """The output layer of a causal language model, if it is a plain linear layer without hooks."""
-    get = getattr(model, "get_output_embeddings", None)
-    layer = get() if get is not None else None
-    config = getattr(model, "config", None)
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return None
-    return None if getattr(config, "output_router_logits", False) else layer  # experts add their own loss
 
 
 def returns_logits_of(model: nn.Module, layer: nn.Linear) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from qatkit import stages as blocks
 from qatkit.advise.step_memory import Step, StepMemory, state_memory, step_memory
-from qatkit.callbacks.fused import output_layer
 from qatkit.common.device import device_count, device_type
 from qatkit.distillation.chunked import Head, TopKTargets, linear_kd_terms
 from qatkit.distillation.divergences import DIVERGENCES
+from qatkit.distillation.output_layer import output_layer
 from qatkit.lora.attach import base_layers
 from qatkit.lora.heads import classification_heads
 from qatkit.quantization.prepare import prepare_qat

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
@@ -188,4 +187,6 @@ def generated_batch(
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether weights are sharded: each step gathers them, so every process must run the same number of steps."""
+    from torch.distributed.tensor import DTensor  # seconds, which `qatkit validate` does not need
+
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

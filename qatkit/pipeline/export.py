@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from qatkit.errors import QatkitError, QatkitWarning
@@ -16,6 +15,9 @@ from qatkit.quantization.selection import select
 from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.run.folder import Run
 from qatkit.tasks.table import Task
+
+if TYPE_CHECKING:  # `qatkit validate` imports this module
+    from lightning.pytorch import LightningDataModule
 
 
 def exported_stages(recipe: Recipe) -> list[str]:

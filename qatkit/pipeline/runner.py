@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from qatkit.common.device import check_accelerator
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError, did_you_mean
+from qatkit.pipeline.logger_check import check_logger
 from qatkit.pipeline.processes import is_first_process
 from qatkit.pipeline.progress import Style
 from qatkit.pipeline.stage import StagePrint, run_stage
-from qatkit.pipeline.tracking import Tracking, check_logger
+from qatkit.pipeline.tracking import Tracking
 from qatkit.recipe.loading import recipe_to_yaml
 from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.run.folder import Run

@@ -6,30 +6,16 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.errors import QatkitWarning
+from qatkit.pipeline.logger_check import check_logger
 from qatkit.pipeline.wandb_run import STEP, StageLogger, model_artifact, numbers_of, open_run, wandb_mode
-from qatkit.recipe import Recipe, TrainerConfig
-
-
-def check_logger(trainer: TrainerConfig) -> None:
-    """Refuse a logger whose package is not installed.
-
-    Raises:
-        QatkitError: it names the package and the command that installs it.
-    """
-    if trainer.logger != "csv" and find_spec(trainer.logger) is None:
-        raise QatkitError(
-            f"'{trainer.logger}' needs a package that is not installed",
-            key="trainer.logger",
-            advice=f"run `pip install {trainer.logger}`, or use csv",
-        )
+from qatkit.recipe import Recipe
 
 
 class Tracking:

@@ -14,7 +14,7 @@ from qatkit import stages as blocks
 from qatkit.common.device import device_type
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.pipeline.export import check_export, exported_stages
-from qatkit.pipeline.tracking import check_logger
+from qatkit.pipeline.logger_check import check_logger
 from qatkit.recipe import DistillConfig, Recipe
 from qatkit.recipe.factories import check_arguments, resolve
 from qatkit.report.language import check_harness, next_token_only
