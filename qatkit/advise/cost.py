@@ -1,4 +1,4 @@
-"""What a model costs before any file is written: parameters, and multiplications for one input."""
+"""The cost of a model: parameters, and multiply-accumulate operations (MACs) for one input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatkit.quantization.state import quantizer_prefixes
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers that training fits, tied ones once, without those of fake quantizers.
+    """The number of parameters; tied ones count once, those of fake quantizers do not count.
 
     Example:
         >>> parameters(nn.Linear(4, 2))
@@ -24,7 +24,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs(call: Callable[[], object]) -> int:
-    """Multiply-adds of the matrix products, convolutions and attention in one call, as torch's flop counter counts.
+    """MACs of the matrix products, convolutions and attention in one call, from torch's FLOP counter.
 
     Args:
         call: Runs a model once.
@@ -34,7 +34,7 @@ def macs(call: Callable[[], object]) -> int:
         >>> macs(lambda: layer(torch.zeros(3, 4)))
         24
     """
-    # the counter does not know attention's fused kernel on the CPU; its products it does
+    # the counter does not know the fused attention kernel on the CPU, but it knows the products of the math kernel
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return int(counter.get_total_flops()) // 2

@@ -1,4 +1,4 @@
-"""Whether the stages of a recipe fit their device, and what would where they do not."""
+"""Check that the stages of a recipe fit into device memory, and suggest changes that make them fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qatkit.advise.plan import Device, Setting, StagePlan, device_of, gigabytes, settings
+from qatkit.advise.plan import Device, Setting, StagePlan, device_of, settings
+from qatkit.common.units import format_bytes
 from qatkit.distillation.divergences import DIVERGENCES
 from qatkit.errors import QatkitError
 from qatkit.recipe import CacheConfig, LoraConfig, Recipe, StageConfig
@@ -19,10 +20,10 @@ from qatkit.run.architecture import meta_model
 
 
 def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] = ()) -> None:
-    """Refuse a stage that needs more than its device has, and name what would fit.
+    """Refuse a stage that needs more memory than its device has.
 
     Raises:
-        QatkitError: with the number, and the changes with theirs.
+        QatkitError: with the predicted memory, and the changes that fit with theirs.
     """
     device = device_of(recipe.trainer)
     for plan in plans:
@@ -30,21 +31,23 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
             continue
         setting = dict(settings(recipe, allow))[plan.stage]
         fitting = [
-            f"{words} ({gigabytes(size)})"
+            f"{words} ({format_bytes(size)})"
             for words, size in _options(recipe, plan.stage, setting, device, allow)
             if size <= device.memory
         ]
-        advice = f"write {'; or '.join(fitting)}" if fitting else "nothing that is known makes it fit: a smaller model"
+        advice = f"set {'; or '.join(fitting)}" if fitting else "use a smaller model: no known change makes it fit"
         raise QatkitError(
-            f"stages.{plan.stage}: training needs {gigabytes(plan.on_each)} on each device, and {device.name} has "
-            f"{gigabytes(device.memory)}; {advice}; or --force"
+            f"training needs {format_bytes(plan.on_each)} per device, and {device.name} has "
+            f"{format_bytes(device.memory)}",
+            key=f"stages.{plan.stage}",
+            advice=f"{advice}; or use --force",
         )
 
 
 def _options(
     recipe: Recipe, stage: str, setting: Setting, device: Device, allow: Sequence[str]
 ) -> Iterator[tuple[str, int]]:
-    """Changes of a recipe that need less, one by one and then those of them together that change no result much."""
+    """Changes of a recipe that need less memory: one by one, then all that hardly change the result together."""
 
     def size(changed: Setting) -> int:
         return changed.memory()[0].on_each(device.count, recipe.trainer.strategy, changed.fused)
@@ -60,7 +63,7 @@ def _options(
     if len(words) > 1:
         yield " with ".join(words), size(together)
     for word, lora in _adapters(recipe, setting.stage):
-        with contextlib.suppress(QatkitError):  # a model without linear layers that adapters fit
+        with contextlib.suppress(QatkitError):  # the model has no linear layers for adapters
             alone, all_of_it = (replace(part, stage=replace(part.stage, lora=lora)) for part in (setting, together))
             word = f"stages.{stage}.{word}"
             yield word, size(alone)
@@ -69,12 +72,12 @@ def _options(
 
 
 def _adapters(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, LoraConfig]]:
-    """Fewer trained numbers, or a base of fewer bits, where the stage can have them."""
+    """LoRA with fewer trained parameters, or a quantized base model, where the stage allows it."""
     if stage.prune is not None:
         return
     if stage.lora is None:
         yield "lora='{rank: 16}'", LoraConfig()
-    if stage.quantize is not None or recipe.trainer.strategy == "fsdp2":  # neither goes with a base of 4 bits
+    if stage.quantize is not None or recipe.trainer.strategy == "fsdp2":  # neither works with a 4-bit base model
         return
     if stage.lora is None:
         yield "lora='{rank: 16, bits: 4}'", LoraConfig(bits=4)

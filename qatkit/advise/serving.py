@@ -1,4 +1,4 @@
-"""What a language model takes in memory while it answers: weights in a scheme, their scales, and keys and values."""
+"""Predict the memory of serving a language model: quantized weights, scales, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from qatkit.schemes import scheme
 from qatkit.spec import QuantSpec
 
 SCHEMES = ("BF16", "W8A8", "FP8_DYNAMIC", "W4A16", "W2A16")
-"""What is compared: 16 bits, and schemes that compressed-tensors holds."""
+"""The compared schemes: 16 bits, and schemes of compressed-tensors."""
 HALF = 2
-"""Bytes of a number in 16 bits: what is not quantized, and keys and values."""
+"""Bytes of a 16-bit number: unquantized weights, scales, keys and values."""
 
 
 @dataclass(frozen=True)
 class ServingMemory:
-    """Bytes on one device while a model answers."""
+    """Bytes on one device while a model is served."""
 
     scheme: str
     weights: int
-    """Codes, scales and what stays in 16 bits."""
+    """Codes, scales and 16-bit weights."""
     cache: int
     """Keys and values of every token of every sequence."""
 
@@ -35,19 +35,19 @@ class ServingMemory:
 
 
 def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16) -> list[ServingMemory]:
-    """Predict what serving takes under each of the `SCHEMES`: linear layers and experts quantized, no output layer.
+    """Predict the memory of serving under each of the `SCHEMES`.
 
-    Weights that are not quantized and scales are in 16 bits. What comes and goes within a layer is left out: it is
-    small beside these, and the runtime decides it.
+    Linear layers and experts are quantized, the output layer is not. Scales and unquantized weights have 16 bits.
+    Temporary activations are not included: they are small in comparison and depend on the runtime.
 
     Args:
-        model: A causal language model of transformers; the meta device will do.
-        context: Tokens of a sequence, prompt and answer.
-        batch: Sequences at once.
-        kv_bits: Bits of a key's or value's number.
+        model: A causal language model of transformers; it may be on the meta device.
+        context: Tokens per sequence, prompt and answer.
+        batch: Concurrent sequences.
+        kv_bits: Bits per element of keys and values.
 
     Raises:
-        QatkitError: the model's config does not say what attention keeps.
+        QatkitError: the model's config lacks the number of layers or heads.
 
     Example:
         >>> import torch
@@ -63,7 +63,7 @@ def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16
 
 
 def weight_bytes(model: nn.Module, name: str) -> int:
-    """Bytes of a model's weights and scales in a scheme, as a compressed-tensors folder holds them in 16 bits."""
+    """Bytes of a model's weights and scales in a scheme, as in a 16-bit compressed-tensors folder."""
     total = {id(parameter): parameter.numel() * HALF for parameter in model.parameters()}
     spec = scheme(name).weight if name != "BF16" else None
     if spec is not None:
@@ -74,7 +74,7 @@ def weight_bytes(model: nn.Module, name: str) -> int:
 
 
 def _quantizable(model: nn.Module) -> Iterable[tuple[Any, int]]:
-    """Weights of linear layers and experts, and the inputs of each output."""
+    """Weights of linear layers and experts, each with its number of inputs per output."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if type(module) is nn.Linear and module is not head:
@@ -92,14 +92,16 @@ def _scales(numbers: int, inputs: int, spec: QuantSpec) -> int:
 
 
 def _cached_numbers(model: nn.Module) -> int:
-    """Keys and values of one token, in all layers."""
+    """Elements of keys and values per token, over all layers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if layers is None or heads is None:
         raise QatkitError(
-            f"model: {type(model).__name__} has no config that says how many layers and heads it has, so the memory of "
-            "its keys and values is not known; give a language model of transformers"
+            f"{type(model).__name__} has no config with the number of layers and heads, so the size of its key-value "
+            "cache is not known",
+            key="model",
+            advice="use a language model of transformers",
         )
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width)

@@ -1,7 +1,7 @@
-"""What a training step takes in memory, told by running it on tensors that have shapes and no values.
+"""Predict the memory of a training step by running it on fake tensors, which have shapes but no values.
 
-The step is the real one: the model's own code, the fake quantizers, the loss and the teacher. torch's fake tensors take
-no memory, and everything that the step allocates is counted when it comes and when it goes.
+The step is the real one: the model's own code, the fake quantizers, the loss and the teacher. torch's fake tensors need
+no memory; every allocation and every release of the step is counted.
 """
 
 from __future__ import annotations
@@ -29,40 +29,39 @@ class StepMemory:
     """Bytes on one device while a model trains there alone."""
 
     parameters: int
-    """Numbers in the model, not bytes."""
+    """Parameters of the model, as a count, not bytes."""
     trained: int
-    """Those of them that are trained."""
+    """Trained parameters, as a count."""
     weights: int
-    """Parameters and buffers."""
+    """Parameters and buffers of the model."""
     teacher: int
-    """Those of the teacher."""
+    """Parameters and buffers of the teacher."""
     gradients: int
     optimizer: int
-    """Two moments for every trained number, paged ones among them, which `total` is without."""
+    """Optimizer state; `total` excludes paged state, which this includes."""
     activations: int | None
-    """The most that a step holds besides: what the backward pass needs, and what comes and goes. None: not known."""
+    """Peak of everything else in a step: saved activations and temporary tensors. None: not known."""
     total: int
-    """The most that is held at one time; less than the sum, where the parts are not held together."""
+    """Peak of all parts together; below their sum where the parts do not peak at the same time."""
 
     def on_each(self, devices: int, strategy: str, fused: bool = False) -> int:
-        """The most that one of several devices holds, bytes.
+        """Peak bytes per device when several devices train.
 
-        ddp keeps a copy of the gradients in its buckets. fsdp2 shares weights, gradients and moments out and gathers
-        the weights for a step, and their gradients, whole: the model is one group. Weights are copied out of the buffer
-        that they are gathered in, which stays until the model's call ends, and gradients into one that they are reduced
-        in.
+        ddp keeps a copy of the gradients in its buckets. fsdp2 shards weights, gradients and optimizer state, and
+        gathers all weights and their gradients in a step, because the model is one group. Weights are copied out of
+        the all-gather buffer, which lives until the forward pass ends, and gradients into a reduce-scatter buffer.
 
         Args:
-            devices: How many.
+            devices: The number of devices.
             strategy: ddp or fsdp2.
-            fused: The loss is computed before the model's call ends, as with a teacher.
+            fused: Whether the loss is computed inside the model's forward pass, as with a fused distillation loss.
         """
         if devices == 1:
             return self.total
         if strategy == "fsdp2":
-            shares = (self.weights + self.gradients + self.optimizer) // devices
+            sharded = (self.weights + self.gradients + self.optimizer) // devices
             during = self.total - self.optimizer + (self.weights if fused else 0)
-            return shares + max(during, self.teacher + self.weights + max(self.weights, 2 * self.gradients))
+            return sharded + max(during, self.teacher + self.weights + max(self.weights, 2 * self.gradients))
         return self.total + self.gradients
 
 
@@ -76,24 +75,24 @@ def step_memory(
     teacher_bits: Mapping[str, float] | None = None,
     moments: MomentMemory | None = None,
 ) -> StepMemory:
-    """Predict what one training step holds.
+    """Predict the peak memory of one training step.
 
-    Gradients of the step before are held until the backward pass begins, as in Lightning.
+    Gradients of the previous step are held until the backward pass begins, as in Lightning.
 
     Args:
-        model: As it is trained, on the meta device: prepared, frozen, adapted. Left as it is.
-        step: Gives the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it makes
-            are fake as well.
-        teacher: On the meta device; None where there is none, or where its answers are read from a cache.
-        autocast: The dtype that products are computed in, where it is not that of the weights.
-        accumulates: Gradients of several batches are added up.
-        bits: Bits per number of the frozen parameters that are held in fewer than their dtype has, by name; one of them
-            at a time is whole while it is multiplied.
-        teacher_bits: The same of the teacher.
-        moments: What the optimizer takes; by default torch's AdamW.
+        model: The model as it is trained (prepared, frozen, with adapters), on the meta device. Left unchanged.
+        step: Returns the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it
+            creates are fake as well.
+        teacher: On the meta device; None without a teacher, or with cached teacher outputs.
+        autocast: The dtype of matrix products, where it differs from that of the weights.
+        accumulates: Whether gradients of several batches are accumulated.
+        bits: Bits per element, by name, of frozen parameters that are stored in fewer bits than their dtype has; one
+            at a time is dequantized for its product.
+        teacher_bits: The same for the teacher.
+        moments: Memory of the optimizer; by default of torch's AdamW.
 
     Raises:
-        Exception: whatever the model raises where its shapes depend on values.
+        Exception: any exception of the model, where its shapes depend on values.
 
     Example:
         >>> with torch.device("meta"):
@@ -147,7 +146,7 @@ def state_memory(
     teacher_bits: Mapping[str, float] | None = None,
     moments: MomentMemory | None = None,
 ) -> StepMemory:
-    """The part of `step_memory` that the batches have nothing to do with; activations are None."""
+    """The part of `step_memory` that does not depend on the batch; activations are None."""
     sizes = {id(p): (p.numel(), _bytes(p)) for p in model.parameters() if p.requires_grad}
     gradients = sum(size for _, size in sizes.values())
     weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
@@ -168,20 +167,20 @@ GROUPED = getattr(torch.ops.aten, "_grouped_mm", None) and torch.ops.aten._group
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """Counts the bytes of storages that operators make, until the last tensor on them goes."""
+    """Count the bytes of storages that operators allocate, until the last tensor on them is released."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.gradients = 0
         self.other_peak = 0
-        """The most without gradients that are finished."""
+        """Peak without finished gradients."""
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._known.add(tensor.untyped_storage()._cdata)  # what was there before the step is not the step's
-        # torch knows the shapes of fused experts' products in bfloat16 alone, and computes them in others too
+            self._known.add(tensor.untyped_storage()._cdata)  # storages that existed before the step do not count
+        # torch infers shapes of grouped products only in bfloat16, but computes them in other dtypes too
         made = _grouped_product(*args, **(kwargs or {})) if func is GROUPED else None
         result = made if made is not None else func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
@@ -189,7 +188,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its _
         return result
 
     def keep_gradient(self, parameter: Tensor) -> None:
-        """A gradient is finished, and is no longer what comes and goes."""
+        """Count a finished gradient, which is not temporary any more."""
         self.gradients += _bytes(parameter)
 
     def _count(self, tensor: Tensor) -> None:
@@ -209,7 +208,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its _
 
 
 def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:
-    """What ``a @ b`` by groups of rows, or of columns, takes; None where torch knows."""
+    """The result of ``a @ b`` by groups of rows or columns; None where torch infers it."""
     if offsets is None or a.dtype is torch.bfloat16:
         return None
     if a.dim() == 2 and b.dim() == 2:
@@ -224,7 +223,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _make_fake(module: nn.Module | None) -> None:
-    """Give a module on the meta device tensors of the fake mode that is on, shared ones once."""
+    """Replace the meta tensors of a module with fake tensors of the active mode; shared ones stay shared."""
     made: dict[int, Any] = {}
     for part in module.modules() if module is not None else ():
         for name, parameter in part._parameters.items():
@@ -235,7 +234,7 @@ def _make_fake(module: nn.Module | None) -> None:
             if buffer is not None:
                 part._buffers[name] = made.setdefault(id(buffer), _fake(buffer))
         if isinstance(part, FakeQuantize):
-            part.ready = True  # its scale has a shape, and no more is needed
+            part.ready = True  # the shape of its scale suffices
 
 
 def _fake(tensor: Tensor) -> Tensor:

@@ -24,13 +24,14 @@ def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: boo
         QatkitError: a stage does not fit, unless `force`.
     """
     from qatkit.advise.fit import check_fit
-    from qatkit.advise.plan import device_of, gigabytes, plan_recipe
+    from qatkit.advise.plan import device_of, plan_recipe
+    from qatkit.common.units import format_bytes
 
     plans = plan_recipe(recipe, allow)
     device = device_of(recipe.trainer)
     if plans and not quiet:
         processes = "1 process" if device.count == 1 else f"{device.count} processes"
-        available = f", {gigabytes(device.memory)} available" if device.memory is not None else ""
+        available = f", {format_bytes(device.memory)} available" if device.memory is not None else ""
         echo(f"Predicted peak memory per process ({processes} on {device.name}{available}):")
     for plan in plans if not quiet else ():
         memory = plan.memory
@@ -41,9 +42,9 @@ def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: boo
             "optimizer": memory.optimizer,
             "activations": memory.activations,
         }
-        listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         unknown = f", activations not predicted: {plan.unknown}" if plan.unknown else ""
         trained = f"{memory.trained:,} of {memory.parameters:,} parameters trained"
-        echo(f"  {plan.stage}: {gigabytes(plan.on_each)} ({trained}; {listed}{unknown})")
+        echo(f"  {plan.stage}: {format_bytes(plan.on_each)} ({trained}; {listed}{unknown})")
     if not force:
         check_fit(recipe, plans, allow)

@@ -52,8 +52,8 @@ def _print_serving(
 ) -> None:
     from rich.table import Table
 
-    from qatkit.advise.plan import gigabytes
     from qatkit.advise.serving import serving_memory
+    from qatkit.common.units import format_bytes
     from qatkit.run.architecture import meta_model
 
     schemes = serving_memory(meta_model(recipe.model, allow), context, batch, kv_bits)
@@ -63,7 +63,7 @@ def _print_serving(
         table.add_column(header)
     for row in schemes:
         fits = ["fits" if row.total <= size * 1e9 else "no" for size in devices]
-        table.add_row(row.scheme, *map(gigabytes, (row.weights, row.cache, row.total)), *fits)
+        table.add_row(row.scheme, *map(format_bytes, (row.weights, row.cache, row.total)), *fits)
     print_table(table)
     for size in devices:
         fitting = [row.scheme for row in schemes if row.total <= size * 1e9]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from qatkit.common.units import format_bytes
 from qatkit.export.formats import FORMATS
 from qatkit.report.metrics import Metric, metric_of
 from qatkit.tasks.table import TASKS
@@ -92,21 +93,16 @@ def headline(report: dict[str, Any]) -> str:
     first, last, metric = report["rows"][0], report["rows"][-1], metric_of(report)
     was, now = metric.show(metric.of(first)), metric.show(metric.of(last))
     if last is first:
-        return f"{now} test {metric.name} in {kilobytes(last['bytes'])}; nothing was compressed."
+        return f"{now} test {metric.name} in {format_bytes(last['bytes'])}; nothing was compressed."
     smaller = first["bytes"] / last["bytes"]
     size = f"{smaller:.1f} times smaller than" if smaller >= 1 else f"{1 / smaller:.1f} times larger than"
     if max(smaller, 1 / smaller) < 1.05:
         size = "about as large as"
     judged = f"the same test {metric.name} ({now})" if now == was else f"{now} test {metric.name} instead of {was}"
     return (
-        f"{size} the {first['kind']} model ({kilobytes(last['bytes'])} instead of {kilobytes(first['bytes'])}), "
+        f"{size} the {first['kind']} model ({format_bytes(last['bytes'])} instead of {format_bytes(first['bytes'])}), "
         f"at {judged}."
     )
-
-
-def kilobytes(size: int) -> str:
-    """A file size in kB or MB (decimal)."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def tiles(report: dict[str, Any]) -> list[Tile]:
@@ -123,8 +119,8 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
         Tile(label=f"{metric.name} of {last['stage']}", value=metric.show(metric.of(last)), note=note, state=""),
         Tile(
             label="size on disk" if alone else "smaller on disk",
-            value=kilobytes(last["bytes"]) if alone else f"{first['bytes'] / last['bytes']:.2f}x",
-            note="" if alone else f"{kilobytes(first['bytes'])} → {kilobytes(last['bytes'])}",
+            value=format_bytes(last["bytes"]) if alone else f"{first['bytes'] / last['bytes']:.2f}x",
+            note="" if alone else f"{format_bytes(first['bytes'])} → {format_bytes(last['bytes'])}",
             state="",
         ),
     ]

@@ -43,5 +43,5 @@ def test_keys_and_values_take_what_transformers_caches() -> None:
 
 
 def test_a_model_that_does_not_say_what_it_caches_is_refused() -> None:
-    with pytest.raises(QatkitError, match="no config that says how many layers and heads"):
+    with pytest.raises(QatkitError, match="no config with the number of layers and heads"):
         serving_memory(nn.Linear(4, 4), 16, 1)

@@ -1,0 +1,94 @@
+"""The loss of one training step on texts, run to predict its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.advise.step_memory import Step
+from qatkit.distillation.chunked import Head, TopKTargets, linear_kd_terms
+from qatkit.distillation.divergences import DIVERGENCES
+from qatkit.distillation.output_layer import output_layer
+from qatkit.lora.heads import classification_heads
+from qatkit.recipe import DistillConfig
+from qatkit.tasks import call, mean_loss
+
+
+def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> Step:
+    """The loss of one batch of texts, as `CompressionModule` and `KnowledgeDistillation` compute it.
+
+    Args:
+        context: Tokens per text.
+        batch_size: Texts per batch.
+        distill: Distillation; a step without a teacher model reads cached teacher outputs. None trains on labels alone.
+    """
+
+    def step(model: nn.Module, teacher: nn.Module | None) -> Tensor:
+        batch = batch_for(model, batch_size, context)
+        tokens, labels = batch["input_ids"], batch["labels"]
+        if distill is None:
+            return mean_loss(model, batch)
+        layer = output_layer(model)
+        theirs = output_layer(teacher) if teacher is not None else layer
+        if layer is not None and theirs is not None and has_fused_loss(distill):
+            return _fused(model, layer, teacher, theirs, tokens, distill)
+        logits = call(model, batch)
+        with torch.no_grad():
+            teacher_logits = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
+        divergence: Tensor = DIVERGENCES[distill.loss].loss(
+            logits, teacher_logits, temperature=distill.temperature, beta=distill.beta
+        )
+        loss = distill.alpha * divergence
+        hard = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        return loss + (1 - distill.alpha) * hard
+
+    return step
+
+
+def batch_for(model: nn.Module, batch_size: int, context: int) -> dict[str, Any]:
+    """A batch of full-length texts for a model: pairs if it has no output head, else texts with labels."""
+    tokens = torch.zeros(batch_size, context, dtype=torch.long)
+    one = torch.zeros(batch_size, dtype=torch.long)
+    if classification_heads(model):
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": one}
+    head: Any = getattr(model, "get_output_embeddings", None)
+    if head is not None and head() is None:
+        both = torch.cat([tokens, tokens])
+        mask = torch.ones_like(both)
+        return {"input_ids": both, "attention_mask": mask, "labels": one, "task": "pairs", "pooling": "mean"}
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _fused(
+    model: nn.Module,
+    layer: nn.Linear,
+    teacher: nn.Module | None,
+    theirs: nn.Linear,
+    tokens: Tensor,
+    distill: DistillConfig,
+) -> Tensor:
+    """Both losses from the inputs of the output layers, as in `qatkit.callbacks.fused`."""
+    batch = {"input_ids": tokens}
+    layer.forward = theirs.forward = lambda input: input  # type: ignore[method-assign]  # on copies
+    hidden = call(model, batch)
+    rows = tokens.numel()
+    if teacher is None:
+        best = distill.cache.top_k if distill.cache is not None else 1
+        answer: Head | TopKTargets = TopKTargets(
+            torch.zeros(rows, best, dtype=torch.int32), torch.zeros(rows, best), torch.zeros(rows)
+        )
+    else:
+        with torch.no_grad():
+            answer = Head(call(teacher.eval(), batch).flatten(0, 1), theirs.weight.detach(), theirs.bias)
+    student = Head(hidden.flatten(0, 1), layer.weight, layer.bias)
+    counted = torch.ones(rows, dtype=torch.bool)
+    how = (distill.temperature, distill.alpha, distill.loss, distill.beta)
+    return linear_kd_terms(student, answer, tokens.flatten(), counted, *how).loss
+
+
+def has_fused_loss(distill: DistillConfig) -> bool:
+    """Whether the fused loss, which never materializes full logits, computes this divergence."""
+    divergence = DIVERGENCES[distill.loss]
+    return bool(divergence.rows if distill.cache is None else divergence.top_k_rows)
