@@ -54,8 +54,8 @@ def kill_when_saved(folder: Path, prune: str, checkpoint: Path) -> int:
     "prune",
     [
         pytest.param("{ramp: {final: 0.9}, scope: model}", id="magnitude along a ramp"),
-        pytest.param("{method: movement, ramp: {final: 0.8, start: 0.1}}", id="movement"),
-        pytest.param("{method: srste, nm: [2, 4]}", id="SR-STE"),
+        pytest.param("{method: movement, ramp: {final: 0.8, start: 0.1}}", id="movement", marks=pytest.mark.slow),
+        pytest.param("{method: srste, nm: [2, 4]}", id="SR-STE", marks=pytest.mark.slow),
     ],
 )
 def test_a_stage_that_is_killed_ends_with_the_same_weights_and_masks(tmp_path: Path, prune: str) -> None:

@@ -120,6 +120,7 @@ run_stages(run_of(Path(sys.argv[1]), *sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_lottery_killed_in_the_middle_of_a_round_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = run_of(tmp_path / "whole", *KILLED)
     run_stages(whole)
