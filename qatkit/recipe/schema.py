@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from qatkit.errors import QatkitError, did_you_mean, join_key, under
 from qatkit.recipe.common import MISSING
 
-OLD_KEYS: dict[str, dict[str, str]] = {}
+OLD_KEYS = {"LotteryConfig": {"share": "fraction"}}
 """Renamed keys by the class that held them: the old key, and the key to use instead."""
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}

@@ -52,3 +52,18 @@ def test_a_folder_that_is_no_run_is_reported_before_anything_heavy_is_imported(
     code, loaded, errors = loaded_by(*arguments, cwd=tmp_path)
     assert (code, loaded) == (2, set())
     assert errors.startswith("error: x")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "allowed"),
+    [
+        ("vision/digits_int4", {"torch"}),
+        ("llm/int4_qat", {"torch", "transformers", "torchao"}),  # transformers imports torchao if it is installed
+    ],
+)
+def test_validation_imports_what_the_model_needs_and_prints_no_import_noise(
+    recipe: str, allowed: set[str], tmp_path: Path
+) -> None:
+    code, loaded, errors = loaded_by("validate", recipe, cwd=tmp_path)
+    assert (code, errors) == (0, "")
+    assert loaded <= allowed

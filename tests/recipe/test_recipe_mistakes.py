@@ -86,6 +86,7 @@ def recipe_file(tmp_path: Path) -> Path:
         ("model.args.hidden.0=3", "model.args.hidden", ["[8, 8] has no keys", "model.args.hidden=..."]),
         ("seed={a: 1, a: 2}", "seed.a", ["duplicate of the key in line 1"]),
         # renamed, or of another version
+        ("stages.dense.lottery={rounds: 1, share: 0.2}", "stages.dense.lottery.share", ["renamed; use 'fraction'"]),
         ("schema_version=2", "schema_version", ["written for schema 2, and this qatkit reads 1", "port the recipe"]),
         ("schema_version=true", "schema_version", ["written for schema True"]),
         ("export={format: }", "export.format", ["has no value", "null for none"]),
