@@ -118,7 +118,12 @@ class QuantSpec:
                 )  # fmt: skip
 
     def _check_observer(self) -> None:
-        fitting, row = self.element.observers, OBSERVERS[self.observer]
+        row = OBSERVERS[self.observer]
+        fitting = self.element.observers or tuple(
+            name
+            for name, known in OBSERVERS.items()
+            if known.general and (self.element.asymmetric or not known.learned_offset)
+        )
         if self.strategy == "token" and not row.dynamic:
             raise QatkitError(
                 f"'{self.observer}' is not supported with strategy 'token', whose scales are computed per token",

@@ -50,8 +50,8 @@ class Element:
     """``module:function`` that takes a `QuantSpec` and returns the `Grid` of its codes."""
     code_range: Callable[[int, bool], Bounds]
     """The smallest and largest value of a code before it is scaled, by number of bits and symmetry."""
-    observers: tuple[str, ...] = ("minmax", "mse", "moving_average", "percentile", "kl", "lsq")
-    """Names of the observers that fit."""
+    observers: tuple[str, ...] = ()
+    """Names of the only observers that fit; empty where every general observer does."""
     computed_by: str = "minmax"
     """The observer that computes a scale from a tensor alone, where a scale is needed without a search."""
     narrowest: float = 0.1
@@ -89,7 +89,6 @@ ELEMENTS = Table(
             bits=tuple(range(2, 9)),
             grid="qatkit.quantization.grids:integer_grid",
             code_range=_integer_range,
-            observers=("minmax", "mse", "moving_average", "percentile", "kl", "lsq", "lsq_plus"),
             integer=True,
             asymmetric=True,
         ),

@@ -22,6 +22,8 @@ class Observer:
     from_statistics: str = ""
     """``module:function`` that chooses the range of a static activation from what calibration recorded; empty where the
     observer is for weights only."""
+    general: bool = True
+    """Every element type can have it, unless the type lists its observers; otherwise only types that list it."""
     weights: bool = True
     """Weights can have it."""
     dynamic: bool = False
@@ -57,6 +59,7 @@ OBSERVERS = Table(
             "absmean",
             "the mean magnitude, for ternary weights",
             from_tensor="qatkit.quantization.estimators:absmean_qparams",
+            general=False,
         ),
         Observer(
             "mse",
