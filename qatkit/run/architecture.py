@@ -1,7 +1,7 @@
-"""What a stage's model is built from where it is no longer the recipe's: written in the stage's record, built again.
+"""The architecture of a model that differs from the recipe's: recorded with its stage, and built from the record.
 
-A model of transformers is told by its config, any other by the arguments of its factory: a model says with a method
-``arguments()`` which of them it would be built with, as those of `qatkit.models.vision` do.
+A transformers model is described by its config, any other model by the arguments of its factory: its method
+``arguments()`` returns those that build a model of its size, as in `qatkit.models.vision`.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from qatkit.recipe.factories import build
 
 @dataclass(frozen=True)
 class Architecture:
-    """A factory with its arguments, and what differs from the config of the model that it makes."""
+    """A factory with its arguments, and the changes to the config of the model that it makes."""
 
     model: FactoryConfig
     config: dict[str, Any] = field(default_factory=dict)
-    """Attributes of a config of transformers and their values, as JSON holds them."""
+    """Changed attributes of a transformers config, with JSON values."""
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Architecture:
-        """Out of what `dataclasses.asdict` made of one."""
+        """Build one from the dictionary that `dataclasses.asdict` made of it."""
         return cls(FactoryConfig(**plain["model"]), dict(plain["config"]))
 
 
 def build_architecture(architecture: Architecture, allow: Sequence[str] = (), key: str = "model") -> nn.Module:
-    """The model, with the values that its factory gives it; random ones where its config differs from the factory's.
+    """Build a model with its factory's weights; with random weights if its config differs from the factory's.
 
     Args:
-        architecture: From `architecture_of`, or just a factory.
+        architecture: From `architecture_of`, or only a factory.
         allow: Packages besides qatkit's factories that may be named.
-        key: Dotted key of the factory in the recipe, for errors.
+        key: The dotted key of the factory in the recipe, for errors.
     """
     if not architecture.config:
         return _module(build(architecture.model, key, allow), architecture.model, key)
-    like: Any = meta_model(architecture.model, allow, key)  # no weight is read only to be thrown away
+    like: Any = meta_model(architecture.model, allow, key)  # reads no weight only to discard it
     config = copy.deepcopy(like.config)
     for name, value in architecture.config.items():
         setattr(config, name, value)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(like.dtype)  # a cast of the whole model would round the rotary frequencies too
+    torch.set_default_dtype(like.dtype)  # casting the model would also round its rotary frequencies
     try:
         model: Any = type(like)(config)
     finally:
@@ -60,49 +60,52 @@ def build_architecture(architecture: Architecture, allow: Sequence[str] = (), ke
 
 
 def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] = ()) -> Architecture:
-    """What a changed model is built from.
+    """The architecture of a model whose sizes have changed.
 
     Args:
         model: The model, with plain layers.
-        start: What it was built from before it was changed.
+        start: Its architecture before the change.
         allow: Packages besides qatkit's factories that may be named.
 
     Raises:
-        QatkitError: the model does not say it, or what is built would have other weights.
+        QatkitError: the model does not describe its sizes, or a model built from the description has other weights.
     """
     config, arguments = getattr(model, "config", None), getattr(model, "arguments", None)
     if hasattr(config, "to_dict"):
         assert config is not None
-        before, after = meta_model(start.model, allow).config.to_dict(), config.to_dict()  # type: ignore[operator, union-attr]  # models of transformers have one
-        found = Architecture(
+        before, after = meta_model(start.model, allow).config.to_dict(), config.to_dict()  # type: ignore[operator, union-attr]  # transformers models have one
+        architecture = Architecture(
             start.model,
             json.loads(json.dumps({key: value for key, value in after.items() if before.get(key) != value})),
         )
     elif callable(arguments):
-        found = Architecture(FactoryConfig(start.model.factory, start.model.args | arguments()))
+        architecture = Architecture(FactoryConfig(start.model.factory, start.model.args | arguments()))
     else:
         raise QatkitError(
-            f"model: {type(model).__name__} has neither a config of transformers nor a method arguments(), so its "
-            "changed sizes cannot be written down; add def arguments(self) -> dict: the arguments that "
-            f"{start.model.factory} makes its like from"
+            f"{type(model).__name__} has neither a transformers config nor a method arguments(), so its changed sizes "
+            "cannot be recorded",
+            key="model",
+            advice=f"add def arguments(self) -> dict that returns arguments of {start.model.factory} for a model of "
+            "its size",
         )
     with torch.device("meta"):
-        again = build_architecture(found, allow)
+        again = build_architecture(architecture, allow)
     shapes, built = ({key: list(value.shape) for key, value in part.state_dict().items()} for part in (model, again))
     for key in shapes | built:
         if shapes.get(key) != built.get(key):
             raise QatkitError(
-                f"model: {type(model).__name__}, built again from {found.config or found.model.args}, has '{key}' of "
-                f"shape {built.get(key)} instead of {shapes.get(key)}; it cannot be written down"
+                f"{type(model).__name__}, built again from {architecture.config or architecture.model.args}, has "
+                f"'{key}' of shape {built.get(key)} instead of {shapes.get(key)}, so it cannot be recorded",
+                key="model",
             )
-    return found
+    return architecture
 
 
 def meta_model(config: FactoryConfig, allow: Sequence[str] = (), key: str = "model") -> nn.Module:
-    """A factory's model with shapes and names but without values.
+    """A factory's model on torch's meta device: shapes and names, no values.
 
     Raises:
-        QatkitError: the factory fails, or what it returns is no module.
+        QatkitError: the factory fails, or does not return a module.
     """
     try:
         with torch.device("meta"):
@@ -110,16 +113,18 @@ def meta_model(config: FactoryConfig, allow: Sequence[str] = (), key: str = "mod
     except QatkitError:
         raise
     except Exception as error:  # a factory may raise anything
-        said = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         raise QatkitError(
-            f"{key}.factory: '{config.factory}' fails on torch's meta device ({said[:300]}); "
-            "it must build a model without reading the values of its weights"
+            f"'{config.factory}' fails on torch's meta device ({reason[:300]})",
+            key=f"{key}.factory",
+            advice="build the model without reading the values of its weights",
         ) from error
     return _module(model, config, key)
 
 
 def _module(model: object, config: FactoryConfig, key: str) -> nn.Module:
     if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise QatkitError(f"{key}.factory: '{config.factory}' returned {kind}; it must return an nn.Module")
+        raise QatkitError(
+            f"'{config.factory}' returned {type(model).__name__}", key=f"{key}.factory", advice="return an nn.Module"
+        )
     return model

@@ -1,4 +1,4 @@
-"""What a stage's result depends on, and a clear word when it has changed."""
+"""The inputs of a stage, their fingerprint, and the error that names the inputs that changed."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from qatkit.recipe import FactoryConfig, Recipe
 from qatkit.recipe.loading import flatten
 
 _SAMPLE = 2**20
-"""Bytes read at each of 65 places of a large file."""
+"""Bytes read at each of 65 positions of a large file."""
 _MARKERS = ("config.json", "tokenizer_config.json", "tokenizer.json")
-"""A folder that holds one of them is of a model or a tokenizer."""
+"""A folder with one of these files belongs to a model or a tokenizer."""
 _LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""What is read out of such a folder: config and weights, the tokenizer and its template."""
+"""The files read from such a folder: config and weights, the tokenizer and its template."""
 _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
 
-    A model or data argument that is the path of an existing file counts with the file's content, not only its name, and
-    so does the folder of a model or a tokenizer; see `_folder_digest`.
+    If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, then its content
+    counts, not only its name; see `_folder_digest`.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
     for key, config in factories.items():
         inputs |= flatten(config, f"{key}.")
     inputs |= {f"trainer.{key}": getattr(recipe.trainer, key) for key in _TRAINER_KEYS}
-    # samples are to be read, and change nothing
+    # samples are for reading and change nothing
     inputs |= flatten(dataclasses.replace(recipe.stages[stage], samples=None), f"stages.{stage}.")
     if (own := recipe.stages[stage].model) is not None:
         factories[f"stages.{stage}.model"] = own
@@ -46,12 +46,12 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
-    """A hash of a stage's inputs, chained to those of the stage before it and of the one that teaches it."""
+    """A hash of a stage's inputs, chained to those of its parent and its teacher."""
     return hashlib.sha256(json.dumps([inputs, parent, teacher], sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The keys that differ, each with what it was and what it is.
+    """The keys whose values differ, each with the old and the new value.
 
     Example:
         >>> changed_keys({"seed": 1}, {"seed": 2})
@@ -61,7 +61,7 @@ def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]
     return [
         f"{key}: was {recorded.get(key, absent)}, is now {current.get(key, absent)}"
         for key in dict.fromkeys([*recorded, *current])
-        # as JSON: 1 and 1.0 and true are equal in Python, and different in a recipe
+        # as JSON: 1, 1.0 and true are equal in Python but not in a recipe
         if json.dumps(recorded.get(key, absent)) != json.dumps(current.get(key, absent))
     ]
 
@@ -70,20 +70,20 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
     """Raise unless the inputs are those that the stage was started with.
 
     Raises:
-        QatkitError: names each changed key, what it was and what it is now.
+        QatkitError: it names each changed key with its old and its new value.
     """
-    # through JSON, as the record went: tuples are lists there
+    # through JSON, as in the record: tuples become lists
     changes = changed_keys(recorded, json.loads(json.dumps(current)))
     if changes:
         listed = "\n  ".join(changes[:10])
         raise QatkitError(
-            f"stage '{stage}' in {out} was {state} with other values:\n  {listed}\n"
-            f"write --force to run it and the stages after it again, or another --out"
+            f"stage '{stage}' in {out} was {state} with other values:\n  {listed}",
+            advice="use --force to run it and the stages after it again, or use another --out",
         )
 
 
 def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
-    """Paths of existing files, and folders of models, anywhere in the arguments; a bare word is no path of a file."""
+    """Existing files and model folders named anywhere in the arguments; a bare word is not taken for a path."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _files(part, f"{name}.{key}")
@@ -91,29 +91,29 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
         for index, part in enumerate(value):
             yield from _files(part, f"{name}[{index}]")
     elif isinstance(value, str) and any(sign in value for sign in "*?["):
-        for found in sorted(glob.glob(value, recursive=True)):
-            if Path(found).is_file():
-                yield f"{name} {found}", Path(found)
+        for match in sorted(glob.glob(value, recursive=True)):
+            if Path(match).is_file():
+                yield f"{name} {match}", Path(match)
     elif isinstance(value, str) and value and _is_model_folder(value):
         yield name, Path(value).expanduser()
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
-        with suppress(OSError):  # too long for a name, or not ours to look at
+        with suppress(OSError):  # too long for a name, or not readable
             if Path(value).is_file():
                 yield name, Path(value)
 
 
 def _is_model_folder(value: str) -> bool:
-    with suppress(OSError, RuntimeError):  # too long for a name, or of a user that is not known
+    with suppress(OSError, RuntimeError):  # too long for a name, or of an unknown user
         return any((Path(value).expanduser() / marker).is_file() for marker in _MARKERS)
     return False
 
 
 def _folder_digest(folder: Path) -> str:
-    """A hash of a folder's files that a model is loaded from, of which at most 65 MiB each are read.
+    """A hash of the files of a folder that a model is loaded from; at most 65 MiB of each are read.
 
-    Of a larger file of weights count its length, the first and the last MiB and a MiB at every 64th part in between;
-    names, dtypes and shapes of safetensors stand at the beginning. Training moves every weight, so it shows there, but
-    an edit of single numbers may not. Times and places of files count for nothing: a copy is the same model.
+    For a larger file the hash covers its length, the first and the last MiB, and a MiB at every 64th part in between.
+    The header of safetensors with names, dtypes and shapes stands at the beginning. Training changes every weight, so
+    it changes the hash; an edit of single numbers may not. Times and locations do not count: a copy is the same model.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

@@ -1,8 +1,8 @@
-"""What a finished stage leaves on disk, written so that a killed process leaves either all of it or none.
+"""The files of a finished stage, written so that a killed process leaves all of them or none.
 
 stage/model/model.safetensors   plain weights under plain names
-stage/quantizers.safetensors    scales, zero points and specs, where layers are quantized
-stage/stage.json                written last: a stage is finished when it is there
+stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
+stage/stage.json                written last: a stage with this file is finished
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qatkit.run.record import StageRecord, read_record, write_record
 
 
 def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
-    """Write a finished stage: weights, quantizers, then the record that makes it valid."""
+    """Write a finished stage: weights, quantizers, then the record that makes it finished."""
     shutil.rmtree(folder / "model", ignore_errors=True)
     (folder / "quantizers.safetensors").unlink(missing_ok=True)
     (folder / "model").mkdir(parents=True)
@@ -44,23 +44,23 @@ def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors refuses tensors that share memory: a tied weight is written once per name."""
+    """Copy tied weights: safetensors refuses tensors that share memory."""
     seen: set[int] = set()
-    apart = {}
+    copies = {}
     for key, value in tensors.items():
-        apart[key] = value.clone() if value.data_ptr() in seen else value
+        copies[key] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
-    return apart
+    return copies
 
 
 def count_zeros(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Weights that are exactly zero, for each of the named layers."""
+    """The number of weights that are exactly zero in each of the named layers."""
     layers = {name: model.get_submodule(name) for name in names}
     return {name: int((cast(torch.Tensor, layer.weight) == 0).sum()) for name, layer in layers.items()}
 
 
 def measured_zeros(folder: Path) -> dict[str, list[int]]:
-    """Of every layer whose zeros a finished stage holds: how many its saved weight has, and of how many."""
+    """The number of zeros and of weights in the saved weight of each layer whose zeros are held."""
     record = read_record(folder)
     names = record.zeros if record is not None else {}
     with safe_open(folder / "model" / "model.safetensors", framework="pt") as file:
@@ -73,25 +73,31 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
 
     Args:
         folder: The stage's folder.
-        model: What the stage's record says it is built from: by default the recipe's model, as its factory makes it.
-        quantizers: Whether the model is to be fake-quantized again where the stage was.
+        model: Built from the architecture in the stage's record, by default the recipe's model.
+        quantizers: Whether to fake-quantize the model again if the stage did.
 
     Raises:
         QatkitError: the stage is not finished, its weights do not fit the model, or their zeros are not those recorded.
     """
     record = read_record(folder)
     if record is None:
-        raise QatkitError(f"stage '{folder.name}' is not finished: {folder / 'stage.json'} does not exist")
+        raise QatkitError(
+            f"stage '{folder.name}' is not finished: {folder / 'stage.json'} does not exist",
+            advice="use `qatkit run` to finish it",
+        )
     replay_folds(model, record.folds)
     try:
         model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=True)
     except RuntimeError as error:
-        raise QatkitError(f"{folder / 'model'}: the weights do not fit the recipe's model: {error}") from error
+        raise QatkitError(
+            f"the weights in {folder / 'model'} do not fit the recipe's model: {error}",
+            advice="use --force to run the stage again",
+        ) from error
     if (zeros := count_zeros(model, record.zeros)) != record.zeros:
         name = next(name for name in zeros if zeros[name] != record.zeros[name])
         raise QatkitError(
-            f"{folder / 'model'}: layer '{name}' has {zeros[name]} zeros, and {record.zeros[name]} are recorded; the "
-            "file was changed: delete the folder to run the stage again"
+            f"layer '{name}' in {folder / 'model'} has {zeros[name]} zeros, but {record.zeros[name]} are recorded",
+            advice="restore the file, or use --force to run the stage again",
         )
     if quantizers and (folder / "quantizers.safetensors").exists():
         load_quantizers(model, folder / "quantizers.safetensors")

@@ -1,8 +1,8 @@
-"""What each block of a stage means: its checks on a model without values, and the callback that carries it out.
+"""The blocks of a stage: checks on a model without values, and the callbacks that carry them out.
 
-A block has a dataclass in `qatkit.recipe` and a file here. `check` raises a `QatkitError` that starts with the key
-inside the block; `callback` is called for the stage that trains. Layer names in a recipe are those of the model; inside
-the LightningModule that trains it, the model is called ``model``.
+A block has a dataclass in `qatkit.recipe` and a file here. `check` raises a `QatkitError` whose key is relative to the
+block; `callback` builds the callback for training. Layer names in a recipe are those of the model, which is the
+attribute ``model`` of the LightningModule that trains it.
 """
 
 from qatkit.stages import distill, lora, prune, quantize, rewind, samples, shrink

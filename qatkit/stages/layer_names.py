@@ -1,4 +1,4 @@
-"""Layer names as a recipe writes them, and as they are inside the LightningModule that the pipeline trains."""
+"""Layer names in a recipe, and in the LightningModule that the pipeline trains."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ STUDENT = "model"
 
 
 def inside(patterns: Sequence[str]) -> list[str]:
-    """Globs over the model's layers as globs over the module's."""
+    """Turn globs over the model's layers into globs over the LightningModule's."""
     return [f"{STUDENT}.{pattern}" for pattern in patterns]
 
 
 def inside_keys(by_pattern: Mapping[str, T]) -> dict[str, T]:
-    """The same for the keys of a mapping."""
+    """Turn the keys of a mapping into globs over the LightningModule's layers."""
     return {f"{STUDENT}.{pattern}": value for pattern, value in by_pattern.items()}
 
 
 def outside(name: str) -> str:
-    """The name of a layer of the module as the model calls it."""
+    """Turn the name of a layer in the LightningModule into its name in the model."""
     return name.removeprefix(f"{STUDENT}.")

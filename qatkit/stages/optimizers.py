@@ -1,8 +1,8 @@
-"""The optimizers of a stage, torch's AdamW and those of bitsandbytes, and what each holds for a weight.
+"""The optimizers of a stage, torch's AdamW and those of bitsandbytes, and the memory that each takes.
 
-8 bits are for the moments of large weights. Learned scales and offsets stay in 32 bits whatever their number: an error
-of their step moves every weight of their group. So do embeddings, most of whose rows have no gradient in a step, as in
-transformers; and tensors of fewer than 4096 numbers, which bitsandbytes leaves in 32 bits itself.
+Only the moments of large weights have 8 bits. The moments of learned scales and offsets keep 32 bits whatever their
+size, as an error in their step moves every weight of their group. So do those of embeddings, where most rows have no
+gradient in a step, as in transformers, and of tensors with fewer than 4096 elements, by bitsandbytes' own rule.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from qatkit.quantization.modules import FakeQuantize
 
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 CLASSES = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
-"""Names in `bitsandbytes.optim`."""
+"""Class names in `bitsandbytes.optim`."""
 SMALL, PAGED_FROM, BLOCK = 4096, 100_000, 256
-"""Numbers of a tensor from which bitsandbytes takes 8 bits and pages, and those that have one scale."""
+"""Elements of a tensor from which bitsandbytes uses 8 bits, from which it uses pages, and per scale."""
 
 
 def learned_scales(model: nn.Module) -> set[int]:
-    """The ids of the scales that fake quantizers learn, and of offsets with LSQ+."""
+    """The ids of the scales that fake quantizers learn, and with LSQ+ of the offsets."""
     quantizers = (module for module in model.modules() if isinstance(module, FakeQuantize))
     return {id(learned) for module in quantizers for learned in module.parameters(recurse=False)}
 
 
 def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    """An optimizer over parameter groups.
+    """Build an optimizer over parameter groups.
 
     Args:
-        name: "adamw" is torch's; the others are those of bitsandbytes.
-        model: Whose parameters they are; tells which of them stay in 32 bits.
-        groups: With "lr" and "weight_decay".
+        name: "adamw" is torch's; the others are bitsandbytes'.
+        model: The model with the parameters; it decides which moments keep 32 bits.
+        groups: Parameter groups with "lr" and "weight_decay".
 
     Raises:
-        QatkitError: the device of the parameters cannot run it.
+        QatkitError: the optimizer does not run on the parameters' device.
     """
     if name == "adamw":
         return torch.optim.AdamW(groups)
@@ -49,35 +49,36 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
     from bitsandbytes import optim
 
     manager: Any = optim.GlobalOptimManager.get_instance()
-    whole = whole_moments(model)
+    full = full_moments(model)
     for parameter in parameters:
-        if id(parameter) in whole:
+        if id(parameter) in full:
             manager.override_config(parameter, "optim_bits", 32)
-            # it knows parameters by their id, which a later one may have
+            # it knows parameters by id, and a later one may have the same
             weakref.finalize(parameter, manager.pid2config.pop, id(parameter), None)
-    found: torch.optim.Optimizer = getattr(optim, CLASSES[name])(groups)
-    return found
+    optimizer: torch.optim.Optimizer = getattr(optim, CLASSES[name])(groups)
+    return optimizer
 
 
-def whole_moments(model: nn.Module) -> set[int]:
-    """The ids of the parameters whose moments stay in 32 bits whatever their size."""
+def full_moments(model: nn.Module) -> set[int]:
+    """The ids of the parameters whose moments keep 32 bits whatever their size."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return learned_scales(model) | {id(module.weight) for module in embeddings}
 
 
 def check_optimizer(name: OptimizerName, device: torch.device) -> None:
-    """Raise unless an optimizer runs on a device, by a step of it.
+    """Raise unless an optimizer runs on a device; tried with one step.
 
     Raises:
-        QatkitError: bitsandbytes lacks what the device needs, or the device has no pages.
+        QatkitError: bitsandbytes does not support the device, or the device has no paged memory.
     """
     if name == "adamw":
         return
     if name.startswith("paged") and device.type not in ("cuda", "xpu"):
         unpaged = name.removeprefix("paged_")
         raise QatkitError(
-            f"optimizer: '{name}' moves moments between a GPU and the machine's memory, and this stage trains on "
-            f"{device.type}; write {unpaged}, or train on a CUDA device"
+            f"'{name}' moves moments between GPU and CPU memory, but this stage trains on {device.type}",
+            key="optimizer",
+            advice=f"use {unpaged}, or train on a CUDA device",
         )
     try:
         from bitsandbytes import optim
@@ -87,32 +88,33 @@ def check_optimizer(name: OptimizerName, device: torch.device) -> None:
         getattr(optim, CLASSES[name])([parameter]).step()
         parameter.sum().item()  # waits for the device
     except Exception as error:  # a missing library, kernel or device each raise something else
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise QatkitError(
-            f"optimizer: bitsandbytes cannot run '{name}' on {device.type} ({type(error).__name__}: {said}); write "
-            "adamw, or train on a CUDA device"
+            f"bitsandbytes cannot run '{name}' on {device.type} ({type(error).__name__}: {reason})",
+            key="optimizer",
+            advice="use adamw, or train on a CUDA device",
         ) from error
 
 
 @dataclass(frozen=True)
 class MomentMemory:
-    """Bytes that an optimizer takes."""
+    """Bytes that an optimizer needs."""
 
     held: int
-    """Two moments for every trained number, on the device for as long as it trains."""
+    """Two moments per trained weight, on the device throughout training."""
     paged: int
-    """Those of them that may be in the machine's memory instead."""
+    """The part of `held` that may be in CPU memory instead."""
     update: int
-    """What one step of it makes besides, and lets go."""
+    """Temporary memory of one step."""
 
 
 def moment_memory(name: OptimizerName, model: nn.Module, device: str = "cpu") -> MomentMemory:
-    """What an optimizer takes for the trained parameters of a model.
+    """Predict the memory of an optimizer for the trained parameters of a model.
 
     Args:
-        name: Which.
-        model: As it is trained; may be on the meta device.
-        device: The type of the device that it trains on: bitsandbytes' own kernels make no copies.
+        name: The optimizer.
+        model: The model as it is trained; may be on the meta device.
+        device: The type of the training device; on GPUs bitsandbytes' kernels make no copies.
 
     Example:
         >>> with torch.device("meta"):
@@ -120,7 +122,7 @@ def moment_memory(name: OptimizerName, model: nn.Module, device: str = "cpu") ->
         >>> moment_memory("adamw", model).held, moment_memory("adamw8bit", model).held
         (8388608, 2129920)
     """
-    whole = whole_moments(model)
+    full = full_moments(model)
     held = paged = update = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -129,14 +131,14 @@ def moment_memory(name: OptimizerName, model: nn.Module, device: str = "cpu") ->
             size = 2 * parameter.numel() * parameter.element_size()
             made = size  # Adam's denominator, one weight at a time
         else:
-            few = name.endswith("8bit") and id(parameter) not in whole and parameter.numel() >= SMALL
+            few = name.endswith("8bit") and id(parameter) not in full and parameter.numel() >= SMALL
             size = _moments_8bit(parameter) if few else 8 * parameter.numel()
-            # on the CPU it is torch that adds and divides, with moments of 8 bits made floats first
+            # on the CPU torch does the arithmetic, on 8-bit moments converted to float first
             made = (20 if few else 12) * parameter.numel() if device == "cpu" else 0
         held += size
         if name.startswith("paged") and parameter.numel() >= PAGED_FROM:
             paged += size
-            made = size  # on the device while its weight is updated
+            made = size  # on the device during the update
         update = max(update, made)
     return MomentMemory(held, paged, update)
 

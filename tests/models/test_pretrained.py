@@ -72,7 +72,7 @@ def test_a_decoder_reads_the_class_off_the_end_of_a_text_however_a_batch_is_fill
     torch.testing.assert_close(logits, alone)
     check_data(model, texts)
     model.config.pad_token_id = 2  # type: ignore[union-attr]
-    with pytest.raises(QatkitError, match=r"fills rows up with token 300, and the model, .* takes 2 for it"):
+    with pytest.raises(QatkitError, match=r"pads with token 300, but the model, .* expects token 2"):
         check_data(model, texts)
 
 
@@ -83,12 +83,12 @@ def data(**values: Any) -> Any:
 def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> None:
     model = tiny("gpt2")
     check_data(model, data(tokenizer=range(300), context=64))
-    with pytest.raises(QatkitError, match=r"its tokenizer has 301 tokens, and the model's vocabulary 300"):
+    with pytest.raises(QatkitError, match=r"the tokenizer has 301 tokens, and the model's vocabulary 300"):
         check_data(model, data(tokenizer=range(301)))
     with pytest.raises(QatkitError, match=r"data\.args\.context: 65 is longer than the 64 positions of the model"):
         check_data(model, data(context=65))
     classifier = tiny("bert", "SequenceClassification", num_labels=3)
-    with pytest.raises(QatkitError, match=r"data\.args\.classes: they are 2, and the model has 3 outputs"):
+    with pytest.raises(QatkitError, match=r"data\.args\.classes: 2 classes do not fit the 3 outputs"):
         check_data(classifier, data(classes=["a", "b"]))
     model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
     with pytest.raises(QatkitError, match=r"kept apart in batches of 1; write batch_size: 1"):

@@ -84,9 +84,9 @@ def test_running_again_trains_nothing_and_touches_nothing(finished: Run) -> None
 
 
 def test_a_changed_value_is_refused_by_its_name_and_the_stages_stay(finished: Run) -> None:
-    with pytest.raises(QatkitError, match=r"stage 'qat'.*\n  stages\.qat\.distill\.alpha: was 0\.7, is now 0\.2\n"):
+    with pytest.raises(QatkitError, match=r"stage 'qat'.*\n  stages\.qat\.distill\.alpha: was 0\.7, is now 0\.2;"):
         run_stages(start(finished.out, "stages.qat.distill.alpha=0.2"))
-    with pytest.raises(QatkitError, match=r"stage 'dense'.*\n  seed: was 7, is now 8\n"):
+    with pytest.raises(QatkitError, match=r"stage 'dense'.*\n  seed: was 7, is now 8;"):
         run_stages(start(finished.out, "seed=8"))
     assert finished.record("qat")
 

@@ -158,7 +158,7 @@ def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
         "name: x\nmodel: {factory: 'qatkit.models:mlp'}\ndata: {factory: 'qatkit.data:digits'}\n"
         "stages: {qat: {max_steps: 1, distill: {}, quantize: {weight: {num_bits: 4}}}}\n"
     )
-    with pytest.warns(QatkitWarning, match=r"stages\.qat\.distill: no stage comes before it to teach"):
+    with pytest.warns(QatkitWarning, match=r"stages\.qat\.distill: no earlier stage can teach"):
         validate_recipe(load_recipe(text))
 
 

@@ -144,7 +144,7 @@ def test_a_file_with_other_zeros_than_recorded_is_refused(done: Run) -> None:
     weights[f"{name}.weight"][before == 0] = 0.1
     save_file(weights, path)
     try:
-        with pytest.raises(QatkitError, match=f"layer '{name}' has 0 zeros, and {before.numel() // 2} are recorded"):
+        with pytest.raises(QatkitError, match=f"layer '{name}' .* has 0 zeros, but {before.numel() // 2} are recorded"):
             done.load_model("prune")
     finally:
         weights[f"{name}.weight"] = before

@@ -156,7 +156,7 @@ def test_pages_are_refused_on_a_cpu_before_anything_runs(name: str, instead: str
 
 
 def test_a_device_without_kernels_is_refused_with_what_it_said() -> None:
-    with pytest.raises(QatkitError, match=r"optimizer: bitsandbytes cannot run 'adamw8bit' on meta \(.*; write adamw"):
+    with pytest.raises(QatkitError, match=r"optimizer: bitsandbytes cannot run 'adamw8bit' on meta \(.*; use adamw"):
         check_optimizer("adamw8bit", torch.device("meta"))
 
 
