@@ -1,0 +1,61 @@
+"""Files are replaced as a whole: a process that dies in between leaves the old content."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qatkit.common.files import atomic_path, write_atomically
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_content_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    write_atomically(path, "old")
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, "né\nw")
+    assert path.read_bytes() == "né\nw".encode()
+
+
+def test_the_content_is_on_the_disk_before_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append("fsync")
+        fsync(descriptor)
+
+    def replaced(*paths: Any) -> None:
+        calls.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomically(tmp_path / "file", "content")
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no more"), atomic_path(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise ValueError("no more")
+    assert not list(tmp_path.iterdir())
