@@ -55,7 +55,11 @@ def test_the_content_is_on_the_disk_before_the_file_has_its_name(
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no more"), atomic_path(tmp_path / "file") as temporary:
-        temporary.write_text("half")
-        raise ValueError("no more")
+    def half() -> None:
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("half")
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        half()
     assert not list(tmp_path.iterdir())

@@ -91,7 +91,7 @@ def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> No
     with pytest.raises(QatkitError, match=r"data\.args\.classes: 2 classes do not fit the 3 outputs"):
         check_data(classifier, data(classes=["a", "b"]))
     model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
-    with pytest.raises(QatkitError, match=r"kept apart in batches of 1; write batch_size: 1"):
+    with pytest.raises(QatkitError, match=r"apart only in batches of 1; use batch_size: 1"):
         check_data(model, data(packed=True))
     check_data(model, data(packed=True, batch_size=1))
     check_data(torch.nn.Linear(2, 2), data(tokenizer=range(301)))

@@ -106,22 +106,22 @@ def test_foreign_code_needs_permission_to_be_validated_too(recipe_file: Path) ->
         (["stages.qat.quantize.include=[haed]"], "stages.qat.quantize.include[0]", ["'haed'", "no layer", "head"]),
         (["stages.qat.quantize.include=['*', 'x.*']"], "stages.qat.quantize.include[1]", ["'x.*'", "no layer"]),
         (["stages.first.quantize.exclude=[hed]"], "stages.first.quantize.exclude[0]", ["'hed'", "head"]),
-        (["stages.qat.quantize.include=[norm]"], "stages.qat.quantize.include[0]", ["LayerNorm", "leave it out"]),
-        (["stages.qat.quantize.exclude=['*']"], "stages.qat.quantize", ["leaves no layer to quantize"]),
+        (["stages.qat.quantize.include=[norm]"], "stages.qat.quantize.include[0]", ["LayerNorm"]),
+        (["stages.qat.quantize.exclude=['*']"], "stages.qat.quantize.exclude", ["selects no layer"]),
         (
             ["stages.qat.quantize.weight={strategy: group, group_size: 3}"],
-            "stages.qat.quantize",
-            ["layer 'enter'", "group_size 3 does not divide its 8 inputs", "4, 8"],
+            "stages.qat.quantize.weight.group_size",
+            ["layer 'enter'", "3 does not divide in_features=8", "4, 8"],
         ),
         (
             ["stages.qat.quantize.weight={num_bits: 4, observer: mse}", "stages.qat.quantize.init=awq"],
             "stages.qat.quantize.init",
-            ["awq: nothing is known about what comes before the layers of a ModuleDict", "use gptq"],
+            ["awq does not know the layer order of ModuleDict", "use gptq"],
         ),
         (
             ["stages.qat.quantize={activation: {num_bits: 8, strategy: token}, init: gptq}"],
             "stages.qat.quantize.init",
-            ["gptq: it sets weights and their scales, and no weight is quantized"],
+            ["gptq sets weights and their scales, and no weight is quantized"],
         ),
         (["model.factory=validation_code:nett"], "model.factory", ["no 'nett'", "did you mean 'net'?"]),
         (["model.args.widht=8"], "model.args.widht", ["no such argument", "'width'?"]),
@@ -233,13 +233,13 @@ def test_rows_of_several_documents_are_not_continued(recipe_file: Path, key: str
     stages = f"stages={{dense: {{max_steps: 1}}, taught: {{max_steps: 1, distill: {plan}}}}}"
     data = "data={factory: qatkit.data:%s, args: {source: {path: x.jsonl}, tokenizer: x}}"
     assert validate(recipe_file, LLAMA, stages, data % "chat") == {}
-    with pytest.raises(QatkitError, match=rf"^stages\.taught\.distill\.{key}: .*write data\.factory: .*chat"):
+    with pytest.raises(QatkitError, match=rf"^stages\.taught\.distill\.{key}: .*set data\.factory: .*chat"):
         validate(recipe_file, LLAMA, stages, data % "causal_text")
 
 
 def test_samples_of_a_model_that_cannot_write_are_refused_by_the_block_to_leave_out(recipe_file: Path) -> None:
     stages = "stages={dense: {max_steps: 1, samples: {every: 1, prompts: [a], max_new_tokens: %d}}}"
-    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples: \w+ cannot write texts;.*: leave samples out$"):
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples: \w+ cannot generate text;.*; remove samples$"):
         validate(recipe_file, stages % 4)
-    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples\.max_new_tokens: .*texts of 100000 tokens"):
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.samples\.max_new_tokens: .*add up to 100000 tokens"):
         validate(recipe_file, LLAMA, stages % 99999)

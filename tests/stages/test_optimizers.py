@@ -152,7 +152,7 @@ def test_pages_are_refused_on_a_cpu_before_anything_runs(name: str, instead: str
     loaded = load_recipe(recipe_in(tmp_path), [f"stages.dense.optimizer={name}"])
     with pytest.raises(QatkitError) as caught:
         validate_recipe(loaded)
-    assert_says(str(caught.value), "stages.dense.optimizer", f"'{name}'", "on cpu", f"write {instead}, or")
+    assert_says(str(caught.value), "stages.dense.optimizer", f"'{name}'", "on cpu", f"use {instead}, or")
 
 
 def test_a_device_without_kernels_is_refused_with_what_it_said() -> None:
@@ -163,6 +163,6 @@ def test_a_device_without_kernels_is_refused_with_what_it_said() -> None:
 def test_an_unknown_name_and_sharded_weights_are_refused_by_their_keys(tmp_path: Path) -> None:
     path = recipe_in(tmp_path)
     said = refusal(path, "stages.dense.optimizer=adamw_8bit")
-    assert_says(said, "stages.dense.optimizer", "'adamw_8bit' is not one of adamw, adamw8bit", "did you mean")
+    assert_says(said, "stages.dense.optimizer", "'adamw_8bit'", "did you mean")
     said = refusal(path, "trainer.strategy=fsdp2")
-    assert_says(said, "stages.dense.optimizer", "'adamw8bit'", "fsdp2 shards them; write adamw")
+    assert_says(said, "stages.dense.optimizer", "'adamw8bit'", "fsdp2 shards them; use adamw")
