@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.companions import export_config
 from qatkit.export.compressed_limits import INSTEAD, check_layers
 from qatkit.export.compressed_weights import compare_and_load, quietly
 from qatkit.export.formats import FORMATS
@@ -123,6 +124,7 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
         biases = {name: layer.shipped().get("bias") for name, layer in layers.items()}
     plain = copy.deepcopy(model).cpu()
     strip_qat(plain)
+    plain.config = export_config(plain)
     with _replacing(Path(folder)) as temporary, quietly():
         compressor = _compress(plain, schemes, scales, biases) if schemes else None
         cast(Any, plain).save_pretrained(temporary)

@@ -60,6 +60,13 @@ class Verification:
     text: str
     """The result in one line, in words."""
 
+    def with_failures(self, failures: list[str]) -> Verification:
+        """The same comparison with more failures; it fails if there are any."""
+        if not failures:
+            return self
+        found = [*self.failures, *failures]
+        return replace(self, passed=False, failures=found, text=_failed(found))
+
     def summary(self) -> str:
         """The result in one line, in words."""
         return self.text
@@ -154,7 +161,7 @@ def verify(
 
 def _summary(failures: list[str], weights: int, layers: int, bound: Bound, outputs: _Outputs) -> str:
     if failures:
-        return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
+        return _failed(failures)
     codes = f"all {weights} weights of {layers} quantized layers are the trained ones; " if layers else ""
     limit = bound.text if bound.limit is None else f"{bound.text}, {bound.limit:.2g}"
     over = f"{outputs.samples} {outputs.task.counted}"
@@ -162,6 +169,10 @@ def _summary(failures: list[str], weights: int, layers: int, bound: Bound, outpu
         f"passed: {codes}over {over} outputs differ by {outputs.mean_error:.2g} on average (bound: "
         f"{limit}), the {outputs.task.metric} is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
     )
+
+
+def _failed(failures: list[str]) -> str:
+    return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
 
 
 @dataclass(frozen=True)

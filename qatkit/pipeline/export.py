@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.companions import save_companions
 from qatkit.export.formats import FORMATS, ExportFormat
 from qatkit.export.interface import PlannedExport
 from qatkit.quantization.selection import select
@@ -75,7 +76,7 @@ def export_run(run: Run) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         model = run.load_model(stage).eval()
         row.call("write", model, path, batch)
-        _save_companions(row, model, data, path if row.is_folder else path.parent)
+        save_companions(row.companions, model, getattr(data, "tokenizer", None), run.out / "export" / stage)
         paths.append(path)
     return paths
 
@@ -108,12 +109,3 @@ def held_out_data(run: Run) -> LightningDataModule:
 def first_batch(data: LightningDataModule) -> Any:
     """The first batch of the test split."""
     return next(iter(data.test_dataloader()))
-
-
-def _save_companions(row: ExportFormat, model: nn.Module, data: LightningDataModule, folder: Path) -> None:
-    """Save config and tokenizer of a transformers model beside its weights, so that `from_pretrained` loads all."""
-    for name in row.companions:
-        for owner in (model, data):
-            companion = getattr(owner, name, None)
-            if hasattr(companion, "save_pretrained"):
-                companion.save_pretrained(folder)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any
 
 import torch
 
 from qatkit.common.files import write_atomically
-from qatkit.errors import QatkitError
 from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.pipeline.export import exported_path, first_batch, format_of, held_out_data
 from qatkit.pipeline.tracking import Tracking
-from qatkit.pipeline.verify import verification_path
+from qatkit.pipeline.verify import read_verification
 from qatkit.report.bench import compare, side_by_side
 from qatkit.report.content import Measurements, report_content, write_report
 from qatkit.report.tables import markdown
@@ -28,11 +26,11 @@ def report_run(run: Run) -> dict[str, Any]:
         The content of ``report.json``.
 
     Raises:
-        QatkitError: a stage was not exported or not verified.
+        QatkitError: a stage was not verified, or its export or its weights have changed since.
     """
     row, data = format_of(run), held_out_data(run)
     paths = {stage: exported_path(run, stage) for stage in run.rows}
-    verifications = {stage: _verification(run, stage) for stage in run.rows}
+    verifications = {stage: read_verification(run, stage) for stage in run.rows}
     measured = Measurements(
         verification=verifications,
         latency=compare(paths, first_batch(data)[0], format=row.name) if row.benchmark else {},
@@ -50,14 +48,6 @@ def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:
     pages = [run.out / name for name in ("report.html", "report.md", "report.json")]
     models = {row["stage"]: exported_path(run, row["stage"]) for row in content["rows"]}
     tracking.log_report(content, [page for page in pages if page.exists()], models)
-
-
-def _verification(run: Run, stage: str) -> dict[str, Any]:
-    path = verification_path(run, stage)
-    if not path.exists():
-        raise QatkitError(f"stage '{stage}' was not verified", advice=f"run `qatkit verify {run.out}`")
-    verification: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return verification
 
 
 def _torch_latencies(run: Run) -> dict[str, dict[str, float]]:

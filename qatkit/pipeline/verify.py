@@ -4,37 +4,76 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
+from qatkit.common.digests import changed_file, file_digests
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
+from qatkit.export.companions import compare_companions
 from qatkit.export.verification import Verification, verify
 from qatkit.pipeline.export import exported_path, format_of, held_out_data
 from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
+
+_RECORDS = ("verification.json", "evaluation.json")
+"""Files in a stage's export folder that are not part of the export."""
 
 
 def verify_run(run: Run) -> dict[str, Verification]:
     """Reload every exported file from disk and compare it with the trained model, on the test split.
 
     Returns:
-        One verification per stage, also written to ``export/STAGE/verification.json``.
+        One verification per stage, also written to ``export/STAGE/verification.json`` with the digests of the compared
+        files.
 
     Raises:
         QatkitError: a stage was not exported.
     """
     row, data = format_of(run), held_out_data(run)
+    tokenizer = getattr(data, "tokenizer", None)
     verifications = {}
     for stage in run.rows:
-        path = exported_path(run, stage)
+        path, folder = exported_path(run, stage), run.out / "export" / stage
         if not path.exists():
             raise QatkitError("there is no such file or folder", key=str(path), advice=f"run `qatkit export {run.out}`")
+        digests = _digests(run, stage)
         model = run.load_model(stage).eval()
-        verifications[stage] = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
-        write_atomically(verification_path(run, stage), json.dumps(asdict(verifications[stage]), indent=1))
+        verification = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
+        verification = verification.with_failures(compare_companions(row.companions, model, tokenizer, folder))
+        content = asdict(verification) | {"digests": digests}
+        write_atomically(folder / "verification.json", json.dumps(content, indent=1))
+        verifications[stage] = verification
     return verifications
 
 
-def verification_path(run: Run, stage: str) -> Path:
-    """The file with the verification of a stage's export."""
-    return run.out / "export" / stage / "verification.json"
+def read_verification(run: Run, stage: str) -> dict[str, Any]:
+    """Read the verification of a stage's export.
+
+    Raises:
+        QatkitError: the stage was not verified, or one of the compared files has changed since.
+    """
+    path = run.out / "export" / stage / "verification.json"
+    verify_again = f"`qatkit verify {run.out}`"
+    advice = f"run {verify_again}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QatkitError(f"stage '{stage}' was not verified", advice=advice) from None
+    except ValueError as error:
+        raise QatkitError(f"it is not JSON ({error})", key=str(path), advice=advice) from error
+    if not isinstance(content, dict) or not isinstance(digests := content.pop("digests", None), dict):
+        raise QatkitError("it holds no digests of the verified files", key=str(path), advice=advice)
+    if (changed := changed_file(digests, run.out)) is not None:
+        raise QatkitError(
+            "it changed after it was verified",
+            key=str(changed),
+            advice=f"run `qatkit export {run.out}`, then {verify_again}",
+        )
+    return content
+
+
+def _digests(run: Run, stage: str) -> dict[str, str]:
+    """Digests of a stage's exported files and of its weights, by path in the run folder."""
+    exported = [path for path in (run.out / "export" / stage).rglob("*") if path.is_file()]
+    weights = [*run.folder(stage).glob("*.safetensors"), *run.folder(stage).glob("model/*.safetensors")]
+    return file_digests([*(path for path in exported if path.name not in _RECORDS), *weights], run.out)

@@ -1,0 +1,32 @@
+"""SHA-256 digests of files, by which a record is bound to the files that it describes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(paths: Iterable[Path], base: Path) -> dict[str, str]:
+    """The SHA-256 of files, by their path relative to `base`."""
+    return {path.relative_to(base).as_posix(): file_digest(path) for path in sorted(paths)}
+
+
+def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
+    """The first recorded file that is missing or has another digest; None where all are as recorded.
+
+    Args:
+        digests: From `file_digests`.
+        base: The folder that the paths are relative to.
+    """
+    for name, digest in digests.items():
+        path = base / name
+        if not path.is_file() or file_digest(path) != digest:
+            return path
+    return None

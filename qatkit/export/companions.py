@@ -1,0 +1,102 @@
+"""Config, generation config and tokenizer: the files beside a transformers model's weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_IGNORED = {"quantization_config", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Keys of JSON files that an export adds or that name the writer's version."""
+
+
+def export_config(model: nn.Module) -> Any:
+    """The config that describes a model's weights; None where it has no config of transformers.
+
+    A config that says ``tie_word_embeddings`` would make `from_pretrained` overwrite separate output weights, so the
+    exported config says false where the weights are not tied.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        return None
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return config
+    outputs, inputs = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]  # transformers
+    if outputs is None or inputs is None or outputs.weight is inputs.weight:
+        return config
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config
+
+
+def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save what exists of the named companions.
+
+    Args:
+        names: Of "config", "generation_config" and "tokenizer".
+        model: The exported model.
+        tokenizer: The tokenizer of its data, or None.
+        folder: Where they are saved.
+    """
+    companions = {
+        "config": export_config(model),
+        "generation_config": getattr(model, "generation_config", None),
+        "tokenizer": tokenizer,
+    }
+    for name in names:
+        if hasattr(companion := companions[name], "save_pretrained"):
+            companion.save_pretrained(folder)
+
+
+def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> list[str]:
+    """Compare the companions in an exported folder with those of the trained model.
+
+    Args:
+        names: The companions that the format saves; others are compared where the folder has them.
+        model: The trained model.
+        tokenizer: The tokenizer of its data, or None.
+        folder: The exported folder.
+
+    Returns:
+        Every difference, in words.
+    """
+    failures: list[str] = []
+    for name in ("config", "generation_config", "tokenizer"):
+        with tempfile.TemporaryDirectory() as temporary:
+            save_companions([name], model, tokenizer, Path(temporary))
+            for expected in sorted(Path(temporary).iterdir()):
+                exported = folder / expected.name
+                if exported.is_file():
+                    failures += _compare(expected, exported)
+                elif name in names:
+                    failures.append(f"{expected.name}: not in the folder")
+    return failures
+
+
+def _compare(expected: Path, exported: Path) -> list[str]:
+    if expected.read_bytes() == exported.read_bytes():
+        return []
+    if expected.suffix != ".json":
+        return [f"{exported.name}: its content differs from the trained model's"]
+    trained = json.loads(expected.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(exported.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"{exported.name}: it is not JSON ({error})"]
+    if not isinstance(trained, dict) or not isinstance(found, dict):
+        return [f"{exported.name}: its content differs from the trained model's"]
+    return [
+        f"{exported.name}: '{key}' is {_short(found.get(key))}, and {_short(trained.get(key))} in the trained model"
+        for key in sorted({*trained, *found} - _IGNORED)
+        if trained.get(key) != found.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

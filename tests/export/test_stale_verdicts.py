@@ -1,0 +1,54 @@
+"""A verdict is bound to the files that it judged: report refuses it once one of them has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qatkit import QatkitError
+from qatkit.pipeline.export import export_run
+from qatkit.pipeline.runner import run_stages
+from qatkit.pipeline.verify import read_verification, verify_run
+from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
+
+SHORT = ["stages.dense.max_steps=5", "stages.qat.max_steps=5", "model.args.channels=[8,8]", "export.format=dense"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    torch.set_num_threads(1)
+    made = Run(load_recipe("vision/digits_int4", SHORT), tmp_path_factory.mktemp("run"))
+    run_stages(made)
+    export_run(made)
+    verify_run(made)
+    return made
+
+
+@pytest.mark.parametrize("changed", ["export/qat/model.safetensors", "stages/qat/model/model.safetensors"])
+def test_a_verdict_about_another_file_is_refused_by_that_files_name(changed: str, run: Run) -> None:
+    assert read_verification(run, "qat")["passed"]
+    path = run.out / changed
+    content = path.read_bytes()
+    tensors = load_file(path)
+    tensors["conv1.weight"].view(-1)[0] += 1
+    save_file(tensors, path)
+    with pytest.raises(QatkitError, match=rf"{changed}: it changed after it was verified; run `qatkit export"):
+        read_verification(run, "qat")
+    path.write_bytes(content)
+    assert read_verification(run, "qat")["passed"]
+
+
+def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, tmp_path: Path) -> None:
+    path = run.out / "export" / "dense" / "verification.json"
+    content = path.read_text()
+    path.unlink()
+    with pytest.raises(QatkitError, match="stage 'dense' was not verified; run `qatkit verify"):
+        read_verification(run, "dense")
+    path.write_text(content[:100])
+    with pytest.raises(QatkitError, match=r"verification\.json: it is not JSON"):
+        read_verification(run, "dense")
+    path.write_text(content)
