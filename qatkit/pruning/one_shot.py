@@ -64,8 +64,8 @@ def prune_one_shot(
     """
     row = METHODS.row(method, "method")
     if row.measures not in LAYERWISE:
-        names = " or ".join(f"'{each.name}'" for each in METHODS.values() if each.measures in LAYERWISE)
-        raise QatkitError(f"'{method}' does not prune layer by layer", key="method", advice=f"use {names}")
+        choices = " or ".join(f"'{each.name}'" for each in METHODS.values() if each.measures in LAYERWISE)
+        raise QatkitError(f"'{method}' does not prune layer by layer", key="method", advice=f"use {choices}")
     if (sparsity is None) == (nm is None):
         raise QatkitError(
             "exactly one of sparsity and nm is needed", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"

@@ -299,9 +299,10 @@ def test_averaged_weights_keep_the_zeros_and_a_wrong_order_is_refused() -> None:
     swa = StochasticWeightAveraging(1e-3, swa_epoch_start=0.3)
     with pytest.raises(QatkitError, match="StochasticWeightAveraging averages weights from before and after"):
         trainer(MagnitudePruning(ramp=Ramp(0.5)), swa).fit(Classifier(), batches())
-    module = Classifier()
-    trainer(MagnitudePruning(0.5), swa, max_epochs=4, max_steps=-1).fit(module, batches())
-    assert zeros(module) == 64
+    for callbacks in ([MagnitudePruning(0.5), swa], [swa, MagnitudePruning(0.5)]):
+        module = Classifier()
+        trainer(*callbacks, max_epochs=4, max_steps=-1).fit(module, batches())
+        assert zeros(module) == 64
 
 
 def test_half_precision_prunes_the_exact_count() -> None:
