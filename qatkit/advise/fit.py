@@ -64,11 +64,13 @@ def _options(
         yield " with ".join(words), size(together)
     for word, lora in _adapters(recipe, setting.stage):
         with contextlib.suppress(QatkitError):  # the model has no linear layers for adapters
-            alone, all_of_it = (replace(part, stage=replace(part.stage, lora=lora)) for part in (setting, together))
+            only_lora, everything = (
+                replace(part, stage=replace(part.stage, lora=lora)) for part in (setting, together)
+            )
             word = f"stages.{stage}.{word}"
-            yield word, size(alone)
+            yield word, size(only_lora)
             if words:
-                yield " with ".join([*words, word]), size(all_of_it)
+                yield " with ".join([*words, word]), size(everything)
 
 
 def _adapters(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, LoraConfig]]:

@@ -56,7 +56,7 @@ def device_of(trainer: TrainerConfig) -> Device:
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, properties.total_memory, count)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    per_process = memory // count if memory is not None and kind != "cuda" else None  # they share one machine's memory
+    per_process = memory // count if memory is not None and kind != "cuda" else None  # all on one machine
     return Device(kind, per_process, count)
 
 

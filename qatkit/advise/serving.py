@@ -54,8 +54,8 @@ def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16
         >>> from qatkit.models import llama
         >>> with torch.device("meta"):
         ...     model = llama(vocab_size=1000, hidden=256, layers=2, heads=4, kv_heads=2)
-        >>> found = serving_memory(model, context=1024, batch=8)[0]
-        >>> found.cache == 2 * 2 * 2 * 64 * 1024 * 8 * 2
+        >>> memory = serving_memory(model, context=1024, batch=8)[0]
+        >>> memory.cache == 2 * 2 * 2 * 64 * 1024 * 8 * 2
         True
     """
     cache = _cached_numbers(model) * context * batch * kv_bits // 8

@@ -26,7 +26,7 @@ Step = Callable[[nn.Module, nn.Module | None], Tensor]
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one device while a model trains there alone."""
+    """Bytes on one device while one process trains on it."""
 
     parameters: int
     """Parameters of the model, as a count, not bytes."""
@@ -97,8 +97,8 @@ def step_memory(
     Example:
         >>> with torch.device("meta"):
         ...     model = nn.Linear(1000, 10, bias=False)
-        >>> found = step_memory(model, lambda model, _: model(torch.zeros(64, 1000)).sum())
-        >>> found.weights, found.gradients, found.optimizer
+        >>> memory = step_memory(model, lambda model, _: model(torch.zeros(64, 1000)).sum())
+        >>> memory.weights, memory.gradients, memory.optimizer
         (40000, 40000, 80000)
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -123,7 +123,7 @@ def step_memory(
     moments = moments or moment_memory("adamw", model)
     backward = gradients + allocations.other_peak if accumulates else allocations.peak
     weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})
-    whole = max(_largest(model, bits or {}), _largest(teacher, teacher_bits or {}))
+    dequantized = max(_largest(model, bits or {}), _largest(teacher, teacher_bits or {}))
     return StepMemory(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in trained),
@@ -131,11 +131,11 @@ def step_memory(
         teacher=held,
         gradients=gradients,
         optimizer=moments.held,
-        activations=allocations.other_peak + whole,
+        activations=allocations.other_peak + dequantized,
         total=weights
         + held
         + (moments.held - moments.paged)
-        + max(gradients + forward + whole, backward + whole, gradients + moments.update),
+        + max(gradients + forward + dequantized, backward + dequantized, gradients + moments.update),
     )
 
 
@@ -217,9 +217,9 @@ def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: An
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    tree_map_only(Tensor, found.append, tree)
-    return found
+    tensors: list[Tensor] = []
+    tree_map_only(Tensor, tensors.append, tree)
+    return tensors
 
 
 def _make_fake(module: nn.Module | None) -> None:
@@ -250,8 +250,8 @@ def _held(module: nn.Module | None, bits: Mapping[str, float]) -> int:
 
 
 def _largest(module: nn.Module | None, bits: Mapping[str, float]) -> int:
-    found = module.named_parameters() if module is not None else ()
-    return max((_bytes(parameter) for name, parameter in found if name in bits), default=0)
+    named = module.named_parameters() if module is not None else ()
+    return max((_bytes(parameter) for name, parameter in named if name in bits), default=0)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -22,7 +22,7 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
     Args:
         context: Tokens per text.
         batch_size: Texts per batch.
-        distill: Distillation; a step without a teacher model reads cached teacher outputs. None trains on labels alone.
+        distill: Distillation; a step without a teacher model reads cached teacher outputs. None trains on labels only.
     """
 
     def step(model: nn.Module, teacher: nn.Module | None) -> Tensor:

@@ -18,8 +18,8 @@ _IGNORED = {"quantization_config", "architectures", "dtype", "torch_dtype", "tra
 def export_config(model: nn.Module) -> Any:
     """The config that describes a model's weights; None where it has no config of transformers.
 
-    A config that says ``tie_word_embeddings`` would make `from_pretrained` overwrite separate output weights, so the
-    exported config says false where the weights are not tied.
+    With ``tie_word_embeddings: true``, a config would make `from_pretrained` overwrite separate output weights, so the
+    exported config has the value false where the weights are not tied.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
@@ -85,15 +85,15 @@ def _compare(expected: Path, exported: Path) -> list[str]:
         return [f"{exported.name}: its content differs from the trained model's"]
     trained = json.loads(expected.read_text(encoding="utf-8"))
     try:
-        found = json.loads(exported.read_text(encoding="utf-8"))
+        saved = json.loads(exported.read_text(encoding="utf-8"))
     except ValueError as error:
         return [f"{exported.name}: it is not JSON ({error})"]
-    if not isinstance(trained, dict) or not isinstance(found, dict):
+    if not isinstance(trained, dict) or not isinstance(saved, dict):
         return [f"{exported.name}: its content differs from the trained model's"]
     return [
-        f"{exported.name}: '{key}' is {_short(found.get(key))}, and {_short(trained.get(key))} in the trained model"
-        for key in sorted({*trained, *found} - _IGNORED)
-        if trained.get(key) != found.get(key)
+        f"{exported.name}: '{key}' is {_short(saved.get(key))}, and {_short(trained.get(key))} in the trained model"
+        for key in sorted({*trained, *saved} - _IGNORED)
+        if trained.get(key) != saved.get(key)
     ]
 
 

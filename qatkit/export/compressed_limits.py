@@ -42,9 +42,9 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
                 f"layer '{name}': its weight is tied to '{tied[0]}', and tied codes are not supported",
                 advice="exclude it, or untie the model's weights (tie_embeddings: false, tie_word_embeddings: false)",
             )
-        found = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
-        if found:
-            problem, advice = found
+        refusal = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
+        if refusal:
+            problem, advice = refusal
             raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
 
 
@@ -54,7 +54,10 @@ Problem = tuple[str, str]
 
 def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | None:
     if spec is None:
-        return "compressed_tensors holds no layer whose input alone is quantized", "quantize its weight too"
+        return (
+            "compressed_tensors does not support layers with a quantized input and an unquantized weight",
+            "quantize its weight too",
+        )
     if spec.type == "ternary":
         return "compressed_tensors has no ternary codes", "set weight: {num_bits: 2}"
     if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):

@@ -205,10 +205,10 @@ def _arguments(spec: QuantSpec, dynamic: bool = False) -> QuantizationArgs:
 def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Tensor) -> dict[str, Tensor]:
     """The scales that the file holds beside the codes, float32, by the format's names."""
     assert weight is not None
-    found = {"weight_scale": weight.whole_qparams(full_tensor(matrix))[0].cpu()}
+    scales = {"weight_scale": weight.whole_qparams(full_tensor(matrix))[0].cpu()}
     if inputs is not None and not inputs.dynamic:
-        found["input_scale"] = inputs.whole_qparams(torch.empty(0))[0].cpu()
-    return found
+        scales["input_scale"] = inputs.whole_qparams(torch.empty(0))[0].cpu()
+    return scales
 
 
 @contextlib.contextmanager

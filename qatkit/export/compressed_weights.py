@@ -43,17 +43,17 @@ def compare_and_load(trained: nn.Module, folder: Path) -> ReadBack:
     for name, layer in qat_layers(trained):
         assert layer.weight_fake_quant is not None
         packed = tensors.get(f"{name}.weight_packed")
-        found = tensors.get(f"{name}.weight")
+        stored = tensors.get(f"{name}.weight")
         if packed is not None:
             shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-            found = unpack_from_int32(packed, layer.weight_fake_quant.spec.num_bits, shape)
+            stored = unpack_from_int32(packed, layer.weight_fake_quant.spec.num_bits, shape)
         scale, zero_point = layer.weight_fake_quant.qparams(layer.matrix)
         codes = quantize(layer.matrix, scale, zero_point, layer.weight_fake_quant.spec)
-        failures += _compare(f"{name}.weight", "codes", found, codes)
+        failures += _compare(f"{name}.weight", "codes", stored, codes)
         failures += _compare(f"{name}.weight_scale", "scales", tensors.get(f"{name}.weight_scale"), scale)
         if (inputs := layer.input_fake_quant) is not None and not inputs.dynamic:
-            found = tensors.get(f"{name}.input_scale")
-            failures += _compare(f"{name}.input_scale", "scales", found, _static_scale(inputs))
+            stored = tensors.get(f"{name}.input_scale")
+            failures += _compare(f"{name}.input_scale", "scales", stored, _static_scale(inputs))
         expected |= {f"{name}.{part}": value for part, value in layer.shipped().items()}
     try:
         loaded = _load(folder)
@@ -78,12 +78,12 @@ def _load(folder: Path) -> nn.Module:
     return loaded
 
 
-def _compare(key: str, what: str, found: Tensor | None, expected: Tensor) -> list[str]:
-    if found is None:
+def _compare(key: str, what: str, stored: Tensor | None, expected: Tensor) -> list[str]:
+    if stored is None:
         return [f"'{key}': the folder has no such {what}"]
-    if found.shape != expected.shape:
-        return [f"'{key}': {what} of shape {list(found.shape)} instead of {list(expected.shape)}"]
-    wrong = found.float() != expected.float()  # bfloat16, float8 and int8 are exact in float32
+    if stored.shape != expected.shape:
+        return [f"'{key}': {what} of shape {list(stored.shape)} instead of {list(expected.shape)}"]
+    wrong = stored.float() != expected.float()  # bfloat16, float8 and int8 are exact in float32
     if not wrong.any():
         return []
     first = wrong.nonzero()[0].tolist()

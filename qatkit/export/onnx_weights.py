@@ -169,7 +169,7 @@ class _File:
         return _differences(what, stored, expected)
 
     def _decode(self, keys: tuple[str, ...]) -> np.ndarray[Any, Any]:
-        """Decode one weight with ONNX Runtime: the file's own DequantizeLinear node, alone in a graph."""
+        """Decode one weight with ONNX Runtime: the file's own DequantizeLinear node as the only one in a graph."""
         import onnxruntime
         from onnx import TensorProto, helper
 
@@ -181,11 +181,11 @@ class _File:
             [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
             [tensor for tensor in self.proto.graph.initializer if tensor.name in keys],
         )
-        alone = helper.make_model(graph, opset_imports=self.proto.opset_import, ir_version=self.proto.ir_version)
+        single = helper.make_model(graph, opset_imports=self.proto.opset_import, ir_version=self.proto.ir_version)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(alone.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
         decoded: np.ndarray[Any, Any] = session.run(None, {})[0]
         return decoded
 

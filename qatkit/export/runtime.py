@@ -120,7 +120,7 @@ def _session(path: Path, threads: int | None, optimized: Path | None = None) -> 
     except ImportError as error:
         raise QatkitError("onnxruntime is not installed", advice="run: pip install 'qatkit[onnx]'") from error
     options = onnxruntime.SessionOptions()
-    # errors only: it warns that an optimized graph is for this machine alone
+    # errors only: it warns that an optimized graph is only for this machine
     options.log_severity_level = 3
     # by default it quantizes the inputs of weight-only products to 8 bits, which training did not do
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")

@@ -64,8 +64,8 @@ class Verification:
         """The same comparison with more failures; it fails if there are any."""
         if not failures:
             return self
-        found = [*self.failures, *failures]
-        return replace(self, passed=False, failures=found, text=_failed(found))
+        listed = [*self.failures, *failures]
+        return replace(self, passed=False, failures=listed, text=_failed(listed))
 
     def summary(self) -> str:
         """The result in one line, in words."""

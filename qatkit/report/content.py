@@ -89,10 +89,10 @@ def read_report(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise QatkitError(f"it is not JSON ({error})", key=str(path), advice=f"{command} to rewrite it") from error
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != SCHEMA:
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
         raise QatkitError(
-            f"it follows {'no schema' if found is None else f'schema {found}'}, and this version of qatkit reads "
+            f"it follows {'no schema' if schema is None else f'schema {schema}'}, and this version of qatkit reads "
             f"schema {SCHEMA}",
             key=str(path),
             advice=f"{command} to rewrite it",

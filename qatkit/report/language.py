@@ -193,8 +193,8 @@ def harness(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0)["results"]
-    return {f"{task} {name}": value for task, row in found.items() for name, value in _first_metric(row)}
+    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0)["results"]
+    return {f"{task} {name}": value for task, row in results.items() for name, value in _first_metric(row)}
 
 
 def _first_metric(row: Mapping[str, Any]) -> list[tuple[str, float]]:

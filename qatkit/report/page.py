@@ -64,12 +64,12 @@ def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """
     counts = Counter(names)
     parts = [folder.resolve().parts for folder in folders]
-    found = []
+    unique = []
     for name, own in zip(names, parts, strict=True):
         same = [other for other_name, other in zip(names, parts, strict=True) if other_name == name]
         length = next((n for n in range(1, len(own)) if len({other[-n:] for other in same}) == len(same)), len(own))
-        found.append(name if counts[name] == 1 else f"{name} ({'/'.join(own[-length:])})")
-    return found
+        unique.append(name if counts[name] == 1 else f"{name} ({'/'.join(own[-length:])})")
+    return unique
 
 
 def write_page(folders: Sequence[Path], page: Path) -> None:

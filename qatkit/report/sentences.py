@@ -108,19 +108,19 @@ def headline(report: dict[str, Any]) -> str:
 def tiles(report: dict[str, Any]) -> list[Tile]:
     """The numbers at the top of a run's page: its last row against its first, and parity of all rows."""
     first, last = report["rows"][0], report["rows"][-1]
-    alone, metric = last is first, metric_of(report)
+    single, metric = last is first, metric_of(report)
     samples = last["verification"]["samples"]
     note = f"one of {samples:,} test samples is {1 / samples:.2%}"
     if not metric.percent:
         note = f"over {samples:,} test tokens, mean loss {last['test_loss']:.3f} nats"
-    if not alone:
+    if not single:
         note = f"{_change(metric, metric.of(first), metric.of(last))} {first['stage']}; {note}"
     shown = [
         Tile(label=f"{metric.name} of {last['stage']}", value=metric.show(metric.of(last)), note=note, state=""),
         Tile(
-            label="size on disk" if alone else "smaller on disk",
-            value=format_bytes(last["bytes"]) if alone else f"{first['bytes'] / last['bytes']:.2f}x",
-            note="" if alone else f"{format_bytes(first['bytes'])} → {format_bytes(last['bytes'])}",
+            label="size on disk" if single else "smaller on disk",
+            value=format_bytes(last["bytes"]) if single else f"{first['bytes'] / last['bytes']:.2f}x",
+            note="" if single else f"{format_bytes(first['bytes'])} → {format_bytes(last['bytes'])}",
             state="",
         ),
     ]
@@ -128,9 +128,9 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
         before, after = then["median_ms"], now["median_ms"]
         shown.append(
             Tile(
-                label=f"{'latency' if alone else 'speed'}, batch of {now['batch_size']}",
-                value=f"{after:.3g} ms" if alone else f"{before / after:.2f}x",
-                note=f"{'' if alone else f'{before:.3g} → '}{after:.3g} ms, threads: {now['threads']}",
+                label=f"{'latency' if single else 'speed'}, batch of {now['batch_size']}",
+                value=f"{after:.3g} ms" if single else f"{before / after:.2f}x",
+                note=f"{'' if single else f'{before:.3g} → '}{after:.3g} ms, threads: {now['threads']}",
                 state="",
             )
         )

@@ -104,22 +104,22 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would apply to the entire page
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    text = re.sub(r'(?<= )(d|x|y|transform)="[^"]*"', lambda found: _rounded(found[0]), text)
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), text)
+    text = re.sub(r'(?<= )(d|x|y|transform)="[^"]*"', lambda match: _rounded(match[0]), text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda match: _variable(match[0]), text)
     for gid, words in marks.items():
         text = text.replace(f'<g id="{gid}">', f'<g id="{gid}" class="mark"><title>{escape(words)}</title>')
     text = _lean(text.replace("xlink:href", "href"), set(marks))
     text = re.sub(r'(?<= id=")|(?<=href="#)|(?<=url\(#)', f"{key}-", text)
-    found = re.search(r'viewBox="[\d. ]+"', text)
-    assert found is not None
-    head = f'<svg {found[0]} role="img" aria-label="{escape(label)}" data-figure="{key}">'
+    view = re.search(r'viewBox="[\d. ]+"', text)
+    assert view is not None
+    head = f'<svg {view[0]} role="img" aria-label="{escape(label)}" data-figure="{key}">'
     return head + text[text.index(">") + 1 :].strip()
 
 
 def _lean(text: str, marks: set[str]) -> str:
     """Remove unreferenced ids and groups that are empty without them: half of the file."""
     used = marks | set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     text = re.sub(r">\s+<", "><", text)
     while (shorter := re.sub(r"<(g|defs)></\1>|<g/>|<g>(<(?:path|text|use)[^>]*/>)</g>", r"\2", text)) != text:
@@ -128,7 +128,7 @@ def _lean(text: str, marks: set[str]) -> str:
 
 
 def _rounded(attribute: str) -> str:
-    short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), attribute)
+    short = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), attribute)
     return re.sub(r"\s+", " ", short)
 
 

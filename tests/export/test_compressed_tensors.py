@@ -204,7 +204,7 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
         (specs("MXFP8A16"), r"scales of float8_e8m0fnu are read only in bfloat16"),
         (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), r"127\.5.*set scheme: W8A8"),
         (Scheme(QuantSpec(8), QuantSpec(8, symmetric=False, strategy="tensor")), r"activation: \{symmetric: true\}"),
-        (Scheme(None, QuantSpec(8, strategy="token")), r"input alone is quantized; quantize its weight too"),
+        (Scheme(None, QuantSpec(8, strategy="token")), r"an unquantized weight; quantize its weight too"),
     ],
 )  # fmt: skip
 def test_what_the_format_cannot_hold_is_refused_with_what_to_write(
