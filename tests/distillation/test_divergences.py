@@ -147,3 +147,14 @@ def test_an_unknown_name_is_refused_with_a_suggestion(override: str, message: st
     assert set(HIDDEN_LOSSES) == {"mse", "cosine"}
     with pytest.raises(QatkitError, match=message):
         load_recipe(l1 / "recipe.yaml", [override])
+
+
+def test_the_docs_list_every_divergence_as_the_table_does() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+    yes = {True: "yes", False: "no"}
+    rows = [
+        f"| `{name}` | {row.description.replace('||', chr(92) + '|' + chr(92) + '|')} | {yes[row.uses_temperature]} | "
+        f"{yes[bool(row.rows)]} | {yes[bool(row.on_top_k)]} |"
+        for name, row in DIVERGENCES.items()
+    ]
+    assert "\n".join(rows) in page
