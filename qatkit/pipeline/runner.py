@@ -17,6 +17,7 @@ from qatkit.recipe.loading import recipe_to_yaml
 from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.run.folder import Run
 from qatkit.run.record import read_record, read_started
+from qatkit.run.stage_files import check_files
 
 
 def run_stages(
@@ -98,6 +99,7 @@ def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
     recorded = None
     if (record := read_record(folder)) is not None:
         refuse_changes(name, "finished", record.inputs, stage_print.inputs, run.out)
+        check_files(folder, record)
         recorded = record.fingerprint
     # before the first checkpoint there is nothing that a change could cost
     elif (started := read_started(folder)) is not None and (folder / "last.ckpt").exists():

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qatkit.common.files import sha256_of
 from qatkit.errors import QatkitError
 from qatkit.recipe import FactoryConfig, Recipe
 from qatkit.recipe.loading import flatten
@@ -41,7 +42,7 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
         factories[f"stages.{stage}.model"] = own
     for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
-            inputs[f"{name} (content)"] = _folder_digest(path) if path.is_dir() else _sha256(path)
+            inputs[f"{name} (content)"] = _folder_digest(path) if path.is_dir() else sha256_of(path)
     return inputs
 
 
@@ -128,8 +129,3 @@ def _folder_digest(folder: Path) -> str:
                     file.seek((size - _SAMPLE) * part // 64)
                     digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,11 +1,14 @@
 """The records of a stage: ``stage.json`` of a finished one, ``started.json`` of one that is being trained.
 
-Both hold the number of the schema they follow. A record of another schema is refused, never guessed at.
+Both hold the number of the schema they follow and a digest of their own content. A damaged record, or one of another
+schema, is refused. ``stage.json`` also holds the digests of the stage's files; see `qatkit.run.stage_files`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,8 @@ class StageRecord:
     early_stopping: dict[str, Any] | None = None
     """Where the block is on: whether it ``stopped`` the stage, after how many ``steps``, and the best validation: its
     ``best_step`` and ``val/loss``."""
+    files: dict[str, str] = field(default_factory=dict)
+    """The SHA-256 digests of the stage's files by their paths in its folder, set when they are saved."""
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -65,6 +70,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "layers": list,
     "architecture": (dict, type(None)),
     "early_stopping": (dict, type(None)),
+    "files": dict,
     "seconds": (int, float),
     "versions": dict,
     "processes": (int, type(None)),
@@ -74,7 +80,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 def write_record(folder: Path, record: StageRecord) -> None:
     """Write ``stage.json``; from then on the stage is finished."""
-    write_atomically(folder / "stage.json", json.dumps({"schema": SCHEMA} | asdict(record), indent=1))
+    _write(folder / "stage.json", record, indent=1)
 
 
 def read_record(folder: Path) -> StageRecord | None:
@@ -98,7 +104,7 @@ def read_record(folder: Path) -> StageRecord | None:
 
 def write_started(folder: Path, started: Started) -> None:
     """Write ``started.json``."""
-    write_atomically(folder / "started.json", json.dumps({"schema": SCHEMA} | asdict(started)))
+    _write(folder / "started.json", started)
 
 
 def read_started(folder: Path) -> Started | None:
@@ -111,6 +117,22 @@ def read_started(folder: Path) -> Started | None:
     return Started(**content) if content is not None else None
 
 
+def content_digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 digest of the content of a record, as canonical JSON without the field ``digest``.
+
+    Example:
+        >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "digest": "any"})
+        True
+    """
+    fields_of = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(fields_of, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _write(path: Path, record: StageRecord | Started, indent: int | None = None) -> None:
+    content = {"schema": SCHEMA} | asdict(record)
+    write_atomically(path, json.dumps(content | {"digest": content_digest(content)}, indent=indent))
+
+
 def _read(path: Path, kind: type[StageRecord] | type[Started]) -> dict[str, Any] | None:
     """The fields of a record by name, complete and of the right types."""
     try:
@@ -121,6 +143,8 @@ def _read(path: Path, kind: type[StageRecord] | type[Started]) -> dict[str, Any]
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}")
+    digest = content.pop("digest", None)
+    signed = content_digest(content)
     schema = content.pop("schema", None)
     if schema != SCHEMA:
         versions = content.get("versions")
@@ -130,6 +154,8 @@ def _read(path: Path, kind: type[StageRecord] | type[Started]) -> dict[str, Any]
             advice=f"use --force to run the stage again, or {f'qatkit {writer}' if writer else 'the version'} that "
             "wrote it",
         )
+    if digest != signed:
+        raise _damaged(path, "its digest does not match its content")
     names = {part.name for part in fields(kind)}
     if missing := sorted(names - set(content)):
         raise _damaged(path, f"{', '.join(missing)} is missing")

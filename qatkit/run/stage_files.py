@@ -2,11 +2,14 @@
 
 stage/model/model.safetensors   plain weights under plain names
 stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
-stage/stage.json                written last: a stage with this file is finished
+stage/adapter/                  LoRA's adapters in peft's format, if there are any
+stage/stage.json                written last: a stage with this file is finished; it holds the digests of the others
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qatkit.common.files import atomic_path
+from qatkit.common.files import atomic_path, sha256_of
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.state import load_quantizers, quantizer_prefixes, save_quantizers
@@ -40,7 +43,32 @@ def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
     if quantizer_keys:
         with atomic_path(folder / "quantizers.safetensors") as temporary:
             save_quantizers(model, temporary)
-    write_record(folder, record)
+    files = {path.relative_to(folder).as_posix(): path for path in _files_of(folder)}
+    for path in files.values():  # the adapter is not written here, and must be on the disk before the record
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    write_record(folder, dataclasses.replace(record, files={name: sha256_of(path) for name, path in files.items()}))
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files that later commands read, without the record."""
+    parts = [*(folder / "model").iterdir(), folder / "quantizers.safetensors", *folder.glob("adapter/*")]
+    return sorted(path for path in parts if path.is_file())
+
+
+def check_files(folder: Path, record: StageRecord) -> None:
+    """Compare the files of a finished stage with the digests in its record.
+
+    Raises:
+        QatkitError: a file is missing or has changed.
+    """
+    for name, digest in record.files.items():
+        path = folder / name
+        advice = "restore it, or use `qatkit run --force` to run the stage again"
+        if not path.is_file():
+            raise QatkitError(f"{path} is missing", advice=advice)
+        if sha256_of(path) != digest:
+            raise QatkitError(f"{path} has changed since stage '{record.name}' was finished", advice=advice)
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -61,8 +89,8 @@ def count_zeros(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
 
 def measured_zeros(folder: Path) -> dict[str, list[int]]:
     """The number of zeros and of weights in the saved weight of each layer whose zeros are held."""
-    record = read_record(folder)
-    names = record.zeros if record is not None else {}
+    record = _finished(folder)
+    names = record.zeros
     with safe_open(folder / "model" / "model.safetensors", framework="pt") as file:
         weights = {name: file.get_tensor(f"{name}.weight") for name in names}
     return {name: [int((weight == 0).sum()), weight.numel()] for name, weight in weights.items()}
@@ -77,14 +105,10 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
         quantizers: Whether to fake-quantize the model again if the stage did.
 
     Raises:
-        QatkitError: the stage is not finished, its weights do not fit the model, or their zeros are not those recorded.
+        QatkitError: the stage is not finished, a file of it has changed, its weights do not fit the model, or their
+            zeros are not those recorded.
     """
-    record = read_record(folder)
-    if record is None:
-        raise QatkitError(
-            f"stage '{folder.name}' is not finished: {folder / 'stage.json'} does not exist",
-            advice="use `qatkit run` to finish it",
-        )
+    record = _finished(folder)
     replay_folds(model, record.folds)
     try:
         model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=True)
@@ -99,6 +123,18 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
             f"layer '{name}' in {folder / 'model'} has {zeros[name]} zeros, but {record.zeros[name]} are recorded",
             advice="restore the file, or use --force to run the stage again",
         )
-    if quantizers and (folder / "quantizers.safetensors").exists():
+    if quantizers and "quantizers.safetensors" in record.files:
         load_quantizers(model, folder / "quantizers.safetensors")
+    return record
+
+
+def _finished(folder: Path) -> StageRecord:
+    """The record of a finished stage whose files have not changed."""
+    record = read_record(folder)
+    if record is None:
+        raise QatkitError(
+            f"stage '{folder.name}' is not finished: {folder / 'stage.json'} does not exist",
+            advice="use `qatkit run` to finish it",
+        )
+    check_files(folder, record)
     return record

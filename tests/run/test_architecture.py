@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from qatkit import QatkitError
-from qatkit.common.files import write_atomically
 from qatkit.distillation.students import student_from_teacher
 from qatkit.pipeline.export import export_run
 from qatkit.pipeline.report import report_run
@@ -22,6 +21,7 @@ from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.architecture import Architecture, architecture_of, build_architecture
 from qatkit.run.folder import Run
+from qatkit.run.record import write_record
 
 RECIPE = """
 name: student
@@ -121,15 +121,16 @@ def test_a_model_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path, 
 
 
 def test_a_record_from_elsewhere_runs_no_code_outside_qatkit(done: Run, tmp_path: Path) -> None:
-    import json
     import shutil
 
     copied = Run(done.recipe, tmp_path / "run")
     shutil.copytree(done.out, copied.out)
-    path = copied.folder("student") / "stage.json"
-    content = json.loads(path.read_text())
-    content["architecture"]["model"]["factory"] = "os:system"
-    write_atomically(path, json.dumps(content))
+    record = copied.record("student")
+    assert record.architecture is not None
+    foreign = dataclasses.replace(
+        record.architecture, model=dataclasses.replace(record.architecture.model, factory="os:system")
+    )
+    write_record(copied.folder("student"), dataclasses.replace(record, architecture=foreign))
     with pytest.raises(QatkitError, match="'os:system' is outside qatkit"):
         copied.load_model("student")
 

@@ -15,7 +15,15 @@ from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.architecture import Architecture
 from qatkit.run.folder import Run
-from qatkit.run.record import StageRecord, Started, read_record, read_started, write_record, write_started
+from qatkit.run.record import (
+    StageRecord,
+    Started,
+    content_digest,
+    read_record,
+    read_started,
+    write_record,
+    write_started,
+)
 
 RECORD = StageRecord(
     name="dense", fingerprint="abc", inputs={"seed": 1, "stages.dense.lr": 1e-3}, folds=[("conv", "bn")],
@@ -54,7 +62,9 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
 def test_another_record_is_refused_by_its_path(change: Any, problem: str, tmp_path: Path) -> None:
     write_record(tmp_path, RECORD)
     path = tmp_path / "stage.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    content = change(json.loads(path.read_text()))
+    signed = content | {"digest": content_digest(content)} if isinstance(content, dict) else content
+    path.write_text(json.dumps(signed))
     with pytest.raises(QatkitError, match=problem) as caught:
         read_record(tmp_path)
     assert str(path) in str(caught.value)
