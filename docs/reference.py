@@ -42,18 +42,24 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for page, package in PACKAGES.items():
-        files.append(File.generated(config, f"reference/{page}.md", content=reference(package)))
+    """Add the generated pages. A name that several packages export is described once, by the most specific package."""
+    described: set[str] = set()
+    for page, package in reversed(PACKAGES.items()):
+        files.append(File.generated(config, f"reference/{page}.md", content=reference(package, described)))
     files.append(File.generated(config, "reference/cli.md", content=command_line()))
     return files
 
 
-def reference(package: str) -> str:
+def reference(package: str, described: set[str]) -> str:
     """A page for mkdocstrings with each public name of a package, at the module that defines it."""
     module = importlib.import_module(package)
-    entries = [f"::: {home(getattr(module, name), package)}.{name}" for name in getattr(module, "__all__", ())]
+    names = {name: f"{home(getattr(module, name), package)}.{name}" for name in getattr(module, "__all__", ())}
+    elsewhere = [f"- [`{name}`][{path}]" for name, path in names.items() if path in described]
+    entries = [f"::: {path}" for path in names.values() if path not in described]
+    described.update(names.values())
     summary = (module.__doc__ or "").split("\n\n")[0].strip()
-    return "\n\n".join([f"# {package}", summary, *entries]) + "\n"
+    more = ["Described in the package that defines them:", "\n".join(elsewhere)] if elsewhere else []
+    return "\n\n".join([f"# {package}", summary, *more, *entries]) + "\n"
 
 
 def home(value: Any, package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,20 @@ def test_the_squared_difference_is_that_of_torch() -> None:
     torch.testing.assert_close(mse_loss(student, teacher), F.mse_loss(student, teacher))
     mask = torch.rand(6, 5) > 0.5
     torch.testing.assert_close(mse_loss(student, teacher, mask), F.mse_loss(student[mask], teacher[mask]))
+
+
+def test_labels_of_minus_100_leave_positions_out_of_the_squared_difference() -> None:
+    student, teacher = logits(0), logits(1)
+    labels = torch.zeros(6, 5, dtype=torch.long)
+    labels[:, 2:] = -100
+    found = mse_loss(student, teacher, labels=labels)
+    torch.testing.assert_close(found, F.mse_loss(student[:, :2], teacher[:, :2]))
+
+
+@pytest.mark.parametrize("loss", [kd_loss, reverse_kl_loss, jsd_loss, mse_loss])
+def test_a_loss_names_itself_where_shapes_differ(loss: Any) -> None:
+    with pytest.raises(ValueError, match=loss.__name__):
+        loss(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

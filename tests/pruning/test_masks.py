@@ -99,6 +99,32 @@ def test_a_block_of_a_convolution_holds_whole_kernels() -> None:
     assert (~mask).sum() == weight.numel() // 2
 
 
+def test_a_block_of_a_one_dimensional_convolution_holds_whole_kernels() -> None:
+    weight = torch.randn(4, 4, 5)
+    mask = block_mask(weight, 0.5, (2, 2))
+    sums = weight.abs().sum(-1).view(2, 2, 2, 2).sum(dim=(1, 3))
+    kept = sums > sums.flatten().sort().values[1]
+    assert torch.equal(mask, kept.repeat_interleave(2, 0).repeat_interleave(2, 1)[:, :, None].expand(4, 4, 5))
+
+
+@pytest.mark.parametrize("block", [(16,), (2, 0), (1, 2, 3)])
+def test_what_is_no_block_is_refused_by_its_key_and_its_value(block: tuple[int, ...]) -> None:
+    with pytest.raises(QatkitError) as caught:
+        block_mask(torch.ones(4, 10), 0.5, block)  # type: ignore[arg-type]
+    assert caught.value.key == "block"
+    assert str(list(block)) in caught.value.problem
+
+
+def test_errors_about_a_block_mask_name_the_key_or_the_layer() -> None:
+    with pytest.raises(QatkitError) as caught:
+        block_mask(torch.ones(4, 10), 1.5, (2, 2))
+    assert caught.value.key == "sparsity"
+    with pytest.raises(QatkitError, match="layer 'conv1'"):
+        block_mask(torch.ones(4, 10), 0.5, (3, 2), name="conv1")
+    with pytest.raises(QatkitError, match="layer 'conv1'"):
+        block_mask(torch.ones(2, 2), 0.9, (1, 2), name="conv1")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_what_is_pruned_becomes_zero_whatever_it_was_and_the_rest_stays(
