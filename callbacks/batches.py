@@ -1,4 +1,4 @@
-"""The first training batches, looked at without changing what training will see."""
+"""Read the first training batches without changing the batches that training gets."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ Result = TypeVar("Result")
 
 
 def first_batches(loader: Any, count: int) -> Iterator[Any]:
-    """The first `count` batches of a loader, which then stands where it stood.
+    """Yield the first `count` batches of a loader, then restore its position.
 
-    The generators that decide the order of training are put back, and a loader that keeps a state of its own, such as
-    a stream, is given that again.
+    The states of the generators that determine the training order are restored, and so is the loader's own state, if it
+    has one, as a stream does.
 
     Raises:
-        QatkitError: the module trains on several loaders at once, so that there is no one kind of batch.
+        QatkitError: the module trains on several loaders at once.
     """
     if isinstance(loader, (list, tuple, dict)):
         raise QatkitError(
-            f"calibration: training reads a {type(loader).__name__} of {len(loader)} loaders, and which of their "
-            "batches the module takes is unknown; call prepare_qat and qatkit.calibrate(module, batches, forward) "
-            "yourself, or use dynamic activations (strategy='token')"
+            f"training reads a {type(loader).__name__} of {len(loader)} loaders, so the calibration batches are "
+            "ambiguous",
+            key="calibration",
+            advice="call prepare_qat and qatkit.calibrate(module, batches, forward) yourself, or use dynamic "
+            "activations (strategy='token')",
         )
     sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
     generators = [source for source in sources if isinstance(source, torch.Generator)]
@@ -47,7 +49,7 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
 def as_training_does(
     trainer: Trainer, module: LightningModule, forward: Callable[[LightningModule, Any], Result]
 ) -> Callable[[Any], Result]:
-    """`forward` of a batch that is where and in the precision that training has it."""
+    """Return a function that runs `forward` on a batch on the device and in the precision of training."""
 
     def run(batch: Any) -> Result:
         batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
@@ -58,13 +60,13 @@ def as_training_does(
 
 
 def on_every_process(work: Callable[[], object]) -> None:
-    """Do what looks at a process's own batches, and fail on all of them where it fails on one.
+    """Run `work` on every process, and raise on all of them if it fails on one.
 
-    Otherwise those that saw nothing wrong would wait for it in their next collective.
+    Otherwise the others would wait for the failed process in their next collective.
 
     Raises:
-        Exception: what the work raised here.
-        QatkitError: it raised something on another process alone.
+        Exception: the work's own error on this process.
+        QatkitError: the work failed on another process only; its fields are those of that error.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         work()
@@ -72,22 +74,22 @@ def on_every_process(work: Callable[[], object]) -> None:
     error: Exception | None = None
     try:
         work()
-    except Exception as found:  # whatever it is, the others must hear of it
-        error = found
-    errors: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(errors, None if error is None else str(error))
+    except Exception as raised:  # of any type: the other processes must stop as well
+        error = raised
+    errors: list[dict[str, str] | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(errors, None if error is None else _fields(error))
     if error is not None:
         raise error
-    for rank, message in enumerate(errors):
-        if message is not None:
-            raise QatkitError(f"process {rank}: {message}")
+    for rank, failed in enumerate(errors):
+        if failed is not None:
+            raise QatkitError(f"{failed['problem']} (on process {rank})", **_without(failed, "problem"))
 
 
 def module_forward(module: LightningModule, batch: Any) -> object:
-    """Call the module on a batch: its items as keywords if it is a mapping, its first element if it is a tuple or list.
+    """Call the module on a batch: on a mapping's items as keywords, or on the first element of a tuple or list.
 
     Raises:
-        QatkitError: the module takes something else.
+        QatkitError: the module takes other arguments.
     """
     try:
         if isinstance(batch, Mapping):
@@ -95,6 +97,18 @@ def module_forward(module: LightningModule, batch: Any) -> object:
         return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
     except (TypeError, NotImplementedError) as error:
         raise QatkitError(
-            f"calibration: calling {type(module).__name__} on a training batch failed ({error}); write "
-            "calibration_forward=lambda module, batch: module.my_model(batch['x'])"
+            f"calling {type(module).__name__} on a training batch failed ({error})",
+            key="calibration_forward",
+            advice="pass a function such as lambda module, batch: module.my_model(batch['x'])",
         ) from error
+
+
+def _fields(error: Exception) -> dict[str, str]:
+    """The fields of an error, as another process can raise it."""
+    if isinstance(error, QatkitError):
+        return {"problem": error.problem, "key": error.key, "advice": error.advice, "origin": error.origin}
+    return {"problem": f"{type(error).__name__}: {error}"}
+
+
+def _without(fields: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in fields.items() if key != name}

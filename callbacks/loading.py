@@ -1,4 +1,4 @@
-"""Bring a module back from a Lightning checkpoint with the quantization it was trained with."""
+"""Load a module from a Lightning checkpoint, with the quantization it was trained with."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def load_quantized(module: Module, checkpoint: Path | str) -> Module:
-    """Prepare a freshly made module as a checkpoint's callbacks had prepared theirs, and load its weights and scales.
+    """Quantize a new module as in a checkpoint, and load the checkpoint's weights and scales.
 
-    Lightning's own ``load_from_checkpoint(path, strict=False)`` gives the unquantized module with the latent weights,
-    where no BatchNorm was folded.
+    Lightning's own ``load_from_checkpoint`` knows no quantized layers: it fails on the scales, and with
+    ``strict=False`` it returns the module without quantization.
+
+    A module that was compiled with `torch.compile`, as a whole or in part, loads into a module that is compiled or not.
 
     Args:
         module: A new module of the same architecture; changed in place.
-        checkpoint: What a Trainer with `QuantizationAwareTraining` saved.
+        checkpoint: A checkpoint that a Trainer with `QuantizationAwareTraining` saved.
 
     Returns:
         The module.
@@ -34,22 +36,37 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
         QatkitError: the checkpoint was saved without `QuantizationAwareTraining`.
 
     Example:
-        >>> load_quantized(MyModule(), "last.ckpt")  # doctest: +SKIP
+        >>> load_quantized(MyModule(), "last.ckpt")  # doctest: +SKIP  # needs a trained checkpoint
     """
     try:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise QatkitError(
-            f"{checkpoint}: it holds objects beside tensors and plain values (saved hyperparameters, say), which "
-            "are not unpickled from a file; name trusted types with torch.serialization.add_safe_globals first"
+            "it holds objects other than tensors and plain values (saved hyperparameters, for example), which are not "
+            "unpickled",
+            key=str(checkpoint),
+            advice="register the types that you trust with torch.serialization.add_safe_globals",
         ) from error
     states = [state for state in content.get("callbacks", {}).values() if {"folds", "specs"} <= set(state)]
     if not states:
-        raise QatkitError(f"{checkpoint}: it holds no quantized layers; load it with load_from_checkpoint")
+        raise QatkitError(
+            "it holds no quantized layers", key=str(checkpoint), advice="load it with load_from_checkpoint"
+        )
     if any(isinstance(part, FakeQuantize) for part in module.modules()):
-        raise QatkitError("load_quantized: the module is quantized already; give a freshly made one")
+        raise QatkitError("it is already quantized", key="module", advice="pass a new module")
+    names = {_plain(name): name for name, _ in module.named_modules()}
+
+    def own(name: str) -> str:
+        return names.get(_plain(name), name)
+
     for state in states:
-        replay_folds(module, state["folds"])
-        prepare_from_specs(module, state["specs"])
-    module.load_state_dict(content["state_dict"])
+        replay_folds(module, [(own(one), own(other)) for one, other in state["folds"]])
+        prepare_from_specs(module, {own(name): spec for name, spec in state["specs"].items()})
+    keys = {_plain(key): key for key in module.state_dict()}
+    module.load_state_dict({keys.get(_plain(key), key): value for key, value in content["state_dict"].items()})
     return module
+
+
+def _plain(name: str) -> str:
+    """Remove the name that `torch.compile` adds to those of a module and its weights."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

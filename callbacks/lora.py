@@ -1,4 +1,4 @@
-"""Low-rank adapters in anybody's LightningModule."""
+"""Low-rank adapters for any LightningModule."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from qatkit.callbacks.launchers import refuse_spawn
 from qatkit.callbacks.pruning_callback import PruningCallback
 from qatkit.callbacks.quantization import QuantizationAwareTraining
 from typing_extensions import override
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, did_you_mean
 from qatkit.lora.attach import Adapter, attach, base_layers, check_inside, target_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.lora.heads import check_heads, classification_heads
@@ -27,27 +28,27 @@ COMPUTE = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed"
 class LoRA(Callback):
     """Freezes the module and trains low-rank updates of some of its linear layers.
 
-    The adapters are peft's. Behind `QuantizationAwareTraining`, and where zeros are held, they are part of the weight
-    instead: what is rounded, or masked, is ``W + alpha / rank * B A``, so merging changes nothing. The optimizer has to
-    take the parameters that require gradients: ``(p for p in self.parameters() if p.requires_grad)``, or all, of which
-    frozen ones cost it nothing. `qatkit.lora.attach.merge` and `save_adapter` finish what was trained.
+    The adapters are peft's. After `QuantizationAwareTraining`, and in layers that keep their zeros, the update is part
+    of the weight instead: ``W + alpha / rank * B A`` is quantized or masked, so merging changes nothing. Give the
+    optimizer all parameters, or those that require gradients: ``(p for p in self.parameters() if p.requires_grad)``.
+    After training, `qatkit.lora.merge` merges the adapters, and `qatkit.lora.save_adapter` saves them.
 
     Args:
         rank: Rows of A and columns of B.
-        alpha: Scale of the update, divided by `rank`.
-        dropout: Share of the inputs of A that are dropped while training.
-        targets: Globs over names of linear layers; every one must match. The output layer of a language model has to be
-            named.
-        dora: Learn the length of every output's weights apart from their direction.
-        bits: 4 or 8: bitsandbytes holds the frozen weights of all linear layers but the output layer.
-        quant_type: The grid of 4 bits.
-        double_quant: Keep the scales of 4 bits in 8 bits as well.
-        held: Names of layers whose zeros stay zeros.
-        seed: Random numbers that A starts with.
+        alpha: The update is multiplied by ``alpha / rank``.
+        dropout: Dropout probability of the inputs of A during training.
+        targets: Globs over names of linear layers; each must match. The output layer of a language model must be named
+            explicitly.
+        dora: Train the magnitude of each output's weights separately from their direction.
+        bits: Bits (4 or 8) in which bitsandbytes holds the frozen weights of all linear layers except the output layer.
+        quant_type: The 4-bit data type.
+        double_quant: Quantize the scales of 4-bit blocks to 8 bits.
+        held: Names of layers whose zeros stay zero.
+        seed: Seed of the initial values of A.
 
     Raises:
-        QatkitError: a pattern matches nothing, settings that do not go together, or a strategy or device that cannot
-            hold the weights.
+        QatkitError: a pattern matches nothing, options contradict each other, a layer cannot have an adapter, or the
+            strategy or device is not supported.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -70,9 +71,9 @@ class LoRA(Callback):
     ) -> None:
         for name, patterns in (("targets", targets), ("held", held)):
             if isinstance(patterns, str):
-                raise QatkitError(f"{name}: '{patterns}' is no list of patterns; write ['{patterns}']")
+                raise QatkitError(f"'{patterns}' is not a list of patterns", key=name, advice=f"use ['{patterns}']")
         if bits is not None and held:
-            raise QatkitError(f"bits: {bits} bits do not go with held zeros; write bits=None")
+            raise QatkitError(f"{bits} bits cannot keep zeros (held)", key="bits", advice="set bits=None")
         self.adapter = Adapter(rank, alpha, dropout, dora)
         self.targets = list(targets)
         self.bits = bits
@@ -87,23 +88,25 @@ class LoRA(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._module is not None and self._module() is pl_module:
-            return  # fit, then validate and test: one attachment serves them all
+            return  # fit, then validate and test: attach only once
         self._check_callbacks(trainer)
         self._check_strategy(trainer)
-        # every check before the first change: after an error the module is still the user's
+        # all checks come before the first change, so an error leaves the module as it was
         names = target_layers(pl_module, self.targets)
         layers = {name: pl_module.get_submodule(name) for name in names}
         known = {name for name, _ in pl_module.named_modules()}
         if missing := [name for name in self.held if name not in known]:
-            raise QatkitError(f"held: the module has no layer {missing}; write names such as '{names[0]}'")
+            raise QatkitError(
+                f"the module has no layer '{missing[0]}'", key="held", advice=did_you_mean(missing[0], known)
+            )
         check_heads(classification_heads(pl_module), self.held)
-        held = [name for name in self.held if name in layers]  # the others are frozen anyway
+        held = [name for name in self.held if name in layers]  # all other layers are frozen
         if held or any(isinstance(layer, QATLayer) for layer in layers.values()):
             check_inside(layers, self.adapter, bool(held))
         if self.bits is not None:
             self._quantize(trainer, pl_module)
         with isolate_rng():
-            torch.manual_seed(self.seed)  # the same on every process, which FSDP2 relies on
+            torch.manual_seed(self.seed)  # equal on all processes, as FSDP2 requires
             attach(pl_module, names, self.adapter, held)
         self.layers = names
         self._module = weakref.ref(pl_module)
@@ -112,16 +115,17 @@ class LoRA(Callback):
         assert self.bits is not None
         if any(isinstance(module, QATLayer) for module in pl_module.modules()):
             raise QatkitError(
-                f"bits: weights that bitsandbytes holds in {self.bits} bits cannot be fake-quantized as well; merge "
-                "the adapters, and quantize in a fit of its own"
+                f"weights that bitsandbytes holds in {self.bits} bits cannot be fake-quantized as well",
+                key="bits",
+                advice="merge the adapters, and quantize in another fit",
             )
         check_backend(trainer.strategy.root_device)
         names, dtype = base_layers(pl_module), COMPUTE.get(str(trainer.precision))
         if not names:
             raise QatkitError(
-                f"bits: the module has no plain linear layer to hold in {self.bits} bits; write bits=None"
+                f"the module has no plain linear layer to hold in {self.bits} bits", key="bits", advice="set bits=None"
             )
-        # as Lightning does next where precision is "bf16-true": what is dequantized later has the dtype of all else
+        # as Lightning does later with "bf16-true", so that dequantized weights get the dtype of all others
         trainer.precision_plugin.convert_module(pl_module)
         quantize_base(pl_module, names, self.bits, self.quant_type, self.double_quant, dtype)
 
@@ -132,19 +136,27 @@ class LoRA(Callback):
             name = type(other).__name__
             if isinstance(other, PruningCallback):
                 raise QatkitError(
-                    f"callbacks: {name} masks weights, which LoRA freezes; prune in a fit before, and write "
-                    "LoRA(held=[...]) with the layers whose zeros are to stay"
+                    f"{name} masks weights, which LoRA freezes",
+                    key="callbacks",
+                    advice="prune in an earlier fit, and use LoRA(held=[...]) with the layers that keep their zeros",
                 )
             if isinstance(other, QuantizationAwareTraining) and callbacks.index(other) > position:
-                raise QatkitError(f"callbacks: {name} has to swap layers before adapters are put on them; put it first")
+                raise QatkitError(
+                    f"{name} must swap layers before they get adapters", key="callbacks", advice=f"put {name} first"
+                )
             if isinstance(other, WeightAveraging) and callbacks.index(other) < position:
-                raise QatkitError(f"callbacks: {name} copies the module before it has adapters; put LoRA before it")
+                raise QatkitError(
+                    f"{name} copies the module before it has adapters", key="callbacks", advice="put LoRA before it"
+                )
 
     def _check_strategy(self, trainer: Trainer) -> None:
+        refuse_spawn(trainer, "LoRA")
         if self.bits is not None and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise QatkitError(
-                f"bits: {type(trainer.strategy).__name__} shards parameters, and what bitsandbytes packs into "
-                f"{self.bits} bits cannot be sharded by it; write strategy ddp, or bits: null"
+                f"{type(trainer.strategy).__name__} shards parameters, but it cannot shard weights that bitsandbytes "
+                f"packs into {self.bits} bits",
+                key="bits",
+                advice="use strategy ddp, or set bits: null",
             )
 
     def __getstate__(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What compression does to a model while it trains: a handful of curves, and one table with a row per layer."""
+"""Monitor compression during training: a few curves, and a table with one row per layer."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_layers
 
 COMPARISONS = 10
-"""Steps between two observations in which the student is compared with its teacher."""
+"""Comparisons of the student with its teacher between two observations."""
 
 
 @dataclass(frozen=True)
 class MonitorRow:
-    """One layer as it was observed last. None stands for what it does not have or cannot be known yet."""
+    """The last observation of one layer. None means that a layer has no such value, or not yet."""
 
     name: str
     weights: int
     weight_bits: int
-    """32 where weights are not quantized."""
+    """32 if weights are not quantized."""
     activation_bits: int
     weight_error: float
     """``||fake_quantize(w) - w|| / ||w||``."""
     clip_rate: float
-    """Share of weights outside the range of codes."""
+    """Fraction of weights outside the range of codes."""
     sparsity: float
-    """Share of weights whose code stands for zero."""
+    """Fraction of weights whose code stands for zero."""
     oscillation: float | None
-    """Share of codes that changed against their last direction since the observation before."""
+    """Fraction of codes that reversed their direction since the previous observation."""
     weight_scale_drift: float | None
-    """The mean scale of the weights over that at the stage's start, minus 1."""
+    """Relative change of the mean weight scale since the start of the stage."""
     input_scale_drift: float | None
-    """The same of the static input scale."""
+    """Relative change of the static input scale since the start of the stage."""
 
 
 class CompressionMonitor(Callback):
-    """Watches the quantized layers of any LightningModule, and logs summaries over all of them.
+    """Observes the quantized layers of any LightningModule, and logs summaries over all of them.
 
-    It observes at the start, every `every` optimizer steps and at the end, and logs, except at the start:
+    It observes at the start, every `every` optimizer steps, and at the end. Except at the start, it logs:
 
     - ``quant/weight_error``, ``quant/clip_rate``, ``quant/sparsity``: means over weights;
-    - ``quant/scale_drift``: mean relative change, since the start, of the scales that moved;
-    - ``quant/oscillation``: share of codes that turned back, from the third observation on; see `LayerWatch`;
-    - ``distill/teacher_agreement``, beside `KnowledgeDistillation`: share of training samples (tokens of a language
-      model) for which student and teacher name the same class, in 10 of the steps since the observation before.
+    - ``quant/scale_drift``: mean relative change of the scales that moved, since the start;
+    - ``quant/oscillation``: fraction of codes that reversed direction, from the third observation on; see `LayerWatch`;
+    - ``distill/teacher_agreement``, with `KnowledgeDistillation`: fraction of training samples (tokens of a language
+      model) on which student and teacher agree, in 10 of the steps since the previous observation.
 
-    The layers of the last observation are in `table`; at the end they are written beside the metrics: ``layers.csv`` by
-    CSVLogger, a table by WandbLogger, a text by TensorBoardLogger. A module without quantized layers gets the table,
-    with the sparsity of its weights, and no curves.
+    `table` holds the layers of the last observation. At the end it is written beside the metrics: as ``layers.csv`` by
+    CSVLogger, as a table by WandbLogger, as a text by TensorBoardLogger. A module without quantized layers gets the
+    table with the sparsity of its weights, but no curves.
 
-    Training waits for the device once per observation, not in between. In a process group every process observes, and
-    samples are counted over all of them. A checkpoint holds the scales at the start, one number for each; what
-    oscillated before a resume is forgotten.
+    Training synchronizes with the device once per observation. In a process group all processes observe, and samples
+    are counted over all of them. A checkpoint holds the scales at the start, one number each; oscillation is measured
+    anew after a resume.
 
     Args:
         every: Optimizer steps between two observations, at least 1.
@@ -81,12 +81,12 @@ class CompressionMonitor(Callback):
 
     def __init__(self, every: int = 100) -> None:
         if every < 1:
-            raise QatkitError(f"every: {every} is out of range; write a whole number of at least 1")
+            raise QatkitError(f"{every} is out of range", key="every", advice="use an integer of at least 1")
         self.every = every
         self.table: list[MonitorRow] = []
-        """The layers as they were observed last."""
+        """The last observation of each layer."""
         self.codes: list[int] = []
-        """Codes of all layers in 16 bins from each layer's lowest code to its highest, at the end of training."""
+        """Histogram of the codes of all layers at the end of training, in 16 bins over each layer's range of codes."""
         self._start: dict[str, list[float | None]] = {}
         self._forget()
 
@@ -130,9 +130,9 @@ class CompressionMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # every multiple of `every` is one observation, however many batches or optimizers make a step
+        # one observation per multiple of `every`, however many batches or optimizers make a step
         if trainer.global_step // self.every != self._seen // self.every:
-            # the step that Lightning logs under, as in its LearningRateMonitor
+            # the step under which Lightning logs, as in its LearningRateMonitor
             self._log(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
@@ -148,8 +148,8 @@ class CompressionMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.codes:
             return
-        # no step was left to train, so training neither started nor ended; by now the Trainer has moved all to the CPU,
-        # where NCCL cannot gather what is sharded
+        # no step was left, so training neither started nor ended; the Trainer has already moved all tensors to the CPU,
+        # where NCCL cannot gather sharded ones
         sharded = any(hasattr(parameter, "full_tensor") for parameter in pl_module.parameters())
         if trainer.strategy.root_device.type == "cpu" or not sharded:
             self._observe(trainer, pl_module)
@@ -172,7 +172,7 @@ class CompressionMonitor(Callback):
         observed = [
             self._watches.setdefault(name, LayerWatch()).observe(layer).to(pl_module.device) for name, layer in layers
         ]
-        values = torch.stack(observed).tolist()  # the one wait for the device
+        values = torch.stack(observed).tolist()  # the only sync with the device
         for (name, _), numbers in zip(layers, values, strict=True):
             self._start.setdefault(name, [_known(number) for number in numbers[-2:]])
         self.table = [
@@ -189,7 +189,7 @@ class CompressionMonitor(Callback):
             summary |= self._agreement(trainer, pl_module)
         if not summary:
             return
-        # not pl_module.log: it drops what is logged between two of the Trainer's own log steps
+        # not pl_module.log, which drops values logged between the Trainer's own log steps
         for logger in trainer.loggers:
             logger.log_metrics(summary, step=step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in summary.items()})
@@ -204,7 +204,7 @@ class CompressionMonitor(Callback):
         return {"distill/teacher_agreement": same / compared} if compared else {}
 
     def _write(self, trainer: Trainer, step: int) -> None:
-        """The table beside the metrics of every logger that can hold one."""
+        """Write the table with each logger that supports one."""
         counts = [watch.histogram().cpu() for watch in self._watches.values()]
         self.codes = torch.stack(counts).sum(dim=0).tolist() if counts else [0] * BINS
         if not self.table or not trainer.is_global_zero:
@@ -254,7 +254,7 @@ def _row(name: str, layer: nn.Module, numbers: dict[str, float], start: list[flo
 
 
 def _summary(rows: list[MonitorRow]) -> dict[str, float]:
-    """Means over the weights of all layers, and over the scales of all layers; empty without quantized weights."""
+    """Return means over all weights and over all scales; empty without quantized weights."""
     if not rows:
         return {}
     total = sum(row.weights for row in rows)
@@ -268,7 +268,7 @@ def _summary(rows: list[MonitorRow]) -> dict[str, float]:
         summary["quant/oscillation"] = turned / sum(row.weights for row in seen)
     drifts = [drift for row in rows for drift in (row.weight_scale_drift, row.input_scale_drift) if drift is not None]
     if drifts:
-        # frozen scales would only thin the mean
+        # frozen scales would dilute the mean
         moved = [abs(drift) for drift in drifts if drift]
         summary["quant/scale_drift"] = sum(moved) / max(len(moved), 1)
     return summary

@@ -1,4 +1,4 @@
-"""Quantization-aware training in anybody's LightningModule."""
+"""Quantization-aware training for any LightningModule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
-from qatkit.callbacks.decay import DecayExemption
+from qatkit.callbacks.launchers import refuse_spawn
+from qatkit.callbacks.weight_decay import DecayExemption
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -32,28 +33,29 @@ from qatkit.spec import QuantSpec
 class QuantizationAwareTraining(Callback):
     """Trains with fake-quantized weights and activations.
 
-    Before training: BatchNorm is folded into the convolutions before it (what cannot be folded trains on with frozen
-    statistics), the selected layers are swapped, and static
-    activation ranges are calibrated on the first training batches. After the first training step every fake quantizer
-    must have run. Learned scales are left out of weight decay. A checkpoint holds the same weights under the same
-    names, and the scales beside them; resuming continues with the scales it holds.
+    Before training, BatchNorm is folded into the preceding convolutions (BatchNorm that cannot be folded keeps its
+    statistics frozen), the selected layers are swapped, and static activation ranges are calibrated on the first
+    training batches. Each fake quantizer must run in the first training step. Learned scales are exempt from weight
+    decay. A checkpoint holds the same weights under the same names, and the scales beside them; a resumed run continues
+    with those scales.
 
     Args:
-        weight: How weights are quantized; None leaves them as they are.
-        activation: How layer inputs are quantized; None leaves them as they are.
-        include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names that are left alone.
-        layers: By glob, what is quantized otherwise; the last that matches a layer decides.
-        kv_cache: How the keys and values of a transformers model's attention are quantized.
-        share_inputs: Give layers that read the same input (q/k/v, gate/up) one static scale.
-        init: Where weights and their scales start from: "gptq", "awq" or "smoothquant" on the calibration batches,
-            "rtn" or "mse" from the weights alone. By default scales that are kept start at the least squared error.
-        calibration_batches: Training batches that set the static ranges, and that `init` looks at.
+        weight: Quantization of weights; None leaves them in full precision.
+        activation: Quantization of layer inputs; None leaves them in full precision.
+        include: Globs over layer names of the LightningModule; each must match a layer.
+        exclude: Globs over layer names that are not quantized.
+        layers: Different quantization by glob; the last matching glob decides.
+        kv_cache: Quantization of the attention keys and values of a transformers model.
+        share_inputs: Give layers with the same input (q/k/v, gate/up) one static scale.
+        init: Starting point of weights and scales: "gptq", "awq" or "smoothquant" on the calibration batches, "rtn" or
+            "mse" from the weights only. By default, learned and static weight scales start at the least squared error.
+        calibration_batches: Number of training batches for static ranges and for `init`.
         calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
 
     Raises:
-        QatkitError: a pattern matches nothing, a selected layer cannot be quantized, or one never runs.
+        QatkitError: a pattern matches nothing, a selected layer cannot be quantized or never runs, or the strategy
+            loses the trained weights.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -79,7 +81,11 @@ class QuantizationAwareTraining(Callback):
         if init is not None:
             METHODS.row(init, "init")
         if calibration_batches < 1:
-            raise QatkitError(f"calibration_batches: {calibration_batches} is out of range; write at least 1")
+            raise QatkitError(
+                f"{calibration_batches} is out of range",
+                key="calibration_batches",
+                advice="use an integer of at least 1",
+            )
         self.weight = weight
         self.activation = activation
         self.include = list(include)
@@ -95,7 +101,7 @@ class QuantizationAwareTraining(Callback):
         self.folds: list[Fold] = []
         """Folded (convolution, BatchNorm) pairs."""
         self._module: weakref.ref[LightningModule] | None = None
-        self._frozen: list[_BatchNorm] = []  # what could not be folded keeps the statistics of the float model
+        self._frozen: list[_BatchNorm] = []  # BatchNorm that could not be folded keeps its statistics
         self._ptq_done = False
         self._all_ran = False
         self._decay = DecayExemption()
@@ -103,9 +109,10 @@ class QuantizationAwareTraining(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._module is not None and self._module() is pl_module:
-            return  # fit, then validate and test: one swap serves them all
+            return  # fit, then validate and test: swap only once
+        refuse_spawn(trainer, "QuantizationAwareTraining")
         self._check_order(trainer)
-        # every check before the first change: after an error the module is still the user's
+        # all checks come before the first change, so an error leaves the module as it was
         how = (self.weight, self.activation, self.include, self.exclude, self.overrides, self.kv_cache)
         select(pl_module, *how)
         self.folds = fold_batchnorm(pl_module)
@@ -116,16 +123,16 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # FSDP2 restores a checkpoint after this hook, so "ready" alone cannot tell that scales are about to arrive
+        # FSDP2 restores a checkpoint after this hook, so `ready` does not show yet that scales are loaded
         if trainer.ckpt_path is not None:
-            self._ptq_done = True  # what it restores has been initialised: a fit after this one trains on
+            self._ptq_done = True  # the checkpoint has its starting point; so does a fit after this one
             return
         if self.init is None and all(fq.ready for _, fq in self._own(pl_module)):
             return
-        trainer.fit_loop.setup_data()  # before random numbers are isolated: it draws the seed of the training order
+        trainer.fit_loop.setup_data()  # outside `isolate_rng`: it draws the seed of the training order
         if self.init is not None and not self._ptq_done:
             self._apply_ptq(trainer, pl_module, self.init)
-        self._ptq_done = True  # a second fit continues with what the first one trained
+        self._ptq_done = True  # a second fit continues from the first
         if not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
 
@@ -133,8 +140,10 @@ class QuantizationAwareTraining(Callback):
         for earlier in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]  # set by Lightning
             if isinstance(earlier, WeightAveraging):
                 raise QatkitError(
-                    f"callbacks: {type(earlier).__name__} copies the module before its layers are quantized, and would "
-                    "average other weights; put QuantizationAwareTraining before it"
+                    f"{type(earlier).__name__} copies the module before its layers are quantized, so it would average "
+                    "unquantized weights",
+                    key="callbacks",
+                    advice="put QuantizationAwareTraining before it",
                 )
 
     @property
@@ -145,7 +154,7 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What `load_quantized` needs to rebuild the module; the scales are in the module's own state dict."""
+        """Return what `load_quantized` needs to rebuild the module; scales are in the module's own state dict."""
         module = self._module() if self._module is not None else None
         specs = {} if module is None else layer_specs(module)
         return {"folds": self.folds, "specs": {name: specs[name] for name in self.layers if name in specs}}
@@ -160,14 +169,16 @@ class QuantizationAwareTraining(Callback):
     def _apply_ptq(self, trainer: Trainer, pl_module: LightningModule, method: str) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
             raise QatkitError(
-                f"init: '{method}' needs whole weights, and FSDP2 has sharded them; run it as a stage of its own with "
-                "max_steps: 0 on one process or with strategy: ddp, and train from its result"
+                f"'{method}' needs whole weights, but FSDP2 shards them",
+                key="init",
+                advice="run it as a separate stage with max_steps: 0 on one process or with strategy: ddp, and train "
+                "from its result",
             )
         forward = as_training_does(trainer, pl_module, self.calibration_forward)
         with isolate_rng():
             on_every_process(lambda: apply_ptq(pl_module, method, self._batches(trainer), forward))
         if dist.is_available() and dist.is_initialized():
-            # every process has seen batches of its own: what the first one found holds
+            # each process saw different batches; all take the result of the first
             for tensor in pl_module.state_dict().values():
                 dist.broadcast(tensor, 0)
 
@@ -177,12 +188,12 @@ class QuantizationAwareTraining(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for _, fake_quant in self._own(pl_module):
-            fake_quant.ran = False  # calibration and the sanity check ran some that training may never run
+            fake_quant.ran = False  # calibration and the sanity check may run quantizers that training never runs
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for norm in self._frozen:
-            norm.eval()  # validation puts it back into training mode
+            norm.eval()  # Lightning puts it back into training mode after validation
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -196,19 +207,21 @@ class QuantizationAwareTraining(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._decay.join()  # a step that the gradient scaler skipped has no end of its own
+        self._decay.join()  # if the gradient scaler skipped the step, no hook restored the groups
         if self._all_ran:
             return
         idle = [name for name, fq in self._own(pl_module) if not fq.ran]
         if idle:
             layers = sorted({name.rpartition(".")[0] for name in idle})
             raise QatkitError(
-                f"these layers were swapped, but training never calls their forward: {layers}; their weights are used "
-                "by another module or not at all. Name them in exclude"
+                f"training never calls the forward of the quantized layers {layers}; their weights are used by another "
+                "module or not at all",
+                key="include",
+                advice="add them to exclude",
             )
         self._all_ran = True
 
     def _own(self, pl_module: LightningModule) -> list[tuple[str, FakeQuantize]]:
-        """The fake quantizers this callback put in: a Trainer may hold several such callbacks."""
+        """Return the fake quantizers of this callback; a Trainer may hold several such callbacks."""
         own = set(self.layers)
         return [(name, fq) for name, fq in fake_quantizers(pl_module) if name.rpartition(".")[0] in own]

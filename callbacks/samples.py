@@ -1,4 +1,4 @@
-"""Texts that a language model writes now and then while it trains."""
+"""Generate sample texts with a language model while it trains."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from qatkit.errors import QatkitError
 
 
 class TextSamples(Callback):
-    """Lets the model continue prompts and writes down what it says: in a file, and as a table on W&B or TensorBoard.
+    """Completes prompts with the model, and records the texts in a file and as a table on W&B or TensorBoard.
 
-    Every token is the most probable one, in eval mode and with random numbers of its own, so that training ends with
-    the same bits as without. A resumed run replaces what was written after its checkpoint.
+    Decoding is greedy, in eval mode and with isolated random numbers, so training gives the same bits as without it. A
+    resumed run removes samples from after its checkpoint.
 
     Args:
-        every: Optimizer steps between two times.
-        prompts: Beginnings of texts.
+        every: Optimizer steps between samples.
+        prompts: Texts to complete.
         path: A file of JSON lines, each with "step", "prompt" and "text".
-        max_new_tokens: Tokens to write at most.
-        tokenizer: Of transformers; by default the attribute ``tokenizer`` of the data module.
+        max_new_tokens: Maximum number of generated tokens.
+        tokenizer: A tokenizer of transformers; by default the attribute ``tokenizer`` of the data module.
 
     Raises:
-        QatkitError: there is no tokenizer, the model cannot write texts, or a text is longer than it has positions.
+        QatkitError: there is no tokenizer, the model cannot generate text, or a text exceeds its positions.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -46,9 +46,9 @@ class TextSamples(Callback):
         self, every: int, prompts: Sequence[str], path: Path, max_new_tokens: int = 32, tokenizer: Any = None
     ) -> None:
         if every < 1:
-            raise QatkitError(f"every: {every} is out of range; write a whole number of at least 1")
+            raise QatkitError(f"{every} is out of range", key="every", advice="use an integer of at least 1")
         if isinstance(prompts, str):
-            raise QatkitError(f"prompts: '{prompts}' is no list; write ['{prompts}']")
+            raise QatkitError(f"'{prompts}' is not a list", key="prompts", advice=f"use ['{prompts}']")
         self.every = every
         self.prompts = list(prompts)
         self.path = path
@@ -62,7 +62,9 @@ class TextSamples(Callback):
         self.tokenizer = self.tokenizer or tokenizer_of(trainer)
         if self.tokenizer is None:
             raise QatkitError(
-                "prompts: the data has no tokenizer to read them; write samples for a language model's data"
+                "the data have no tokenizer to encode them",
+                key="prompts",
+                advice="pass tokenizer=, or remove the samples",
             )
         self._tokens = [self.tokenizer(prompt)["input_ids"] for prompt in self.prompts]
         check_length(pl_module, "prompts", max(map(len, self._tokens)) + self.max_new_tokens)
@@ -76,11 +78,11 @@ class TextSamples(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every or step == self._last:  # more batches of an accumulated step
+        if step % self.every or step == self._last:  # another batch of an accumulated step
             return
         self._last = step
         sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
-        if not (trainer.is_global_zero or sharded):  # every process has to gather its share of the weights
+        if not (trainer.is_global_zero or sharded):  # sharded weights are gathered on every process
             return
         texts = self._texts(trainer, pl_module)
         if not trainer.is_global_zero:
@@ -100,14 +102,14 @@ class TextSamples(Callback):
                     logger.experiment.add_text(f"samples/{index}", shown, step)
 
     def _texts(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """What the model writes behind every prompt."""
+        """Return the model's completion of each prompt."""
         model: Any = generator_in(pl_module, "prompts")
         longest = max(map(len, self._tokens))
-        # padded on the left, as generate() wants them
+        # padded on the left, as generate() requires
         tokens = torch.tensor([[0] * (longest - len(row)) + row for row in self._tokens])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in self._tokens])
         compiled = any(module._compiled_call_impl is not None for module in pl_module.modules())
-        # it would be compiled again for every length of a text
+        # it would be recompiled for every length
         eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         ends = eos_tokens(model, self.tokenizer)
         with eager, trainer.precision_plugin.forward_context():
@@ -124,10 +126,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:  # a killed process may leave the last line half written
+            rows.append(json.loads(line))
+        except ValueError:  # a killed process may leave an incomplete last line
             break
-    return found
+    return rows

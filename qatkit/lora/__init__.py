@@ -1,1 +1,26 @@
-"""Low-rank adapters: attached through peft, or inside the weight where it is rounded or sparse; merged without loss."""
+"""Low-rank adapters (LoRA, QLoRA, DoRA): attached through peft, or inside a weight that is quantized or sparse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qatkit.common.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from qatkit.lora.attach import Adapter as Adapter
+    from qatkit.lora.attach import adapted_layers as adapted_layers
+    from qatkit.lora.attach import attach as attach
+    from qatkit.lora.attach import merge as merge
+    from qatkit.lora.attach import save_adapter as save_adapter
+    from qatkit.lora.attach import target_layers as target_layers
+    from qatkit.lora.bits import dequantized as dequantized
+    from qatkit.lora.bits import quantize_base as quantize_base
+    from qatkit.lora.layers import AdaptedLinear as AdaptedLinear
+    from qatkit.lora.layers import AdaptedQATLinear as AdaptedQATLinear
+
+_HOMES = {
+    "qatkit.lora.attach": ["Adapter", "adapted_layers", "attach", "merge", "save_adapter", "target_layers"],
+    "qatkit.lora.bits": ["dequantized", "quantize_base"],
+    "qatkit.lora.layers": ["AdaptedLinear", "AdaptedQATLinear"],
+}
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function

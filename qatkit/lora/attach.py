@@ -1,8 +1,7 @@
-"""Put adapters on the layers of a model, save them as peft does, and merge them."""
+"""Attach adapters to the layers of a model, save them in peft's format, and merge them."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, did_you_mean
 from qatkit.lora.bits import dequantized, kind_of, make_safe, set_child
 from qatkit.lora.heads import check_heads, classification_heads, inside_of
 from qatkit.lora.layers import SWAPS, AdaptedWeight, adapt, merge_layer
@@ -23,7 +22,7 @@ from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.state import quantizer_prefixes
 
 NAME = "default"
-"""What peft calls the adapter."""
+"""The adapter's name in peft."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +32,34 @@ class Adapter:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    """Share of the inputs of A that are dropped while training."""
+    """Dropout probability of the inputs of A during training."""
     dora: bool = False
-    """Learn the length of every output's weights apart from their direction (https://arxiv.org/abs/2402.09353)."""
+    """Train the magnitude of each output's weights separately from their direction (https://arxiv.org/abs/2402.09353)."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise QatkitError(f"{self.rank} is out of range", key="rank", advice="use an integer of at least 1")
+        if not self.alpha > 0:
+            raise QatkitError(f"{self.alpha} is out of range", key="alpha", advice="use a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise QatkitError(f"{self.dropout} is out of range", key="dropout", advice="use a number from 0 to below 1")
 
 
 def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str]:
-    """The linear layers that the globs select, in the model's order.
+    """Return the linear layers that the globs select, in the model's order.
 
-    The output layer of a language model is only taken by a pattern that names it, and the head of a classifier by none,
-    as it is trained whole.
+    The output layer of a language model is selected only by a pattern that names it. The head of a classifier is never
+    selected, because it is trained in full.
 
     Raises:
-        QatkitError: a pattern matches no linear layer, or a layer whose weight belongs to another one as well.
+        QatkitError: a pattern matches no linear layer; or a layer has an adapter already, shares its weight with
+            another one, or computes it anew on each call.
 
     Example:
         >>> target_layers(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
         ['0', '2']
     """
+    _refuse_adapters(model)
     whole = classification_heads(model)
     linear = {
         name: module for name, module in model.named_modules() if _is_linear(module) and not inside_of(name, whole)
@@ -61,12 +70,14 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         if (weight := module._parameters.get("weight")) is not None and name not in linear:
             uses.setdefault(id(weight), name)
     for index, pattern in enumerate(targets):
-        found = [name for name in linear if fnmatchcase(name, pattern)]
-        if not found:
-            near = difflib.get_close_matches(pattern, linear, n=3, cutoff=0.3) or list(linear)[:3]
-            known = f"the nearest are {near}" if near else "the model has none"
-            known += f"; {whole} is trained whole" if any(inside_of(pattern, whole) for pattern in targets) else ""
-            raise QatkitError(f"targets[{index}]: '{pattern}' matches no linear layer; {known}")
+        if any(fnmatchcase(name, pattern) for name in linear):
+            continue
+        head = f" ({whole} is trained in full without an adapter)" if inside_of(pattern, whole) else ""
+        raise QatkitError(
+            f"'{pattern}' matches no linear layer{head}",
+            key=f"targets[{index}]",
+            advice=did_you_mean(pattern, linear) if linear else "remove LoRA: the model has no linear layer",
+        )
     chosen = []
     for name, module in linear.items():
         if not any(_takes(pattern, name, module in heads) for pattern in targets):
@@ -74,17 +85,43 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         tied = uses.setdefault(id(module.weight), name)
         if tied != name:
             raise QatkitError(
-                f"targets: layer '{name}' has one weight with '{tied}', which a merge would change with it; write "
-                "patterns that leave it out"
+                f"layer '{name}' shares its weight with '{tied}', which a merge would change as well",
+                key="targets",
+                advice="use patterns that do not match it",
             )
+        _refuse_recomputed(name, module)
         chosen.append(name)
     if not chosen:
-        raise QatkitError(f"targets: {list(targets)} leaves no layer; name the layer itself, such as '*.q_proj'")
+        raise QatkitError(
+            f"{list(targets)} selects no layer", key="targets", advice="name the layer itself, such as '*.q_proj'"
+        )
     return chosen
 
 
+def _refuse_adapters(model: nn.Module) -> None:
+    # peft's layers of any method wrap a base layer
+    there = next((name for name, part in model.named_modules() if _is_adapted(part) or _wraps_base(part)), None)
+    if there is not None:
+        raise QatkitError(
+            f"layer '{there}' already has an adapter",
+            key="model",
+            advice="merge it first (qatkit.lora.merge, or merge_and_unload of peft)",
+        )
+
+
+def _refuse_recomputed(name: str, layer: nn.Module) -> None:
+    """Raise if the weight is not a parameter: weight and spectral norm, pruning and parametrizations compute it."""
+    if "weight" not in layer._parameters:
+        raise QatkitError(
+            f"layer '{name}' computes its weight anew on each call (weight_norm, spectral_norm, torch.nn.utils.prune "
+            "or another parametrization), so a merged update would be lost",
+            key="targets",
+            advice="remove the parametrization first, or use patterns that do not match the layer",
+        )
+
+
 def base_layers(model: nn.Module) -> list[str]:
-    """The layers that few bits may hold: plain linear ones, but no output layer, no head and no shared weight."""
+    """Return the layers that bitsandbytes may hold: linear ones except output layers, heads and shared weights."""
     heads, whole = _heads(model), classification_heads(model)
     owners = Counter(
         id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None
@@ -100,22 +137,27 @@ def base_layers(model: nn.Module) -> list[str]:
 
 
 def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Collection[str] = ()) -> None:
-    """Freeze a model and put adapters on some of its layers, in place; it computes what it did.
+    """Freeze a model and attach adapters to some of its layers, in place; outputs do not change.
 
-    Layers are peft's, unless one of them is fake-quantized or keeps its zeros: then all are `AdaptedWeight`, whose
-    update is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a classifier of
-    transformers: where the model was not trained to classify, its weights are random.
+    Adapters are peft's, unless a layer is fake-quantized or keeps its zeros: then all are `AdaptedWeight`, whose update
+    is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a transformers classifier,
+    whose weights are random if the model was not trained to classify.
 
     Args:
         model: Any module.
-        names: What `target_layers` gave.
+        names: Layer names from `target_layers`.
         adapter: The shape of the updates.
-        held: Layers whose zeros stay zeros.
+        held: Layers whose zeros stay zero.
 
     Raises:
-        QatkitError: the adapter or a layer's type does not go with an update inside the weight.
+        QatkitError: a layer has an adapter already or computes its weight anew on each call, or the adapter or a
+            layer's type does not support an update inside the weight.
     """
+    _refuse_adapters(model)
     layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        if kind_of(layer) is None:
+            _refuse_recomputed(name, layer)
     heads = classification_heads(model)
     check_heads(heads, held)
     inside = bool(held) or any(isinstance(layer, QATLayer) for layer in layers.values())
@@ -133,38 +175,46 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
         from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import cast_adapter_dtype
 
-        # under another root: under FSDP2 peft takes a LightningModule, which knows a device mesh, for a model of
-        # transformers, and asks for its config
+        # under another root, because with FSDP2 peft takes a LightningModule, which has a device mesh, for a model of
+        # transformers, and reads its config
         root = nn.ModuleDict({"root": model})
         inject_adapter_in_model(_config([f"root.{name}" for name in names], adapter), root)
-        cast_adapter_dtype(root, NAME)  # as get_peft_model does: factors of 16 bits lose steps of a usual learning rate
+        cast_adapter_dtype(root, NAME)  # as in get_peft_model: 16-bit factors lose updates of usual learning rates
     for parameter in (*trained, *(p for name in heads for p in model.get_submodule(name).parameters())):
         parameter.requires_grad_(True)
 
 
 def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> None:
-    """Raise unless the updates can be part of the weights."""
-    why = "whose zeros are held" if held else "that is quantized in the same stage"
+    """Raise unless the updates can be part of the weights.
+
+    Raises:
+        QatkitError: names the option or the layer.
+    """
+    why = "whose zeros are kept" if held else "that is quantized in the same stage"
     for key in ("dora", "dropout"):
         if value := getattr(adapter, key):
             raise QatkitError(
-                f"{key}: {value} does not go with a layer {why}, where the update is part of the weight; leave it out"
+                f"{value} is not supported for a layer {why}, where the update is part of the weight",
+                key=key,
+                advice="remove it",
             )
     for name, layer in layers.items():
         if kind_of(layer) is not None:
             raise QatkitError(
-                f"layer '{name}': its weight is frozen in {kind_of(layer)} bits, and cannot be one {why}; write "
-                "bits: null, or merge the adapters in a stage of their own before"
+                f"the weight of layer '{name}' is frozen in {kind_of(layer)} bits, so it cannot be one {why}",
+                key="bits",
+                advice="set bits: null, or merge the adapters in an earlier stage",
             )
         if type(layer) not in SWAPS:
             raise QatkitError(
-                f"layer '{name}': a {type(layer).__name__} {why} cannot be adapted (only nn.Linear can); write targets "
-                "that leave it out"
+                f"layer '{name}', a {type(layer).__name__} {why}, cannot have an adapter (only nn.Linear can)",
+                key="targets",
+                advice="use patterns that do not match it",
             )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that hold adapters, peft's and qatkit's own, by name."""
+    """Return the layers with adapters, peft's or qatkit's own, by name."""
     return {name: module for name, module in model.named_modules() if _is_adapted(module)}
 
 
@@ -172,22 +222,24 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
     """Write the adapters of a model in peft's own format: `PeftModel.from_pretrained(base_model, folder)` loads them.
 
     Args:
-        model: A model with adapters, and the root of the names that peft will look for.
-        folder: Made if it does not exist.
-        base: What the config names as the base model.
+        model: A model with adapters; the names of its layers are the ones that peft looks up.
+        folder: Created if it does not exist.
+        base: The base model's name in the config.
 
     Raises:
-        QatkitError: there is no adapter, or the zeros of a layer are held: peft would fill them.
+        QatkitError: there is no adapter, or a layer keeps its zeros, which peft would fill.
     """
     from safetensors.torch import save_file
 
     layers = adapted_layers(model)
     if not layers:
-        raise QatkitError("save_adapter: the model has no adapter; call it before merging")
+        raise QatkitError("it has no adapter", key="model", advice="call save_adapter before merge")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if isinstance(layer, AdaptedWeight) and layer.held:
-            raise QatkitError(f"save_adapter: layer '{name}' keeps its zeros, which peft would fill; merge instead")
+            raise QatkitError(
+                f"layer '{name}' keeps its zeros, which peft would fill", key="model", advice="use merge instead"
+            )
         for key, value in _factors(layer).items():
             tensors[f"base_model.model.{name}.{key}"] = full_tensor(value).detach().cpu().contiguous().clone()
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,20 +251,20 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
     config.modules_to_save = heads or None
     config.base_model_name_or_path, config.inference_mode = base, True
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    # written here: peft would write its sets in another order on every run
+    # peft would write its sets in a different order on each run
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / "adapter_config.json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
 
 
 def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
-    """Put every update into its weight and take the adapters away, in place.
+    """Merge all updates into their weights and remove the adapters, in place.
 
-    A base of 4 or 8 bits becomes plain layers of full precision first, with exactly the values it stands for: an update
-    rounded back to so few bits would be lost. What is fake-quantized stays so.
+    A 4-bit or 8-bit base is first dequantized into plain layers with exactly the same values, because an update rounded
+    back to so few bits would be lost. Fake-quantized layers stay fake-quantized.
 
     Args:
         model: A model with adapters.
-        device: Where to compute updates inside the weight; by default where the weight is.
+        device: The device to compute updates inside the weight on; by default that of the weight.
 
     Returns:
         The names of the merged layers.
@@ -230,7 +282,7 @@ def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
 
 
 def to_full_precision(model: nn.Module) -> None:
-    """Replace layers of 4 or 8 bits by plain ones with the same values, adapters and all, in place."""
+    """Dequantize 4-bit and 8-bit layers into plain ones with the same values, in place; adapters are kept."""
     for name, layer in adapted_layers(model).items():
         base = None if isinstance(layer, AdaptedWeight) else layer.get_base_layer()  # type: ignore[operator]
         if base is not None and kind_of(base) is not None:
@@ -241,7 +293,7 @@ def to_full_precision(model: nn.Module) -> None:
 
 
 def _over_plain_base(layer: nn.Module, base: nn.Module) -> nn.Module:
-    """The same adapter over the plain layer that the base stands for."""
+    """Return the same adapter over the dequantized base."""
     holder = nn.ModuleDict({"layer": dequantized(base)})
     attach(holder, ["layer"], _adapter_of(layer))
     with torch.no_grad():
@@ -251,13 +303,13 @@ def _over_plain_base(layer: nn.Module, base: nn.Module) -> nn.Module:
 
 
 def _factors(layer: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors of an adapter, by the names of peft's files."""
+    """Return the trained tensors of an adapter by their names in peft's files."""
     if isinstance(layer, AdaptedWeight):
         return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
-    found = {f"{part}.weight": getattr(layer, part)[NAME].weight for part in ("lora_A", "lora_B")}
+    factors = {f"{part}.weight": getattr(layer, part)[NAME].weight for part in ("lora_A", "lora_B")}
     if NAME in layer.lora_magnitude_vector:  # type: ignore[operator]
-        found["lora_magnitude_vector"] = layer.lora_magnitude_vector[NAME].weight  # type: ignore[index, union-attr]
-    return found
+        factors["lora_magnitude_vector"] = layer.lora_magnitude_vector[NAME].weight  # type: ignore[index, union-attr]
+    return factors
 
 
 def _adapter_of(layer: Any) -> Adapter:
@@ -280,25 +332,29 @@ def _config(names: list[str], adapter: Adapter) -> Any:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # peft's layers are no nn.Linear themselves; their factors are, and must not be adapted again
+    # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight
     return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "QATConv1D")
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, AdaptedWeight) or (hasattr(module, "lora_A") and hasattr(module, "get_base_layer"))
+    return isinstance(module, AdaptedWeight) or (hasattr(module, "lora_A") and _wraps_base(module))
+
+
+def _wraps_base(module: nn.Module) -> bool:
+    return hasattr(module, "get_base_layer")
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    found = set()
+    heads = set()
     for module in model.modules():
         if callable(getter := getattr(module, "get_output_embeddings", None)):
             try:
-                found.add(getter())
+                heads.add(getter())
             except (NotImplementedError, AttributeError):  # a part of a model has none
                 continue
-    return found - {None}
+    return heads - {None}
 
 
 def _takes(pattern: str, name: str, head: bool) -> bool:
-    # the last part of `*` or `model.*` names every layer, and none in particular
+    # `*` or `model.*` does not name a particular layer
     return fnmatchcase(name, pattern) and not (head and set(pattern.rpartition(".")[2]) <= {"*", "?"})

@@ -1,12 +1,12 @@
-"""Frozen weights of 4 or 8 bits, held by bitsandbytes, and their exact way back.
+"""Frozen 4-bit and 8-bit weights of bitsandbytes, and their exact dequantization.
 
-bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. From then on its
-gradients are lost and what dequantizes, merges or saves it reads garbage: a validation loop inside training is enough.
-Every 4-bit layer that passes through here has that switched off.
+bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. After that its
+gradients are lost, and dequantizing, merging or saving reads garbage; one validation loop during training is enough.
+`make_safe` disables repacking.
 
-Of an 8-bit weight it keeps codes and scales twice, and moves one of each when a model changes its device: what was
-packed on the CPU would meet inputs on a GPU there, and what was loaded after a move would not count. Every 8-bit layer
-that passes through here multiplies by its weight, wherever that is.
+For an 8-bit weight, bitsandbytes keeps two copies of codes and scales, and moves only one when a model changes its
+device: a weight packed on the CPU would meet inputs on the GPU, and a weight loaded after a move would be ignored.
+`make_safe` makes each layer multiply by its weight, wherever that is.
 """
 
 from __future__ import annotations
@@ -22,21 +22,26 @@ from qatkit.errors import QatkitError
 
 Bits = Literal[4, 8]
 OUTLIERS = 6.0
-"""Inputs from here on are multiplied in 16 bits (LLM.int8, https://arxiv.org/abs/2208.07339)."""
+"""Inputs of at least this magnitude are multiplied in 16 bits (LLM.int8, https://arxiv.org/abs/2208.07339)."""
 
 
 def check_backend(device: torch.device) -> None:
-    """Raise unless bitsandbytes quantizes to 4 bits on the device and back."""
+    """Raise unless bitsandbytes can quantize and dequantize 4 bits on the device.
+
+    Raises:
+        QatkitError: it is not installed, or does not support the device.
+    """
     try:
         from bitsandbytes import functional
 
         packed, state = functional.quantize_4bit(torch.ones(1, 64, device=device), quant_type="nf4")
         functional.dequantize_4bit(packed, state).sum().item()
-    except Exception as error:  # a missing library, kernel or device each raise something else
-        said = " ".join(str(error).split())[:200]
+    except Exception as error:  # a missing library, kernel and device raise different errors
+        reason = " ".join(str(error).split())[:200]
         raise QatkitError(
-            f"bits: bitsandbytes cannot quantize on {device.type} ({type(error).__name__}: {said}); write bits: null, "
-            "which trains adapters on the weights as they are, or an accelerator that it supports"
+            f"bitsandbytes cannot quantize on {device.type} ({type(error).__name__}: {reason})",
+            key="bits",
+            advice="set bits: null to train adapters on full-precision weights, or use a supported accelerator",
         ) from error
 
 
@@ -48,15 +53,15 @@ def quantize_base(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace linear layers by frozen ones of 4 or 8 bits, in place, one at a time.
+    """Replace linear layers by frozen 4-bit or 8-bit ones, in place, one at a time.
 
     Args:
         model: Any module.
         names: Layers of exactly type `nn.Linear`.
         bits: 4, or 8 for LLM.int8.
-        quant_type: The grid of 4 bits.
-        double_quant: Keep the scales of 4-bit blocks in 8 bits as well.
-        compute_dtype: What 4-bit layers multiply in; by default the weight's dtype.
+        quant_type: The 4-bit data type.
+        double_quant: Quantize the scales of 4-bit blocks to 8 bits.
+        compute_dtype: Dtype of 4-bit matrix products; by default the weight's dtype.
     """
     from bitsandbytes import nn as bnb
 
@@ -77,11 +82,11 @@ def quantize_base(
             made.register_load_state_dict_pre_hook(_load_4bit)
         else:
             made = bnb.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
-            # from the CPU: what lies on a GPU already it takes for quantized, and leaves as it is
+            # from the CPU, because bitsandbytes assumes that a weight on a GPU is already quantized
             made.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
             made.register_load_state_dict_pre_hook(_load_8bit)
-            made.plain_dtype = weight.dtype  # bitsandbytes keeps it of 4 bits alone
-            # it says on every call of every layer that inputs are multiplied in 16 bits
+            made.plain_dtype = weight.dtype  # bitsandbytes stores it for 4 bits only
+            # it logs on each call of each layer that inputs are cast to 16 bits
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -91,33 +96,33 @@ def quantize_base(
 
 
 def make_safe(model: nn.Module) -> list[str]:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model in place, and 8-bit ones on one device.
+    """Prevent in-place repacking of 4-bit weights and stale copies of 8-bit weights.
 
     Returns:
-        The names of its 4-bit layers.
+        The names of the 4-bit layers.
     """
-    found = [(name, layer) for name, layer in model.named_modules() if kind_of(layer) == 4]
-    for _, layer in found:
+    packed = [(name, layer) for name, layer in model.named_modules() if kind_of(layer) == 4]
+    for _, layer in packed:
         cast(Any, layer).support_avx512bf16_for_cpu = False
     for layer in model.modules():
         if kind_of(layer) == 8 and _follow_weight not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_follow_weight)
-    return [name for name, _ in found]
+    return [name for name, _ in packed]
 
 
 def kind_of(layer: nn.Module) -> Bits | None:
-    """4 or 8 where the layer is one of bitsandbytes, whose import is not needed to tell."""
+    """Return 4 or 8 for a layer of bitsandbytes, else None, without importing the library."""
     kinds = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")}
     return 4 if "Linear4bit" in kinds else 8 if "Linear8bitLt" in kinds else None
 
 
 @torch.no_grad()
 def dequantized(layer: nn.Module, device: torch.device | str | None = None) -> nn.Linear:
-    """A plain layer with exactly the values that a layer of bitsandbytes stands for.
+    """Return a plain layer with exactly the dequantized values of a layer of bitsandbytes.
 
     Args:
         layer: A `Linear4bit` or `Linear8bitLt`.
-        device: Where the plain layer lives; by default where the layer does.
+        device: Device of the plain layer; by default that of `layer`.
     """
     from bitsandbytes import functional
 
@@ -137,13 +142,13 @@ def dequantized(layer: nn.Module, device: torch.device | str | None = None) -> n
 
 
 def set_child(model: nn.Module, name: str, child: nn.Module) -> None:
-    """Put a module in the place of the one of that name."""
+    """Replace the module of that name."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, child)
 
 
 def _load_4bit(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Load a 4-bit weight with its scales, which bitsandbytes saves in a state dict and does not read from one."""
+    """Load a 4-bit weight with its scales, which bitsandbytes saves in a state dict but does not load."""
     from bitsandbytes import nn as bnb
 
     start = f"{prefix}weight."
@@ -154,7 +159,7 @@ def _load_4bit(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 
 
 def _follow_weight(layer: nn.Module, _: object) -> None:
-    """Multiply by the weight that `Module.to`, copies and state dicts have changed, not by what stood for it before."""
+    """Use the current weight, which `Module.to`, copies and state dicts may have changed, instead of a stale copy."""
     weight, state = cast(Any, layer.weight), cast(Any, layer).state
     scales = weight.SCB if weight.SCB is not None else state.SCB
     if weight.dtype is torch.int8 and scales is not None:
@@ -163,7 +168,7 @@ def _follow_weight(layer: nn.Module, _: object) -> None:
 
 
 def _load_8bit(layer: nn.Module, *_: Any) -> None:
-    """Let a layer that has run load: its first forward pass puts its scales where bitsandbytes does not load them."""
+    """Let a layer load that has run: its first forward pass moves scales to where bitsandbytes does not load them."""
     weight: Any = layer.weight
     if weight.SCB is None:
         weight.CB, weight.SCB = layer.state.CB, layer.state.SCB  # type: ignore[union-attr]

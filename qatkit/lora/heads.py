@@ -1,4 +1,4 @@
-"""What of a classifier is trained whole beside adapters: a head with random weights cannot be learned by an update."""
+"""Classification heads, which are trained in full beside adapters because their weights may be random."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from qatkit.errors import QatkitError
 
 
 def classification_heads(model: nn.Module) -> list[str]:
-    """The parts of a transformers sequence classifier that are not its pretrained body, and the body's pooler.
+    """Return the parts of a transformers sequence classifier outside its pretrained body, and the body's pooler.
 
-    A pooler is part of it: of a model that was trained to predict tokens it is as random as the layer behind it.
+    The pooler of a model that was trained to predict tokens is as random as the classifier after it.
 
     Args:
-        model: A classifier, or what holds one; of any other model nothing is trained whole.
+        model: A classifier, or a module that contains one; any other model has no such parts.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -24,7 +24,7 @@ def classification_heads(model: nn.Module) -> list[str]:
         >>> classification_heads(BertForSequenceClassification(config))
         ['classifier', 'bert.pooler']
     """
-    found = []
+    heads = []
     for name, module in model.named_modules():
         if not type(module).__name__.endswith("ForSequenceClassification"):
             continue
@@ -34,17 +34,17 @@ def classification_heads(model: nn.Module) -> list[str]:
         if isinstance(getattr(classifier.base_model, "pooler", None), nn.Module):
             parts.append(f"{body}.pooler")
         prefix = f"{name}." if name else ""
-        found += [prefix + part for part in parts if any(True for _ in module.get_submodule(part).parameters())]
-    return found
+        heads += [prefix + part for part in parts if any(True for _ in module.get_submodule(part).parameters())]
+    return heads
 
 
 def inside_of(name: str, parts: Sequence[str]) -> bool:
-    """Whether a layer is one of the parts or in one of them."""
+    """Whether a layer is one of the parts, or inside one of them."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
-    """Raise where zeros are to be held in what is trained whole.
+    """Raise if zeros are to be kept in a head, which is trained in full.
 
     Raises:
         QatkitError: names the layer.
@@ -52,6 +52,7 @@ def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
     for name in held:
         if inside_of(name, heads):
             raise QatkitError(
-                f"layer '{name}': its zeros are held, and LoRA trains the head of a classifier whole, which would fill "
-                "them; exclude it from pruning, or write hold_sparsity: false"
+                f"layer '{name}' keeps its zeros, but LoRA trains the head of a classifier in full, which fills them",
+                key="held",
+                advice="exclude it from pruning, or set hold_sparsity: false",
             )

@@ -1,8 +1,8 @@
-"""Linear layers that compute with ``W + scaling * B A`` as one weight.
+"""Linear layers whose weight is ``W + scaling * B A``.
 
-peft adds ``B A x`` to the output of a layer. Where the weight is rounded that is another model than the merged one:
-``round(W) + B A`` is on no grid; and where it is sparse, ``B A`` fills the zeros. Here the update is added to the
-weight before either, in the arithmetic that the merge uses, so merging changes nothing.
+peft adds ``B A x`` to the output of a layer. If the weight is quantized, that differs from the merged model:
+``quantize(W) + B A`` is not quantized. If the weight is sparse, ``B A`` fills the zeros. These layers add the update to
+the weight first, in the arithmetic of the merge, so merging changes nothing.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from qatkit.quantization.modules import full_tensor
 
 
 class AdaptedWeight(nn.Module):
-    """What these layers share: the factors beside the frozen weight."""
+    """Low-rank factors beside a frozen weight."""
 
     weight: Tensor
     bias: Tensor | None
     lora_A: nn.Parameter
     """``[rank, in]``."""
     lora_B: nn.Parameter
-    """``[out, rank]``, zero at the start."""
+    """``[out, rank]``, initially zero."""
     lora_alpha: float
     held: bool
-    """Whether the zeros of the weight stay zeros."""
+    """Whether the zeros of the weight stay zero."""
 
     @property
     def scaling(self) -> float:
-        """What ``B A`` is multiplied with."""
+        """The factor of ``B A``, alpha / rank."""
         return self.lora_alpha / self.lora_A.shape[0]
 
     @property
     def matrix(self) -> Tensor:
-        """``W + scaling * B A`` in the dtype of W, ``[out, in]``; zero where W is, if its zeros are held."""
+        """``W + scaling * B A`` in the dtype of W, ``[out, in]``; zero where W is zero, if zeros are kept."""
         if hasattr(self.weight, "device_mesh"):  # between steps of FSDP2
             return self.merged_weight()
         factors = (self.weight, self.lora_A, self.lora_B)
@@ -50,17 +50,23 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def set_matrix(self, values: Tensor) -> None:
-        """Overwrite W before training, while the update is still zero."""
+        """Overwrite W before training, while the update is zero.
+
+        Raises:
+            QatkitError: the update is no longer zero.
+        """
         if self.lora_B.any():
-            raise QatkitError("init: an adapter that is trained cannot be moved to another weight; merge it before")
+            raise QatkitError(
+                "a trained adapter cannot move to another weight", key="init", advice="merge the adapter first"
+            )
         self.weight.copy_(values)
 
     @torch.no_grad()
     def merged_weight(self, device: torch.device | None = None) -> Tensor:
-        """The whole merged weight, gathered where it is sharded.
+        """Return the whole merged weight, gathered if it is sharded.
 
         Args:
-            device: Where to compute; the sums of matrix products depend on it in the last bit.
+            device: The device to compute on; the last bit of matrix products depends on it.
         """
         weight, a, b = (full_tensor(part).to(device) for part in (self.weight, self.lora_A, self.lora_B))
         return _merge(weight, a, b, self.scaling, self.held)
@@ -69,7 +75,7 @@ class AdaptedWeight(nn.Module):
 class AdaptedLinear(AdaptedWeight, nn.Linear):
     """`nn.Linear` over ``W + scaling * B A``."""
 
-    bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
+    bias: Tensor | None  # type: ignore[assignment]  # torch declares it as always present
 
     def forward(self, input: Tensor) -> Tensor:
         return _recomputed(self._linear, input)
@@ -79,7 +85,7 @@ class AdaptedLinear(AdaptedWeight, nn.Linear):
 
 
 class AdaptedQATLinear(AdaptedWeight, QATLinear):
-    """`QATLinear` over a fake-quantized ``W + scaling * B A``: `QATLayer` takes its weight from `matrix`."""
+    """`QATLinear` over a fake-quantized ``W + scaling * B A``; `QATLayer` reads its weight from `matrix`."""
 
     bias: Tensor | None
 
@@ -93,10 +99,10 @@ class AdaptedQATLinear(AdaptedWeight, QATLinear):
 
 
 def adapt(layer: nn.Module, rank: int, alpha: float, held: bool = False) -> None:
-    """Make one linear layer compute with ``W + scaling * B A``, in place; B is zero, so nothing changes yet.
+    """Add low-rank factors to one linear layer, in place; B is zero, so outputs do not change.
 
     Args:
-        layer: An `nn.Linear` or a `QATLinear`, of exactly that type.
+        layer: An `nn.Linear` or a `QATLinear`, not a subclass.
         rank: Rows of A and columns of B.
         alpha: ``scaling`` is ``alpha / rank``.
         held: Keep the zeros of the weight.
@@ -105,17 +111,17 @@ def adapt(layer: nn.Module, rank: int, alpha: float, held: bool = False) -> None
     layer.__class__ = swapped
     assert isinstance(layer, AdaptedWeight)
     weight = layer.weight
-    # factors of 16 bits would lose steps of a usual learning rate
+    # 16-bit factors would lose updates of usual learning rates
     dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
     layer.lora_A = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device, dtype=dtype))
     layer.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device, dtype=dtype))
-    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))  # as peft starts
+    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))  # as in peft
     layer.lora_alpha, layer.held = alpha, held
 
 
 @torch.no_grad()
 def merge_layer(layer: AdaptedWeight, device: torch.device | None = None) -> None:
-    """Put the merged weight in the place of W and take the factors away, in place; `device` is where to compute."""
+    """Replace W by the merged weight and remove the factors, in place; compute on `device`."""
     layer.weight.copy_(layer.merged_weight(device))
     del layer.lora_A, layer.lora_B, layer.lora_alpha, layer.held
     layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))  # type: ignore[assignment]
@@ -125,14 +131,14 @@ SWAPS: dict[type[nn.Module], type[AdaptedWeight]] = {nn.Linear: AdaptedLinear, Q
 
 
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float, held: bool) -> Tensor:
-    """The one arithmetic of training and merging, in float32 unless the weight is wider, whatever autocast says."""
+    """Merge in training and in `merge_layer` alike: in float32 unless the weight is wider, regardless of autocast."""
     with torch.autocast(weight.device.type, enabled=False):
         merged = in_dtype(torch.addmm(weight.to(a.dtype), b, a, alpha=scaling), weight.dtype)
     return torch.where(weight != 0, merged, weight) if held else merged
 
 
 class _Merged(torch.autograd.Function):
-    """`_merge`, which keeps nothing but the parameters for its backward pass."""
+    """`_merge` with a backward pass that keeps only the parameters."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scaling: float, held: bool) -> Tensor:
@@ -151,14 +157,14 @@ class _Merged(torch.autograd.Function):
 
 
 def _recomputed(compute: Any, *inputs: Tensor | None) -> Tensor:
-    """Run the part of a forward pass that makes the weight, keeping only its inputs for the backward pass.
+    """Checkpoint the part of a forward pass that computes the weight.
 
-    Kept, every merged and every rounded weight would stay until its backward pass: more memory than full fine-tuning
-    takes. Computed again it is there for one layer at a time; torch stops computing when it has what the backward pass
-    needs, which is before the matrix product.
+    Otherwise each merged and each quantized weight would stay in memory until its backward pass, which takes more
+    memory than full fine-tuning. Recomputation holds one layer's weight at a time; torch stops it as soon as it has the
+    tensors that the backward pass needs, before the matrix product.
     """
     if not torch.is_grad_enabled():
         result: Tensor = compute(*inputs)
         return result
-    found: Tensor = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return found
+    output: Tensor = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from qatkit.advise.cost import macs, parameters
-from qatkit.callbacks.finite import spoiled
+from qatkit.callbacks.non_finite import non_finite
 from qatkit.pipeline.training import Trained, refuse_non_finite
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.measure import layer_table
@@ -51,7 +51,7 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     Raises:
         QatkitError: a weight is NaN or infinite; the stage stays unfinished.
     """
-    if (place := spoiled(model)) is not None:
+    if (place := non_finite(model)) is not None:
         shutil.rmtree(folder / "adapter", ignore_errors=True)  # was merged into the model
         refuse_non_finite(record.name, place)
     data.prepare_data()

@@ -16,7 +16,7 @@ from lightning.pytorch.loops import _FitLoop
 from typing_extensions import override
 
 from qatkit.callbacks import NonFiniteSteps
-from qatkit.callbacks.finite import FiniteCheckpoint
+from qatkit.callbacks.non_finite import FiniteCheckpoint
 from qatkit.common.device import device_count
 from qatkit.recipe import StageConfig, TrainerConfig
 

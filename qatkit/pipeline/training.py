@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from qatkit import stages as blocks
 from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
-from qatkit.callbacks.finite import spoiled_by
+from qatkit.callbacks.non_finite import non_finite_anywhere
 from qatkit.errors import QatkitError
 from qatkit.lora.attach import to_full_precision
 from qatkit.pipeline.early_stopping import StopEarly
@@ -107,7 +107,7 @@ def train(
             key=f"stages.{name}",
             advice="use a smaller batch_size",
         )
-    refuse_non_finite(name, spoiled_by(trainer, module.model))
+    refuse_non_finite(name, non_finite_anywhere(trainer, module.model))
     if stage.lora is not None and stage.lora.bits is not None:
         to_full_precision(module.model)
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)

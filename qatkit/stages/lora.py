@@ -31,19 +31,21 @@ if TYPE_CHECKING:
 
 
 def check(config: LoraConfig, stage: StageConfig, trainer: TrainerConfig, model: nn.Module) -> list[str]:
-    """The layers that are adapted, after everything that can be known of them was checked."""
+    """Check the block against the model, and return the layers that get adapters."""
     names = target_layers(model, config.targets)
     if stage.quantize is not None and set(names) & set(quantize.check(stage.quantize, model)):
         check_inside({name: model.get_submodule(name) for name in names}, _adapter(config), held=False)
     if config.bits is not None:
         if not base_layers(model):
-            raise QatkitError(f"bits: the model has no plain linear layer to hold in {config.bits} bits; leave it out")
+            raise QatkitError(
+                f"the model has no plain linear layer to hold in {config.bits} bits", key="bits", advice="remove it"
+            )
         check_backend(torch.device(device_type(trainer.accelerator)))
     return names
 
 
 def callback(config: LoraConfig, held: Sequence[str], seed: int) -> LoRA:
-    """What freezes the model and trains adapters; the zeros of the layers `held` stay."""
+    """Return the callback that freezes the model and trains adapters; layers in `held` keep their zeros."""
     from qatkit.callbacks import LoRA
 
     return LoRA(
@@ -61,21 +63,21 @@ def callback(config: LoraConfig, held: Sequence[str], seed: int) -> LoRA:
 
 
 def attach_to(model: nn.Module, config: LoraConfig, held: Sequence[str]) -> None:
-    """Put adapters on a plain or prepared model outside of training, where trained values are about to be loaded."""
+    """Attach adapters to a plain or prepared model, before trained values are loaded into it."""
     names = target_layers(model, config.targets)
     attach(model, names, _adapter(config), set(held) & set(names))
 
 
 def finish(model: nn.Module, moved: bool, original: bool, folder: Path, device: torch.device) -> None:
-    """Save the adapters of a trained model beside the stage, where peft can use them, and merge them.
+    """Save the adapters of a trained model in the stage's folder, if peft can use them, and merge them.
 
     Args:
         model: The model with its adapters.
-        moved: The weights below them are not those of the stage's input, which is what peft would add the update to.
-        original: That input is the model which the name in the config stands for; if not, the adapters name no base, as
-            peft would load that one.
+        moved: Whether the weights below the adapters differ from the stage's input, to which peft adds the update.
+        original: Whether that input is the model that the config names; if not, the adapters name no base model, as
+            peft would load the named one.
         folder: The stage's folder.
-        device: Where training computed updates that are part of a weight.
+        device: The device on which training computed updates inside a weight.
     """
     if not moved and not any(getattr(layer, "held", False) for layer in adapted_layers(model).values()):
         base = getattr(getattr(model, "config", None), "_name_or_path", "") if original else ""

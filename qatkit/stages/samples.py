@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 
 def check(config: SamplesConfig, model: nn.Module) -> None:
-    """Refuse a model that cannot write, or not so much."""
+    """Raise if the model cannot generate text, or not that much.
+
+    Raises:
+        QatkitError: it is not a causal language model of transformers, or has too few positions.
+    """
     generator_in(model, "samples")
     check_length(model, "samples.max_new_tokens", 1 + config.max_new_tokens)
 
 
 def callback(config: SamplesConfig, folder: Path) -> TextSamples:
-    """What writes ``samples.jsonl`` in the stage's folder, and tells the loggers."""
+    """Return the callback that writes ``samples.jsonl`` to the stage's folder and to the loggers."""
     from qatkit.callbacks import TextSamples
 
     return TextSamples(config.every, config.prompts, folder / "samples.jsonl", config.max_new_tokens)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is NaN or infinite change nothing, and too many of them in a row end training."""
+"""Skip optimizer steps with a non-finite loss or gradient, and stop training after too many of them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 class NonFiniteSteps(Callback):
-    """Leaves out optimizer steps whose loss or gradient is NaN or infinite, on all processes alike.
+    """Skips optimizer steps whose loss or gradient is NaN or infinite, on all processes alike.
 
-    One bad batch then costs its step; otherwise it would cost every weight. Gradients are not looked at with
-    ``precision="16-mixed"``: its scaler overflows on purpose, and leaves these steps out by itself. Put it before
-    callbacks that read gradients.
+    A bad batch then costs one step instead of every weight. With ``precision="16-mixed"`` gradients are not checked:
+    its scaler overflows on purpose and skips those steps itself. Put this callback before those that read gradients.
 
     Args:
-        limit: Bad steps in a row that end training.
+        limit: Number of bad steps in a row that stops training.
 
     Raises:
-        QatkitError: there were so many; it names the step, the last checkpoint, and what is not finite in the weights,
-            which the bad steps themselves have not changed.
+        QatkitError: `limit` was reached; the error names the step, the last checkpoint and any non-finite weight, which
+            the skipped steps have not changed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -40,12 +39,10 @@ class NonFiniteSteps(Callback):
 
     def __init__(self, limit: int = 10) -> None:
         if limit < 1:
-            raise QatkitError(f"limit: {limit} is out of range; write a whole number of at least 1")
+            raise QatkitError(f"{limit} is out of range", key="limit", advice="use an integer of at least 1")
         self.limit = limit
         self.in_a_row = 0
-        self._bad: Tensor | None = (
-            None  # one of the losses of this step was; on the device, not to wait for every batch
-        )
+        self._bad: Tensor | None = None  # whether a loss of this step was; on the device, to avoid a sync per batch
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -62,7 +59,7 @@ class NonFiniteSteps(Callback):
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None  # an optimizer does nothing to a parameter without one, not even decay
+                parameter.grad = None  # optimizers skip parameters without a gradient, including their decay
         if self.in_a_row >= self.limit:
             self._stop(trainer, pl_module, "loss" if of_loss else "gradient")
 
@@ -79,35 +76,37 @@ class NonFiniteSteps(Callback):
             return False
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        # the largest magnitude: NaN and infinity come through it, and nothing that is finite becomes infinite in it
+        # the largest magnitude keeps NaN and infinity, and cannot overflow
         return not bool(torch.nn.utils.get_total_norm(local, norm_type=torch.inf).isfinite())
 
     def _stop(self, trainer: Trainer, module: nn.Module, what: str) -> None:
         kept: Any = trainer.checkpoint_callback
         path = getattr(kept, "best_model_path", "")
-        spoiled = spoiled_by(trainer, module)
-        said = "they changed no weight"
-        if spoiled is not None:
-            said = f"{spoiled} was NaN or infinite before them already, by a step, perhaps, whose own loss was a number"
-        advice = f"Training continues from the last checkpoint, {path}"
+        weight = non_finite_anywhere(trainer, module)
+        weights = "no weight changed in them"
+        if weight is not None:
+            weights = f"{weight} was already non-finite before them, perhaps since a step whose own loss was finite"
+        checkpoint = f"training continues from the last checkpoint, {path}"
         if not Path(path).is_file():
-            advice = "No checkpoint was written before"
-        elif spoiled is not None and not isinstance(kept, FiniteCheckpoint):
-            advice = f"The last checkpoint, {path}, may hold it too: go on from an earlier one"
+            checkpoint = "there is no checkpoint yet"
+        elif weight is not None and not isinstance(kept, FiniteCheckpoint):
+            checkpoint = f"the last checkpoint, {path}, may hold it too, so resume from an earlier one"
         raise QatkitError(
-            f"training: the {what} was NaN or infinite in {self.limit} steps in a row, up to step "
-            f"{trainer.global_step + 1}; {said}. {advice}. Try a smaller lr, a warmup, "
-            "gradient_clip: 1.0 or bf16-mixed in place of 16-mixed, and look for bad records in the data"
+            f"the {what} was NaN or infinite in {self.limit} steps in a row, up to step {trainer.global_step + 1} "
+            f"({weights}; {checkpoint})",
+            key="training",
+            advice="try a smaller lr, a warmup, gradient_clip: 1.0 or bf16-mixed instead of 16-mixed, and look for bad "
+            "records in the data",
         )
 
 
 class FiniteCheckpoint(ModelCheckpoint):
-    """A checkpoint of epochs' ends that is only replaced by one that training can go on from.
+    """Saves a checkpoint at the end of an epoch, unless training could not resume from it.
 
     Args:
-        steps: Within its bad steps nothing is saved, and nothing while a weight is NaN or infinite: the step that made
-            it so may have had a good loss.
-        **options: Of `ModelCheckpoint`.
+        steps: Nothing is saved while it skips steps, or while a weight is non-finite: the step that made it so may have
+            had a finite loss.
+        **options: Options of `ModelCheckpoint`.
     """
 
     def __init__(self, steps: NonFiniteSteps, **options: Any) -> None:
@@ -116,37 +115,37 @@ class FiniteCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # both are the same on every process, which all have to take part in saving
-        if self.steps.in_a_row == 0 and spoiled_by(trainer, pl_module) is None:
+        # equal on every process; all of them take part in saving
+        if self.steps.in_a_row == 0 and non_finite_anywhere(trainer, pl_module) is None:
             super().on_train_epoch_end(trainer, pl_module)
 
 
-def spoiled_by(trainer: Trainer, module: nn.Module) -> str | None:
-    """What of a model holds NaN or infinity on any process, as `spoiled` says it; called on all of them."""
-    found = spoiled(module)
-    if not trainer.strategy.reduce_boolean_decision(found is not None, all=False):
+def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
+    """Return the first non-finite tensor on any process, as `non_finite` does; call it on all of them."""
+    tensor = non_finite(module)
+    if not trainer.strategy.reduce_boolean_decision(tensor is not None, all=False):
         return None
-    return found or "a weight on another process"
+    return tensor or "a weight on another process"
 
 
-def spoiled(module: nn.Module) -> str | None:
-    """The first parameter that is not finite, or buffer with a NaN, in words; infinity in a buffer may be a mask.
+def non_finite(module: nn.Module) -> str | None:
+    """Describe the first parameter that is not finite, or buffer with a NaN; infinity in a buffer may be a mask.
 
     Example:
         >>> layer = nn.Linear(2, 1)
-        >>> spoiled(layer)
+        >>> non_finite(layer)
         >>> _ = nn.init.constant_(layer.weight, torch.inf)
-        >>> spoiled(nn.Sequential(layer))
+        >>> non_finite(nn.Sequential(layer))
         "'weight' of layer '0'"
     """
     for layer, part in module.named_modules():
         if isinstance(part, FakeQuantize) and not part.ready:
-            continue  # not calibrated yet, which NaN says
+            continue  # NaN marks scales that are not calibrated yet
         for own, value in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
             local = value.to_local() if isinstance(value, DTensor) else value
             if type(local) not in (Tensor, nn.Parameter) or local.layout != torch.strided:
-                continue  # codes of another library, sparse, or of a lazy layer that never ran
-            if not local.is_floating_point() or local.element_size() == 1:  # codes of 8 bits
+                continue  # codes of another library, sparse tensors, or a lazy layer that never ran
+            if not local.is_floating_point() or local.element_size() == 1:  # 8-bit codes
                 continue
             bad = ~local.isfinite() if isinstance(value, nn.Parameter) else local.isnan()
             if bool(bad.any()):

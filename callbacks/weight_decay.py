@@ -1,4 +1,4 @@
-"""Weight decay is for weights: learned scales are left out of it, whatever groups the user made."""
+"""Exempt learned scales from weight decay, whatever parameter groups the optimizer has."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qatkit.quantization.prepare import fake_quantizers
 
 
 class DecayExemption:
-    """Takes learned scales and offsets out of decaying groups for the time of one optimizer step.
+    """Moves learned scales and offsets out of decaying parameter groups for the duration of one optimizer step.
 
-    A scale is no weight: pulling it to zero moves the whole grid. The groups are as the user made them before and after
-    each step, so that learning-rate schedulers and optimizer checkpoints see what they know.
+    Decay would pull a scale to zero, which moves the whole grid. Before and after each step the groups are as the user
+    made them, so learning-rate schedulers and optimizer checkpoints are not affected.
     """
 
     def __init__(self) -> None:
@@ -26,9 +26,9 @@ class DecayExemption:
         self._hook: RemovableHandle | None = None
 
     def split(self, optimizer: Optimizer, module: LightningModule) -> None:
-        """Before the step: give the scales of `module` groups of their own without decay.
+        """Move the scales of `module` into groups without decay; call it before the step.
 
-        The scales of every callback are split by the first one that is asked; for the others nothing is left to do.
+        The first callback to call it moves the scales of all callbacks; later calls have nothing left to do.
         """
         self.join()
         decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
@@ -47,7 +47,7 @@ class DecayExemption:
             self._hook = optimizer.register_step_post_hook(lambda *_: self.join())
 
     def join(self) -> None:
-        """After the step, or when it did not happen: put the groups back. Calling it again does nothing."""
+        """Restore the groups after the step, or if it was skipped. Calling it again does nothing."""
         if self._optimizer is None:
             return
         for group, parameters in self._whole:

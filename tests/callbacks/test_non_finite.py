@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from qatkit.callbacks import NonFiniteSteps
-from qatkit.callbacks.finite import spoiled
+from qatkit.callbacks.non_finite import non_finite
 from torch import Tensor, nn
 
 from qatkit import QatkitError
@@ -67,9 +67,9 @@ def test_too_many_in_a_row_end_training_with_the_step_and_the_last_checkpoint(tm
         trainer(watch, kept, enable_checkpointing=True).fit(module, batches())
     message = str(caught.value)
     assert message.startswith(
-        "training: the loss was NaN or infinite in 3 steps in a row, up to step 7; they changed no"
+        "training: the loss was NaN or infinite in 3 steps in a row, up to step 7 (no weight changed in them; "
     )
-    assert f"Training continues from the last checkpoint, {tmp_path / 'last.ckpt'}. Try a smaller lr" in message
+    assert f"training continues from the last checkpoint, {tmp_path / 'last.ckpt'}); try a smaller lr" in message
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert state["global_step"] == 6
     assert torch.equal(state["state_dict"]["net.0.weight"], module.weights[-1])
@@ -77,13 +77,13 @@ def test_too_many_in_a_row_end_training_with_the_step_and_the_last_checkpoint(tm
 
 
 def test_without_a_checkpoint_it_says_that_there_is_none() -> None:
-    with pytest.raises(QatkitError, match=r"the gradient was NaN .* No checkpoint was written before\. Try a smaller"):
+    with pytest.raises(QatkitError, match=r"the gradient was NaN .* there is no checkpoint yet\); try a smaller"):
         trainer(NonFiniteSteps(limit=2)).fit(Ill({0, 1}, "gradient"), batches())
     with pytest.raises(QatkitError, match="limit: 0 is out of range"):
         NonFiniteSteps(limit=0)
 
 
-def test_weights_that_were_spoiled_before_are_named_and_no_checkpoint_is_praised(tmp_path: Path) -> None:
+def test_weights_that_were_non_finite_before_are_named_and_no_checkpoint_is_praised(tmp_path: Path) -> None:
     class Spoiled(Classifier):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             if batch_idx == 3:
@@ -94,9 +94,9 @@ def test_weights_that_were_spoiled_before_are_named_and_no_checkpoint_is_praised
     with pytest.raises(QatkitError) as caught:
         trainer(NonFiniteSteps(limit=2), kept, enable_checkpointing=True).fit(Spoiled(), batches())
     message = str(caught.value)
-    assert "'bias' of layer 'net.2' was NaN or infinite before them already" in message
-    assert "changed no weight" not in message
-    assert f"The last checkpoint, {tmp_path / 'last.ckpt'}, may hold it too: go on from an earlier one" in message
+    assert "'bias' of layer 'net.2' was already non-finite before them" in message
+    assert "no weight changed" not in message
+    assert f"the last checkpoint, {tmp_path / 'last.ckpt'}, may hold it too, so resume from an earlier one" in message
 
 
 def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no_mistake() -> None:
@@ -105,9 +105,9 @@ def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no
     model = nn.Sequential(nn.Linear(8, 4))
     prepare_qat(model, activation=QuantSpec(8, strategy="tensor", symmetric=False))
     model.register_buffer("mask", torch.full((2, 2), -torch.inf))
-    assert spoiled(model) is None
+    assert non_finite(model) is None
     model.register_buffer("mean", torch.tensor([0.0, torch.nan]))
-    assert spoiled(model) == "'mean'"
+    assert non_finite(model) == "'mean'"
 
 
 def test_parameters_that_are_no_plain_floats_are_passed_over() -> None:
@@ -116,6 +116,6 @@ def test_parameters_that_are_no_plain_floats_are_passed_over() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(4), nn.Linear(4, 4))
     quantize_(model[0], Int8WeightOnlyConfig())
     model[2].weight = nn.Parameter(torch.eye(4).to_sparse_csr())
-    assert spoiled(model) is None
+    assert non_finite(model) is None
     nn.init.constant_(model[2].bias, torch.nan)
-    assert spoiled(model) == "'bias' of layer '2'"
+    assert non_finite(model) == "'bias' of layer '2'"
