@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from qatkit.callbacks.quantization import QUANTIZED
 
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import replay_folds
@@ -62,6 +63,7 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
     for state in states:
         replay_folds(module, [(own(one), own(other)) for one, other in state["folds"]])
         prepare_from_specs(module, {own(name): spec for name, spec in state["specs"].items()})
+    content["state_dict"].pop(QUANTIZED, None)
     keys = {_plain(key): key for key in module.state_dict()}
     module.load_state_dict({keys.get(_plain(key), key): value for key, value in content["state_dict"].items()})
     return module

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -28,6 +29,9 @@ from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
+
+QUANTIZED = "(quantized: load it with qatkit.callbacks.load_quantized)"
+"""Key in the state dict of a checkpoint, for the error of a plain module that tries to load it."""
 
 
 class QuantizationAwareTraining(Callback):
@@ -117,6 +121,7 @@ class QuantizationAwareTraining(Callback):
         select(pl_module, *how)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
+        pl_module.register_load_state_dict_pre_hook(_drop_mark)
         self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._module = weakref.ref(pl_module)
         self._ptq_done = self._all_ran = False
@@ -158,6 +163,11 @@ class QuantizationAwareTraining(Callback):
         module = self._module() if self._module is not None else None
         specs = {} if module is None else layer_specs(module)
         return {"folds": self.folds, "specs": {name: specs[name] for name in self.layers if name in specs}}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
+            checkpoint["state_dict"][QUANTIZED] = torch.empty(0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_module": None, "_frozen": []}  # a weak reference cannot be pickled
@@ -225,3 +235,7 @@ class QuantizationAwareTraining(Callback):
         """Return the fake quantizers of this callback; a Trainer may hold several such callbacks."""
         own = set(self.layers)
         return [(name, fq) for name, fq in fake_quantizers(pl_module) if name.rpartition(".")[0] in own]
+
+
+def _drop_mark(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict.pop(f"{prefix}{QUANTIZED}", None)

@@ -76,7 +76,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         raise QatkitError(
             f"'{pattern}' matches no linear layer{head}",
             key=f"targets[{index}]",
-            advice=did_you_mean(pattern, linear) if linear else "remove LoRA: the model has no linear layer",
+            advice=did_you_mean(pattern, [*dict.fromkeys(map(_by_last_part, linear)), *linear]),
         )
     chosen = []
     for name, module in linear.items():
@@ -353,6 +353,12 @@ def _heads(model: nn.Module) -> set[nn.Module]:
             except (NotImplementedError, AttributeError):  # a part of a model has none
                 continue
     return heads - {None}
+
+
+def _by_last_part(name: str) -> str:
+    """The pattern of all layers whose name ends as this one's does."""
+    parent, _, last = name.rpartition(".")
+    return f"*.{last}" if parent else last
 
 
 def _takes(pattern: str, name: str, head: bool) -> bool:

@@ -159,16 +159,31 @@ def refused(*callbacks: Any, module: Classifier | None = None, **options: Any) -
 
 def test_what_cannot_work_is_refused_with_the_reason() -> None:
     qat = QuantizationAwareTraining(QuantSpec(4))
-    assert refused(lora(targets=["net.1"])).startswith("targets[0]: 'net.1' matches no linear layer; the nearest are")
-    assert "QuantizationAwareTraining has to swap layers before" in refused(lora(), qat)
+    assert refused(lora(targets=["net.1"])).startswith("targets[0]: 'net.1' matches no linear layer; did you mean")
+    assert "QuantizationAwareTraining must swap layers before" in refused(lora(), qat)
     assert "ConstantPruning masks weights, which LoRA freezes" in refused(ConstantPruning(), lora())
     assert "cannot be fake-quantized as well" in refused(QuantizationAwareTraining(QuantSpec(4)), lora(bits=4))
-    assert "dora: True does not go with a layer" in refused(QuantizationAwareTraining(QuantSpec(4)), lora(dora=True))
-    assert "the module has no layer ['net.7']" in refused(lora(held=["net.7"]))
+    assert "dora: True is not supported for a layer" in refused(
+        QuantizationAwareTraining(QuantSpec(4)), lora(dora=True)
+    )
+    assert "the module has no layer 'net.7'" in refused(lora(held=["net.7"]))
     sharded = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
     callback = lora(bits=4)
     fit = trainer(callback, strategy=sharded, devices=1)
-    with pytest.raises(QatkitError, match=r"bits: ModelParallelStrategy shards parameters.*write strategy ddp"):
+    with pytest.raises(QatkitError, match=r"bits: ModelParallelStrategy shards parameters.*use strategy ddp"):
         callback.setup(fit, Classifier(), "fit")
-    with pytest.raises(QatkitError, match="bits: 4 bits do not go with held zeros"):
+    with pytest.raises(QatkitError, match="bits: 4 bits cannot keep zeros"):
         lora(bits=4, held=["net.0"])
+
+
+def test_an_adapter_without_a_rank_is_refused_before_there_is_a_trainer() -> None:
+    with pytest.raises(QatkitError, match=r"^rank: 0 is out of range; use an integer of at least 1$"):
+        LoRA(rank=0)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("ddp_spawn", "ddp_spawn"), ("ddp_fork", "ddp_fork or ddp_notebook")])
+def test_strategies_that_lose_what_their_processes_trained_are_refused(strategy: str, name: str) -> None:
+    for callback in (lora(), QuantizationAwareTraining(QuantSpec(4))):
+        fit = trainer(callback, strategy=strategy, devices=2)
+        with pytest.raises(QatkitError, match=rf"^strategy: {name} trains a copy of the module.*; use ddp,"):
+            callback.setup(fit, Classifier(), "fit")

@@ -115,7 +115,7 @@ def test_manual_optimization_is_refused_for_distillation_and_works_for_quantizat
             self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
             optimizer.step()
 
-    with pytest.raises(QatkitError, match=r"manual optimization: .*add qatkit\.distillation\.losses\.kd_loss"):
+    with pytest.raises(QatkitError, match=r"manual optimization: .*add qatkit\.distillation\.kd_loss"):
         trainer(KnowledgeDistillation(network())).fit(Manual(), batches())
     module = Manual()
     trainer(qat()).fit(module, batches())
@@ -190,3 +190,27 @@ def test_a_prepared_module_can_be_handed_to_a_plain_trainer() -> None:
     prepare_qat(module, W4)
     trainer().fit(module, batches())
     assert not torch.equal(module.net[0].weight, network()[0].weight)
+
+
+@pytest.mark.parametrize("part", ["module", "net"])
+@pytest.mark.parametrize("fresh_is_compiled", [True, False])
+def test_load_quantized_reads_what_a_compiled_module_saved(part: str, fresh_is_compiled: bool, tmp_path: Path) -> None:
+    def made(compiled: bool) -> Any:
+        module = Classifier()
+        if compiled and part == "net":
+            module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
+        return torch.compile(module, backend="eager") if compiled and part == "module" else module
+
+    trained = made(compiled=True)
+    fit = trainer(qat())
+    fit.fit(trained, batches())
+    fit.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = load_quantized(made(fresh_is_compiled), tmp_path / "model.ckpt")
+    assert torch.equal(loaded.eval()(X), trained.eval()(X))
+
+
+def test_load_from_checkpoint_names_the_function_that_reads_a_quantized_checkpoint(
+    checkpoint: tuple[Path, Classifier],
+) -> None:
+    with pytest.raises(RuntimeError, match=r"load it with qatkit\.callbacks\.load_quantized"):
+        Classifier.load_from_checkpoint(checkpoint[0])

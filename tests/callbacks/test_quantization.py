@@ -147,7 +147,10 @@ class Attention(LightningModule):
 
 
 def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
-    with pytest.raises(QatkitError, match=r"training never calls their forward: \['unused'\]; .* Name them in exclude"):
+    with pytest.raises(
+        QatkitError,
+        match=r"training never calls the forward of the quantized layers \['unused'\]; .* add them to exclude",
+    ):
         trainer(QuantizationAwareTraining(W4, include=["unused", "head"])).fit(Attention(), batches())
     with pytest.raises(QatkitError, match="layer 'unused' was never run, so its input has no range"):
         trainer(QuantizationAwareTraining(W4, A8, include=["unused", "head"])).fit(Attention(), batches())
@@ -166,7 +169,9 @@ def test_a_module_without_a_usable_forward_is_told_what_to_write() -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             return F.cross_entropy(self(batch[0], 2.0), batch[1])
 
-    with pytest.raises(QatkitError, match=r"calling Odd on a training batch failed .* calibration_forward="):
+    with pytest.raises(
+        QatkitError, match=r"calibration_forward: calling Odd on a training batch failed .* pass a function"
+    ):
         trainer(QuantizationAwareTraining(W4, A8)).fit(Odd(), batches())
     module = Odd()
     qat = QuantizationAwareTraining(W4, A8, calibration_forward=lambda m, batch: m(batch[0], 2.0))
@@ -176,7 +181,7 @@ def test_a_module_without_a_usable_forward_is_told_what_to_write() -> None:
 
 def test_a_pattern_that_matches_nothing_is_an_error_and_leaves_the_module_alone() -> None:
     module = Classifier()
-    with pytest.raises(QatkitError, match=r"include\[0\]: 'net.first' matches no layer; the nearest are"):
+    with pytest.raises(QatkitError, match=r"include\[0\]: 'net.first' matches no layer; did you mean 'net.2'"):
         trainer(QuantizationAwareTraining(W4, include=["net.first"])).fit(module, batches())
     assert type(module.net[0]) is nn.Linear
 
@@ -216,7 +221,7 @@ def test_a_layer_that_only_calibration_runs_is_an_error_too() -> None:
             x = F.linear(batch[0], self.net[0].weight, self.net[0].bias).relu()
             return F.cross_entropy(self.net[2](x), batch[1])
 
-    with pytest.raises(QatkitError, match=r"training never calls their forward: \['net\.0'\]"):
+    with pytest.raises(QatkitError, match=r"training never calls the forward of the quantized layers \['net\.0'\]"):
         trainer(QuantizationAwareTraining(W4, A8)).fit(Around(), batches())
 
 

@@ -35,9 +35,9 @@ def test_a_star_takes_every_linear_layer_but_the_output_layer() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["*.q_prj"], r"targets\[0\]: '\*\.q_prj' matches no linear layer; the nearest are"),
+        (["*.q_prj"], r"targets\[0\]: '\*\.q_prj' matches no linear layer; did you mean '\*\.q_proj'"),
         (["*", "*.norm"], r"targets\[1\]: '\*\.norm' matches no linear layer"),
-        (["lm_head"], r"layer 'lm_head' has one weight with 'model\.embed_tokens'"),
+        (["lm_head"], r"layer 'lm_head' shares its weight with 'model\.embed_tokens'"),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_refused(targets: list[str], message: str) -> None:
@@ -100,7 +100,7 @@ def test_layers_of_gpt2_are_adapted_by_peft_and_refused_inside_the_weight() -> N
     merge(model)
     torch.testing.assert_close(logits(model), trained)
     prepare_qat(model, weight=QuantSpec(4), exclude=["lm_head"])
-    with pytest.raises(QatkitError, match=r"a QATConv1D that is quantized in the same stage cannot be adapted"):
+    with pytest.raises(QatkitError, match=r"a QATConv1D that is quantized in the same stage, cannot have an adapter"):
         attach(model, names, Adapter(rank=4))
 
 
@@ -109,7 +109,9 @@ def test_what_cannot_be_inside_a_weight_is_refused_before_anything_changes(wrong
     model = tiny_llama()
     prepare_qat(model, weight=QuantSpec(4), exclude=["lm_head"])
     key = next(iter(wrong))
-    with pytest.raises(QatkitError, match=rf"{key}: .* does not go with a layer that is quantized in the same stage"):
+    with pytest.raises(
+        QatkitError, match=rf"{key}: .* is not supported for a layer that is quantized in the same stage"
+    ):
         attach(model, target_layers(model), Adapter(**wrong))  # type: ignore[arg-type]
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -118,5 +120,46 @@ def test_an_adapter_that_peft_would_let_fill_zeros_is_not_saved(tmp_path: Path) 
     model = tiny_llama()
     names = target_layers(model)
     attach(model, names, Adapter(rank=4), held=names[:1])
-    with pytest.raises(QatkitError, match=r"keeps its zeros, which peft would fill; merge instead"):
+    with pytest.raises(QatkitError, match=r"keeps its zeros, which peft would fill; use merge instead"):
         save_adapter(model, tmp_path)
+
+
+def recomputed(kind: str) -> nn.Module:
+    layer = nn.Linear(6, 6)
+    if kind == "parametrizations":
+        return nn.utils.parametrizations.weight_norm(layer)
+    if kind == "prune":
+        from torch.nn.utils import prune
+
+        return prune.random_unstructured(layer, "weight", amount=0.5)  # type: ignore[no-any-return, no-untyped-call]
+    return getattr(nn.utils, kind)(layer)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", ["parametrizations", "weight_norm", "spectral_norm", "prune"])
+def test_a_weight_that_is_computed_on_each_call_cannot_have_an_adapter(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), recomputed(kind))
+    for refused in (lambda: target_layers(model), lambda: attach(model, ["1"], Adapter(2))):
+        with pytest.raises(QatkitError, match=r"^targets: layer '1' computes its weight anew on each call"):
+            refused()  # type: ignore[no-untyped-call]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert target_layers(model, ["0"]) == ["0"]
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "LoHaConfig"])
+def test_a_model_with_an_adapter_of_its_own_is_refused(method: str) -> None:
+    import peft
+
+    options = {"feedforward_modules": []} if method == "IA3Config" else {}
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+    peft.inject_adapter_in_model(getattr(peft, method)(target_modules=["0"], **options), model, adapter_name="old")
+    for refused in (lambda: target_layers(model), lambda: attach(model, ["1"], Adapter(2))):
+        with pytest.raises(QatkitError, match=r"^model: layer '0' already has an adapter; merge it first"):
+            refused()  # type: ignore[no-untyped-call]
+
+
+def test_adapters_of_ours_are_not_attached_twice() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+    attach(model, ["0"], Adapter(2), held=["0"])
+    with pytest.raises(QatkitError, match=r"^model: layer '0' already has an adapter"):
+        target_layers(model)

@@ -136,5 +136,5 @@ def test_adapters_alone_are_trained_over_few_bits() -> None:
 
 def test_a_device_without_a_backend_is_refused_with_what_to_write() -> None:
     check_backend(torch.device("cpu"))
-    with pytest.raises(QatkitError, match=r"bits: bitsandbytes cannot quantize on meta .*write bits: null"):
+    with pytest.raises(QatkitError, match=r"bits: bitsandbytes cannot quantize on meta .*set bits: null"):
         check_backend(torch.device("meta"))
