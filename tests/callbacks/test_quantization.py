@@ -149,7 +149,7 @@ class Attention(LightningModule):
 def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
     with pytest.raises(
         QatkitError,
-        match=r"training never calls the forward of the quantized layers \['unused'\]; .* add them to exclude",
+        match=r"never calls the forward of .* \['unused'\]; .* add them to exclude",
     ):
         trainer(QuantizationAwareTraining(W4, include=["unused", "head"])).fit(Attention(), batches())
     with pytest.raises(QatkitError, match="layer 'unused' was never run, so its input has no range"):
@@ -169,9 +169,7 @@ def test_a_module_without_a_usable_forward_is_told_what_to_write() -> None:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             return F.cross_entropy(self(batch[0], 2.0), batch[1])
 
-    with pytest.raises(
-        QatkitError, match=r"calibration_forward: calling Odd on a training batch failed .* pass a function"
-    ):
+    with pytest.raises(QatkitError, match=r"calibration_forward: calling Odd .* failed .* pass a function"):
         trainer(QuantizationAwareTraining(W4, A8)).fit(Odd(), batches())
     module = Odd()
     qat = QuantizationAwareTraining(W4, A8, calibration_forward=lambda m, batch: m(batch[0], 2.0))

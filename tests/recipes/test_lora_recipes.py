@@ -143,13 +143,16 @@ def test_the_recipe_that_ships_runs_made_small(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.lora.lora.rank=0", "stages.lora.lora.rank: 0 is out of range; write a whole number of at least 1"),
-        ("stages.lora.lora.bits=3", "stages.lora.lora.bits: 3 is not offered by bitsandbytes; write 4, 8 or null"),
-        ("stages.lora.lora={bits: 8, dora: true}", "dora: peft cannot train it over 8 bits"),
+        ("stages.lora.lora.rank=0", "stages.lora.lora.rank: 0 is out of range; use an integer of at least 1"),
+        ("stages.lora.lora.bits=3", "stages.lora.lora.bits: bitsandbytes does not support 3 bits; use 4, 8 or null"),
+        ("stages.lora.lora={bits: 8, dora: true}", "dora: peft does not support DoRA over 8-bit weights"),
         ("stages.prune.lora={rank: 4}", "stages.prune.prune: lora freezes the weights of its stage"),
-        ("stages.qat.lora.bits=4", "stages.qat.lora.bits: weights that are frozen in 4 bits cannot be quantized"),
-        ("stages.sparse.lora.dropout=0.1", "stages.sparse.lora.dropout: 0.1 does not go with zeros"),
-        ("stages.sparse.lora.bits=4", "stages.sparse.lora.bits: 4 does not go with zeros"),
+        ("stages.qat.lora.bits=4", "stages.qat.lora.bits: weights frozen in 4 bits cannot be quantized"),
+        (
+            "stages.sparse.lora.dropout=0.1",
+            "stages.sparse.lora.dropout: 0.1 is not supported with the zeros of an earlier stage",
+        ),
+        ("stages.sparse.lora.bits=4", "stages.sparse.lora.bits: 4 is not supported with the zeros of an earlier stage"),
         ("trainer.strategy=fsdp2", "stages.qlora.lora.bits: FSDP2 shards floating-point parameters"),
     ],
 )
@@ -161,7 +164,7 @@ def test_a_wrong_combination_is_refused_while_the_recipe_is_read(override: str, 
     ("override", "message"),
     [
         ("stages.lora.lora.targets=['*.q_proj']", r"^stages\.lora\.lora\.targets\[0\]: '\*\.q_proj' matches no linear"),
-        ("stages.qat.lora.dora=true", r"^stages\.qat\.lora\.dora: True does not go with a layer that is quantized"),
+        ("stages.qat.lora.dora=true", r"^stages\.qat\.lora\.dora: True is not supported for a layer that is quantized"),
         ("trainer.accelerator=mps", r"^stages\.qlora\.lora\.bits: bitsandbytes cannot quantize on mps"),
     ],
 )
