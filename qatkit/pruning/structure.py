@@ -103,19 +103,19 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
         ]
 
     handles = [handle for index in range(count) for handle in hooks(index)]
-    modes, seen = [(module, module.training) for module in model.modules()], 0
+    modes, used = [(module, module.training) for module in model.modules()], 0
     try:
         model.eval()
         with torch.no_grad():
             for batch in batches:
                 (forward or model)(batch)
-                seen += 1
+                used += 1
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    if not seen:
+    if not used:
         raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
     return Importance(**sums)
 

@@ -43,7 +43,7 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[
     Raises:
         QatkitError: the model is not Llama-like, or there are no batches.
     """
-    modes, seen = [(module, module.training) for module in model.modules()], 0
+    modes, used = [(module, module.training) for module in model.modules()], 0
     total: Importance | None = None
     weights = dict(model.named_parameters())
     try:
@@ -58,13 +58,13 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[
             }
             scores = {key: value.square() for key, value in vars(_by_part(model, products)).items()}
             total = Importance(**{key: scores[key] + (vars(total)[key] if total else 0) for key in scores})
-            seen += 1
+            used += 1
     finally:
         for module, mode in modes:
             module.training = mode
     if total is None:
         raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
-    return Importance(**{key: value / seen for key, value in vars(total).items()})
+    return Importance(**{key: value / used for key, value in vars(total).items()})
 
 
 def _by_part(model: nn.Module, values: Mapping[str, Tensor]) -> Importance:

@@ -1,4 +1,4 @@
-"""MagnitudePruning and ConstantPruning in somebody else's LightningModule."""
+"""MagnitudePruning and ConstantPruning in a user's LightningModule."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_model_wide_scope_prunes_the_smallest_of_all_layers_together() -> No
     assert zeros(module, 0) / 128 != zeros(module, 2) / 48
 
 
-def test_n_of_m_and_blocks_and_shares_by_layer() -> None:
+def test_nm_patterns_blocks_and_sparsity_by_layer() -> None:
     module = Classifier()
     start = copy.deepcopy(module.net[0].weight)
     trainer(MagnitudePruning(nm=(2, 4))).fit(module, batches())
@@ -93,7 +93,7 @@ def test_accumulated_batches_are_one_step() -> None:
     assert watch.zeros[3] == watch.zeros[4] == watch.zeros[2]
 
 
-def test_clipping_sees_the_gradients_of_kept_weights_alone() -> None:
+def test_clipping_counts_only_gradients_of_kept_weights() -> None:
     norms: list[tuple[Tensor, Tensor]] = []
 
     class Clipping(Classifier):
@@ -108,7 +108,7 @@ def test_clipping_sees_the_gradients_of_kept_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum", "two", "manual", "lbfgs"])
-def test_momentum_of_before_does_not_move_pruned_weights(optimizer: str) -> None:
+def test_momentum_from_earlier_steps_does_not_move_pruned_weights(optimizer: str) -> None:
     class Other(Classifier):
         automatic_optimization = optimizer != "manual"
 
@@ -180,7 +180,7 @@ def test_the_checkpoint_is_plain_and_its_record_is_plain_numbers(tmp_path: Path)
 
 
 @pytest.mark.parametrize("callback", [lambda: MagnitudePruning(0.5), ConstantPruning])
-def test_weights_that_lost_their_zeros_on_the_way_are_an_error(tmp_path: Path, callback: Any) -> None:
+def test_a_checkpoint_that_lost_zeros_is_an_error(tmp_path: Path, callback: Any) -> None:
     module = Classifier()
     trainer(MagnitudePruning(0.5)).fit(module, batches())
     fit = trainer(callback(), max_steps=4)
@@ -203,7 +203,7 @@ def test_resuming_with_other_settings_or_layers_is_an_error(tmp_path: Path) -> N
         trainer(MagnitudePruning(0.5, layers={"net.2": 0.0})).fit(Classifier(), batches(), ckpt_path=path)
 
 
-def test_resuming_with_patterns_that_let_go_of_a_held_layer_is_an_error(tmp_path: Path) -> None:
+def test_resuming_with_patterns_that_miss_a_pruned_layer_is_an_error(tmp_path: Path) -> None:
     path = str(saved(tmp_path, MagnitudePruning(0.5)))
     only = MagnitudePruning(0.5, include=["net.2"])
     with pytest.raises(
@@ -312,7 +312,7 @@ def test_half_precision_prunes_the_exact_count() -> None:
     assert zeros(module) == round(0.6 * 128)
 
 
-def test_a_convolution_in_channels_last_is_pruned_and_held() -> None:
+def test_a_convolution_in_channels_last_is_pruned_and_stays_so() -> None:
     net = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 8, 2), nn.Flatten(), nn.Linear(8, 3))
     module = Classifier(net.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     trainer(MagnitudePruning(0.5)).fit(module, batches())

@@ -1,4 +1,4 @@
-"""The example keeps what it says: Lightning's own callback loses its zeros on resuming, ours keeps every one."""
+"""The example shows that Lightning's callback loses its zeros on resume, and ours keeps them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fit that resumes at its last step trains nothing; its pruning callbacks still know what they keep."""
+"""A fit that resumes at its last step trains nothing, and still restores its pruning callbacks."""
 
 from __future__ import annotations
 

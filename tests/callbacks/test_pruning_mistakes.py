@@ -1,4 +1,4 @@
-"""What MagnitudePruning refuses or warns of, and that the module is then as it was."""
+"""Errors and warnings of MagnitudePruning, which leave the module unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.callbacks.modules import Classifier, batches, trainer
         ({"sparsity": 0.5, "include": "*"}, r"include: '\*' is not a list of patterns"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+def test_conflicting_settings_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         MagnitudePruning(**settings)
 
@@ -51,7 +51,7 @@ def test_settings_that_do_not_go_together_are_refused_at_once(settings: dict[str
         ({"sparsity": 0.73, "scope": "model"}, r"layer 'net.2' would keep 0 of its 48 weights"),
     ],
 )
-def test_a_mistake_leaves_the_module_as_it_was(settings: dict[str, Any], message: str) -> None:
+def test_a_mistake_leaves_the_module_unchanged(settings: dict[str, Any], message: str) -> None:
     module = Classifier()
     with torch.no_grad():
         module.net[2].weight.mul_(1e-6)
@@ -62,7 +62,7 @@ def test_a_mistake_leaves_the_module_as_it_was(settings: dict[str, Any], message
         assert torch.equal(value, before[key]), key
 
 
-def test_a_training_that_stops_before_the_ramp_is_over_says_how_many_zeros_there_are() -> None:
+def test_training_that_stops_before_the_ramp_ends_warns_of_the_sparsity() -> None:
     class Stops(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.global_step == 5
@@ -74,6 +74,6 @@ def test_a_training_that_stops_before_the_ramp_is_over_says_how_many_zeros_there
         trainer(prune, Stops(), max_steps=10).fit(Classifier(), batches())
 
 
-def test_a_ramp_in_a_training_without_an_end_is_an_error() -> None:
+def test_a_ramp_in_training_without_an_end_is_an_error() -> None:
     with pytest.raises(QatkitError, match="ramp: training has no end"):
         trainer(MagnitudePruning(ramp=Ramp(0.5)), max_steps=-1, max_epochs=-1).fit(Classifier(), batches())

@@ -1,4 +1,4 @@
-"""Movement pruning against the sum of its definition, and through a resume."""
+"""Movement pruning equals its definition, also after a resume."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_weights_that_moved_towards_zero_are_pruned(scope: Any) -> None:
     assert not torch.equal(expected[0][:128], magnitudes >= magnitudes.sort().values[round(0.4 * 128)])
 
 
-def test_a_step_that_overflows_and_is_skipped_counts_for_nothing() -> None:
+def test_a_skipped_step_after_an_overflow_does_not_count() -> None:
     class Overflow(Callback):
         """Gradients of one step, as float16 may give them, and what the gradient scaler makes of them."""
 
@@ -80,7 +80,7 @@ def test_along_a_ramp_the_count_is_exact_and_a_resumed_run_is_an_uninterrupted_o
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
-def test_a_ramp_that_prunes_before_there_are_scores_is_refused() -> None:
+def test_a_ramp_that_prunes_before_scores_exist_is_refused() -> None:
     for ramp in (Ramp(0.5), Ramp(0.5, start=0.2, initial=0.1)):
         with pytest.raises(
             QatkitError, match="prune before the first step, when no scores exist; use initial=0 and a start"

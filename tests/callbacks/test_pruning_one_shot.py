@@ -1,4 +1,4 @@
-"""OneShotPruning against the functions on the same batches, and WeightRewinding, in somebody else's LightningModule."""
+"""OneShotPruning equals the functions on the same batches; WeightRewinding in a user's LightningModule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def one_shot(method: Any, **options: Any) -> OneShotPruning:
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "taylor"])
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"nm": (2, 4)}])
-def test_training_starts_from_what_the_function_gives_and_keeps_its_zeros(method: Any, options: dict[str, Any]) -> None:
+def test_training_starts_from_the_result_of_the_function_and_keeps_its_zeros(
+    method: Any, options: dict[str, Any]
+) -> None:
     module, expected = Classifier(), network()
     seen = list(islice(batches(), 3))
     if method == "taylor":
@@ -45,7 +47,7 @@ def test_training_starts_from_what_the_function_gives_and_keeps_its_zeros(method
     assert not torch.equal(trained.net[0].weight, expected[0].weight)
 
 
-def test_taylor_prunes_what_changes_the_loss_least() -> None:
+def test_taylor_prunes_the_weights_that_change_the_loss_least() -> None:
     model = network().double()
     (x, y), (x2, y2) = list(batches())[:2]
     scores = [torch.zeros_like(model[i].weight) for i in (0, 2)]
@@ -86,7 +88,7 @@ def earlier() -> dict[str, Tensor]:
     return Classifier(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))).state_dict()
 
 
-def test_rewinding_puts_earlier_weights_under_the_zeros() -> None:
+def test_rewinding_restores_earlier_weights_under_the_mask() -> None:
     module, weights = Classifier(), earlier()
     masks = [magnitude_mask(module.net[i].weight, 0.5) for i in (0, 2)]
     trainer(MagnitudePruning(0.5), WeightRewinding(weights), max_steps=0).fit(module, batches())
@@ -123,12 +125,12 @@ def test_rewinding_that_cannot_work_is_refused() -> None:
         ({"method": "taylor", "sparsity": 0.5}, "calibration_forward: method 'taylor' needs the loss of a batch"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         OneShotPruning(**arguments)
 
 
-def test_a_layer_that_cannot_be_pruned_so_is_named_and_the_module_stays_as_it_was() -> None:
+def test_a_layer_that_does_not_fit_is_named_and_the_module_is_unchanged() -> None:
     def refused(module: Classifier, callback: Any, message: str) -> None:
         before = {key: value.clone() for key, value in module.state_dict().items()}
         with pytest.raises(QatkitError, match=message):
@@ -155,7 +157,7 @@ def test_a_layer_that_cannot_be_pruned_so_is_named_and_the_module_stays_as_it_wa
         lambda: one_shot("wanda", sparsity=0.5),
     ],
 )
-def test_adapters_that_start_at_zero_are_no_targets(callback: Any) -> None:
+def test_adapters_that_start_at_zero_are_refused(callback: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     net = get_peft_model(network(), LoraConfig(target_modules=["0"], r=4))

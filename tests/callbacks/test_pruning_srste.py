@@ -1,4 +1,4 @@
-"""SR-STE against its equation, written out for one layer."""
+"""SR-STE equals its equation, written out for one layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SGD(Classifier):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.05])
-def test_every_step_is_the_update_of_the_paper(decay: float) -> None:
+def test_every_step_equals_the_update_of_the_paper(decay: float) -> None:
     module = SGD()
     callback = SparseRefinedSTE((2, 4), decay, include=["net.0"])
     trainer(callback).fit(module, batches())
@@ -45,7 +45,7 @@ def test_every_step_is_the_update_of_the_paper(decay: float) -> None:
     torch.testing.assert_close(module.net[2].weight.double(), reference[2].weight, atol=1e-6, rtol=0)
 
 
-def test_what_is_validated_and_saved_is_sparse(tmp_path: Path) -> None:
+def test_validated_and_saved_weights_are_sparse(tmp_path: Path) -> None:
     seen = []
 
     class Validating(Classifier):
@@ -64,7 +64,7 @@ def test_what_is_validated_and_saved_is_sparse(tmp_path: Path) -> None:
     assert ((resumed.net[2].weight.view(3, 4, 4) != 0).sum(dim=2) == 2).all()
 
 
-def test_every_forward_is_sparse_where_a_module_steps_several_times_in_a_batch() -> None:
+def test_every_forward_is_sparse_when_a_module_steps_several_times_in_a_batch() -> None:
     seen = []
 
     class ByHand(Classifier):
@@ -83,7 +83,7 @@ def test_every_forward_is_sparse_where_a_module_steps_several_times_in_a_batch()
     assert len(seen) > 3
 
 
-def test_two_of_them_serve_one_trainer() -> None:
+def test_two_callbacks_work_in_one_trainer() -> None:
     module = Classifier()
     trainer(SparseRefinedSTE(include=["net.0"]), SparseRefinedSTE((1, 4), include=["net.2"])).fit(module, batches())
     assert (module.net[0].weight == 0).sum() == 64

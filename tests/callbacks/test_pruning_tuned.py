@@ -1,4 +1,4 @@
-"""Beside Lightning's tuners, which train, and restore what was saved, before the callbacks have begun."""
+"""Pruning beside Lightning's tuners, which train and restore a checkpoint before pruning starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs that speak of every layer by itself go on speaking of those that are left."""
+"""Configs with per-layer settings keep those of the remaining layers."""
 
 from __future__ import annotations
 

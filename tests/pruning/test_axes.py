@@ -1,4 +1,4 @@
-"""Which models the map of a Llama-like block is for: others are refused by name, whatever they lack."""
+"""The layout of Llama-like models: other families are refused by name, with the difference."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_of_other_blocks_is_refused_by_name_with_what_it_lacks_and_what_is_known(name: str) -> None:
+def test_other_families_are_refused_with_the_difference_and_the_supported_ones(name: str) -> None:
     arguments, lacks = FAMILIES[name]
     kind = getattr(transformers, name)
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def llama() -> Any:
         return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
-def test_a_llama_that_is_not_what_its_config_says_is_refused_by_what_differs() -> None:
+def test_a_llama_that_differs_from_its_config_is_refused_with_the_difference() -> None:
     assert prefix_of(llama()) == "model."
     odd = llama()
     odd.model.layers[1].mlp.gate_scale = nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Networks with fewer channels against the whole ones with those channels switched off."""
+"""Networks with fewer channels equal the original ones with those channels switched off."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def removed(whole: Tensor, part: Tensor) -> list[int]:
     return [i for i, row in enumerate(whole) if not any(torch.equal(row, kept) for kept in part)]
 
 
-def test_it_is_the_network_with_the_channels_off() -> None:
+def test_the_smaller_network_equals_the_original_with_the_channels_off() -> None:
     model = cnn(channels=[8, 16]).eval()
     before = copy.deepcopy(model.state_dict())
     small = prune_channels(model, IMAGES, 0.5, exclude=["classifier"])
@@ -49,14 +49,14 @@ class Residual(nn.Module):
         return self.head((x + self.outer(self.inner(x).relu())).mean(dim=(2, 3)))
 
 
-def test_channels_of_a_residual_sum_go_together_and_numbers_are_rounded() -> None:
+def test_channels_of_a_residual_sum_are_removed_together_and_counts_are_rounded() -> None:
     small = prune_channels(Residual(), IMAGES, 0.4, exclude=["head"], multiple=4)
     assert small.stem.out_channels == small.outer.out_channels == small.head.in_features == 4
     assert small.inner.out_channels % 4 == 0
     assert small(IMAGES).shape == (4, 3)
 
 
-def test_what_is_added_to_an_excluded_layers_output_keeps_its_channels() -> None:
+def test_a_layer_added_to_the_output_of_an_excluded_one_keeps_its_channels() -> None:
     small = prune_channels(Residual(), IMAGES, 0.5, exclude=["head", "stem"])
     assert (small.stem.out_channels, small.outer.out_channels, small.inner.out_channels) == (8, 8, 6)
 
@@ -72,7 +72,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("scored", [False, True])
-def test_behind_a_concatenation_the_norm_and_the_head_lose_the_channels_of_each_branch(scored: bool) -> None:
+def test_after_a_concatenation_the_norm_and_the_head_lose_the_channels_of_each_branch(scored: bool) -> None:
     model = Branches()
     model(5 * IMAGES)  # for statistics that tell channels apart
     scores = {"left": torch.arange(8.0), "right": torch.arange(6.0)} if scored else None
@@ -109,7 +109,7 @@ class Gated(nn.Module):
         return self.head(self.norm(self.second(x * self.gate(x).sigmoid())).mean(dim=(2, 3)))
 
 
-def test_a_layer_that_would_keep_no_channel_is_named_with_the_most_that_can_go() -> None:
+def test_a_layer_that_would_keep_no_channel_is_named_with_the_largest_valid_ratio() -> None:
     for ratio in (0.9, 0.95):  # with 0.9 only the first would keep none
         with pytest.raises(
             QatkitError, match=r"a ratio of 0.9\d* removes all channels of layer 'conv1' \(8\); use a ratio of 0.875 or"
@@ -147,7 +147,7 @@ class Twice(nn.Module):
         return self.head(self.third(self.second(self.first(x)).relu()).mean(dim=(2, 3)))
 
 
-def test_a_weight_of_two_layers_is_refused_and_a_layer_used_twice_is_cut_once() -> None:
+def test_a_shared_weight_is_refused_and_a_layer_used_twice_is_shrunk_once() -> None:
     with pytest.raises(
         QatkitError, match=r"layer 'third' shares its weight with 'second.weight', .*; use one module in both"
     ):

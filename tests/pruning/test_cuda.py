@@ -1,4 +1,4 @@
-"""Masks on a GPU are those of the CPU, ties and all; what is solved for is as good."""
+"""Masks on a GPU equal those on the CPU, ties included; SparseGPT solutions are as good."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ties", [False, True])
-def test_every_mask_is_that_of_the_cpu(dtype: torch.dtype, ties: bool) -> None:
+def test_every_mask_equals_that_of_the_cpu(dtype: torch.dtype, ties: bool) -> None:
     weights = {name: torch.randn(96, size) for name, size in (("a", 128), ("b", 4), ("c", 1000))}
     weights = {name: (4 * weight).round() if ties else weight for name, weight in weights.items()}
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -37,7 +37,7 @@ def test_every_mask_is_that_of_the_cpu(dtype: torch.dtype, ties: bool) -> None:
         assert torch.equal(mask.cpu(), theirs[name]), name
 
 
-def test_pruned_values_are_zeros_and_counted_whatever_they_were() -> None:
+def test_pruned_values_become_zero_even_if_non_finite_and_are_counted() -> None:
     weight = torch.randn(64, 64, device="cuda")
     weight[0, 0], weight[1, 1] = torch.nan, torch.inf
     mask = torch.rand(64, 64, device="cuda") > 0.5

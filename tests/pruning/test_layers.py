@@ -1,4 +1,4 @@
-"""Which layers the patterns select, and which are refused."""
+"""The layers that patterns select, and the layers that are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
         prunable_layers(network(), include="*")
 
 
-def test_weights_that_are_computed_or_no_floats_are_refused() -> None:
+def test_weights_that_are_computed_or_not_floats_are_refused() -> None:
     with pytest.raises(QatkitError, match="the weight of layer '0' is computed by a hook"):
         prunable_layers(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))))
     layer = nn.Linear(4, 4)
@@ -68,7 +68,7 @@ def test_weights_that_are_computed_or_no_floats_are_refused() -> None:
         prunable_layers(nn.Sequential(layer))
 
 
-def test_models_that_other_libraries_have_quantized_are_refused() -> None:
+def test_models_quantized_by_other_libraries_are_refused() -> None:
     import bitsandbytes
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

@@ -20,7 +20,7 @@ def test_the_count_is_exact_in_every_dtype(sparsity: float, dtype: torch.dtype) 
     assert (~mask).sum().item() == round(sparsity * 77 * 131)
 
 
-def test_masks_over_the_model_are_those_of_torch_where_nothing_ties() -> None:
+def test_masks_over_the_model_equal_those_of_torch_without_ties() -> None:
     layers = [nn.Linear(40, 30), nn.Linear(30, 50)]
     masks = global_masks({str(i): layer.weight for i, layer in enumerate(layers)}, 0.6)
     prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.6)
@@ -61,7 +61,7 @@ def test_two_of_four_is_right_for_every_order_and_every_tie() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4)])
-def test_a_group_with_a_value_that_cannot_be_ranked_is_refused(pattern: tuple[int, int], value: float) -> None:
+def test_a_group_with_a_non_finite_value_is_refused(pattern: tuple[int, int], value: float) -> None:
     # 3 > nan, nan > 5 and 5 > 2: by comparisons alone one of four would be kept
     with pytest.raises(QatkitError, match=r"layer 'head' has NaN or infinite values"):
         nm_mask(torch.tensor([[3.0, value, 5.0, 2.0]]), *pattern, name="head")
@@ -76,7 +76,7 @@ def test_the_groups_of_a_convolution_are_input_channels() -> None:
             assert torch.equal(mask[:, :, y, x], nm_by_definition(weight[:, :, y, x], 2, 4))
 
 
-def test_large_weights_are_the_same_as_their_parts() -> None:
+def test_the_mask_of_a_large_weight_equals_the_masks_of_its_parts() -> None:
     weight = torch.randn(1000, 1024)
     for n, m in ((2, 4), (5, 32)):
         assert torch.equal(nm_mask(weight, n, m), torch.cat([nm_mask(part, n, m) for part in weight.split(7)]))
@@ -127,7 +127,7 @@ def test_errors_about_a_block_mask_name_the_key_or_the_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_what_is_pruned_becomes_zero_whatever_it_was_and_the_rest_stays(
+def test_pruned_values_become_zero_even_if_non_finite_and_the_others_stay(
     dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     tensor = torch.randn(4, 4, 3, 3, dtype=dtype).to(memory_format=layout)
@@ -159,12 +159,12 @@ def test_a_layer_that_would_lose_all_its_weights_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 2), (4, 4), (0, 4)])
-def test_a_pattern_that_is_none_is_an_error(n: int, m: int) -> None:
+def test_an_invalid_nm_pattern_is_an_error(n: int, m: int) -> None:
     with pytest.raises(QatkitError, match=rf"nm: \[{n}, {m}\] .*; use 0 < N < M, such as \[2, 4\]"):
         nm_mask(torch.ones(4, 8), n, m)
 
 
-def test_what_does_not_divide_is_an_error_and_is_never_padded() -> None:
+def test_inputs_that_a_pattern_does_not_divide_are_an_error_and_never_padded() -> None:
     with pytest.raises(QatkitError, match=r"groups of 4 do not divide the inputs of layer 'weight', .* \[4, 10\]"):
         nm_mask(torch.ones(4, 10), 2, 4)
     with pytest.raises(QatkitError, match="blocks of 4 x 3 do not divide"):

@@ -76,7 +76,7 @@ def test_sparsegpt_is_exact_in_its_zeros_and_beats_wanda_and_magnitude(settings:
     assert output_error(weight, pruned, x) < 0.8 * wanda < 0.8 * magnitude
 
 
-def test_what_sparsegpt_leaves_is_the_least_squares_solution_behind_the_first_zero() -> None:
+def test_sparsegpt_leaves_the_least_squares_solution_after_the_first_zero() -> None:
     weight, x = torch.randn(1, 6, dtype=torch.float64), correlated(40, 6).double()
     gram = x.t() @ x
     weight[0, 0] = 1e-3  # certainly the cheapest, and all other columns stand behind it
@@ -127,7 +127,7 @@ def test_a_model_is_pruned_block_by_block(method: Any, settings: dict[str, Any])
     assert errors[0] < errors[1]
 
 
-def test_later_blocks_see_what_the_pruned_ones_give() -> None:
+def test_later_blocks_get_the_outputs_of_the_pruned_ones() -> None:
     model, x = Blocks(), correlated(256, 32)
     prune_one_shot(model, [x], "sparsegpt", sparsity=0.5)
     first = copy.deepcopy(Blocks())
@@ -158,7 +158,7 @@ def test_mistakes_are_named() -> None:
             prune_one_shot(Blocks(), [torch.full((2, 32), torch.nan)], method, sparsity=0.5)
 
 
-def test_what_the_inputs_say_is_summed_in_float32_where_the_model_runs_in_bfloat16() -> None:
+def test_input_statistics_are_summed_in_float32_when_the_model_runs_in_bfloat16() -> None:
     # the batches are bfloat16 numbers already, so the first layer sees the same inputs either way
     batches, found = [correlated(64, 32).bfloat16().float() for _ in range(8)], []
     for mixed in (False, True):

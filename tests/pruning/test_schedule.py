@@ -15,13 +15,13 @@ def test_the_ramp_is_equation_1_of_zhu_and_gupta() -> None:
         assert ramp.at(step / 100) == pytest.approx(0.9 + (0.1 - 0.9) * (1 - (step - 20) / 60) ** 3, abs=1e-12)
 
 
-def test_before_it_starts_and_after_it_ends_it_stands_still() -> None:
+def test_sparsity_is_constant_before_the_start_and_after_the_end() -> None:
     ramp = Ramp(0.9, start=0.2, end=0.8, initial=0.1)
     assert (ramp.at(0.0), ramp.at(0.2)) == (0.1, 0.1)
     assert (ramp.at(0.8), ramp.at(1.0)) == (0.9, 0.9)
 
 
-def test_it_never_falls_and_a_power_of_1_is_a_line() -> None:
+def test_sparsity_never_falls_and_a_power_of_1_is_linear() -> None:
     values = [Ramp(0.75, end=0.6).at(step / 1000) for step in range(1001)]
     assert values == sorted(values)
     assert Ramp(0.8, power=1).at(0.25) == pytest.approx(0.2)
@@ -43,6 +43,6 @@ def test_a_ramp_without_length_jumps() -> None:
         ({"final": 0.5, "power": 0}, "ramp.power: 0 is out of range"),
     ],
 )
-def test_a_ramp_that_makes_no_sense_is_an_error(values: dict[str, float], message: str) -> None:
+def test_an_invalid_ramp_is_an_error(values: dict[str, float], message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         Ramp(**values)

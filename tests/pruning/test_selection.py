@@ -1,4 +1,4 @@
-"""The lowest scores against a stable sort in float64."""
+"""The lowest scores equal those of a stable sort in float64."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drawn(dtypes: Sequence[torch.dtype], scale: float, seed: int) -> dict[str, T
     signed=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_the_lowest_are_those_of_a_stable_sort(
+def test_the_lowest_scores_equal_those_of_a_stable_sort(
     dtypes: list[torch.dtype], scale: float, share: float, signed: bool, seed: int
 ) -> None:
     scores = drawn(dtypes, scale, seed)
@@ -56,7 +56,7 @@ def test_the_lowest_are_those_of_a_stable_sort(
         assert torch.equal(mask, expected[name]), name
 
 
-def test_more_values_than_one_chunk_holds_are_still_ordered_by_index() -> None:
+def test_ties_across_chunks_are_broken_by_index() -> None:
     scores = {"a": torch.ones(300_000), "b": torch.ones(600_000)}
     masks = lowest(scores, 700_000)
     assert not masks["a"].any()
@@ -71,9 +71,7 @@ def test_a_tensor_that_is_not_contiguous_is_read_in_the_order_of_its_indices() -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_not_finite_is_an_error_that_names_the_layer(
-    dtype: torch.dtype, signed: bool, value: float
-) -> None:
+def test_a_non_finite_value_is_an_error_that_names_the_layer(dtype: torch.dtype, signed: bool, value: float) -> None:
     damaged = torch.ones(4, dtype=dtype)
     damaged[2] = value
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""2:4 products on torch's sparse kernels: the results of the dense ones, and clear words where there are none."""
+"""2:4 sparse kernels give the results of dense ones; unsupported devices and layers are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def network() -> nn.Sequential:
     return model
 
 
-def test_two_of_four_is_told_from_what_is_not() -> None:
+def test_2_of_4_sparsity_is_recognized() -> None:
     weight = torch.randn(8, 16)
     assert not is_two_of_four(weight)
     assert is_two_of_four(weight * nm_mask(weight, 2, 4))
@@ -25,7 +25,7 @@ def test_two_of_four_is_told_from_what_is_not() -> None:
     assert not is_two_of_four(torch.zeros(4, 6))
 
 
-def test_a_model_that_is_not_on_a_gpu_is_told_so_and_stays_as_it_was() -> None:
+def test_a_model_without_a_gpu_is_refused_and_unchanged() -> None:
     model = network()
     with pytest.raises(QatkitError, match=r"layer '0' is on cpu, and 2:4 kernels need an NVIDIA GPU; use model\.cu"):
         use_sparse_kernels(model)
@@ -34,7 +34,7 @@ def test_a_model_that_is_not_on_a_gpu_is_told_so_and_stays_as_it_was() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sparse_kernels_compute_what_the_dense_ones_do() -> None:
+def test_sparse_kernels_give_the_results_of_dense_ones() -> None:
     model = network().cuda().bfloat16()
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_sparse_kernels_compute_what_the_dense_ones_do() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_layers_that_the_kernels_cannot_take_are_named() -> None:
+def test_unsupported_layers_are_named() -> None:
     model = nn.Sequential(network()[0], nn.ReLU(), nn.Linear(512, 3)).cuda().bfloat16()
     with pytest.raises(QatkitError, match=r"the weight of layer '2', of shape .*, is not 2:4 sparse"):
         use_sparse_kernels(model)

@@ -1,4 +1,4 @@
-"""Sparse files load back equal, and are as large as they are said to be."""
+"""Sparse files load back equal, and have the predicted size."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_a_state_dict_loads_back_equal(tmp_path: Path, form: Any, dtype: torch.d
 
 @pytest.mark.parametrize("form", ["dense", "bitmask", "csr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_file_is_as_large_as_it_is_said_to_be(tmp_path: Path, form: Any, dtype: torch.dtype) -> None:
+def test_the_file_has_the_predicted_size(tmp_path: Path, form: Any, dtype: torch.dtype) -> None:
     weight, path = pruned(0.9, dtype), tmp_path / "model.safetensors"
     save_sparse({"weight": weight}, path, form)
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     assert path.stat().st_size - header == stored_bytes(weight, form)
 
 
-def test_the_table_of_sizes_is_what_files_take() -> None:
+def test_the_documented_sizes_are_those_of_files() -> None:
     assert storage.__doc__ is not None
     columns = [0.5, 0.75, 0.9, 0.95, 0.99]
     for form, dtype in (("bitmask", "float32"), ("csr", "float32"), ("bitmask", "bfloat16"), ("csr", "bfloat16")):
@@ -68,7 +68,7 @@ def test_the_table_of_sizes_is_what_files_take() -> None:
             assert float(cell.rstrip(" %")) == pytest.approx(100 * share, abs=0.06), (form, dtype, sparsity)
 
 
-def test_csr_is_that_of_scipy() -> None:
+def test_csr_equals_that_of_scipy() -> None:
     weight = pruned(0.8)
     ours, theirs = storage._csr(weight), csr_matrix(weight.numpy())
     assert ours["columns"].tolist() == theirs.indices.tolist()
@@ -93,7 +93,7 @@ def test_other_files_and_unknown_forms_are_refused(tmp_path: Path) -> None:
         load_sparse(tmp_path / "plain.safetensors")
 
 
-def test_floats_of_8_bits_stay_dense_and_names_of_parts_are_not_taken(tmp_path: Path) -> None:
+def test_8_bit_floats_stay_dense_and_a_clash_of_part_names_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     eight = pruned(0.9, torch.float32, (8, 8)).to(torch.float8_e4m3fn)
     assert save_sparse({"weight": eight}, path) == {"weight": "dense"}

@@ -1,4 +1,4 @@
-"""Shrunk models against the old ones with the removed parts switched off, and through save and load."""
+"""Shrunk models equal the original ones with the removed parts switched off, also after save and load."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def lowest(scores: Tensor, keep: int) -> list[int]:
     return scores.argsort()[: len(scores) - keep].tolist()
 
 
-def test_without_some_neurons_it_is_the_model_with_their_outputs_off() -> None:
+def test_a_model_with_fewer_neurons_equals_the_original_with_their_outputs_off() -> None:
     dense = model()
     scores = importance(dense, batches())
     small = shrink(dense, scores, Shape(neurons=20))
@@ -68,7 +68,7 @@ def test_without_some_neurons_it_is_the_model_with_their_outputs_off() -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (6, 3), (4, 4), (3, 3), (None, 1)])
-def test_without_some_heads_it_is_the_model_with_their_outputs_off(heads: int | None, groups: int) -> None:
+def test_a_model_with_fewer_heads_equals_the_original_with_their_outputs_off(heads: int | None, groups: int) -> None:
     config = Qwen3Config(**SIZES, head_dim=4)
     dense = model(config)
     scores = importance(dense, batches())
@@ -86,7 +86,7 @@ def test_without_some_heads_it_is_the_model_with_their_outputs_off(heads: int | 
     same(small, dense)
 
 
-def test_without_some_layers_it_is_the_model_that_skips_them() -> None:
+def test_a_model_with_fewer_layers_equals_the_original_that_skips_them() -> None:
     dense = model()
     scores = importance(dense, batches())
     small = shrink(dense, scores, Shape(layers=2))
@@ -98,7 +98,7 @@ def test_without_some_layers_it_is_the_model_that_skips_them() -> None:
     same(small, dense)
 
 
-def test_layers_that_a_config_tells_apart_stay_what_they_are(tmp_path: Path) -> None:
+def test_layers_of_different_types_keep_their_types(tmp_path: Path) -> None:
     config = SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layers=[0, 1, 1, 0])
     dense = model(config)
     scores = replace(importance(dense, batches()), layers=torch.tensor([0.0, 2, 1, 3]))
@@ -113,7 +113,7 @@ def test_layers_that_a_config_tells_apart_stay_what_they_are(tmp_path: Path) -> 
     same(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), dense)
 
 
-def test_a_classifier_reads_what_is_left_of_the_stream() -> None:
+def test_a_classifier_reads_the_remaining_channels_of_the_stream() -> None:
     torch.manual_seed(0)
     dense = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
     scores = importance(dense, batches())
@@ -127,7 +127,7 @@ def test_a_classifier_reads_what_is_left_of_the_stream() -> None:
     same(fewer, dense)
 
 
-def test_without_some_channels_it_is_the_model_whose_stream_leaves_them_empty() -> None:
+def test_a_model_with_fewer_channels_equals_the_original_whose_stream_leaves_them_empty() -> None:
     dense = model()
     scores = importance(dense, batches())
     small = shrink(dense, scores, Shape(hidden=24))
@@ -154,7 +154,7 @@ def test_without_some_channels_it_is_the_model_whose_stream_leaves_them_empty() 
     ],
     ids=["llama", "qwen2", "qwen3", "mistral", "granite", "smollm3"],
 )
-def test_plain_from_pretrained_loads_what_comes_out(config: Any, tmp_path: Path) -> None:
+def test_plain_from_pretrained_loads_the_shrunk_model(config: Any, tmp_path: Path) -> None:
     dense = model(config).to(torch.bfloat16)
     before = copy.deepcopy(dense.state_dict())
     small = shrink(dense, importance(dense, batches()), Shape(layers=3, hidden=24, neurons=32, heads=4, kv_heads=2))
@@ -169,7 +169,7 @@ def test_plain_from_pretrained_loads_what_comes_out(config: Any, tmp_path: Path)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
-def test_what_nothing_passes_through_has_the_lowest_score() -> None:
+def test_parts_without_activation_have_the_lowest_score() -> None:
     dense = model()
     dense.model.layers[1].mlp.up_proj.weight.data[7] = 0
     dense.model.layers[2].self_attn.v_proj.weight.data[:4] = 0  # the first group of two heads
@@ -196,7 +196,7 @@ def test_sizes_that_do_not_fit_are_errors(shape: Shape, message: str) -> None:
         shrink(dense, importance(dense, batches()), shape)
 
 
-def test_models_that_it_does_not_know_are_refused() -> None:
+def test_unsupported_models_are_refused() -> None:
     scores = Importance(torch.ones(4), torch.ones(32), torch.ones(4, 48), torch.ones(4, 8))
     with pytest.raises(QatkitError, match="Sequential is not a Llama-like transformer"):
         shrink(nn.Sequential(nn.Linear(2, 2)), scores, Shape())

@@ -1,4 +1,4 @@
-"""Importance by weights against sums written out, and against the loss of a model whose parts are scaled."""
+"""Importance from weights equals explicit sums, and the slope of the loss when a part is scaled down."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_magnitude_is_the_sum_of_squares_of_all_weights_of_a_part() -> None:
     torch.testing.assert_close(scores.hidden[7], hidden)
 
 
-def test_what_has_no_weight_goes_first() -> None:
+def test_parts_with_zero_weights_are_removed_first() -> None:
     dense = model()
     dense.model.layers[0].mlp.down_proj.weight.data[:, 4] = 0
     for scores in (magnitude_importance(dense), taylor_importance(dense, batches(), lambda x: loss(dense, x))):
@@ -107,7 +107,7 @@ def test_what_has_no_weight_goes_first() -> None:
         taylor_importance(dense, [], lambda x: loss(dense, x))
 
 
-def test_channels_are_scored_by_what_they_pass_on_and_by_the_slope_of_the_loss() -> None:
+def test_channels_are_scored_by_activation_and_by_the_slope_of_the_loss() -> None:
     torch.manual_seed(0)
     network = cnn(channels=[4, 6]).double().eval()
     image, label = torch.randn(3, 1, 8, 8).double(), torch.tensor([1, 2, 3])

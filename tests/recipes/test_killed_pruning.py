@@ -1,4 +1,4 @@
-"""A process that is killed in the middle of pruning goes on as if nothing had happened: the same weights and masks."""
+"""A process killed during pruning resumes to the same weights and masks."""
 
 from __future__ import annotations
 

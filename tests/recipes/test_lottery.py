@@ -48,7 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_the_block_stands_for_stages(tmp_path: Path) -> None:
+def test_the_block_expands_into_stages(tmp_path: Path) -> None:
     recipe = run_of(tmp_path).recipe
     stages = recipe.stages
     assert list(stages) == ["ticket_start", "ticket_0", "ticket_1", "ticket_2", "ticket_reinit"]
@@ -62,12 +62,12 @@ def test_the_block_stands_for_stages(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "whole.yaml") == recipe
 
 
-def test_every_round_prunes_a_share_of_the_trained_weights_that_are_left(done: Run) -> None:
-    for before, after, share in (("ticket_0", "ticket_1", 0.5), ("ticket_1", "ticket_2", 0.75)):
+def test_every_round_prunes_a_fraction_of_the_remaining_trained_weights(done: Run) -> None:
+    for before, after, sparsity in (("ticket_0", "ticket_1", 0.5), ("ticket_1", "ticket_2", 0.75)):
         for name in ("1.weight", "3.weight"):
-            mask = magnitude_mask(weights(done, before)[name], share)
+            mask = magnitude_mask(weights(done, before)[name], sparsity)
             assert torch.equal(weights(done, after)[name] != 0, mask)
-        assert done.record(after).zeros == {"1": round(2048 * share), "3": round(320 * share)}
+        assert done.record(after).zeros == {"1": round(2048 * sparsity), "3": round(320 * sparsity)}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def rewound(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_a_round_starts_with_earlier_weights_under_the_zeros_of_the_trained_ones(rewound: Run) -> None:
+def test_a_round_starts_with_earlier_weights_under_the_mask_of_the_trained_ones(rewound: Run) -> None:
     early, late, found = (weights(rewound, stage) for stage in ("early", "late", "to_early"))
     names = ["conv1.weight", "conv2.weight", "classifier.weight"]
     kept = magnitude_mask(torch.cat([late[name].flatten() for name in names]), 0.5).split(
@@ -146,7 +146,7 @@ def test_more_rounds_continue_where_the_others_ended(done: Run, tmp_path: Path) 
     assert run_stages(run_of(tmp_path, *more)) == ["ticket_3"]
 
 
-def test_the_learning_rate_goes_on_where_the_schedule_of_the_whole_stage_is(done: Run) -> None:
+def test_the_learning_rate_continues_the_schedule_of_the_whole_stage(done: Run) -> None:
     from qatkit.pipeline.learning_rate import lr_factor
     from qatkit.pipeline.module import CompressionModule
 
@@ -223,6 +223,6 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
         ("stages={a: {max_steps: 9, part: {of: 8, start: 8}}}", r"stages\.a\.part\.start: 8 is not a step of"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:
+def test_invalid_blocks_are_refused_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         run_of(tmp_path, override)

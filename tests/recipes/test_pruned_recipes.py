@@ -1,4 +1,4 @@
-"""Pruning in recipes: zeros are made, held through later stages, counted in the file, and shipped as code 0."""
+"""Pruning in recipes: later stages keep the zeros, the record counts them, and exports have code 0 for them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_zeros_of_a_stage_stay_when_a_later_one_prunes_more_or_elsewhere(again: 
 
 
 @pytest.mark.parametrize("layer", ["1", "3"])
-def test_a_layer_that_got_no_zero_is_not_held(layer: str, tmp_path: Path) -> None:
+def test_a_layer_without_zeros_is_not_masked(layer: str, tmp_path: Path) -> None:
     stages = RECIPE[: RECIPE.index("  prune:")] + (
         "  first: {max_steps: 4, prune: {sparsity: 0.0005, scope: model}}\n"
         f"  second: {{max_steps: 4, prune: {{sparsity: 0.5, include: ['{layer}']}}}}\nexport: {{format: dense}}\n"
@@ -230,9 +230,7 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_prune_block_that_makes_no_sense_is_refused_before_anything_runs(
-    tmp_path: Path, override: str, message: str
-) -> None:
+def test_an_invalid_prune_block_is_refused_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         validate_recipe(run_of(tmp_path, override).recipe)
 
@@ -257,7 +255,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_makes_its_share_of_zeros_which_later_stages_hold(tmp_path: Path, method: str) -> None:
+def test_every_method_prunes_its_fraction_and_later_stages_keep_the_zeros(tmp_path: Path, method: str) -> None:
     prune = f"{{max_steps: 20, prune: {METHODS[method]}}}"
     stages = f"stages={{dense: {{max_steps: 20}}, prune: {prune}, more: {{max_steps: 5}}}}"
     run = run_of(tmp_path, stages, "export=null")

@@ -1,4 +1,4 @@
-"""The shipped pruning recipes, made small: from training to files that are verified."""
+"""Small versions of the shipped pruning recipes, from training to verified exports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ZEROS = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_recipe_runs_and_its_files_hold_the_zeros_it_promises(
+def test_the_recipe_runs_and_its_files_have_the_expected_sparsity(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Shrinking in recipes: what is cut is recorded, taught by the whole model, exported as a plain model, and refused."""
+"""Shrinking in recipes: the architecture is recorded, taught, exported as a plain model, or refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def test_plain_from_pretrained_loads_the_smaller_model_and_computes_what_was_trained(text: Run) -> None:
+def test_plain_from_pretrained_loads_the_smaller_model_with_equal_outputs(text: Run) -> None:
     loaded, notes = AutoModelForCausalLM.from_pretrained(text.out / "export" / "recover", output_loading_info=True)
     assert not notes["missing_keys"]
     assert not notes["unexpected_keys"]
@@ -121,7 +121,7 @@ def test_the_whole_model_teaches_and_training_recovers(text: Run) -> None:
     assert text.record("recover").architecture == text.record("cut").architecture
 
 
-def test_a_convolutional_network_is_built_again_by_its_factory_and_quantized(images: Run) -> None:
+def test_a_convolutional_network_is_rebuilt_by_its_factory_and_quantized(images: Run) -> None:
     args = {"channels": [4, 8]}
     assert images.record("shrink").architecture == Architecture(FactoryConfig("qatkit.models:cnn", args))
     plain = cnn(**args)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_a_convolutional_network_is_built_again_by_its_factory_and_quantized(ima
     assert images.record("qat").metrics["test/accuracy"] > 0.7
 
 
-def test_a_started_shrink_goes_on_with_the_same_bits(images: Run, tmp_path: Path) -> None:
+def test_a_resumed_shrink_stage_ends_with_the_same_bits(images: Run, tmp_path: Path) -> None:
     from qatkit.pipeline.module import CompressionModule
 
     again, step = images_of(tmp_path), CompressionModule.training_step
@@ -170,7 +170,7 @@ def test_a_started_shrink_goes_on_with_the_same_bits(images: Run, tmp_path: Path
         ("{layers: 2, keep_layers: [0]}", r"stages\.cut\.shrink\.keep_layers: \[0\] and layers=2 are both set"),
     ],
 )
-def test_a_size_that_cannot_be_is_refused_before_a_weight_is_read(override: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_size_is_refused_before_a_weight_is_read(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=message):
         validate_recipe(load_recipe("llm/shrink", [*TEXT, f"stages.cut.shrink={override}"]))
 
@@ -186,7 +186,7 @@ def test_a_size_that_cannot_be_is_refused_before_a_weight_is_read(override: str,
         ("{channels: 0.1}", r"stages\.shrink\.shrink: .* layer 'conv1' .*\(in a recipe, channels: 0\.125 or more\)"),
     ],
 )
-def test_what_does_not_fit_a_convolutional_network_is_told_by_its_key(
+def test_settings_that_do_not_fit_a_convolutional_network_are_refused_by_key(
     tmp_path: Path, shrink: str, message: str
 ) -> None:
     run = images_of(tmp_path, f"stages.shrink.shrink={shrink}")
@@ -196,7 +196,7 @@ def test_what_does_not_fit_a_convolutional_network_is_told_by_its_key(
 
 def test_later_stages_are_validated_on_the_smaller_model() -> None:
     quantize = "stages.recover.quantize={weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}"
-    with pytest.raises(QatkitError, match=r"stages\.recover\.quantize: .*24"):
+    with pytest.raises(QatkitError, match=r"stages\.recover\.quantize\.weight\.group_size: .*in_features=24"):
         validate_recipe(load_recipe("llm/shrink", [*TEXT, quantize]))
     with pytest.raises(QatkitError, match=r"stages\.recover\.prune\.include\[0\]: '\*layers\.2\.\*' matches no linear"):
         validate_recipe(
@@ -204,7 +204,7 @@ def test_later_stages_are_validated_on_the_smaller_model() -> None:
         )
 
 
-def test_layers_are_kept_by_place_or_number() -> None:
+def test_layers_are_kept_by_position_or_index() -> None:
     from qatkit.models import llama
     from qatkit.recipe import ShrinkConfig
     from qatkit.stages.shrink import check
@@ -220,7 +220,7 @@ def test_layers_are_kept_by_place_or_number() -> None:
         assert smaller.config.num_hidden_layers == len(smaller.model.layers) == 3  # type: ignore[union-attr, arg-type]
 
 
-def test_shrinking_after_zeros_or_a_grid_were_made_is_refused(tmp_path: Path) -> None:
+def test_shrinking_after_pruning_or_quantization_is_refused(tmp_path: Path) -> None:
     for block, message in (
         ("stages.dense.prune={sparsity: 0.5}", r"stages\.shrink\.shrink: an earlier stage pruned weights"),
         ("stages.dense.quantize={weight: {num_bits: 8}}", r"stages\.shrink\.shrink: stage 'dense' fitted"),
@@ -229,7 +229,7 @@ def test_shrinking_after_zeros_or_a_grid_were_made_is_refused(tmp_path: Path) ->
             images_of(tmp_path, block)
 
 
-def test_heads_of_bert_are_refused_by_name_and_its_layers_can_go() -> None:
+def test_heads_of_bert_are_refused_and_its_layers_can_be_removed() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     from qatkit.recipe import ShrinkConfig
@@ -281,7 +281,7 @@ def on_meta(name: str, **config: object) -> nn.Module:
         ),
     ],
 )
-def test_a_model_that_the_run_could_not_cut_is_refused_by_name_before(
+def test_a_model_that_the_run_could_not_shrink_is_refused_by_name(
     name: str, size: dict[str, Any], message: str
 ) -> None:
     from qatkit.recipe import ShrinkConfig
@@ -296,7 +296,7 @@ def test_a_model_that_the_run_could_not_cut_is_refused_by_name_before(
 @pytest.mark.parametrize(
     ("name", "size"), [("OPTForCausalLM", {"keep_layers": [1, 3]}), ("StableLmForCausalLM", {"layers": 2})]
 )
-def test_what_such_a_model_can_lose_it_loses(name: str, size: dict[str, Any]) -> None:
+def test_such_a_model_loses_the_layers_that_it_can(name: str, size: dict[str, Any]) -> None:
     from qatkit.recipe import ShrinkConfig
     from qatkit.stages.shrink import check
 
@@ -314,7 +314,7 @@ def test_a_weight_tied_between_convolutions_is_refused_before_a_stage_runs() -> 
         check(ShrinkConfig(channels=0.5), model)
 
 
-def test_a_sparse_export_is_smaller_reads_back_equal_and_a_changed_one_fails(tmp_path: Path) -> None:
+def test_a_sparse_export_is_smaller_and_equal_and_a_changed_one_fails(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     from qatkit.pruning.storage import load_sparse
