@@ -1,4 +1,4 @@
-"""The predicted memory of a step for models that are no plain Llama, and for texts with one label or a partner."""
+"""The predicted memory of a step for models other than a plain Llama, and for classified texts and pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serving memory: weights are those of an exported folder, keys and values those that transformers caches."""
+"""Predicted serving memory equals the weights of an exported folder and the key-value cache of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The predicted memory of a training step is what the allocator gives while Lightning trains the same stage."""
+"""The predicted memory of a training step equals what the allocator reports while Lightning trains the stage."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def trained() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def quantized(trained: nn.Module, images: tuple[Tensor, Tensor]) -> Quantized:
-    """Makes a calibrated copy of the trained network."""
+    """Make a calibrated copy of the trained network."""
 
     def make(weight: QuantSpec | None = INT8, activation: QuantSpec | None = UINT8) -> nn.Module:
         model = copy.deepcopy(trained)

@@ -1,4 +1,4 @@
-"""The files beside the weights: a config that says tied is corrected, and verification sees every change."""
+"""Companion files: the exported config matches untied weights, and verification finds every change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = torch.arange(20).view(2, 10)
 
 @pytest.fixture
 def model() -> Any:
-    """A Llama whose config says that its output weights are tied, and whose weights are not."""
+    """A Llama with `tie_word_embeddings: true` in its config and separate output weights."""
     torch.manual_seed(0)
     made = LlamaForCausalLM(
         LlamaConfig(

@@ -1,4 +1,4 @@
-"""Folders of compressed-tensors: plain transformers loads them and computes exactly what training computed."""
+"""compressed-tensors folders: plain transformers loads them and computes exactly what training computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 def model_with(
     quantize: Mapping[str, Scheme] | Scheme, dtype: torch.dtype = torch.float32, steps: int = 3, **shape: Any
 ) -> nn.Module:
-    """A small Llama, its scales learned where the scheme says so, trained for a few steps."""
+    """A small Llama, trained for a few steps, with learned scales where the scheme has them."""
     torch.manual_seed(0)
     given = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 128, "context": 32}
     model = llama(300, **{**given, "tie_embeddings": False, **shape})

@@ -1,4 +1,4 @@
-"""Dense files hold the weights that training computed with, and verification sees any other."""
+"""Dense files hold the weights that training computed with, and verification finds any other value."""
 
 from __future__ import annotations
 

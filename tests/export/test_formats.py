@@ -1,4 +1,4 @@
-"""The table of export formats: a row is all that a new format needs, and paths find their row."""
+"""The table of export formats: a new format needs one row, and every exported path has one format."""
 
 from __future__ import annotations
 

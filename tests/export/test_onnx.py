@@ -1,4 +1,4 @@
-"""Exported ONNX files in ONNX Runtime: exact integers, integer kernels, and refusals that say what to write."""
+"""Exported ONNX files in ONNX Runtime: exact integers, integer kernels, and refusals with advice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def constants(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def error(model: nn.Module, path: Path, x: Tensor) -> float:
-    """Mean difference of outputs, as a share of the mean output."""
+    """Mean difference of outputs, as a fraction of the mean output."""
     with torch.no_grad():
         expected = model.eval()(x)
     return float((load_runtime(path, 1)(x) - expected).abs().mean() / expected.abs().mean())

@@ -1,4 +1,4 @@
-"""Latencies are measured in the runtime, side by side."""
+"""Latencies are measured in the runtime, in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joining what a stage's attempts logged."""
+"""The logs of several attempts of a stage become one curve per metric."""
 
 from __future__ import annotations
 

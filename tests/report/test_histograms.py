@@ -1,4 +1,4 @@
-"""Weights counted on their grid, against numpy."""
+"""Histograms of weights on their grid equal those of numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sliding windows count every token once; the distance to the dense model is what float64 says."""
+"""Sliding windows count every token once; the distance to the dense model equals a float64 reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = torch.randint(VOCAB, (45,), generator=torch.Generator().manual_seed(0))
 
 
 def perplexity_of_transformers(model: torch.nn.Module, tokens: Tensor, context: int, stride: int) -> float:
-    """The loop of transformers' documentation page on the perplexity of fixed-length models, its mean made exact."""
+    """The loop from the transformers page on perplexity of fixed-length models, with an exact mean."""
     total = count = end_before = 0.0
     for begin in range(0, len(tokens), stride):
         end = min(begin + context, len(tokens))
@@ -140,7 +140,7 @@ metric_list: [{metric: word_perplexity}]
 
 
 def written_tasks(folder: Path) -> list[str]:
-    """Two tasks of the harness in files, over questions in another."""
+    """Two harness tasks in files, with their questions in a third file."""
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     for name, task in TASKS.items():
         data = {"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")}
@@ -151,7 +151,7 @@ def written_tasks(folder: Path) -> list[str]:
 
 @torch.no_grad()
 def log_likelihood(model: torch.nn.Module, tokens: list[int], known: int) -> float:
-    """Of the tokens behind the first `known` ones."""
+    """The log-likelihood of the tokens after the first `known` ones."""
     log_p = model(torch.tensor([tokens])).logits[0].double().log_softmax(dim=-1)
     return sum(float(log_p[at - 1, tokens[at]]) for at in range(known, len(tokens)))
 

@@ -1,4 +1,4 @@
-"""The report as a person meets it: opened from disk in a real Chromium that has no network."""
+"""The report page, opened from disk in a real Chromium without network."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes the folder of another run, whose report was changed by a function."""
+    """Make the folder of another run, with a report that a function changed."""
 
     def make(name: str, change: Callable[[dict[str, Any]], object] = lambda report: None) -> Path:
         report = json.loads((folder / "report.json").read_text())

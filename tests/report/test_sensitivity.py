@@ -1,4 +1,4 @@
-"""The table and the picture of a measurement hold its numbers."""
+"""The table and the figure of a sensitivity measurement show its numbers."""
 
 from __future__ import annotations
 

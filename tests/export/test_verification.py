@@ -1,4 +1,4 @@
-"""Verification passes what was exported and fails whatever was changed afterwards, saying what and where."""
+"""Verification passes exported files and fails changed ones, naming the difference and its place."""
 
 from __future__ import annotations
 
