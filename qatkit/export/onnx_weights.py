@@ -120,7 +120,7 @@ class _File:
             return failures
         weight_scale, input_scale = (self.tensors.get(f"{prefix}{part}.scale") for part in ("weight", "input"))
         if scale is None or weight_scale is None or input_scale is None:
-            return [f"{what}: its scale, or one of the two it is the product of, is not in the file"]
+            return [f"{what}: its scale, or a factor of its scale (weight scale, input scale), is not in the file"]
         if codes.shape != tuple(bias.shape) or codes.dtype != np.int32:
             return [f"{what}: {codes.dtype} of shape {list(codes.shape)} in the file, not int32 {list(bias.shape)}"]
         product = torch.from_numpy(np.asarray(weight_scale * input_scale)).reshape(scale.shape)
