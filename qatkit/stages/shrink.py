@@ -43,7 +43,7 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
         if find_spec("torch_pruning") is None:
             raise QatkitError("it needs Torch-Pruning", key="channels", advice="install torch-pruning")
         return model
-    with torch.device("meta"), _without_model_key():
+    with torch.device("meta"), _argument_keys_dropped():
         smaller = _fewer_layers(config, model)
         if (shape := _shape(config, smaller)) != Shape():
             sizes: Any = smaller.config
@@ -63,8 +63,8 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _without_model_key() -> Iterator[None]:
-    """Drop the key ``model``, an argument of the functions below that the block does not have."""
+def _argument_keys_dropped() -> Iterator[None]:
+    """Drop the key ``model`` from errors: it is an argument of the pruning functions, and the block has no such key."""
     try:
         yield
     except QatkitError as error:
@@ -115,11 +115,28 @@ def _measured(
 
 def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
     """Remove layers by position, from any transformers model with one stack of layers."""
-    if config.keep_layers is not None:
-        return student_from_teacher(model, config.keep_layers)
-    if config.layers is None or config.layers_by == "score":
+    if config.keep_layers is None and (config.layers is None or config.layers_by == "score"):
         return model
-    return student_from_teacher(model, _size(config.layers, depth_of(model)), config.layers_by)
+    key = "layers" if config.keep_layers is None else "keep_layers"
+    try:
+        depth = depth_of(model)
+    except QatkitError as error:
+        raise error.with_fields(key=key, advice="give the stage a model of its own instead") from None
+    if config.keep_layers is not None:
+        kept = config.keep_layers
+        if not kept or kept != sorted({*kept} & {*range(depth)}):
+            raise QatkitError(
+                f"{kept} are not indices of the model's {depth} layers in ascending order",
+                key=key,
+                advice=f"use indices from 0 to {depth - 1}",
+            )
+        return student_from_teacher(model, kept)
+    assert config.layers is not None
+    assert config.layers_by != "score"
+    size = _size(config.layers, depth)
+    if size > depth:
+        raise QatkitError(f"{size} is out of range", key=key, advice=f"use an integer from 1 to {depth}")
+    return student_from_teacher(model, size, config.layers_by)
 
 
 def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
