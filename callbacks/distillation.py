@@ -276,8 +276,8 @@ class KnowledgeDistillation(Callback):
         terms, extra = [], []
         for call in self._calls:
             outputs = call.teacher_outputs or self._teacher_outputs(call)
-            for answer, mask in outputs.answers:
-                self._nan.note(trainer, answer, mask)
+            for output, mask in outputs.outputs:
+                self._nan.note(trainer, output, mask)
             if self.watch is not None:
                 for agreement in outputs.agreements:
                     self.watch(agreement)

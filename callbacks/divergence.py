@@ -139,21 +139,21 @@ class NanWatch:
     def __init__(self) -> None:
         self._first: Tensor | None = None
 
-    def note(self, trainer: Trainer, answer: Tensor, mask: Tensor | None) -> None:
+    def note(self, trainer: Trainer, output: Tensor, mask: Tensor | None) -> None:
         """Record whether an output contains NaN, on its device: reading the result would stall every step.
 
         Args:
             trainer: Provides the batch number.
-            answer: Teacher output ``[..., size]``.
+            output: Teacher output ``[..., size]``.
             mask: True where a position counts ``[...]``; None counts all.
 
         Raises:
             QatkitError: it contains NaN, and it is on the CPU.
         """
         if self._first is None:
-            self._first = torch.full((), -1, dtype=torch.int64, device=answer.device)
+            self._first = torch.full((), -1, dtype=torch.int64, device=output.device)
         batch = trainer.fit_loop.total_batch_idx
-        nan = answer.isnan() if mask is None else answer.isnan() & mask.to(answer.device).unsqueeze(-1)
+        nan = output.isnan() if mask is None else output.isnan() & mask.to(output.device).unsqueeze(-1)
         self._first = torch.where((self._first < 0) & nan.any(), batch, self._first)
         if self._first.device.type == "cpu":
             self.check()

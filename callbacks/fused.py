@@ -99,7 +99,7 @@ class LiveHead:
         self.classes = classes
         self._last: tuple[Tensor, Tensor | None] | None = None
 
-    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Head:
+    def head_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Head:
         """The teacher's head for a call of the student, on the student's device."""
         self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         try:
@@ -178,13 +178,13 @@ class Fused:
         student = Head(hidden.flatten(0, 1), self.layer.weight, self.layer.bias)
         states: Mapping[str, Tensor] = {}
         if isinstance(self.teacher, CachedTeacher):
-            targets = self.teacher.answer(args, kwargs).map(lambda part: part.to(hidden.device))
+            targets = self.teacher.outputs_for(args, kwargs).map(lambda part: part.to(hidden.device))
             states, mask = targets.hidden, mask & targets.mask
             teacher: Head | TopKTargets = TopKTargets(
                 targets.indices.flatten(0, 1), targets.log_p.flatten(0, 1), targets.log_tail.flatten()
             )
         else:
-            teacher = self.teacher.answer(args, kwargs, hidden.device)
+            teacher = self.teacher.head_for(args, kwargs, hidden.device)
         loss = self.loss
         terms = linear_kd_terms(
             student, teacher, following.flatten(), mask.flatten(), loss.temperature, alpha, loss.loss, loss.beta
@@ -194,8 +194,8 @@ class Fused:
         output.logits = None
         output.loss = (terms.loss - alpha * soft) / (1 - alpha) if alpha < 1 else terms.loss - soft + hard
         self._given = output.loss
-        answers = [(teacher.hidden, mask.flatten())] if isinstance(teacher, Head) else []
-        return TeacherOutputs([soft], [lambda: _agreement(student, teacher)], answers, states, terms)
+        outputs = [(teacher.hidden, mask.flatten())] if isinstance(teacher, Head) else []
+        return TeacherOutputs([soft], [lambda: _agreement(student, teacher)], outputs, states, terms)
 
     def total(self, calls: Sequence[Call], loss: Tensor, alpha: float) -> Tensor:
         """The training loss: the loss that a training step returned, with the distillation term.

@@ -26,7 +26,7 @@ class TeacherOutputs:
     """One distillation loss per compared output."""
     agreements: list[Callable[[], Tensor]]
     """Functions that return True where student and teacher predict the same class."""
-    answers: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    outputs: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     """Outputs of a live teacher ``[..., size]`` and the positions that count, to be checked for NaN."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
     """Cached hidden states by layer name."""
@@ -71,7 +71,7 @@ def live_teacher_outputs(
         check_class_dimension(student, call.labels, loss.row.compares_classes)
         ours, theirs = loss.trimmed(student, other.to(student.device))
         mask = counted_positions(ours, call.labels, call.present, causal)
-        result.answers.append((other, mask))
+        result.outputs.append((other, mask))
         result.losses.append(loss(ours, theirs, mask))
         result.agreements.append(lambda s=ours, t=theirs: s.argmax(dim=-1) == t.argmax(dim=-1))  # type: ignore[misc]
     return result
@@ -93,7 +93,7 @@ def cached_teacher_outputs(
             advice="name one output, or use a live teacher",
         )
     check_class_dimension(logits, call.labels, loss.row.compares_classes)
-    targets = cache.answer(call.args, call.kwargs).map(lambda part: part.to(logits.device))
+    targets = cache.outputs_for(call.args, call.kwargs).map(lambda part: part.to(logits.device))
     ours, fitting = loss.fitted(logits, targets, cache)
     mask = counted_positions(ours, call.labels, call.present, causal)
     return TeacherOutputs(

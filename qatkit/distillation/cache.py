@@ -26,12 +26,12 @@ MANIFEST = "cache.json"
 KEY = "teacher cache"
 """The key of errors about a cache."""
 
-Answer = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+Outputs = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """Logits ``[samples, length, classes]`` or ``[samples, classes]``, alone or with hidden states by layer name."""
 
 
 def cache_teacher(
-    teacher: Callable[[Any], Answer],
+    teacher: Callable[[Any], Outputs],
     batches: Iterable[Any],
     folder: Path,
     fingerprint: Mapping[str, str],
@@ -79,7 +79,7 @@ def cache_teacher(
             write_bytes(path, _shard(teacher, part, k, temperature, shard * shard_batches))
         table = open_table([path])
         samples += table.num_rows
-        tokens += sum(len(kept) // 2 for kept in table["log_tail"].to_pylist())  # two bytes each
+        tokens += sum(len(column) // 2 for column in table["log_tail"].to_pylist())  # two bytes each
         shard += 1
     if shard == 0:
         raise QatkitError("the data has no batch", key=KEY, advice="check the training data")
@@ -143,7 +143,7 @@ class CachedTeacher:
             )
         return unpack([self._table.slice(number, 1).to_pylist()[0] for number in numbers], self.k)
 
-    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Targets:
+    def outputs_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Targets:
         """Look up teacher outputs by the inputs of a student call, aligned with its tokens.
 
         Args:
@@ -187,10 +187,10 @@ class CachedTeacher:
         indices, log_p = (
             nn.functional.pad(part, (0, 0, 0, missing)).to(student.device) for part in (targets.indices, targets.log_p)
         )
-        log_tail, held = (
+        log_tail, cached = (
             nn.functional.pad(part, (0, missing)).to(student.device) for part in (targets.log_tail, targets.mask)
         )
-        mask = held if mask is None else held & mask.bool()
+        mask = cached if mask is None else cached & mask.bool()
         return sparse_kd_loss(student, indices, log_p, log_tail, self.temperature, mask, labels)
 
 
@@ -217,19 +217,19 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _shard(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temperature: float, first: int) -> bytes:
+def _shard(teacher: Callable[[Any], Outputs], part: Sequence[Any], k: int, temperature: float, first: int) -> bytes:
     """The Arrow file of some batches, numbered from `first`."""
     rows: list[dict[str, bytes]] = []
     classes = 0
     for number, batch in enumerate(part, start=first):
         with torch.no_grad():
-            answer = teacher(batch)
-        logits, hidden = answer if isinstance(answer, tuple) else (answer, {})
+            outputs = teacher(batch)
+        logits, hidden = outputs if isinstance(outputs, tuple) else (outputs, {})
         args, kwargs = inputs_of(batch)
         present = present_tokens(args, kwargs)
         if logits.dim() != 3 or (present is not None and present.shape != logits.shape[:2]):
             present = None
-        _check_answer(logits, hidden, present, number)
+        _check_outputs(logits, hidden, present, number)
         if logits.dim() == 2:  # one output per sample
             logits = logits[:, None]
         rows += pack(logits, sample_keys(args, kwargs), k, temperature, present, hidden)
@@ -237,7 +237,7 @@ def _shard(teacher: Callable[[Any], Answer], part: Sequence[Any], k: int, temper
     return table_bytes(rows, classes)
 
 
-def _check_answer(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor | None, number: int) -> None:
+def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor | None, number: int) -> None:
     """Refuse outputs that a cache cannot hold; padding is not stored, and may hold anything."""
     if logits.dim() not in (2, 3):
         raise QatkitError(

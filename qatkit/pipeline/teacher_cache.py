@@ -81,13 +81,13 @@ def write_cache(run: Run, stage: str) -> Path:
     layers = blocks.distill.compared_layers(distill)
     with _recorded(teacher.model, layers) as states, _precision(run.recipe.trainer, device):
 
-        def answer(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def outputs(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
             args, kwargs = model_inputs(batch)
             logits = to_logits(teacher(*args, **kwargs))
             return logits[..., :size], dict(states)
 
         try:
-            cache_teacher(answer, rows, folder, prints, distill.cache.top_k, distill.temperature)
+            cache_teacher(outputs, rows, folder, prints, distill.cache.top_k, distill.temperature)
         except QatkitError as error:
             if error.key == "k":  # the argument's name; the recipe calls it top_k
                 raise error.with_fields(key=f"stages.{stage}.distill.cache.top_k") from None

@@ -1,4 +1,4 @@
-"""The ``distill`` block of a stage: checks, the teacher it asks for, and its callback."""
+"""The ``distill`` block of a stage: checks, teacher and callback."""
 
 from __future__ import annotations
 

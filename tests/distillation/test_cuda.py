@@ -39,6 +39,23 @@ def test_the_fused_loss_equals_that_of_full_logits_in_float64(
     )
 
 
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_hidden_states_at_positions_that_do_not_count_reach_no_gradient(kind: str, bad: float) -> None:
+    results = []
+    for value in (0.0, bad):
+        there = {name: part.detach().cuda().requires_grad_(part.requires_grad) for name, part in example().items()}
+        uncounted = ~there["mask"] | (there["labels"] == -100)
+        for name in ("student_hidden", "teacher_hidden"):
+            part = there[name].detach().masked_fill(uncounted[:, None], value)
+            there[name] = part.requires_grad_(there[name].requires_grad)
+        loss = linear_kd_loss(**there, temperature=2.0, kind=kind)
+        results.append([loss.detach(), *gradients(loss, there)])
+    for clean, dirty in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert torch.equal(dirty, clean)
+
+
 def test_autocast_computes_the_fused_loss_in_bfloat16_with_gradients_in_float32() -> None:
     there = {name: part.detach().cuda().requires_grad_(part.requires_grad) for name, part in example().items()}
     exact = {name: part.detach().cpu().requires_grad_(part.requires_grad) for name, part in there.items()}
@@ -49,7 +66,7 @@ def test_autocast_computes_the_fused_loss_in_bfloat16_with_gradients_in_float32(
     assert_equal([part.cpu() for part in gradients(found, there)], gradients(expected, exact), 4e-2)
 
 
-def test_a_cache_answers_a_padded_batch_on_the_gpu(tmp_path: Path) -> None:
+def test_a_cache_serves_a_padded_batch_on_the_gpu(tmp_path: Path) -> None:
     tokens = torch.randint(300, (4, 6))
     mask = torch.ones_like(tokens)
     mask[1, 4:] = mask[3, 2:] = 0
@@ -57,8 +74,8 @@ def test_a_cache_answers_a_padded_batch_on_the_gpu(tmp_path: Path) -> None:
     logits = sines(1, 4, 6, 301, scale=6)
     cache_teacher(lambda batch: logits.cuda(), [batch], tmp_path, {}, k=8)
     cached = CachedTeacher(tmp_path, {})
-    ours = cached.answer((), {name: part.cuda() for name, part in batch.items()})
-    theirs = cached.answer((), batch)
+    ours = cached.outputs_for((), {name: part.cuda() for name, part in batch.items()})
+    theirs = cached.outputs_for((), batch)
     for name in ("indices", "log_p", "log_tail", "mask"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
     best = logits.topk(8, dim=-1).indices

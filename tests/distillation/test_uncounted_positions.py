@@ -132,7 +132,7 @@ def test_a_cache_stores_no_padding_and_so_accepts_any_output_there(bad: float, t
     batch = {"input_ids": tokens, "attention_mask": COUNTED.long()}
     logits, hidden = damaged(sines(2, 2, 4, 9), bad), damaged(sines(3, 2, 4, 5), bad)
     cache_teacher(lambda batch: (logits, {"layer": hidden}), [batch], tmp_path, {}, k=3)
-    targets = CachedTeacher(tmp_path, {}).answer((), batch)
+    targets = CachedTeacher(tmp_path, {}).outputs_for((), batch)
     student = sines(1, 2, 4, 9)
     loss = sparse_kd_loss(student, targets.indices, targets.log_p, targets.log_tail, mask=COUNTED)
     assert loss.item() == pytest.approx(top_k_kd_loss(student, logits, 3, mask=COUNTED).item(), rel=1e-3)

@@ -190,7 +190,7 @@ def test_hidden_states_come_from_the_cache_where_the_recipe_compares_them(out: P
     with torch.no_grad():
         teacher(rows["input_ids"])
     state = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    found = cached.answer((), {"input_ids": rows["input_ids"]}).hidden["model.layers.1"]
+    found = cached.outputs_for((), {"input_ids": rows["input_ids"]}).hidden["model.layers.1"]
     torch.testing.assert_close(found, state, rtol=2e-3, atol=2e-3)
     run_stages(run)
 
