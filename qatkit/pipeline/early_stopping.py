@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -14,6 +13,7 @@ from typing_extensions import override
 
 from qatkit.errors import QatkitError
 from qatkit.recipe import EarlyStoppingConfig
+from qatkit.run.checkpoint import load_checkpoint
 
 MONITORED = "val/loss"
 
@@ -86,7 +86,7 @@ class StopEarly(EarlyStopping):
             raise QatkitError(
                 f"{MONITORED} was NaN or infinite in every validation", key=self.key, advice="use a smaller lr"
             )
-        state = torch.load(self.path, map_location="cpu", weights_only=True)["state_dict"]
+        state = load_checkpoint(self.path)["state_dict"]
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
             set_model_state_dict(pl_module, state, options=StateDictOptions(full_state_dict=True))
         else:

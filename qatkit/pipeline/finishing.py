@@ -16,6 +16,7 @@ from qatkit.pipeline.training import Trained, refuse_non_finite
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.measure import layer_table
 from qatkit.quantization.prepare import prepare_qat
+from qatkit.run.checkpoint import delete_checkpoints
 from qatkit.run.record import StageRecord
 from qatkit.run.stage_files import count_zeros, save_stage
 from qatkit.stages import lora
@@ -66,5 +67,5 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     layers = [asdict(row) for row in layer_table(model)]
     zeros = count_zeros(model, record.zeros)
     save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
-    for file in ("last.ckpt", "best.ckpt", "started.json"):
-        (folder / file).unlink(missing_ok=True)
+    delete_checkpoints(folder)
+    (folder / "started.json").unlink(missing_ok=True)

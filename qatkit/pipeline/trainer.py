@@ -13,12 +13,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from qatkit.callbacks import NonFiniteSteps
 from qatkit.callbacks.non_finite import FiniteCheckpoint
 from qatkit.common.device import device_count
 from qatkit.recipe import StageConfig, TrainerConfig
+from qatkit.run.checkpoint import find_checkpoint, save_checkpoint
 
 
 def build_trainer(
@@ -35,6 +37,7 @@ def build_trainer(
         accumulate_grad_batches=stage.accumulate,
         gradient_clip_val=stage.gradient_clip,
         callbacks=list(callbacks),
+        plugins=[_DurableCheckpoints()],
         logger=list(loggers),
         log_every_n_steps=10,
         num_sanity_val_steps=0,
@@ -51,17 +54,19 @@ def build_trainer(
     return trainer
 
 
-def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
-    """Fit a module, from its checkpoint if there is one.
+def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, folder: Path) -> None:
+    """Fit a module, from the newest checkpoint in a stage's folder if there is one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
+        QatkitError: no checkpoint of the stage is whole.
     """
+    checkpoint = find_checkpoint(folder)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with warnings.catch_warnings():
             _silence_lightning()
-            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
     except SystemExit:  # how Lightning answers Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -77,6 +82,14 @@ def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
         steps, dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
+
+
+class _DurableCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints that survive a kill at any moment, see `qatkit.run.checkpoint`."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save_checkpoint(checkpoint, Path(path))
 
 
 class _ResumedFitLoop(_FitLoop):

@@ -93,13 +93,12 @@ def train(
         block, teacher, size = teacher_spec.block, teacher_spec.teacher, teacher_spec.vocab_size
         callbacks.append(blocks.distill.callback(block, teacher, recipe.seed, size))
     callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
-    last = folder / "last.ckpt"
     callbacks.append(checkpoints(folder, steps))
     trainer = build_trainer(recipe.trainer, stage, callbacks, loggers)
     batches = data(stage.batch_size)
     module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, declared_task(batches))
-    _same_processes(trainer, name, folder, resumed=last.exists())
-    fit(trainer, module, batches, last)
+    _same_processes(trainer, name, folder, resumed=(folder / "last.ckpt").exists())
+    fit(trainer, module, batches, folder)
     if trainer.global_step < stage.max_steps and not (stopping is not None and stopping.stopped):
         raise QatkitError(
             f"training ended at step {trainer.global_step} of {stage.max_steps}: the data gave "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qatkit import QatkitWarning
 from qatkit.pipeline import finishing
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
@@ -75,3 +76,28 @@ def test_the_rerun_leaves_the_same_files(block: str, tmp_path: Path, monkeypatch
         assert sum(killed.record("after").zeros.values()) > 0
     if "early" in block:
         assert killed.record("tried").early_stopping["best_step"] == 10
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_and_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, damaged = run_of(tmp_path / "whole", BLOCKS["pruning"]), run_of(tmp_path / "damaged", BLOCKS["pruning"])
+    run_stages(whole)
+
+    def die(folder: Path, *_: Any) -> None:
+        if folder.name == "tried":
+            raise Killed
+        saved(folder, *_)
+
+    saved = finishing.save_stage
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing, "save_stage", die)
+        with pytest.raises(Killed):
+            run_stages(damaged)
+    path = damaged.folder("tried") / "last.ckpt"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.warns(QatkitWarning, match=r"last\.ckpt is damaged; resuming from .*previous\.ckpt"):
+        run_stages(damaged)
+    one, two = (load_file(run.folder("after") / "model" / "model.safetensors") for run in (whole, damaged))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not list(damaged.folder("tried").glob("*.ckpt*"))

@@ -1,0 +1,110 @@
+"""Checkpoints of a stage in training: written durably, verified before they are read, the one before kept.
+
+stage/last.ckpt        the newest checkpoint
+stage/previous.ckpt    the one before it, for the case that the newest is damaged
+stage/NAME.ckpt.json   the digests that the file may have: beside ``last.ckpt`` those of both files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qatkit.common.files import atomic_path, sha256_of, write_atomically
+from qatkit.errors import QatkitError, QatkitWarning
+
+NAMES = ("last.ckpt", "previous.ckpt")
+"""The files that training resumes from, the newest first."""
+
+
+def save_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its target, then replace the target; ``last.ckpt`` becomes ``previous.ckpt``.
+
+    The file and its digest are on the disk before the target is replaced, so a kill leaves a checkpoint that can be
+    verified at every moment. Lightning writes to TMPDIR instead and moves, which tears the file on another file system.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+        known = [sha256_of(temporary)]
+        if path.name == NAMES[0] and path.exists():
+            known += _digests(path)[:2]  # a kill may have left a digest without its file
+            _link(path, path.with_name(NAMES[1]))
+        write_atomically(_sidecar(path), json.dumps({"sha256": known}))
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage that is whole, or None if the stage has none.
+
+    Raises:
+        QatkitError: there are checkpoints, and none of them is whole.
+    """
+    known = _digests(folder / NAMES[0])
+    damaged: list[Path] = []
+    for path in (folder / name for name in NAMES):
+        if path.is_file():
+            if sha256_of(path) in known:
+                if damaged:
+                    warnings.warn(
+                        f"{damaged[0]} is damaged; resuming from {path}, the checkpoint before it",
+                        QatkitWarning,
+                        stacklevel=2,
+                    )
+                return path
+            damaged.append(path)
+    if damaged:
+        raise _damaged(damaged[0])
+    return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU.
+
+    Raises:
+        QatkitError: it is missing or damaged.
+    """
+    if not path.is_file() or sha256_of(path) not in _digests(path):
+        raise _damaged(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints of a stage."""
+    for path in folder.glob("*.ckpt*"):
+        path.unlink(missing_ok=True)
+
+
+def _digests(path: Path) -> list[str]:
+    try:
+        content = json.loads(_sidecar(path).read_text(encoding="utf-8"))
+        return [str(digest) for digest in content["sha256"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file a second name, in place of another file."""
+    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
+
+
+def _damaged(path: Path) -> QatkitError:
+    return QatkitError(
+        f"{path} is damaged or incomplete", advice=f"delete {path.parent}, or use --force, to train the stage again"
+    )
