@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from qatkit.data.chat_template import messages_of, tokenize_chat
+from qatkit.data.chat_template import messages_of, teaches_end_of_turn, tokenize_chat
 from qatkit.data.records import Answers, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
 from qatkit.data.tokens import Encoded, prepare, refuse_stream
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 
 if TYPE_CHECKING:
     from qatkit.data.token_datamodule import TokenDataModule
@@ -63,6 +64,14 @@ def chat(
 
     def folder() -> Path:
         loaded = load()
+        if not teaches_end_of_turn(loaded):
+            warnings.warn(
+                f"{'chat_template' if chat_template else 'tokenizer'}: the template puts no end-of-turn token after an "
+                "answer, so the model does not learn to stop; end assistant turns with a token such as "
+                "{{ eos_token }}",
+                QatkitWarning,
+                stacklevel=2,
+            )
 
         def encode(records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
             return [_encode(loaded, record, context, truncate) for record in records]

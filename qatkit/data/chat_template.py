@@ -84,6 +84,21 @@ def tokenize_chat(
     return list(encoded["input_ids"]), trained
 
 
+def teaches_end_of_turn(tokenizer: Any) -> bool:
+    """Whether an end-of-turn token after an answer is trained, so that the model learns to stop.
+
+    Args:
+        tokenizer: With a chat template.
+    """
+    answer = "Yes."
+    probe = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
+    tokens = tokenize_chat(tokenizer, probe)
+    if isinstance(tokens, BadRecord):  # some templates demand more of a conversation: nothing is known about them
+        return True
+    trained = tokenizer.decode([token for token, own in zip(*tokens, strict=True) if own])
+    return bool(trained.rpartition(answer)[2].strip())
+
+
 def assistant_spans(tokenizer: Any, messages: list[Message], text: str, tools: Any = None) -> list[tuple[int, int]]:
     """Return the start and end of each assistant turn in the whole text, in characters.
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from qatkit.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from qatkit.lora.adapter_files import save_adapter as save_adapter
     from qatkit.lora.attach import Adapter as Adapter
     from qatkit.lora.attach import adapted_layers as adapted_layers
     from qatkit.lora.attach import attach as attach
     from qatkit.lora.attach import merge as merge
-    from qatkit.lora.attach import save_adapter as save_adapter
     from qatkit.lora.attach import target_layers as target_layers
     from qatkit.lora.bits import dequantized as dequantized
     from qatkit.lora.bits import quantize_base as quantize_base
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from qatkit.lora.layers import AdaptedQATLinear as AdaptedQATLinear
 
 _HOMES = {
-    "qatkit.lora.attach": ["Adapter", "adapted_layers", "attach", "merge", "save_adapter", "target_layers"],
+    "qatkit.lora.attach": ["Adapter", "adapted_layers", "attach", "merge", "target_layers"],
+    "qatkit.lora.adapter_files": ["save_adapter"],
     "qatkit.lora.bits": ["dequantized", "quantize_base"],
     "qatkit.lora.layers": ["AdaptedLinear", "AdaptedQATLinear"],
 }

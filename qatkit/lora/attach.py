@@ -1,13 +1,11 @@
-"""Attach adapters to the layers of a model, save them in peft's format, and merge them."""
+"""Attach adapters to the layers of a model, and merge them."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,7 @@ from qatkit.lora.bits import dequantized, kind_of, make_safe, set_child
 from qatkit.lora.heads import check_heads, classification_heads, inside_of
 from qatkit.lora.layers import SWAPS, AdaptedWeight, adapt, merge_layer
 from qatkit.quantization.layers import QATLayer
-from qatkit.quantization.modules import FakeQuantize, full_tensor
-from qatkit.quantization.state import quantizer_prefixes
+from qatkit.quantization.modules import FakeQuantize
 
 NAME = "default"
 """The adapter's name in peft."""
@@ -178,7 +175,7 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
         # under another root, because with FSDP2 peft takes a LightningModule, which has a device mesh, for a model of
         # transformers, and reads its config
         root = nn.ModuleDict({"root": model})
-        inject_adapter_in_model(_config([f"root.{name}" for name in names], adapter), root)
+        inject_adapter_in_model(peft_config([f"root.{name}" for name in names], adapter), root)
         cast_adapter_dtype(root, NAME)  # as in get_peft_model: 16-bit factors lose updates of usual learning rates
     for parameter in (*trained, *(p for name in heads for p in model.get_submodule(name).parameters())):
         parameter.requires_grad_(True)
@@ -216,44 +213,6 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers with adapters, peft's or qatkit's own, by name."""
     return {name: module for name, module in model.named_modules() if _is_adapted(module)}
-
-
-def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
-    """Write the adapters of a model in peft's own format: `PeftModel.from_pretrained(base_model, folder)` loads them.
-
-    Args:
-        model: A model with adapters; the names of its layers are the ones that peft looks up.
-        folder: Created if it does not exist.
-        base: The base model's name in the config.
-
-    Raises:
-        QatkitError: there is no adapter, or a layer keeps its zeros, which peft would fill.
-    """
-    from safetensors.torch import save_file
-
-    layers = adapted_layers(model)
-    if not layers:
-        raise QatkitError("it has no adapter", key="model", advice="call save_adapter before merge")
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if isinstance(layer, AdaptedWeight) and layer.held:
-            raise QatkitError(
-                f"layer '{name}' keeps its zeros, which peft would fill", key="model", advice="use merge instead"
-            )
-        for key, value in _factors(layer).items():
-            tensors[f"base_model.model.{name}.{key}"] = full_tensor(value).detach().cpu().contiguous().clone()
-    folder.mkdir(parents=True, exist_ok=True)
-    heads, quantizers = classification_heads(model), quantizer_prefixes(model)
-    for key, value in model.state_dict().items():
-        if inside_of(key, heads) and not key.startswith(quantizers):
-            tensors[f"base_model.model.{key}"] = full_tensor(value).detach().cpu().contiguous().clone()
-    config = _config(list(layers), _adapter_of(next(iter(layers.values()))))
-    config.modules_to_save = heads or None
-    config.base_model_name_or_path, config.inference_mode = base, True
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    # peft would write its sets in a different order on each run
-    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
 
 
 def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
@@ -295,14 +254,14 @@ def to_full_precision(model: nn.Module) -> None:
 def _over_plain_base(layer: nn.Module, base: nn.Module) -> nn.Module:
     """Return the same adapter over the dequantized base."""
     holder = nn.ModuleDict({"layer": dequantized(base)})
-    attach(holder, ["layer"], _adapter_of(layer))
+    attach(holder, ["layer"], adapter_of(layer))
     with torch.no_grad():
-        for key, value in _factors(holder["layer"]).items():
-            value.data = _factors(layer)[key].detach()
+        for key, value in factors_of(holder["layer"]).items():
+            value.data = factors_of(layer)[key].detach()
     return holder["layer"]
 
 
-def _factors(layer: nn.Module) -> dict[str, Tensor]:
+def factors_of(layer: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors of an adapter by their names in peft's files."""
     if isinstance(layer, AdaptedWeight):
         return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
@@ -312,13 +271,13 @@ def _factors(layer: nn.Module) -> dict[str, Tensor]:
     return factors
 
 
-def _adapter_of(layer: Any) -> Adapter:
+def adapter_of(layer: Any) -> Adapter:
     if isinstance(layer, AdaptedWeight):
         return Adapter(layer.lora_A.shape[0], layer.lora_alpha)
     return Adapter(layer.r[NAME], layer.lora_alpha[NAME], 0.0, NAME in layer.lora_magnitude_vector)
 
 
-def _config(names: list[str], adapter: Adapter) -> Any:
+def peft_config(names: list[str], adapter: Adapter) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(

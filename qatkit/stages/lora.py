@@ -11,6 +11,7 @@ from torch import nn
 
 from qatkit.common.device import device_type
 from qatkit.errors import QatkitError
+from qatkit.lora.adapter_files import save_adapter
 from qatkit.lora.attach import (
     Adapter,
     adapted_layers,
@@ -18,7 +19,6 @@ from qatkit.lora.attach import (
     base_layers,
     check_inside,
     merge,
-    save_adapter,
     target_layers,
 )
 from qatkit.lora.bits import check_backend

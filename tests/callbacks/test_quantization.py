@@ -152,7 +152,7 @@ def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
         match=r"never calls the forward of .* \['unused'\]; .* add them to exclude",
     ):
         trainer(QuantizationAwareTraining(W4, include=["unused", "head"])).fit(Attention(), batches())
-    with pytest.raises(QatkitError, match="layer 'unused' was never run, so its input has no range"):
+    with pytest.raises(QatkitError, match="layer 'unused' never ran during calibration, so its input has no range"):
         trainer(QuantizationAwareTraining(W4, A8, include=["unused", "head"])).fit(Attention(), batches())
 
 

@@ -162,3 +162,16 @@ def test_the_usual_shapes_of_conversations_are_one() -> None:
         {"instruction": "a", "input": "", "output": "b"},
     ):
         assert messages_of(record) == [asked, answered]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_template_that_ends_no_turn_is_mentioned(marked: bool, tmp_path: Path) -> None:
+    endless = CHATML.replace("message['content'] + '<|im_end|>'", "message['content']")
+    template = endless if marked else re.sub(r"\{% (end)?generation %\}", "", endless)
+    talks = [[*TALK, {"role": "user", "content": str(number)}] for number in range(60)]
+    records = write_lines(tmp_path / "chat.jsonl", [{"messages": talk} for talk in talks])
+    source = Source(str(records), val_fraction=0.2, test_fraction=0.2)
+    data = chat(source, save_tokenizer(tmp_path / "endless", template))
+    with pytest.warns(QatkitWarning, match=r"^tokenizer: the template puts no end-of-turn token after an answer"):
+        data.prepare_data()
+    chat(source, save_tokenizer(tmp_path / "ending", CHATML)).prepare_data()  # our warnings are errors
