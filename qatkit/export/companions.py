@@ -29,9 +29,9 @@ def export_config(model: nn.Module) -> Any:
     outputs, inputs = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]  # transformers
     if outputs is None or inputs is None or outputs.weight is inputs.weight:
         return config
-    config = copy.deepcopy(config)
-    config.tie_word_embeddings = False
-    return config
+    untied: Any = copy.deepcopy(config)
+    untied.tie_word_embeddings = False
+    return untied
 
 
 def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> None:
