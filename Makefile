@@ -7,7 +7,8 @@ WORKERS ?= 2
 # modules have their fixtures made twice
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # the folders of pure functions and modules: nothing in them trains for long or starts many processes
-QUICK := $(addprefix tests/,common data distillation kernels lora pruning quantization recipe stages tasks)
+QUICK := $(addprefix tests/,common data distillation kernels lora pruning quantization recipe stages tasks \
+	test_english.py test_contracts.py)
 
 .PHONY: demo demo-llm quick test slow coverage mutation oldest lint types docs bench clean
 

@@ -53,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def reference(package: str, described: set[str]) -> str:
     """A page for mkdocstrings with each public name of a package, at the module that defines it."""
     module = importlib.import_module(package)
-    names = {name: f"{home(getattr(module, name), package)}.{name}" for name in getattr(module, "__all__", ())}
+    names = {name: f"{home(getattr(module, name), package)}.{name}" for name in module.__all__}
     elsewhere = [f"- [`{name}`][{path}]" for name, path in names.items() if path in described]
     entries = [f"::: {path}" for path in names.values() if path not in described]
     described.update(names.values())

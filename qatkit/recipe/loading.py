@@ -29,7 +29,7 @@ _REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w-]*(?:\.[\w-]+)*\}", re.ASCII)
 
 
 def list_recipes() -> list[str]:
-    """Names of the shipped recipes, such as ``vision/digits_int4``."""
+    """Names of the recipes that come with qatkit, such as ``vision/digits_int4``."""
     root = resources.files("qatkit.recipes")
     return sorted(
         f"{folder.name}/{file.name.removesuffix('.yaml')}"
@@ -58,7 +58,7 @@ def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
         return Path(name).read_text("utf-8-sig")
     except FileNotFoundError:
         nearest = did_you_mean(name.removesuffix(".yaml"), shipped)
-        raise QatkitError("no such file or shipped recipe", key=key, advice=nearest) from None
+        raise QatkitError("no such file, and no recipe of qatkit has this name", key=key, advice=nearest) from None
     except IsADirectoryError:
         raise QatkitError("is a folder", key=key, advice=advice) from None
     except UnicodeDecodeError:
@@ -70,7 +70,7 @@ def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
 
 
 def recipe_description(name: str) -> str:
-    """The first sentence of a shipped recipe's header.
+    """The first sentence of the header of a recipe that comes with qatkit.
 
     Example:
         >>> recipe_description("vision/digits_int8")
