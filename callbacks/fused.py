@@ -194,7 +194,9 @@ class Fused:
         output.logits = None
         output.loss = (terms.loss - alpha * soft) / (1 - alpha) if alpha < 1 else terms.loss - soft + hard
         self._given = output.loss
-        outputs = [(teacher.hidden, mask.flatten())] if isinstance(teacher, Head) else []
+        outputs: list[tuple[Tensor, Tensor | None]] = []
+        if isinstance(teacher, Head):
+            outputs.append((teacher.hidden, mask.flatten()))
         return TeacherOutputs([soft], [lambda: _agreement(student, teacher)], outputs, states, terms)
 
     def total(self, calls: Sequence[Call], loss: Tensor, alpha: float) -> Tensor:
