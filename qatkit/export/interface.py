@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, qat_layers
 from qatkit.schemes import Scheme
+from qatkit.spec import QuantSpec
 from qatkit.tasks.table import Task
 
 
@@ -27,11 +29,15 @@ class PlannedExport:
     @classmethod
     def of(cls, model: nn.Module) -> PlannedExport:
         """The quantization of a model from `prepare_qat`; empty for a plain one."""
-        schemes = {}
-        for name, layer in qat_layers(model):
-            weight, inputs = layer.weight_fake_quant, layer.input_fake_quant
-            schemes[name] = Scheme(weight and weight.spec, inputs and inputs.spec)
+        schemes = {
+            name: Scheme(_spec(layer.weight_fake_quant), _spec(layer.input_fake_quant))
+            for name, layer in qat_layers(model)
+        }
         return cls(schemes, any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model)))
+
+
+def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
+    return None if fake_quant is None else fake_quant.spec
 
 
 @dataclass(frozen=True)
