@@ -21,7 +21,7 @@ from tests.pipeline.test_early_stopping import few
 
 # ten steps of eight samples are an epoch
 RECIPE = """
-name: spoiled
+name: non_finite
 model: {factory: "qatkit.models:mlp", args: {in_features: 64, hidden: [16], num_classes: 10}}
 data: {factory: "tests.pipeline.test_early_stopping:few"}
 trainer: {accelerator: cpu}
@@ -31,11 +31,11 @@ stages:
 
 
 def run_of(folder: Path, *overrides: str) -> Run:
-    (folder / "spoiled.yaml").write_text(RECIPE)
-    return Run(load_recipe(folder / "spoiled.yaml", list(overrides)), folder / "run", ["tests"])
+    (folder / "non_finite.yaml").write_text(RECIPE)
+    return Run(load_recipe(folder / "non_finite.yaml", list(overrides)), folder / "run", ["tests"])
 
 
-def spoil_at(patch: pytest.MonkeyPatch, step: int) -> None:
+def set_infinite_at(patch: pytest.MonkeyPatch, step: int) -> None:
     """Make one weight infinite before a step, as an update does that goes too far."""
     plain = CompressionModule.training_step
 
@@ -49,29 +49,29 @@ def spoil_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(CompressionModule, "training_step", training_step)
 
 
-def test_the_checkpoint_before_a_spoiled_weight_stays_and_training_goes_on_from_it(
+def test_the_checkpoint_before_a_non_finite_weight_stays_and_training_goes_on_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, path = run_of(tmp_path), tmp_path / "run" / "stages" / "dense" / "last.ckpt"
     with monkeypatch.context() as patch:
-        spoil_at(patch, 34)
+        set_infinite_at(patch, 34)
         with pytest.raises(QatkitError) as caught:
             run_stages(run)
     message = str(caught.value)
-    assert "10 steps in a row, up to step 44; 'weight' of layer 'model." in message
-    assert f"was a number. Training continues from the last checkpoint, {path}." in message
+    assert "10 steps in a row, up to step 44 ('weight' of layer 'model." in message
+    assert str(path) in message
     kept = torch.load(path, weights_only=True)
     assert kept["global_step"] == 30
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
     assert run_stages(run) == ["dense"]
 
 
-def test_a_stage_that_ends_with_a_spoiled_weight_is_not_finished(
+def test_a_stage_that_ends_with_a_non_finite_weight_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(tmp_path, "stages.dense.max_steps=8")
     with monkeypatch.context() as patch:
-        spoil_at(patch, 4)
+        set_infinite_at(patch, 4)
         with pytest.raises(QatkitError, match=r"stages\.dense: the stage ended with 'weight' of layer '\d' NaN"):
             run_stages(run)
     folder = run.folder("dense")
@@ -80,7 +80,7 @@ def test_a_stage_that_ends_with_a_spoiled_weight_is_not_finished(
     assert run_stages(run) == ["dense"]
 
 
-def test_a_model_that_is_spoiled_when_adapters_are_merged_is_not_written(tmp_path: Path) -> None:
+def test_a_model_that_becomes_non_finite_when_adapters_are_merged_is_not_written(tmp_path: Path) -> None:
     model = mlp(64, [16], 10)
     (tmp_path / "adapter").mkdir()
     nn.init.constant_(next(model.parameters()), torch.nan)
