@@ -18,8 +18,7 @@ Result = TypeVar("Result")
 def first_batches(loader: Any, count: int) -> Iterator[Any]:
     """Yield the first `count` batches of a loader, then restore its position.
 
-    The states of the generators that determine the training order are restored, and so is the loader's own state, if it
-    has one, as a stream does.
+    The random states that determine the training order are restored. So is the state of a stateful loader.
 
     Raises:
         QatkitError: the module trains on several loaders at once.
@@ -62,11 +61,11 @@ def as_training_does(
 def on_every_process(work: Callable[[], object]) -> None:
     """Run `work` on every process, and raise on all of them if it fails on one.
 
-    Otherwise the others would wait for the failed process in their next collective.
+    Without this, the other processes would hang in their next collective.
 
     Raises:
-        Exception: the work's own error on this process.
-        QatkitError: the work failed on another process only; its fields are those of that error.
+        Exception: `work` failed on this process; the original error.
+        QatkitError: `work` failed on another process; has the fields of that error.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         work()

@@ -32,10 +32,10 @@ class KnowledgeDistillation(Callback):
     The student's logits are recorded in the forward pass that `training_step` makes anyway; the teacher gets the same
     inputs. The teacher belongs to the callback: it is not registered in the LightningModule, trained or saved.
 
-    Positions do not count where labels are -100 or the attention mask is 0. Both are looked up as "labels" and
+    Positions where the label is -100 or the attention mask is 0 are ignored. Both are looked up as "labels" and
     "attention_mask" in the student's call, then in the batch; the labels of a batch that is a tuple are its second
     element. For a causal language model of transformers, whose logits predict the next label, both are shifted. Outputs
-    at positions that do not count, NaN and Inf included, affect neither loss nor gradient.
+    at ignored positions, NaN and Inf included, affect neither loss nor gradient.
 
     Args:
         teacher: Called with the student's inputs: a module, a `Teacher` with its own device or dtype, or a
@@ -52,20 +52,21 @@ class KnowledgeDistillation(Callback):
         hidden: Add a loss between hidden states.
         attention: Add a loss between attention maps or relations.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
-        vocab_size: Number of tokens in the shared tokenizer, where logits are padded to different widths.
+        vocab_size: Number of tokens in the shared tokenizer; needed if student and teacher pad their logits
+            differently.
         on_policy: Let the student continue the texts of some batches; these are trained with the distillation term
             only (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
-        sequence_level: Let the teacher continue them, and train on the result like on data (Kim and Rush 2016,
-            https://arxiv.org/abs/1606.07947); alpha 0 uses nothing else of the teacher.
+        sequence_level: Let the teacher continue the texts of some batches, and train on the result as on data (Kim and
+            Rush 2016, https://arxiv.org/abs/1606.07947); with alpha 0, the teacher is used for nothing else.
         fused: Compute the loss of a causal language model of transformers together with the distillation term, a few
             rows of logits at a time. `training_step` must call the model by keywords, with labels, and use its
-            ``loss``; its ``logits`` are None. Where that is not possible, for a quantized output layer or for "mse",
-            logits are materialized.
+            ``loss``; its ``logits`` are None. Logits are materialized if the output layer is quantized or the loss is
+            "mse".
 
     Raises:
-        QatkitError: the teacher is the student or trains with it, its outputs contain NaN or have another shape, the
-            classes are not in the last dimension, `student` names no submodule or is not called in `training_step`, or
-            `training_step` returns no loss.
+        QatkitError: the teacher is the student or is trained with it, its outputs contain NaN or have a different
+            shape, the classes are not in the last dimension, `student` names no submodule or is not called in
+            `training_step`, or `training_step` returns no loss.
 
     Example:
         >>> from torch import nn
@@ -110,7 +111,7 @@ class KnowledgeDistillation(Callback):
         self.ramp = ramp
         self.fused = fused
         self.watch: Callable[[Callable[[], Tensor]], None] | None = None
-        """Called in every training step, with a function that returns where student and teacher agree."""
+        """Called in every training step; its argument returns whether student and teacher agree, per position."""
         self._calls: list[Call] = []
         self._batch: Any = None
         self.generators = Generators(on_policy, sequence_level)

@@ -29,7 +29,7 @@ class DistillationLoss:
     temperature: float
     beta: float
     vocab_size: int | None
-    """Number of tokens in the shared tokenizer, where logits are padded to different widths."""
+    """Number of tokens in the shared tokenizer; needed if student and teacher pad their logits differently."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -59,20 +59,20 @@ class DistillationLoss:
         return student, teacher
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean over the counted positions.
+        """The mean over the included positions.
 
         Args:
             student: Outputs ``[..., classes]`` as `trimmed` returns them.
             teacher: The teacher's outputs of the same shape.
-            mask: True where a position counts.
+            mask: True at positions to include.
 
         Raises:
-            QatkitError: the outputs are not probabilities of classes.
+            QatkitError: the outputs have fewer than two classes.
         """
         if self.row.compares_classes and (student.dim() < 2 or student.shape[-1] == 1):
             regressions = ", ".join(f"loss='{name}'" for name, row in DIVERGENCES.items() if not row.compares_classes)
             raise QatkitError(
-                f"'{self.loss}' compares probabilities of classes, and outputs of shape {list(student.shape)} have "
+                f"'{self.loss}' compares class probabilities, but outputs of shape {list(student.shape)} have "
                 "fewer than two classes",
                 key="loss",
                 advice=f"use {regressions}",
@@ -81,12 +81,12 @@ class DistillationLoss:
         return loss
 
     def from_cache(self, student: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
-        """The mean over the counted positions, from cached teacher outputs.
+        """The mean over the included positions, from cached teacher outputs.
 
         Args:
             student: Logits as `fitted` returns them.
             targets: Cached outputs for the same positions.
-            mask: True where a position counts.
+            mask: True at positions to include.
         """
         cached = targets.mask if mask is None else targets.mask & mask
         top_k = targets.indices, targets.log_p, targets.log_tail
@@ -110,7 +110,7 @@ class DistillationLoss:
             student = student[..., : self.vocab_size]
         if student.shape != (*targets.mask.shape, cache.classes):
             raise QatkitError(
-                f"it holds outputs of shape {[*targets.mask.shape, cache.classes]}, and the student's have shape "
+                f"it holds outputs of shape {[*targets.mask.shape, cache.classes]}, but the student's have shape "
                 f"{list(student.shape)}",
                 key="teacher cache",
                 advice=f"{PADDED_ALIKE}, here and when the cache is written",
@@ -118,7 +118,7 @@ class DistillationLoss:
         return student, targets
 
     def check_cache(self, cache: CachedTeacher) -> None:
-        """Refuse a cache that does not fit the loss.
+        """Reject a cache that does not fit the loss.
 
         Raises:
             QatkitError: the loss needs full teacher outputs, or the temperatures differ.
@@ -145,7 +145,7 @@ class NanWatch:
         Args:
             trainer: Provides the batch number.
             output: Teacher output ``[..., size]``.
-            mask: True where a position counts ``[...]``; None counts all.
+            mask: True at positions to include ``[...]``; None includes all.
 
         Raises:
             QatkitError: it contains NaN, and it is on the CPU.
@@ -162,7 +162,7 @@ class NanWatch:
         """Check on the CPU after every batch, elsewhere every `EVERY` steps.
 
         Raises:
-            QatkitError: as `check`.
+            QatkitError: as in `check`.
         """
         if self._first is not None and (self._first.device.type == "cpu" or trainer.global_step % EVERY == 0):
             self.check()
@@ -171,7 +171,7 @@ class NanWatch:
         """Raise if an output contained NaN.
 
         Raises:
-            QatkitError: names the batch.
+            QatkitError: the teacher returned NaN; the message names the batch.
         """
         if self._first is not None and self._first >= 0:
             batch, self._first = int(self._first), None

@@ -31,10 +31,10 @@ class HiddenMatch:
     loss: str = "mse"
     """Either "mse" or "cosine"."""
     widths: tuple[int, int] | None = None
-    """Student width and teacher width where they differ: each pair of layers then learns a linear map."""
+    """Student width and teacher width, if they differ: each pair of layers then learns a linear map."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """Where a glob matches more teacher layers than student layers: spread over them and end with the last one, or take
-    the last ones."""
+    """If a glob matches more teacher layers than student layers: "uniform" spreads the pairs over them and ends with
+    the last one, "last" takes the last ones."""
 
     def __post_init__(self) -> None:
         _check("hidden", self.layers, self.weight)
@@ -76,7 +76,7 @@ class FeatureMatch:
         self.hidden = hidden
         self.attention = attention
         self.projections: Projections | None = None
-        """Learned maps where widths differ; made by `attach`."""
+        """Learned maps for layers of different width; created by `attach`."""
         self._pairs: tuple[dict[str, str], dict[str, str]] = ({}, {})
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
@@ -85,7 +85,7 @@ class FeatureMatch:
 
         Args:
             student: The student.
-            teacher: The teacher; or the names of its layers, where their states come from a cache.
+            teacher: The teacher; or the names of its layers, if their states come from a cache.
 
         Raises:
             QatkitError: a name or glob matches no submodule.
@@ -148,12 +148,12 @@ class FeatureMatch:
         return seen
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor | None:
-        """The weighted sum of both comparisons; None where there are none.
+        """The weighted sum of both comparisons; None if there are none.
 
         Args:
             student: Features of the student from `take`.
             teacher: Features of the teacher from `take`.
-            mask: True where a token counts, ``[batch, length]``.
+            mask: True at tokens to include, ``[batch, length]``.
         """
         terms = []
         if self.hidden is not None:
@@ -236,7 +236,7 @@ def _check_maps(states: Mapping[str, Tensor]) -> None:
     for name, state in states.items():
         if state.dim() != 4:
             raise QatkitError(
-                f"None requires feature maps [batch, channels, height, width], and layer '{name}' returns "
+                f"None requires feature maps [batch, channels, height, width], but layer '{name}' returns "
                 f"{list(state.shape)}",
                 key="attention.heads",
                 advice="use heads=4 for queries, keys or values, or name convolutions",
@@ -244,7 +244,7 @@ def _check_maps(states: Mapping[str, Tensor]) -> None:
 
 
 def _mask_for(mask: Tensor | None, states: Tensor) -> Tensor | None:
-    """The mask as booleans where it fits states ``[batch, length, width]``."""
+    """The mask as booleans, if it fits states ``[batch, length, width]``."""
     return mask.bool() if mask is not None and mask.shape == states.shape[:2] and states.dim() == 3 else None
 
 

@@ -90,7 +90,7 @@ class LiveHead:
     Args:
         teacher: A causal language model.
         layer: Its output layer, see `output_layer`.
-        classes: Number of classes that count; later ones are padding.
+        classes: Number of classes without padding.
     """
 
     def __init__(self, teacher: Teacher, layer: nn.Linear, classes: int) -> None:
@@ -129,12 +129,12 @@ class Fused:
         self.teacher = teacher
         self.loss = loss
         self.labels: Tensor | None = None
-        """Labels of the running call, where it runs without logits."""
+        """Labels of the running call, if it runs without logits."""
         self._given: Tensor | None = None
         self._checked = False
 
     def begin(self, args: Sequence[Any], kwargs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any] | None:
-        """Prepare a call: its new arguments, or None where it must return logits."""
+        """Prepare a call and return its new arguments, or None if it must return logits."""
         tokens = kwargs.get("input_ids")
         usual = kwargs.get("return_dict") is not False and not UNSUPPORTED & set(kwargs) and not args
         if not usual or labels is None or not isinstance(tokens, Tensor) or labels.shape != tokens.shape:
@@ -213,7 +213,7 @@ class Fused:
         outputs = calls[-1].teacher_outputs
         if outputs is None or outputs.fused is None or len(calls) > 1:
             raise QatkitError(
-                f"training_step called the student {len(calls)} times, and a fused loss requires one call",
+                f"training_step called the student {len(calls)} times, but a fused loss requires exactly one call",
                 key="fused",
                 advice="use fused=False",
             )

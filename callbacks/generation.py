@@ -18,7 +18,7 @@ Role = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Generation:
-    """Train on continuations of the batch's texts, generated during training, instead of on the texts."""
+    """Train on generated continuations of the batch's texts instead of the texts themselves."""
 
     fraction: float | Callable[[float], float] = 1.0
     """Fraction of the batches, 0 to 1; or a function of training progress in [0, 1]."""
@@ -120,10 +120,10 @@ class Generators:
 
 
 def check_no_generation(on_policy: Generation | None, sequence_level: Generation | None) -> None:
-    """Refuse generated texts with a cached teacher.
+    """Reject generated texts with a cached teacher.
 
     Raises:
-        QatkitError: one of the two is given.
+        QatkitError: `on_policy` or `sequence_level` is set.
     """
     for key, plan in (("on_policy", on_policy), ("sequence_level", sequence_level)):
         if plan is not None:
@@ -133,7 +133,7 @@ def check_no_generation(on_policy: Generation | None, sequence_level: Generation
 
 
 def tokenizer_of(trainer: Trainer) -> Any:
-    """The tokenizer of the data module; None where it has none."""
+    """The tokenizer of the data module; None if it has none."""
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 

@@ -28,7 +28,7 @@ COMPUTE = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed"
 class LoRA(Callback):
     """Freezes the module and trains low-rank updates of some of its linear layers.
 
-    The adapters are peft's. After `QuantizationAwareTraining`, and in layers that keep their zeros, the update is part
+    The adapters are peft's. After `QuantizationAwareTraining`, and in layers with a sparsity mask, the update is part
     of the weight instead: ``W + alpha / rank * B A`` is quantized or masked, so merging changes nothing. Give the
     optimizer all parameters, or those that require gradients: ``(p for p in self.parameters() if p.requires_grad)``.
     After training, `qatkit.lora.merge` merges the adapters, and `qatkit.lora.save_adapter` saves them.
@@ -40,10 +40,10 @@ class LoRA(Callback):
         targets: Globs over names of linear layers; each must match. The output layer of a language model must be named
             explicitly.
         dora: Train the magnitude of each output's weights separately from their direction.
-        bits: Bits (4 or 8) in which bitsandbytes holds the frozen weights of all linear layers except the output layer.
+        bits: Bit width, 4 or 8, to which bitsandbytes quantizes the frozen linear layers, except the output layer.
         quant_type: The 4-bit data type.
         double_quant: Quantize the scales of 4-bit blocks to 8 bits.
-        held: Names of layers whose zeros stay zero.
+        held: Names of layers whose pruned weights stay zero.
         seed: Seed of the initial values of A.
 
     Raises:
@@ -73,7 +73,7 @@ class LoRA(Callback):
             if isinstance(patterns, str):
                 raise QatkitError(f"'{patterns}' is not a list of patterns", key=name, advice=f"use ['{patterns}']")
         if bits is not None and held:
-            raise QatkitError(f"{bits} bits cannot keep zeros (held)", key="bits", advice="set bits=None")
+            raise QatkitError(f"{bits} bits cannot keep a sparsity mask (held)", key="bits", advice="set bits=None")
         self.adapter = Adapter(rank, alpha, dropout, dora)
         self.targets = list(targets)
         self.bits = bits
@@ -123,7 +123,9 @@ class LoRA(Callback):
         names, dtype = base_layers(pl_module), COMPUTE.get(str(trainer.precision))
         if not names:
             raise QatkitError(
-                f"the module has no plain linear layer to hold in {self.bits} bits", key="bits", advice="set bits=None"
+                f"the module has no plain linear layer to quantize to {self.bits} bits",
+                key="bits",
+                advice="set bits=None",
             )
         # as Lightning does later with "bf16-true", so that dequantized weights get the dtype of all others
         trainer.precision_plugin.convert_module(pl_module)
@@ -138,7 +140,7 @@ class LoRA(Callback):
                 raise QatkitError(
                     f"{name} masks weights, which LoRA freezes",
                     key="callbacks",
-                    advice="prune in an earlier fit, and use LoRA(held=[...]) with the layers that keep their zeros",
+                    advice="prune in an earlier fit, and use LoRA(held=[...]) with the pruned layers",
                 )
             if isinstance(other, QuantizationAwareTraining) and callbacks.index(other) > position:
                 raise QatkitError(

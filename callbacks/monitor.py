@@ -39,7 +39,7 @@ class MonitorRow:
     clip_rate: float
     """Fraction of weights outside the range of codes."""
     sparsity: float
-    """Fraction of weights whose code stands for zero."""
+    """Fraction of weights that are zero after quantization."""
     oscillation: float | None
     """Fraction of codes that reversed their direction since the previous observation."""
     weight_scale_drift: float | None
@@ -64,8 +64,8 @@ class CompressionMonitor(Callback):
     table with the sparsity of its weights, but no curves.
 
     Training synchronizes with the device once per observation. In a process group all processes observe, and samples
-    are counted over all of them. A checkpoint holds the scales at the start, one number each; oscillation is measured
-    anew after a resume.
+    are counted over all of them. A checkpoint holds the scales at the start, one number each; the oscillation
+    measurement restarts after a resume.
 
     Args:
         every: Optimizer steps between two observations, at least 1.

@@ -39,7 +39,8 @@ class OneShotPruning(PruningCallback):
 
     Raises:
         QatkitError: the method is unknown; settings conflict; a pattern matches nothing; the method or `nm` does not
-            fit a layer; a layer would lose all its weights; or a resumed layer has other zeros than it was saved with.
+            fit a layer; a layer would lose all its weights; or a resumed layer has a different number of zeros than
+            when it was saved.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -110,7 +111,7 @@ class OneShotPruning(PruningCallback):
     def start(self, pl_module: LightningModule) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
             raise QatkitError(
-                f"'{self.method}' needs complete weights, and FSDP2 has sharded them",
+                f"'{self.method}' needs unsharded weights, but FSDP2 shards them",
                 key="method",
                 advice="use MagnitudePruning, one process or strategy='ddp'",
             )

@@ -1,4 +1,4 @@
-"""Which positions of a batch count, and in which dimension the classes are."""
+"""Find the positions that the loss includes, and check the class dimension."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) -> Tensor | None:
-    """A tensor by name from the arguments of a call, else from the batch.
+    """Look up a tensor by name in the arguments of a call, then in the batch.
 
     The labels of a batch that is a tuple or list are its second element.
     """
@@ -37,13 +37,13 @@ def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch
 def counted_positions(
     logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """True where logits count: the label is not -100 and the token is not padding; None where all count.
+    """True at positions to include: the label is not -100 and the token is not padding; None if all are included.
 
     Args:
         logits: ``[..., classes]``.
-        labels: Used where they are integers ``[...]``.
-        attention_mask: Used where it is ``[...]``.
-        causal: Logits at one position predict the label at the next, so those at the last position do not count.
+        labels: Used if they are integers ``[...]``.
+        attention_mask: Used if its shape is ``[...]``.
+        causal: Logits at one position predict the label at the next, so those at the last position are ignored.
     """
     places = logits.shape[:-1]
     mask: Tensor | None = None
@@ -61,11 +61,11 @@ def counted_positions(
 
 
 def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classes: bool) -> None:
-    """Refuse dense predictions such as ``[N, C, H, W]``, whose classes are not in the last dimension.
+    """Reject dense predictions such as ``[N, C, H, W]``, whose classes are not in the last dimension.
 
     Args:
         logits: Of the student, ``[..., classes]`` if they are supported.
-        labels: Decide where they are integers with the shape of the logits without one dimension.
+        labels: Reveal the class dimension if they are integers with the shape of the logits minus one dimension.
         compares_classes: Whether the loss compares probabilities of classes.
 
     Raises:
@@ -86,7 +86,7 @@ def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classe
     seen = f"logits have shape {list(logits.shape)}" + ("" if labels is None else f", labels {list(labels.shape)}")
     reason = f"so dimension {dim} holds the classes" if others else "so the class dimension is unknown"
     raise QatkitError(
-        f"{seen}, {reason}, and distillation compares the last dimension; dense prediction is not supported here",
+        f"{seen}, {reason}, but distillation compares the last dimension; dense prediction is not supported here",
         key="outputs",
         advice=f"return logits with the classes last, or remove KnowledgeDistillation and add "
         f"qatkit.distillation.kd_loss(student.movedim({dim}, -1), teacher.movedim({dim}, -1)) in training_step",

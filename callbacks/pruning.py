@@ -50,12 +50,12 @@ class MagnitudePruning(PruningCallback):
         ramp: Sparsity as a function of training progress.
         include: Globs over layer names of the LightningModule; every one must match a layer.
         exclude: Globs over layer names to leave out.
-        layers: Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob decides, and 0
+        layers: Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob wins, and 0
             leaves a layer dense.
 
     Raises:
         QatkitError: settings conflict; a pattern matches nothing; `nm` or `block` does not fit a layer; a layer would
-            lose all its weights; or a resumed layer has other zeros than it was saved with.
+            lose all its weights; or a resumed layer has a different number of zeros than when it was saved.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -166,7 +166,7 @@ class MagnitudePruning(PruningCallback):
         chosen = list(self.select(pl_module))
         if recorded and list(recorded) != chosen:
             raise QatkitError(
-                f"the checkpoint has pruned layers {list(recorded)}, and the patterns now select {chosen}",
+                f"the checkpoint has pruned layers {list(recorded)}, but the patterns now select {chosen}",
                 key="include",
                 advice="use the patterns it was trained with",
             )
@@ -177,7 +177,7 @@ class MagnitudePruning(PruningCallback):
         super().on_train_start(trainer, pl_module)
         if self.ramp.end and math.isinf(trainer.estimated_stepping_batches):
             raise QatkitError(
-                "training has no end, so its progress is unknown",
+                "the length of training is unlimited, so its progress is unknown",
                 key="ramp",
                 advice="set max_steps or max_epochs of the Trainer",
             )
@@ -213,7 +213,7 @@ class MagnitudePruning(PruningCallback):
             if state_dict["settings"][key] != value:
                 before = state_dict["settings"][key]
                 raise QatkitError(
-                    f"the checkpoint was pruned with {before}, and this run would continue with {value}",
+                    f"the checkpoint was pruned with {before}, but this run would continue with {value}",
                     key=key,
                     advice=f"use {before}, or load its weights without resuming",
                 )
@@ -282,7 +282,7 @@ class ConstantPruning(PruningCallback):
 
     Raises:
         QatkitError: a pattern matches nothing; no selected layer has a zero; a layer is all zeros; or a resumed layer
-            has other zeros than it was saved with.
+            has a different number of zeros than when it was saved.
 
     Example:
         >>> from lightning.pytorch import Trainer

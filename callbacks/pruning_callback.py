@@ -56,7 +56,7 @@ class PruningCallback(Callback):
             return
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise QatkitError(
-                f"{type(trainer.strategy).__name__} flattens weights, and masks cannot be applied to them",
+                f"{type(trainer.strategy).__name__} flattens weights, so masks cannot be applied to them",
                 key="strategy",
                 advice="use 'ddp', or ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) for FSDP2",
             )
@@ -104,7 +104,7 @@ class PruningCallback(Callback):
         for name, zeros in count_zeros(weights).items():
             if zeros == weights[name].numel():
                 raise QatkitError(
-                    f"the weight of layer '{name}' is all zeros, and pruning would keep it so",
+                    f"the weight of layer '{name}' is all zeros, so pruning would keep it at zero",
                     advice="exclude the layer",
                 )
 
@@ -204,7 +204,7 @@ class PruningCallback(Callback):
             for name in recorded if isinstance(recorded, dict) else ():
                 if name not in chosen:
                     raise QatkitError(
-                        f"the checkpoint has pruned weights in layer '{name}', and no callback would keep them at zero",
+                        f"the checkpoint has pruned weights in layer '{name}', but no callback would keep them at zero",
                         advice="use the patterns it was trained with, add ConstantPruning, or load its weights without "
                         "resuming",
                     )

@@ -48,7 +48,7 @@ class QuantizationAwareTraining(Callback):
         activation: Quantization of layer inputs; None leaves them in full precision.
         include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names that are not quantized.
-        layers: Different quantization by glob; the last matching glob decides.
+        layers: Overrides by glob; the last matching glob wins.
         kv_cache: Quantization of the attention keys and values of a transformers model.
         share_inputs: Give layers with the same input (q/k/v, gate/up) one static scale.
         init: Starting point of weights and scales: "gptq", "awq" or "smoothquant" on the calibration batches, "rtn" or
@@ -179,7 +179,7 @@ class QuantizationAwareTraining(Callback):
     def _apply_ptq(self, trainer: Trainer, pl_module: LightningModule, method: str) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
             raise QatkitError(
-                f"'{method}' needs whole weights, but FSDP2 shards them",
+                f"'{method}' needs unsharded weights, but FSDP2 shards them",
                 key="init",
                 advice="run it as a separate stage with max_steps: 0 on one process or with strategy: ddp, and train "
                 "from its result",

@@ -27,7 +27,7 @@ class TeacherOutputs:
     agreements: list[Callable[[], Tensor]]
     """Functions that return True where student and teacher predict the same class."""
     outputs: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    """Outputs of a live teacher ``[..., size]`` and the positions that count, to be checked for NaN."""
+    """Outputs of a live teacher ``[..., size]`` and the positions to include, to be checked for NaN."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
     """Cached hidden states by layer name."""
     fused: Terms | None = None
@@ -88,7 +88,7 @@ def cached_teacher_outputs(
     (logits, *others) = logits_of(call.output, outputs)
     if others:
         raise QatkitError(
-            f"{outputs} are several outputs, and a cache holds one",
+            f"{outputs} are several outputs, but a cache holds one",
             key="outputs",
             advice="name one output, or use a live teacher",
         )

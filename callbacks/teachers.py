@@ -55,7 +55,7 @@ def frozen_copy(student: nn.Module, trainer: Trainer) -> nn.Module:
 
 
 def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
-    """Refuse a teacher that is a submodule of the LightningModule.
+    """Reject a teacher that is a submodule of the LightningModule.
 
     Raises:
         QatkitError: it is a submodule.
@@ -69,10 +69,10 @@ def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
 
 
 def check_not_trained(teacher: nn.Module, trainer: Trainer) -> None:
-    """Refuse a teacher with a parameter that an optimizer trains.
+    """Reject a teacher with a parameter that an optimizer trains.
 
     Raises:
-        QatkitError: names the parameter.
+        QatkitError: an optimizer trains a parameter, which the message names.
     """
     trained = {id(weight) for optimizer in trainer.optimizers for weight in _weights(optimizer)}
     for name, weight in teacher.named_parameters():

@@ -12,7 +12,7 @@ class QatkitError(ValueError):
 
     Args:
         problem: What is wrong, with the value seen.
-        key: Where: a recipe key, an argument, a file. Empty where the problem names the place itself.
+        key: Where: a recipe key, an argument, a file. Empty if the problem itself names the place.
         advice: What to do about it.
         origin: Which file or override the value comes from.
 

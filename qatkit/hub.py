@@ -1,4 +1,4 @@
-"""Resolve names that stand for a local folder or a repository on the Hugging Face hub, with errors that say why not."""
+"""Resolve names of local folders or Hugging Face hub repositories, with errors that explain failures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def locate(
 
 
 def cannot_load(error: BaseException, argument: str, name: str, advice: str, described: str = "") -> QatkitError:
-    """Return the error for something on the hub that cannot be loaded, in one line.
+    """Return a one-line error for a folder or hub repository that cannot be loaded.
 
     Args:
         error: What the library raised.

@@ -20,7 +20,7 @@ from qatkit.run.architecture import meta_model
 
 
 def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] = ()) -> None:
-    """Refuse a stage that needs more memory than its device has.
+    """Reject a stage that needs more memory than its device has.
 
     Raises:
         QatkitError: with the predicted memory, and the changes that fit with theirs.

@@ -1,7 +1,7 @@
 """Predict the memory of a training step by running it on fake tensors, which have shapes but no values.
 
-The step is the real one: the model's own code, the fake quantizers, the loss and the teacher. torch's fake tensors need
-no memory; every allocation and every release of the step is counted.
+It runs the actual training step: the model's own code, the fake quantizers, the loss and the teacher. Fake tensors use
+no memory; every allocation and release is recorded.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What every part may use: tables, lazy exports, file writes, devices. Plain functions that know no technique."""
+"""Shared helpers, independent of any technique: tables, lazy exports, file writes, devices."""

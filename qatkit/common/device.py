@@ -44,7 +44,7 @@ def device_count(accelerator: str, devices: int | str) -> int:
 
 
 def check_accelerator(accelerator: str) -> None:
-    """Refuse a GPU that this machine does not have.
+    """Reject a GPU that this machine does not have.
 
     Raises:
         QatkitError: there is no device of the accelerator's type.

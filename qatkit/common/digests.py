@@ -19,7 +19,7 @@ def file_digests(paths: Iterable[Path], base: Path) -> dict[str, str]:
 
 
 def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
-    """The first recorded file that is missing or has another digest; None where all are as recorded.
+    """The first recorded file that is missing or has a different digest; None if all match.
 
     Args:
         digests: From `file_digests`.

@@ -1,4 +1,4 @@
-"""Tables: one small frozen table per kind of thing, read by schema, validation, pipeline, report and docs.
+"""Tables: one small frozen table per kind of component, read by schema, validation, pipeline, report and docs.
 
 A row is a frozen dataclass with a ``name``. It holds words and numbers, and names its implementation as
 ``module:function``, which is imported on first use: reading a table loads nothing heavy.

@@ -60,7 +60,7 @@ def tokenize_chat(
         tools: Functions the assistant may call, as JSON schemas.
 
     Returns:
-        Token ids and marks, or the reason why the record cannot be used.
+        Token ids and the 0/1 assistant marks, or the reason why the record cannot be used.
     """
     try:
         # if there are several templates, transformers takes the one for tools, or "default"

@@ -37,7 +37,7 @@ def digits(
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise QatkitError(
-            "scikit-learn is not installed, and the digits come with it",
+            "scikit-learn, which provides the digits, is not installed",
             key="data.factory",
             advice="install it with: pip install 'qatkit[demo]'",
         ) from error

@@ -64,7 +64,7 @@ def window(tokens: NDArray[np.integer], borders: NDArray[np.int64]) -> dict[str,
 
     Args:
         tokens: ``[context]``.
-        borders: Offsets at which documents start inside the window, without 0.
+        borders: Offsets at which documents start inside the window, excluding 0.
 
     Example:
         >>> window(np.array([7, 8, 9, 5, 6]), np.array([3]))["position_ids"].tolist()

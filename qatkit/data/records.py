@@ -23,7 +23,7 @@ class Records(Dataset[dict[str, Tensor]]):
     """One sample per record: its ``input_ids`` and all other stored fields, as int64.
 
     Args:
-        open_rows: Opens the split, when the first record is read.
+        open_rows: Function that opens the split; called when the first record is read.
     """
 
     def __init__(self, open_rows: Callable[[], Rows]) -> None:

@@ -179,7 +179,7 @@ def split_files(files: dict[str, Path], val_fraction: float, test_fraction: floa
     """Split files into training, validation and test by their names alone.
 
     Raises:
-        QatkitError: a fraction is out of range, or a split is left without a file.
+        QatkitError: a fraction is out of range, or a split would have no files.
     """
     check_fractions(val_fraction, test_fraction, example=0.05)
     splits: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}

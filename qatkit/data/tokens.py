@@ -94,7 +94,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         for split in ("val", "test"):
             if split not in parts:
                 raise QatkitError(
-                    "is missing, and no fraction can be cut off a stream",
+                    "is missing, and a stream cannot be split by fraction",
                     key=f"source.{split}",
                     advice="set it to a file, or to a split of the data set",
                 )

@@ -43,8 +43,8 @@ def cache_teacher(
 
     Args:
         teacher: Called with each batch; returns logits, alone or with hidden states by layer name.
-        batches: All batches, in the same order in every run; samples are numbered from 0 in this order. Tokens of a
-            batch that is a mapping count where its "attention_mask" is not 0.
+        batches: All batches, in the same order in every run; samples are numbered from 0 in this order. If a batch is a
+            mapping, tokens whose "attention_mask" is 0 are ignored.
         folder: Output folder: Arrow files of `shard_batches` batches each, and a manifest.
         fingerprint: What the cache depends on, such as hashes of model, tokenizer and data order; see `model_hash`.
         k: Classes kept per token.
@@ -55,7 +55,7 @@ def cache_teacher(
         The number of samples in the cache.
 
     Raises:
-        QatkitError: the folder holds a cache with another fingerprint, logits hold NaN or have more than three
+        QatkitError: the folder holds a cache with a different fingerprint, logits hold NaN or have more than three
             dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class CachedTeacher:
         command: The command that writes the cache, for errors.
 
     Raises:
-        QatkitError: there is no cache, it is incomplete, or it has another fingerprint.
+        QatkitError: there is no cache, it is incomplete, or it has a different fingerprint.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class CachedTeacher:
         Args:
             student: Logits ``[samples, length, classes]``; positions beyond the cached length are padding.
             samples: Sample numbers ``[samples]``.
-            mask: True where a position counts ``[samples, length]``.
-            labels: Class numbers ``[samples, length]``; positions labelled -100 do not count.
+            mask: True at positions to include ``[samples, length]``.
+            labels: Class numbers ``[samples, length]``; positions labelled -100 are ignored.
 
         Raises:
             QatkitError: a number is out of range.
@@ -238,10 +238,10 @@ def _shard(teacher: Callable[[Any], Outputs], part: Sequence[Any], k: int, tempe
 
 
 def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor | None, number: int) -> None:
-    """Refuse outputs that a cache cannot hold; padding is not stored, and may hold anything."""
+    """Reject outputs that a cache cannot hold; padding is not stored, and may hold anything."""
     if logits.dim() not in (2, 3):
         raise QatkitError(
-            f"the teacher's logits have shape {list(logits.shape)}, and a cache holds [samples, classes] or "
+            f"the teacher's logits have shape {list(logits.shape)}, but a cache holds [samples, classes] or "
             "[samples, length, classes]",
             key=KEY,
             advice="use a live teacher",
@@ -254,14 +254,14 @@ def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor
     for name, state in hidden.items():
         if state.shape[:-1] != logits.shape[:-1]:
             raise QatkitError(
-                f"layer '{name}' returns {list(state.shape)} for logits {list(logits.shape)}, and a cache holds one "
+                f"layer '{name}' returns {list(state.shape)} for logits {list(logits.shape)}, but a cache holds one "
                 "vector per output",
                 key=KEY,
                 advice="compare another layer, or use a live teacher",
             )
         if not state[counted].half().isfinite().all():
             raise QatkitError(
-                f"layer '{name}' returns values up to {state[counted].abs().max():.3g}, and a cache holds float16, up "
+                f"layer '{name}' returns values up to {state[counted].abs().max():.3g}, but a cache stores float16, up "
                 "to 65504",
                 key=KEY,
                 advice="compare a layer after a normalization, or use a live teacher",
@@ -283,7 +283,7 @@ def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
 def _refuse_changes(
     folder: Path, manifest: dict[str, Any], fingerprint: dict[str, str], settings: dict[str, Any]
 ) -> None:
-    """Refuse a cache whose settings or fingerprint differ."""
+    """Reject a cache whose settings or fingerprint differ."""
     was, now = manifest["settings"] | manifest["fingerprint"], settings | fingerprint
     changes = [
         f"{key}: was {was.get(key, 'absent')}, is now {now.get(key, 'absent')}"

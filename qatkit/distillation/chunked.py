@@ -36,7 +36,7 @@ def linear_kd_loss(
 ) -> Tensor:
     """``alpha * divergence + (1 - alpha) * cross_entropy`` of two linear layers, without materializing their logits.
 
-    The divergence equals that of `kd_loss`, `reverse_kl_loss` or `jsd_loss`. Both terms are means over the counted
+    The divergence equals that of `kd_loss`, `reverse_kl_loss` or `jsd_loss`. Both terms are means over the included
     positions. Softmax is computed in float32, matrix products in the dtype of the hidden states, or in autocast's.
 
     Args:
@@ -44,14 +44,14 @@ def linear_kd_loss(
         student_weight: Weight of the student's output layer, ``[classes, width]``.
         teacher_hidden: ``[positions, teacher width]``; no gradient flows into it, nor into the teacher's weight.
         teacher_weight: ``[classes, teacher width]``.
-        labels: Class numbers ``[positions]``; positions labelled -100 do not count. Required where `alpha` is below 1.
+        labels: Class numbers ``[positions]``; positions labelled -100 are ignored. Required if `alpha` is below 1.
         temperature: Divides both sets of logits in the divergence; above 0.
         alpha: Weight of the divergence, 0 to 1.
         kind: A row of `qatkit.distillation.divergences.DIVERGENCES` with a row kernel: "kl", "reverse_kl" or "jsd".
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         student_bias: ``[classes]``.
         teacher_bias: ``[classes]``.
-        mask: True where a position counts, ``[positions]``.
+        mask: True at positions to include, ``[positions]``.
 
     Raises:
         QatkitError: shapes do not fit, a value is out of range, or labels are missing.
@@ -64,7 +64,7 @@ def linear_kd_loss(
     """
     if labels is None and alpha < 1:
         raise QatkitError(
-            f"missing, and alpha={alpha} gives cross-entropy a weight",
+            f"missing, but alpha={alpha} includes the cross-entropy",
             key="labels",
             advice="pass labels, or use alpha=1",
         )
@@ -121,16 +121,16 @@ def linear_kd_terms(
     kind: str,
     beta: float,
 ) -> Terms:
-    """`linear_kd_loss` and its two terms; divergence and cross-entropy may count different positions.
+    """`linear_kd_loss` and its two terms; divergence and cross-entropy may include different positions.
 
     Args:
-        student: May have padding classes after those of the teacher, which count in the cross-entropy only.
+        student: May have padding classes after those of the teacher, which only the cross-entropy includes.
         teacher: Its output layer, or its top-k classes; the divergence from these is that of `sparse_kd_loss`.
-        labels: As in `linear_kd_loss`; they alone decide which positions count in the cross-entropy.
-        mask: True where a position counts in the divergence ``[positions]``.
+        labels: As in `linear_kd_loss`; they alone decide which positions the cross-entropy includes.
+        mask: True at positions to include in the divergence ``[positions]``.
         temperature: As in `linear_kd_loss`.
         alpha: As in `linear_kd_loss`.
-        kind: As in `linear_kd_loss`; one with a top-k row kernel where the teacher is `TopKTargets`.
+        kind: As in `linear_kd_loss`; one with a top-k row kernel if the teacher is `TopKTargets`.
         beta: As in `linear_kd_loss`.
 
     Raises:
@@ -169,15 +169,15 @@ def linear_kd_terms(
 
 
 def _mean_weights(counted: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight of each position in a mean over the counted ones."""
+    """The weight of each position in a mean over the included positions."""
     return counted.to(dtype) / counted.sum().clamp(min=1)
 
 
 def check_heads(student: Head, teacher: Head) -> None:
-    """Raise unless the shapes of hidden states and weights fit each other.
+    """Check that the shapes of hidden states and weights fit each other.
 
     Raises:
-        QatkitError: names the shapes.
+        QatkitError: the shapes do not fit.
     """
     shapes = [list(part.shape) for part in (*student[:2], *teacher[:2])]
     fits = all(len(shape) == 2 for shape in shapes) and (

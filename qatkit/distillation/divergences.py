@@ -1,7 +1,7 @@
 """The table of distillation losses, from which schema, callbacks, fused kernels, memory prediction and docs read.
 
-A new divergence is one function over logits and one row here. Where it has no form over top-k targets, a cached teacher
-is refused for it; where it has no row kernel, full logits are materialized.
+A new divergence is one function over logits and one row here. Without a form over top-k targets, it does not
+support cached teachers; without a row kernel, full logits are materialized.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Divergence:
     uses_beta: bool = False
 
     def loss(self, student: Any, teacher: Any, mask: Any = None, *, temperature: float = 1.0, beta: float = 0.5) -> Any:
-        """The mean over the counted positions, from full outputs.
+        """The mean over the included positions, from full outputs.
 
         Args:
             student: Logits ``[..., classes]``.
             teacher: Logits of the same shape.
-            mask: True where a position counts ``[...]``; None counts all.
+            mask: True at positions to include ``[...]``; None includes all.
             temperature: Divides both sets of logits, where the divergence uses it.
             beta: Mixture weight, where the divergence uses it.
         """
@@ -51,7 +51,7 @@ class Divergence:
     def top_k_loss(
         self, student: Any, top_k: Any, mask: Any = None, *, temperature: float = 1.0, beta: float = 0.5
     ) -> Any:
-        """The mean over the counted positions, from a teacher's k most probable classes.
+        """The mean over the included positions, from a teacher's k most probable classes.
 
         Args:
             student: Logits ``[..., classes]``.
@@ -63,7 +63,7 @@ class Divergence:
         return implementation(self.on_top_k)(student, *top_k, mask=mask, **self._options(temperature, beta))
 
     def check_cached(self, key: str = "loss") -> None:
-        """Refuse a cached teacher for a divergence that needs full outputs.
+        """Reject a cached teacher for a divergence that needs full outputs.
 
         Args:
             key: Where the divergence was named, for the error.
@@ -74,7 +74,7 @@ class Divergence:
         if not self.on_top_k:
             cacheable = ", ".join(name for name, row in DIVERGENCES.items() if row.on_top_k)
             raise QatkitError(
-                f"'{self.name}' needs full teacher outputs, and a cache holds only the top-k classes",
+                f"'{self.name}' needs full teacher outputs, but a cache holds only the top-k classes",
                 key=key,
                 advice=f"use {cacheable}, or remove the cache",
             )

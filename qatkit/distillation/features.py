@@ -130,14 +130,14 @@ class Projections(nn.Module):
 
 
 def hidden_mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference of hidden states over the counted positions.
+    """Mean squared difference of hidden states over the included positions.
 
     Jiao et al. (2020, https://arxiv.org/abs/1909.10351), equation 8.
 
     Args:
         student: Hidden states ``[..., width]``, any float dtype; computed in float32.
         teacher: Hidden states of the same shape; no gradient flows into them.
-        mask: True where a position counts, ``[...]``.
+        mask: True at positions to include, ``[...]``.
 
     Raises:
         QatkitError: the shapes differ.
@@ -148,7 +148,7 @@ def hidden_mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None
 
 
 def hidden_cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``1 - cos(student, teacher)`` of hidden states, averaged over the counted positions.
+    """``1 - cos(student, teacher)`` of hidden states, averaged over the included positions.
 
     Sanh et al. (2019, https://arxiv.org/abs/1910.01108), section 2.
 
@@ -201,7 +201,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | N
         student: Queries, keys or values ``[batch, length, width]``, heads concatenated; computed in float32.
         teacher: The same for the teacher ``[batch, length, teacher width]``; no gradient flows into them.
         heads: Number of relation heads; divides both widths.
-        mask: True where a token counts, ``[batch, length]``; other tokens are neither queries nor keys.
+        mask: True at tokens to include, ``[batch, length]``; other tokens are neither queries nor keys.
 
     Raises:
         QatkitError: batch or length differ, or `heads` does not divide a width.
@@ -240,7 +240,7 @@ def _relations(vectors: Tensor, heads: int, mask: Tensor | None) -> Tensor:
 
 
 def _counted_states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """States with 0 at positions that do not count, the teacher's without a graph, and a boolean mask."""
+    """States with 0 at ignored positions, the teacher's detached, and a boolean mask."""
     mask = None if mask is None else mask.bool()
     return zero_uncounted(student, mask), zero_uncounted(teacher.detach(), mask), mask
 

@@ -19,8 +19,8 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
     """Cut prompts from a batch's texts, padded on the left as transformers' `generate` expects.
 
     Args:
-        batch: "input_ids" ``[rows, tokens]``; "attention_mask" of that shape where texts are padded, on either side.
-        length: Tokens in a prompt, fewer where a text is shorter; None cuts at the first labelled token, as
+        batch: "input_ids" ``[rows, tokens]``; "attention_mask" of that shape if texts are padded, on either side.
+        length: Tokens in a prompt, fewer if a text is shorter; None cuts at the first labelled token, as
             instruction data mark their answers.
 
     Returns:
@@ -100,7 +100,7 @@ def generator_in(model: nn.Module, key: str) -> nn.Module:
 
 
 def check_length(model: nn.Module, key: str, tokens: int) -> None:
-    """Refuse texts that are longer than the model's position range.
+    """Reject texts that are longer than the model's position range.
 
     Args:
         model: The student or the teacher.
@@ -108,12 +108,12 @@ def check_length(model: nn.Module, key: str, tokens: int) -> None:
         tokens: Length of the longest text.
 
     Raises:
-        QatkitError: names both lengths.
+        QatkitError: the text is longer.
     """
     longest = getattr(getattr(generator_in(model, key), "config", None), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise QatkitError(
-            f"prompt and new tokens add up to {tokens} tokens, and the model has {longest} positions",
+            f"prompt and new tokens add up to {tokens} tokens, but the model has only {longest} positions",
             key=key,
             advice="use smaller numbers",
         )

@@ -28,7 +28,7 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def present_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The attention mask ``[samples, length]`` of a call as booleans; None where it has none."""
+    """The attention mask ``[samples, length]`` of a call as booleans; None if it has none."""
     for name, value in _named(args, kwargs):
         if name == "attention_mask" and value.dim() == 2:
             return value.bool()

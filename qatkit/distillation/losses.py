@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions of two sets of logits, averaged over the positions that count."""
+"""Distillation losses: pure functions of two sets of logits, averaged over the included positions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def kd_loss(
         student: Logits ``[..., classes]``, any float dtype; computed in float32.
         teacher: Logits of the same shape; no gradient flows into them.
         temperature: Divides both sets of logits.
-        mask: True where a position counts, ``[...]``; all positions by default. The loss is 0 where none counts.
-        labels: Class numbers ``[...]``; positions labelled -100 do not count.
+        mask: True at positions to include, ``[...]``; all positions by default. The loss is 0 if no position is
+            included.
+        labels: Class numbers ``[...]``; positions labelled -100 are ignored.
 
     Raises:
         QatkitError: the shapes differ.
@@ -123,11 +124,11 @@ def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, label
 
 
 def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Booleans that are True where a position counts; None where all do.
+    """Return the included positions as a boolean mask; None if all are included.
 
     Args:
-        mask: True or 1 where a position counts, ``[...]``.
-        labels: Class numbers ``[...]``; positions labelled -100 do not count.
+        mask: True or 1 at positions to include, ``[...]``.
+        labels: Class numbers ``[...]``; positions labelled -100 are ignored.
     """
     mask = None if mask is None else mask.bool()
     if labels is None:
@@ -137,23 +138,23 @@ def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
 
 
 def zero_uncounted(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Replace whatever stands at positions that do not count by 0.
+    """Set values at ignored positions to 0.
 
     Before the arithmetic, not after it: NaN or infinity times 0 is NaN, in the loss and in its gradient.
 
     Args:
         values: ``[..., size]``.
-        mask: True where a position counts, ``[...]``; None returns `values` itself.
+        mask: True at positions to include, ``[...]``; None returns `values` itself.
     """
     return values if mask is None else torch.where(mask.unsqueeze(-1), values, 0)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the positions that count; 0 with a graph where none does.
+    """The mean over the included positions; if there are none, a 0 that still has a graph.
 
     Args:
         values: One number per position, ``[...]``.
-        mask: True where a position counts, ``[...]``.
+        mask: True at positions to include, ``[...]``.
     """
     if mask is None:
         return values.mean()
@@ -162,10 +163,10 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
-    """Raise unless student and teacher have the same shape.
+    """Check that student and teacher have the same shape.
 
     Raises:
-        QatkitError: names both shapes.
+        QatkitError: the shapes differ.
     """
     if student.shape != teacher.shape:
         raise QatkitError(
@@ -176,7 +177,7 @@ def check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def check_beta(beta: float) -> None:
-    """Raise unless `beta` is between 0 and 1.
+    """Check that `beta` is between 0 and 1.
 
     Raises:
         QatkitError: `beta` is out of range.

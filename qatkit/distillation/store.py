@@ -67,7 +67,7 @@ def pack(
         keys: Sample keys.
         k: Classes kept per token.
         temperature: Divides the logits.
-        present: True where a token counts ``[samples, length]``; other tokens are not stored.
+        present: True at tokens to include ``[samples, length]``; other tokens are not stored.
         hidden: Hidden states by layer name ``[samples, length, width]``.
     """
     indices, log_p, log_tail = (part.cpu() for part in top_k_log_probabilities(logits, k, temperature))

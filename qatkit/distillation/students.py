@@ -26,7 +26,7 @@ def student_from_teacher(
     Args:
         teacher: A transformers model with one stack of layers; it is not changed.
         layers: Number of layers to keep, or their indices in ascending order.
-        keep: Which layers to keep where `layers` is a number: "uniform" spreads them over the teacher and ends with
+        keep: Which layers to keep if `layers` is a number: "uniform" spreads them over the teacher and ends with
             its last one, "last" keeps the last ones.
 
     Raises:
@@ -95,7 +95,7 @@ def _stack(teacher: nn.Module) -> tuple[str, int]:
     stacks = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(stacks) != 1:
         raise QatkitError(
-            f"{type(teacher).__name__} has {len(stacks)} lists of {depth} layers ({stacks}), and only a model with "
+            f"{type(teacher).__name__} has {len(stacks)} lists of {depth} layers ({stacks}), but only a model with "
             "one stack of layers can be cut",
             key="teacher",
             advice="build the student yourself",

@@ -31,7 +31,7 @@ def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
         teacher: Tokenizer of the teacher.
 
     Raises:
-        QatkitError: the vocabularies differ, so that one logit stands for different tokens.
+        QatkitError: the vocabularies differ, so that one logit index means different tokens.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:

@@ -54,7 +54,7 @@ def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, fold
 
 
 def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> list[str]:
-    """Compare the companions in an exported folder with those of the trained model.
+    """Compare the companion files in an exported folder with those of the trained model.
 
     Args:
         names: The companions that the format saves; others are compared where the folder has them.

@@ -17,7 +17,7 @@ BITS = (2, 4, 8)
 
 
 def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Refuse quantization that the format, or its readers, cannot hold; weights are not read.
+    """Reject quantization that the format, or its readers, cannot hold; weights are not read.
 
     Args:
         model: The model, with plain or swapped layers.
@@ -34,7 +34,7 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise QatkitError(
-                f"layer '{name}': compressed_tensors holds linear layers, and this is a {type(layer).__name__}",
+                f"layer '{name}': compressed_tensors supports only linear layers, but this is a {type(layer).__name__}",
                 advice=f"exclude it, or {INSTEAD}",
             )
         if tied := [other for other in owners[id(layer.weight)] if other != name]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Refuse a model that cannot be a compressed folder of transformers; weights are not read.
+    """Reject a model that cannot be a compressed folder of transformers; weights are not read.
 
     Raises:
         QatkitError: it is not a transformers model, has fused experts, or quantizes keys and values or a layer in a way
@@ -42,7 +42,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(
-            f"'compressed_tensors' is for transformers models, and the model is a {type(model).__name__}",
+            f"'compressed_tensors' is for transformers models, but the model is a {type(model).__name__}",
             advice="use export: {format: onnx} or {format: dense}",
         )
     for name, module in model.named_modules():

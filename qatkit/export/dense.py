@@ -26,7 +26,7 @@ from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 def check(model: nn.Module, planned: PlannedExport) -> None:
     """Accept every model: a dense file holds any state dict.
 
-    Tied layers that quantize their weight differently are refused by `prepare_qat` or, at the latest, when writing.
+    Tied layers that quantize their weight differently are rejected by `prepare_qat` or, at the latest, when writing.
     """
 
 
@@ -41,7 +41,7 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """Equal outputs, unless activations are quantized: a dense file does not quantize them."""
+    """Outputs must be equal, unless activations are quantized: a dense file does not store their quantization."""
     if measured.quantizes_inputs:
         return Bound("none, since the file does not quantize activations", None)
     return EXACT

@@ -77,7 +77,7 @@ class ExportFormat:
         return implementation(getattr(self, part))(*args)
 
     def check_packages(self) -> None:
-        """Refuse the format where a package that it needs is missing.
+        """Reject the format where a package that it needs is missing.
 
         Raises:
             QatkitError: with the command that installs it.

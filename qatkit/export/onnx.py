@@ -1,6 +1,6 @@
 """ONNX export with integer weights: quantized layers become QuantizeLinear / DequantizeLinear (QDQ) nodes.
 
-A QDQ graph states the training arithmetic value by value, and ONNX Runtime, OpenVINO and TensorRT fuse it into integer
+A QDQ graph represents the training arithmetic exactly, and ONNX Runtime, OpenVINO and TensorRT fuse it into integer
 kernels. Whether ONNX Runtime does so depends on the bias (int32 with scale weight x input; always written that way), on
 the input codes (unsigned after a ReLU, that is `symmetric: false`), and on whether the layer after a convolution is
 quantized too. `qatkit.export.runtime.integer_kernels` counts the kernels that were chosen.
@@ -39,14 +39,14 @@ _INSTEAD = "use export: {format: dense}"
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Refuse a model that ONNX, as ONNX Runtime reads it, cannot hold; weights are not read.
+    """Reject a model that ONNX, as ONNX Runtime reads it, cannot hold; weights are not read.
 
     Raises:
         QatkitError: the model takes named inputs, a quantized layer has no QDQ form, or keys and values are quantized.
     """
     if planned.task is not None and planned.task.named_inputs:
         raise QatkitError(
-            f"'onnx' exports models of one input tensor, and models for the task '{planned.task.name}' take several",
+            f"'onnx' exports models of one input tensor, but models for the task '{planned.task.name}' take several",
             advice=_INSTEAD,
         )
     if planned.kv_cache:
@@ -95,7 +95,7 @@ def example_of(batch: Any) -> Tensor:
     """
     if isinstance(batch, Mapping):
         raise QatkitError(
-            f"'onnx' exports models of one input tensor, and a batch of the data is a mapping with {sorted(batch)}",
+            f"'onnx' exports models of one input tensor, but a batch of the data is a mapping with {sorted(batch)}",
             key="export.format",
             advice=_INSTEAD,
         )
@@ -157,7 +157,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     if weight.dtype != torch.float32:
         dtype = str(weight.dtype).removeprefix("torch.")
         raise QatkitError(
-            f"layer '{name}': its weight is {dtype}, and the ONNX graph dequantizes to float32",
+            f"layer '{name}': its weight is {dtype}, but the ONNX graph dequantizes to float32",
             advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
         )
     inputs = scheme.activation

@@ -24,7 +24,7 @@ from qatkit.quantization.slices import value_range
 def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
     """Compare every code, scale, zero point and bias in an ONNX file with a model's own.
 
-    A scale may differ only where all its codes stand for zero, since it changes no weight there.
+    A scale may differ only where all its codes represent zero, because it then changes no weight.
 
     Args:
         model: On the CPU, plain or prepared and calibrated.
@@ -131,7 +131,7 @@ class _File:
         if wrong.any():
             first = int(wrong.nonzero()[0][0])
             failures.append(
-                f"{what}: {int(wrong.sum())} of {wrong.size} codes stand for another value, the first at [{first}]: "
+                f"{what}: {int(wrong.sum())} of {wrong.size} codes represent another value, the first at [{first}]: "
                 f"{codes[first]} x {step[first]:.6g} = {codes[first] * step[first]:.6g} in the file, "
                 f"{value[first]:.6g} in the model"
             )

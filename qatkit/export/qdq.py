@@ -138,7 +138,7 @@ def _integer_bias(name: str, bias: Tensor, weight: _Codes, quantizer: _InputQuan
     """The bias as int32 codes with scale weight scale x input scale, as integer kernels need it.
 
     The largest sum that a channel can reach plus its bias must fit into 32 bits, which a tiny scale with a large bias
-    violates. Where all codes of the channel stand for zero, any scale gives the same weights, so one that fits is
+    violates. Where all codes of the channel represent zero, any scale gives the same weights, so one that fits is
     used; otherwise the bias stays in floating point.
     """
     assert weight.zero_point is not None

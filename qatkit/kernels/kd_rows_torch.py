@@ -29,10 +29,10 @@ class TorchRows:
         classes: Number of classes.
         dtype: Dtype of the arithmetic; logits in another dtype are converted row by row.
         device: Device of the logits.
-        temperature: The logits come divided by it.
+        temperature: Temperature that the logits are already divided by.
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
-        divergence: Computes the divergence from full logits; None where every call passes top-k classes.
-        top_k_divergence: Computes it from top-k classes; None where no call passes them.
+        divergence: Computes the divergence from full logits; None if every call passes top-k classes.
+        top_k_divergence: Computes it from top-k classes; None if no call passes them.
         beta: Mixture weight of the divergence.
     """
 
@@ -62,7 +62,7 @@ class TorchRows:
 
         Args:
             student: Logits over the temperature ``[rows, classes]``, overwritten.
-            teacher: Logits over the temperature, overwritten; ``[rows, fewer]`` where the student has padding classes
+            teacher: Logits over the temperature, overwritten; ``[rows, fewer]`` if the student has padding classes
                 after those of the teacher. Or the teacher's top-k classes.
             labels: Class numbers ``[rows]``, valid ones wherever `label_weights` is above 0.
             weights: Weight of each row in the divergence ``[rows]``, in the dtype of the arithmetic.

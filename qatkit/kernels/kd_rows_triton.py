@@ -130,7 +130,7 @@ class TritonRows:
     """The fast path of `qatkit.kernels.kd_rows_torch.TorchRows` on CUDA, for full logits in float32 or narrower.
 
     Args:
-        temperature: The logits come divided by it.
+        temperature: Temperature that the logits are already divided by.
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
         kind: One of `KINDS`.
         beta: Mixture weight of "jsd".

@@ -24,7 +24,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
         base: The base model's name in the config.
 
     Raises:
-        QatkitError: there is no adapter, or a layer keeps its zeros, which peft would fill.
+        QatkitError: there is no adapter, or a layer has a sparsity mask, which a merge by peft would ignore.
     """
     from safetensors.torch import save_file
 
@@ -35,7 +35,9 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
     for name, layer in layers.items():
         if isinstance(layer, AdaptedWeight) and layer.held:
             raise QatkitError(
-                f"layer '{name}' keeps its zeros, which peft would fill", key="model", advice="use merge instead"
+                f"layer '{name}' has a sparsity mask, which a merge by peft would ignore",
+                key="model",
+                advice="use merge instead",
             )
         for key, value in factors_of(layer).items():
             tensors[f"base_model.model.{name}.{key}"] = full_tensor(value).detach().cpu().contiguous().clone()

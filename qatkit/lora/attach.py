@@ -50,7 +50,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
 
     Raises:
         QatkitError: a pattern matches no linear layer; or a layer has an adapter already, shares its weight with
-            another one, or computes it anew on each call.
+            another one, or recomputes it on each call.
 
     Example:
         >>> target_layers(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -110,7 +110,7 @@ def _refuse_recomputed(name: str, layer: nn.Module) -> None:
     """Raise if the weight is not a parameter: weight and spectral norm, pruning and parametrizations compute it."""
     if "weight" not in layer._parameters:
         raise QatkitError(
-            f"layer '{name}' computes its weight anew on each call (weight_norm, spectral_norm, torch.nn.utils.prune "
+            f"layer '{name}' recomputes its weight on each call (weight_norm, spectral_norm, torch.nn.utils.prune "
             "or another parametrization), so a merged update would be lost",
             key="targets",
             advice="remove the parametrization first, or use patterns that do not match the layer",
@@ -118,7 +118,7 @@ def _refuse_recomputed(name: str, layer: nn.Module) -> None:
 
 
 def base_layers(model: nn.Module) -> list[str]:
-    """Return the layers that bitsandbytes may hold: linear ones except output layers, heads and shared weights."""
+    """Return the layers that bitsandbytes may quantize: linear ones except output layers, heads and shared weights."""
     heads, whole = _heads(model), classification_heads(model)
     owners = Counter(
         id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None
@@ -136,18 +136,18 @@ def base_layers(model: nn.Module) -> list[str]:
 def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Collection[str] = ()) -> None:
     """Freeze a model and attach adapters to some of its layers, in place; outputs do not change.
 
-    Adapters are peft's, unless a layer is fake-quantized or keeps its zeros: then all are `AdaptedWeight`, whose update
-    is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a transformers classifier,
-    whose weights are random if the model was not trained to classify.
+    Adapters are peft's, unless a layer is fake-quantized or has a sparsity mask: then all are `AdaptedWeight`, whose
+    update is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a transformers
+    classifier, whose weights are random if the model was not trained to classify.
 
     Args:
         model: Any module.
         names: Layer names from `target_layers`.
         adapter: The shape of the updates.
-        held: Layers whose zeros stay zero.
+        held: Layers whose pruned weights stay zero.
 
     Raises:
-        QatkitError: a layer has an adapter already or computes its weight anew on each call, or the adapter or a
+        QatkitError: a layer has an adapter already or recomputes its weight on each call, or the adapter or a
             layer's type does not support an update inside the weight.
     """
     _refuse_adapters(model)
@@ -182,10 +182,10 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
 
 
 def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> None:
-    """Raise unless the updates can be part of the weights.
+    """Check that the updates can be part of the weights.
 
     Raises:
-        QatkitError: names the option or the layer.
+        QatkitError: an option or a layer does not support this.
     """
     why = "whose zeros are kept" if held else "that is quantized in the same stage"
     for key in ("dora", "dropout"):
@@ -223,7 +223,7 @@ def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
 
     Args:
         model: A model with adapters.
-        device: The device to compute updates inside the weight on; by default that of the weight.
+        device: Device on which to merge updates inside the weight; by default the weight's device.
 
     Returns:
         The names of the merged layers.

@@ -26,7 +26,7 @@ OUTLIERS = 6.0
 
 
 def check_backend(device: torch.device) -> None:
-    """Raise unless bitsandbytes can quantize and dequantize 4 bits on the device.
+    """Check that bitsandbytes can quantize and dequantize 4 bits on the device.
 
     Raises:
         QatkitError: it is not installed, or does not support the device.

@@ -44,15 +44,15 @@ def inside_of(name: str, parts: Sequence[str]) -> bool:
 
 
 def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
-    """Raise if zeros are to be kept in a head, which is trained in full.
+    """Raise if a classification head, which is trained in full, is supposed to keep a sparsity mask.
 
     Raises:
-        QatkitError: names the layer.
+        QatkitError: a head has a sparsity mask.
     """
     for name in held:
         if inside_of(name, heads):
             raise QatkitError(
-                f"layer '{name}' keeps its zeros, but LoRA trains the head of a classifier in full, which fills them",
+                f"layer '{name}' has a sparsity mask, but LoRA trains the classifier's head in full, without a mask",
                 key="held",
                 advice="exclude it from pruning, or set hold_sparsity: false",
             )

@@ -1,6 +1,6 @@
 """Linear layers whose weight is ``W + scaling * B A``.
 
-peft adds ``B A x`` to the output of a layer. If the weight is quantized, that differs from the merged model:
+peft adds ``B A x`` to the output of a layer. With a quantized weight, the result differs from that of the merged model:
 ``quantize(W) + B A`` is not quantized. If the weight is sparse, ``B A`` fills the zeros. These layers add the update to
 the weight first, in the arithmetic of the merge, so merging changes nothing.
 """
@@ -32,7 +32,7 @@ class AdaptedWeight(nn.Module):
     """``[out, rank]``, initially zero."""
     lora_alpha: float
     held: bool
-    """Whether the zeros of the weight stay zero."""
+    """Whether pruned weights stay zero."""
 
     @property
     def scaling(self) -> float:
@@ -41,7 +41,7 @@ class AdaptedWeight(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """``W + scaling * B A`` in the dtype of W, ``[out, in]``; zero where W is zero, if zeros are kept."""
+        """``W + scaling * B A`` in the dtype of W, ``[out, in]``; zero where W is zero, if `held`."""
         if hasattr(self.weight, "device_mesh"):  # between steps of FSDP2
             return self.merged_weight()
         factors = (self.weight, self.lora_A, self.lora_B)
@@ -85,7 +85,7 @@ class AdaptedLinear(AdaptedWeight, nn.Linear):
 
 
 class AdaptedQATLinear(AdaptedWeight, QATLinear):
-    """`QATLinear` over a fake-quantized ``W + scaling * B A``; `QATLayer` reads its weight from `matrix`."""
+    """`QATLinear` that fake-quantizes ``W + scaling * B A``, which `QATLayer` reads through `matrix`."""
 
     bias: Tensor | None
 
@@ -105,7 +105,7 @@ def adapt(layer: nn.Module, rank: int, alpha: float, held: bool = False) -> None
         layer: An `nn.Linear` or a `QATLinear`, not a subclass.
         rank: Rows of A and columns of B.
         alpha: ``scaling`` is ``alpha / rank``.
-        held: Keep the zeros of the weight.
+        held: Keep pruned weights at zero.
     """
     swapped = SWAPS[type(layer)]
     layer.__class__ = swapped

@@ -32,7 +32,7 @@ def finished_model(model: nn.Module, trained: Trained, folder: Path, original: b
         model: The copy.
         trained: The result of the fit.
         folder: The stage's folder.
-        original: Whether the copy has the weights that the name in its config stands for.
+        original: Whether the copy has the weights that the name in its config refers to.
     """
     replay_folds(model, trained.folds)
     if trained.quantize is not None:

@@ -9,7 +9,7 @@ from qatkit.recipe import TrainerConfig
 
 
 def check_logger(trainer: TrainerConfig) -> None:
-    """Refuse a logger whose package is not installed.
+    """Reject a logger whose package is not installed.
 
     Raises:
         QatkitError: it names the package and the command that installs it.

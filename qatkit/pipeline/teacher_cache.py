@@ -99,7 +99,7 @@ def open_cache(run: Run, stage: str) -> tuple[CachedTeacher, int | None]:
     """Open a stage's teacher cache; also returns the vocabulary size if logits were trimmed to it.
 
     Raises:
-        QatkitError: the cache is missing, incomplete, or has another fingerprint.
+        QatkitError: the cache is missing, incomplete, or has a different fingerprint.
     """
     _, prints, size = _inputs(run, stage)
     command = f"`qatkit cache-teacher RECIPE --out {run.out}`"

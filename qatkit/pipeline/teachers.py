@@ -36,7 +36,7 @@ def teacher_spec(run: Run, stage: str, first_process: bool) -> TeacherSpec:
         first_process: Whether this is the process that writes.
 
     Raises:
-        QatkitError: the cache has another fingerprint, or the two models do not share a vocabulary.
+        QatkitError: the cache has a different fingerprint, or the two models do not share a vocabulary.
     """
     distill = resolved_block(run, stage)
     if distill.cache is None:

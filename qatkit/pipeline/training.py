@@ -67,9 +67,9 @@ def train(
         teacher_spec: The stage's teacher, if it distills.
         data: Builds the data module for a batch size.
         folder: The stage's folder.
-        loggers: Where the stage's numbers go.
+        loggers: Loggers that receive the stage's metrics.
         held: Layers whose zeros an earlier stage made.
-        earlier: The model whose weights the stage rewinds to, if it does.
+        earlier: The model whose weights the stage rewinds to; None if it does not rewind.
         progress: How to show the progress.
 
     Raises:

@@ -84,7 +84,7 @@ def _difference(model: nn.Module, prefix: str) -> str | None:
         if not isinstance(getattr(config, key, None), int):
             return f"its config has no integer {key}"
     if len(layers) != config.num_hidden_layers:
-        return f"it has {len(layers)} layers, and its config says {config.num_hidden_layers}"
+        return f"it has {len(layers)} layers, but its config says {config.num_hidden_layers}"
     head_dim = head_dim_of(config)
     sizes = {
         "hidden": config.hidden_size,
@@ -95,7 +95,7 @@ def _difference(model: nn.Module, prefix: str) -> str | None:
     for name, value in state.items():
         wanted = [sizes.get(axis, size) for axis, size in zip(axes_of(prefix, name), value.shape, strict=False)]
         if wanted != list(value.shape):
-            return f"'{name}' has shape {list(value.shape)}, and its config says {wanted}"
+            return f"'{name}' has shape {list(value.shape)}, but its config says {wanted}"
     return None
 
 

@@ -27,7 +27,7 @@ def gradient_scores(
     """Sum the scores of the layers' weights over batches, float32.
 
     Near the end of training the mean gradient is small and carries little information, while squares of per-batch
-    gradients do not cancel. The model runs in eval mode; modes, gradients and random number generators are restored.
+    gradients do not cancel. The model runs in eval mode; train/eval modes, gradients and random states are restored.
 
     Args:
         model: The module that contains the layers.

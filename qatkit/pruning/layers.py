@@ -94,7 +94,7 @@ def _check_weight(name: str, weight: object) -> None:
     if weight is None or codes or not weight.is_floating_point() or weight.element_size() < 2:
         kind = "packed" if weight is None else type(weight).__name__ if codes else weight.dtype
         raise QatkitError(
-            f"the weight of layer '{name}' is already quantized ({kind}), and pruning needs floats of at least 16 bits",
+            f"the weight of layer '{name}' is already quantized ({kind}), but pruning needs floats of at least 16 bits",
             advice="prune the model before quantizing it, or exclude the layer",
         )
 

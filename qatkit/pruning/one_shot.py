@@ -34,7 +34,7 @@ def prune_one_shot(
 
     A block is the layers that share the first number in their names, such as ``model.layers.3``. Its inputs come from
     the blocks before it as they are after pruning, so all batches run once per block. The model runs in eval mode
-    without gradients; modes and random number generators are restored. It must be on one process.
+    without gradients; train/eval modes and random states are restored. It must be on one process.
 
     Args:
         model: A trained model.
@@ -107,7 +107,7 @@ def check_linear(method: str, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
             raise QatkitError(
-                f"'{method}' prunes only linear layers, and layer '{name}' is a {type(layer).__name__}",
+                f"'{method}' prunes only linear layers, but layer '{name}' is a {type(layer).__name__}",
                 advice="exclude the layer",
             )
 

@@ -67,7 +67,7 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Check whether at most 2 of every 4 consecutive inputs are not 0.
+    """Check whether at most 2 of every 4 consecutive inputs are nonzero.
 
     Example:
         >>> is_two_of_four(torch.tensor([[0.0, 1.0, 2.0, 0.0]]))
@@ -82,7 +82,7 @@ def _check(name: str, weight: Tensor) -> None:
     part = local(weight)
     if part.device.type != "cuda":
         raise QatkitError(
-            f"layer '{name}' is on {part.device.type}, and 2:4 kernels need an NVIDIA GPU",
+            f"layer '{name}' is on {part.device.type}, but 2:4 kernels need an NVIDIA GPU",
             advice="use model.cuda(), or the plain weights, which give the same results",
         )
     if torch.cuda.get_device_capability(part.device) < (8, 0):

@@ -56,7 +56,7 @@ def _sharded_dimensions(name: str, tensor: Tensor) -> list[int]:
     # in some versions a strided shard (FSDP2 over tensor parallelism) is a subclass, with its rows in another order
     if len(sharded) > 1 or any(type(p).__name__ != "Shard" or p.dim != 0 for _, p in sharded):
         raise QatkitError(
-            f"the weight of layer '{name}' is sharded as {placements}, and pruning needs shards of whole rows, as "
+            f"the weight of layer '{name}' is sharded as {placements}, but pruning needs shards of whole rows, as "
             "FSDP2's fully_shard makes them",
             advice="exclude the layer, or set tensor_parallel_size=1",
         )

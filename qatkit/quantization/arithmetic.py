@@ -66,7 +66,7 @@ def fake_quantize(
         zero_point: Integers in float32, the shape of `scale`.
         spec: Element type, number of bits, symmetry and strategy.
         gradient_scale: Factor on the gradients of scale and zero point; LSQ uses ``1 / sqrt(slice size * qmax)``.
-        clips: Pass False where the scale is computed from `x` itself and moves with it: nothing is clipped, so the
+        clips: Pass False if the scale is computed from `x` itself and follows it: nothing is clipped, so the
             gradient is the identity and nothing is kept for the backward pass.
     """
     slices = to_slices(x, spec)

@@ -20,9 +20,9 @@ from qatkit.quantization.scales import tensor_scale_of
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None = None) -> list[str]:
     """Set the static activation scales of a prepared model from the activations of `batches`.
 
-    The model runs in eval mode without gradients; modes and random number generators are restored afterwards. Weights
+    The model runs in eval mode without gradients; train/eval modes and random states are restored afterwards. Weights
     are fake-quantized, activations are recorded unquantized. In a process group the ranges of all ranks are combined
-    by one all-reduce, and by a second one where an observer needs averages or histograms.
+    by one all-reduce, and by a second one if an observer needs averages or histograms.
 
     Args:
         model: A model from `prepare_qat`.
@@ -100,7 +100,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
     *ranges, batches = joined.cpu().unbind()
     if batches[0] == 0:
         raise QatkitError(
-            "calibration got no batch, and static activation scales need at least one", key="batches",
+            "calibration got no batch, but static activation scales need at least one", key="batches",
             advice="pass a data loader that is not empty",
         )  # fmt: skip
     for (name, _), ends in zip(calibrated, ranges, strict=True):

@@ -22,7 +22,7 @@ class FloatFormat:
     mantissa_bits: int
     largest: float
     dtype: str = ""
-    """torch's dtype of this layout; empty where torch has none, and codes are stored as uint8."""
+    """torch's dtype of this layout; empty if torch has none, in which case codes are stored as uint8."""
 
 
 FLOAT_FORMATS: Mapping[str, Mapping[int, FloatFormat]] = {
@@ -51,7 +51,7 @@ class Element:
     code_range: Callable[[int, bool], Bounds]
     """The smallest and largest value of a code before it is scaled, by number of bits and symmetry."""
     observers: tuple[str, ...] = ()
-    """Names of the only observers that fit; empty where every general observer does."""
+    """The only observers that fit; empty if every general observer fits."""
     computed_by: str = "minmax"
     """The observer that computes a scale from a tensor alone, where a scale is needed without a search."""
     narrowest: float = 0.1

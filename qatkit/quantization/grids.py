@@ -1,4 +1,4 @@
-"""Grids: the values that codes stand for before they are scaled, and the codes themselves."""
+"""Grids: the values that codes represent before scaling, and the codes themselves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Grid(Protocol):
         """Codes of values on the grid, as the exported file stores them."""
 
     def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
-        """Values on the grid that codes stand for, float32."""
+        """Unscaled values that codes represent, float32."""
 
 
 class IntegerGrid:
@@ -94,7 +94,7 @@ class Codebook:
     """Any list of values: a code is the index of its value.
 
     Args:
-        values: Ascending, with zero among them.
+        values: Sorted in ascending order; must include 0.
 
     Example:
         >>> grid = Codebook([-1.0, -0.25, 0.0, 0.25, 1.0])

@@ -35,13 +35,13 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     dims = weights[0][1].dim()
     if scheme.activation.strategy == "token" and dims != 2:
         raise QatkitError(
-            f"'token' is for linear layers, whose last dimension belongs to a token, and layer '{name}' is a "
+            f"'token' is for linear layers, whose last dimension belongs to a token, but layer '{name}' is a "
             f"{type(layer).__name__}", key="activation.strategy", advice="use tensor, or exclude the layer",
         )  # fmt: skip
     size = scheme.activation.group_size
     if size is not None and dims != 2:
         raise QatkitError(
-            f"'group' is for linear layers, and layer '{name}' is a {type(layer).__name__}",
+            f"'group' is for linear layers, but layer '{name}' is a {type(layer).__name__}",
             key="activation.strategy", advice="use tensor, or exclude the layer",
         )  # fmt: skip
     if size is not None and _inputs(layer) % size:
@@ -54,7 +54,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
 def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     """Raise an error if layers that share one weight are quantized differently.
 
-    Quantizing one of the layers only is allowed.
+    It is allowed to quantize only one of the layers.
     """
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -95,7 +95,7 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -
         return
     if weight.dim() > 2 and not is_experts(layer):
         raise QatkitError(
-            f"'{spec.strategy}' is for linear layers, and the weight of layer '{name}' has shape {list(weight.shape)}",
+            f"'{spec.strategy}' is for linear layers, but the weight of layer '{name}' has shape {list(weight.shape)}",
             key="weight.strategy", advice="use channel, or exclude the layer",
         )  # fmt: skip
     if spec.group_size is None:

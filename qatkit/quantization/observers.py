@@ -20,7 +20,7 @@ class Observer:
     """``module:function`` that computes scale and zero point from a tensor. Weight scales of such an observer follow
     the weight: they are computed on every forward pass and never stored."""
     from_statistics: str = ""
-    """``module:function`` that chooses the range of a static activation from what calibration recorded; empty where the
+    """``module:function`` that chooses the range of a static activation from calibration statistics; empty if the
     observer is for weights only."""
     general: bool = True
     """Every element type can have it, unless the type lists its observers; otherwise only types that list it."""

@@ -37,7 +37,7 @@ class HiddenConfig:
     loss: str = "mse"
     """``mse`` or ``cosine``."""
     widths: list[int] | None = None
-    """Student width and teacher width where they differ: each pair of layers then learns a linear map."""
+    """Student width and teacher width, if they differ: each pair of layers then learns a linear map."""
 
     def __post_init__(self) -> None:
         HIDDEN_LOSSES.row(self.loss, key="loss")

@@ -153,7 +153,7 @@ def build(config: FactoryConfig, key: str, allow: Sequence[str] = (), **extra: A
 
 
 def _check_allowed(module: str, name: str, key: str, allow: Sequence[str]) -> None:
-    """Refuse a module whose code a recipe may not use."""
+    """Reject a module whose code a recipe may not use."""
     if any(module == prefix or module.startswith(f"{prefix}.") for prefix in (*HOMES, *allow)):
         return
     subject = f"'{name}' is" if name.startswith(f"{module}:") else f"'{name}' is from '{module}',"
@@ -163,7 +163,7 @@ def _check_allowed(module: str, name: str, key: str, allow: Sequence[str]) -> No
             f"{subject} not a factory of qatkit", key=key, advice=f"use a factory of {' or '.join(HOMES)}"
         )
     raise QatkitError(
-        f"{subject} outside qatkit, and a recipe may run only qatkit's factories",
+        f"{subject} outside qatkit, but a recipe may run only qatkit's factories",
         key=key,
         advice=f"pass --allow {package} if you trust its code",
     )

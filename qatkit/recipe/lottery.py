@@ -53,7 +53,7 @@ class LotteryConfig:
 
 @dataclass(frozen=True)
 class RewindConfig:
-    """Start from earlier weights, with the sparsity mask that the stage has."""
+    """Start from earlier weights under the stage's current sparsity mask."""
 
     stage: str | None = None
     """The stage whose final weights are restored; null is the recipe's model before its first stage."""

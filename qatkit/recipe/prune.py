@@ -102,7 +102,7 @@ class PruneConfig:
         self._check_unused_keys()
 
     def _check_unused_keys(self) -> None:
-        """Refuse keys that the method or the pattern would ignore."""
+        """Reject keys that the method or the pattern would ignore."""
         defaults = {spec.name: spec.default for spec in fields(self)} | {"layers": {}}
         for key in ("calibration_batches", "scope", "block", "layers"):
             value = getattr(self, key)
@@ -120,11 +120,11 @@ class PruneConfig:
                 raise QatkitError(f"{value} has no effect, because {reason}", key=key, advice=f"remove {key}")
 
     def check_sharding(self) -> None:
-        """Refuse a method that needs complete weights, which FSDP2 shards."""
+        """Reject a method that needs unsharded weights under FSDP2."""
         if not self.row.sharded:
             others = ", ".join(row.name for row in METHODS.values() if row.sharded)
             raise QatkitError(
-                f"'{self.method}' needs complete weights, and fsdp2 shards them",
+                f"'{self.method}' needs unsharded weights, but fsdp2 shards them",
                 key="method",
                 advice=f"use one of {others}, or set trainer.strategy: ddp",
             )

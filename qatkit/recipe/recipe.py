@@ -119,7 +119,7 @@ class Recipe:
                     )
 
     def _check_order(self) -> None:
-        """Refuse stages whose order would undo, or be undone by, the zeros or grids of an earlier stage."""
+        """Reject stages whose order would undo, or be undone by, the zeros or grids of an earlier stage."""
         pruned: dict[str | None, bool] = {None: False}
         quantized: dict[str | None, str] = {None: ""}  # the last stage that quantized
         for name, stage in self.stages.items():
@@ -196,24 +196,24 @@ class Recipe:
 
 
 def check_schema_version(version: object) -> None:
-    """Refuse a recipe of another schema version by name.
+    """Reject a recipe of another schema version by name.
 
     Example:
         >>> check_schema_version(2)
         Traceback (most recent call last):
         ...
-        qatkit.errors.QatkitError: schema_version: this recipe was written for schema 2, and this qatkit reads 1; ...
+        qatkit.errors.QatkitError: schema_version: this recipe was written for schema 2, but this qatkit reads 1; ...
     """
     if version != SCHEMA_VERSION or type(version) is not int:
         raise QatkitError(
-            f"this recipe was written for schema {version}, and this qatkit reads {SCHEMA_VERSION}",
+            f"this recipe was written for schema {version}, but this qatkit reads {SCHEMA_VERSION}",
             key="schema_version",
             advice="use a version of qatkit that reads it, or port the recipe",
         )
 
 
 def _check_sharding(stage: StageConfig) -> None:
-    """Refuse methods that need complete tensors, which FSDP2 shards."""
+    """Reject methods that need unsharded tensors under FSDP2."""
     if stage.prune is not None:
         with under("prune"):
             stage.prune.check_sharding()

@@ -60,7 +60,7 @@ class ShrinkConfig:
             )
         if self.channels is not None and (len(given) > 1 or self.keep_layers is not None):
             raise QatkitError(
-                "it is for convolutional networks, and the other sizes are for transformers",
+                "it is for convolutional networks, but the other sizes are for transformers",
                 key="channels",
                 advice="use one kind of size",
             )

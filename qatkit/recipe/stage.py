@@ -88,13 +88,13 @@ class StageConfig:
                 raise QatkitError("the stage does not train, as max_steps is 0", key=block, advice="remove the block")
 
     def _check_prune(self) -> None:
-        """Refuse what does not work with a stage that prunes while it trains."""
+        """Reject what does not work with a stage that prunes while it trains."""
         if self.prune is None or self.prune.at_once:
             return
         key = "prune.ramp" if self.prune.ramp is not None else "prune.method"
         if self.early_stopping is not None:
             raise QatkitError(
-                f"{key} prunes until the stage ends, and the best validation loss would be one of low sparsity",
+                f"{key} prunes until the stage ends, so the best validation loss would be at low sparsity",
                 key="early_stopping",
                 advice="move the block to a stage after this one",
             )
@@ -108,7 +108,7 @@ class StageConfig:
             )
 
     def _check_blocks(self) -> None:
-        """Refuse blocks that cannot be combined."""
+        """Reject blocks that cannot be combined."""
         if self.start is not None and self.model is not None:
             raise QatkitError(
                 f"'{self.start}' and a model are both given",

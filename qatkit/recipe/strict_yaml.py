@@ -94,7 +94,7 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
     """Count the nodes under `node` with aliases expanded, and refuse ambiguous input that YAML allows."""
     if id(node) in open_nodes:
         raise QatkitError(
-            "the alias stands for a block that contains it",
+            "the alias refers to a block that contains it",
             key=path,
             advice="remove the alias",
             origin=_line(node, source),

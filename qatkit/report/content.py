@@ -33,7 +33,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Measurements:
-    """Numbers of the report that are measured anew, each by stage."""
+    """Report numbers that are measured again, by stage."""
 
     verification: Mapping[str, dict[str, Any]]
     """The fields of a `Verification`."""
@@ -92,7 +92,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise QatkitError(
-            f"it follows {'no schema' if schema is None else f'schema {schema}'}, and this version of qatkit reads "
+            f"it follows {'no schema' if schema is None else f'schema {schema}'}, but this version of qatkit reads "
             f"schema {SCHEMA}",
             key=str(path),
             advice=f"{command} to rewrite it",

@@ -149,7 +149,7 @@ _ENDS = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "ag
 
 
 def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
-    """Group curves that share a figure, by the group's name; a distilled stage logs its label loss twice."""
+    """Group the curves that share a figure, by group name, without the duplicate label loss of a distilled stage."""
     metrics = {name: curve for name, curve in curves["metrics"].items() if len(curve["steps"]) > 1}
     if metrics.get("train/label_loss") == metrics.get("train/loss"):
         metrics.pop("train/loss", None)

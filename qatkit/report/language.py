@@ -68,7 +68,7 @@ def score(
     Args:
         model: Called with ``input_ids``; in eval mode.
         dense: The reference model; None where `model` is the dense model itself.
-        texts: Token ids and labels; a label of -100 does not count.
+        texts: Token ids and labels; a label of -100 is ignored.
         context: Tokens per window.
         stride: Tokens between two windows, at most `context`; half of it is customary.
         batch_size: Windows per batch.
@@ -99,14 +99,16 @@ def score(
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     if count == 0:
         raise QatkitError(
-            "no label of the test texts counts", key="evaluate", advice="use texts whose labels are not all -100"
+            "every label of the test texts is -100, so there is nothing to measure",
+            key="evaluate",
+            advice="use texts with labels other than -100",
         )
     mean = loss / count
     return LanguageScore(context, stride, count, mean, perplexity(mean), same / count, kl / count)
 
 
 def _batches(texts: Sequence[Text], context: int, stride: int, size: int) -> Iterator[Text]:
-    """Batches of windows of equal length; labels of tokens that were already predicted do not count."""
+    """Batches of windows of equal length; labels of tokens that were already predicted are ignored."""
     waiting: dict[int, list[Text]] = {}
     for tokens, labels in texts:
         for begin, end, new in windows(len(tokens), context, stride):
@@ -154,7 +156,7 @@ def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]
 def next_token_only(task: Task) -> QatkitError:
     """Return the error for data of a task that predicts no next token."""
     return QatkitError(
-        f"it measures next-token prediction, and the task of the data is {task.name} ({task.description})",
+        f"it measures next-token prediction, but the task of the data is {task.name} ({task.description})",
         key="evaluate",
         advice="remove it; the report has the test metrics of the data anyway",
     )

@@ -26,8 +26,8 @@ NAMES = ("last.ckpt", "previous.ckpt")
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint beside its target, then replace the target; ``last.ckpt`` becomes ``previous.ckpt``.
 
-    The file and its digest are on the disk before the target is replaced, so a kill leaves a checkpoint that can be
-    verified at every moment. Lightning writes to TMPDIR instead and moves, which tears the file on another file system.
+    The file and its digest are on the disk before the target is replaced, so a kill at any moment leaves a verifiable
+    checkpoint. Lightning writes to TMPDIR and then moves the file, which is not atomic across file systems.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

@@ -34,7 +34,7 @@ def check_data(model: nn.Module, data: Any) -> None:
     known = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer is not None and known is not None and len(tokenizer) > known:
         raise QatkitError(
-            f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary {known}",
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {known}",
             key="data",
             advice="use the tokenizer that the model was trained with",
         )
@@ -65,7 +65,7 @@ def check_data(model: nn.Module, data: Any) -> None:
     attention = str(getattr(config, "_attn_implementation", ""))
     if getattr(data, "packed", False) and "flash" in attention and data.batch_size > 1:
         raise QatkitError(
-            f"attn_implementation {attention} keeps the documents of a row apart only in batches of 1",
+            f"attn_implementation {attention} separates packed documents only with batch_size 1",
             key="data",
             advice="use batch_size: 1 and a larger context, or attn_implementation sdpa",
         )

@@ -28,8 +28,8 @@ _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
 
-    If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, then its content
-    counts, not only its name; see `_folder_digest`.
+    If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, its content is
+    included, not only its name; see `_folder_digest`.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}

@@ -150,7 +150,7 @@ def _read(path: Path, kind: type[StageRecord] | type[Started]) -> dict[str, Any]
         versions = content.get("versions")
         writer = versions.get("qatkit") if isinstance(versions, dict) else None
         raise QatkitError(
-            f"{path} has schema {schema}, and this version of qatkit reads schema {SCHEMA}",
+            f"{path} has schema {schema}, but this version of qatkit reads schema {SCHEMA}",
             advice=f"use --force to run the stage again, or {f'qatkit {writer}' if writer else 'the version'} that "
             "wrote it",
         )

@@ -38,7 +38,7 @@ class StageModels:
 
     Args:
         recipe: The recipe.
-        allow: Packages besides qatkit's factories that may be named.
+        allow: Packages, besides qatkit, whose factories may be used.
         recorded: Gives the architecture in the record of a finished stage, which knows sizes that depend on values.
 
     Example:

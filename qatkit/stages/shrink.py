@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
     """Check the block, and return the model that the stage will train on torch's meta device.
 
-    With `channels` the model is returned unchanged, because channel pruning needs values.
+    With `channels` the model is returned unchanged, because channel pruning needs actual weights.
 
     Raises:
         QatkitError: the model cannot be shrunk to these sizes.
@@ -185,7 +185,7 @@ def _fewer_channels(
     batch = batches[0]
     if isinstance(batch, Mapping):
         raise QatkitError(
-            f"it needs a model with a single input, and a batch has {', '.join(sorted(batch))}",
+            f"it needs a model with a single input, but a batch has {', '.join(sorted(batch))}",
             key="channels",
             advice="use layers, heads, neurons or hidden for a transformer",
         )

@@ -1,6 +1,6 @@
 """Tasks: the loss, the predictions and the metrics that a batch asks of a model; see `qatkit.tasks.table`.
 
-A pair ``(inputs, labels)`` is a classification. A mapping, as models of transformers take it, has
+A pair ``(inputs, labels)`` is a classification batch. A mapping, as models of transformers take it, has
 
 - one label per text ``[batch]`` for text classification;
 - one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,

@@ -89,7 +89,7 @@ def mean_loss(model: Callable[..., Any], batch: Any, declared: Task | None = Non
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy over the labels that count, in float32, and their number; 0 where none counts.
+    """Return the mean cross-entropy over the labels other than -100, in float32, and their number; 0 if none.
 
     Args:
         logits: ``[rows, vocabulary]``.

@@ -65,7 +65,7 @@ class Scores:
         return own if self._classes is None else torch.cat([own, self._classes.flatten()])
 
     def replaced(self, sums: Tensor) -> Scores:
-        """Return the scores that belong to the `sums` of all processes, or to their mean."""
+        """Return scores computed from `sums`, reduced over all processes by sum or mean."""
         whole = Scores(self.task)
         (whole.loss, whole.right, count), rest = sums[:3].tolist(), sums[3:].cpu()
         whole.count = count
@@ -79,12 +79,14 @@ class Scores:
         recall.
 
         Raises:
-            QatkitError: tokens were counted, and none of their labels counts.
+            QatkitError: tokens were seen, but all of their labels are -100.
         """
         task = self.task or TASKS["classification"]  # as long as there was no batch
         if task.per_token and self.count == 0:
             raise QatkitError(
-                f"every label is {IGNORED}, so none counts", key="data", advice="give labels to the tokens to learn"
+                f"every label is {IGNORED}, so there is nothing to score",
+                key="data",
+                advice="give labels to the tokens to learn",
             )
         loss = self.loss / (self.count or 1)
         values: dict[str, Callable[[], float]] = {

@@ -127,7 +127,7 @@ def test_a_cache_of_a_classifier_holds_the_hidden_states_that_a_glob_names(tmp_p
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), attention=AttentionMatch({"net.0": "layers.0"})),
-            r"attention.heads: None requires feature maps .*, and layer 'net.0' returns \[16, 16\]; use heads=4 for",
+            r"attention.heads: None requires feature maps .*, but layer 'net.0' returns \[16, 16\]; use heads=4 for",
         ),
     ],
 )
@@ -139,8 +139,8 @@ def test_a_mistake_is_refused_with_advice(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (torch.ones(2, 5, 4), r"layer 'a' returns \[2, 5, 4\] for logits \[2, 3\], and a cache holds one vector"),
-        (torch.full((2, 4), 1e6), r"layer 'a' returns values up to 1e\+06, and a cache holds float16"),
+        (torch.ones(2, 5, 4), r"layer 'a' returns \[2, 5, 4\] for logits \[2, 3\], but a cache holds one vector"),
+        (torch.full((2, 4), 1e6), r"layer 'a' returns values up to 1e\+06, but a cache stores float16"),
     ],
 )
 def test_states_that_a_cache_cannot_hold_are_refused(state: Tensor, message: str, tmp_path: Path) -> None:

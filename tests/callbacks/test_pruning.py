@@ -199,7 +199,7 @@ def test_resuming_with_other_settings_or_layers_is_an_error(tmp_path: Path) -> N
     path = str(saved(tmp_path, MagnitudePruning(0.5)))
     with pytest.raises(QatkitError, match=r"ramp: the checkpoint was pruned with .*0\.5.* this run would .*0\.8"):
         trainer(MagnitudePruning(0.8)).fit(Classifier(), batches(), ckpt_path=path)
-    with pytest.raises(QatkitError, match=r"layers: the checkpoint was pruned with {}, and this run would"):
+    with pytest.raises(QatkitError, match=r"layers: the checkpoint was pruned with {}, but this run would"):
         trainer(MagnitudePruning(0.5, layers={"net.2": 0.0})).fit(Classifier(), batches(), ckpt_path=path)
 
 
@@ -207,7 +207,7 @@ def test_resuming_with_patterns_that_miss_a_pruned_layer_is_an_error(tmp_path: P
     path = str(saved(tmp_path, MagnitudePruning(0.5)))
     only = MagnitudePruning(0.5, include=["net.2"])
     with pytest.raises(
-        QatkitError, match=r"the checkpoint has pruned weights in layer 'net.0', and no callback would keep"
+        QatkitError, match=r"the checkpoint has pruned weights in layer 'net.0', but no callback would keep"
     ):
         trainer(only).fit(Classifier(), batches(), ckpt_path=path)
     module = Classifier()

@@ -139,7 +139,7 @@ def test_a_layer_that_does_not_fit_is_named_and_the_module_is_unchanged() -> Non
 
     convolution = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 8, 2), nn.Flatten(), nn.Linear(8, 3))
     refused(
-        Classifier(convolution), one_shot("wanda", sparsity=0.5), "'wanda' prunes only linear layers, and layer 'net.1'"
+        Classifier(convolution), one_shot("wanda", sparsity=0.5), "'wanda' prunes only linear layers, but layer 'net.1'"
     )
     refused(Classifier(), one_shot("sparsegpt", nm=(2, 3)), "groups of 3 do not divide the inputs of layer 'net.0'")
     refused(Classifier(), one_shot("wanda", sparsity=0.97), "layer 'net.0' would keep 0 of its 128 weights")

@@ -104,7 +104,7 @@ def test_what_cannot_write_is_refused(tmp_path: Path, tokenizer: Any) -> None:
         trainer(TextSamples(1, PROMPTS, path)).fit(module(), loader(2))
     with pytest.raises(QatkitError, match="prompts: Classifier cannot generate text"):
         trainer(TextSamples(1, PROMPTS, path, tokenizer=tokenizer)).fit(Classifier(), batches())
-    with pytest.raises(QatkitError, match=r"prompts: .* add up to \d+ tokens, and the model has 64 positions"):
+    with pytest.raises(QatkitError, match=r"prompts: .* add up to \d+ tokens, but the model has only 64 positions"):
         trainer(TextSamples(1, PROMPTS, path, 60, tokenizer)).fit(module(), loader(2))
     with pytest.raises(QatkitError, match=r"prompts: 'Ada' is not a list; use \['Ada'\]"):
         TextSamples(1, "Ada", path)

@@ -39,6 +39,6 @@ def test_dynamic_activations_are_refused_for_onnx_before_training() -> None:
 
 def test_text_models_are_refused_for_onnx_by_their_task() -> None:
     with pytest.raises(
-        QatkitError, match=r"export\.format: stage .* one input tensor, and models for the task 'causal'"
+        QatkitError, match=r"export\.format: stage .* one input tensor, but models for the task 'causal'"
     ):
         validate_recipe(load_recipe("llm/int4_qat", ["export.format=onnx"]))

@@ -185,7 +185,7 @@ def constant_is_gone(graph: Any) -> None:
         (one_code, r"layer 'conv2': weights as the runtime decodes them: 1 of 4608 differ"),
         (one_scale, r"layer 'conv2': scales of the weight: 1 of 32 differ, the first at \[5, 0\]"),
         (one_zero_point, r"layer 'conv2': zero points of the weight: 1 of 32 differ"),
-        (one_bias, r"layer 'conv2': the bias: 1 of 32 codes stand for another value, the first at \[7\]"),
+        (one_bias, r"layer 'conv2': the bias: 1 of 32 codes represent another value, the first at \[7\]"),
         (bias_scale, r"layer 'conv2': the bias's scale, against weight scale x input scale: 1 of 32 differ"),
         (input_scale, r"layer 'conv2': scale of the input: 1 of 1 differ"),
         (input_zero_point, r"layer 'conv2': zero point of the input: 1 of 1 differ"),

@@ -83,7 +83,7 @@ def data(**values: Any) -> Any:
 def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> None:
     model = tiny("gpt2")
     check_data(model, data(tokenizer=range(300), context=64))
-    with pytest.raises(QatkitError, match=r"the tokenizer has 301 tokens, and the model's vocabulary 300"):
+    with pytest.raises(QatkitError, match=r"the tokenizer has 301 tokens, but the model's vocabulary has 300"):
         check_data(model, data(tokenizer=range(301)))
     with pytest.raises(QatkitError, match=r"data\.args\.context: 65 is longer than the 64 positions of the model"):
         check_data(model, data(context=65))
@@ -91,7 +91,7 @@ def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> No
     with pytest.raises(QatkitError, match=r"data\.args\.classes: 2 classes do not fit the 3 outputs"):
         check_data(classifier, data(classes=["a", "b"]))
     model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
-    with pytest.raises(QatkitError, match=r"apart only in batches of 1; use batch_size: 1"):
+    with pytest.raises(QatkitError, match=r"separates packed documents only with batch_size 1; use batch_size: 1"):
         check_data(model, data(packed=True))
     check_data(model, data(packed=True, batch_size=1))
     check_data(torch.nn.Linear(2, 2), data(tokenizer=range(301)))

@@ -121,7 +121,7 @@ def test_foreign_code_needs_permission_to_be_validated_too(recipe_file: Path) ->
         (
             ["stages.qat.quantize={activation: {num_bits: 8, strategy: token}, init: gptq}"],
             "stages.qat.quantize.init",
-            ["gptq sets weights and their scales, and no weight is quantized"],
+            ["gptq sets weights and their scales, but no weight is quantized"],
         ),
         (["model.factory=validation_code:nett"], "model.factory", ["no 'nett'", "did you mean 'net'?"]),
         (["model.args.widht=8"], "model.args.widht", ["no such argument", "'width'?"]),

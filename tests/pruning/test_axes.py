@@ -74,7 +74,7 @@ def test_a_llama_that_differs_from_its_config_is_refused_with_the_difference() -
         prefix_of(wide)
     short = llama()
     del short.model.layers[0]
-    with pytest.raises(QatkitError, match="it has 1 layers, and its config says 2"):
+    with pytest.raises(QatkitError, match="it has 1 layers, but its config says 2"):
         prefix_of(short)
     silent = llama()
     del silent.config.num_key_value_heads

@@ -27,7 +27,7 @@ def test_2_of_4_sparsity_is_recognized() -> None:
 
 def test_a_model_without_a_gpu_is_refused_and_unchanged() -> None:
     model = network()
-    with pytest.raises(QatkitError, match=r"layer '0' is on cpu, and 2:4 kernels need an NVIDIA GPU; use model\.cu"):
+    with pytest.raises(QatkitError, match=r"layer '0' is on cpu, but 2:4 kernels need an NVIDIA GPU; use model\.cu"):
         use_sparse_kernels(model)
     assert type(model[0].weight) is nn.Parameter
 

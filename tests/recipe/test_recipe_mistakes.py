@@ -87,7 +87,7 @@ def recipe_file(tmp_path: Path) -> Path:
         ("seed={a: 1, a: 2}", "seed.a", ["duplicate of the key in line 1"]),
         # renamed, or of another version
         ("stages.dense.lottery={rounds: 1, share: 0.2}", "stages.dense.lottery.share", ["renamed; use 'fraction'"]),
-        ("schema_version=2", "schema_version", ["written for schema 2, and this qatkit reads 1", "port the recipe"]),
+        ("schema_version=2", "schema_version", ["written for schema 2, but this qatkit reads 1", "port the recipe"]),
         ("schema_version=true", "schema_version", ["written for schema True"]),
         ("export={format: }", "export.format", ["has no value", "null for none"]),
     ],
@@ -152,7 +152,7 @@ def test_a_mistake_in_the_file_names_the_file(
         (b"\xff\xfe\x00", ["is not UTF-8 text"]),
         (b"[" * 5000, ["nested too deeply"]),
         (b"seed: " + b"9" * 5000, ["not valid YAML"]),
-        (b"a: &a [1, *a]", ["a[1]", "the alias stands for a block that contains it"]),
+        (b"a: &a [1, *a]", ["a[1]", "the alias refers to a block that contains it"]),
         (
             b"a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
             b"d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]",

@@ -85,7 +85,7 @@ def test_two_of_four_zeros_survive_distillation_and_int4_training_and_ship_as_co
 )
 def test_zeros_of_a_stage_stay_when_a_later_one_prunes_more_or_elsewhere(again: str, done: Run, tmp_path: Path) -> None:
     stages = RECIPE[: RECIPE.index("  ptq:")] + f"  more: {{max_steps: 12, lr: 1.0e-2, prune: {again}}}\n"
-    if "srste" in again:  # the one method that chooses its layers' zeros anew
+    if "srste" in again:  # the one method that recomputes its masks
         stages = stages.replace("prune: {nm: [2, 4]}", "prune: {nm: [2, 4], include: ['1']}")
     (tmp_path / "more.yaml").write_text(stages + "export: {format: dense}\n")
     run = Run(load_recipe(str(tmp_path / "more.yaml")), tmp_path / "run")
@@ -238,10 +238,10 @@ def test_an_invalid_prune_block_is_refused_before_anything_runs(tmp_path: Path, 
 def test_methods_that_fit_no_layer_or_no_strategy_are_refused_before_anything_runs(tmp_path: Path) -> None:
     cnn = ["model={factory: 'qatkit.models:cnn'}", "stages.prune.prune={method: wanda, sparsity: 0.5}"]
     with pytest.raises(
-        QatkitError, match=r"stages\.prune\.prune: 'wanda' prunes only linear layers, and layer 'conv1'"
+        QatkitError, match=r"stages\.prune\.prune: 'wanda' prunes only linear layers, but layer 'conv1'"
     ):
         validate_recipe(run_of(tmp_path, *cnn).recipe)
-    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' needs complete weights, and fsdp2 shards them"):
+    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' needs unsharded weights, but fsdp2 shards them"):
         run_of(tmp_path, "trainer.strategy=fsdp2", "stages.prune.prune={method: taylor, sparsity: 0.5}")
 
 

@@ -93,7 +93,7 @@ class Sensitivity:
         """Build the record from the data of `to_plain`, which may have been stored as JSON.
 
         Raises:
-            QatkitError: The data has another structure.
+            QatkitError: The data has an unexpected structure.
         """
         try:
             return cls(

@@ -30,8 +30,8 @@ def measure_sensitivity(
     """Measure the loss with each group of layers quantized to each candidate, without training.
 
     Weight scales come from the observers of the specs; static activation scales are calibrated on the data of `loss`.
-    The model runs in eval mode, without gradients and with the same random numbers every time. Afterwards, also after
-    an error, it has the same layers and the same weights, bit for bit.
+    The model runs in eval mode, without gradients and with the same random numbers every time. Layers and weights are
+    restored bit for bit afterwards, even after an error.
 
     Args:
         model: Any module with plain layers.

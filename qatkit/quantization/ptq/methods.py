@@ -28,7 +28,7 @@ class Method:
     needs_weights: bool = True
     """The method has nothing to do where no weight is quantized."""
     stored_scales: bool = False
-    """The method sets weight scales, so scales that are computed on every forward pass are refused."""
+    """The method sets weight scales, so scales that are computed on every forward pass are rejected."""
     second_moment: bool = True
     """Inputs are summed up as a second moment ``[in, in]``; otherwise a sample of their rows is kept."""
     keeps_zeros: bool = True

@@ -51,7 +51,7 @@ def apply_ptq(
     Args:
         model: A model from `prepare_qat`.
         method: A name of `METHODS`.
-        batches: Inputs of `forward`; all are kept in memory, and one activation of each for the current block.
+        batches: Inputs of `forward`. All batches stay in memory, plus one activation per batch for the current block.
         forward: Runs the model on one batch; `model(batch)` by default.
 
     Returns:
@@ -93,7 +93,7 @@ def check_method(model: nn.Module, method: str) -> None:
         raise QatkitError(f"{method}: the model has no fake-quantized layer", advice="call prepare_qat first")
     if not weights and row.needs_weights:
         raise QatkitError(
-            f"{method} sets weights and their scales, and no weight is quantized", advice="add a weight spec"
+            f"{method} sets weights and their scales, but no weight is quantized", advice="add a weight spec"
         )
     if row.reads_batches:
         _BatchMethod(model, row, Undo()).folds(find_blocks(model))
@@ -153,7 +153,7 @@ class _BatchMethod:
         """Process block after block, then the layers outside the blocks."""
         if not batches:
             raise QatkitError(
-                f"{self.method.name} got no batch and needs at least one", key="batches",
+                f"{self.method.name} needs at least one batch, but got none", key="batches",
                 advice="pass a data loader that is not empty",
             )  # fmt: skip
         layers, blocks = list(self.names), find_blocks(self.model)

@@ -51,9 +51,9 @@ def smoothquant_search(
     """Find the scales of equation 4 with the least output error.
 
     Weights and inputs are both quantized. Xiao et al. choose one alpha per model from a grid (section 5.1). The best
-    alpha differs from input to input, so here each input has its own, and no scales where none reduces the error. Each
-    alpha is also tried with half of every input's range instead of its largest magnitude, as later implementations do,
-    and with its mean magnitude.
+    alpha differs between inputs, so each input has its own here; an input is left unscaled if no alpha reduces the
+    error. Each alpha is also tried with half of every input's range instead of its largest magnitude, as later
+    implementations do, and with its mean magnitude.
 
     Args:
         weights: The layers that read the input, each ``[out, in]``.
