@@ -37,7 +37,8 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
         QatkitError: the checkpoint was saved without `QuantizationAwareTraining`.
 
     Example:
-        >>> load_quantized(MyModule(), "last.ckpt")  # doctest: +SKIP  # needs a trained checkpoint
+        >>> # needs a checkpoint of a trained module
+        >>> load_quantized(MyModule(), "last.ckpt")  # doctest: +SKIP
     """
     try:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)

@@ -83,7 +83,8 @@ def text_windows(context: int = 128, vocab_size: int = 2048) -> tuple[Tensor, Te
     """Return training, validation and test windows of the standard library, each ``[N, context]`` int64.
 
     Example:
-        >>> train, val, test = text_windows(context=64)  # doctest: +SKIP  # tokenizes 8 MB on first use
+        >>> # tokenizes 8 MB on first use
+        >>> train, val, test = text_windows(context=64)  # doctest: +SKIP
     """
     folder = stdlib_tokens(vocab_size)
 

@@ -34,7 +34,8 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
             torch supports none of the layers.
 
     Example:
-        >>> names = use_sparse_kernels(model.cuda().bfloat16(), exclude=["lm_head"])  # doctest: +SKIP  (needs a GPU)
+        >>> # needs a GPU
+        >>> names = use_sparse_kernels(model.cuda().bfloat16(), exclude=["lm_head"])  # doctest: +SKIP
     """
     chosen = prunable_layers(model, include, exclude)
     layers = {name: layer for name, layer in chosen.items() if isinstance(layer, nn.Linear)}
