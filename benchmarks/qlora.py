@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qatkit import QuantSpec, prepare_qat
 from qatkit.data import stdlib_text
-from qatkit.lora.attach import Adapter, attach, base_layers, target_layers
+from qatkit.lora.attachment import Adapter, attach, base_layers, target_layers
 from qatkit.lora.bits import quantize_base
 from qatkit.models import llama
 from qatkit.tasks import answers, call, evaluate, token_loss

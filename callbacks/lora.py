@@ -17,7 +17,7 @@ from qatkit.callbacks.quantization import QuantizationAwareTraining
 from typing_extensions import override
 
 from qatkit.errors import QatkitError, did_you_mean
-from qatkit.lora.attach import Adapter, attach, base_layers, check_inside, target_layers
+from qatkit.lora.attachment import Adapter, attach, base_layers, check_inside, target_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.lora.heads import check_heads, classification_heads
 from qatkit.quantization.layers import QATLayer

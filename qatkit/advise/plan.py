@@ -15,7 +15,7 @@ from qatkit import stages as blocks
 from qatkit.advise.step_memory import StepMemory, state_memory, step_memory
 from qatkit.advise.text_step import has_fused_loss, text_step
 from qatkit.common.device import device_count, device_type
-from qatkit.lora.attach import base_layers
+from qatkit.lora.attachment import base_layers
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
 from qatkit.recipe.factories import resolve

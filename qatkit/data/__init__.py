@@ -8,10 +8,10 @@ from qatkit.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from qatkit.data.causal import causal_text as causal_text
-    from qatkit.data.chat import chat as chat
     from qatkit.data.classification import text_classification as text_classification
+    from qatkit.data.conversations import chat as chat
     from qatkit.data.datamodule import SplitDataModule as SplitDataModule
-    from qatkit.data.digits import digits as digits
+    from qatkit.data.handwritten import digits as digits
     from qatkit.data.masked import masked_text as masked_text
     from qatkit.data.pairs import text_pairs as text_pairs
     from qatkit.data.source import Source as Source
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "qatkit.data.causal": ["causal_text"],
-    "qatkit.data.chat": ["chat"],
+    "qatkit.data.conversations": ["chat"],
     "qatkit.data.classification": ["text_classification"],
     "qatkit.data.datamodule": ["SplitDataModule"],
-    "qatkit.data.digits": ["digits"],
+    "qatkit.data.handwritten": ["digits"],
     "qatkit.data.masked": ["masked_text"],
     "qatkit.data.pairs": ["text_pairs"],
     "qatkit.data.source": ["Source"],

@@ -8,18 +8,18 @@ from qatkit.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from qatkit.lora.adapter_files import save_adapter as save_adapter
-    from qatkit.lora.attach import Adapter as Adapter
-    from qatkit.lora.attach import adapted_layers as adapted_layers
-    from qatkit.lora.attach import attach as attach
-    from qatkit.lora.attach import merge as merge
-    from qatkit.lora.attach import target_layers as target_layers
+    from qatkit.lora.attachment import Adapter as Adapter
+    from qatkit.lora.attachment import adapted_layers as adapted_layers
+    from qatkit.lora.attachment import attach as attach
+    from qatkit.lora.attachment import merge as merge
+    from qatkit.lora.attachment import target_layers as target_layers
     from qatkit.lora.bits import dequantized as dequantized
     from qatkit.lora.bits import quantize_base as quantize_base
     from qatkit.lora.layers import AdaptedLinear as AdaptedLinear
     from qatkit.lora.layers import AdaptedQATLinear as AdaptedQATLinear
 
 _HOMES = {
-    "qatkit.lora.attach": ["Adapter", "adapted_layers", "attach", "merge", "target_layers"],
+    "qatkit.lora.attachment": ["Adapter", "adapted_layers", "attach", "merge", "target_layers"],
     "qatkit.lora.adapter_files": ["save_adapter"],
     "qatkit.lora.bits": ["dequantized", "quantize_base"],
     "qatkit.lora.layers": ["AdaptedLinear", "AdaptedQATLinear"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.lora.attach import adapted_layers, adapter_of, factors_of, peft_config
+from qatkit.lora.attachment import adapted_layers, adapter_of, factors_of, peft_config
 from qatkit.lora.heads import classification_heads, inside_of
 from qatkit.lora.layers import AdaptedWeight
 from qatkit.quantization.modules import full_tensor

@@ -17,7 +17,7 @@ from qatkit import stages as blocks
 from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
 from qatkit.callbacks.non_finite import non_finite_anywhere
 from qatkit.errors import QatkitError
-from qatkit.lora.attach import to_full_precision
+from qatkit.lora.attachment import to_full_precision
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.progress import Style, progress_callbacks

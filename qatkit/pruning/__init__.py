@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from qatkit.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from qatkit.pruning.channel_scores import channel_scores as channel_scores
-    from qatkit.pruning.channel_scores import taylor_channel_scores as taylor_channel_scores
+    from qatkit.pruning.channel_importance import channel_scores as channel_scores
+    from qatkit.pruning.channel_importance import taylor_channel_scores as taylor_channel_scores
     from qatkit.pruning.channels import prune_channels as prune_channels
     from qatkit.pruning.gradient import gradient_scores as gradient_scores
     from qatkit.pruning.gradient import prune_by_gradient as prune_by_gradient
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qatkit.pruning.weight_importance import taylor_importance as taylor_importance
 
 _HOMES = {
-    "qatkit.pruning.channel_scores": ["channel_scores", "taylor_channel_scores"],
+    "qatkit.pruning.channel_importance": ["channel_scores", "taylor_channel_scores"],
     "qatkit.pruning.channels": ["prune_channels"],
     "qatkit.pruning.gradient": ["gradient_scores", "prune_by_gradient"],
     "qatkit.pruning.layers": ["prunable_layers"],

@@ -123,7 +123,7 @@ IMPORTANCES = Table(
             "activation",
             "magnitude of the activations on the calibration batches",
             transformer="qatkit.pruning.structure:importance",
-            channels="qatkit.pruning.channel_scores:channel_scores",
+            channels="qatkit.pruning.channel_importance:channel_scores",
             measures="outputs",
         ),
         ImportanceMeasure(
@@ -135,7 +135,7 @@ IMPORTANCES = Table(
             "taylor",
             "first-order change of the loss when the part is removed, on the calibration batches",
             transformer="qatkit.pruning.weight_importance:taylor_importance",
-            channels="qatkit.pruning.channel_scores:taylor_channel_scores",
+            channels="qatkit.pruning.channel_importance:taylor_channel_scores",
             measures="loss",
         ),
     ],

@@ -97,9 +97,8 @@ def _read_object(cls: type[Any], value: Any, path: str, resolved: bool) -> Any:
             return cls(**arguments)
         except QatkitError:
             raise
-        except ValueError as error:  # blocks whose own errors have no fields yet
-            key, _, problem = str(error).partition(": ")
-            raise QatkitError(problem, key=key) from None
+        except ValueError as error:  # from a dataclass of the user's code
+            raise QatkitError(str(error)) from error
 
 
 def _read_union(options: tuple[Any, ...], value: Any, path: str, resolved: bool) -> Any:

@@ -16,7 +16,7 @@ from qatkit.distillation.features import pair_layers
 from qatkit.distillation.generation import check_length
 from qatkit.distillation.teacher import Teacher
 from qatkit.errors import QatkitError, QatkitWarning, under
-from qatkit.lora.attach import base_layers
+from qatkit.lora.attachment import base_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.recipe import DistillConfig, GenerationConfig, TrainerConfig
 from qatkit.stages.layer_names import STUDENT

@@ -12,7 +12,7 @@ from torch import nn
 from qatkit.common.device import device_type
 from qatkit.errors import QatkitError
 from qatkit.lora.adapter_files import save_adapter
-from qatkit.lora.attach import (
+from qatkit.lora.attachment import (
     Adapter,
     adapted_layers,
     attach,

@@ -15,7 +15,7 @@ from qatkit.common.tables import implementation
 from qatkit.distillation.students import depth_of, student_from_teacher
 from qatkit.errors import QatkitError
 from qatkit.pruning.axes import build_like, prefix_of
-from qatkit.pruning.channel_scores import last_layer
+from qatkit.pruning.channel_importance import last_layer
 from qatkit.pruning.channels import check_channels, prune_channels
 from qatkit.pruning.methods import IMPORTANCES
 from qatkit.pruning.structure import Importance, Shape, shrink

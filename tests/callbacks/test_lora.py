@@ -16,7 +16,7 @@ from qatkit.callbacks import ConstantPruning, LoRA, QuantizationAwareTraining
 from torch import nn
 
 from qatkit import QatkitError, QuantSpec
-from qatkit.lora.attach import adapted_layers, merge
+from qatkit.lora.attachment import adapted_layers, merge
 from tests.callbacks.modules import Classifier, batches, trainer
 
 X = torch.randn(9, 8, generator=torch.Generator().manual_seed(7))

@@ -115,7 +115,7 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("run", "vision/digits_int5"), "did you mean 'vision/digits_int"),
         (("run", "vision/digits_int4", "stages.qat.lrr=1"), "stages.qat.lrr: unknown key"),
         (("run", "vision/digits_int4", "stages.qat.quantize.include=[conv9]"), "'conv9' matches no layer"),
-        (("run", "vision/digits_int4", "--until", "end"), "--until: 'end' is no stage"),
+        (("run", "vision/digits_int4", "--until", "end"), "--until: 'end' is not a stage"),
         (("run", "vision/digits_int4", "model.factory=qatkit.cli.main:subprocess.run"), "model.factory"),
         (("run", "vision/digits_int4", "model.factory=os:system"), "model.factory"),
         (("validate", "vision/digits_int4", "seed=${oc.env:HOME}"), "seed"),
@@ -123,7 +123,7 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("validate", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits has no source"),
         (("verify", "nowhere"), "nowhere: not the folder of a run"),
         (("show", "vision/digits"), "vision/digits"),
-        (("plan", "vision/digits_int4"), "no config that says how many layers and heads"),
+        (("plan", "vision/digits_int4"), "has no config with the number of layers and heads"),
     ],
 )
 def test_a_mistake_is_one_message_with_exit_code_2_and_leaves_nothing(

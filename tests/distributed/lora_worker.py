@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QuantSpec, prepare_qat
-from qatkit.lora.attach import Adapter, attach, merge, to_full_precision
+from qatkit.lora.attachment import Adapter, attach, merge, to_full_precision
 
 STEPS, BATCH, NAMES = 6, 16, ["0", "2"]
 SPEC = QuantSpec(4, strategy="group", group_size=16, observer="lsq")

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.lora.adapter_files import save_adapter
-from qatkit.lora.attach import Adapter, attach, base_layers, merge, target_layers
+from qatkit.lora.attachment import Adapter, attach, base_layers, merge, target_layers
 from tests.lora.test_bits import moved
 from tests.support.texts import VOCAB, tiny_llama
 

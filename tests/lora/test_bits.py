@@ -9,7 +9,7 @@ from bitsandbytes.nn import modules as bnb_modules
 from torch import nn
 
 from qatkit import QatkitError
-from qatkit.lora.attach import Adapter, adapted_layers, attach, merge
+from qatkit.lora.attachment import Adapter, adapted_layers, attach, merge
 from qatkit.lora.bits import check_backend, dequantized, make_safe, quantize_base
 
 FORMATS = [(4, "nf4", True), (4, "nf4", False), (4, "fp4", True), (8, "nf4", True)]

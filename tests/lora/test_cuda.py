@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qatkit.lora.attach import Adapter, attach, merge, to_full_precision
+from qatkit.lora.attachment import Adapter, attach, merge, to_full_precision
 from qatkit.lora.bits import check_backend, dequantized, kind_of, quantize_base
 from tests.lora.test_bits import FORMATS, moved, network
 

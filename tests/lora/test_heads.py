@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.lora.adapter_files import save_adapter
-from qatkit.lora.attach import Adapter, attach, base_layers, merge, target_layers
+from qatkit.lora.attachment import Adapter, attach, base_layers, merge, target_layers
 from qatkit.lora.heads import classification_heads
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe

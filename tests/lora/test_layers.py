@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.export.dense import export_dense
-from qatkit.lora.attach import Adapter, adapted_layers, attach, merge, target_layers
+from qatkit.lora.attachment import Adapter, adapted_layers, attach, merge, target_layers
 from qatkit.lora.layers import AdaptedQATLinear, AdaptedWeight
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.modules import FakeQuantize

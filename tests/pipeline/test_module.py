@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import get_wsd_schedule
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.lora.attach import Adapter, attach, target_layers
+from qatkit.lora.attachment import Adapter, attach, target_layers
 from qatkit.pipeline.learning_rate import SCALE_LR, lr_factor, parameter_groups
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.sharding import parallelize

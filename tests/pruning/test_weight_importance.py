@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qatkit import QatkitError
 from qatkit.models import cnn
-from qatkit.pruning.channel_scores import channel_scores, last_layer, taylor_channel_scores
+from qatkit.pruning.channel_importance import channel_scores, last_layer, taylor_channel_scores
 from qatkit.pruning.structure import Shape, shrink
 from qatkit.pruning.weight_importance import magnitude_importance, taylor_importance
 

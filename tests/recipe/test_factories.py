@@ -136,7 +136,7 @@ def test_a_foreign_module_is_refused_before_it_is_imported(
     [
         ("qatkit.models.vision:nn.Linear", "torch.nn"),
         ("qatkit.models.vision:nn.modules.torch.hub.load", "torch.nn"),
-        ("qatkit.data.digits:torch.load", "torch"),
+        ("qatkit.data.handwritten:torch.load", "torch"),
         ("qatkit.models.vision:Sequence", "collections.abc"),
         ("qatkit.data.datamodule:LightningDataModule", "lightning"),
         ("qatkit.data.datamodule:DataLoader", "torch.utils.data"),
@@ -156,7 +156,7 @@ def test_what_a_qatkit_module_imports_is_not_qatkits(name: str, owner: str) -> N
         "qatkit.recipe.factories:resolve",  # would import what it is told to
         "qatkit.recipe.factories:build",
         "qatkit.pipeline.runner:run_stages",
-        "qatkit.data.digits:QatkitError",
+        "qatkit.data.handwritten:QatkitError",
         "qatkit:models.cnn",
         "qatkit_evil:cnn",
         "qatkit.models_evil:cnn",

@@ -169,7 +169,7 @@ def test_a_file_that_is_not_a_recipe_is_refused(recipe_file: Path, content: byte
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_recipe() -> None:
-    with pytest.raises(QatkitError, match=r"'vision/digit_int4': no such file .* 'vision/digits_int4'\?"):
+    with pytest.raises(QatkitError, match=r"'vision/digit_int4': no such file.* 'vision/digits_int4'\?"):
         load_recipe("vision/digit_int4")
 
 
