@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
 from qatkit.callbacks.launchers import refuse_spawn
@@ -116,6 +117,8 @@ class QuantizationAwareTraining(Callback):
             return  # fit, then validate and test: swap only once
         refuse_spawn(trainer, "QuantizationAwareTraining")
         self._check_order(trainer)
+        self._check_precision(trainer)
+        self._precede_finders(trainer)
         # all checks come before the first change, so an error leaves the module as it was
         how = (self.weight, self.activation, self.include, self.exclude, self.overrides, self.kv_cache)
         select(pl_module, *how)
@@ -140,16 +143,40 @@ class QuantizationAwareTraining(Callback):
         self._ptq_done = True  # a second fit continues from the first
         if not all(fq.ready for _, fq in self._own(pl_module)):
             self._calibrate(trainer, pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning
+            average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
+            if average is not None and average.n_averaged == 0:  # a copy from before the scales were set
+                average.module.load_state_dict(pl_module.state_dict())
 
     def _check_order(self, trainer: Trainer) -> None:
         for earlier in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]  # set by Lightning
-            if isinstance(earlier, WeightAveraging):
+            if isinstance(earlier, WeightAveraging | StochasticWeightAveraging):
                 raise QatkitError(
                     f"{type(earlier).__name__} copies the module before its layers are quantized, so it would average "
                     "unquantized weights",
                     key="callbacks",
                     advice="put QuantizationAwareTraining before it",
                 )
+
+    def _precede_finders(self, trainer: Trainer) -> None:
+        """Move finders, which Lightning puts first, behind this callback: they train, so scales must be set before."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+        others = [c for c in callbacks if not isinstance(c, LearningRateFinder | BatchSizeFinder)]
+        own = others.index(self) + 1
+        finders = [c for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)]
+        trainer.callbacks = [*others[:own], *finders, *others[own:]]  # type: ignore[attr-defined]
+
+    def _check_precision(self, trainer: Trainer) -> None:
+        """Raise an error where learned float32 scales would be sharded together with half-precision weights."""
+        specs = [self.weight, self.activation, *(spec for s in self.overrides.values() for spec in vars(s).values())]
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy)
+        if sharded and str(trainer.precision).endswith("16-true") and any(spec and spec.learned for spec in specs):
+            raise QatkitError(
+                f"'{trainer.precision}' is not supported with learned scales on {type(trainer.strategy).__name__}: it "
+                "shards parameters of one dtype together, and scales are float32",
+                key="precision",
+                advice="use bf16-mixed, or observer: mse, whose scales are buffers",
+            )
 
     @property
     @override

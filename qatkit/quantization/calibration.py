@@ -83,14 +83,14 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
     device = kept.device
     # [-low, high] per layer and the number of batches, in one buffer for one MAX. A rank without a value has -inf. NaN
     # becomes inf: a MAX may drop NaN, and if only one rank raised an error the others would wait for ever.
-    unseen = torch.full((2,), -torch.inf)
+    unseen = torch.full((2,), -torch.inf, dtype=torch.float32)
     rows = [
         unseen
         if o.low is None or o.high is None
         else torch.cat([-o.low, o.high]).cpu().nan_to_num(torch.inf, torch.inf, -torch.inf)
         for o in observers
     ]
-    joined = torch.stack([*rows, torch.full((2,), float(count))]).to(device)
+    joined = torch.stack([*rows, torch.full((2,), float(count), dtype=torch.float32)]).to(device)
     # sums over the calls, and the histograms of observers that need one, in one buffer for one SUM
     sums = torch.cat([torch.cat([o.sums.nan_to_num(), *_counts(o)]) for o in observers]).to(device)
     if dist.is_available() and dist.is_initialized():

@@ -96,7 +96,7 @@ def mse_qparams(
     tensor_scale = tensor_scale_of(torch.maximum(-low, high), spec) if spec.two_level else None
     best_scale, best_zero_point = choose_qparams(low, high, spec, tensor_scale)
     best = _squared_error(x, best_scale, best_zero_point, spec, weights)
-    for fraction in torch.linspace(1.0, smallest, steps)[1:].tolist():
+    for fraction in torch.linspace(1.0, smallest, steps, dtype=torch.float32)[1:].tolist():
         scale, zero_point = choose_qparams(low * fraction, high * fraction, spec, tensor_scale)
         error = _squared_error(x, scale, zero_point, spec, weights)
         better = error < best

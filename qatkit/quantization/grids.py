@@ -104,7 +104,7 @@ class Codebook:
     """
 
     def __init__(self, values: list[float]) -> None:
-        self.values = torch.tensor(values)
+        self.values = torch.tensor(values, dtype=torch.float32)
 
     def round(self, v: Tensor) -> Tensor:
         return self.decode(self.encode(v, v), v)

@@ -52,9 +52,9 @@ class LayerWatch:
         weight = full_tensor(layer.matrix if isinstance(layer, QATLayer) else layer.weight)
         every = -(-weight.numel() // SAMPLE)
         sample = weight[::every].float()
-        missing = torch.full((), torch.nan, device=weight.device)
+        missing = torch.full((), torch.nan, dtype=torch.float32, device=weight.device)
         if not isinstance(layer, QATLayer) or (fake_quant := layer.weight_fake_quant) is None:
-            nothing = torch.zeros((), device=weight.device)
+            nothing = torch.zeros_like(missing)
             numbers = torch.stack([nothing, nothing, (sample == 0).float().mean(), missing])
             scale = None
         else:

@@ -160,16 +160,16 @@ def _kl_fraction(values: Tensor, weights: Tensor, spec: QuantSpec) -> float:
     low, high = values.amin(), values.amax()
     if spec.symmetric:
         values = values.abs()
-        low = torch.zeros(())
+        low = torch.zeros_like(high)
         high = values.amax()
     if high <= low:
         return 1.0
     step = (high - low) / _KL_BINS
     bins = torch.zeros(_KL_BINS, dtype=torch.float64)
     bins.index_add_(0, ((values - low) / step).long().clamp(max=_KL_BINS - 1), weights)
-    middles = low + (torch.arange(_KL_BINS) + 0.5) * step
+    middles = low + (torch.arange(_KL_BINS, dtype=torch.float32) + 0.5) * step
     best, best_fraction = float("inf"), 1.0
-    for fraction in torch.linspace(1.0, 0.05, 191).tolist():
+    for fraction in torch.linspace(1.0, 0.05, 191, dtype=torch.float32).tolist():
         # fake quantization maps every bin to the value of its code, which identifies the code
         scale, zero_point = choose_qparams(
             (low if not spec.symmetric else -high).view(1) * fraction, high.view(1) * fraction, spec

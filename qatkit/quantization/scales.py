@@ -96,7 +96,7 @@ def _mx_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
     """
     mantissa, exponent = torch.frexp(largest)
     carries = mantissa * 2 >= (1.9375 if spec.num_bits == 6 else 1.75)
-    emax = torch.frexp(torch.tensor(float(spec.qmax)))[1].to(exponent.device)
+    emax = torch.frexp(torch.tensor(spec.qmax, dtype=torch.float32))[1].to(exponent.device)
     return torch.where(largest > 0, torch.exp2((exponent + carries.int() - emax).float().clamp(-127, 127)), 0.0)
 
 

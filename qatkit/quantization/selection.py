@@ -93,7 +93,7 @@ def select(
             f"include {list(include)} without exclude {list(exclude)} selects no layer", key="exclude",
             advice="exclude fewer layers",
         )  # fmt: skip
-    _warn_of_skipped(others, excluded, patterns)
+    _warn_of_skipped(model, others, excluded, patterns)
     check_ties(model, chosen)
     for name, scheme in chosen.items():
         with under(keys[name]):
@@ -174,23 +174,37 @@ def _check_pattern(
         raise QatkitError(f"'{pattern}' matches no layer", key=key, advice=did_you_mean(pattern, candidates))
 
 
-def _warn_of_skipped(others: Mapping[str, nn.Module], excluded: set[str], patterns: Sequence[str]) -> None:
-    skipped = [
-        f"{name} ({type(module).__name__})"
+def _warn_of_skipped(
+    model: nn.Module, others: Mapping[str, nn.Module], excluded: set[str], patterns: Sequence[str]
+) -> None:
+    skipped = {
+        name: module
         for name, module in others.items()
         if _has_weight_matrix(module) and name not in excluded and _matches(name, module, patterns)
-    ]
-    if skipped:
-        warnings.warn(
-            f"not quantized, because these types are not supported: {', '.join(skipped[:8])}"
-            f"{f' and {len(skipped) - 8} more' if len(skipped) > 8 else ''}; name them in exclude to accept that",
-            QatkitWarning,
-            stacklevel=4,
-        )
+    }
+    if not skipped:
+        return
+    names = [f"{name} ({type(module).__name__})" for name, module in skipped.items()]
+    left, total = (
+        sum(weight.numel() for weight in _matrices(modules)) for modules in (skipped.values(), model.modules())
+    )
+    warnings.warn(
+        f"not quantized, because these types are not supported: {', '.join(names[:8])}"
+        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; they hold {100 * left / max(total, 1):.1f} % of "
+        "the model's weights; name them in exclude to accept that",
+        QatkitWarning,
+        stacklevel=4,
+    )
+
+
+def _matrices(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
+    """Return the parameters of at least two dimensions that belong to the modules themselves, each once."""
+    own = (parameter for module in modules for parameter in module.parameters(recurse=False))
+    return {id(parameter): parameter for parameter in own if parameter.dim() >= 2}.values()
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
     """Whether a module belongs to the types that hold most weights of a model."""
-    kinds = (*SWAPS, nn.modules.conv._ConvNd, nn.RNNBase)
+    kinds = (*SWAPS, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
     # experts that transformers does not mark have one matrix each, unlike embeddings of tokens or positions
     return isinstance(module, kinds) or any(min(weight.shape) > 1 for _, weight in expert_weights(module))

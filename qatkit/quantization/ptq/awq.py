@@ -55,7 +55,7 @@ def awq_scales(
         if error < least:
             best, least, family, around = scales, error, divides, exponent
 
-    for exponent in torch.linspace(0, 1, grid + 1).tolist():
+    for exponent in torch.linspace(0, 1, grid + 1, dtype=torch.float32).tolist():
         attempt(0.0, exponent)
         attempt(1.0, exponent)
     for step in (
@@ -131,7 +131,7 @@ def awq_clip(
         return best
     least = _slice_error(weight, best, hessian, spec)
     low, high = value_range(weight, spec)
-    for fraction in torch.linspace(1.0, smallest, steps).tolist():
+    for fraction in torch.linspace(1.0, smallest, steps, dtype=torch.float32).tolist():
         tried = choose_qparams(low * fraction, high * fraction, spec)
         error = _slice_error(weight, tried, hessian, spec)
         better = error < least

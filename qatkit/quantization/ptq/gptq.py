@@ -176,7 +176,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         diagonal += added * mean
         lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if int(info) == 0:
-            eye = torch.eye(len(hessian), device=hessian.device)
+            eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             return upper
     raise QatkitError(

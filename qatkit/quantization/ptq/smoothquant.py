@@ -95,7 +95,7 @@ def smoothquant_search(
             best, least, size, around = scales, current, activation, alpha
 
     for activation in (statistics.absmax, statistics.half_range, statistics.magnitude):
-        for alpha in torch.linspace(0, 1, grid + 1).tolist():
+        for alpha in torch.linspace(0, 1, grid + 1, dtype=torch.float32).tolist():
             attempt(activation, alpha)
     for step in (-0.5, -0.25, 0.25, 0.5):
         attempt(size, min(max(around + step / grid, 0.0), 1.0))
