@@ -73,6 +73,7 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
 
     Example:
         >>> import torch
+        >>> import torch
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
         >>> rows, labels = answers(torch.zeros(1, 3, 10), batch)
         >>> rows.shape, labels.tolist()
