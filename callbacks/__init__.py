@@ -1,4 +1,4 @@
-"""Callbacks for any Lightning Trainer, installed as `qatkit.callbacks`. Each loads its module on first use."""
+"""Callbacks for any Lightning Trainer, installed as `qatkit.callbacks`; modules are imported on first use."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class NanWatch:
             mask: True at positions to include ``[...]``; None includes all.
 
         Raises:
-            QatkitError: it contains NaN, and it is on the CPU.
+            QatkitError: it contains NaN and is on the CPU.
         """
         if self._first is None:
             self._first = torch.full((), -1, dtype=torch.int64, device=output.device)

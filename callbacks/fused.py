@@ -28,7 +28,7 @@ from qatkit.distillation.vocabulary import log_trimmed
 from qatkit.errors import QatkitError
 
 ROWS = 256
-"""Rows of logits at a time where only the argmax is needed."""
+"""Number of rows of logits computed at a time if only the argmax is needed."""
 UNSUPPORTED = {"num_items_in_batch", "shift_labels", "logits_to_keep"}
 """Call arguments with which transformers models compute another loss, or fewer logits."""
 

@@ -45,7 +45,7 @@ class Generation:
             )
 
     def fraction_at(self, progress: float) -> float:
-        """The fraction of generated batches at a point of training."""
+        """The fraction of generated batches at a given training progress."""
         return self.fraction(progress) if callable(self.fraction) else self.fraction
 
 
@@ -57,7 +57,7 @@ class Generators:
         sequence_level: The teacher's generation.
 
     Raises:
-        QatkitError: the two fractions add up to more than all batches.
+        QatkitError: the two fractions add up to more than 1.
     """
 
     def __init__(self, on_policy: Generation | None, sequence_level: Generation | None) -> None:
@@ -71,7 +71,7 @@ class Generators:
         fractions = [0.0 if callable(plan.fraction) else plan.fraction for plan in self.plans.values()]
         if sum(fractions) > 1:
             raise QatkitError(
-                f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than all batches",
+                f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than 1",
                 key="on_policy.fraction",
                 advice="use two fractions whose sum is at most 1",
             )
@@ -84,7 +84,7 @@ class Generators:
         student: nn.Module,
         teacher: nn.Module,
     ) -> tuple[Any, ...]:
-        """The arguments of a training step, with generated texts in the batch where a model is chosen to generate.
+        """The arguments of a training step, with generated texts in the batch if a model is chosen to generate them.
 
         Args:
             args: The batch and its number.

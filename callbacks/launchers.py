@@ -11,8 +11,8 @@ from qatkit.errors import QatkitError
 def refuse_spawn(trainer: Trainer, callback: str) -> None:
     """Raise if the Trainer starts its processes with Python's `multiprocessing`.
 
-    Such a process swaps the layers of a copy. Lightning then loads the weights of the copy into the untouched module
-    with ``strict=False``, which drops adapters and scales without an error.
+    Such a process swaps the layers of a copy of the module. Lightning then loads the weights of the copy into the
+    untouched module with ``strict=False``, which drops adapters and scales without an error.
 
     Args:
         trainer: Any Trainer.

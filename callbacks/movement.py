@@ -21,7 +21,7 @@ from qatkit.pruning.shards import local, rows_here, total_counts
 
 
 class MovementPruning(MagnitudePruning):
-    """Prunes the weights that fine-tuning moves towards 0, whatever their magnitude, along a ramp.
+    """Prunes the weights that fine-tuning moves towards 0, regardless of magnitude, along a ramp.
 
     Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683): the score of a weight is the sum over steps of
     ``-w * g``. Unlike in the paper, a pruned weight stays pruned, as with the other pruning callbacks. Scores take 4

@@ -21,11 +21,12 @@ from qatkit.quantization.modules import FakeQuantize
 class NonFiniteSteps(Callback):
     """Skips optimizer steps whose loss or gradient is NaN or infinite, on all processes alike.
 
-    A bad batch then costs one step instead of every weight. With ``precision="16-mixed"`` gradients are not checked:
-    its scaler overflows on purpose and skips those steps itself. Put this callback before those that read gradients.
+    A bad batch then costs one step instead of making every weight NaN. With ``precision="16-mixed"`` gradients are not
+    checked: the gradient scaler overflows on purpose and skips those steps itself. Put this callback before those that
+    read gradients.
 
     Args:
-        limit: Number of bad steps in a row that stops training.
+        limit: Number of consecutive bad steps that stops training.
 
     Raises:
         QatkitError: `limit` was reached; the error names the step, the last checkpoint and any non-finite weight, which
@@ -104,8 +105,8 @@ class FiniteCheckpoint(ModelCheckpoint):
     """Saves a checkpoint at the end of an epoch, unless training could not resume from it.
 
     Args:
-        steps: Nothing is saved while it skips steps, or while a weight is non-finite: the step that made it so may have
-            had a finite loss.
+        steps: `NonFiniteSteps` callback. Nothing is saved while it skips steps, or while a weight is non-finite: the
+            step that caused it may have had a finite loss.
         **options: Options of `ModelCheckpoint`.
     """
 

@@ -21,7 +21,7 @@ from qatkit.pruning.one_shot import check_linear, prune_one_shot
 
 
 class OneShotPruning(PruningCallback):
-    """Prunes before training, calibrated on the first training batches, and keeps the zeros from then on.
+    """Prunes before training, calibrated on the first training batches, and keeps the mask during training.
 
     Under DDP every process uses the weights that the first process pruned. For sharded weights use `MagnitudePruning`.
 

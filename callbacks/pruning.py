@@ -1,4 +1,4 @@
-"""Magnitude pruning of any LightningModule, and a callback that keeps existing zeros."""
+"""Magnitude pruning of any LightningModule, and a callback that keeps an existing mask."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UPDATES = 100
 
 
 class MagnitudePruning(PruningCallback):
-    """Sets the smallest weights to zero, at once or along a ramp, and keeps them at zero.
+    """Sets the smallest weights to zero, in one step or along a ramp, and keeps them at zero.
 
     Without a ramp the weights are pruned once before training, which then recovers the accuracy. Masks are exact:
     ``round(sparsity * n)`` of ``n`` weights are zero, the same ones on any number of processes. Put it before
@@ -274,7 +274,7 @@ class MagnitudePruning(PruningCallback):
 
 
 class ConstantPruning(PruningCallback):
-    """Keeps the zeros that the weights already have, such as those of an earlier stage, and prunes nothing.
+    """Keeps existing zeros, such as those pruned in an earlier stage, and prunes nothing more.
 
     Args:
         include: Globs over layer names of the LightningModule; every one must match a layer.

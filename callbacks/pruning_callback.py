@@ -28,9 +28,9 @@ class PruningCallback(Callback):
 
     The zeros are the mask. Before a step, the mask is read from the weights and applied to their gradients, so that
     clipping and momentum ignore pruned weights. After the step it is applied to the weights, which momentum from an
-    earlier step may have moved. No mask is stored between steps and no module is replaced, so a checkpoint is a plain
-    one. The callback's state records the number of zeros in every pruned layer, counted in the saved weights; on
-    resume, the loaded weights must have the same numbers.
+    earlier step may have moved. No mask is stored between steps and no module is replaced, so checkpoints are plain.
+    The callback's state records the number of zeros in every pruned layer, counted in the saved weights; on resume, the
+    loaded weights must have the same numbers.
 
     Args:
         include: Globs over layer names of the LightningModule; every one must match a layer.

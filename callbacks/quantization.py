@@ -53,7 +53,8 @@ class QuantizationAwareTraining(Callback):
         kv_cache: Quantization of the attention keys and values of a transformers model.
         share_inputs: Give layers with the same input (q/k/v, gate/up) one static scale.
         init: Starting point of weights and scales: "gptq", "awq" or "smoothquant" on the calibration batches, "rtn" or
-            "mse" from the weights only. By default, learned and static weight scales start at the least squared error.
+            "mse" from the weights only. By default, learned and static weight scales
+            start where the squared error is smallest.
         calibration_batches: Number of training batches for static ranges and for `init`.
         calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.

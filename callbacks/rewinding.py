@@ -28,8 +28,8 @@ class WeightRewinding(Callback):
         earlier: The unsharded state dict of the LightningModule at the earlier time, on any device.
 
     Raises:
-        QatkitError: there is no pruning callback before it; the weights do not fit the module; or a kept weight would
-            become 0, and so be indistinguishable from a pruned one.
+        QatkitError: there is no pruning callback before it; the weights do not fit the module; or an unpruned weight
+            would become 0 and so be indistinguishable from a pruned one.
 
     Example:
         >>> from lightning.pytorch import Trainer

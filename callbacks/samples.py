@@ -23,8 +23,8 @@ from qatkit.errors import QatkitError
 class TextSamples(Callback):
     """Completes prompts with the model, and records the texts in a file and as a table on W&B or TensorBoard.
 
-    Decoding is greedy, in eval mode and with isolated random numbers, so training gives the same bits as without it. A
-    resumed run removes samples from after its checkpoint.
+    Decoding is greedy, in eval mode and with isolated random numbers, so training results are bit-identical with and
+    without it. A resumed run removes samples that were written after its checkpoint.
 
     Args:
         every: Optimizer steps between samples.
@@ -34,7 +34,8 @@ class TextSamples(Callback):
         tokenizer: A tokenizer of transformers; by default the attribute ``tokenizer`` of the data module.
 
     Raises:
-        QatkitError: there is no tokenizer, the model cannot generate text, or a text exceeds its positions.
+        QatkitError: there is no tokenizer, the model cannot generate text, or a text is longer than the model's
+            position range.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -1,4 +1,4 @@
-"""The error that a user's mistake raises, the warning qatkit gives, and the suggestion both may end with."""
+"""qatkit's error for user mistakes, its warning, and the suggestions in their messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 
 class QatkitError(ValueError):
-    """A mistake in what the user gave, as fields; rendered as ``key: problem; advice (origin)`` here and nowhere else.
+    """A user mistake as fields; rendered as ``key: problem; advice (origin)`` here and nowhere else.
 
     Args:
         problem: What is wrong, with the value seen.
-        key: Where: a recipe key, an argument, a file. Empty if the problem itself names the place.
-        advice: What to do about it.
-        origin: Which file or override the value comes from.
+        key: Where it is: a recipe key, an argument or a file. Empty if the problem itself names the place.
+        advice: How to fix it.
+        origin: The file or override that the value comes from.
 
     Example:
         >>> print(QatkitError("48 does not divide in_features=64", key="group_size", advice="use 16, 32 or 64"))
@@ -62,7 +62,7 @@ class QatkitError(ValueError):
 
 
 class QatkitWarning(UserWarning):
-    """Something the user asked for has no effect, or works slower or less exactly than it looks."""
+    """A requested setting has no effect, or is slower or less accurate than expected."""
 
 
 def join_key(prefix: str, key: str) -> str:

@@ -43,7 +43,7 @@ def cannot_load(error: BaseException, argument: str, name: str, advice: str, des
 
     Args:
         error: What the library raised.
-        argument: Names the argument.
+        argument: Name of the argument, for the error.
         name: The folder or repository.
         advice: What to do; a gated repository gets its own advice.
         described: What it was loaded as, such as "causal language model".

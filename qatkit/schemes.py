@@ -11,10 +11,10 @@ from qatkit.spec import QuantSpec
 
 @dataclass(frozen=True)
 class Scheme:
-    """Quantization of a layer's weight and of its input; None leaves it unquantized.
+    """Quantization of a layer's weight and of its input; None leaves either unquantized.
 
     Raises:
-        QatkitError: A spec is not supported on its side.
+        QatkitError: A spec is not supported for its role, weight or activation.
     """
 
     weight: QuantSpec | None = None
@@ -110,12 +110,13 @@ SCHEMES: dict[str, Scheme] = {
 def scheme(name: str, observer: str | None = None) -> Scheme:
     """Return the scheme with this name in compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
 
-    The GGUF schemes are the exact formats: blocks of 32 weights, float16 scales and GGUF's scale rule. So converting a
-    model that was trained with one of them loses nothing.
+    The GGUF schemes are the exact formats: blocks of 32 weights, float16 scales and GGUF's scale rule. Converting a
+    model trained with one of them is therefore lossless.
 
     Args:
-        name: In any case.
-        observer: Observer of the weight's scale, such as "lsq"; a name implies none, so the default is minmax.
+        name: Name of the scheme; case does not matter.
+        observer: Observer of the weight's scale, such as "lsq"; minmax by default, because scheme names do not specify
+            one.
 
     Raises:
         QatkitError: The name is unknown, or the observer does not fit.

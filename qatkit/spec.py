@@ -1,4 +1,4 @@
-"""The quantization of one tensor as plain data, without torch.
+"""The quantization of one tensor as plain data; does not import torch.
 
 A recipe, a fake quantizer, an exporter and a verifier all read the same :class:`QuantSpec`, so they agree on ranges,
 granularity and rounding.
@@ -46,7 +46,7 @@ class QuantSpec:
     observer: str = "minmax"
     """How the scale is chosen: from the range (minmax); from the mean magnitude (absmean, ternary weights); by least
     squared error over clipped ranges (mse); from calibration batches, as the mean range (moving_average), a percentile
-    (percentile) or the range with the least KL divergence (kl); or learned, without the zero point (lsq) or with it
+    (percentile) or the range with the smallest KL divergence (kl); or learned, without the zero point (lsq) or with it
     (lsq_plus)."""
     scale_dtype: ScaleDtype = "float32"
     """The dtype that scales are rounded to, in training as in the exported file. float8_e8m0fnu scales are powers of

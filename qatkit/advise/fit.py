@@ -37,7 +37,7 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
         ]
         advice = f"set {'; or '.join(fitting)}" if fitting else "use a smaller model: no known change makes it fit"
         raise QatkitError(
-            f"training needs {format_bytes(plan.on_each)} per device, and {device.name} has "
+            f"training needs {format_bytes(plan.on_each)} per device, but {device.name} has "
             f"{format_bytes(device.memory)}",
             key=f"stages.{plan.stage}",
             advice=f"{advice}; or use --force",

@@ -33,7 +33,7 @@ class Device:
 
     name: str
     memory: int | None
-    """Bytes per process; None where it is not known."""
+    """Bytes per process; None if it is not known."""
     count: int
 
 
@@ -46,7 +46,7 @@ class StagePlan:
     on_each: int
     """Peak bytes per device."""
     unknown: str
-    """The reason why activations are not predicted; empty where they are."""
+    """The reason why activations are not predicted; empty if they are."""
 
 
 def device_of(trainer: TrainerConfig) -> Device:
@@ -80,7 +80,7 @@ class Setting:
     teacher: nn.Module | None
     stage: StageConfig
     context: int | None
-    """Tokens per sample; None where samples are not texts."""
+    """Tokens per sample; None if samples are not texts."""
     autocast: torch.dtype | None
     device: str
     """The device type, such as "cuda"."""
@@ -138,7 +138,7 @@ def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:
 
 
 def _held_teacher(teacher: nn.Module | None, distill: DistillConfig | None) -> nn.Module | None:
-    """The teacher as it is held on the student's device; None where it is not there."""
+    """The teacher as it is held on the student's device; None if it is not there."""
     if teacher is None or distill is None or distill.cache is not None or distill.teacher_device is not None:
         return None
     teacher = copy.deepcopy(teacher)

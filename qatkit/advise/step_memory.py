@@ -208,7 +208,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its _
 
 
 def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:
-    """The result of ``a @ b`` by groups of rows or columns; None where torch infers it."""
+    """The result of ``a @ b`` by groups of rows or columns; None if torch infers it."""
     if offsets is None or a.dtype is torch.bfloat16:
         return None
     if a.dim() == 2 and b.dim() == 2:

@@ -1,4 +1,4 @@
-"""Keep messages that dependencies print about themselves away from the user."""
+"""Suppress messages that dependencies print about themselves."""
 
 from __future__ import annotations
 

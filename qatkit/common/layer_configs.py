@@ -23,7 +23,7 @@ def shorten(config: Any, depth: int, numbers: Sequence[int]) -> None:
     Args:
         config: The config of a transformers model.
         depth: Number of layers before.
-        numbers: Indices of the kept layers, in rising order.
+        numbers: Indices of the kept layers, in ascending order.
 
     Example:
         >>> from types import SimpleNamespace

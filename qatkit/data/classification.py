@@ -50,7 +50,8 @@ def text_classification(
         seed: Determines the training order.
 
     Raises:
-        QatkitError: there are fewer than two classes, a record has no text or no known class, or a split is left empty.
+        QatkitError: there are fewer than two classes, a record has no text or no known class, or a split would be
+            empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule
 

@@ -75,8 +75,8 @@ def masked_text(
         seed: Determines the training order and the hidden tokens.
 
     Raises:
-        QatkitError: the tokenizer has no mask token, a number is out of range, a record has no text, or a split is left
-            empty.
+        QatkitError: the tokenizer has no mask token, a number is out of range, a record has no text, or a split would
+            be empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule
 

@@ -61,7 +61,7 @@ def text_pairs(
         seed: Determines the training order.
 
     Raises:
-        QatkitError: a record lacks one of the texts, or a split is left empty.
+        QatkitError: a record lacks one of the texts, or a split would be empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule
 

@@ -19,7 +19,7 @@ class BadRecord(Exception):
 
     Args:
         problem: What is wrong with it.
-        advice: How to fix it; empty where only the record itself can be fixed.
+        advice: How to fix it; empty if only the record itself can be fixed.
     """
 
     def __init__(self, problem: str, advice: str = "") -> None:

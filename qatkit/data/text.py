@@ -35,7 +35,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     not fill a window are dropped.
 
     Args:
-        open_tokens: Opens the stream, ``[tokens]``, when the first window is read.
+        open_tokens: Function that opens the stream, ``[tokens]``; called when the first window is read.
         context: Window length in tokens, at least 2.
 
     Raises:

@@ -78,7 +78,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         encode: Encodes records as rows; a record that cannot be used becomes a `BadRecord` with the reason.
 
     Raises:
-        QatkitError: a record cannot be used and `source.skip_bad` is off, or a split is left empty.
+        QatkitError: a record cannot be used and `source.skip_bad` is off, or a split would be empty.
     """
     parts = open_parts(source)
     key = {

@@ -49,13 +49,13 @@ def cache_teacher(
         fingerprint: What the cache depends on, such as hashes of model, tokenizer and data order; see `model_hash`.
         k: Classes kept per token.
         temperature: Divides the logits. A cache serves this temperature only.
-        shard_batches: Batches per file, the most that are recomputed after a kill.
+        shard_batches: Batches per file; at most this many are recomputed after a kill.
 
     Returns:
         The number of samples in the cache.
 
     Raises:
-        QatkitError: the folder holds a cache with a different fingerprint, logits hold NaN or have more than three
+        QatkitError: the folder holds a cache with a different fingerprint, logits contain NaN or have more than three
             dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def fingerprint_of(folder: Path) -> dict[str, str]:
-    """The fingerprint of a cache; empty where there is none."""
+    """The fingerprint of a cache; empty if there is none."""
     manifest = folder / MANIFEST
     content: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
     return content
@@ -269,12 +269,11 @@ def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor
 
 
 def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
-    """Refuse to resume a cache whose data come in another order."""
+    """Refuse to resume a cache whose data come in a different order."""
     keys = [key for batch in part for key in sample_keys(*inputs_of(batch))]
     if keys != open_table([path])["key"].to_pylist():
         raise QatkitError(
-            f"the samples of {path} are not those that the data give in its place now: the order, the batch size or "
-            "the data changed",
+            f"the samples of {path} differ from the current data: the order, the batch size or the data changed",
             key=KEY,
             advice=f"delete {folder} and write the cache again",
         )

@@ -15,7 +15,7 @@ from qatkit.errors import QatkitError
 
 @dataclass(frozen=True)
 class Divergence:
-    """One way to measure how far student outputs are from teacher outputs."""
+    """A divergence between student outputs and teacher outputs."""
 
     name: str
     """The value of ``distill.loss``."""
@@ -87,7 +87,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class HiddenLoss:
-    """One way to compare hidden states."""
+    """A loss between hidden states of student and teacher."""
 
     name: str
     """The value of ``distill.hidden.loss``."""

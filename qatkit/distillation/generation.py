@@ -46,7 +46,7 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         )
     if extra := sorted(set(batch) - KEYS):
         raise QatkitError(
-            f"a batch holds {extra}, which a generated text does not have",
+            f"a batch holds {extra}, which generated texts do not have",
             key="prompt",
             advice=f"use data with no entries but {sorted(KEYS)}",
         )

@@ -103,7 +103,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
 
     Args:
         targets: As `unpack` returns them.
-        present: Attention mask of the batch ``[samples, length]``; None where no sample is padded.
+        present: Attention mask of the batch ``[samples, length]``; None if no sample is padded.
     """
     if present is None or bool(present.all()):
         return targets

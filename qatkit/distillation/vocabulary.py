@@ -1,4 +1,4 @@
-"""One tokenizer, two vocabulary paddings: trim student and teacher logits to their shared tokens."""
+"""Trim student and teacher logits to their shared tokens, if their vocabularies are padded differently."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _IGNORED = {"quantization_config", "architectures", "dtype", "torch_dtype", "tra
 
 
 def export_config(model: nn.Module) -> Any:
-    """The config that describes a model's weights; None where it has no config of transformers.
+    """The config that describes a model's weights; None if it has no config of transformers.
 
     With ``tie_word_embeddings: true``, a config would make `from_pretrained` overwrite separate output weights, so the
     exported config has the value false where the weights are not tied.

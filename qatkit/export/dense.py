@@ -146,7 +146,7 @@ def load_and_compare(model: nn.Module, path: Path, load: Callable[[Path], dict[s
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty where it has none or cannot be read."""
+    """The metadata of a safetensors file; empty if it has none or cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

@@ -25,7 +25,7 @@ class ExportFormat:
     description: str
     """One line for help texts and docs."""
     file_name: str
-    """The file in a stage's export folder; empty where the format writes the folder itself."""
+    """The file in a stage's export folder; empty if the format writes the folder itself."""
     check: str
     """``(model, planned)``: refuse a model that the format cannot hold; called before training and before writing."""
     write: str
@@ -47,9 +47,9 @@ class ExportFormat:
     companions: tuple[str, ...] = ()
     """Saved beside the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
     benchmark: str = ""
-    """``(path, threads)``: a callable whose latency the report measures; empty where none is measured."""
+    """``(path, threads)``: a callable whose latency the report measures; empty if none is measured."""
     kernels: str = ""
-    """``(path)``: the kernels that the runtime chose; empty where they are not known."""
+    """``(path)``: the kernels that the runtime chose; empty if they are not known."""
     dense_bytes: str = ""
     """``(path)``: bytes of the same weights in dense storage, for formats that leave out zeros."""
 
@@ -77,7 +77,7 @@ class ExportFormat:
         return implementation(getattr(self, part))(*args)
 
     def check_packages(self) -> None:
-        """Reject the format where a package that it needs is missing.
+        """Reject the format if a package that it needs is missing.
 
         Raises:
             QatkitError: with the command that installs it.

@@ -24,7 +24,7 @@ class PlannedExport:
     kv_cache: bool = False
     """Whether keys and values are quantized."""
     task: Task | None = None
-    """The task that the data declare; None where it is not known."""
+    """The task that the data declare; None if it is not known."""
 
     @classmethod
     def of(cls, model: nn.Module) -> PlannedExport:
@@ -49,7 +49,7 @@ class ReadBack:
     failures: list[str]
     """Every difference, in words."""
     runtime: Callable[..., Any] | None
-    """The file in its runtime, called as the model is; None where it cannot be loaded."""
+    """The file in its runtime, called as the model is; None if it cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Bound:
     text: str
     """In words."""
     limit: float | None
-    """The number; None where outputs are not bounded."""
+    """The number; None if outputs are not bounded."""
 
 
 EXACT = Bound("exactly equal outputs", 0.0)

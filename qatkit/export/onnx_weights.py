@@ -1,6 +1,6 @@
 """Compare the constants of an ONNX file with the model: read with the `onnx` library, decoded by ONNX Runtime.
 
-Of the exporter, only the documented tensor names are used. A float bias may have another name, because graph
+Verification relies only on the exporter's documented tensor names. A float bias may have another name, because graph
 optimizers fold and rename such constants: it is found through the graph, as the constant added after the layer.
 """
 

@@ -52,7 +52,7 @@ class Kernels:
     integer: dict[str, int]
     """Integer kernels, such as ``{"QLinearConv": 3, "QGemm": 1}``."""
     floating: dict[str, int]
-    """Floating-point kernels, such as ``{"Conv": 1}``; empty where every product is an integer product."""
+    """Floating-point kernels, such as ``{"Conv": 1}``; empty if every product is an integer product."""
 
 
 def load_runtime(path: Path, threads: int | None = None) -> Runtime:

@@ -29,7 +29,7 @@ class Verification:
 
     passed: bool
     failures: list[str]
-    """Every difference, in words; empty where the file computes what was trained."""
+    """Every difference, in words; empty if the file computes what was trained."""
     format: str
     """The export format's name."""
     layers: int
@@ -41,9 +41,9 @@ class Verification:
     bound: str
     """The limit of `mean_error`, in words."""
     allowed_error: float | None
-    """The limit as a number; None where outputs are not bounded."""
+    """The limit as a number; None if outputs are not bounded."""
     mean_error: float | None
-    """Mean of ``|runtime - trained|`` over all outputs; None where the file did not run."""
+    """Mean of ``|runtime - trained|`` over all outputs; None if the file did not run."""
     max_error: float | None
     quantization_error: float
     """Mean of ``|trained - the same weights without fake quantization|``."""
@@ -95,7 +95,7 @@ def verify(
             take them, with ``labels``; see `qatkit.tasks`.
         format: The export format's name; by default it follows from the file name and content.
         threads: Threads of the runtime; None leaves the choice to it.
-        task: The task that the data declare; by default the batches decide, see `qatkit.tasks.task_of`.
+        task: The task that the data declare; by default it is read from the batches, see `qatkit.tasks.task_of`.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.
@@ -201,8 +201,8 @@ def _compare_outputs(
 
     Args:
         trained: The model.
-        floating: The same weights without fake quantization; None where nothing is quantized.
-        runtime: The file in its runtime, called as the model is; None where it cannot be loaded.
+        floating: The same weights without fake quantization; None if nothing is quantized.
+        runtime: The file in its runtime, called as the model is; None if it cannot be loaded.
         batches: As `verify` takes them.
         failures: Appended to.
         declared: The task that the data declare.

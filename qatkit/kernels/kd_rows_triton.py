@@ -53,7 +53,7 @@ def _rows(  # type: ignore[no-untyped-def]
     # every value is read before any thread may write: the reductions below are a barrier
     if LABELS:
         label = tl.load(labels + row)
-        # a label that is no class gives a loss of NaN
+        # an invalid label gives a loss of NaN
         target = tl.load(student + label, mask=label < classes, other=float("nan")).to(tl.float32)
     # a common offset of the logits would cost their differences the last digits: subtract a large logit of each row
     some = tl.arange(0, BLOCK)

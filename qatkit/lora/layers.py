@@ -73,7 +73,7 @@ class AdaptedWeight(nn.Module):
 
 
 class AdaptedLinear(AdaptedWeight, nn.Linear):
-    """`nn.Linear` over ``W + scaling * B A``."""
+    """`nn.Linear` with the weight ``W + scaling * B A``."""
 
     bias: Tensor | None  # type: ignore[assignment]  # torch declares it as always present
 

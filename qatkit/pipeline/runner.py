@@ -81,7 +81,7 @@ def _stage_prints(run: Run, names: Sequence[str]) -> dict[str, StagePrint]:
 
 
 def _check_folder(run: Run, prints: dict[str, StagePrint], force: bool) -> None:
-    """Reject stages of another recipe, finished or started; with `force` delete them."""
+    """Reject stages of a different recipe, finished or started; with `force`, delete them."""
     for name, stage_print in prints.items():
         try:
             _check_stage(run, name, stage_print)

@@ -31,7 +31,7 @@ from qatkit.stages import shrink
 
 @dataclass(frozen=True)
 class StagePrint:
-    """What the result of a stage depends on."""
+    """The inputs that determine the result of a stage."""
 
     inputs: dict[str, Any]
     """Dotted recipe keys and their values."""

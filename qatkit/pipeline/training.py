@@ -119,7 +119,7 @@ def train(
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:
-    """Refuse to resume on another number of processes: training would see other batches than it began with."""
+    """Refuse to resume with a different number of processes: training would see different batches."""
     if not trainer.is_global_zero:
         return
     started = read_started(folder)

@@ -48,7 +48,7 @@ def _width(model: nn.Module) -> int | None:
 
 
 def _tokenizer(model: nn.Module) -> Tokenizer | None:
-    """The tokenizer in the folder of a pretrained model; None where there is none."""
+    """The tokenizer in the folder of a pretrained model; None if there is none."""
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:
         return None

@@ -78,7 +78,7 @@ def prune_by_gradient(
     exclude: Sequence[str] = (),
     method: str = "taylor",
 ) -> list[str]:
-    """Prune the weights of `model` in place that have the lowest scores, summed over batches.
+    """Prune the weights of `model` with the lowest scores, summed over batches, in place.
 
     Args:
         model: A trained model, on one process.

@@ -60,7 +60,7 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
 
 
 def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
-    """Keep the `n` largest magnitudes of every `m` consecutive inputs (N:M sparsity); of equal ones, the last.
+    """Keep the `n` largest magnitudes of every `m` consecutive inputs (N:M sparsity); ties keep the last.
 
     NVIDIA's sparse tensor cores use 2:4: Mishra et al. (2021, https://arxiv.org/abs/2104.08378), section 3.
 
@@ -114,7 +114,7 @@ def _two_of_four(groups: Tensor) -> Tensor:
 
 
 def _largest(groups: Tensor, n: int) -> Tensor:
-    """True at the `n` largest values of each row of ``[groups, m]``; of equal ones, the last."""
+    """True at the `n` largest values of each row of ``[groups, m]``; ties go to the last."""
     order = groups.sort(dim=1, stable=True).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, groups.shape[1] - n :], True)
 

@@ -13,7 +13,7 @@ TARGETS = ("sparsity", "ramp", "nm")
 
 @dataclass(frozen=True)
 class PruningMethod:
-    """One way to choose the weights that become zero.
+    """A method that selects the weights to prune.
 
     A method either has a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or a
     `callback` of its own.
@@ -101,7 +101,7 @@ METHODS = Table(
 
 @dataclass(frozen=True)
 class ImportanceMeasure:
-    """One way to score the parts of a model that ``shrink`` may remove.
+    """A measure of importance for the parts of a model that ``shrink`` may remove.
 
     `transformer` and `channels` name functions as ``module:function``. They are called with the model; with `measures`,
     also with calibration batches and with a function that returns the outputs or the loss of one batch.

@@ -17,7 +17,7 @@ from qatkit.pruning.methods import METHODS
 from qatkit.pruning.scores import row_mask
 
 LAYERWISE = ("input_norms", "gram")
-"""What the methods measure that prune layer by layer."""
+"""Measurements used by the methods that prune layer by layer."""
 
 
 def prune_one_shot(

@@ -60,7 +60,7 @@ def add_movement(scores: Tensor, weight: Tensor, gradient: Tensor) -> None:
 
 
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Prune the ``round(sparsity * in)`` lowest scores of every output; of equal ones, the first.
+    """Prune the ``round(sparsity * in)`` lowest scores of every output; ties go to the first.
 
     Args:
         scores: ``[out, in]``.

@@ -55,7 +55,7 @@ class Keys:
 
 
 def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> dict[str, Tensor]:
-    """Find the `count` lowest of all scores; of equal ones, the first.
+    """Find the `count` lowest of all scores; ties go to the first.
 
     Args:
         scores: Tensors of any shape by name, float32, bfloat16 or float16; call it on all processes if FSDP2 sharded

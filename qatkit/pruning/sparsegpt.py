@@ -21,7 +21,7 @@ def sparsegpt(
     nm: tuple[int, int] | None = None,
     damp: float = 0.01,
 ) -> Tensor:
-    """Prune a weight column by column, with the least squared error of the layer's output.
+    """Prune a weight column by column, minimizing the squared error of the layer's output.
 
     Frantar and Alistarh (2023, https://arxiv.org/abs/2301.00774), algorithm 1. With ``inverse(X.T @ X) = U.T @ U``,
     pruning a weight ``w`` in column ``j`` costs ``w ** 2 / U[j, j] ** 2``, and the columns after it change by

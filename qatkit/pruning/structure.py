@@ -204,7 +204,7 @@ def _checked(old: Shape, shape: Shape) -> dict[str, int]:
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the `count` highest scores, in rising order; of equal scores, the last."""
+    """Return the indices of the `count` highest scores in ascending order; ties go to the last."""
     return scores.sort(stable=True).indices[len(scores) - count :].sort().values
 
 

@@ -67,7 +67,7 @@ def fake_quantize(
         spec: Element type, number of bits, symmetry and strategy.
         gradient_scale: Factor on the gradients of scale and zero point; LSQ uses ``1 / sqrt(slice size * qmax)``.
         clips: Pass False if the scale is computed from `x` itself and follows it: nothing is clipped, so the
-            gradient is the identity and nothing is kept for the backward pass.
+            gradient is the identity and nothing is saved for the backward pass.
     """
     slices = to_slices(x, spec)
     scale, zero_point = aligned(scale, x, spec), aligned(zero_point, x, spec)
@@ -82,7 +82,7 @@ def fake_quantize(
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert the result of an autograd function to a dtype.
 
-    A `.to` with nothing to convert loses the gradient under torch.compile, silently, in torch 2.11.
+    In torch 2.11, a `.to` with nothing to convert silently loses the gradient under torch.compile.
     """
     return x if x.dtype == dtype else x.to(dtype)
 

@@ -82,7 +82,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
     assert kept is not None
     device = kept.device
     # [-low, high] per layer and the number of batches, in one buffer for one MAX. A rank without a value has -inf. NaN
-    # becomes inf: a MAX may drop NaN, and if only one rank raised an error the others would wait for ever.
+    # becomes inf: a MAX may drop NaN, and if only one rank raised an error the others would wait forever.
     unseen = torch.full((2,), -torch.inf, dtype=torch.float32)
     rows = [
         unseen

@@ -1,7 +1,7 @@
-"""Element types: the kinds of codes that `QuantSpec.type` names, in a table without torch.
+"""Element types that `QuantSpec.type` names, in a table that does not import torch.
 
 A row names the function that builds the type's :class:`~qatkit.quantization.grids.Grid`, which rounds and encodes
-values. Adding an element type takes that function and one row here.
+values. To add an element type, write that function and add one row here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Element:
     name: str
     description: str
     bits: tuple[int, ...]
-    """The sizes of a code that exist."""
+    """Supported numbers of bits."""
     grid: str
     """``module:function`` that takes a `QuantSpec` and returns the `Grid` of its codes."""
     code_range: Callable[[int, bool], Bounds]
@@ -53,9 +53,9 @@ class Element:
     observers: tuple[str, ...] = ()
     """The only observers that fit; empty if every general observer fits."""
     computed_by: str = "minmax"
-    """The observer that computes a scale from a tensor alone, where a scale is needed without a search."""
+    """The observer that computes a scale directly from a tensor, for use without a search."""
     narrowest: float = 0.1
-    """The narrowest range that a search for the least squared error tries, as a fraction of the full range."""
+    """The narrowest range that a search for the smallest squared error tries, as a fraction of the full range."""
     integer: bool = False
     """Codes are integers: ``value = (code - zero_point) * scale``."""
     asymmetric: bool = False

@@ -75,7 +75,7 @@ def absmean_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = No
 def mse_qparams(
     x: Tensor, spec: QuantSpec, steps: int = 100, smallest: float | None = None, weights: Tensor | None = None
 ) -> QParams:
-    """Find scale and zero point with the least squared error among shrunk ranges.
+    """Find the scale and zero point that minimize the squared error over shrunk ranges.
 
     Ranges shrink in equal steps, from the full one down.
 

@@ -1,7 +1,7 @@
 """Fused experts of mixture-of-experts models.
 
 transformers 5 stores each projection of all experts as one three-dimensional parameter, and computes with it in several
-ways (a loop, a batched or a grouped product). Every way reads the parameter as an attribute of the module, so the
+ways (a loop, a batched or a grouped product). All of them read the parameter as an attribute of the module, so that
 attribute returns the fake-quantized weight.
 """
 
@@ -15,7 +15,7 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 class QATExperts(nn.Module):
-    """Fused experts over fake-quantized weights; a channel is one output of one expert.
+    """Fused experts with fake-quantized weights; a channel is one output of one expert.
 
     A weight is quantized once per forward pass, however often it is read.
     """

@@ -1,7 +1,7 @@
 """Quantized layers: subclasses of torch's layers that replace a layer's class in place.
 
-A swap changes the layer's class and adds the fake quantizers; the Parameter objects, the hooks and the identity of the
-module stay. So optimizers, weight ties, `state_dict` keys and FSDP keep working.
+A swap changes the layer's class and adds the fake quantizers; the module object, its Parameters and its hooks stay the
+same. So optimizers, weight ties, `state_dict` keys and FSDP keep working.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _RoundToMultiple(torch.autograd.Function):
 
 
 class QATLinear(QATLayer, nn.Linear):
-    """`nn.Linear` over a fake-quantized weight and input."""
+    """`nn.Linear` with a fake-quantized weight and input."""
 
     bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
 
@@ -105,7 +105,7 @@ class QATLinear(QATLayer, nn.Linear):
 
 
 class QATConv1d(QATLayer, nn.Conv1d):
-    """`nn.Conv1d` over a fake-quantized weight and input."""
+    """`nn.Conv1d` with a fake-quantized weight and input."""
 
     bias: Tensor | None
 
@@ -114,7 +114,7 @@ class QATConv1d(QATLayer, nn.Conv1d):
 
 
 class QATConv2d(QATLayer, nn.Conv2d):
-    """`nn.Conv2d` over a fake-quantized weight and input."""
+    """`nn.Conv2d` with a fake-quantized weight and input."""
 
     bias: Tensor | None
 
@@ -123,7 +123,7 @@ class QATConv2d(QATLayer, nn.Conv2d):
 
 
 class QATEmbedding(QATLayer, nn.Embedding):
-    """`nn.Embedding` over a fake-quantized weight; a channel is the row of one token."""
+    """`nn.Embedding` with a fake-quantized weight; a channel is the row of one token."""
 
     bias = None
 

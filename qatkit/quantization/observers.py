@@ -1,6 +1,6 @@
-"""Observers: the scale choices that `QuantSpec.observer` names, in a table without torch.
+"""Observers that `QuantSpec.observer` names, in a table that does not import torch.
 
-Adding one takes a function for the sides it serves (weights, static activations) and one row here.
+To add one, write a function for each role it supports (weights, static activations) and add one row here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from qatkit.common.tables import Table
 
 @dataclass(frozen=True)
 class Observer:
-    """One way to choose a scale."""
+    """A method that chooses scales."""
 
     name: str
     description: str
@@ -23,11 +23,11 @@ class Observer:
     """``module:function`` that chooses the range of a static activation from calibration statistics; empty if the
     observer is for weights only."""
     general: bool = True
-    """Every element type can have it, unless the type lists its observers; otherwise only types that list it."""
+    """True if it fits every element type that lists no observers; False if it fits only the types that list it."""
     weights: bool = True
     """Weights can have it."""
     dynamic: bool = False
-    """Activations whose scales are computed per token or group can have it."""
+    """It supports activations with per-token or per-group scales."""
     histogram: bool = False
     """Calibration records a histogram of the values."""
     averages: bool = False
@@ -63,7 +63,7 @@ OBSERVERS = Table(
         ),
         Observer(
             "mse",
-            "the range with the least squared error among clipped ranges",
+            "the clipped range with the smallest squared error",
             from_statistics=f"{_RANGES}:least_squares_range",
             histogram=True,
         ),
@@ -83,21 +83,21 @@ OBSERVERS = Table(
         ),
         Observer(
             "kl",
-            "the range with the least KL divergence over calibration",
+            "the range with the smallest KL divergence over calibration",
             from_statistics=f"{_RANGES}:kl_range",
             weights=False,
             histogram=True,
         ),
         Observer(
             "lsq",
-            "a learned scale (LSQ), which starts at the least squared error",
+            "a learned scale (LSQ), initialized to minimize the squared error",
             from_statistics=f"{_RANGES}:least_squares_range",
             histogram=True,
             learned=True,
         ),
         Observer(
             "lsq_plus",
-            "a learned scale and zero point (LSQ+), which start at the least squared error",
+            "a learned scale and zero point (LSQ+), initialized to minimize the squared error",
             from_statistics=f"{_RANGES}:least_squares_range",
             histogram=True,
             learned=True,

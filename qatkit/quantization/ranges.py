@@ -116,14 +116,14 @@ def mean_range(statistics: Statistics, spec: QuantSpec) -> QParams:
 
 
 def least_squares_range(statistics: Statistics, spec: QuantSpec) -> QParams:
-    """Search the range with the least squared error (``observer: mse``; start of LSQ)."""
+    """Search for the range with the smallest squared error (``observer: mse``; start of LSQ)."""
     values, weights = statistics.values
     # the narrowest range is 1 % of the full one: an outlier may be 100 times as large as all other values
     return mse_qparams(values, spec, steps=200, smallest=0.01, weights=weights)
 
 
 def kl_range(statistics: Statistics, spec: QuantSpec) -> QParams:
-    """Search the range with the least KL divergence (``observer: kl``)."""
+    """Search for the range with the smallest KL divergence (``observer: kl``)."""
     fraction = _kl_fraction(*statistics.values, spec)
     return choose_qparams(statistics.low * fraction, statistics.high * fraction, spec)
 

@@ -161,7 +161,7 @@ class DistillConfig:
             fractions = self.on_policy.fraction, self.sequence_level.fraction
             if sum(fractions) > 1:
                 raise QatkitError(
-                    f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than all batches",
+                    f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than 1",
                     key="on_policy.fraction",
                     advice="use two fractions whose sum is at most 1",
                 )

@@ -67,7 +67,7 @@ class LoraConfig:
             sharded: Whether FSDP2 shards the parameters.
 
         Raises:
-            QatkitError: names the option.
+            QatkitError: an option is not supported; the message names it.
         """
         if sharded and self.bits is not None:
             raise QatkitError(

@@ -55,8 +55,8 @@ class QuantizeConfig(LayerConfig):
     kv_cache: QuantSpec | None = None
     """Quantization of the keys and values that attention caches: ``strategy: tensor`` or ``token``."""
     init: str | None = None
-    """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default stored scales start at
-    the least squared error."""
+    """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default stored scales start
+    where the squared error is smallest."""
     share_inputs: bool = False
     """Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one each."""
     include: list[str] = field(default_factory=lambda: ["*"])

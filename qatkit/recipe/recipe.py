@@ -172,8 +172,8 @@ class Recipe:
         """The stage whose result teaches stage `name`: the named one, else the model before the first compression.
 
         The search follows the stages that `name` continues from. A stage with its own model continues from none, and
-        its teacher is looked up as for the stage before it in the recipe. None stands for the recipe's model as its
-        factory builds it.
+        its teacher is looked up as for the stage before it in the recipe. None means the recipe's model as its factory
+        builds it.
         """
         distill = self.stages[name].distill
         if distill is not None and distill.teacher is not None:
@@ -196,7 +196,7 @@ class Recipe:
 
 
 def check_schema_version(version: object) -> None:
-    """Reject a recipe of another schema version by name.
+    """Reject a recipe with a different schema version.
 
     Example:
         >>> check_schema_version(2)  # doctest: +ELLIPSIS

@@ -38,7 +38,7 @@ class Measurements:
     verification: Mapping[str, dict[str, Any]]
     """The fields of a `Verification`."""
     latency: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Of the exported file in its runtime, one entry per batch size; empty where none is measured."""
+    """Of the exported file in its runtime, one entry per batch size; empty if none is measured."""
     cost: Mapping[str, dict[str, float]] = field(default_factory=dict)
     """Latency of the plain model in PyTorch, where the stages have different models."""
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)

@@ -67,7 +67,7 @@ def score(
 
     Args:
         model: Called with ``input_ids``; in eval mode.
-        dense: The reference model; None where `model` is the dense model itself.
+        dense: The reference model; None if `model` is the dense model itself.
         texts: Token ids and labels; a label of -100 is ignored.
         context: Tokens per window.
         stride: Tokens between two windows, at most `context`; half of it is customary.

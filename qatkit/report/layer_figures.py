@@ -21,7 +21,7 @@ def weight_histogram(key: str, layer: str, before: Histogram | None, after: Hist
     Args:
         key: Prefix of the figure's ids.
         layer: The layer's name.
-        before: The histogram at the stage's start; None where nothing was trained.
+        before: The histogram at the stage's start; None if nothing was trained.
         after: The histogram at its end.
         kind: post-training or trained; decides the color.
     """

@@ -16,7 +16,7 @@ NEEDS = ("matplotlib", "jinja2")
 
 
 def missing_packages() -> str | None:
-    """The packages that a page needs and that are not installed, with the command; None where all are installed."""
+    """The packages that a page needs and that are not installed, with the command; None if all are installed."""
     absent = [name for name in NEEDS if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed; run: pip install 'qatkit[report]'" if absent else None
 
@@ -56,7 +56,7 @@ def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
 
 
 def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The recipes' names; equal names get as much of their folders as tells them apart.
+    """The recipes' names; equal names are prefixed with enough of their folders to distinguish them.
 
     Example:
         >>> run_names(["a", "b", "b"], [Path("r/1"), Path("r/2"), Path("r/3")])

@@ -68,7 +68,7 @@ def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]
 
 
 def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: dict[str, Any], out: Path) -> None:
-    """Raise unless the inputs are those that the stage was started with.
+    """Raise if the inputs differ from those that the stage was started with.
 
     Raises:
         QatkitError: it names each changed key with its old and its new value.

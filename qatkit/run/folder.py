@@ -1,4 +1,4 @@
-"""A run: a recipe and the folder that its results live in. It knows paths, records and models, and trains nothing."""
+"""A run: a recipe and the folder of its results. It knows paths, records and models, and trains nothing."""
 
 from __future__ import annotations
 

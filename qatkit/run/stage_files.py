@@ -120,7 +120,7 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
     if (zeros := count_zeros(model, record.zeros)) != record.zeros:
         name = next(name for name in zeros if zeros[name] != record.zeros[name])
         raise QatkitError(
-            f"layer '{name}' in {folder / 'model'} has {zeros[name]} zeros, but {record.zeros[name]} are recorded",
+            f"layer '{name}' in {folder / 'model'} has {zeros[name]} zeros, but {record.zeros[name]} were recorded",
             advice="restore the file, or use --force to run the stage again",
         )
     if quantizers and "quantizers.safetensors" in record.files:

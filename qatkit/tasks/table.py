@@ -107,7 +107,7 @@ TASKS: Table[Task] = Table(
 
 
 def declared_task(data: object, key: str = "data") -> Task | None:
-    """Return the task that a data factory or a data module declares; None where it declares none.
+    """Return the task that a data factory or a data module declares; None if it declares none.
 
     Args:
         data: A data factory, a data module or anything else with an attribute ``task``.

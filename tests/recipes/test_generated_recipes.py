@@ -115,7 +115,7 @@ def test_a_model_that_cannot_write_is_refused_before_anything_runs(tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "key", "said"),
     [
-        ("on_policy.fraction=0.9", "", "0.9 and sequence_level.fraction: 0.25 are more than all batches"),
+        ("on_policy.fraction=0.9", "", "0.9 and sequence_level.fraction 0.25 add up to more than 1"),
         ("on_policy.fraction=2", ".on_policy.fraction", "2.0 is out of range"),
         ("on_policy.prompt=0", ".on_policy.prompt", "write a whole number of at least 1"),
         ("sequence_level.temperature=-1", ".sequence_level.temperature", "write 0 or a number above 0"),

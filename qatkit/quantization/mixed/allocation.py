@@ -1,4 +1,4 @@
-"""Mixed precision: one format per group of layers, with the least loss within a budget.
+"""Mixed precision: one format per group of layers, minimizing the loss within a budget.
 
 Every group takes exactly one of its candidate formats, and the total size must stay within the budget. This is the
 multiple-choice knapsack problem, solved exactly by an integer program. It assumes that loss increases add up (Dong et
@@ -17,7 +17,7 @@ from qatkit.quantization.mixed.records import Option, Sensitivity
 def allocate(
     sensitivity: Sensitivity, budget_bytes: int | None = None, average_bits: float | None = None
 ) -> dict[str, str]:
-    """Choose one format for every group with the least total loss increase within a budget.
+    """Choose one format for every group, minimizing the total loss increase within a budget.
 
     Negative increases count as 0, and of two formats with the same increase the smaller one is chosen. The total is
     minimal to within 1e-10 of the largest increase.

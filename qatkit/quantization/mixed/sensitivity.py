@@ -37,7 +37,7 @@ def measure_sensitivity(
         model: Any module with plain layers.
         candidates: Formats by name; each has a weight spec.
         loss: Runs the model over calibration data and returns the mean loss. It is called once for the plain model,
-            once for every group and candidate, and once more where static scales are calibrated.
+            once for every group and candidate, and once more if static scales are calibrated.
         include: Globs over layer names, as in `prepare_qat`.
         exclude: Globs over names of layers to leave unquantized.
 

@@ -20,7 +20,7 @@ from qatkit.spec import QuantSpec
 def awq_scales(
     weights: Sequence[Tensor], specs: Sequence[QuantSpec], magnitude: Tensor, hessian: Tensor, grid: int = 20
 ) -> Tensor:
-    """Find the input scales with the least output error.
+    """Find the input scales that minimize the output error.
 
     Inputs are divided by the scales, and weight columns multiplied by them. Lin et al., 2023,
     https://arxiv.org/abs/2306.00978, equations 4 and 5, over a grid of exponents. Each exponent is also tried with the
@@ -103,11 +103,11 @@ def _error(weights: Sequence[Tensor], specs: Sequence[QuantSpec], scales: Tensor
 def awq_clip(
     weight: Tensor, hessian: Tensor, spec: QuantSpec, steps: int = 25, smallest: float = 0.4
 ) -> tuple[Tensor, Tensor]:
-    """Find scale and zero point with the least output error among shrunk ranges.
+    """Find the scale and zero point that minimize the output error over shrunk ranges.
 
     This is the clipping search of Lin et al., 2023: where `estimators.mse_qparams` adds up the errors of the weights,
-    this adds up the output errors of each slice, with all other slices exact. The scale with the least squared error is
-    tried as well, and is always used for block scales and two-level scales.
+    this adds up the output errors of each slice, with all other slices exact. The scale with the smallest squared error
+    is tried as well, and is always used for block scales and two-level scales.
 
     Args:
         weight: ``[out, in]``.

@@ -16,8 +16,8 @@ from qatkit.spec import QuantSpec
 
 FLOORS = (0.85, 0.7, 0.5, 0.35)
 """Lower limits of the fraction to which a search may shrink ranges. Corrections for earlier columns enlarge weights,
-which a narrow range then clips, by an amount that depends on the layer. Every row keeps the limit with the least output
-error."""
+which a narrow range then clips, by an amount that depends on the layer. Every row keeps the limit with the smallest
+output error."""
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def gptq(
     block_size: int = 128,
     act_order: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight so that the layer's outputs change least.
+    """Round a weight to minimize the change in the layer's outputs.
 
     Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
     the inverse Hessian. Where ranges are searched, the squared error of a weight is multiplied by its effect on the

@@ -1,6 +1,6 @@
-"""PTQ methods: the starting points that `quantize.init` names, in a table without torch.
+"""PTQ methods that `quantize.init` names, in a table that does not import torch.
 
-Adding a method takes one function and one row here. A row implements one or two of three hooks: `from_weight`,
+To add a method, write one function and add one row here. A row implements one or two of three hooks: `from_weight`,
 `from_inputs` and `move_scales`.
 """
 
@@ -26,11 +26,11 @@ class Method:
     """``module:function(shared_input)`` that takes a `SharedInput` and returns the scales that the input is divided by,
     float32 ``[in]``, or None; the layers that read the input are multiplied by them."""
     needs_weights: bool = True
-    """The method has nothing to do where no weight is quantized."""
+    """The method has no effect unless a weight is quantized."""
     stored_scales: bool = False
     """The method sets weight scales, so scales that are computed on every forward pass are rejected."""
     second_moment: bool = True
-    """Inputs are summed up as a second moment ``[in, in]``; otherwise a sample of their rows is kept."""
+    """The second moment ``[in, in]`` of the inputs is accumulated; otherwise a sample of their rows is kept."""
     keeps_zeros: bool = True
     """Pruned weights stay zero."""
 
@@ -57,7 +57,7 @@ METHODS = Table(
         ),
         Method(
             "mse",
-            "scales with the least squared error of the weights",
+            "scales that minimize the squared error of the weights",
             from_weight="qatkit.quantization.estimators:mse_qparams",
             stored_scales=True,
         ),

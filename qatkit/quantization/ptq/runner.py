@@ -38,9 +38,9 @@ def apply_ptq(
 ) -> list[str]:
     """Set weights and weight scales of a prepared model with a PTQ method, in place.
 
-    "rtn" takes scales from ranges and "mse" from the least squared error of the weights; neither reads `batches`.
-    "gptq" rounds the weights so that outputs change least. "awq" and "smoothquant" move scales between layers, which
-    leaves the function of the float model unchanged; "awq" then clips. Call it before `calibrate`.
+    "rtn" takes scales from ranges, and "mse" minimizes the squared error of the weights; neither reads `batches`.
+    "gptq" rounds the weights to minimize the change in outputs. "awq" and "smoothquant" move scales between layers,
+    which leaves the function of the float model unchanged; "awq" then clips. Call it before `calibrate`.
 
     Blocks that run one after the other (the layers of a transformer) are processed one by one, each with the outputs of
     the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one

@@ -48,7 +48,7 @@ def smoothquant_search(
     weight_absmax: Tensor,
     grid: int = 10,
 ) -> Tensor:
-    """Find the scales of equation 4 with the least output error.
+    """Find the scales of equation 4 that minimize the output error.
 
     Weights and inputs are both quantized. Xiao et al. choose one alpha per model from a grid (section 5.1). The best
     alpha differs between inputs, so each input has its own here; an input is left unscaled if no alpha reduces the

@@ -22,7 +22,7 @@ class Undo:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, *tensors: Tensor | None) -> None:
-        """Copy tensors that are about to change; the first copy of each tensor counts."""
+        """Copy tensors that are about to change; only the first copy of each tensor is kept."""
         for tensor in tensors:
             if tensor is not None and id(tensor) not in self._before:
                 self._before[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
