@@ -32,7 +32,7 @@ class MovementPruning(MagnitudePruning):
             exist.
         scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
 
     Raises:
         QatkitError: for the same reasons as `MagnitudePruning`, or the ramp prunes before scores exist.

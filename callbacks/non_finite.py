@@ -96,8 +96,8 @@ class NonFiniteSteps(Callback):
             f"the {what} was NaN or infinite in {self.limit} steps in a row, up to step {trainer.global_step + 1} "
             f"({weights}; {checkpoint})",
             key="training",
-            advice="try a smaller lr, a warmup, gradient_clip: 1.0 or bf16-mixed instead of 16-mixed, and look for bad "
-            "records in the data",
+            advice="try a smaller lr, a warmup, gradient_clip: 1.0 or bf16-mixed instead of 16-mixed, and check the "
+            "data for invalid records",
         )
 
 

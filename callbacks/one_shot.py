@@ -32,7 +32,7 @@ class OneShotPruning(PruningCallback):
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
         scope: With "taylor" and `sparsity`, "model" ranks the weights of all layers together.
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
         calibration_batches: Number of training batches for calibration.
         calibration_forward: Runs the LightningModule on one batch; ``module(*inputs)`` by default, as in
             `QuantizationAwareTraining`. "taylor" requires it, and it must return the loss of the batch.

@@ -1,4 +1,4 @@
-"""The logits in a model's output, whatever its type."""
+"""The logits in a model's output of any type."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ class ConstantPruning(PruningCallback):
 
     Args:
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
 
     Raises:
         QatkitError: a pattern matches nothing; no selected layer has a zero; a layer is all zeros; or a resumed layer

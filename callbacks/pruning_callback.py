@@ -34,7 +34,7 @@ class PruningCallback(Callback):
 
     Args:
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
     """
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:

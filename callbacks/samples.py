@@ -31,7 +31,7 @@ class TextSamples(Callback):
         prompts: Texts to complete.
         path: A file of JSON lines, each with "step", "prompt" and "text".
         max_new_tokens: Maximum number of generated tokens.
-        tokenizer: A tokenizer of transformers; by default the attribute ``tokenizer`` of the data module.
+        tokenizer: A transformers tokenizer; by default the attribute ``tokenizer`` of the data module.
 
     Raises:
         QatkitError: there is no tokenizer, the model cannot generate text, or a text is longer than the model's
@@ -63,7 +63,7 @@ class TextSamples(Callback):
         self.tokenizer = self.tokenizer or tokenizer_of(trainer)
         if self.tokenizer is None:
             raise QatkitError(
-                "the data have no tokenizer to encode them",
+                "the data has no tokenizer to encode them",
                 key="prompts",
                 advice="pass tokenizer=, or remove the samples",
             )

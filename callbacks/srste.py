@@ -32,7 +32,7 @@ class SparseRefinedSTE(PruningCallback):
         decay: Weight decay of pruned weights, which makes the mask change less; 0 is a plain straight-through
             estimator.
         include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
 
     Raises:
         QatkitError: a pattern matches nothing, or N:M does not fit a layer.

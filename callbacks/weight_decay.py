@@ -1,4 +1,4 @@
-"""Exempt learned scales from weight decay, whatever parameter groups the optimizer has."""
+"""Exempt learned scales from weight decay, regardless of the optimizer's parameter groups."""
 
 from __future__ import annotations
 

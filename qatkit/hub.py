@@ -79,7 +79,7 @@ def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal[
         if _is_gated(error):
             raise cannot_load(error, argument, name, "") from error
         raise QatkitError(
-            f"'{name}' is not a folder, and asking the hub for it failed ({_one_line(error)})",
+            f"'{name}' is not a folder, and the request to the hub failed ({_one_line(error)})",
             key=argument,
             advice=f"use a folder that holds the {kind}, or the name of one on the hub while the network is up",
         ) from error

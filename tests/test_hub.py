@@ -98,8 +98,8 @@ result["gated_tokenizer"] = attempt(lambda: text("team/texts", "team/gated"))
     assert found["first"] == SENTENCES[0] + "<|endoftext|>"
     assert found["streamed"].startswith(SENTENCES[0] + "<|endoftext|>" + SENTENCES[1])
     for name, words in {
-        "wrong": "name_or_path: 'team/modle' is not a folder, and asking the hub for it failed",
-        "wrong_data": "source.path: 'team/txets' is not a folder, and asking the hub for it failed",
+        "wrong": "name_or_path: 'team/modle' is not a folder, and the request to the hub failed",
+        "wrong_data": "source.path: 'team/txets' is not a folder, and the request to the hub failed",
         "wrong_split": "source.val: 'team/texts' has no split 'valid'; did you mean 'validation'?",
         "gated": "name_or_path: 'team/gated' is gated, and the hub refuses access; accept its conditions",
         "gated_tokenizer": "tokenizer: 'team/gated' is gated",
@@ -118,7 +118,7 @@ result["other_tokenizer"] = attempt(lambda: text("team/texts", "team/other"))
         assert again[name] == found[name]
     for name in ("other", "other_data", "other_tokenizer"):
         said, slept = again[name]
-        assert "asking the hub for it failed" in said
+        assert "the request to the hub failed" in said
         assert "while the network is up" in said
         assert slept < 5, "at once, without trying again and again"
 

@@ -1,4 +1,4 @@
-"""Check that the stages of a recipe fit into device memory, and suggest changes that make them fit."""
+"""Check that the stages of a recipe fit into device memory, and suggest changes if not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
     """Reject a stage that needs more memory than its device has.
 
     Raises:
-        QatkitError: with the predicted memory, and the changes that fit with theirs.
+        QatkitError: with the predicted memory, and changes that fit with their predicted memory.
     """
     device = device_of(recipe.trainer)
     for plan in plans:

@@ -91,7 +91,7 @@ class Setting:
         return self.stage.distill is not None and has_fused_loss(self.stage.distill)
 
     def memory(self) -> tuple[StepMemory, str]:
-        """The prediction, and the reason why activations are not predicted (empty where they are)."""
+        """The prediction, and the reason why activations are not predicted (empty if they are)."""
         model, teacher = copy.deepcopy(self.model), _held_teacher(self.teacher, self.stage.distill)
         lora, distill = self.stage.lora, self.stage.distill
         bits: dict[str, float] = {}

@@ -41,7 +41,7 @@ def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16
     Temporary activations are not included: they are small in comparison and depend on the runtime.
 
     Args:
-        model: A causal language model of transformers; it may be on the meta device.
+        model: A transformers causal language model; it may be on the meta device.
         context: Tokens per sequence, prompt and answer.
         batch: Concurrent sequences.
         kv_bits: Bits per element of keys and values.
@@ -101,7 +101,7 @@ def _cached_numbers(model: nn.Module) -> int:
             f"{type(model).__name__} has no config with the number of layers and heads, so the size of its key-value "
             "cache is not known",
             key="model",
-            advice="use a language model of transformers",
+            advice="use a transformers language model",
         )
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width)

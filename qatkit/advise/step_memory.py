@@ -84,7 +84,7 @@ def step_memory(
         step: Returns the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it
             creates are fake as well.
         teacher: On the meta device; None without a teacher, or with cached teacher outputs.
-        autocast: The dtype of matrix products, where it differs from that of the weights.
+        autocast: The dtype of matrix products, if it differs from that of the weights.
         accumulates: Whether gradients of several batches are accumulated.
         bits: Bits per element, by name, of frozen parameters that are stored in fewer bits than their dtype has; one
             at a time is dequantized for its product.
@@ -92,7 +92,7 @@ def step_memory(
         moments: Memory of the optimizer; by default of torch's AdamW.
 
     Raises:
-        Exception: any exception of the model, where its shapes depend on values.
+        Exception: any exception of the model, if its shapes depend on values.
 
     Example:
         >>> with torch.device("meta"):
@@ -188,7 +188,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its _
         return result
 
     def keep_gradient(self, parameter: Tensor) -> None:
-        """Count a finished gradient, which is not temporary any more."""
+        """Count a finished gradient, which is no longer temporary."""
         self.gradients += _bytes(parameter)
 
     def _count(self, tensor: Tensor) -> None:

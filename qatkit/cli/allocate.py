@@ -23,10 +23,10 @@ MeasuredArgument = Annotated[
 def command(
     measured: MeasuredArgument,
     average_bits: Annotated[
-        float | None, typer.Option(help="Budget in bits per weight on average, scales included.")
+        float | None, typer.Option(help="Budget: average bits per weight, including scales.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option("--bytes", help="Budget in bytes instead, scales and zero points included.")
+        int | None, typer.Option("--bytes", help="Budget in bytes instead, including scales and zero points.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

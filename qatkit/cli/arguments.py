@@ -15,7 +15,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", metavar="PKG", help="A package besides qatkit whose code the recipe may name. Repeatable."),
+    typer.Option("--allow", metavar="PKG", help="A package besides qatkit whose code the recipe may use. Repeatable."),
 ]
 SkipBad = Annotated[
     bool,

@@ -35,7 +35,7 @@ COMMANDS = Table(
         Command("export", "Export the finished stages of a run."),
         Command("verify", "Load the exported files in their runtime and compare them with training."),
         Command("report", "Measure exported files and write a report, or compare several runs."),
-        Command("sensitivity", "Measure how much the loss grows when each layer alone is quantized."),
+        Command("sensitivity", "Measure how much the loss grows when each layer is quantized on its own."),
         Command("allocate", "Choose a format for each layer under a size budget."),
     ],
 )

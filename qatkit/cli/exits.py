@@ -1,4 +1,4 @@
-"""How a command ends: one message without a traceback, and an exit code that says what kind of failure it was."""
+"""How a command ends: one message without a traceback, and an exit code for the kind of failure."""
 
 from __future__ import annotations
 

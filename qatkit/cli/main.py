@@ -16,7 +16,7 @@ from qatkit.common.tables import implementation
 
 
 class CommandGroup(TyperGroup):
-    """The commands of the table. The help page reads the table alone; a command's module is imported when it runs."""
+    """The commands of the table. The help page reads only the table; a command's module is imported when it runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in the table's order."""

@@ -1,4 +1,4 @@
-"""Writing to standard output, whose failures differ from those of files: a closed pipe, a full disk."""
+"""Writing to standard output, and handling its failures: a closed pipe, a full disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def echo(text: str = "", err: bool = False, nl: bool = True) -> None:
 
 
 def print_table(table: Any) -> None:
-    """Print a table of rich, with colors if standard output is a terminal."""
+    """Print a `rich` table, with colors if standard output is a terminal."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
@@ -48,14 +48,14 @@ def print_table(table: Any) -> None:
 
 
 def flush_lines() -> None:
-    """Make a log file receive each line at once instead of a buffer at a time."""
+    """Write each line to a log file immediately instead of buffering."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
 
 
 def discard_output() -> None:
-    """Send the rest of standard output nowhere, so that Python does not fail on it again at exit."""
+    """Discard the rest of standard output, so that Python does not fail on it again at exit."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):  # replaced by something without one

@@ -14,7 +14,7 @@ from qatkit.cli.output import echo, print_table
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or of several.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")],
     out: Annotated[
         Path | None,
         typer.Option(

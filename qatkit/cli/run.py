@@ -28,7 +28,7 @@ def command(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Retrain stages whose values have changed; accept a lack of memory."),
+        typer.Option("--force", help="Retrain stages whose values have changed; ignore the memory prediction."),
     ] = False,
     allow: Allow = None,
     skip_bad: SkipBad = False,

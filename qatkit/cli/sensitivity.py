@@ -33,7 +33,7 @@ Candidates = Annotated[
 Globs = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Layers to measure. Repeatable.", show_default="all layers")
 ]
-Excluded = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to leave out. Repeatable.")]
+Excluded = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Layers to exclude. Repeatable.")]
 
 
 def command(
@@ -48,13 +48,13 @@ def command(
     ] = None,
     include: Globs = None,
     exclude: Excluded = None,
-    batches: Annotated[int, typer.Option(min=1, help="Training batches that the loss is measured on.")] = 16,
+    batches: Annotated[int, typer.Option(min=1, help="Number of training batches for measuring the loss.")] = 16,
     out: Out = None,
     allow: Allow = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how much the loss grows when each layer alone is quantized.
+    """Measure how much the loss grows when each layer is quantized on its own.
 
     Writes sensitivity.json, sensitivity.md and sensitivity.svg to the run's folder; `qatkit allocate` reads them.
 

@@ -18,7 +18,7 @@ _LISTED = 6
 def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Accept a lack of memory.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Do not fail if the predicted memory does not fit.")] = False,
     allow: Allow = None,
     skip_bad: SkipBad = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""SHA-256 digests of files, by which a record is bound to the files that it describes."""
+"""SHA-256 digests that tie a record to the files it describes."""
 
 from __future__ import annotations
 

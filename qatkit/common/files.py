@@ -1,4 +1,4 @@
-"""Writing files so that a killed process leaves the old content or the new, and noticing those that changed since."""
+"""Write files atomically, and detect files that have changed since."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends without an error, its file replaces `path`.
 
-    The file is on the disk before it is renamed, and the folder is after: not even a power cut shows a part of it.
+    The file is flushed to disk before the rename, and the folder after it, so not even a power failure leaves a
+    partial file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,7 +36,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can."""
+    """Make renames in a folder durable, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows has no such thing
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

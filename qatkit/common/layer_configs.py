@@ -1,4 +1,4 @@
-"""Per-layer settings in the configs of transformers, for models from which layers are removed."""
+"""Per-layer settings in transformers configs, for models from which layers are removed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tables: one small frozen table per kind of component, read by schema, validation, pipeline, report and docs.
 
-A row is a frozen dataclass with a ``name``. It holds words and numbers, and names its implementation as
+A row is a frozen dataclass with a ``name``. It holds plain values, and names its implementation as
 ``module:function``, which is imported on first use: reading a table loads nothing heavy.
 """
 
@@ -62,7 +62,7 @@ class Table(Mapping[str, Row], Generic[Row]):
         return len(self._rows)
 
     def row(self, name: str, key: str = "") -> Row:
-        """The row of a name that a user wrote.
+        """The row with a name that a user wrote.
 
         Args:
             name: The name.
@@ -77,7 +77,7 @@ class Table(Mapping[str, Row], Generic[Row]):
 
 
 def implementation(name: str) -> Any:
-    """What a row names as ``module:attribute``, imported now.
+    """Import the ``module:attribute`` that a row names.
 
     Example:
         >>> implementation("qatkit.errors:join_key")("a", "b")

@@ -28,7 +28,7 @@ def causal_text(
 ) -> TokenDataModule:
     """Pack documents into windows of tokens, each followed by an end-of-text token; no document attends to another.
 
-    Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and made again when files, tokenizer or
+    Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and rebuilt when files, tokenizer or
     options change. With `source.streaming`, training records are tokenized while training instead.
 
     Args:

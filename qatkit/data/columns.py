@@ -21,7 +21,7 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 def documents_of(tokenizer: Any, end: int, texts: list[str]) -> list[list[int]]:
     """Tokenize documents and put the end-of-text token after each.
 
-    The tokens that the tokenizer puts at the start of a text are kept: models of some families fail without them.
+    The tokens that the tokenizer puts at the start of a text are kept, because some model families need them.
     """
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in ids_of(tokenizer, texts)]
 
@@ -31,7 +31,7 @@ def encode_texts(
 ) -> list[Encoded]:
     """Encode one column of several records at once; a record without text there becomes a `BadRecord`.
 
-    A blank text has nothing to learn, so it becomes an empty list of rows.
+    A blank text has no training signal, so it becomes an empty list of rows.
     """
     checked = [text_in(record, column) for record in records]
     rows = iter(encode([text for text in checked if isinstance(text, str) and text.strip()]))
@@ -54,7 +54,7 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
 
 
 def words_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
-    """Return the text of a record, or the reason why it has none; a blank text counts as none."""
+    """Return the text of a record, or the reason why it has none; a blank text is treated as missing."""
     text = text_in(record, column)
     if isinstance(text, str) and not text.strip():
         return BadRecord(f"column '{column}' is empty")

@@ -1,4 +1,4 @@
-"""Training, validation and test splits in a reproducible order: a resumed run gets the batches it would have got."""
+"""Training, validation and test splits in a reproducible order; a resumed run gets the same batches."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def check_epoch(batches: int) -> None:
 class SplitDataModule(LightningDataModule):
     """A data module over map-style train, validation and test sets.
 
-    The training order depends on `seed`, the epoch and the rank alone (torch's `DistributedSampler`, also on one
+    The training order depends on `seed`, the epoch and the rank only (torch's `DistributedSampler`, also on one
     process); the last incomplete batch of an epoch is dropped. Evaluation visits every sample once, in order.
 
     Args:

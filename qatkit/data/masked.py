@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MaskedRecords(Records):
-    """Texts with hidden tokens: different ones in each pass over training data, the same ones in evaluation.
+    """Texts with masked tokens: different ones in each pass over training data, the same ones in evaluation.
 
     Of the chosen tokens, 80 % become the mask token, 10 % a random token, and 10 % stay; Devlin et al. (2019), "BERT",
     section 3.1.
@@ -29,8 +29,8 @@ class MaskedRecords(Records):
     Args:
         open_rows: Opens the split.
         collator: Returns transformers' `DataCollatorForLanguageModeling`.
-        seed: Determines the hidden tokens, together with the pass and the index of the text.
-        moving: Hide different tokens in each pass.
+        seed: Determines the masked tokens, together with the pass and the index of the text.
+        moving: Mask different tokens in each pass.
     """
 
     def __init__(self, open_rows: Callable[[], Rows], collator: Callable[[], Any], seed: int, moving: bool) -> None:
@@ -62,17 +62,17 @@ def masked_text(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Hide random tokens of texts for the model to predict; longer texts are split into several samples.
+    """Mask random tokens of texts for the model to predict; longer texts are split into several samples.
 
     Args:
         source: The texts.
         tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
         context: Maximum length of a sample in tokens, including the tokenizer's special tokens.
         column: The column of a record that holds the text.
-        probability: Fraction of tokens that are hidden.
+        probability: Fraction of tokens that are masked.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer texts.
         batch_size: Samples per device and step.
-        seed: Determines the training order and the hidden tokens.
+        seed: Determines the training order and the masked tokens.
 
     Raises:
         QatkitError: the tokenizer has no mask token, a number is out of range, a record has no text, or a split would

@@ -177,7 +177,7 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def split_files(files: dict[str, Path], val_fraction: float, test_fraction: float) -> dict[str, dict[str, Path]]:
-    """Split files into training, validation and test by their names alone.
+    """Split files into training, validation and test by name only.
 
     Raises:
         QatkitError: a fraction is out of range, or a split would have no files.

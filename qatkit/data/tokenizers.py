@@ -1,4 +1,4 @@
-"""Load tokenizers of transformers from a folder or the hub, fingerprint them, and compare them with a model's own."""
+"""Load transformers tokenizers from a folder or the hub, fingerprint them, and compare them with a model's own."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     except Exception as error:  # the library passes on the errors of its parts
         raise cannot_load(error, "tokenizer", name, "use a folder or a model with a tokenizer") from error
     if not tokenizer.is_fast:
-        raise QatkitError(
-            f"'{name}' has no tokenizer.json", key="tokenizer", advice="use a model that has one, as nearly all do"
-        )
+        raise QatkitError(f"'{name}' has no tokenizer.json", key="tokenizer", advice="use a model that has one")
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -84,7 +82,7 @@ def check_tokenizer(model: Any, tokenizer: Any) -> None:
     """Raise if a pretrained model comes with a tokenizer that splits text differently.
 
     Args:
-        model: A model of transformers, or any other.
+        model: A transformers model, or any other.
         tokenizer: The tokenizer of the data, if they have one.
 
     Raises:

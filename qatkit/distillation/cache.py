@@ -291,7 +291,7 @@ def _refuse_changes(
     ]
     if changes:
         raise QatkitError(
-            f"{folder} was written from something else:\n  " + "\n  ".join(changes) + "\n",
+            f"{folder} was written with other inputs or settings:\n  " + "\n  ".join(changes) + "\n",
             key=KEY,
             advice="use another folder, or delete this one",
         )

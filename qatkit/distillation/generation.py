@@ -93,7 +93,7 @@ def generator_in(model: nn.Module, key: str) -> nn.Module:
         if callable(getattr(part, "generate", None)) and hasattr(part, "generation_config"):
             return part
     raise QatkitError(
-        f"{type(model).__name__} cannot generate text; only a causal language model of transformers has generate()",
+        f"{type(model).__name__} cannot generate text; only a transformers causal language model has generate()",
         key=key,
         advice=f"remove {key}",
     )

@@ -19,7 +19,7 @@ def export_config(model: nn.Module) -> Any:
     """The config that describes a model's weights; None if it has no config of transformers.
 
     With ``tie_word_embeddings: true``, a config would make `from_pretrained` overwrite separate output weights, so the
-    exported config has the value false where the weights are not tied.
+    exported config has the value false if the weights are not tied.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
@@ -57,13 +57,13 @@ def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, f
     """Compare the companion files in an exported folder with those of the trained model.
 
     Args:
-        names: The companions that the format saves; others are compared where the folder has them.
+        names: The companions that the format saves; others are compared if the folder has them.
         model: The trained model.
         tokenizer: The tokenizer of its data, or None.
         folder: The exported folder.
 
     Returns:
-        Every difference, in words.
+        Every difference, as text.
     """
     failures: list[str] = []
     for name in ("config", "generation_config", "tokenizer"):

@@ -24,7 +24,7 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         schemes: Quantization by layer name.
 
     Raises:
-        QatkitError: a layer cannot be held.
+        QatkitError: a layer is not supported.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():

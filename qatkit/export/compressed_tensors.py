@@ -66,7 +66,7 @@ def write(model: nn.Module, path: Path, batch: Any) -> None:
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
-    """Compare the folder's codes, scales and decoded weights with the model's, and load it with transformers."""
+    """Compare the folder's codes, scales and dequantized weights with the model's, and load it with transformers."""
     return compare_and_load(model, path)
 
 
@@ -165,7 +165,7 @@ def _compress(
 
 
 def _config(model: nn.Module, schemes: Mapping[str, Scheme]) -> QuantizationConfig:
-    """One config group per scheme: for all linear layers where there is one scheme, else for the layers by name."""
+    """One config group per scheme: for all linear layers if there is one scheme, else for the layers by name."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}

@@ -1,4 +1,4 @@
-"""Read a compressed-tensors folder back: codes and scales from the file, decoded weights from transformers."""
+"""Read a compressed-tensors folder back: codes and scales from the file, dequantized weights from transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qatkit.quantization.state import quantizer_prefixes
 
 @torch.no_grad()
 def compare_and_load(trained: nn.Module, folder: Path) -> ReadBack:
-    """Compare a folder's codes, scales and decoded weights with a model, and load it with transformers.
+    """Compare a folder's codes, scales and dequantized weights with a model, and load it with transformers.
 
     Args:
         trained: The model, in eval mode on the CPU.

@@ -24,7 +24,7 @@ from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Accept every model: a dense file holds any state dict.
+    """Accept every model: a dense file can store any state dict.
 
     Tied layers that quantize their weight differently are rejected by `prepare_qat` or, at the latest, when writing.
     """

@@ -55,7 +55,7 @@ class ExportFormat:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the format fills a folder instead of writing one file."""
+        """Whether the format writes a folder instead of one file."""
         return not self.file_name
 
     @property
@@ -161,7 +161,7 @@ def format_of_path(path: Path, name: str | None = None) -> ExportFormat:
 
     Args:
         path: The file or folder.
-        name: The format's name; by default it follows from the file name, or from the content where several formats
+        name: The format's name; by default it follows from the file name, or from the content if several formats
             share a file name.
 
     Raises:

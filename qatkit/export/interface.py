@@ -47,14 +47,14 @@ class ReadBack:
     weights: int
     """Quantized weights that were compared."""
     failures: list[str]
-    """Every difference, in words."""
+    """Every difference, as text."""
     runtime: Callable[..., Any] | None
     """The file in its runtime, called as the model is; None if it cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What an error bound may depend on."""
+    """The measurements that an error bound may depend on."""
 
     quantizes_inputs: bool
     half_precision: bool

@@ -6,7 +6,7 @@ the input codes (unsigned after a ReLU, that is `symmetric: false`), and on whet
 quantized too. `qatkit.export.runtime.integer_kernels` counts the kernels that were chosen.
 
 Tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_point``, ``{layer}.input.scale``,
-``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` where it stays in floating point). Codes of 2
+``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). Codes of 2
 to 8 bits are all stored in 8 bits. Group-wise weights are exact but run in floating point.
 """
 
@@ -77,7 +77,7 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """1 % of the quantization error where inputs are quantized, else 1e-4 of the mean output.
+    """1 % of the quantization error if inputs are quantized, else 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding border, which changes one code of the next input.
     """
@@ -169,7 +169,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     if inputs is not None and scheme.weight is None:
         raise QatkitError(
             f"layer '{name}': its input is quantized and its weight is not, and ONNX Runtime would quantize such a "
-            "weight to 8 bits by a rule of its own",
+            "weight to 8 bits by its own rule",
             advice="set weight: {num_bits: 8}, or remove activation",
         )
     for role, spec in (("weight", scheme.weight), ("activation", inputs)):

@@ -31,7 +31,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
         path: The ``.onnx`` file.
 
     Returns:
-        The number of codes that were compared, and the differences in words.
+        The number of codes that were compared, and the differences as text.
     """
     import onnx
 
@@ -138,7 +138,7 @@ class _File:
         return failures
 
     def _outputs_of(self, prefix: str) -> list[str]:
-        """The outputs of the matrix products and convolutions that use a layer's decoded weight."""
+        """The outputs of the matrix products and convolutions that use a layer's dequantized weight."""
         codes = f"{prefix}weight.codes"
         weights = {node.output[0] for inputs, node in self.decoders.items() if inputs[0] == codes}
         outputs = []

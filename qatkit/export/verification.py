@@ -1,6 +1,6 @@
 """Verify an exported file: read it back from disk, run it in its runtime, and compare it with the trained model.
 
-Nothing of the exporter is used here. The codes are read with the file format's own library, the weights are decoded by
+No code of the exporter is used here. The codes are read with the file format's own library, the weights are decoded by
 the runtime's own operator, and the expected values come from the model through `qatkit.quantization.arithmetic`.
 """
 
@@ -39,7 +39,7 @@ class Verification:
     samples: int
     """Samples that both models answered; for texts the predicted tokens."""
     bound: str
-    """The limit of `mean_error`, in words."""
+    """The limit of `mean_error`, as text."""
     allowed_error: float | None
     """The limit as a number; None if outputs are not bounded."""
     mean_error: float | None
@@ -58,7 +58,7 @@ class Verification:
     runtime_metric: float | None
     """Of the file in its runtime."""
     text: str
-    """The result in one line, in words."""
+    """The result in one line of text."""
 
     def with_failures(self, failures: list[str]) -> Verification:
         """The same comparison with more failures; it fails if there are any."""
@@ -68,7 +68,7 @@ class Verification:
         return replace(self, passed=False, failures=listed, text=_failed(listed))
 
     def summary(self) -> str:
-        """The result in one line, in words."""
+        """The result in one line of text."""
         return self.text
 
 
@@ -80,13 +80,13 @@ def verify(
     threads: int | None = None,
     task: Task | None = None,
 ) -> Verification:
-    """Compare an exported file with the model it was made from.
+    """Compare an exported file with the model it was exported from.
 
     Every integer code, scale, zero point and bias in the file, and the weights that the runtime decodes from them, must
     equal the model's (``==``). Outputs must stay within the format's error bound: equal for dense, sparse and
-    compressed-tensors files; for ONNX within 1 % of the quantization error where inputs are quantized (another
+    compressed-tensors files; for ONNX within 1 % of the quantization error if inputs are quantized (a different
     summation order may move a value across a rounding border), else within 1e-4 of the mean output. A dense file does
-    not quantize activations, so its outputs are not bounded where the model does.
+    not quantize activations, so its outputs are not bounded if the model does.
 
     Args:
         model: The exported model: plain, or prepared and calibrated. Left unchanged.
@@ -205,7 +205,7 @@ def _compare_outputs(
         runtime: The file in its runtime, called as the model is; None if it cannot be loaded.
         batches: As `verify` takes them.
         failures: Appended to.
-        declared: The task that the data declare.
+        declared: The task that the data declares.
     """
     scores, runtime_scores, same = Scores(declared), Scores(declared), 0
     elements, outputs, quantization, error, largest = 0, 0.0, 0.0, 0.0, 0.0

@@ -27,7 +27,7 @@ class TorchRows:
     Args:
         rows: The largest number of rows in one call.
         classes: Number of classes.
-        dtype: Dtype of the arithmetic; logits in another dtype are converted row by row.
+        dtype: Dtype of the arithmetic; logits in a different dtype are converted row by row.
         device: Device of the logits.
         temperature: Temperature that the logits are already divided by.
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.

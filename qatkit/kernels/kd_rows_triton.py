@@ -25,7 +25,7 @@ def _shifted(values, top, shared):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _over_mixture(log_p, log_q, beta):  # type: ignore[no-untyped-def]
-    """``log p - log m`` and ``log q - log m`` with ``m = beta * p + (1 - beta) * q``, from the ratio of p and q alone.
+    """``log p - log m`` and ``log q - log m`` with ``m = beta * p + (1 - beta) * q``, only from the ratio of p and q.
 
     Beyond a ratio of e^80 the smaller of the two is lost in a sum, and the exponential would overflow.
     """

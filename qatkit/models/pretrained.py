@@ -1,4 +1,4 @@
-"""Pretrained models of transformers, from a folder or from the hub."""
+"""Pretrained transformers models, from a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def causal_lm(
     attn_implementation: Attention = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """Load a pretrained causal language model of transformers.
+    """Load a pretrained transformers causal language model.
 
     On torch's meta device, on which recipes are validated, only its config is read.
 
@@ -100,7 +100,7 @@ def sequence_classifier(
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: as `causal_lm`, or the model was trained for another number of classes.
+        QatkitError: as `causal_lm`, or the model was trained for a different number of classes.
     """
     if num_classes < 2:
         raise QatkitError(f"{num_classes} is out of range", key="num_classes", advice="use 2 or more")
@@ -212,13 +212,13 @@ def _check_folder(folder: Path) -> None:
         raise QatkitError(
             f"{folder} has no readable config.json ({error})",
             key="name_or_path",
-            advice="use a folder that save_pretrained wrote",
+            advice="use a folder written by save_pretrained",
         ) from error
     if "model_type" not in config:
         raise QatkitError(
             f"{folder / 'config.json'} has no model_type",
             key="name_or_path",
-            advice="use a folder that save_pretrained of transformers wrote",
+            advice="use a folder written by save_pretrained of transformers",
         )
     if not [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         raise QatkitError(

@@ -57,7 +57,7 @@ class StopEarly(EarlyStopping):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if sum(trainer.num_val_batches) == 0:
             raise QatkitError(
-                "the data have no validation batches",
+                "the data has no validation batches",
                 key=self.key,
                 advice="add a validation split, or remove early_stopping",
             )

@@ -16,7 +16,7 @@ from qatkit.tasks import declared_task
 
 
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
-    """Score every row of the comparison as the recipe's ``evaluate`` block asks; {} without the block.
+    """Score every row of the comparison as set in the ``evaluate`` block; return {} without the block.
 
     Scores of the same stages with the same block are not measured again.
 
@@ -28,7 +28,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         By stage, the fields of `LanguageScore`, and ``tasks``: the metrics of lm-evaluation-harness.
 
     Raises:
-        QatkitError: the data are not text, or a requirement of the tasks is missing.
+        QatkitError: the data is not text, or a requirement of the tasks is missing.
     """
     config = run.recipe.evaluate
     if config is None:
@@ -68,5 +68,5 @@ def _lengths(data: LightningDataModule) -> list[int]:
 def _tokenizer(data: LightningDataModule) -> Any:
     tokenizer = getattr(data, "tokenizer", None)
     if tokenizer is None:
-        raise QatkitError("the data have no tokenizer", key="evaluate.tasks", advice="remove tasks")
+        raise QatkitError("the data has no tokenizer", key="evaluate.tasks", advice="remove tasks")
     return tokenizer

@@ -32,11 +32,11 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
     Args:
         recipe: Its ``export`` block names the format; nothing is checked without one.
         stage: A stage that the comparison shows.
-        model: The stage's model, with plain layers; the meta device will do.
-        task: The task that the data declare.
+        model: The stage's model, with plain layers; may be on the meta device.
+        task: The task that the data declares.
 
     Raises:
-        QatkitError: with the stage and, where it is known, the layer.
+        QatkitError: with the stage and, if known, the layer.
     """
     if recipe.export is None:
         return

@@ -1,4 +1,4 @@
-"""The end of a stage: the trained weights go into one plain model, which is measured and saved."""
+"""The end of a stage: the trained weights are loaded into one plain model, which is measured and saved."""
 
 from __future__ import annotations
 

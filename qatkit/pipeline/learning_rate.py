@@ -11,8 +11,8 @@ from qatkit.recipe import ScheduleName
 from qatkit.stages.optimizers import learned_scales
 
 SCALE_LR = 0.2
-"""Learned scales train at this fraction of the learning rate: a step of Adam is as large as the learning rate whatever
-the gradient, and scales are several times smaller than weights."""
+"""Learned scales train at this fraction of the learning rate: a step of Adam is as large as the learning rate
+regardless of the gradient, and scales are several times smaller than weights."""
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ class CompressionModule(LightningModule):
         stage: Learning rate, schedule and length.
         seed: With the epoch and the rank it seeds the random numbers of an epoch, so a resumed run repeats them.
         compiled: Compile the model after it is prepared and sharded.
-        task: The task that the data declare; without one the batches decide, see `qatkit.tasks.task_of`.
+        task: The task that the data declares; without one the batches decide, see `qatkit.tasks.task_of`.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class CompressionModule(LightningModule):
     @override
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(hash((self.seed, self.current_epoch, self.global_rank)) % 2**63)
-        # after resuming from an epoch's end Lightning 2.6 is one epoch ahead, and would shuffle in another order than
-        # the uninterrupted run; the data are only read after this hook
+        # after resuming from an epoch's end Lightning 2.6 is one epoch ahead, and would shuffle in a different order
+        # than the uninterrupted run; the data are only read after this hook
         sampler = getattr(self.trainer.train_dataloader, "sampler", None)
         if sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.current_epoch)

@@ -1,4 +1,4 @@
-"""Which process of a distributed run writes files."""
+"""Select the process of a distributed run that writes files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 
 
 def is_first_process() -> bool:
-    """Whether this process writes files; the launchers' variables decide, as no process group may exist yet."""
+    """Whether this process writes files; decided by the launchers' environment variables."""
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def leave_processes() -> None:
-    """End the process group, so that the first process continues alone: its data are no longer sliced by rank."""
+    """End the process group, so that the first process continues alone: its data is no longer sliced by rank."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

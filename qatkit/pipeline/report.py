@@ -44,7 +44,7 @@ def report_run(run: Run) -> dict[str, Any]:
 
 
 def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:
-    """Send the report and the exported files to the recipe's tracker, where it has one, and close it."""
+    """Send the report and the exported files to the recipe's tracker, if it has one, and close it."""
     pages = [run.out / name for name in ("report.html", "report.md", "report.json")]
     models = {row["stage"]: exported_path(run, row["stage"]) for row in content["rows"]}
     tracking.log_report(content, [page for page in pages if page.exists()], models)

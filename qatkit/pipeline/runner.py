@@ -1,4 +1,4 @@
-"""Run a recipe stage by stage. Stages meet on disk, so a killed run resumes where it was."""
+"""Run a recipe stage by stage. Stages pass results through files, so a killed run can resume."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def run_stages(
         until: The last stage to train; all by default.
         force: Delete stages whose inputs have changed, and those after them, and train them again.
         progress: How to show the progress of each stage.
-        tracking: Where the numbers go. Pass one to use it after training; by default it is closed at the end.
+        tracking: The tracking of metrics. Pass one to use it after training; by default it is closed at the end.
 
     Returns:
         The names of the stages that were trained.
 
     Raises:
-        QatkitError: a stage in the folder was made from other values, or `until` is not a stage.
+        QatkitError: a stage in the folder was trained with other values, or `until` is not a stage.
     """
     check_logger(run.recipe.trainer)
     check_accelerator(run.recipe.trainer.accelerator)
@@ -107,5 +107,6 @@ def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
         recorded = started.fingerprint
     if recorded not in (None, stage_print.fingerprint):
         raise QatkitError(
-            f"stage '{name}' in {run.out} was made from another stage before it", advice="use --force to run it again"
+            f"stage '{name}' in {run.out} was trained from a different previous stage",
+            advice="use --force to run it again",
         )

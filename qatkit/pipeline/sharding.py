@@ -25,11 +25,11 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
     """Shard a model's parameters over the data-parallel processes with FSDP2, in place.
 
     Fake quantizers are in the model already (callbacks swap in `setup`), so their scales are sharded with the weights.
-    Modules trained in another dtype than the rest, such as a classification head beside adapters, form groups of their
-    own.
+    Modules trained in a different dtype than the rest, such as a classification head beside adapters, form groups of
+    their own.
 
     Raises:
-        QatkitError: a fake quantizer is trained in another dtype than the rest.
+        QatkitError: a fake quantizer is trained in a different dtype than the rest.
     """
     from torch.distributed.fsdp import fully_shard
 

@@ -1,4 +1,4 @@
-"""One stage of a run: what it starts with, its training, and its result in the stage's folder."""
+"""One stage of a run: its input model, its training, and its result in the stage's folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
         run: The run; the stages that this one starts from are finished.
         name: The stage.
         stage_print: Its inputs and fingerprint.
-        tracking: Where its numbers go.
+        tracking: The tracking of its metrics.
         progress: How to show the progress.
     """
     folder = run.folder(name)

@@ -66,7 +66,7 @@ def write_cache(run: Run, stage: str) -> Path:
     """Write the teacher's outputs for all training samples of a stage, unless they exist; resume after a kill.
 
     Raises:
-        QatkitError: the teacher's stage is not finished, or the folder holds a cache with another fingerprint.
+        QatkitError: the teacher's stage is not finished, or the folder holds a cache with a different fingerprint.
     """
     folder, distill = cache_folder(run, stage), resolved_block(run, stage)
     assert distill.cache is not None

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: always to CSV files, and to TensorBoard or Weights & Biases if the recipe asks for them."""
+"""Log a run's metrics: always to CSV files, and to TensorBoard or Weights & Biases if the recipe enables them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a recipe asks for it, with a checkpoint at every epoch's end that training resumes from."""
+"""Build Lightning's Trainer from a recipe; training resumes from the checkpoint of the last epoch's end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build_trainer(
         logger=list(loggers),
         log_every_n_steps=10,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the data module slices by rank, in an order that depends on the seed alone
+        use_distributed_sampler=False,  # the data module slices by rank, in an order that depends only on the seed
         enable_progress_bar=False,  # ours covers the stage, Lightning's an epoch
         enable_model_summary=False,
     )
@@ -59,7 +59,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
-        QatkitError: no checkpoint of the stage is whole.
+        QatkitError: no checkpoint of the stage is intact.
     """
     checkpoint = find_checkpoint(folder)
     handler = signal.getsignal(signal.SIGINT)
@@ -77,7 +77,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
 
 
 def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
-    """The callback that writes ``last.ckpt`` at the end of every epoch, in place of the one before."""
+    """The callback that writes ``last.ckpt`` at the end of every epoch, replacing the previous one."""
     return FiniteCheckpoint(
         steps, dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,

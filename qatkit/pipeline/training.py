@@ -1,4 +1,4 @@
-"""The training of a stage: its callbacks, its fit, and the trained weights in one place."""
+"""The training of a stage: its callbacks, its fit, and the trained weights gathered from all processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trained:
     """The full state dict on the CPU; if the model was sharded, empty on all ranks but the first."""
     folds: list[Fold]
     held: list[str]
-    """Layers whose zeros are held."""
+    """Layers whose pruned weights stay zero."""
     quantize: QuantizeConfig | None
     lora: LoraConfig | None
     monitor: CompressionMonitor
@@ -73,8 +73,8 @@ def train(
         progress: How to show the progress.
 
     Raises:
-        QatkitError: the data are too few for a batch, a weight is NaN or infinite, or the stage was started on another
-            number of processes.
+        QatkitError: the data is too small for a batch, a weight is NaN or infinite, or the stage was started on a
+            different number of processes.
     """
     stage = recipe.stages[name]
     quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
@@ -135,7 +135,7 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
 
 
 def refuse_non_finite(name: str, place: str | None) -> None:
-    """Raise where a weight is NaN or infinite; `place` names it."""
+    """Raise if a weight is NaN or infinite; `place` names it."""
     if place is not None:
         raise QatkitError(
             f"the stage ended with {place} NaN or infinite; only the checkpoint before it is kept, if there is one",

@@ -26,7 +26,7 @@ DATA_ARGUMENTS = ("batch_size", "seed")
 
 
 def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Check a recipe against the code it names, on models without memory; no data are read.
+    """Check a recipe against the code it names, on models without memory; no data is read.
 
     Args:
         recipe: A loaded recipe.
@@ -37,7 +37,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
 
     Raises:
         QatkitError: an argument does not fit its factory, a glob matches no layer, a layer cannot be quantized as the
-            recipe asks, or a required package is missing.
+            recipe specifies, or a required package is missing.
 
     Example:
         >>> from qatkit.recipe.loading import load_recipe
@@ -50,8 +50,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     for name, stage in recipe.stages.items():
         if stage.distill is not None and recipe.teacher_of(name) is None:
             warnings.warn(
-                f"stages.{name}.distill: no earlier stage can teach, so the teacher is the model as its factory makes "
-                "it, perhaps untrained; put a dense stage first",
+                f"stages.{name}.distill: no earlier stage can teach, so the teacher is the model that the factory "
+                "builds, which may be untrained; put a dense stage first",
                 QatkitWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The verify step: compare every exported file with the stage it was made from."""
+"""The verify step: compare every exported file with the stage it was exported from."""
 
 from __future__ import annotations
 

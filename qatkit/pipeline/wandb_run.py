@@ -1,14 +1,14 @@
 """The Weights & Biases run of a run folder.
 
 - A recipe is one W&B run; its stages are distinguished by a prefix: ``qat/train/loss`` over the stage's own steps.
-  With one step count for all stages, another length of the first stage would move every later curve, and a stage that
-  is trained again on its own would not know where it starts.
+  With one step count for all stages, a different length of the first stage would move every later curve, and a stage
+  that is trained again on its own would not know where it starts.
 - qatkit draws the run's id and writes it to ``RUN/wandb_run_id`` before W&B starts, so that a killed run resumes the
   same W&B run.
 - Nothing asks for a login, and nothing leaves the machine of a user who is not logged in: without credentials the run
   is offline, below ``RUN/wandb``, for a later ``wandb sync``. ``WANDB_MODE`` takes precedence.
-- W&B never ends a training. If it cannot start online it starts offline; if it cannot start at all, or dies, one
-  warning says so and the CSV files continue.
+- W&B never ends a training. If it cannot start online, it starts offline; if it cannot start at all or fails later,
+  qatkit prints one warning and continues with CSV files.
 - There are no panels per layer: each stage has one table with a row per layer, and one histogram of all its codes.
 """
 

@@ -108,7 +108,7 @@ def build_like(model: nn.Module, config: Any, weights: Mapping[str, Tensor]) -> 
     """Build a model of the same class with another config and random weights.
 
     Args:
-        model: A model of transformers.
+        model: A transformers model.
         config: The config with the new sizes.
         weights: Tensors that the new model must have parameters for, by name.
 

@@ -88,7 +88,7 @@ def prune_by_gradient(
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
         scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
         include: Globs over layer names; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
         method: A method of `qatkit.pruning.methods.METHODS` that measures gradients; "taylor" is ``(w * g) ** 2``.
 
     Returns:

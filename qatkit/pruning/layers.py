@@ -24,11 +24,11 @@ def prunable_layers(
     Args:
         model: Any module.
         include: Globs over layer names; every one must match a layer.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
 
     Raises:
         QatkitError: a pattern matches no layer; no layer remains; or a weight is quantized, computed by a hook, or
-            shared with an excluded layer or one of another type.
+            shared with an excluded layer or one of a different type.
 
     Example:
         >>> from torch import nn

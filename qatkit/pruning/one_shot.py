@@ -45,7 +45,7 @@ def prune_one_shot(
         sparsity: Fraction of pruned weights in each layer, from 0 to below 1; give either this or `nm`.
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
         include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are pruned.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
         forward: Runs the model on one batch; `model(batch)` by default.
 
     Returns:

@@ -67,7 +67,7 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
         A mask for every tensor, bool: False at the selected scores. For a sharded tensor, the mask of the local shard.
 
     Raises:
-        QatkitError: a score is NaN or infinite, of another dtype, or sharded by columns.
+        QatkitError: a score is NaN or infinite, of a different dtype, or sharded by columns.
 
     Example:
         >>> import torch

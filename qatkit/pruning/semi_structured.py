@@ -24,14 +24,14 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
     Args:
         model: On a GPU of compute capability 8.0 or higher, in float16 or bfloat16.
         include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are used.
-        exclude: Globs over layer names to leave out.
+        exclude: Globs over layer names to exclude.
 
     Returns:
         The names of the layers that run on the sparse kernels.
 
     Raises:
-        QatkitError: a pattern matches nothing; a layer is not on such a GPU, has another dtype or is not 2:4 sparse; or
-            torch supports none of the layers.
+        QatkitError: a pattern matches nothing; a layer is not on such a GPU, has a different dtype or is not 2:4
+            sparse; or torch supports none of the layers.
 
     Example:
         >>> # needs a GPU

@@ -53,7 +53,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def _sharded_dimensions(name: str, tensor: Tensor) -> list[int]:
     placements = getattr(tensor, "placements", ())
     sharded = [(index, placement) for index, placement in enumerate(placements) if not placement.is_replicate()]
-    # in some versions a strided shard (FSDP2 over tensor parallelism) is a subclass, with its rows in another order
+    # in some versions a strided shard (FSDP2 over tensor parallelism) is a subclass, with its rows in a different order
     if len(sharded) > 1 or any(type(p).__name__ != "Shard" or p.dim != 0 for _, p in sharded):
         raise QatkitError(
             f"the weight of layer '{name}' is sharded as {placements}, but pruning needs shards of whole rows, as "

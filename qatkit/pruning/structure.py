@@ -60,7 +60,7 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
     normalized hidden channels, norms of head outputs, and for layers 1 minus the cosine of input and output.
 
     Args:
-        model: A Llama-like model of transformers (Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3).
+        model: A Llama-like transformers model (Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3).
         batches: Arguments for `forward`.
         forward: Runs the model on one batch; `model(batch)` by default.
 
@@ -124,7 +124,7 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
     """Build a smaller model of the same class from the parts with the highest scores.
 
     Args:
-        model: A Llama-like model of transformers; it is not changed.
+        model: A Llama-like transformers model; it is not changed.
         scores: Scores from `importance`, `magnitude_importance` or `taylor_importance`.
         shape: The sizes of the new model.
 

@@ -21,7 +21,7 @@ def magnitude_importance(model: nn.Module) -> Importance:
     projection.
 
     Args:
-        model: A Llama-like model of transformers.
+        model: A Llama-like transformers model.
 
     Raises:
         QatkitError: the model is not Llama-like.
@@ -36,7 +36,7 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[
     https://arxiv.org/abs/1906.10771), equation 8, for a gate that multiplies all weights of the part.
 
     Args:
-        model: A Llama-like model of transformers.
+        model: A Llama-like transformers model.
         batches: Arguments for `loss`.
         loss: Returns the model's loss on one batch, with its graph.
 

@@ -1,7 +1,7 @@
 """The arithmetic of quantization, which training, export and verification all call.
 
-Everything is computed in float32 whatever the tensor's dtype, as ``codes = round(clip(x / scale)) + zero_point``: clip
-first, then round half to even, which is the order of the LSQ paper and of ONNX's QuantizeLinear. It divides by the
+Everything is computed in float32 regardless of the tensor's dtype, as ``codes = round(clip(x / scale)) + zero_point``:
+clip first, then round half to even, which is the order of the LSQ paper and of ONNX's QuantizeLinear. It divides by the
 scale instead of multiplying by its reciprocal: the two differ in the last bit, and the runtimes divide.
 """
 

@@ -47,7 +47,7 @@ def check_kv_quantization(model: nn.Module, exclude: Sequence[str] = ()) -> None
     modules = attention_modules(model, exclude)
     if not modules:
         raise QatkitError(
-            f"{type(model).__name__} has no attention module of transformers", key="kv_cache", advice="remove kv_cache"
+            f"{type(model).__name__} has no transformers attention module", key="kv_cache", advice="remove kv_cache"
         )
     for name, module in modules:
         _check(name, module)

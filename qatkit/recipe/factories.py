@@ -1,6 +1,6 @@
 """Resolve, check and call the code that a recipe names as ``module:callable``.
 
-A recipe from a stranger must not run arbitrary code. A module is checked by its name before it is imported, and the
+An untrusted recipe must not run arbitrary code. A module is checked by its name before it is imported, and the
 object found in it is checked again by the module that defines it, because a module also exposes its own imports.
 """
 
@@ -79,7 +79,7 @@ def check_arguments(
         given: Names of the arguments that qatkit passes itself.
 
     Returns:
-        The arguments, with dataclasses built where the annotations ask for them.
+        The arguments, with dataclasses built if the annotations require them.
 
     Raises:
         QatkitError: an argument is unknown, missing, of the wrong type, or passed by qatkit.

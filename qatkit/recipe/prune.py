@@ -12,7 +12,7 @@ from qatkit.recipe.common import MISSING
 
 @dataclass(frozen=True)
 class RampConfig:
-    """How sparsity grows during a stage (Zhu & Gupta, 2017); times are fractions of the stage."""
+    """The sparsity schedule of a stage (Zhu & Gupta, 2017); times are fractions of the stage."""
 
     final: float = MISSING
     """Fraction of pruned weights at the end."""
@@ -38,7 +38,7 @@ EXAMPLES = {"sparsity": "sparsity: 0.5", "ramp": "ramp: {final: 0.8, start: 0.1}
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Set the least important weights to zero and keep them there; one of `sparsity`, `ramp` and `nm` says how many."""
+    """Set the least important weights to zero and keep them there; set exactly one of `sparsity`, `ramp` and `nm`."""
 
     sparsity: float | None = None
     """Fraction of weights to prune at once, before training."""

@@ -98,12 +98,12 @@ class QuantizeConfig(LayerConfig):
 
     @property
     def moves_weights(self) -> bool:
-        """Whether the starting point has other weights than the previous stage's model."""
+        """Whether the starting point changes the weights of the previous stage's model."""
         return self.init is not None and METHODS[self.init].changes_weights
 
     @property
     def moves_zeros(self) -> bool:
-        """Whether the starting point turns pruned weights into others than zero."""
+        """Whether the starting point makes pruned weights nonzero."""
         return self.init is not None and not METHODS[self.init].keeps_zeros
 
     @property

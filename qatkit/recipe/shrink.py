@@ -13,7 +13,7 @@ from qatkit.pruning.methods import IMPORTANCES
 class ShrinkConfig:
     """Remove parts of the model before the stage trains.
 
-    A size says how much is kept: an integer is a number of parts, a float a fraction below 1.
+    A size sets how much is kept: an integer is a number of parts, a float a fraction below 1.
     """
 
     layers: int | float | None = None

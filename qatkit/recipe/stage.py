@@ -1,4 +1,4 @@
-"""A stage: one stretch of training, and the blocks that configure it."""
+"""A stage: one training run, and the blocks that configure it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stretch of training. A block is enabled if it is present; ``max_steps: 0`` prepares and measures only."""
+    """One training run. A block is enabled if it is present; with ``max_steps: 0`` the stage does not train."""
 
     max_steps: int = MISSING
     batch_size: int = 64

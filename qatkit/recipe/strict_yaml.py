@@ -1,4 +1,4 @@
-"""YAML as a reader expects it: numbers are numbers, duplicates are errors, and only plain data is built.
+"""Strict YAML: numbers are numbers, duplicates are errors, and only plain data is built.
 
 PyYAML follows YAML 1.1, where ``1e-3`` is text, ``2:4`` is 124, ``no`` is false, and the second of two equal keys
 silently wins. Here scalars follow YAML 1.2, and ambiguous input is an error that names the line.

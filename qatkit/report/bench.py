@@ -1,4 +1,4 @@
-"""Latency of exported files, measured in turn so that a busy machine slows all of them alike."""
+"""Latency of exported files, measured alternately, so that load on the machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bench(
 
     Args:
         path: A ``.onnx`` file.
-        example: One input batch, ``[batch, ...]``; repeated or cut to each batch size.
+        example: One input batch, ``[batch, ...]``; repeated or truncated to each batch size.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Timed blocks per batch size.
@@ -65,7 +65,7 @@ def compare(
     repeats: int = 30,
     format: str | None = None,
 ) -> dict[str, list[Latency]]:
-    """Measure the latency of several files in turn (A, B, C, A, B, C), so that a busy machine slows all of them alike.
+    """Measure the latency of several files in turn (A, B, C, A, B, C), so that machine load slows all of them equally.
 
     Args:
         paths: Files by name.

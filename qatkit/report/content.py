@@ -136,7 +136,7 @@ def _training(run: Run, stage: str) -> dict[str, Any]:
 
 
 def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
-    """Weight histograms by layer, before the stage's first step (None where it has no step) and after its last."""
+    """Weight histograms by layer, before the stage's first step (None if it has no step) and after its last."""
     config = run.recipe.stages[stage]
     after = weight_histograms(run.load_model(stage))
     comparable = config.shrink is None  # a shrunk model starts with other weights than the parent stage left

@@ -30,7 +30,7 @@ class Point:
     colour: str
     cost: float
     low: float
-    """First quartile of the cost; the cost itself where there is no spread."""
+    """First quartile of the cost; the cost itself if there is no spread."""
     high: float
     value: float
     """The value of the metric; an accuracy is between 0 and 1."""

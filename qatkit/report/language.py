@@ -128,7 +128,7 @@ def _stacked(group: Sequence[Text]) -> Text:
 
 
 def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]:
-    """The held-out texts of a test split; a single text where the batches are windows of one token stream.
+    """The held-out texts of a test split; a single text if the batches are windows of one token stream.
 
     The batches are such windows if every token is a label and nothing marks the end of a row. Otherwise every row is a
     text, without its padding. A packed row, in which positions restart, gives one text per document.

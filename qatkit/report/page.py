@@ -26,7 +26,7 @@ def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
 
     Args:
         reports: The content of each ``report.json``.
-        folders: The run folder of each; tells runs with the same name apart.
+        folders: The run folder of each; distinguishes runs with the same name.
 
     Raises:
         QatkitError: matplotlib or jinja2 is not installed.

@@ -84,7 +84,7 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
 
 
 def merged_table(reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """The comparison of all runs under common headers; each cell is a value and its remark in brackets."""
+    """The comparison of all runs under common headers; each cell is a value and its remark in parentheses."""
     columns = list(dict.fromkeys(header for report in reports for header in headers(report)))
     columns.append(columns.pop(columns.index("parity")))
     rows = []

@@ -29,7 +29,7 @@ class Tile(TypedDict):
 
 
 def parity(check: dict[str, Any]) -> Parity:
-    """The verification of one file, for a reader who does not know its terms.
+    """The verification of one file, in terms that need no background.
 
     Args:
         check: The ``verification`` of a row of the report.
@@ -62,7 +62,7 @@ def _difference(check: dict[str, Any]) -> str:
         return f"{text}, because this format does not quantize activations; no bound applies."
     limit = f"the limit is {plain(check['allowed_error'])}"
     if effect == 0:
-        return f"{text}: rounding noise of floating-point sums in another order ({limit})."
+        return f"{text}: rounding noise of floating-point sums in a different order ({limit})."
     return f"{text}, {_part(error / effect)} of the effect of quantization itself ({plain(effect)}; {limit})."
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in training: written durably, verified before they are read, the one before kept.
+"""Checkpoints of a stage in training: written durably, verified before they are read, with the previous one kept.
 
 stage/last.ckpt        the newest checkpoint
 stage/previous.ckpt    the one before it, for the case that the newest is damaged
@@ -40,10 +40,10 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that is whole, or None if the stage has none.
+    """The newest checkpoint of a stage that is intact, or None if the stage has none.
 
     Raises:
-        QatkitError: there are checkpoints, and none of them is whole.
+        QatkitError: there are checkpoints, and none of them is intact.
     """
     known = _digests(folder / NAMES[0])
     damaged: list[Path] = []

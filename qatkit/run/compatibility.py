@@ -1,4 +1,4 @@
-"""Whether data and model fit each other; a mismatch would otherwise be an index error in the middle of training."""
+"""Check that data and model fit together; a mismatch would otherwise cause an index error during training."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_data(model: nn.Module, data: Any) -> None:
 def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:
     """Add the tokenizer of a recipe's pretrained model to its data, if they accept one and name none.
 
-    The token ids of another tokenizer would mean other texts to the model.
+    With a different tokenizer, the token ids would have a different meaning.
     """
     name = model.args.get("name_or_path") if model.factory.startswith("qatkit.models:") else None
     if not isinstance(name, str) or "tokenizer" in data.args or not holds_tokenizer(name):

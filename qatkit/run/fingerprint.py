@@ -26,7 +26,7 @@ _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Dotted keys and values that the result of a stage depends on, apart from the stages before it.
+    """The values by dotted key that the result of a stage depends on, excluding the stages before it.
 
     If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, its content is
     included, not only its name; see `_folder_digest`.

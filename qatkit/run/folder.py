@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A recipe and the folder that its results live in.
+    """A recipe and the folder of its results.
 
     Args:
         recipe: The recipe.
@@ -42,7 +42,7 @@ class Run:
         return self.out / "stages" / stage
 
     def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
-        """Build a model as its factory makes it, with the same initial weights every time.
+        """Build a model with its factory, with reproducible initial weights.
 
         Args:
             architecture: What it is built from; the recipe's model by default.
@@ -87,7 +87,7 @@ class Run:
         return starting_model(self.recipe, stage, built, lambda parent: self.load_model(parent, quantizers=False))
 
     def stage_models(self) -> StageModels:
-        """The models of all stages without values, of finished stages as they were recorded."""
+        """The models of all stages on the meta device; finished stages as recorded."""
 
         def recorded(stage: str) -> Architecture | None:
             record = self.find(stage)
@@ -96,7 +96,7 @@ class Run:
         return StageModels(self.recipe, self.allow, recorded)
 
     def is_original(self, stage: str) -> bool:
-        """Whether a stage trains the weights that the model's factory gives: no earlier stage has changed them."""
+        """Whether a stage starts from the factory's weights, unchanged by any earlier stage."""
         if self.recipe.stages[stage].shrink is not None:
             return False
         if (before := self.recipe.parent_of(stage)) is None:

@@ -1,7 +1,7 @@
 """The records of a stage: ``stage.json`` of a finished one, ``started.json`` of one that is being trained.
 
-Both hold the number of the schema they follow and a digest of their own content. A damaged record, or one of another
-schema, is refused. ``stage.json`` also holds the digests of the stage's files; see `qatkit.run.stage_files`.
+Both hold the number of the schema they follow and a digest of their own content. A damaged record, or one of a
+different schema, is refused. ``stage.json`` also holds the digests of the stage's files; see `qatkit.run.stage_files`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StageRecord:
     folds: list[Fold] = field(default_factory=list)
     """Pairs of convolution and BatchNorm that were folded, in this stage or before."""
     zeros: dict[str, int] = field(default_factory=dict)
-    """The number of zeros of every layer whose zeros are held, counted in the saved weights."""
+    """The number of zeros of every layer whose pruned weights stay zero, counted in the saved weights."""
     metrics: dict[str, float] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
     """``parameters``, and ``macs``: multiply-adds for one sample of the test split."""
@@ -51,7 +51,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Started:
-    """The content of ``started.json``: what a stage was started with."""
+    """The content of ``started.json``: the inputs that a stage was started with."""
 
     inputs: dict[str, Any]
     fingerprint: str
@@ -87,7 +87,7 @@ def read_record(folder: Path) -> StageRecord | None:
     """The record of a finished stage, or None if the stage is not finished.
 
     Raises:
-        QatkitError: ``stage.json`` is damaged or follows another schema.
+        QatkitError: ``stage.json`` is damaged or follows a different schema.
     """
     path = folder / "stage.json"
     content = _read(path, StageRecord)
@@ -108,10 +108,10 @@ def write_started(folder: Path, started: Started) -> None:
 
 
 def read_started(folder: Path) -> Started | None:
-    """What an unfinished stage was started with, or None if it was not started.
+    """The inputs that an unfinished stage was started with, or None if it was not started.
 
     Raises:
-        QatkitError: ``started.json`` is damaged or follows another schema.
+        QatkitError: ``started.json`` is damaged or follows a different schema.
     """
     content = _read(folder / "started.json", Started)
     return Started(**content) if content is not None else None

@@ -1,4 +1,4 @@
-"""The files of a finished stage, written so that a killed process leaves all of them or none.
+"""The files of a finished stage, written so that a killed process leaves either all of them or none.
 
 stage/model/model.safetensors   plain weights under plain names
 stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
@@ -88,7 +88,7 @@ def count_zeros(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
 
 
 def measured_zeros(folder: Path) -> dict[str, list[int]]:
-    """The number of zeros and of weights in the saved weight of each layer whose zeros are held."""
+    """The number of zeros and of weights in the saved weight of each layer whose pruned weights stay zero."""
     record = _finished(folder)
     names = record.zeros
     with safe_open(folder / "model" / "model.safetensors", framework="pt") as file:

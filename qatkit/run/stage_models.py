@@ -1,4 +1,4 @@
-"""The model of each stage: which one a stage starts with, and all of them without values, with `shrink` applied."""
+"""The model of each stage: the input model of a stage, and all models on the meta device, with `shrink` applied."""
 
 from __future__ import annotations
 

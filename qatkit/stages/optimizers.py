@@ -1,8 +1,8 @@
 """The optimizers of a stage, torch's AdamW and those of bitsandbytes, and the memory that each takes.
 
-Only the moments of large weights have 8 bits. The moments of learned scales and offsets keep 32 bits whatever their
-size, as an error in their step moves every weight of their group. So do those of embeddings, where most rows have no
-gradient in a step, as in transformers, and of tensors with fewer than 4096 elements, by bitsandbytes' own rule.
+Only the moments of large weights have 8 bits. The moments of learned scales and offsets keep 32 bits regardless of
+their size, as an error in their update moves every weight of their group. So do those of embeddings, where most rows
+have no gradient in a step, as in transformers, and of tensors with fewer than 4096 elements, by bitsandbytes' own rule.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
 
 
 def full_moments(model: nn.Module) -> set[int]:
-    """The ids of the parameters whose moments keep 32 bits whatever their size."""
+    """The ids of the parameters whose moments keep 32 bits regardless of their size."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return learned_scales(model) | {id(module.weight) for module in embeddings}
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check(config: PruneConfig, model: nn.Module) -> list[str]:
-    """Check everything about the block that can be known before training.
+    """Check the block as far as possible before training.
 
     Args:
         config: The block.
@@ -71,11 +71,11 @@ def _check_sparsity(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
 
 
 def callbacks(config: PruneConfig | None, pruned: Sequence[str], model: nn.Module) -> list[PruningCallback]:
-    """Make the callbacks that prune, and that keep the masks of earlier stages.
+    """Build the callbacks that prune and that keep the masks of earlier stages.
 
     Args:
         config: The stage's block, if it has one.
-        pruned: Layers that an earlier stage pruned. Their masks are kept whatever the method, except for srste, which
+        pruned: Layers that an earlier stage pruned. Their masks are kept with every method except for srste, which
             may change the masks of the layers it prunes.
         model: The model at the stage's start.
     """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def callback(earlier: nn.Module) -> WeightRewinding:
-    """Make the callback that restores the weights of `earlier` under the stage's sparsity mask."""
+    """Build the callback that restores the weights of `earlier` under the stage's sparsity mask."""
     from qatkit.callbacks import WeightRewinding
 
     return WeightRewinding({f"{STUDENT}.{name}": tensor for name, tensor in earlier.state_dict().items()})

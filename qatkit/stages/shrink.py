@@ -105,7 +105,7 @@ def _measured(
     call: Callable[[nn.Module, Any], Tensor],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> Any:
-    """Call an importance function of the table with what its measure needs."""
+    """Call an importance function of the table with the arguments that its measure needs."""
     measures = IMPORTANCES[config.importance].measures
     if not measures:
         return implementation(function)(model)

@@ -1,10 +1,10 @@
-"""Tasks: the loss, the predictions and the metrics that a batch asks of a model; see `qatkit.tasks.table`.
+"""Tasks: the loss, the predictions and the metrics of a model on a batch; see `qatkit.tasks.table`.
 
 A pair ``(inputs, labels)`` is a classification batch. A mapping, as models of transformers take it, has
 
 - one label per text ``[batch]`` for text classification;
 - one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,
-  with ``"task": "masked"``, the hidden tokens;
+  with ``"task": "masked"``, the masked tokens;
 - ``"task": "pairs"`` for embeddings: each text is trained to be nearer to its own partner than to the others.
 """
 

@@ -1,4 +1,4 @@
-"""Call a model on a batch, whatever its task: inputs, logits, answers and loss."""
+"""Call a model on a batch, for every task: inputs, logits, answers and loss."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
     Args:
         logits: The result of `call`.
         batch: The batch it was called with.
-        declared: The task that the data declare; see `task_of`.
+        declared: The task that the data declares; see `task_of`.
 
     Raises:
         QatkitError: the batch has no labels, or they do not fit the logits.

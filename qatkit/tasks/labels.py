@@ -20,7 +20,7 @@ def labels_in(batch: Mapping[str, Any]) -> Tensor:
         raise QatkitError(
             f"a batch has the keys {sorted(batch)} and no 'labels'",
             key="data",
-            advice="add 'labels', for a text its input_ids",
+            advice="add 'labels' (for text, a copy of input_ids)",
         )
     labels: Tensor = batch["labels"]
     return labels

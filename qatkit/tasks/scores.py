@@ -105,7 +105,7 @@ class Scores:
 
 
 def perplexity(loss: float) -> float:
-    """Return ``exp(loss)`` of a loss in nats, cut at ``exp(700)``: a float cannot hold much more."""
+    """Return ``exp(loss)`` of a loss in nats, capped at ``exp(700)``, because a float overflows soon after."""
     return math.exp(min(loss, 700.0))
 
 
@@ -116,7 +116,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], declared: Task | None = N
     Args:
         model: Called as `call` does.
         batches: Batches of one task.
-        declared: The task that the data declare; see `task_of`.
+        declared: The task that the data declares; see `task_of`.
     """
     scores = Scores(declared)
     for batch in batches:

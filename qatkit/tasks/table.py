@@ -6,8 +6,8 @@ A data factory declares its task by name, and so may a data module or a batch::
 
     my_data.task = "classification"
 
-Data that declare nothing keep working: a pair ``(inputs, labels)`` is a classification; a mapping is a text
-classification where it has one label per sample, and causal language modeling otherwise.
+Data that declares nothing keeps working: a pair ``(inputs, labels)`` is a classification; a mapping is a text
+classification if it has one label per sample, and causal language modeling otherwise.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MetricName = Literal["loss", "perplexity", "accuracy", "f1"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of a model, how its answers are scored, and the words for it."""
+    """A task: how a model is called, how its answers are scored, and the terms for it."""
 
     name: str
-    """The name that data declare."""
+    """The name that the data declares."""
     description: str
     """One line for people."""
     answers: str
@@ -83,11 +83,11 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="masked",
-            description="the hidden tokens of a text",
+            description="the masked tokens of a text",
             answers="qatkit.tasks.masked:answers",
             metrics=("loss", "perplexity", "accuracy"),
             metric="perplexity",
-            agreement="hidden token",
+            agreement="masked token",
             counted="hidden test tokens",
             per_token=True,
             named_inputs=True,
@@ -128,10 +128,10 @@ def declared_task(data: object, key: str = "data") -> Task | None:
 
 
 def task_of(batch: Any, declared: Task | None = None) -> Task:
-    """Return the task of a batch: the one that it declares, else the one that its data declare, else the default.
+    """Return the task of a batch: the one that it declares, else the one that its data declares, else the default.
 
     Args:
-        batch: A pair ``(inputs, labels)``, or a mapping as models of transformers take it.
+        batch: A pair ``(inputs, labels)``, or a mapping in the format of transformers models.
         declared: The task that the data module declares.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Text classification: one class per text, from a mapping as models of transformers take it."""
+"""Text classification: one class per text, from a mapping in the format of transformers models."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def llama(seed: int, vocabulary: int = 300, **config: Any) -> LlamaForCausalLM:
 
 
 class LanguageModel(Classifier):
-    """As users train a model of transformers."""
+    """As users train a transformers model."""
 
     logits: list[Any]
 

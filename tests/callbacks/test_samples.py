@@ -100,7 +100,7 @@ def test_tensorboard_shows_them(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_what_cannot_write_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "samples.jsonl"
-    with pytest.raises(QatkitError, match="prompts: the data have no tokenizer"):
+    with pytest.raises(QatkitError, match="prompts: the data has no tokenizer"):
         trainer(TextSamples(1, PROMPTS, path)).fit(module(), loader(2))
     with pytest.raises(QatkitError, match="prompts: Classifier cannot generate text"):
         trainer(TextSamples(1, PROMPTS, path, tokenizer=tokenizer)).fit(Classifier(), batches())

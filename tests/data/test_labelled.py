@@ -1,4 +1,4 @@
-"""Classes, hidden tokens and pairs: batches that their models learn from, scored as other libraries score them."""
+"""Classes, masked tokens and pairs: batches that their models learn from, scored as other libraries score them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher cache: contents, bytes per token, kills, and caches written from something else."""
+"""The teacher cache: contents, bytes per token, kills, and caches written with other inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Positions that do not count affect neither loss nor gradient, whatever stands there."""
+"""Positions that do not count affect neither loss nor gradient, regardless of the values there."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_the_merge_is_that_of_peft_and_its_folder_loads_in_plain_peft(dora: bool
     trained = logits(model)
     save_adapter(model, tmp_path, base="somebody/model")
     merge(model)
-    theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path)  # type: ignore[arg-type]  # a model of transformers
+    theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path)  # type: ignore[arg-type]  # a transformers model
     torch.testing.assert_close(logits(theirs), trained)
     merged = theirs.merge_and_unload().state_dict()
     assert sorted(merged) == sorted(model.state_dict())

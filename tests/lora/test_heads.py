@@ -65,7 +65,7 @@ def test_plain_peft_loads_adapters_and_head_over_a_base_with_another_head(family
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == HEADS[family]
     other = classifier(family, seed=5)
     assert not torch.allclose(logits(other), trained, atol=0.1)
-    theirs = PeftModel.from_pretrained(other, tmp_path)  # type: ignore[arg-type]  # a model of transformers
+    theirs = PeftModel.from_pretrained(other, tmp_path)  # type: ignore[arg-type]  # a transformers model
     torch.testing.assert_close(logits(theirs), trained)
     merge(model)
     torch.testing.assert_close(logits(model), trained)

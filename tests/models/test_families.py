@@ -52,7 +52,7 @@ def test_what_was_trained_is_what_plain_transformers_loads(family: str, kind: st
     with torch.no_grad():
         trained = call(model, batch)
     export_dense(model, tmp_path / "model.safetensors")
-    model.config.save_pretrained(tmp_path)  # type: ignore[union-attr]  # of a model of transformers
+    model.config.save_pretrained(tmp_path)  # type: ignore[union-attr]  # of a transformers model
     factory = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
     loaded = factory.from_pretrained(tmp_path).eval()
     with torch.no_grad():

@@ -120,5 +120,5 @@ def test_without_a_network_a_cached_model_of_the_hub_is_loaded_and_another_is_re
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "LlamaForCausalLM" in result.stdout
     said = result.stderr.strip().splitlines()[-1]
-    assert "name_or_path: 'some/other' is not a folder, and asking the hub for it failed" in said
+    assert "name_or_path: 'some/other' is not a folder, and the request to the hub failed" in said
     assert "while the network is up" in said

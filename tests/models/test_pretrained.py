@@ -1,4 +1,4 @@
-"""Models for classes, hidden tokens and embeddings: loaded as asked, and refused where they do not fit the data."""
+"""Models for classes, masked tokens and embeddings: loaded as asked, and refused where they do not fit the data."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path: Pa
 def test_the_hub_is_asked_for_a_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models" / "team" / "asked_once").mkdir(parents=True)
     (tmp_path / "models" / "team" / "asked_once" / "config.json").write_text("{}")
-    wrong = "'team/none' is not a folder, and asking the hub for it failed"
+    wrong = "'team/none' is not a folder, and the request to the hub failed"
     with hub(tmp_path) as (address, requests):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -137,7 +137,7 @@ def test_a_run_that_was_killed_stops_where_it_would_have(
     ("override", "says"),
     [
         ("stages.dense.max_steps=9", "the first validation is at the end of an epoch of 10 steps, but max_steps is 9"),
-        ("data.args={validated: false}", "the data have no validation batches"),
+        ("data.args={validated: false}", "the data has no validation batches"),
     ],
 )
 def test_a_stage_without_a_validation_is_refused(override: str, says: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_every_mask_equals_that_of_the_cpu(dtype: torch.dtype, ties: bool) -> No
 
     ours, theirs = masks("cuda"), masks("cpu")
     if dtype is torch.float32 and not ties:
-        ours.pop("block")  # sums of magnitudes in another order
+        ours.pop("block")  # sums of magnitudes in a different order
     for name, mask in ours.items():
         assert mask.is_cuda
         assert torch.equal(mask.cpu(), theirs[name]), name

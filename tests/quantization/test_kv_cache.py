@@ -118,7 +118,7 @@ def test_a_rounded_key_is_the_key_after_its_rotary_position() -> None:
 
 
 def test_a_model_without_attention_and_an_attention_that_cannot_be_wrapped_are_refused() -> None:
-    with pytest.raises(QatkitError, match="kv_cache: Sequential has no attention module of transformers"):
+    with pytest.raises(QatkitError, match="kv_cache: Sequential has no transformers attention module"):
         prepare_qat(nn.Sequential(nn.Linear(2, 2)), kv_cache=TOKEN)
     with pytest.raises(
         QatkitError, match="computes attention with 'eager', which qatkit cannot replace; load the model"

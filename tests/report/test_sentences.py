@@ -46,7 +46,7 @@ def test_equal_outputs_noise_and_formats_without_a_bound_are_said_as_they_are() 
     ]
     noise = {**CHECK, "layers": 0, "quantization_error": 0.0, "mean_error": 8.4e-7, "agreement": 1.0}
     assert parity(noise)["sentences"] == [
-        "Outputs differ by 8.4e-7 on average: rounding noise of floating-point sums in another order "
+        "Outputs differ by 8.4e-7 on average: rounding noise of floating-point sums in a different order "
         "(the limit is 0.0035).",
         "Both models give the same class for all 360 test samples.",
     ]
