@@ -49,7 +49,7 @@ def command(
 
 
 def present(content: dict[str, object], folder: Path, page: Path | None, quiet: bool, as_json: bool) -> None:
-    """Write the page beside the report, and print the comparison.
+    """Write the page next to the report, and print the comparison.
 
     Args:
         content: The report.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends without an error, its file replaces `path`.
+    """A temporary path next to `path`; when the block ends without an error, its file replaces `path`.
 
     The file is flushed to disk before the rename, and the folder after it, so not even a power failure leaves a
     partial file.

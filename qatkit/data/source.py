@@ -30,9 +30,9 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Records for training, validation and test; a split without records of its own is cut from the training records.
+    """Records for training, validation and test; a split that is not given is cut from the training records.
 
-    A hash of its content decides the split of a record, so equal records are always in the same split.
+    A hash of a record's content determines its split, so equal records are always in the same split.
 
     `causal_text` and `masked_text` skip blank texts: there is nothing to learn. A blank text with a class or a partner
     is a bad record.
@@ -49,9 +49,9 @@ class Source:
     revision: str | None = None
     """Branch, tag or commit of a data set on the hub."""
     val_fraction: float = 0.05
-    """Fraction of the training records that is cut off for validation."""
+    """Fraction of the training records that is held out for validation."""
     test_fraction: float = 0.05
-    """Fraction of the training records that is cut off for test."""
+    """Fraction of the training records that is held out for test."""
     lines: bool = False
     """Make each line of a .txt file a record; by default the whole file is one record."""
     streaming: bool = False

@@ -52,7 +52,7 @@ class TextDataModule(SplitDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the text; it is saved beside the model."""
+        """The tokenizer of the text; it is saved with the model."""
         if self._load is not None:
             return self._load()
         from transformers import PreTrainedTokenizerFast

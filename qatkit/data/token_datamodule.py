@@ -70,7 +70,7 @@ class TokenDataModule(SplitDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the text; it is saved beside the model."""
+        """The tokenizer of the text; it is saved with the model."""
         return self._tokenizer()
 
     @property

@@ -1,4 +1,4 @@
-"""Config, generation config and tokenizer: the files beside a transformers model's weights."""
+"""Config, generation config and tokenizer: the files next to a transformers model's weights."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _arguments(spec: QuantSpec, dynamic: bool = False) -> QuantizationArgs:
 
 
 def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Tensor) -> dict[str, Tensor]:
-    """The scales that the file holds beside the codes, float32, by the format's names."""
+    """The scales that the file holds with the codes, float32, by the format's names."""
     assert weight is not None
     scales = {"weight_scale": weight.whole_qparams(full_tensor(matrix))[0].cpu()}
     if inputs is not None and not inputs.dynamic:
@@ -213,7 +213,7 @@ def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Te
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that replaces it at the end, or is deleted if the block raises."""
+    """A temporary folder next to `folder` that replaces it at the end, or is deleted if the block raises."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

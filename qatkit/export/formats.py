@@ -1,6 +1,6 @@
 """The export formats, one row each: read by the recipe schema, validation, pipeline, verification, report and docs.
 
-A new format is one file beside this one that checks, writes and reads it back, and one row in `FORMATS`. The four
+A new format is one file next to this one that checks, writes and reads it back, and one row in `FORMATS`. The four
 functions that every row names are typed in `qatkit.export.interface`.
 """
 
@@ -45,7 +45,7 @@ class ExportFormat:
     recognizes: str = ""
     """``(path)``: whether the content is of this format, where the file name is ambiguous."""
     companions: tuple[str, ...] = ()
-    """Saved beside the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
+    """Saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
     benchmark: str = ""
     """``(path, threads)``: a callable whose latency the report measures; empty if none is measured."""
     kernels: str = ""

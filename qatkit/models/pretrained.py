@@ -89,8 +89,8 @@ def sequence_classifier(
     """Load a pretrained sequence classifier, for `qatkit.data:text_classification`.
 
     A model that was not trained to classify gets a head with random weights. A decoder classifies at the last token
-    that is not padding; the padding token is set to the one that qatkit's data use: the tokenizer's padding token, or
-    else end-of-text. Many configs name none, or another one. Without a tokenizer, the config decides.
+    that is not padding; the padding token is set to the one that qatkit's data uses: the tokenizer's padding token, or
+    else end-of-text. Many configs name none, or a different one. Without a tokenizer, the config's is used.
 
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.
@@ -134,7 +134,7 @@ def _fills_in(model_type: str) -> bool:
 
 @lru_cache(maxsize=4)  # a run builds its models many times
 def _padding_of(name: str) -> int | None:
-    """Return the padding token of the tokenizer beside a model; None if there is none."""
+    """Return the padding token of a model's tokenizer; None if there is none."""
     source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
     if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").exists():
         return None

@@ -1,4 +1,4 @@
-"""The ``evaluate`` block of a recipe: language scores of finished stages, kept beside each stage's export."""
+"""The ``evaluate`` block of a recipe: language metrics of finished stages, stored next to each stage's export."""
 
 from __future__ import annotations
 

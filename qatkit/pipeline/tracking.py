@@ -22,7 +22,7 @@ class Tracking:
     """The loggers of a run folder, and what they get when a stage or the whole run is finished.
 
     Args:
-        recipe: The resolved recipe; its `trainer.logger` decides.
+        recipe: The resolved recipe; its `trainer.logger` selects the loggers.
         out: The run's folder.
 
     Example:

@@ -124,7 +124,7 @@ def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[st
         raise QatkitError(
             "the stage has no pruned weights, so there is no mask to keep",
             key=key,
-            advice="set prune: {sparsity: 0.5} beside it",
+            advice="also set prune: {sparsity: 0.5}",
         )
     for each in line[: line.index(rewind.stage)] if rewind.stage is not None else line:
         if stages[each].quantize is not None or stages[each].lora is not None:

@@ -41,7 +41,7 @@ class PruneConfig:
     """Set the least important weights to zero and keep them there; set exactly one of `sparsity`, `ramp` and `nm`."""
 
     sparsity: float | None = None
-    """Fraction of weights to prune at once, before training."""
+    """Fraction of weights to prune in one step, before training."""
     ramp: RampConfig | None = None
     """Fraction of pruned weights that grows during training."""
     nm: list[int] | None = None
@@ -53,7 +53,7 @@ class PruneConfig:
     scope: Literal["layer", "model"] = "layer"
     """Prune every layer to the same sparsity, or rank the weights of all layers together."""
     layers: dict[str, float] = field(default_factory=dict)
-    """Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob decides."""
+    """Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob wins."""
     include: list[str] = field(default_factory=lambda: ["*"])
     """Globs over layer names; every one must match a layer."""
     exclude: list[str] = field(default_factory=list)

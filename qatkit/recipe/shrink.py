@@ -56,7 +56,7 @@ class ShrinkConfig:
             )
         if self.layers is None and self.layers_by != "score":
             raise QatkitError(
-                f"'{self.layers_by}' has no effect without layers", key="layers_by", advice="set layers: 4 beside it"
+                f"'{self.layers_by}' has no effect without layers", key="layers_by", advice="also set layers: 4"
             )
         if self.channels is not None and (len(given) > 1 or self.keep_layers is not None):
             raise QatkitError(

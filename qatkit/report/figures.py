@@ -22,7 +22,7 @@ class Point:
     """One exported file in a figure of its metric against its cost."""
 
     label: str
-    """The text beside the mark: the stage's name, or the run's number."""
+    """The label of the mark: the stage's name, or the run's number."""
     words: str
     """Stage and run, for the tooltip."""
     kind: str
@@ -107,7 +107,7 @@ def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _place_labels(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
-    """Place each label beside its mark, where it covers the least of marks and other labels."""
+    """Place each label next to its mark, where it overlaps marks and other labels least."""
     spots = [axes.transData.transform((point.cost, metric.scale * point.value)) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     places = [(side * dx, dy) for dx, dy in ((9, 9), (9, -9), (11, 0), (9, 22), (9, -22)) for side in (1, -1)]

@@ -23,7 +23,7 @@ def weight_histogram(key: str, layer: str, before: Histogram | None, after: Hist
         layer: The layer's name.
         before: The histogram at the stage's start; None if nothing was trained.
         after: The histogram at its end.
-        kind: post-training or trained; decides the color.
+        kind: post-training or trained; sets the color.
     """
     colour = KINDS[kind]
     low, high = after["qmin"] - 0.5, after["qmax"] + 0.5

@@ -22,7 +22,7 @@ from qatkit.recipe.factories import build
 
 @dataclass(frozen=True)
 class Architecture:
-    """A factory with its arguments, and the changes to the config of the model that it makes."""
+    """A factory with its arguments, and the changes to the config of its model."""
 
     model: FactoryConfig
     config: dict[str, Any] = field(default_factory=dict)

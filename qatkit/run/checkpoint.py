@@ -24,7 +24,7 @@ NAMES = ("last.ckpt", "previous.ckpt")
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint beside its target, then replace the target; ``last.ckpt`` becomes ``previous.ckpt``.
+    """Write a checkpoint next to its target, then replace the target; ``last.ckpt`` becomes ``previous.ckpt``.
 
     The file and its digest are on the disk before the target is replaced, so a kill at any moment leaves a verifiable
     checkpoint. Lightning writes to TMPDIR and then moves the file, which is not atomic across file systems.

@@ -52,7 +52,7 @@ class Run:
         return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
 
     def build_data(self, batch_size: int) -> LightningDataModule:
-        """Build the recipe's data; the recipe's seed decides their order."""
+        """Build the recipe's data; the recipe's seed determines the order."""
         from lightning.pytorch import LightningDataModule
 
         config = with_tokenizer(self.recipe.data, self.recipe.model, self.allow)

@@ -28,7 +28,7 @@ from qatkit.run.record import StageRecord, read_record, write_record
 
 
 def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
-    """Write a finished stage: weights, quantizers, then the record that makes it finished."""
+    """Write a finished stage: weights, quantizers, then the record that marks it as finished."""
     shutil.rmtree(folder / "model", ignore_errors=True)
     (folder / "quantizers.safetensors").unlink(missing_ok=True)
     (folder / "model").mkdir(parents=True)

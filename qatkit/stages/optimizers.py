@@ -36,7 +36,7 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
 
     Args:
         name: "adamw" is torch's; the others are bitsandbytes'.
-        model: The model with the parameters; it decides which moments keep 32 bits.
+        model: The model with the parameters; it determines which moments keep 32 bits.
         groups: Parameter groups with "lr" and "weight_decay".
 
     Raises:
