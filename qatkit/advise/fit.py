@@ -74,7 +74,7 @@ def _options(
 
 
 def _adapters(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, LoraConfig]]:
-    """LoRA with fewer trained parameters, or a quantized base model, where the stage allows it."""
+    """LoRA with fewer trained parameters, or a quantized base model, if the stage allows it."""
     if stage.prune is not None:
         return
     if stage.lora is None:

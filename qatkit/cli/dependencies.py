@@ -17,7 +17,7 @@ _PACKAGE = str(Path(__file__).parent.parent)
 
 
 def quiet_dependencies() -> None:
-    """Show warnings of qatkit and of the user's own code only, and no log lines of imports.
+    """Show only warnings of qatkit and of the user's own code, and suppress log lines of imports.
 
     QATKIT_DEBUG=1 shows everything.
     """

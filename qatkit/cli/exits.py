@@ -78,7 +78,7 @@ def _message(error: BaseException) -> tuple[int, str]:
 
 
 def _os_error(error: OSError) -> str | None:
-    """A message for a failure of the system: with the path where it is known."""
+    """A message for an operating system error, with the path if it is known."""
     reason = error.strerror or _first_line(error)
     if isinstance(error.filename, str | bytes | os.PathLike) and os.fspath(error.filename):
         path = os.fsdecode(error.filename)

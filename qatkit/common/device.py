@@ -1,4 +1,4 @@
-"""The devices that Lightning chooses for a recipe's ``trainer`` block, known before there is a Trainer."""
+"""Predict the devices that Lightning chooses for a recipe's ``trainer`` block, without a Trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device_type(accelerator: str) -> str:
     if accelerator in ("auto", "gpu"):
         if torch.backends.mps.is_available():
             return "mps"
-        # "gpu" where there is none is an error of Lightning's, not the CPU
+        # "gpu" on a machine without one is a Lightning error, not a fallback to the CPU
         return "cuda" if accelerator == "gpu" or torch.cuda.is_available() else "cpu"
     return "xla" if accelerator == "tpu" else accelerator
 

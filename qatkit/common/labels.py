@@ -1,4 +1,4 @@
 """The label that marks ignored positions."""
 
 IGNORED = -100
-"""The label of a position that counts neither in a loss nor in a metric, as in `torch.nn.functional.cross_entropy`."""
+"""The label of a position that losses and metrics ignore, as in `torch.nn.functional.cross_entropy`."""

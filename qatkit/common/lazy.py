@@ -15,7 +15,7 @@ def lazy_exports(
 
     Args:
         package: Its ``__name__``.
-        homes: Full module names, and the names that each gives.
+        homes: Full module names, each with the names that it exports.
 
     Example:
         >>> names, getter, directory = lazy_exports("qatkit", {"qatkit.errors": ["QatkitError"]})
@@ -28,7 +28,7 @@ def lazy_exports(
         if name not in home_of:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         value = getattr(importlib.import_module(home_of[name]), name)
-        setattr(sys.modules[package], name, value)  # the next look finds it without asking
+        setattr(sys.modules[package], name, value)  # the next lookup finds it directly
         return value
 
     def directory() -> list[str]:

@@ -18,7 +18,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """What users write."""
+        """The name that users write in recipes and arguments."""
 
 
 Row = TypeVar("Row", bound=Named)

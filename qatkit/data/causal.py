@@ -41,7 +41,7 @@ def causal_text(
         seed: Determines the training order.
 
     Raises:
-        QatkitError: a record has no text in that column, or a split is left without text.
+        QatkitError: a record has no text in that column, or a split would have no text.
     """
     from qatkit.data.streaming import StreamingDataModule
     from qatkit.data.token_datamodule import TokenDataModule

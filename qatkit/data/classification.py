@@ -44,7 +44,7 @@ def text_classification(
         column: The column of a record that holds the text.
         partner: The column that holds the second text, if pairs are classified.
         label: The column that holds the class.
-        truncate: Truncate longer texts instead of refusing them.
+        truncate: Truncate longer texts instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
         batch_size: Texts per device and step.
         seed: Determines the training order.

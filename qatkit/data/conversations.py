@@ -40,7 +40,7 @@ def chat(
         tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
         context: Maximum length of a conversation in tokens.
         chat_template: A file with a Jinja template that replaces the tokenizer's own.
-        truncate: Truncate longer conversations instead of refusing them.
+        truncate: Truncate longer conversations instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
         batch_size: Conversations per device and step.
         seed: Determines the training order.

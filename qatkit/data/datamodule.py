@@ -45,7 +45,7 @@ class SlicedSampler(DistributedSampler[Any]):
         self.slices = max(self.num_samples // max(self.size, 1), 1)
         self.slice = 0
         self.skip = 0
-        """Samples to skip at the start of the next slice, once: a resumed run has already seen them."""
+        """Samples to skip once, at the start of the next slice, because a resumed run has already seen them."""
 
     def set_epoch(self, epoch: int) -> None:
         self.slice = epoch % self.slices
@@ -123,7 +123,7 @@ def world_and_rank() -> tuple[int, int]:
 
 @contextmanager
 def unsliced() -> Iterator[None]:
-    """Inside, every process reads all of the training data, even if a process group exists."""
+    """Context in which every process reads all of the training data, even if a process group exists."""
     token = _whole.set(True)
     try:
         yield
@@ -132,7 +132,7 @@ def unsliced() -> Iterator[None]:
 
 
 def check_epoch(batches: int) -> None:
-    """Raise unless an epoch has at least one batch.
+    """Check that an epoch has at least one batch.
 
     Raises:
         QatkitError: it has none.

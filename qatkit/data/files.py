@@ -23,7 +23,7 @@ def local_files(pattern: str, argument: str) -> list[Path]:
 
     Args:
         pattern: The path or glob.
-        argument: Names it in errors.
+        argument: Its name in errors.
 
     Raises:
         QatkitError: no file matches, or a file has an unknown type.

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 gray images of 8x8 pixels that come with the package."""
+"""scikit-learn's handwritten digits: 1797 grayscale images of 8x8 pixels, included in the package."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _builder(source: Source) -> Any:
     if offline:
         from datasets import config
 
-        config.HF_HUB_OFFLINE = True  # the library would ask again and again
+        config.HF_HUB_OFFLINE = True  # the library would retry repeatedly
     try:
         return load_dataset_builder(name, source.subset, revision=source.revision)
     except Exception as error:  # the library passes on the errors of its parts

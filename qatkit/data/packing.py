@@ -24,7 +24,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
     does not count. Tokens at the end of the stream that do not fill a window are dropped.
 
     Args:
-        open_rows: Opens the split, when the first window is read.
+        open_rows: Function that opens the split; called when the first window is read.
         context: Window length in tokens, at least 2.
 
     Raises:

@@ -55,7 +55,7 @@ def text_pairs(
         context: Maximum length of a text in tokens.
         columns: The two columns of a record that hold the texts.
         pooling: Pools hidden states into an embedding: their mean, the first token ("cls") or the last token ("last").
-        truncate: Truncate longer texts instead of refusing them.
+        truncate: Truncate longer texts instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
         batch_size: Pairs per device and step; larger batches make the task harder.
         seed: Determines the training order.

@@ -1,4 +1,4 @@
-"""The splits that a source provides by itself, from files or from the hub."""
+"""The splits that a source provides, from files or from the hub."""
 
 from __future__ import annotations
 

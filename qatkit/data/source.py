@@ -34,8 +34,8 @@ class Source:
 
     A hash of a record's content determines its split, so equal records are always in the same split.
 
-    `causal_text` and `masked_text` skip blank texts: there is nothing to learn. A blank text with a class or a partner
-    is a bad record.
+    `causal_text` and `masked_text` skip blank texts: they cannot be learned from. A blank text with a class or a
+    partner is a bad record.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Source:
     lines: bool = False
     """Make each line of a .txt file a record; by default the whole file is one record."""
     streaming: bool = False
-    """Read training records in order while training, without caching them; only for `causal_text`."""
+    """Read training records in order during training, without caching them; only for `causal_text`."""
     skip_bad: bool = False
     """Skip and count records that cannot be used instead of stopping at the first one."""
 
@@ -72,7 +72,7 @@ def check_fractions(val: float, test: float, example: float) -> None:
         example: A fraction that works, for the advice.
 
     Raises:
-        QatkitError: a fraction is out of range, or both together are.
+        QatkitError: a fraction or the sum of both is out of range.
     """
     advice = f"set val_fraction: {example} and test_fraction: {example}"
     for key, value in (("val_fraction", val), ("test_fraction", test)):

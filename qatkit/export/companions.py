@@ -35,7 +35,7 @@ def export_config(model: nn.Module) -> Any:
 
 
 def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Save what exists of the named companions.
+    """Save the named companion files that exist.
 
     Args:
         names: Of "config", "generation_config" and "tokenizer".

@@ -49,7 +49,7 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
 
 Problem = tuple[str, str]
-"""What the format cannot hold, and the advice."""
+"""What the format does not support, and the advice."""
 
 
 def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | None:

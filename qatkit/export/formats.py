@@ -43,7 +43,7 @@ class ExportFormat:
     packages: tuple[str, ...] = ()
     """Import names of the packages that the format needs; the report records their versions."""
     recognizes: str = ""
-    """``(path)``: whether the content is of this format, where the file name is ambiguous."""
+    """``(path)``: whether the content is of this format, if the file name is ambiguous."""
     companions: tuple[str, ...] = ()
     """Saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
     benchmark: str = ""

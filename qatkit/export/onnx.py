@@ -62,7 +62,7 @@ def write(model: nn.Module, path: Path, batch: Any) -> None:
     """Trace the model on a test batch and write it.
 
     Raises:
-        QatkitError: the model takes several inputs, or `export_onnx` refuses it.
+        QatkitError: the model takes several inputs, or `export_onnx` rejects it.
     """
     export_onnx(model, example_of(batch), path)
 
@@ -168,7 +168,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )
     if inputs is not None and scheme.weight is None:
         raise QatkitError(
-            f"layer '{name}': its input is quantized and its weight is not, and ONNX Runtime would quantize such a "
+            f"layer '{name}': its input is quantized but its weight is not, and ONNX Runtime would quantize such a "
             "weight to 8 bits by its own rule",
             advice="set weight: {num_bits: 8}, or remove activation",
         )

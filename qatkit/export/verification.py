@@ -48,7 +48,7 @@ class Verification:
     quantization_error: float
     """Mean of ``|trained - the same weights without fake quantization|``."""
     agreement: float | None
-    """Fraction of samples for which both give the same answer: the same class, or the same next token."""
+    """Fraction of samples on which both agree: the same class, or the same next token."""
     task: str
     """The name of a row of `qatkit.tasks.TASKS`."""
     metric: str

@@ -1,4 +1,4 @@
-"""Early stopping of a stage: Lightning's own, which also keeps the best weights and restores them."""
+"""Early stopping of a stage: Lightning's callback, which here also saves and restores the best weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MONITORED = "val/loss"
 
 
 class StopEarly(EarlyStopping):
-    """Ends a stage when the validation loss stops falling, and restores the weights of the best validation.
+    """Ends a stage when the validation loss stops improving, and restores the best weights.
 
     Args:
         config: The recipe's ``early_stopping`` block.
@@ -93,7 +93,7 @@ class StopEarly(EarlyStopping):
             pl_module.load_state_dict(state)
 
     def record(self, trainer: Trainer) -> dict[str, Any]:
-        """The entry in the stage's record."""
+        """The early-stopping entry in the stage's record."""
         return {
             "stopped": self.stopped,
             "steps": trainer.global_step,

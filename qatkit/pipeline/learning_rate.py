@@ -1,4 +1,4 @@
-"""Learning rates: the schedule of a stage, and the parameter groups with rates and weight decay of their own."""
+"""Learning rates: the schedule of a stage, and parameter groups with their own learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
 
 def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, decay: float = 0.2) -> float:
-    """The learning rate at a point of the stage, as a fraction of its peak.
+    """The learning rate at a given progress of the stage, as a fraction of its peak.
 
     Args:
         progress: The fraction of the stage that is done, 0 to 1.

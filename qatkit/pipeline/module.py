@@ -29,7 +29,7 @@ class CompressionModule(LightningModule):
     Args:
         model: The model to train.
         stage: Learning rate, schedule and length.
-        seed: With the epoch and the rank it seeds the random numbers of an epoch, so a resumed run repeats them.
+        seed: Seeds the random numbers of an epoch, together with the epoch and the rank, so a resumed run repeats them.
         compiled: Compile the model after it is prepared and sharded.
         task: The task that the data declares; without one it is inferred from the batches, see `qatkit.tasks.task_of`.
     """

@@ -51,7 +51,7 @@ def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:
 
 
 def _torch_latencies(run: Run) -> dict[str, dict[str, float]]:
-    """Latency of one sample in plain PyTorch, where the stages have different models."""
+    """Latency of one sample in plain PyTorch, if the stages have different models."""
     if all(run.record(stage).architecture is None for stage in run.rows):
         return {}
     batch = one_sample(first_batch(held_out_data(run)))

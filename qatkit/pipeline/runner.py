@@ -29,8 +29,8 @@ def run_stages(
 ) -> list[str]:
     """Train the stages of a recipe that are not finished.
 
-    A finished stage is left untouched and a started one resumes from its last checkpoint, both only if nothing that
-    their result depends on has changed.
+    A finished stage is left untouched and a started one resumes from its last checkpoint, but only if none of its
+    inputs has changed.
 
     Args:
         run: The recipe and its folder.

@@ -106,7 +106,7 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
 
 
 def _rewound(run: Run, name: str, architecture: Architecture | None) -> nn.Module | None:
-    """The model whose weights the stage goes back to, where it rewinds."""
+    """The model whose weights the stage rewinds to; None if it does not rewind."""
     rewind = run.recipe.stages[name].rewind
     if rewind is None:
         return None

@@ -1,4 +1,4 @@
-"""The teacher cache of a stage: its fingerprint, its batches, and how it is written and opened."""
+"""The teacher cache of a stage: fingerprint, batches, writing and opening."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[
 
 
 def resolved_block(run: Run, stage: str) -> DistillConfig:
-    """The ``distill`` block of a stage, with layer names in the place of globs."""
+    """The ``distill`` block of a stage, with globs replaced by layer names."""
     models = run.stage_models()
     return blocks.distill.resolved(_block(run, stage), models[stage], models.teacher(stage))
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A stage's teacher and the settings it is compared with."""
+    """A stage's teacher and the settings of the comparison."""
 
     block: DistillConfig
-    """The ``distill`` block, with layer names in the place of globs."""
+    """The ``distill`` block, with globs replaced by layer names."""
     teacher: Teacher | CachedTeacher
     vocab_size: int | None
-    """Number of shared tokens, where student and teacher pad their logits to different widths."""
+    """Number of shared tokens, if student and teacher pad their logits to different widths."""
 
 
 def teacher_spec(run: Run, stage: str, first_process: bool) -> TeacherSpec:

@@ -28,7 +28,7 @@ class TokenWeighting:
         """Add a batch, before its backward pass.
 
         Args:
-            count: The number of labels that count in the batch, 0-d.
+            count: The number of labels in the batch other than -100, 0-d.
             first: Whether the batch is the first of an optimizer step.
             mean: Returns the mean of a tensor over all processes.
         """

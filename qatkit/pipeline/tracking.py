@@ -19,7 +19,7 @@ from qatkit.recipe import Recipe
 
 
 class Tracking:
-    """The loggers of a run folder, and what they get when a stage or the whole run is finished.
+    """The loggers of a run folder, and the data they receive when a stage or the whole run is finished.
 
     Args:
         recipe: The resolved recipe; its `trainer.logger` selects the loggers.
@@ -126,7 +126,7 @@ class Tracking:
             return
         try:
             send(run)
-        except Exception as error:  # training is worth more than its tracker
+        except Exception as error:  # an error of the tracker must not end training
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -147,6 +147,6 @@ class Tracking:
                 mode = wandb_mode()
                 if mode != "disabled":
                     self._run = open_run(self.recipe, self.out, mode)
-            except Exception as error:  # training is worth more than its tracker
+            except Exception as error:  # an error of the tracker must not end training
                 self._give_up(error)
         return self._run

@@ -93,7 +93,7 @@ class _DurableCheckpoints(TorchCheckpointIO):
 
 
 class _ResumedFitLoop(_FitLoop):
-    """Calls the hooks of the start and the end of training also if a checkpoint leaves no step to train.
+    """Calls the start and end hooks of training even if a checkpoint leaves no step to train.
 
     Lightning calls neither then, so callbacks would not know what the checkpoint says of the layers that they hold,
     and the best weights would not be put back: a run that is killed after a stage's last step would lose both.

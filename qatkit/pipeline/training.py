@@ -68,7 +68,7 @@ def train(
         data: Builds the data module for a batch size.
         folder: The stage's folder.
         loggers: Loggers that receive the stage's metrics.
-        held: Layers whose zeros an earlier stage made.
+        held: Layers that an earlier stage pruned and whose mask is kept.
         earlier: The model whose weights the stage rewinds to; None if it does not rewind.
         progress: How to show the progress.
 
@@ -127,7 +127,7 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
         return  # trained without the runner
     if resumed and started.processes not in (None, trainer.world_size):
         raise QatkitError(
-            f"stage '{name}' was started on {started.processes} processes and would resume on {trainer.world_size}",
+            f"stage '{name}' was started on {started.processes} processes but would resume on {trainer.world_size}",
             key="trainer.devices",
             advice=f"set trainer.devices={started.processes}, or use --force to train the stage again",
         )

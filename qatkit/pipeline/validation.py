@@ -1,4 +1,4 @@
-"""Checks of a recipe before any weight is read: its code, its arguments, its layer names."""
+"""Check a recipe's code, arguments and layer names before any weight is read."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _check_dtype(name: str, model: nn.Module) -> None:
     half = next((key for key, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
     if half is not None:
         raise QatkitError(
-            f"'{half}' is in float16, and weights become NaN if they are trained in it",
+            f"'{half}' is in float16, but weights become NaN if they are trained in it",
             key=f"stages.{name}",
             advice="use model.args.dtype: float32 with trainer.precision: 16-mixed, or dtype: bfloat16, or train "
             "adapters (lora)",
@@ -107,7 +107,7 @@ def _check_prompts(config: DistillConfig, factory: str, packed: bool) -> None:
     for key in ("on_policy", "sequence_level"):
         if packed and getattr(config, key) is not None:
             raise QatkitError(
-                f"it continues the beginnings of texts, and {factory} packs several documents into a row",
+                f"it continues the beginnings of texts, but {factory} packs several documents into a row",
                 key=key,
                 advice=f'set data.factory: "qatkit.data:chat" or "qatkit.data:stdlib_text", or remove {key}',
             )

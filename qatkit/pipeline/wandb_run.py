@@ -52,7 +52,7 @@ def open_run(recipe: Recipe, out: Path, mode: str) -> Any:
         "resume": "allow",
         "dir": str(out.resolve()),
         "reinit": "create_new",  # leaves a run that the user has open alone
-        "settings": wandb.Settings(console="off"),  # the terminal is not W&B's to record
+        "settings": wandb.Settings(console="off"),  # W&B must not capture the terminal
     }
     try:
         run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]  # one of its literals

@@ -63,7 +63,7 @@ def _rounds(
             raise QatkitError(
                 "it cannot be combined with lottery, which expands into several stages",
                 key=f"stages.{name}.{block}",
-                advice="move it to a stage of its own",
+                advice="move it to a separate stage",
             )
     rewind_step = lottery.rewind if isinstance(lottery.rewind, int) else 0
     if rewind_step >= stage.max_steps:

@@ -59,11 +59,11 @@ class LoraConfig:
         return f"{name} over 8 bits" if self.bits == 8 else name
 
     def check(self, key: str, zeros: bool, sharded: bool) -> None:
-        """Raise unless the block is compatible with the rest of the recipe.
+        """Check that the block is compatible with the rest of the recipe.
 
         Args:
             key: Key of the stage.
-            zeros: Whether the stage keeps zeros of an earlier one.
+            zeros: Whether the stage keeps the sparsity mask of an earlier stage.
             sharded: Whether FSDP2 shards the parameters.
 
         Raises:
@@ -78,8 +78,8 @@ class LoraConfig:
         for name in ("dora", "dropout", "bits"):
             if zeros and (value := getattr(self, name)):
                 raise QatkitError(
-                    f"{value} is not supported with the zeros of an earlier stage, because the update is masked inside "
-                    "the weight",
+                    f"{value} is not supported with the sparsity mask of an earlier stage, because the update is "
+                    "masked inside the weight",
                     key=f"{key}.lora.{name}",
                     advice="remove it, or set hold_sparsity: false",
                 )

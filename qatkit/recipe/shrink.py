@@ -23,7 +23,7 @@ class ShrinkConfig:
     keep_layers: list[int] | None = None
     """Indices of the layers to keep, counted from 0, instead of `layers`."""
     heads: int | float | None = None
-    """Query heads. Whole key-value groups are removed where the numbers allow, otherwise queries of every group."""
+    """Query heads. Whole key-value groups are removed if the numbers allow it, otherwise queries of every group."""
     kv_heads: int | float | None = None
     """Key-value heads, each with the query heads that use it."""
     neurons: int | float | None = None

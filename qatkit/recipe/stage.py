@@ -53,7 +53,7 @@ class StageConfig:
     quantize: QuantizeConfig | None = None
     lora: LoraConfig | None = None
     lottery: LotteryConfig | None = None
-    """Expands into stages of its own; a `Recipe` holds those instead."""
+    """Expands into several stages, which a `Recipe` holds instead."""
     rewind: RewindConfig | None = None
     part: PartConfig | None = None
 
@@ -88,7 +88,7 @@ class StageConfig:
                 raise QatkitError("the stage does not train, as max_steps is 0", key=block, advice="remove the block")
 
     def _check_prune(self) -> None:
-        """Reject what does not work with a stage that prunes while it trains."""
+        """Reject settings that do not work with a stage that prunes during training."""
         if self.prune is None or self.prune.at_once:
             return
         key = "prune.ramp" if self.prune.ramp is not None else "prune.method"

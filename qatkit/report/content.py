@@ -40,7 +40,7 @@ class Measurements:
     latency: Mapping[str, list[Any]] = field(default_factory=dict)
     """Of the exported file in its runtime, one entry per batch size; empty if none is measured."""
     cost: Mapping[str, dict[str, float]] = field(default_factory=dict)
-    """Latency of the plain model in PyTorch, where the stages have different models."""
+    """Latency of the plain model in PyTorch, if the stages have different models."""
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Results of the ``evaluate`` block."""
 
@@ -79,7 +79,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Read the ``report.json`` of a run folder.
 
     Raises:
-        QatkitError: there is none, it is not readable, or another version of qatkit wrote it.
+        QatkitError: there is none, it is not readable, or a different version of qatkit wrote it.
     """
     path = folder / "report.json"
     command = f"run `qatkit report {folder}`"

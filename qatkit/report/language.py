@@ -74,7 +74,7 @@ def score(
         batch_size: Windows per batch.
 
     Raises:
-        QatkitError: context or stride is out of range, or no token counts.
+        QatkitError: context or stride is out of range, or all labels are -100.
     """
     if context < 2 or not 1 <= stride <= context:
         raise QatkitError(

@@ -141,7 +141,7 @@ def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]
 
 
 def _histograms(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> list[dict[str, Any]]:
-    """Histograms of every stage that trained quantized weights; of other stages only where none did."""
+    """Histograms of every stage that trained quantized weights; of other stages only if none did."""
     with_weights = [row for row in rows if row["histograms"]]
     trained = [row for row in with_weights if row["kind"] == "trained"]
     return [_stage_histograms(key, row, drawn) for row in trained or with_weights]

@@ -66,7 +66,7 @@ def full_moments(model: nn.Module) -> set[int]:
 
 
 def check_optimizer(name: OptimizerName, device: torch.device) -> None:
-    """Raise unless an optimizer runs on a device; tried with one step.
+    """Check that an optimizer runs on a device, by taking one step.
 
     Raises:
         QatkitError: bitsandbytes does not support the device, or the device has no paged memory.

@@ -27,7 +27,7 @@ def labels_in(batch: Mapping[str, Any]) -> Tensor:
 
 
 def check_shapes(logits: Tensor, labels: Tensor, dims: int) -> None:
-    """Raise unless labels have `dims` dimensions and there is one for each row of logits.
+    """Check that labels have `dims` dimensions, one label for each row of logits.
 
     Raises:
         QatkitError: the shapes differ.

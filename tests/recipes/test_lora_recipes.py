@@ -150,9 +150,12 @@ def test_the_recipe_that_ships_runs_made_small(
         ("stages.qat.lora.bits=4", "stages.qat.lora.bits: weights frozen in 4 bits cannot be quantized"),
         (
             "stages.sparse.lora.dropout=0.1",
-            "stages.sparse.lora.dropout: 0.1 is not supported with the zeros of an earlier stage",
+            "stages.sparse.lora.dropout: 0.1 is not supported with the sparsity mask of an earlier stage",
         ),
-        ("stages.sparse.lora.bits=4", "stages.sparse.lora.bits: 4 is not supported with the zeros of an earlier stage"),
+        (
+            "stages.sparse.lora.bits=4",
+            "stages.sparse.lora.bits: 4 is not supported with the sparsity mask of an earlier stage",
+        ),
         ("trainer.strategy=fsdp2", "stages.qlora.lora.bits: FSDP2 shards floating-point parameters"),
     ],
 )
