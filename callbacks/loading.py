@@ -56,7 +56,7 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
         )
     if any(isinstance(part, FakeQuantize) for part in module.modules()):
         raise QatkitError("it is already quantized", key="module", advice="pass a new module")
-    names = {_plain(name): name for name, _ in module.named_modules()}
+    names: dict[str, str] = {_plain(name): name for name, _ in module.named_modules()}
 
     def own(name: str) -> str:
         return names.get(_plain(name), name)

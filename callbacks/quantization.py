@@ -125,7 +125,7 @@ class QuantizationAwareTraining(Callback):
         select(pl_module, *how)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
-        pl_module.register_load_state_dict_pre_hook(_drop_mark)
+        pl_module.register_load_state_dict_pre_hook(_drop_mark)  # type: ignore[no-untyped-call]
         self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._module = weakref.ref(pl_module)
         self._ptq_done = self._all_ran = False
