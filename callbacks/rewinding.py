@@ -25,7 +25,7 @@ class WeightRewinding(Callback):
     checkpoint does not rewind again.
 
     Args:
-        earlier: The unsharded state dict of the LightningModule at the earlier time, on any device.
+        earlier: The unsharded state dict of the LightningModule at an earlier time, on any device.
 
     Raises:
         QatkitError: there is no pruning callback before it; the weights do not fit the module; or an unpruned weight

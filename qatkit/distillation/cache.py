@@ -48,7 +48,7 @@ def cache_teacher(
         folder: Output folder: Arrow files of `shard_batches` batches each, and a manifest.
         fingerprint: What the cache depends on, such as hashes of model, tokenizer and data order; see `model_hash`.
         k: Classes kept per token.
-        temperature: Divides the logits. A cache serves this temperature only.
+        temperature: Divides the logits. The cache is valid for this temperature only.
         shard_batches: Batches per file; at most this many are recomputed after a kill.
 
     Returns:

@@ -69,7 +69,7 @@ class Divergence:
             key: Where the divergence was named, for the error.
 
         Raises:
-            QatkitError: there is no form over top-k targets.
+            QatkitError: the divergence does not support top-k targets.
         """
         if not self.on_top_k:
             cacheable = ", ".join(name for name, row in DIVERGENCES.items() if row.on_top_k)

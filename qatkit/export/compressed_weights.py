@@ -96,6 +96,6 @@ def _static_scale(fake_quant: FakeQuantize) -> Tensor:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Hide the progress bars of transformers and compressed-tensors, which no option turns off."""
+    """Hide the progress bars of transformers and compressed-tensors, which have no option for this."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

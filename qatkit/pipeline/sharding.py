@@ -13,7 +13,7 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 def exact_division() -> dict[str, bool] | None:
-    """Compiler options for exact division on GPUs, as in torch; Triton's own is off in the last bit.
+    """Compiler options for exact division on GPUs, as in torch; Triton's division is off in the last bit.
 
     Otherwise a quotient near the border of two codes would be rounded differently in training and in the exported file.
     """

@@ -1,6 +1,6 @@
 """KV-cache quantization: fake-quantize keys and values as a quantized cache stores them.
 
-transformers looks up attention functions by name. We register a function under a name of our own that fake-quantizes
+transformers looks up attention functions by name. We register a function under its own name that fake-quantizes
 keys and values (after rotary positions) and calls the model's original function. This works for every architecture that
 uses the lookup, in training, in evaluation and with a cache.
 """

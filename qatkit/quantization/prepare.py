@@ -1,4 +1,4 @@
-"""Replace layers of a model by fake-quantized ones, and back."""
+"""Replace layers of a model with fake-quantized layers, and undo it."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def next_token_only(task: Task) -> QatkitError:
     return QatkitError(
         f"it measures next-token prediction, but the task of the data is {task.name} ({task.description})",
         key="evaluate",
-        advice="remove it; the report has the test metrics of the data anyway",
+        advice="remove it; the report contains the test metrics in any case",
     )
 
 

@@ -75,7 +75,7 @@ def canvas(
     """A figure in the page's style and its axes, row by row; draw and call `to_svg` inside the block.
 
     Args:
-        width: In CSS pixels, at which text has the size of the page's text.
+        width: In CSS pixels, at which the text is as large as the page's text.
         height: In CSS pixels.
         rows: Rows of axes.
         columns: Columns of axes.

@@ -29,7 +29,7 @@ class Run:
     Args:
         recipe: The recipe.
         out: The run's folder; created when the first stage starts.
-        allow: Packages besides `qatkit` that the recipe may name code from.
+        allow: Packages besides `qatkit` whose code the recipe may use.
     """
 
     def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = ()) -> None:
@@ -46,7 +46,7 @@ class Run:
 
         Args:
             architecture: What it is built from; the recipe's model by default.
-            seed: Gives other initial weights than the recipe's own seed.
+            seed: Overrides the recipe's seed for the initial weights.
         """
         torch.manual_seed(self.recipe.seed if seed is None else seed)
         return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
@@ -69,7 +69,7 @@ class Run:
         """Load the model of a finished stage on the CPU.
 
         Args:
-            stage: The stage's name; None gives the model before the first stage.
+            stage: The stage's name; None loads the model before the first stage.
             quantizers: False gives plain layers with their latent weights.
         """
         record = self.find(stage) if stage is not None else None

@@ -25,7 +25,7 @@ def starting_model(
         recipe: The recipe.
         stage: The stage's name.
         build: Builds the model of a factory; the second argument is the factory's key in the recipe.
-        load: Gives the model that an earlier stage leaves, or the recipe's model for None.
+        load: Returns the result of an earlier stage, or the recipe's model for None.
     """
     own = recipe.stages[stage].model
     return build(own, f"stages.{stage}.model") if own is not None else load(recipe.parent_of(stage))
@@ -60,7 +60,7 @@ class StageModels:
         self._models: dict[str | None, nn.Module] = {}
 
     def __getitem__(self, stage: str | None) -> nn.Module:
-        """The model that a stage trains; None gives the recipe's model.
+        """The model that a stage trains; None stands for the recipe's model.
 
         Raises:
             QatkitError: a factory fails, or the model cannot be shrunk.

@@ -60,7 +60,7 @@ def one_sample(batch: Any) -> Any:
 def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[Tensor, Tensor]:
     """Return logits and labels with one row per prediction: ``[rows, classes]`` and ``[rows]``.
 
-    A row is a sample, a position of a text, or a text among partners, as the batch's task has it; a label may be
+    A row is a sample, a position of a text, or a text among partners, depending on the batch's task; a label may be
     `IGNORED`.
 
     Args:
