@@ -133,7 +133,7 @@ class DistillConfig:
     on_policy: GenerationConfig | None = None
     """Language models: train on text that the student generates, with the distillation term only."""
     sequence_level: GenerationConfig | None = None
-    """Language models: train on text that the teacher generates, like on data."""
+    """Language models: train on text that the teacher generates, as on data."""
 
     def __post_init__(self) -> None:
         divergence = DIVERGENCES.row(self.loss, key="loss")
