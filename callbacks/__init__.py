@@ -40,4 +40,4 @@ _HOMES = {
     "qatkit.callbacks.samples": ["TextSamples"],
     "qatkit.callbacks.srste": ["SparseRefinedSTE"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

@@ -65,7 +65,7 @@ def on_every_process(work: Callable[[], object]) -> None:
 
     Raises:
         Exception: `work` failed on this process; the original error.
-        QatkitError: `work` failed on another process; has the fields of that error.
+        QatkitError: `work` failed on another process; the fields are those of that error.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         work()
@@ -73,7 +73,7 @@ def on_every_process(work: Callable[[], object]) -> None:
     error: Exception | None = None
     try:
         work()
-    except Exception as raised:  # of any type: the other processes must stop as well
+    except Exception as raised:  # errors of any type, because the other processes must stop as well
         error = raised
     errors: list[dict[str, str] | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(errors, None if error is None else _fields(error))
@@ -88,7 +88,7 @@ def module_forward(module: LightningModule, batch: Any) -> object:
     """Call the module on a batch: on a mapping's items as keywords, or on the first element of a tuple or list.
 
     Raises:
-        QatkitError: the module takes other arguments.
+        QatkitError: the module takes different arguments.
     """
     try:
         if isinstance(batch, Mapping):

@@ -169,7 +169,7 @@ class KnowledgeDistillation(Callback):
             else:
                 pl_module.training_step = own  # type: ignore[method-assign]  # on the instance, as it was
 
-        # on the instance: the class and its other instances do not change
+        # set on the instance, so the class and its other instances do not change
         pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance
         self._undo = [restore]
         self._undo += self.features.attach(student, self.teacher.model if self.cache is None else self.cache.layers)

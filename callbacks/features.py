@@ -99,7 +99,7 @@ class FeatureMatch:
         self._pairs = (hidden, attention)
         widths = None if self.hidden is None else self.hidden.widths
         if widths is not None and (self.projections is None or len(self.projections.maps) != len(hidden)):
-            with isolate_rng():  # the same on every process, without a draw from the user's generator
+            with isolate_rng():  # seeded to be equal on every process, without consuming the user's random numbers
                 torch.manual_seed(0)
                 self.projections = Projections(len(hidden), *widths)
         undo: list[Callable[[], None]] = []
@@ -163,7 +163,7 @@ class FeatureMatch:
             ours = [pair[0] for pair in pairs]
             if self.projections is not None:
                 dtype = next(self.projections.parameters()).dtype
-                # non-finite states of padding would reach the gradient of the maps
+                # otherwise non-finite states of padding would reach the gradient of the maps
                 counted = [zero_uncounted(state, _mask_for(mask, state)) for state in ours]
                 ours = self.projections([state.to(dtype) for state in counted])
             compare: Callable[..., Tensor] = implementation(HIDDEN_LOSSES[self.hidden.loss].function)

@@ -30,7 +30,7 @@ from qatkit.errors import QatkitError
 ROWS = 256
 """Number of rows of logits computed at a time if only the argmax is needed."""
 UNSUPPORTED = {"num_items_in_batch", "shift_labels", "logits_to_keep"}
-"""Call arguments with which transformers models compute another loss, or fewer logits."""
+"""Call arguments that make transformers models compute a different loss or fewer logits."""
 
 
 def returns_logits_of(model: nn.Module, layer: nn.Linear) -> bool:
@@ -139,11 +139,11 @@ class Fused:
         usual = kwargs.get("return_dict") is not False and not UNSUPPORTED & set(kwargs) and not args
         if not usual or labels is None or not isinstance(tokens, Tensor) or labels.shape != tokens.shape:
             return None
-        if hasattr(self.layer.weight, "full_tensor"):  # sharded apart from the model that is called
+        if hasattr(self.layer.weight, "full_tensor"):  # sharded separately from the model that is called
             return None
         device = tokens.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16:
-            return None  # gradients are computed before the loss is scaled, and would underflow
+            return None  # gradients are computed before the loss is scaled, so they would underflow
         self.labels = labels
         self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         return {name: value for name, value in kwargs.items() if name != "labels"}
@@ -172,7 +172,7 @@ class Fused:
         assert self.labels is not None
         hidden = output.logits
         following = self.labels.roll(-1, dims=1)
-        following[:, -1] = IGNORED  # the last logits predict no label
+        following[:, -1] = IGNORED  # the logits at the last position predict no label
         mask = counted_positions(hidden, self.labels, present, causal=True)
         assert mask is not None
         student = Head(hidden.flatten(0, 1), self.layer.weight, self.layer.bias)
@@ -217,7 +217,7 @@ class Fused:
                 key="fused",
                 advice="use fused=False",
             )
-        if not self._checked:  # once: reading the factor waits for the device
+        if not self._checked:  # read only once, because reading the factor waits for the device
             self._checked = True
             assert self._given is not None
             (factor,) = torch.autograd.grad(loss, self._given, retain_graph=True, allow_unused=True)

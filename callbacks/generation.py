@@ -27,7 +27,7 @@ class Generation:
     new_tokens: int = 32
     """Maximum number of generated tokens."""
     temperature: float = 1.0
-    """Divides the logits before sampling; 0 takes the most probable token."""
+    """Divides the logits before sampling; 0 always picks the most probable token."""
     eos: Sequence[int] | None = None
     """Tokens that end a text; by default from the model's generation config, else from the data's tokenizer."""
     seed: int = 0

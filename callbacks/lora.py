@@ -115,7 +115,7 @@ class LoRA(Callback):
         assert self.bits is not None
         if any(isinstance(module, QATLayer) for module in pl_module.modules()):
             raise QatkitError(
-                f"weights that bitsandbytes holds in {self.bits} bits cannot be fake-quantized as well",
+                f"weights that bitsandbytes quantizes to {self.bits} bits cannot be fake-quantized as well",
                 key="bits",
                 advice="merge the adapters, and quantize in another fit",
             )

@@ -27,7 +27,7 @@ COMPARISONS = 10
 
 @dataclass(frozen=True)
 class MonitorRow:
-    """The last observation of one layer. None means that a layer has no such value, or not yet."""
+    """The last observation of one layer. None means that the value does not exist for this layer, or not yet."""
 
     name: str
     weights: int

@@ -43,7 +43,8 @@ class NonFiniteSteps(Callback):
             raise QatkitError(f"{limit} is out of range", key="limit", advice="use an integer of at least 1")
         self.limit = limit
         self.in_a_row = 0
-        self._bad: Tensor | None = None  # whether a loss of this step was; on the device, to avoid a sync per batch
+        # whether a loss of this step was non-finite; kept on the device to avoid a sync per batch
+        self._bad: Tensor | None = None
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

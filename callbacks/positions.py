@@ -69,8 +69,8 @@ def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classe
         compares_classes: Whether the loss compares probabilities of classes.
 
     Raises:
-        QatkitError: the labels show that another dimension holds the classes, or four-dimensional logits have no
-            labels that show the last one does.
+        QatkitError: the labels show that the classes are in a different dimension, or the logits are four-dimensional
+            and no labels confirm that the classes are last.
     """
     if logits.dim() < 3:
         return

@@ -134,7 +134,7 @@ class MagnitudePruning(PruningCallback):
             raise QatkitError(
                 f"{type(averaging[0]).__name__} averages weights from before and after pruning, which leaves no zeros",
                 key="ramp",
-                advice="prune in an earlier fit, and keep the zeros with ConstantPruning",
+                advice="prune in an earlier fit, and keep the mask with ConstantPruning",
             )
 
     @override
@@ -247,7 +247,7 @@ class MagnitudePruning(PruningCallback):
         return ramp.final if level == UPDATES else ramp.at(ramp.start + (ramp.end - ramp.start) * level / UPDATES)
 
     def _prune(self, pl_module: LightningModule, level: int) -> None:
-        """Prune to the sparsity of a pruning step, and keep the zeros of these layers from then on."""
+        """Prune to the sparsity of a pruning step, and keep the mask of these layers from then on."""
         self._level = level
         if self.nm is None and not self._sparsity_at(level):
             return  # nothing is pruned yet, so weights that start at zero may still change

@@ -73,7 +73,8 @@ class PruningCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.select(pl_module)  # also with a checkpoint: a mistake in a pattern shows before it is read
+        # also with a checkpoint, so that a mistake in a pattern is reported before the checkpoint is read
+        self.select(pl_module)
         # FSDP2 restores a checkpoint after this hook; without one, later callbacks (calibration) see pruned weights
         if trainer.ckpt_path is None:
             self.start(pl_module)
@@ -83,7 +84,7 @@ class PruningCallback(Callback):
         if self._recorded is not None:
             self.resume(pl_module, self._recorded)
         elif trainer.ckpt_path is not None:
-            self.start(pl_module)  # a checkpoint from before this callback was added
+            self.start(pl_module)  # the checkpoint was written before this callback was added
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,7 +126,7 @@ class PruningCallback(Callback):
         weights = {}
         for name in self.layers:
             try:
-                weight = attrgetter(f"{name}.weight")(pl_module)  # several times as fast as get_submodule
+                weight = attrgetter(f"{name}.weight")(pl_module)  # several times faster than get_submodule
             except AttributeError:
                 raise QatkitError(
                     f"the checkpoint has pruned weights in layer '{name}', which the module does not have",
@@ -137,7 +138,7 @@ class PruningCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._step is None:  # otherwise a second optimizer, or a second call of LBFGS, in the same batch
+        if self._step is None:  # otherwise this is a second optimizer, or a second call of LBFGS, in the same batch
             self._step = []
             apply_masks(self._read(self.weights(pl_module).values(), self._step))
         else:
@@ -180,7 +181,7 @@ class PruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         module = self._module() if self._module is not None else None
         if module is None:
-            unused = self._module is None and self._recorded is not None  # loaded, and not trained since
+            unused = self._module is None and self._recorded is not None  # weights were loaded and not trained since
             return {"zeros": dict(self._recorded or {})} if unused else {}
         self.reapply(module)
         # Lightning's tuners save and restore before pruning starts: there is nothing to resume from yet
@@ -198,7 +199,7 @@ class PruningCallback(Callback):
             return  # nothing is trained
         pruning = [each for each in trainer.callbacks if isinstance(each, PruningCallback)]  # type: ignore[attr-defined]  # set by Lightning
         chosen = {name for each in pruning for name in each.select(pl_module)}
-        own = {each.state_key for each in pruning}  # these are checked where they are loaded
+        own = {each.state_key for each in pruning}  # these were already checked when they were loaded
         for key, state in checkpoint.get("callbacks", {}).items():
             recorded = state.get("zeros") if isinstance(state, dict) and key not in own else None
             for name in recorded if isinstance(recorded, dict) else ():

@@ -168,7 +168,7 @@ class QuantizationAwareTraining(Callback):
         trainer.callbacks = [*others[:own], *finders, *others[own:]]  # type: ignore[attr-defined]
 
     def _check_precision(self, trainer: Trainer) -> None:
-        """Raise an error where learned float32 scales would be sharded together with half-precision weights."""
+        """Raise an error if learned float32 scales would be sharded together with half-precision weights."""
         specs = [self.weight, self.activation, *(spec for s in self.overrides.values() for spec in vars(s).values())]
         sharded = isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy)
         if sharded and str(trainer.precision).endswith("16-true") and any(spec and spec.learned for spec in specs):

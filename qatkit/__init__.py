@@ -49,4 +49,4 @@ _HOMES = {
     "qatkit.quantization.ptq.runner": ["apply_ptq"],
     "qatkit.quantization.scales": ["choose_qparams"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

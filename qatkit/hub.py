@@ -67,7 +67,7 @@ def holds_tokenizer(name: str) -> bool:
     return not folder.is_dir() or any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
 
 
-@lru_cache(maxsize=64)  # a run builds its model and data for every stage; refusals are not cached
+@lru_cache(maxsize=64)  # a run builds its model and data for every stage; errors are not cached
 def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal["model", "dataset"]) -> bool:
     from huggingface_hub import HfApi
 

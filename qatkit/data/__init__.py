@@ -33,4 +33,4 @@ _HOMES = {
     "qatkit.data.text_datamodule": ["TextDataModule"],
     "qatkit.data.token_datamodule": ["TokenDataModule"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

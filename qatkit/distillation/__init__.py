@@ -47,4 +47,4 @@ _HOMES = {
     "qatkit.distillation.teacher": ["Teacher"],
     "qatkit.distillation.vocabulary": ["shared_vocab_size", "trim_to_vocabulary"],
 }  # fmt: skip
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

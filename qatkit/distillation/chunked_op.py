@@ -54,7 +54,7 @@ def linear_kd(
     student; empty tensors for gradients that are not needed."""
     positions, classes = len(student_hidden), len(student_weight)
     exact = weights.dtype
-    # positions that count nowhere get logits of 0: non-finite values times a weight of 0 would be NaN
+    # positions that neither loss includes get logits of 0: non-finite values times a weight of 0 would be NaN
     heads = [(student_hidden, student_weight, student_bias, (weights > 0) | (label_weights > 0))]
     if teacher_hidden is not None and teacher_weight is not None:
         heads.append((teacher_hidden, teacher_weight, teacher_bias, weights > 0))

@@ -43,8 +43,8 @@ class Divergence:
             student: Logits ``[..., classes]``.
             teacher: Logits of the same shape.
             mask: True at positions to include ``[...]``; None includes all.
-            temperature: Divides both sets of logits, where the divergence uses it.
-            beta: Mixture weight, where the divergence uses it.
+            temperature: Divides both sets of logits, if the divergence uses it.
+            beta: Mixture weight, if the divergence uses it.
         """
         return implementation(self.on_logits)(student, teacher, mask=mask, **self._options(temperature, beta))
 

@@ -51,7 +51,7 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
             advice=f"use data with no entries but {sorted(KEYS)}",
         )
     present = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
-    ranks = present.cumsum(dim=1)  # 1 for the first token of a text, whatever stands before it
+    ranks = present.cumsum(dim=1)  # 1 for the first token of a text, whatever precedes it
     if length is None:
         if "labels" not in batch:
             raise QatkitError(
@@ -130,7 +130,7 @@ def generated_batch(
 ) -> dict[str, Tensor]:
     """Continue prompts with a transformers model, and return the texts as a training batch.
 
-    Each token is sampled from the model's full distribution, in eval mode and with a random generator of its own; the
+    Each token is sampled from the model's full distribution, in eval mode and with its own random generator; the
     model's mode, its generation settings and torch's generator are restored afterwards.
 
     Args:
@@ -138,7 +138,7 @@ def generated_batch(
         prompts: Tokens ``[rows, longest]``, padded on the left.
         attention_mask: 1 where there is a token.
         new_tokens: Maximum number of generated tokens.
-        temperature: Divides the logits before sampling; 0 takes the most probable token.
+        temperature: Divides the logits before sampling; 0 always picks the most probable token.
         eos: Tokens that end a text.
         seed: Seeds the sampling.
 
@@ -154,7 +154,7 @@ def generated_batch(
     devices = [there] if there.type == "cuda" else []
     try:
         model.eval()
-        # not the model's own settings: a chat model's top_k or repetition penalty would change the distribution
+        # replaces the model's own settings: a chat model's top_k or repetition penalty would change the distribution
         drawn = {"do_sample": True, "top_k": 0, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         generator.generation_config = type(settings)(
             max_new_tokens=new_tokens, use_cache=True, eos_token_id=list(eos) or None, pad_token_id=filler, **drawn

@@ -1,7 +1,7 @@
 """Sample keys: a hash of the model inputs identifies each sample of a batch, so that no data set has to number them.
 
 A key does not depend on the order of the data, the batch, the process or the padding. A sample changed on its way, by a
-random augmentation for example, gets another key, as its teacher outputs differ.
+random augmentation for example, gets a different key, because its teacher outputs differ.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bytes]:
             digest = hashlib.blake2b(f"{kept.dtype} {list(kept.shape)}".encode(), digest_size=KEY_BYTES)
             digest.update(kept.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             parts.append(digest.digest())
-        # sorted: one model takes by name what another takes by position
+        # sorted, because one model takes by name what another takes by position
         keys.append(parts[0] if len(parts) == 1 else _joined(sorted(parts)))
     return keys
 

@@ -53,7 +53,7 @@ def student_from_teacher(
     dropped = [number for number in range(depth) if number not in numbers]
     stack = teacher.get_submodule(name)
     assert isinstance(stack, nn.ModuleList)
-    # dropped layers are not copied: a teacher may fill the memory by itself
+    # dropped layers are not copied, because a teacher may fill the memory by itself
     student = copy.deepcopy(teacher, {id(stack[number]): None for number in dropped})
     kept = nn.ModuleList([student.get_submodule(f"{name}.{number}") for number in numbers])
     for index, layer in enumerate(kept):

@@ -46,7 +46,7 @@ def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
 
 
 def trim_to_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Trim both sets of logits to the vocabulary where they are padded to different widths.
+    """Trim both sets of logits to the vocabulary if they are padded to different widths.
 
     Weights ``[vocabulary, hidden]`` are trimmed in the same way: pass them transposed.
 
@@ -71,7 +71,7 @@ def trim_to_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int) -> tup
     return student[..., :vocab_size], teacher[..., :vocab_size]
 
 
-@cache  # one line, not one per step
+@cache  # log one line, not one per step
 def log_trimmed(student: int, teacher: int, vocab_size: int) -> None:
     """Log the padded widths and the number of tokens they are trimmed to."""
     logger.info("logits padded to %d (student) and %d (teacher) are trimmed to %d tokens", student, teacher, vocab_size)

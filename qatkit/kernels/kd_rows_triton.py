@@ -2,7 +2,7 @@
 
 Eager torch passes over the logits of a row a dozen times, in float32. The kernel moves less memory: it reads both rows
 for their maxima and sums (twice for the Jensen-Shannon divergence), reads them again, and writes one, all in the dtype
-of the logits. On a GPU that decides whether the loss takes longer than its matrix products or hides behind them.
+of the logits. On a GPU, memory traffic decides whether the loss takes longer than its matrix products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 KINDS = ("kl", "reverse_kl", "jsd")
 """The divergences that the kernel implements."""
 
-# compiled functions take pointers and blocks, for which Python has no types
+# compiled functions take pointers and blocks, which have no Python types
 
 
 @triton.jit

@@ -24,4 +24,4 @@ _HOMES = {
     "qatkit.lora.bits": ["dequantized", "quantize_base"],
     "qatkit.lora.layers": ["AdaptedLinear", "AdaptedQATLinear"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

@@ -20,4 +20,4 @@ _HOMES = {
     "qatkit.models.pretrained": ["causal_lm", "embedding_model", "masked_lm", "sequence_classifier"],
     "qatkit.models.vision": ["cnn", "mlp"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

@@ -105,7 +105,7 @@ def head_dim_of(config: Any) -> int:
 
 
 def build_like(model: nn.Module, config: Any, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Build a model of the same class with another config and random weights.
+    """Build a model of the same class with a different config and random weights.
 
     Args:
         model: A transformers model.

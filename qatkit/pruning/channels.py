@@ -113,7 +113,7 @@ def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float =
                     f"layer '{name}' shares its {kind} with '{other}', and each would be pruned separately",
                     advice="use one module in both places, or separate weights",
                 )
-    # the last layer usually makes the output and keeps its channels; if another does, leaving it out does no harm
+    # the last layer usually computes the output and keeps its channels; if it does not, excluding it does no harm
     channels = {name: len(layers[name].weight) for name in list(layers)[:-1] if not matches(name, exclude)}
     if emptied := [name for name, count in channels.items() if not _kept(count, ratio)]:
         name = min(emptied, key=lambda name: channels[name])

@@ -19,7 +19,7 @@ def prunable_layers(
 ) -> dict[str, nn.Module]:
     """Select linear and convolutional layers by globs over their names, in the model's order.
 
-    Two layers that share a weight count as one, under the first name.
+    Two layers that share a weight are listed once, under the first name.
 
     Args:
         model: Any module.

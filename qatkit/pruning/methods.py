@@ -16,7 +16,7 @@ class PruningMethod:
     """A method that selects the weights to prune.
 
     A method either has a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or a
-    `callback` of its own.
+    its own `callback`.
     """
 
     name: str

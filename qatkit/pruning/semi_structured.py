@@ -18,8 +18,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
     """Compress the 2:4 sparse weights of linear layers in place, so that they run on sparse kernels.
 
-    For inference only: compressed weights cannot be trained, and their state dict is not a plain one, so keep the plain
-    checkpoint. Layers of a shape that torch's kernels do not support stay dense, with a warning.
+    For inference only: compressed weights cannot be trained, and their state dict has a different format, so keep the
+    original checkpoint. Layers of a shape that torch's kernels do not support stay dense, with a warning.
 
     Args:
         model: On a GPU of compute capability 8.0 or higher, in float16 or bfloat16.

@@ -168,7 +168,7 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
     config.num_attention_heads, config.num_key_value_heads = new["heads"], new["kv_heads"]
     smaller: Any = build_like(model, config, state)
     smaller.to(next(model.parameters()).device)
-    # assign keeps each tensor's dtype: casting the whole model would also round the rotary frequencies
+    # assign=True keeps each tensor's dtype: casting the whole model would also round the rotary frequencies
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
     smaller.train(model.training)

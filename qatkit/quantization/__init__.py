@@ -69,4 +69,4 @@ _HOMES = {
     "qatkit.quantization.slices": ["value_range"],
     "qatkit.quantization.state": ["load_quantizers", "save_quantizers"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

@@ -125,7 +125,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
         mean = (part[:2] / part[2].clamp(min=1)).float()
         counts = None if observer.counts is None else part[3:].long()
         chosen.append(static_qparams(Statistics(low, high, mean, counts), fake_quant.spec))
-    # only now is the model changed: an interrupt during a search leaves every scale unchanged
+    # the model is changed only from here on: an interrupt during a search leaves every scale unchanged
     for (_, fake_quant), qparams in zip(calibrated, chosen, strict=True):
         if len(qparams) == 1:
             fake_quant.set_tensor_scale(*qparams)

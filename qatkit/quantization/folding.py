@@ -39,7 +39,7 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     folds = [
         fold for fold in _find(model, "") if uses[id(model.get_submodule(fold[0]).weight)] == 1
-    ]  # weights used once, not tied
+    ]  # only weights that are used once (not tied)
     for conv_name, bn_name in folds:
         conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
         assert isinstance(conv, nn.Conv1d | nn.Conv2d)

@@ -14,7 +14,7 @@ from qatkit.schemes import Scheme
 
 
 def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
-    """Raise an error if a layer cannot be quantized as its scheme says.
+    """Raise an error if a layer cannot be quantized with its scheme.
 
     Args:
         name: The layer's name, for errors.
@@ -89,7 +89,7 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -
     if spec is not None and is_experts(layer) and spec.strategy in ("tensor", "block"):
         raise QatkitError(
             f"'{spec.strategy}' is not supported for the fused experts '{name}', whose experts have separate scales",
-            key="weight.strategy", advice="use channel or group, in an entry of its own in layers",
+            key="weight.strategy", advice="use channel or group, in a separate entry in layers",
         )  # fmt: skip
     if spec is None or spec.strategy not in ("group", "block"):
         return

@@ -22,7 +22,7 @@ class LayerRow:
     weights: int
     """Number of weights."""
     weight_bits: int
-    """Bits of a weight's code; 32 where weights are not quantized."""
+    """Bits of a weight's code; 32 if weights are not quantized."""
     activation_bits: int
     weight_error: float
     """``||fake_quantize(w) - w|| / ||w||``."""

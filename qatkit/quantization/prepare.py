@@ -73,7 +73,7 @@ def prepare_qat(
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Disable torch's fused encoder layer, which reads raw weights, where it is quantized."""
+    """Disable torch's fused encoder layer, which reads raw weights, if it is quantized."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             quantized = any(isinstance(child, QATLayer) for child in module.children())

@@ -63,7 +63,7 @@ def histogram_values(counts: Tensor) -> tuple[Tensor, Tensor]:
     upper = (bits | 0xFFFF).view(torch.float32)
     middle = torch.where(
         bits << 1 == 0, 0.0, (lower.double() + upper.double()).div(2).float()
-    )  # the bin of zero is zero
+    )  # the middle of the bin of zero is zero
     order = middle.argsort()
     return middle[order], counts[used][order].double()
 
@@ -188,7 +188,7 @@ def _kl_fraction(values: Tensor, weights: Tensor, spec: QuantSpec) -> float:
         places = torch.zeros_like(mass).index_add_(0, code, filled).clamp(min=1)
         candidate = (mass / places)[code] * filled
         p, q = reference[kept] / reference.sum(), candidate / candidate.sum().clamp(min=1e-300)
-        # clipping adds mass where the candidate has none; there the candidate counts as a tiny probability
+        # clipping adds mass where the candidate has none; there the candidate gets a tiny probability
         divergence = float((p * (p.clamp(min=1e-300).log() - q.clamp(min=1e-9).log())).sum())
         if divergence < best:
             best, best_fraction = divergence, fraction

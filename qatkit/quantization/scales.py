@@ -103,7 +103,7 @@ def _mx_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
 def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> Tensor:
     """Round a scale to a nonzero value of ``spec.scale_dtype``, returned in float32.
 
-    Scales are negative under the signed rule only; everywhere else the magnitude counts. float16 scales go down to
+    Scales are negative only under the signed rule; otherwise only their magnitude matters. float16 scales go down to
     2**-24, the smallest subnormal: with the smallest normal number, weights of 1e-5 would all round to zero.
     """
     size = scale.float().abs()

@@ -31,7 +31,7 @@ def select(
     """Choose the layers to quantize, in model order, and check them; nothing is changed.
 
     Only exact types are selected: a subclass (a bitsandbytes `Linear4bit`, the `out_proj` of `nn.MultiheadAttention`)
-    uses its weight in another way, and a swap would silently compute something else. An embedding is selected only by
+    uses its weight differently, and a swap would silently compute something else. An embedding is selected only by
     a glob that names it: globs whose last part is ``*``, such as ``*`` or ``model.*``, do not.
 
     Args:
@@ -129,10 +129,10 @@ def check_arguments(
 
 
 def _check_kv_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Check the globs where only keys and values are quantized."""
+    """Check the globs if only keys and values are quantized."""
     if list(include) != ["*"]:
         raise QatkitError(
-            f"{list(include)} has no effect where only kv_cache is quantized", key="include", advice="remove include"
+            f"{list(include)} has no effect if only kv_cache is quantized", key="include", advice="remove include"
         )
     for index, pattern in enumerate(exclude):
         _check_pattern(f"exclude[{index}]", pattern, dict(attention_modules(model)), {}, must_fit=False)

@@ -64,7 +64,7 @@ def value_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(to_slices(x, spec), dim=-1)
     elif spec.strategy == "block":
         low, high = torch.aminmax(to_slices(x, spec).transpose(1, 2).flatten(2), dim=-1)
-    elif spec.strategy == "token":  # a token is the last dimension
+    elif spec.strategy == "token":  # the last dimension is one token
         low, high = torch.aminmax(x, dim=-1, keepdim=True)
     else:
         assert_never(spec.strategy)

@@ -80,7 +80,7 @@ class GenerationConfig:
     new_tokens: int = 32
     """Maximum number of generated tokens; a text ends earlier with an end-of-text token."""
     temperature: float = 1.0
-    """Divides the logits before sampling; 0 takes the most probable token."""
+    """Divides the logits before sampling; 0 always picks the most probable token."""
 
     def __post_init__(self) -> None:
         for name in ("fraction", "ramp"):

@@ -43,4 +43,4 @@ _HOMES = {
     "qatkit.tasks.scores": ["Scores", "evaluate", "perplexity"],
     "qatkit.tasks.table": ["TASKS", "Task", "declared_task", "task_of"],
 }
-__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # a list, made by a function
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

@@ -164,7 +164,7 @@ def test_attention_modules_can_be_excluded_and_patterns_beside_a_cache_alone_are
     assert prepare_qat(llama(), kv_cache=TOKEN, exclude=["*.0.*"]) == ["model.layers.1.self_attn"]
     with pytest.raises(QatkitError, match=r"exclude\[0\]: 'layr' matches no layer"):
         prepare_qat(llama(), kv_cache=TOKEN, exclude=["layr"])
-    with pytest.raises(QatkitError, match=r"include: .* has no effect where only kv_cache is quantized"):
+    with pytest.raises(QatkitError, match=r"include: .* has no effect if only kv_cache is quantized"):
         prepare_qat(llama(), kv_cache=TOKEN, include=["nonsense"])
 
 

@@ -83,7 +83,7 @@ def gptq(
     worse = errors > plain
     for swept, before in zip((rounded, errors, *swept_grids), (nearest, plain, *grids), strict=True):
         swept[worse] = before[worse]
-    if spec.strategy not in ("channel", "group"):  # rows share scales
+    if spec.strategy not in ("channel", "group"):  # several rows share one scale
         whole = int(errors.sum(1).argmin())
         return rounded[whole], *tried[whole]
     best, rows = errors.argmin(0), torch.arange(len(weight), device=weight.device)
@@ -115,7 +115,7 @@ def _sweep(
     """
     width = spec.group_size or (spec.block_structure or weight.shape)[1]
     if regroup is not None:
-        block_size = max(block_size // width, 1) * width  # so that a group is fully corrected when it is reached
+        block_size = max(block_size // width, 1) * width  # ensures that a group is fully corrected when it is reached
     column_spec = replace(spec, strategy="group", group_size=1, block_structure=None)
     tried = len(grids[0])
     scales, zero_points = (grid.flatten(0, 1).clone() for grid in grids)
@@ -172,7 +172,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
     diagonal[dead] = mean
-    for added in (damping, 9 * damping, 90 * damping):  # 1, 10 and 100 times the damping in total
+    for added in (damping, 9 * damping, 90 * damping):  # tries 1, 10 and 100 times the damping
         diagonal += added * mean
         lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if int(info) == 0:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from qatkit.quantization.layers import QATLayer, QATTransposedLinear
 
 _SAMPLES = 8  # samples of a convolution's batch that are unfolded at a time
-_ROWS = 256  # smallest number of rows in a sample, if there were that many
+_ROWS = 256  # minimum number of rows in a sample, if there are that many
 
 
 class InputStatistics:

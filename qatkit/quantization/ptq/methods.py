@@ -70,7 +70,7 @@ METHODS = Table(
         ),
         Method(
             "awq",
-            "scale salient inputs up, then clip where that costs the output least (AWQ)",
+            "scale salient inputs up, then clip ranges to minimize the output error (AWQ)",
             from_inputs=f"{_PTQ}.awq:clipped_weight",
             move_scales=f"{_PTQ}.awq:awq_fold",
             stored_scales=True,

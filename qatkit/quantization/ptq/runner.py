@@ -42,7 +42,7 @@ def apply_ptq(
     "gptq" rounds the weights to minimize the change in outputs. "awq" and "smoothquant" move scales between layers,
     which leaves the function of the float model unchanged; "awq" then clips. Call it before `calibrate`.
 
-    Blocks that run one after the other (the layers of a transformer) are processed one by one, each with the outputs of
+    Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of
     the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one
     block. Inputs are not quantized meanwhile. Embeddings, grouped convolutions, fused experts and layers with shared
     or unused weights keep their scales, and a warning names them. In a process group every rank computes on its own:
@@ -82,7 +82,7 @@ def apply_ptq(
 
 
 def check_method(model: nn.Module, method: str) -> None:
-    """Check what `apply_ptq` can check without a batch; works on the meta device.
+    """Run the checks of `apply_ptq` that need no batch; works on the meta device.
 
     Raises:
         QatkitError: As in `apply_ptq`.
