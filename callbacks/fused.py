@@ -158,7 +158,7 @@ class Fused:
     ) -> TeacherOutputs:
         """Finish a call: set the output's loss, and its logits to None.
 
-        The loss has the value of the cross-entropy. ``(1 - alpha)`` times the loss has the gradient of
+        The value of the loss is the cross-entropy. ``(1 - alpha)`` times the loss has the gradient of
         ``alpha * divergence + (1 - alpha) * cross_entropy``, so that terms which a training step adds keep their
         weight. With alpha 1 the loss itself has that gradient.
 

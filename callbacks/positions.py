@@ -64,7 +64,7 @@ def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classe
     """Reject dense predictions such as ``[N, C, H, W]``, whose classes are not in the last dimension.
 
     Args:
-        logits: Of the student, ``[..., classes]`` if they are supported.
+        logits: The student's logits, ``[..., classes]`` if they are supported.
         labels: Reveal the class dimension if they are integers with the shape of the logits minus one dimension.
         compares_classes: Whether the loss compares probabilities of classes.
 

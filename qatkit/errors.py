@@ -87,7 +87,7 @@ def under(prefix: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Advice about an unknown name: the nearest known one, or a few of them.
+    """Advice about an unknown name: the nearest known name, or a few known names.
 
     Example:
         >>> did_you_mean("mgnitude", ["magnitude", "wanda"])

@@ -81,7 +81,7 @@ def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal[
         raise QatkitError(
             f"'{name}' is not a folder, and the request to the hub failed ({_one_line(error)})",
             key=argument,
-            advice=f"use a folder that holds the {kind}, or the name of one on the hub while the network is up",
+            advice=f"use a folder that holds the {kind}, or a hub name while the network is up",
         ) from error
     return False
 

@@ -46,7 +46,8 @@ def cache_teacher(
         batches: All batches, in the same order in every run; samples are numbered from 0 in this order. If a batch is a
             mapping, tokens whose "attention_mask" is 0 are ignored.
         folder: Output folder: Arrow files of `shard_batches` batches each, and a manifest.
-        fingerprint: What the cache depends on, such as hashes of model, tokenizer and data order; see `model_hash`.
+        fingerprint: Inputs that determine the cache, such as hashes of model, tokenizer and data order; see
+            `model_hash`.
         k: Classes kept per token.
         temperature: Divides the logits. The cache is valid for this temperature only.
         shard_batches: Batches per file; at most this many are recomputed after a kill.

@@ -108,7 +108,7 @@ def check_length(model: nn.Module, key: str, tokens: int) -> None:
         tokens: Length of the longest text.
 
     Raises:
-        QatkitError: the text is longer.
+        QatkitError: the texts are too long.
     """
     longest = getattr(getattr(generator_in(model, key), "config", None), "max_position_embeddings", None)
     if longest is not None and tokens > longest:

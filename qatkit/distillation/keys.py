@@ -1,7 +1,7 @@
 """Sample keys: a hash of the model inputs identifies each sample of a batch, so that no data set has to number them.
 
-A key does not depend on the order of the data, the batch, the process or the padding. A sample changed on its way, by a
-random augmentation for example, gets a different key, because its teacher outputs differ.
+A key does not depend on the order of the data, the batch, the process or the padding. A sample that a random
+augmentation changed, for example, gets a different key, because its teacher outputs differ.
 """
 
 from __future__ import annotations

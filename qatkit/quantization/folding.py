@@ -1,4 +1,4 @@
-"""BatchNorm folding: merge BatchNorm into the convolution before it, before quantizing."""
+"""BatchNorm folding: merge BatchNorm into the preceding convolution before quantization."""
 
 from __future__ import annotations
 

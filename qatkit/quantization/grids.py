@@ -42,7 +42,7 @@ class IntegerGrid:
 
 
 class DtypeGrid:
-    """Floats of 8 bits, which torch has as a dtype."""
+    """8-bit floats, for which torch has a dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -58,7 +58,7 @@ class DtypeGrid:
 
 
 class SmallFloatGrid:
-    """Floats of 4 and 6 bits; codes are uint8 with the sign in the highest bit used."""
+    """4-bit and 6-bit floats; codes are uint8 with the sign in the highest bit used."""
 
     def __init__(self, form: FloatFormat) -> None:
         self.mantissa_bits = form.mantissa_bits
@@ -123,7 +123,7 @@ def integer_grid(spec: QuantSpec) -> Grid:
 
 
 def float_grid(spec: QuantSpec) -> Grid:
-    """The grid of floats of 4, 6 and 8 bits."""
+    """The grid of 4-bit, 6-bit and 8-bit floats."""
     form = FLOAT_FORMATS[spec.type][spec.num_bits]
     return DtypeGrid(getattr(torch, form.dtype)) if form.dtype else SmallFloatGrid(form)
 

@@ -105,7 +105,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_tensor_scale(self, tensor_scale: Tensor) -> None:
-        """Overwrite the scale per tensor of two-level scales, ``[1]``."""
+        """Overwrite the per-tensor scale of two-level scales, ``[1]``."""
         assert self.tensor_scale is not None
         _assign(self.tensor_scale, tensor_scale)
         self.ready = self.computed or self.ready

@@ -95,7 +95,7 @@ def static_qparams(statistics: Statistics, spec: QuantSpec) -> QParams:
     """Choose scale and zero point of a static activation with the spec's observer.
 
     Args:
-        statistics: From calibration.
+        statistics: Statistics from calibration.
         spec: The quantization, strategy "tensor".
 
     Returns:

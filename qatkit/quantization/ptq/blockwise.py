@@ -55,9 +55,9 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 def capture(blocks: Sequence[nn.Module], batches: Sequence[Any], forward: Callable[[Any], object]) -> list[Run] | None:
     """Record the inputs of the blocks, or return None if they do not form a chain.
 
-    In a chain every block runs once, in order, with the previous block's output as its first argument. Of the
-    activations only the first block's input is kept. The other arguments of every block are kept, because some models
-    pass each block its own mask or positions.
+    In a chain every block runs once, in order, with the previous block's output as its first argument. Only the first
+    block's input activation is kept. The other arguments of every block are kept, because some models pass each block
+    its own mask or positions.
     """
     runs = []
     for batch in batches:

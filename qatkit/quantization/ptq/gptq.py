@@ -75,7 +75,7 @@ def gptq(
         qparams = [_qparams(part, spec, floor, costs[columns]) for part, floor in zip(left, floors, strict=True)]
         return torch.stack([scale for scale, _ in qparams]), torch.stack([zero_point for _, zero_point in qparams])
 
-    # with two-level scales the scale per tensor is fixed, and so are those of the groups
+    # with two-level scales, the per-tensor scale and those of the groups are fixed
     grows = spec.strategy == "group" and not act_order and not spec.two_level
     rounded, *swept_grids = _sweep(weight, inverse, order, grids, spec, block_size, regroup if grows else None)
     nearest = torch.stack([fake_quantize(weight, *qparams, spec) for qparams in tried])

@@ -44,9 +44,9 @@ def apply_ptq(
 
     Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of
     the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one
-    block. Inputs are not quantized meanwhile. Embeddings, grouped convolutions, fused experts and layers with shared
-    or unused weights keep their scales, and a warning names them. In a process group every rank computes on its own:
-    pass the same batches to every rank, and shard the model afterwards.
+    block. Inputs are not quantized during this step. Embeddings, grouped convolutions, fused experts and layers with
+    shared or unused weights keep their scales, and a warning names them. In a process group every rank computes on its
+    own: pass the same batches to every rank, and shard the model afterwards.
 
     Args:
         model: A model from `prepare_qat`.
@@ -250,7 +250,7 @@ class _BatchMethod:
         matrix = layer.matrix
         self.undo.keep(layer.weight, *fake_quant.parameters(), *fake_quant.buffers())
         if fake_quant.spec.two_level:
-            fake_quant.initialize(matrix)  # sets the scale per tensor
+            fake_quant.initialize(matrix)  # sets the per-tensor scale
         weight, *qparams = implementation(self.method.from_inputs)(matrix.flatten(1), hessian, fake_quant.spec)
         layer.set_matrix(weight.view_as(matrix))
         fake_quant.set_qparams(*qparams)

@@ -59,7 +59,7 @@ def smoothquant_search(
         weights: The layers that read the input, each ``[out, in]``.
         weight_specs: Quantization of each weight; None if it is not quantized.
         input_specs: Quantization of each layer's input; None if it is not quantized.
-        statistics: Of the inputs, with a sample of rows, for which the output errors are computed.
+        statistics: Statistics of the inputs, with a sample of rows on which output errors are computed.
         weight_absmax: Largest magnitude of every input's weights, over all layers that read it, ``[in]``.
         grid: Number of steps into which alpha from 0 to 1 is divided; values next to the best one are tried as well.
 
