@@ -132,7 +132,7 @@ class FeatureMatch:
         trainer.optimizers[0].param_groups[0]["params"] += list(self.projections.parameters())
 
     def average_gradients(self, trainer: Trainer) -> None:
-        """Average the learned maps' gradients over processes; the maps are not in the module that the strategy wraps."""
+        """Average the learned maps' gradients over processes; they are outside the module that the strategy wraps."""
         if self.projections is None or trainer.world_size == 1:
             return
         for weight in self.projections.parameters():
