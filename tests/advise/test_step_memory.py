@@ -131,7 +131,7 @@ def test_a_stage_that_cannot_fit_is_refused_with_the_number_and_what_would_fit(
     with pytest.raises(QatkitError) as caught:
         check_fit(loaded, plans)
     message = str(caught.value)
-    assert message.startswith(f"stages.dense: training needs {need / 1e6:.1f} MB per device, and a small device has")
+    assert message.startswith(f"stages.dense: training needs {need / 1e6:.1f} MB per device, but a small device has")
     assert "stages.dense.batch_size=1 stages.dense.accumulate=64 (" in message
     assert message.endswith("; or use --force")
     monkeypatch.setattr(planner_fit, "device_of", lambda trainer: planner_fit.Device("a toy", 1000, 1))

@@ -168,7 +168,9 @@ def test_a_text_ends_where_the_models_config_says_and_else_the_tokenizer_of_the_
 def test_models_that_cannot_generate_and_values_out_of_range_are_refused() -> None:
     other = copy.deepcopy(Classifier().net)
     own = Generation(prompt=PROMPT)
-    with pytest.raises(QatkitError, match="on_policy: Classifier cannot generate text; only a causal language model"):
+    with pytest.raises(
+        QatkitError, match="on_policy: Classifier cannot generate text; only a transformers causal language model"
+    ):
         trainer(KnowledgeDistillation(other, on_policy=own)).fit(Classifier(), texts())
     with pytest.raises(QatkitError, match="sequence_level: Sequential cannot generate text"):
         trainer(distil(other, sequence_level=own)).fit(Writer(), texts())
