@@ -1,4 +1,4 @@
-"""Quantize single layers with llm-compressor; `benchmarks/initialisers.py` runs this in another environment.
+"""Quantize single layers with llm-compressor; `benchmarks/starting_points.py` runs this in another environment.
 
 Run: python llmcompressor_layers.py IN.safetensors JOBS.json OUT.safetensors
 

@@ -1,4 +1,4 @@
-"""Started by test_initialising.py: GPTQ as the starting point on one process or two."""
+"""Started by test_starting_points.py: GPTQ as the starting point on one process or two."""
 
 from __future__ import annotations
 

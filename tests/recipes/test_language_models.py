@@ -107,7 +107,7 @@ def test_the_report_judges_by_perplexity(finished: Run, tmp_path: Path) -> None:
     assert rows["qat"]["test_perplexity"] == finished.record("qat").metrics["test/perplexity"]
     assert all(row["latency"] == [] for row in report["rows"])
     text = (finished.out / "report.md").read_text()
-    assert "| stage | what | test perplexity | in the runtime | size | parity |" in text
+    assert "| stage | kind | test perplexity | in the runtime | size | parity |" in text
     cells = f"| {rows['dense']['test_perplexity']:.3f} (loss {rows['dense']['test_loss']:.4f}) |"
     assert cells in text
     assert "accurac" not in text.lower()

@@ -1,4 +1,4 @@
-"""Small transformers with random weights, one for every kind of block that initialisers know."""
+"""Small transformers with random weights, one for every kind of block that PTQ methods know."""
 
 from __future__ import annotations
 

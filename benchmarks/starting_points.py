@@ -1,6 +1,6 @@
 """Compare GPTQ, AWQ and SmoothQuant with llm-compressor 0.14 by the output error of single layers.
 
-Run: python benchmarks/initialisers.py
+Run: python benchmarks/starting_points.py
 Takes about five minutes, plus two the first time to install llm-compressor.
 
 A small Llama is trained on the standard library. The benchmark takes the layers of its last block with their inputs,
@@ -174,7 +174,7 @@ def main(steps: int, rows: int) -> None:
         worst = max(row["worst layer"] for row in rows_of if row["method"] == method)
         text = f"error of {method} relative to llm-compressor {RELEASE[:-2]}, worst layer of any format"
         claims.append(Claim(text, "<= 1.01", f"{worst:.4f}", worst <= 1.01))
-    finish("initialisers", rows_of, claims, seeds=[SEED])
+    finish("starting_points", rows_of, claims, seeds=[SEED])
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_a_method_that_sets_scales_is_refused_where_they_are_computed_and_nothin
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(module.parameters(), before, strict=True))
 
 
-def test_a_fit_after_a_resumed_one_trains_on_and_does_not_initialise_again(tmp_path: Path) -> None:
+def test_a_fit_after_a_resumed_one_trains_on_and_does_not_apply_ptq_again(tmp_path: Path) -> None:
     first = trainer(QuantizationAwareTraining(weight=W3, init="gptq"), max_steps=4)
     first.fit(Classifier(), batches())
     first.save_checkpoint(tmp_path / "half.ckpt")
@@ -67,7 +67,7 @@ def test_a_fit_after_a_resumed_one_trains_on_and_does_not_initialise_again(tmp_p
 def test_an_unknown_starting_point_is_refused_before_a_module_is_touched() -> None:
     with pytest.raises(QatkitError, match="init: unknown PTQ method 'gpqt'; did you mean 'gptq'"):
         QuantizationAwareTraining(weight=W3, init="gpqt")  # type: ignore[arg-type]
-    with pytest.raises(QatkitError, match="calibration_batches: 0 is out of range; write at least 1"):
+    with pytest.raises(QatkitError, match="calibration_batches: 0 is out of range; use an integer of at least 1"):
         QuantizationAwareTraining(weight=W3, calibration_batches=0)
 
 
