@@ -20,7 +20,8 @@ def hub_parts(source: Source) -> dict[str, Part]:
     """Return the splits of a data set on the hub.
 
     Raises:
-        QatkitError: the hub does not know it, refuses access or does not answer, or it has no such subset or split.
+        QatkitError: the data set is not on the hub, access is denied, the hub does not respond, or the subset or split
+            does not exist.
     """
     builder = _builder(source)
     try:

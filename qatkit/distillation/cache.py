@@ -239,7 +239,7 @@ def _shard(teacher: Callable[[Any], Outputs], part: Sequence[Any], k: int, tempe
 
 
 def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor | None, number: int) -> None:
-    """Reject outputs that a cache cannot hold; padding is not stored, and may hold anything."""
+    """Reject outputs that a cache cannot hold; padding is not stored and may contain anything."""
     if logits.dim() not in (2, 3):
         raise QatkitError(
             f"the teacher's logits have shape {list(logits.shape)}, but a cache holds [samples, classes] or "

@@ -1,4 +1,4 @@
-"""The table of distillation losses, from which schema, callbacks, fused kernels, memory prediction and docs read.
+"""The table of distillation losses, shared by schema, callbacks, fused kernels, memory prediction and docs.
 
 A new divergence is one function over logits and one row here. Without a form over top-k targets, it does not
 support cached teachers; without a row kernel, full logits are materialized.

@@ -192,7 +192,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """KL divergence of token relations ``softmax(A A^T / sqrt(d))``, with A the queries, keys or values.
+    """KL divergence of token relations ``softmax(A A^T / sqrt(d))``, where A is the queries, keys or values.
 
     Wang et al. (2021, https://arxiv.org/abs/2012.15828), equations 5 to 7: the heads of each model are concatenated and
     split into relation heads, so the two models may have different numbers of heads.
@@ -240,7 +240,7 @@ def _relations(vectors: Tensor, heads: int, mask: Tensor | None) -> Tensor:
 
 
 def _counted_states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """States with 0 at ignored positions, the teacher's detached, and a boolean mask."""
+    """Both states, set to 0 at ignored positions and the teacher's detached, and a boolean mask."""
     mask = None if mask is None else mask.bool()
     return zero_uncounted(student, mask), zero_uncounted(teacher.detach(), mask), mask
 

@@ -1,4 +1,4 @@
-"""Sample keys: a hash of the model inputs identifies each sample of a batch, so that no data set has to number them.
+"""Sample keys: a hash of the model inputs identifies each sample of a batch, so data sets need no numbering.
 
 A key does not depend on the order of the data, the batch, the process or the padding. A sample that a random
 augmentation changed, for example, gets a different key, because its teacher outputs differ.

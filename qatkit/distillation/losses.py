@@ -140,7 +140,7 @@ def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
 def zero_uncounted(values: Tensor, mask: Tensor | None) -> Tensor:
     """Set values at ignored positions to 0.
 
-    Before the arithmetic, not after it: NaN or infinity times 0 is NaN, in the loss and in its gradient.
+    Call it before the arithmetic, not after it: NaN or infinity times 0 is NaN, in the loss and in its gradient.
 
     Args:
         values: ``[..., size]``.

@@ -1,4 +1,4 @@
-"""KL divergence from a teacher's top-k classes, with the probability of all other classes as one more class."""
+"""KL divergence from a teacher's top-k classes, with all other classes merged into one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 def top_k_log_probabilities(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The k most probable classes, their log-probabilities, and that of all other classes together.
+    """The k most probable classes, their log-probabilities, and that of all other classes combined.
 
     Args:
         logits: ``[..., classes]``, any float dtype; computed in float32.
-        k: Number of classes kept: at least 1, fewer than there are.
+        k: Number of classes kept, from 1 to the number of classes minus 1.
         temperature: Divides the logits.
 
     Returns:
@@ -46,7 +46,7 @@ def sparse_kd_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """``T**2 * KL(p || q)`` over the teacher's k most probable classes and, as one more class, the rest.
+    """``T**2 * KL(p || q)`` over the teacher's k most probable classes and the rest, merged into one class.
 
     Merging classes can only lower the divergence (the data-processing inequality), so the loss is a lower bound of
     `kd_loss`, and 0 where the two agree. Without the tail both distributions are normalized over the k classes: the
@@ -100,11 +100,11 @@ def top_k_kd_loss(
     Args:
         student: As in `kd_loss`.
         teacher: As in `kd_loss`.
-        k: Number of teacher classes kept: at least 1, fewer than there are.
+        k: Number of teacher classes kept, from 1 to the number of classes minus 1.
         temperature: As in `kd_loss`.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
-        tail: Count all other classes as one more.
+        tail: Include all other classes, merged into one.
 
     Raises:
         QatkitError: the shapes differ or `k` is out of range.

@@ -137,7 +137,7 @@ def open_table(paths: Sequence[Path]) -> Any:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a file that exists is complete, whenever the process was killed."""
+    """Write a file atomically: a file that exists is complete, even if the process is killed."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Teacher:
     """Run a model in eval mode without gradients.
 
-    Deliberately not an `nn.Module`: as an attribute of one it is not registered, so it is neither trained, saved,
-    sharded nor counted.
+    It is deliberately not an `nn.Module`: a module does not register it, so it is not trained, saved, sharded or
+    counted.
 
     Args:
         model: The teacher; switched to eval mode.

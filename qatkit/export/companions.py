@@ -38,7 +38,7 @@ def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, fold
     """Save the named companion files that exist.
 
     Args:
-        names: Of "config", "generation_config" and "tokenizer".
+        names: Any of "config", "generation_config" and "tokenizer".
         model: The exported model.
         tokenizer: The tokenizer of its data, or None.
         folder: Where they are saved.

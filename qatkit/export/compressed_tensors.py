@@ -94,7 +94,7 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
 
     Args:
         model: A transformers model, plain, or calibrated and from `prepare_qat`. Left unchanged.
-        folder: For the config and the weights; replaced atomically.
+        folder: Output folder for the config and the weights; replaced atomically.
 
     Raises:
         QatkitError: the format cannot hold the model.

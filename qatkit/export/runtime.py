@@ -82,7 +82,7 @@ def load_runtime(path: Path, threads: int | None = None) -> Runtime:
 
 
 def integer_kernels(path: Path) -> Kernels:
-    """Count the kernels that ONNX Runtime chose for a file, in the graph that it optimized for this machine.
+    """Count the kernels of the graph that ONNX Runtime optimized for this machine.
 
     Raises:
         QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.

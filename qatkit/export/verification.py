@@ -95,7 +95,7 @@ def verify(
             take them, with ``labels``; see `qatkit.tasks`.
         format: The export format's name; by default it follows from the file name and content.
         threads: Threads of the runtime; None leaves the choice to it.
-        task: The task that the data declare; by default it is read from the batches, see `qatkit.tasks.task_of`.
+        task: The task declared by the data; by default it is inferred from the batches, see `qatkit.tasks.task_of`.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.

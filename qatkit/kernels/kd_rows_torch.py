@@ -143,7 +143,7 @@ def jsd_rows(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor
 
 
 def top_k_kl_rows(s: Tensor, top_k: TopK, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """KL over k classes and the rest as one more; gradient ``q - p``, split in proportion to q within the rest."""
+    """KL over k classes and the rest, merged into one; gradient ``q - p``, split in proportion to q within the rest."""
     indices, log_p = top_k
     q = torch.exp(s, out=scratch)
     total = q.sum(dim=1, keepdim=True)

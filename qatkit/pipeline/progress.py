@@ -87,7 +87,7 @@ class ProgressLines(Callback):
 
     Args:
         title: Text at the beginning of each line.
-        interval: Seconds between two lines.
+        interval: Seconds between lines.
     """
 
     def __init__(self, title: str, interval: float = INTERVAL) -> None:

@@ -36,15 +36,15 @@ def prune_channels(
         example: An example input.
         ratio: Fraction of channels to remove, from 0 to below 1.
         exclude: Globs over the names of layers that keep their channels, such as the output layer.
-        multiple: Rounds the numbers of channels to multiples of it, for fast kernels.
+        multiple: Channel counts are rounded to multiples of this number, for fast kernels.
         scores: Scores of the output channels by layer name, from `channel_scores` or `taylor_channel_scores`.
 
     Returns:
         The smaller model.
 
     Raises:
-        QatkitError: Torch-Pruning is not installed; a pattern matches nothing; a layer is not a plain one or shares a
-            weight with another; the ratio removes all channels of a layer; or the output would change its shape.
+        QatkitError: Torch-Pruning is not installed; a pattern matches nothing; a layer is not a plain layer, or shares
+            a weight with another; the ratio removes all channels of a layer; or the output would change its shape.
     """
     check_sparsity("ratio", ratio)
     check_channels(model, exclude)
@@ -142,7 +142,7 @@ def _importance(torch_pruning: Any, model: nn.Module, scores: Mapping[str, Tenso
 def _narrowest(pruner: Any, group: Any) -> tuple[str, int, int]:
     """Find the layer with the fewest channels in a group: its name, its channels, and their granularity.
 
-    The granularity is above 1 for grouped convolutions and norms, which lose equally many channels of each group.
+    The granularity is above 1 for grouped convolutions and norms, which lose the same number of channels in each group.
     """
     names, graph = {module: name for name, module in pruner.model.named_modules()}, pruner.DG
     sources = [item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)]

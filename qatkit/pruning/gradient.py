@@ -96,7 +96,7 @@ def prune_by_gradient(
 
     Raises:
         QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or does not fit a
-            layer; there are no batches; or the loss does not depend on a layer, or it would lose all its weights.
+            layer; there are no batches; the loss does not depend on a layer; or a layer would lose all its weights.
 
     Example:
         >>> import torch

@@ -42,7 +42,7 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
     """Prune the ``round(sparsity * numel)`` smallest magnitudes of all weights together.
 
     Args:
-        weights: Weights by layer name; call it on all processes if FSDP2 sharded them.
+        weights: Weights by layer name; if FSDP2 sharded them, all processes must call this function.
         sparsity: Fraction of pruned weights over all of them, from 0 to below 1.
 
     Returns:
@@ -120,7 +120,7 @@ def _largest(groups: Tensor, n: int) -> Tensor:
 
 
 def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: str = "weight") -> Tensor:
-    """Prune whole blocks: the ``round(sparsity * blocks)`` with the smallest sum of magnitudes.
+    """Prune the ``round(sparsity * blocks)`` blocks with the smallest sums of magnitudes.
 
     Args:
         weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose blocks hold whole kernels.
@@ -187,7 +187,7 @@ def apply_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def nonzeros(weight: Tensor) -> Tensor:
-    """Read the mask off a pruned weight: True where it is not 0; for a sharded weight, of the local shard."""
+    """Return the mask of a pruned weight: True where it is nonzero; for a sharded weight, that of the local shard."""
     part = local(weight.detach())
     if not part.is_contiguous():
         return part.to(torch.bool)
@@ -212,7 +212,7 @@ def check_sparsity(key: str, sparsity: float) -> None:
 
 
 def check_pair(key: str, pair: object, example: tuple[int, int]) -> None:
-    """Raise if `pair` is not two integers, but for example the text ``"2:4"``."""
+    """Raise if `pair` is not two integers, for example if it is the text ``"2:4"``."""
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(number, int) for number in pair):
         raise QatkitError(f"{pair!r} is not a pair of integers", key=key, advice=f"use {example}")
 

@@ -33,8 +33,8 @@ def prune_one_shot(
     """Prune the linear layers of `model` in place, block by block.
 
     A block is the layers that share the first number in their names, such as ``model.layers.3``. Its inputs come from
-    the blocks before it as they are after pruning, so all batches run once per block. The model runs in eval mode
-    without gradients; train/eval modes and random states are restored. It must be on one process.
+    the pruned blocks before it, so all batches run once per block. The model runs in eval mode without gradients;
+    train/eval modes and random states are restored. It must be on one process.
 
     Args:
         model: A trained model.

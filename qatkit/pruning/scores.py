@@ -1,4 +1,4 @@
-"""Importance scores of single weights beyond their magnitude, as pure functions."""
+"""Importance scores of individual weights as pure functions: Wanda, Taylor and movement."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
     """Find the `count` lowest of all scores; ties go to the first.
 
     Args:
-        scores: Tensors of any shape by name, float32, bfloat16 or float16; call it on all processes if FSDP2 sharded
-            them.
+        scores: Tensors of any shape by name, float32, bfloat16 or float16; if FSDP2 sharded them, all processes must
+            call this function.
         count: Number of scores to select, less than their total.
         signed: Whether to compare scores by value; by default they are compared by magnitude.
 
@@ -168,7 +168,8 @@ def _check_finite(high: Tensor, keys: Keys, scores: Mapping[str, Tensor]) -> Non
 def _quotas(
     equal: list[int], sharded: list[bool], left: int, device: torch.device, group: distributed.ProcessGroup | None
 ) -> list[int]:
-    """Divide the `left` scores to select at the threshold over the pieces, in the order of tensors and then rows."""
+    """Divide the `left` scores still to select, which equal the threshold, among the pieces, in the order of tensors
+    and then rows."""
     rank, size = (0, 1) if group is None else (distributed.get_rank(group), distributed.get_world_size(group))
     table = torch.zeros(size, len(equal), dtype=torch.int64, device=device)
     table[rank] = torch.tensor(equal, device=device)

@@ -1,7 +1,7 @@
 """Structured pruning of Llama-like transformers: layers, attention heads, MLP neurons and hidden channels.
 
-`importance` computes scores, and `shrink` removes the parts with the lowest. The result is a plain model of the same
-class with an adapted config, which `from_pretrained` loads.
+`importance` computes scores, and `shrink` removes the parts with the lowest scores. The result is a plain model of the
+same class with an adapted config, which `from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _heads(scores: Tensor, heads: int, old_groups: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Choose the query and key-value heads to keep: the best groups, with equally many queries in each."""
+    """Choose the query and key-value heads to keep: the best groups, with the same number of queries in each."""
     by_group = scores.view(old_groups, -1)
     kept = _best(by_group.sum(dim=1), groups)
     queries = [group * by_group.shape[1] + _best(by_group[group], heads // groups) for group in kept]

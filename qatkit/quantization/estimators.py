@@ -44,7 +44,7 @@ def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = N
 
 
 def load_estimator(spec: QuantSpec) -> None:
-    """Import the function with which `computed_qparams` computes scales of this element type."""
+    """Import the function that computes scales of this element type, for `computed_qparams`."""
     name = spec.element.computed_by
     _ESTIMATORS[name] = implementation(OBSERVERS[name].from_tensor)
 

@@ -29,7 +29,7 @@ class FakeQuantize(nn.Module):
     (LSQ; with LSQ+ also the offset, in the units of the tensor). Learned scales have their final shape from the start,
     as DDP, FSDP2 and optimizers require. Scales, offsets and zero points are float32 and stay float32 when the model is
     converted (`.half()`, `.to(torch.bfloat16)`, Lightning's "bf16-true"): a bfloat16 scale is off by up to 0.4 %, small
-    updates of a learned one would round to nothing, and the scales of NVFP4 exceed the range of float16.
+    updates of a learned scale would be rounded away, and the scales of NVFP4 exceed the range of float16.
 
     Args:
         spec: The quantization.

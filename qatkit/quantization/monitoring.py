@@ -21,8 +21,9 @@ class LayerWatch:
     """Measures one layer repeatedly; it keeps two bytes for each of at most `SAMPLE` weights.
 
     Oscillation follows Nagel et al. (2022, https://arxiv.org/abs/2203.11086): the integer weight changes in the
-    direction opposite to its previous change. They measure every step and average a frequency; here only the observed
-    steps count, so the fraction is a lower bound: a weight that leaves and returns between two observations is missed.
+    direction opposite to its previous change. The paper measures every step and averages a frequency; here only the
+    observed steps count, so the fraction is a lower bound: a weight that leaves and returns between two observations is
+    missed.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat
@@ -46,7 +47,7 @@ class LayerWatch:
 
         Returns:
             The `NUMBERS` in float32 on the layer's device. Numbers that do not apply to the layer are NaN: oscillation
-            needs three observations, and the input scale a quantizer with a static scale.
+            needs three observations, and the input scale needs a quantizer with a static scale.
         """
         assert isinstance(layer.weight, Tensor)
         weight = full_tensor(layer.matrix if isinstance(layer, QATLayer) else layer.weight)
@@ -75,7 +76,7 @@ class LayerWatch:
         return torch.cat([numbers, torch.stack([_mean(scale, missing), _mean(_static(inputs), missing)])])
 
     def _oscillating(self, codes: Tensor, missing: Tensor) -> Tensor:
-        """Compute the fraction of codes that changed against their last direction."""
+        """Compute the fraction of codes that changed in the direction opposite to their last change."""
         before, self._codes = self._codes, codes
         if before is None or before.shape != codes.shape:
             self._direction = None

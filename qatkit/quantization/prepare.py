@@ -48,8 +48,9 @@ def prepare_qat(
         layers: Quantization by glob, instead of `weight` and `activation`; the last matching glob wins. Without
             `weight` and `activation`, only these layers are quantized.
         kv_cache: Quantization of the keys and values of a transformers model's attention, per tensor or per token.
-        share_inputs: Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one
-            each. Dynamic activations are always quantized once. ONNX Runtime only fuses layers with separate scales.
+        share_inputs: Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one scale
+            per layer. Dynamic activations are always quantized once. ONNX Runtime only fuses layers with separate
+            scales.
 
     Returns:
         The names of the swapped layers in model order, then those of attention modules with a quantized cache.

@@ -23,7 +23,7 @@ _KL_BINS = 2048
 
 
 class RangeObserver:
-    """Records the smallest and largest activation, over all calls and on average per call.
+    """Records the smallest and largest activations over all calls, and the means of those of each call.
 
     Args:
         histogram: Count the values per bin as well.
@@ -31,7 +31,7 @@ class RangeObserver:
     Attributes:
         low: Smallest value, float32 ``[1]``; None before the first call.
         high: Largest value, float32 ``[1]``.
-        sums: Sum of the smallest and of the largest values of the calls, and number of calls; float64 ``[3]``.
+        sums: Sums of the minima and of the maxima of the calls, and the number of calls; float64 ``[3]``.
         counts: Values per bin, int64 ``[BINS]``; None without a histogram.
     """
 
@@ -42,7 +42,7 @@ class RangeObserver:
         self.counts: Tensor | None = torch.zeros(BINS, dtype=torch.int64) if histogram else None
 
     def update(self, x: Tensor) -> None:
-        """Record `x`; an empty tensor (an expert that got no token) is skipped."""
+        """Record `x`; an empty tensor (from an expert that received no tokens) is skipped."""
         if x.numel() == 0:
             return
         x = x.detach().float()
@@ -75,7 +75,7 @@ class Statistics:
     Attributes:
         low: Smallest value, float32 ``[1]``.
         high: Largest value, float32 ``[1]``.
-        mean: Mean over the calls of their smallest and largest value, float32 ``[2]``.
+        mean: Means of the minima and of the maxima of the calls, float32 ``[2]``.
         counts: Histogram of the values; None unless the observer needs one.
     """
 

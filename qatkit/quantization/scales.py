@@ -57,10 +57,10 @@ def choose_qparams(
 def divided(x: Tensor, number: float) -> Tensor:
     """Compute ``x / number`` with the same bits on every device.
 
-    By a Python number CUDA multiplies with its reciprocal, which is off in the last bit; by a tensor on the GPU it
-    divides, but Inductor sees through such a tensor. In float64 the reciprocal's error is too small to change the
-    rounded result: a quotient of float32 by a number of few bits is never that close to the middle of two float32
-    values.
+    To divide by a Python number, CUDA multiplies by its reciprocal, which can change the last bit. By a tensor on the
+    GPU it does divide, but Inductor replaces such a tensor by its number. In float64 the reciprocal's error is too
+    small to change the rounded result: the quotient of a float32 and a number of few bits is never that close to the
+    midpoint of two float32 values.
 
     Args:
         x: float32.
@@ -72,9 +72,9 @@ def divided(x: Tensor, number: float) -> Tensor:
 
 
 def tensor_scale_of(largest: Tensor, spec: QuantSpec) -> Tensor:
-    """Compute the scale per tensor that maps the largest slice scale to e4m3's maximum.
+    """Compute the per-tensor scale that maps the largest slice scale to e4m3's maximum.
 
-    It is a divisor, as compressed-tensors' global scale is: a slice is scaled by ``e4m3 / tensor_scale``.
+    It is a divisor, like compressed-tensors' global scale: a slice is scaled by ``e4m3 / tensor_scale``.
 
     Args:
         largest: Magnitudes, float32, any shape.
@@ -92,7 +92,8 @@ def _mx_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
     """Compute the power of two that puts the largest value into the top binade.
 
     OCP MX 1.0, section 6.3. As in compressed-tensors, a value closer to the next power of two than to the largest code
-    counts as that power: from 1.75 times a power of two on (1.9375 with 6 bits, whose largest code is 1.875 times one).
+    is rounded up to that power. This starts at 1.75 times a power of two (1.9375 with 6 bits, whose largest code is
+    1.875 times one).
     """
     mantissa, exponent = torch.frexp(largest)
     carries = mantissa * 2 >= (1.9375 if spec.num_bits == 6 else 1.75)

@@ -44,8 +44,8 @@ def select(
         kv_cache: Quantization of keys and values; it is only checked here.
 
     Raises:
-        QatkitError: A glob matches nothing or a layer that cannot be quantized, a size does not divide, or a weight is
-            non-finite.
+        QatkitError: A glob matches nothing or a layer that cannot be quantized, a group size does not divide a layer's
+            inputs, or a weight is non-finite.
     """
     layers = layers or {}
     check_arguments(weight, activation, include, exclude, layers, kv_cache)

@@ -69,7 +69,7 @@ def compare(
 
     Args:
         paths: Files by name.
-        example: One input batch that all of them take, ``[batch, ...]``.
+        example: One input batch that all files accept, ``[batch, ...]``.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Rounds; each times every file once, over as many calls as fill 2 ms.

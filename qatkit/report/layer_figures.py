@@ -101,7 +101,7 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
         key: Prefix of the figure's ids.
         stages: ``stage``, ``kind`` and ``layers`` of the compressed rows of a report.
         count: The number of layers to draw; the largest are chosen.
-        wide: The five panels side by side; otherwise below each other, for a phone.
+        wide: The five panels side by side; otherwise stacked, for phones.
     """
     names = largest([layer["name"] for row in stages for layer in row["layers"]], stages, count)
     thickness = 0.78 / len(stages)

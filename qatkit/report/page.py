@@ -73,7 +73,7 @@ def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 
 def write_page(folders: Sequence[Path], page: Path) -> None:
-    """Render the ``report.json`` of one run or several as one HTML file.
+    """Render the ``report.json`` of one or more runs as one HTML file.
 
     Raises:
         QatkitError: a folder has no report that this version of qatkit reads, or matplotlib or jinja2 is not installed.

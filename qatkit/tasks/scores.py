@@ -19,7 +19,7 @@ class Scores:
     """Accumulates the metrics of a task over batches; every sample or token counts once.
 
     Args:
-        task: The task that the data declare; by default it is read from the batches, see `task_of`.
+        task: The task declared by the data; by default it is inferred from the batches, see `task_of`.
 
     Example:
         >>> scores = Scores()

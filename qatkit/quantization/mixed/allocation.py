@@ -25,13 +25,14 @@ def allocate(
     Args:
         sensitivity: From `measure_sensitivity`.
         budget_bytes: Size of all measured weights with their scales and zero points, in bytes.
-        average_bits: The same budget in bits per weight; pass one of the two.
+        average_bits: The same budget in bits per weight; pass either this or `budget_bytes`.
 
     Returns:
         The candidate of each group, by `Group.name`, in model order.
 
     Raises:
-        QatkitError: Not exactly one budget is given, the smallest formats exceed it, or scipy is not installed.
+        QatkitError: Neither or both of the budgets are given, the smallest formats exceed it, or scipy is not
+            installed.
 
     Example:
         >>> from qatkit.quantization.mixed.records import Group, Option, Sensitivity
@@ -62,7 +63,7 @@ def allocate(
 
 
 def totals(sensitivity: Sensitivity, allocation: Mapping[str, str]) -> tuple[int, float]:
-    """Return the bytes of an allocation and its total loss increase, each at least 0."""
+    """Return the bytes of an allocation and its total loss increase; negative increases count as 0."""
     chosen = [group.options[allocation[group.name]] for group in sensitivity.groups]
     return sum(option.bytes for option in chosen), sum(option.cost for option in chosen)
 

@@ -24,8 +24,8 @@ def awq_scales(
 
     Inputs are divided by the scales, and weight columns multiplied by them. Lin et al., 2023,
     https://arxiv.org/abs/2306.00978, equations 4 and 5, over a grid of exponents. Each exponent is also tried with the
-    weights' mean magnitude in the denominator, as later implementations do. The error is that of the layers' outputs,
-    which follows exactly from the second moments of their inputs.
+    weights' mean magnitude in the denominator, as later implementations do. The error of the layers' outputs is
+    computed exactly from the second moments of their inputs.
 
     Args:
         weights: The layers that read the input, each ``[out, in]``.
@@ -105,8 +105,8 @@ def awq_clip(
 ) -> tuple[Tensor, Tensor]:
     """Find the scale and zero point that minimize the output error over shrunk ranges.
 
-    This is the clipping search of Lin et al., 2023: where `estimators.mse_qparams` adds up the errors of the weights,
-    this adds up the output errors of each slice, with all other slices exact. The scale with the smallest squared error
+    This is the clipping search of Lin et al., 2023: `estimators.mse_qparams` minimizes the error of the weights, this
+    search the output error of each slice, with all other slices unquantized. The scale with the smallest squared error
     is tried as well, and is always used for block scales and two-level scales.
 
     Args:

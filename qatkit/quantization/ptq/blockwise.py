@@ -28,7 +28,7 @@ class Run:
     autocast: tuple[str, torch.dtype] | None = None
 
     def through(self, block: nn.Module, index: int) -> Tensor:
-        """Return the block's output; it gets a copy of its input, which it may change in place."""
+        """Return the block's output for a copy of its input, because blocks may change inputs in place."""
         args, kwargs = self.rest[index]
         with ExitStack() as stack:
             if self.autocast is not None:

@@ -32,15 +32,15 @@ def gptq(
     """Round a weight to minimize the change in the layer's outputs.
 
     Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
-    the inverse Hessian. Where ranges are searched, the squared error of a weight is multiplied by its effect on the
-    outputs after later columns have corrected for it. A row whose output error exceeds that of rounding the original
-    weight to nearest is rounded to nearest. The weights of an input that was always zero are rounded to nearest as
-    well, not set to zero, because the input may become active in training.
+    the inverse Hessian. The range search weights the squared error of each weight by its effect on the outputs after
+    later columns have corrected for it. If a row's output error exceeds that of rounding to nearest, the row is rounded
+    to nearest instead. The weights of an input that was always zero are rounded to nearest as well, not set to zero,
+    because the input may become active in training.
 
     Args:
         weight: ``[out, in]``.
         hessian: Mean outer product of the layer's input rows, or any multiple of it, ``[in, in]``.
-        spec: Quantization of the weight; ``observer: minmax`` takes scales from ranges, every other one searches.
+        spec: Quantization of the weight; ``observer: minmax`` takes scales from ranges; all other observers search.
         damping: Added to the Hessian's diagonal, as a fraction of its mean; grows tenfold if the factorization fails.
         block_size: Columns per block; the errors of a block reach the columns after it in one matrix product.
         act_order: Process columns in order of decreasing Hessian diagonal. Scales then come from the original weight,
@@ -52,7 +52,7 @@ def gptq(
         float32.
 
     Raises:
-        QatkitError: The Hessian is non-finite, or not positive definite in spite of the damping.
+        QatkitError: The Hessian is non-finite, or not positive definite despite the damping.
 
     Example:
         >>> x, weight, spec = torch.randn(64, 16), torch.randn(4, 16), QuantSpec(num_bits=3)

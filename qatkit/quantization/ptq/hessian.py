@@ -33,7 +33,7 @@ class InputStatistics:
         self._second_moment = second_moment
 
     def update(self, rows: Tensor) -> None:
-        """Add rows ``[n, in]``; an empty tensor (an expert that got no token) is skipped."""
+        """Add rows ``[n, in]``; an empty tensor (from an expert that received no tokens) is skipped."""
         if not len(rows):
             return
         rows = rows.detach().float()

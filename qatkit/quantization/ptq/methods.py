@@ -41,7 +41,7 @@ class Method:
 
     @property
     def changes_weights(self) -> bool:
-        """Whether the weights that training starts from differ from those before."""
+        """Whether the method changes the weights that training starts from."""
         return self.reads_batches
 
 

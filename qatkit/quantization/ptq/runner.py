@@ -55,12 +55,12 @@ def apply_ptq(
         forward: Runs the model on one batch; `model(batch)` by default.
 
     Returns:
-        Names of the layers that the method has set.
+        Names of the layers whose weights or scales the method set.
 
     Raises:
-        QatkitError: There is no batch; activations are non-finite; weight scales are computed from the weights, with
-            "mse", "gptq" and "awq"; a block's layers are unknown or its inputs are calibrated already, with "awq" and
-            "smoothquant". The model is then unchanged.
+        QatkitError: There is no batch; activations are non-finite; with "mse", "gptq" or "awq", a weight scale is
+            computed on every forward pass; with "awq" or "smoothquant", a block's layers are unknown or its inputs are
+            already calibrated. The model is then unchanged.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat

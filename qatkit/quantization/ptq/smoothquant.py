@@ -51,8 +51,8 @@ def smoothquant_search(
     """Find the scales of equation 4 that minimize the output error.
 
     Weights and inputs are both quantized. Xiao et al. choose one alpha per model from a grid (section 5.1). The best
-    alpha differs between inputs, so each input has its own here; an input is left unscaled if no alpha reduces the
-    error. Each alpha is also tried with half of every input's range instead of its largest magnitude, as later
+    alpha differs between inputs, so this search chooses one per input; an input is left unscaled if no alpha reduces
+    the error. Each alpha is also tried with half of every input's range instead of its largest magnitude, as later
     implementations do, and with its mean magnitude.
 
     Args:
