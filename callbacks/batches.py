@@ -85,7 +85,7 @@ def on_every_process(work: Callable[[], object]) -> None:
 
 
 def module_forward(module: LightningModule, batch: Any) -> object:
-    """Call the module on a batch: on a mapping's items as keywords, or on the first element of a tuple or list.
+    """Call the module on a batch: with a mapping's items as keywords, or with the first element of a tuple or list.
 
     Raises:
         QatkitError: the module takes different arguments.

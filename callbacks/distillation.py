@@ -33,7 +33,7 @@ class KnowledgeDistillation(Callback):
     inputs. The teacher belongs to the callback: it is not registered in the LightningModule, trained or saved.
 
     Positions where the label is -100 or the attention mask is 0 are ignored. Both are looked up as "labels" and
-    "attention_mask" in the student's call, then in the batch; the labels of a batch that is a tuple are its second
+    "attention_mask" in the student's call, then in the batch; if the batch is a tuple, the labels are its second
     element. For a causal language model of transformers, whose logits predict the next label, both are shifted. Outputs
     at ignored positions, NaN and Inf included, affect neither loss nor gradient.
 

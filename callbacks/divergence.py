@@ -16,7 +16,7 @@ from qatkit.distillation.vocabulary import trim_to_vocabulary
 from qatkit.errors import QatkitError
 
 EVERY = 50
-"""Optimizer steps between two checks for NaN on a device that a check has to wait for."""
+"""Optimizer steps between checks for NaN on devices where each check waits for the device."""
 PADDED_ALIKE = "pass vocab_size=len(tokenizer) if both use one tokenizer and pad their logits differently"
 
 
@@ -99,7 +99,7 @@ class DistillationLoss:
         Args:
             student: Logits ``[samples, length, classes]`` or ``[samples, classes]``.
             targets: Cached outputs of the same samples.
-            cache: The cache they come from.
+            cache: The cache that the outputs come from.
 
         Raises:
             QatkitError: their shapes differ.

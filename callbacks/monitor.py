@@ -22,7 +22,7 @@ from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_layers
 
 COMPARISONS = 10
-"""Comparisons of the student with its teacher between two observations."""
+"""Comparisons of the student with its teacher between observations."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class CompressionMonitor(Callback):
     - ``distill/teacher_agreement``, with `KnowledgeDistillation`: fraction of training samples (tokens of a language
       model) on which student and teacher agree, in 10 of the steps since the previous observation.
 
-    `table` holds the layers of the last observation. At the end it is written beside the metrics: as ``layers.csv`` by
-    CSVLogger, as a table by WandbLogger, as a text by TensorBoardLogger. A module without quantized layers gets the
-    table with the sparsity of its weights, but no curves.
+    `table` holds the layers of the last observation. At the end it is written next to the metrics: as ``layers.csv`` by
+    CSVLogger, as a table by WandbLogger, as text by TensorBoardLogger. A module without quantized layers gets the table
+    with the sparsity of its weights, but no curves.
 
     Training synchronizes with the device once per observation. In a process group all processes observe, and samples
     are counted over all of them. A checkpoint holds the scales at the start, one number each; the oscillation
     measurement restarts after a resume.
 
     Args:
-        every: Optimizer steps between two observations, at least 1.
+        every: Optimizer steps between observations, at least 1.
 
     Raises:
         QatkitError: `every` is out of range.

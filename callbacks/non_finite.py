@@ -123,7 +123,7 @@ class FiniteCheckpoint(ModelCheckpoint):
 
 
 def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
-    """Return the first non-finite tensor on any process, as `non_finite` does; call it on all of them."""
+    """Return the first non-finite tensor on any process, as `non_finite` does; all processes must call it."""
     tensor = non_finite(module)
     if not trainer.strategy.reduce_boolean_decision(tensor is not None, all=False):
         return None

@@ -88,7 +88,7 @@ def call_teacher(teacher: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     """Call the teacher with the inputs of the student.
 
     Raises:
-        QatkitError: it does not accept them.
+        QatkitError: the teacher does not accept these inputs.
     """
     try:
         return teacher(*args, **kwargs)

@@ -46,7 +46,7 @@ def cannot_load(error: BaseException, argument: str, name: str, advice: str, des
         argument: Name of the argument, for the error.
         name: The folder or repository.
         advice: What to do; a gated repository gets its own advice.
-        described: What it was loaded as, such as "causal language model".
+        described: Kind of object that it was loaded as, such as "causal language model".
     """
     if _is_gated(error):
         return QatkitError(

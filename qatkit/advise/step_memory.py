@@ -40,7 +40,7 @@ class StepMemory:
     optimizer: int
     """Optimizer state; `total` excludes paged state, which this includes."""
     activations: int | None
-    """Peak of everything else in a step: saved activations and temporary tensors. None: not known."""
+    """Peak of everything else in a step: saved activations and temporary tensors. None if it is not known."""
     total: int
     """Peak of all parts together; below their sum where the parts do not peak at the same time."""
 

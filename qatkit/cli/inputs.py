@@ -42,7 +42,7 @@ def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None) -> Run:
 
 
 def open_run(folder: Path, allow: list[str] | None) -> Run:
-    """The run that a folder holds."""
+    """The run in a folder."""
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
             "not the folder of a run, because it has no recipe.yaml",

@@ -16,7 +16,7 @@ from qatkit.data.source import BadRecord
 from qatkit.data.tokens import Encoded, Row, Rows
 
 MULTIPLE = 8
-"""Batches are padded to a multiple of it: matrix units run faster, and a compiler sees fewer shapes."""
+"""Batches are padded to a multiple of this number: matrix units run faster, and a compiler sees fewer shapes."""
 
 
 class Records(Dataset[dict[str, Tensor]]):

@@ -11,7 +11,7 @@ from typing import Any
 from qatkit.errors import QatkitError
 
 Record = tuple[str, Any]
-"""The place of a record, for people, and its content: a mapping of columns, or a `BadRecord` if it cannot be read."""
+"""A readable location of a record, and its content: a mapping of columns, or a `BadRecord` if it cannot be read."""
 
 
 class BadRecord(Exception):

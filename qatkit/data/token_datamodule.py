@@ -21,7 +21,7 @@ class TokenDataModule(SplitDataModule):
     Args:
         folder: Returns the folder, and creates it if it does not exist.
         tokenizer: Returns the tokenizer.
-        dataset: Builds a data set from a function that opens a split, and the split's name.
+        dataset: Builds a data set; called with a function that opens a split, and with the split's name.
         context: Maximum length of a sample in tokens.
         packed: Whether samples are windows of several documents.
         batch_size: Samples per device and step.

@@ -240,7 +240,7 @@ def _relations(vectors: Tensor, heads: int, mask: Tensor | None) -> Tensor:
 
 
 def _counted_states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both states, set to 0 at ignored positions and the teacher's detached, and a boolean mask."""
+    """Return both states (0 at ignored positions, the teacher's detached) and a boolean mask."""
     mask = None if mask is None else mask.bool()
     return zero_uncounted(student, mask), zero_uncounted(teacher.detach(), mask), mask
 

@@ -1,8 +1,8 @@
 """Storage of a teacher cache: Arrow files with one row per sample, its tokens packed.
 
-A token takes ``4 * k + 2`` bytes up to 65,536 classes and ``5 * k + 2`` above: class numbers in 16 or 24 bits,
-log-probabilities and that of all other classes in float16. For k = 64 that is 258 and 322 bytes. A hidden state takes
-2 bytes per element.
+A token takes ``4 * k + 2`` bytes up to 65,536 classes and ``5 * k + 2`` above: class numbers in 16 or 24 bits, and in
+float16 their log-probabilities and the log-probability of all other classes. For k = 64 that is 258 and 322 bytes. A
+hidden state takes 2 bytes per element.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Teacher:
     """Run a model in eval mode without gradients.
 
-    It is deliberately not an `nn.Module`: a module does not register it, so it is not trained, saved, sharded or
-    counted.
+    It is deliberately not an `nn.Module`: modules do not register it as a child, so it is not trained, saved, sharded
+    or counted.
 
     Args:
         model: The teacher; switched to eval mode.

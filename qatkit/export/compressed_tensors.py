@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Reject a model that cannot be a compressed folder of transformers; weights are not read.
+    """Reject a model that cannot be exported as a compressed transformers folder; weights are not read.
 
     Raises:
         QatkitError: it is not a transformers model, has fused experts, or quantizes keys and values or a layer in a way

@@ -161,7 +161,7 @@ def format_of_path(path: Path, name: str | None = None) -> ExportFormat:
 
     Args:
         path: The file or folder.
-        name: The format's name; by default it follows from the file name, or from the content if several formats
+        name: The format's name; by default it is inferred from the file name, or from the content if several formats
             share a file name.
 
     Raises:

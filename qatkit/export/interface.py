@@ -24,7 +24,7 @@ class PlannedExport:
     kv_cache: bool = False
     """Whether keys and values are quantized."""
     task: Task | None = None
-    """The task that the data declare; None if it is not known."""
+    """The task declared by the data; None if it is unknown."""
 
     @classmethod
     def of(cls, model: nn.Module) -> PlannedExport:

@@ -29,15 +29,15 @@ class Verification:
 
     passed: bool
     failures: list[str]
-    """Every difference, in words; empty if the file computes what was trained."""
+    """Every difference, as text; empty if the file computes what was trained."""
     format: str
     """The export format's name."""
     layers: int
     """Quantized layers whose codes or weights were compared."""
     weights: int
-    """Weights in them."""
+    """Weights in these layers."""
     samples: int
-    """Samples that both models answered; for texts the predicted tokens."""
+    """Samples that both models predicted; for text, the predicted tokens."""
     bound: str
     """The limit of `mean_error`, as text."""
     allowed_error: float | None
@@ -54,9 +54,9 @@ class Verification:
     metric: str
     """The metric that the task is judged by."""
     trained_metric: float
-    """Of the trained model."""
+    """Metric of the trained model."""
     runtime_metric: float | None
-    """Of the file in its runtime."""
+    """Metric of the file in its runtime."""
     text: str
     """The result in one line of text."""
 

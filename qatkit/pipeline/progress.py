@@ -15,9 +15,9 @@ from typing_extensions import override
 Style = Literal["bar", "lines"]
 """A bar on standard error, or lines on standard output."""
 EVERY = 10
-"""Steps between two readings of the metrics, each of which waits for the device."""
+"""Steps between readings of the metrics, each of which waits for the device."""
 INTERVAL = 30.0
-"""Seconds between two lines."""
+"""Seconds between lines."""
 
 
 def progress_callbacks(styles: Sequence[Style], stage: str, position: int, stages: int) -> list[Callback]:

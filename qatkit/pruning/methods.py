@@ -15,18 +15,19 @@ TARGETS = ("sparsity", "ramp", "nm")
 class PruningMethod:
     """A method that selects the weights to prune.
 
-    A method either has a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or a
-    its own `callback`.
+    A method either has a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or its own
+    `callback`.
     """
 
     name: str
     description: str
     keys: tuple[str, ...]
-    """Keys of the ``prune`` block that it takes, and arguments of its callback, besides `include` and `exclude`."""
+    """Keys of the ``prune`` block that the method takes, besides `include` and `exclude`; also arguments of its
+    callback."""
     function: str = ""
     """``module:function`` that scores or prunes one weight; `measures` fixes its arguments."""
     measures: Literal["", "input_norms", "gram", "gradients"] = ""
-    """Statistics of calibration batches that `function` takes beside the weight ``[out, in]``.
+    """Statistics of calibration batches that `function` takes besides the weight ``[out, in]``.
 
     input_norms: L2 norm of every input, ``[in]``; returns scores, which are compared within each output.
     gram: ``X.T @ X`` of the inputs, ``[in, in]``, then `sparsity` and `nm`; returns the pruned weight.
@@ -35,7 +36,7 @@ class PruningMethod:
     callback: str = ""
     """``module:class`` of a `qatkit.callbacks.pruning_callback.PruningCallback`."""
     linear_only: bool = False
-    """It refuses convolutions."""
+    """It does not support convolutions."""
     sharded: bool = False
     """It works on the shards of FSDP2."""
     moves_mask: bool = False
@@ -43,7 +44,7 @@ class PruningMethod:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The keys that it takes out of `TARGETS`."""
+        """The keys of `TARGETS` that the method takes."""
         return tuple(key for key in self.keys if key in TARGETS)
 
 

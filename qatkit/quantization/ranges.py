@@ -23,7 +23,7 @@ _KL_BINS = 2048
 
 
 class RangeObserver:
-    """Records the smallest and largest activations over all calls, and the means of those of each call.
+    """Records the smallest and largest activation, over all calls and averaged over calls.
 
     Args:
         histogram: Count the values per bin as well.
@@ -31,7 +31,7 @@ class RangeObserver:
     Attributes:
         low: Smallest value, float32 ``[1]``; None before the first call.
         high: Largest value, float32 ``[1]``.
-        sums: Sums of the minima and of the maxima of the calls, and the number of calls; float64 ``[3]``.
+        sums: Sum of the per-call minima, sum of the per-call maxima, and number of calls; float64 ``[3]``.
         counts: Values per bin, int64 ``[BINS]``; None without a histogram.
     """
 
@@ -75,7 +75,7 @@ class Statistics:
     Attributes:
         low: Smallest value, float32 ``[1]``.
         high: Largest value, float32 ``[1]``.
-        mean: Means of the minima and of the maxima of the calls, float32 ``[2]``.
+        mean: Mean of the per-call minima and of the per-call maxima, float32 ``[2]``.
         counts: Histogram of the values; None unless the observer needs one.
     """
 

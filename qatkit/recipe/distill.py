@@ -15,7 +15,7 @@ class CacheConfig:
     """Run the teacher once before training and store its top-k outputs per token; training then needs no teacher."""
 
     top_k: int = 64
-    """Classes stored per token, at least 1 and fewer than there are; all others together form one more class."""
+    """Classes stored per token, at least 1 and fewer than the teacher has; all others are merged into one."""
     folder: str | None = None
     """Folder of the cache, to share it between runs; by default in the run's folder."""
 

@@ -14,8 +14,8 @@ class EvaluateConfig:
     context: int | None = None
     """Tokens per window; by default the sample length of the data."""
     stride: int | None = None
-    """Tokens between two windows; half the context by default. A smaller stride is slower, and closer to the
-    perplexity with unlimited context."""
+    """Tokens between the starts of two windows; half the context by default. A smaller stride is slower, and closer to
+    the perplexity with unlimited context."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (install ``qatkit[lm-eval]``): names, or YAML files."""
     limit: int | None = None

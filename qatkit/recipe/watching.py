@@ -29,7 +29,7 @@ class SamplesConfig:
     """Generate text from fixed prompts at regular intervals; training itself is unaffected."""
 
     every: int = MISSING
-    """Optimizer steps between two generations."""
+    """Optimizer steps between generations."""
     prompts: list[str] = field(default_factory=list)
     max_new_tokens: int = 32
 

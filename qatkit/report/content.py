@@ -28,7 +28,7 @@ from qatkit.run.folder import Run
 from qatkit.run.stage_files import measured_zeros
 
 SCHEMA = 1
-"""Of ``report.json``; raised when a key changes its meaning or is removed."""
+"""Schema version of ``report.json``; raised when a key changes its meaning or is removed."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class LanguageScore:
     context: int
     """The largest number of tokens in a window, including the predicted one."""
     stride: int
-    """Tokens between two windows; after the first window, a token has at least ``context - stride`` predecessors."""
+    """Tokens between the starts of two windows; after the first window, a token has at least ``context - stride``
+    predecessors."""
     tokens: int
     loss: float
     """Per token, in nats."""
@@ -154,7 +155,7 @@ def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]
 
 
 def next_token_only(task: Task) -> QatkitError:
-    """Return the error for data of a task that predicts no next token."""
+    """Return the error for data of a task other than next-token prediction."""
     return QatkitError(
         f"it measures next-token prediction, but the task of the data is {task.name} ({task.description})",
         key="evaluate",

@@ -13,11 +13,11 @@ class Metric:
     """The name, the format and the axis of a metric."""
 
     name: str
-    """Its key in ``stage.json`` after ``test/``, and in a row of the report after ``test_``."""
+    """Its key: prefixed with ``test/`` in ``stage.json``, and with ``test_`` in a row of the report."""
     per: str
     """The counted unit: samples or tokens."""
     better: str
-    """The direction of better files in a figure of the metric against cost."""
+    """The corner of the better files in a figure of the metric against cost."""
     unit: str
     percent: bool
 

@@ -1,4 +1,4 @@
-"""The report page: one run or several as one self-contained HTML file without scripts or network access."""
+"""The report page: one or more runs as one self-contained HTML file without scripts or network access."""
 
 from __future__ import annotations
 

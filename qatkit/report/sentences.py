@@ -106,7 +106,7 @@ def headline(report: dict[str, Any]) -> str:
 
 
 def tiles(report: dict[str, Any]) -> list[Tile]:
-    """The numbers at the top of a run's page: its last row against its first, and parity of all rows."""
+    """The numbers at the top of a run's page: the last row compared with the first, and the parity of all rows."""
     first, last = report["rows"][0], report["rows"][-1]
     single, metric = last is first, metric_of(report)
     samples = last["verification"]["samples"]

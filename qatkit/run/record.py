@@ -19,7 +19,7 @@ from qatkit.quantization.folding import Fold
 from qatkit.run.architecture import Architecture
 
 SCHEMA = 1
-"""Of the records that this version of qatkit writes, and the only one it reads."""
+"""Version of the records that this qatkit writes, and the only one that it reads."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StageRecord:
     name: str
     fingerprint: str
     inputs: dict[str, Any]
-    """What the result depends on: dotted recipe keys and their values."""
+    """Inputs of the result: dotted recipe keys and their values."""
     folds: list[Fold] = field(default_factory=list)
     """Pairs of convolution and BatchNorm that were folded, in this stage or before."""
     zeros: dict[str, int] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class StageRecord:
     """``parameters``, and ``macs``: multiply-adds for one sample of the test split."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
-    """What the model is built from, where that is not the recipe's model."""
+    """The source of the model, if it is not the recipe's model."""
     early_stopping: dict[str, Any] | None = None
     """Where the block is on: whether it ``stopped`` the stage, after how many ``steps``, and the best validation: its
     ``best_step`` and ``val/loss``."""
@@ -56,7 +56,7 @@ class Started:
     inputs: dict[str, Any]
     fingerprint: str
     processes: int | None = None
-    """How many processes train it; None until the first of them knows."""
+    """Number of training processes; None until the first process knows it."""
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {

@@ -73,11 +73,12 @@ def finish(model: nn.Module, moved: bool, original: bool, folder: Path, device: 
 
     Args:
         model: The model with its adapters.
-        moved: Whether the weights below the adapters differ from the stage's input, to which peft adds the update.
+        moved: Whether the weights under the adapters differ from those of the stage's input, to which peft adds the
+            update.
         original: Whether that input is the model that the config names; if not, the adapters name no base model, as
             peft would load the named one.
         folder: The stage's folder.
-        device: The device on which training computed updates inside a weight.
+        device: The device on which training added the updates to the weights.
     """
     if not moved and not any(getattr(layer, "held", False) for layer in adapted_layers(model).values()):
         base = getattr(getattr(model, "config", None), "_name_or_path", "") if original else ""

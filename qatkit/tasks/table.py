@@ -28,7 +28,7 @@ class Task:
     name: str
     """The name that the data declares."""
     description: str
-    """One line for people."""
+    """One-line description."""
     answers: str
     """``module:function`` of ``(logits, batch) -> (rows, labels)``: ``[rows, classes]`` and ``[rows]``."""
     metrics: tuple[MetricName, ...]
@@ -36,9 +36,9 @@ class Task:
     metric: MetricName
     """The metric that stages and exported files are compared by."""
     agreement: str
-    """What two models agree on when their best answers are equal, as a noun."""
+    """Noun for what two models agree on when their top answers are equal."""
     counted: str
-    """What is counted, in the plural."""
+    """The counted unit, in the plural."""
     per_token: bool = False
     """The loss of an optimizer step is the mean over its tokens, not over its batches."""
     named_inputs: bool = False

@@ -31,7 +31,7 @@ def allocate(
         The candidate of each group, by `Group.name`, in model order.
 
     Raises:
-        QatkitError: Neither or both of the budgets are given, the smallest formats exceed it, or scipy is not
+        QatkitError: None or both of the budgets are given, the smallest formats exceed it, or scipy is not
             installed.
 
     Example:

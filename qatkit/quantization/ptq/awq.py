@@ -105,9 +105,9 @@ def awq_clip(
 ) -> tuple[Tensor, Tensor]:
     """Find the scale and zero point that minimize the output error over shrunk ranges.
 
-    This is the clipping search of Lin et al., 2023: `estimators.mse_qparams` minimizes the error of the weights, this
-    search the output error of each slice, with all other slices unquantized. The scale with the smallest squared error
-    is tried as well, and is always used for block scales and two-level scales.
+    This is the clipping search of Lin et al., 2023: `estimators.mse_qparams` minimizes the error of the weights; this
+    search minimizes the output error of each slice, with all other slices unquantized. The scale with the smallest
+    squared error is tried as well, and is always used for block scales and two-level scales.
 
     Args:
         weight: ``[out, in]``.

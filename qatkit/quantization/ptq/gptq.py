@@ -15,7 +15,7 @@ from qatkit.quantization.ptq.hessian import output_error
 from qatkit.spec import QuantSpec
 
 FLOORS = (0.85, 0.7, 0.5, 0.35)
-"""Lower limits of the fraction to which a search may shrink ranges. Corrections for earlier columns enlarge weights,
+"""Lower limits for the fraction to which a search may shrink ranges. Corrections for earlier columns enlarge weights,
 which a narrow range then clips, by an amount that depends on the layer. Every row keeps the limit with the smallest
 output error."""
 
@@ -33,14 +33,14 @@ def gptq(
 
     Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
     the inverse Hessian. The range search weights the squared error of each weight by its effect on the outputs after
-    later columns have corrected for it. If a row's output error exceeds that of rounding to nearest, the row is rounded
-    to nearest instead. The weights of an input that was always zero are rounded to nearest as well, not set to zero,
-    because the input may become active in training.
+    later columns have corrected for it. If rounding the original row to nearest has a smaller output error, the row is
+    rounded to nearest instead. The weights of an input that was always zero are rounded to nearest as well, not set to
+    zero, because the input may become active in training.
 
     Args:
         weight: ``[out, in]``.
         hessian: Mean outer product of the layer's input rows, or any multiple of it, ``[in, in]``.
-        spec: Quantization of the weight; ``observer: minmax`` takes scales from ranges; all other observers search.
+        spec: Quantization of the weight; ``observer: minmax`` takes scales from ranges, and all other observers search.
         damping: Added to the Hessian's diagonal, as a fraction of its mean; grows tenfold if the factorization fails.
         block_size: Columns per block; the errors of a block reach the columns after it in one matrix product.
         act_order: Process columns in order of decreasing Hessian diagonal. Scales then come from the original weight,
