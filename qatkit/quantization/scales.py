@@ -58,7 +58,7 @@ def divided(x: Tensor, number: float) -> Tensor:
     """Compute ``x / number`` with the same bits on every device.
 
     To divide by a Python number, CUDA multiplies by its reciprocal, which can change the last bit. By a tensor on the
-    GPU it does divide, but Inductor replaces such a tensor by its number. In float64 the reciprocal's error is too
+    GPU it does divide, but Inductor replaces such a tensor with its value. In float64 the reciprocal's error is too
     small to change the rounded result: the quotient of a float32 and a number of few bits is never that close to the
     midpoint of two float32 values.
 

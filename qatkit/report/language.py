@@ -71,7 +71,7 @@ def score(
         dense: The reference model; None if `model` is the dense model itself.
         texts: Token ids and labels; a label of -100 is ignored.
         context: Tokens per window.
-        stride: Tokens between two windows, at most `context`; half of it is customary.
+        stride: Tokens between the starts of two windows, at most `context`; half of it is customary.
         batch_size: Windows per batch.
 
     Raises:
