@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 class KnowledgeDistillation(Callback):
     """Add a distillation term to the training loss: ``alpha * distillation + (1 - alpha) * loss``.
 
-    The student's logits are recorded in the forward pass that `training_step` makes anyway; the teacher gets the same
+    The student's logits are recorded in the forward pass of `training_step`; the teacher gets the same
     inputs. The teacher belongs to the callback: it is not registered in the LightningModule, trained or saved.
 
-    Positions where the label is -100 or the attention mask is 0 are ignored. Both are looked up as "labels" and
+    Positions where the label is -100 or the attention mask is 0 are ignored. They are looked up as "labels" and
     "attention_mask" in the student's call, then in the batch; if the batch is a tuple, the labels are its second
     element. For a causal language model of transformers, whose logits predict the next label, both are shifted. Outputs
     at ignored positions, NaN and Inf included, affect neither loss nor gradient.

@@ -1,4 +1,4 @@
-"""The distillation loss of a training step, and the watch for NaN in teacher outputs."""
+"""The distillation loss of a training step, and the check for NaN in teacher outputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DistillationLoss:
         return DIVERGENCES[self.loss]
 
     def trimmed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Trim padded vocabularies off both sets of logits.
+        """Trim vocabulary padding from both sets of logits.
 
         Raises:
             QatkitError: the shapes still differ.
@@ -148,7 +148,7 @@ class NanWatch:
             mask: True at positions to include ``[...]``; None includes all.
 
         Raises:
-            QatkitError: it contains NaN and is on the CPU.
+            QatkitError: the output contains NaN and is on the CPU.
         """
         if self._first is None:
             self._first = torch.full((), -1, dtype=torch.int64, device=output.device)

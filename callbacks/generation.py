@@ -1,4 +1,4 @@
-"""Generated training batches: the seed and the step decide which model generates and which tokens it draws."""
+"""Generated training batches: the seed and the step determine which model generates and which tokens it samples."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from qatkit.errors import QatkitError
 def refuse_spawn(trainer: Trainer, callback: str) -> None:
     """Raise if the Trainer starts its processes with Python's `multiprocessing`.
 
-    Such a process swaps the layers of a copy of the module. Lightning then loads the weights of the copy into the
+    Such a process swaps the layers of its copy of the module. Lightning then loads the weights of the copy into the
     untouched module with ``strict=False``, which drops adapters and scales without an error.
 
     Args:

@@ -24,7 +24,8 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
     Lightning's own ``load_from_checkpoint`` does not handle quantized layers: it fails on the scales, and with
     ``strict=False`` it returns the module without quantization.
 
-    A module that was compiled with `torch.compile`, as a whole or in part, loads into a module that is compiled or not.
+    A module that was compiled with `torch.compile`, as a whole or in part, loads into a compiled or an uncompiled
+    module.
 
     Args:
         module: A new module of the same architecture; changed in place.
@@ -71,5 +72,5 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
 
 
 def _plain(name: str) -> str:
-    """Remove the name that `torch.compile` adds to those of a module and its weights."""
+    """Remove the prefix that `torch.compile` adds to the names of a module and its weights."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -27,7 +27,8 @@ COMPARISONS = 10
 
 @dataclass(frozen=True)
 class MonitorRow:
-    """The last observation of one layer. None means that the value does not exist for this layer, or not yet."""
+    """The last observation of one layer. None means that the value does not exist for this layer, or is not available
+    yet."""
 
     name: str
     weights: int

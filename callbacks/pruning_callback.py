@@ -100,7 +100,7 @@ class PruningCallback(Callback):
         raise NotImplementedError
 
     def check_not_empty(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raise if a weight is all zeros, as LoRA adapters start: it could not be ranked, and would never train."""
+        """Raise if a weight is all zeros, like the initial B of LoRA: it could not be ranked and would never train."""
         weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
         for name, zeros in count_zeros(weights).items():
             if zeros == weights[name].numel():

@@ -41,7 +41,7 @@ class QuantizationAwareTraining(Callback):
     Before training, BatchNorm is folded into the preceding convolutions (BatchNorm that cannot be folded keeps its
     statistics frozen), the selected layers are swapped, and static activation ranges are calibrated on the first
     training batches. Each fake quantizer must run in the first training step. Learned scales are exempt from weight
-    decay. A checkpoint holds the same weights under the same names, and the scales beside them; a resumed run continues
+    decay. A checkpoint holds the same weights under the same names, plus the scales; a resumed run continues
     with those scales.
 
     Args:
@@ -160,7 +160,8 @@ class QuantizationAwareTraining(Callback):
                 )
 
     def _precede_finders(self, trainer: Trainer) -> None:
-        """Move finders, which Lightning puts first, behind this callback: they train, so scales must be set before."""
+        """Move finders, which Lightning puts first, behind this callback: they train, so scales must be set before they
+        run."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         others = [c for c in callbacks if not isinstance(c, LearningRateFinder | BatchSizeFinder)]
         own = others.index(self) + 1

@@ -80,7 +80,7 @@ def live_teacher_outputs(
 def cached_teacher_outputs(
     cache: CachedTeacher, call: Call, loss: DistillationLoss, outputs: Sequence[str | int] | None, causal: bool
 ) -> TeacherOutputs:
-    """Look up teacher outputs and compare them with the student's; arguments as in `live_teacher_outputs`.
+    """Look up teacher outputs and compare them with the student's; takes the arguments of `live_teacher_outputs`.
 
     Raises:
         QatkitError: a sample is not in the cache, or the outputs do not fit each other.

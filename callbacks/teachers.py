@@ -21,7 +21,7 @@ def live_teacher(teacher: Any) -> Teacher | None:
     """Wrap a module as a `Teacher`; None for "self", which is copied later, and for a cached teacher.
 
     Raises:
-        QatkitError: it is not a model.
+        QatkitError: the teacher is not a model.
     """
     if teacher == "self" or isinstance(teacher, CachedTeacher):
         return None
@@ -58,7 +58,7 @@ def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
     """Reject a teacher that is a submodule of the LightningModule.
 
     Raises:
-        QatkitError: it is a submodule.
+        QatkitError: the teacher is a submodule.
     """
     if any(part is teacher for part in module.modules()):
         raise QatkitError(

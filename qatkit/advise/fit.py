@@ -47,7 +47,7 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
 def _options(
     recipe: Recipe, stage: str, setting: Setting, device: Device, allow: Sequence[str]
 ) -> Iterator[tuple[str, int]]:
-    """Changes of a recipe that need less memory: one by one, then all that hardly change the result together."""
+    """Changes to a recipe that save memory: one by one, then all that hardly change the result together."""
 
     def size(changed: Setting) -> int:
         return changed.memory()[0].on_each(device.count, recipe.trainer.strategy, changed.fused)

@@ -138,7 +138,7 @@ def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:
 
 
 def _held_teacher(teacher: nn.Module | None, distill: DistillConfig | None) -> nn.Module | None:
-    """The teacher as it is held on the student's device; None if it is not there."""
+    """The teacher in the form it has on the student's device; None if it is not on that device."""
     if teacher is None or distill is None or distill.cache is not None or distill.teacher_device is not None:
         return None
     teacher = copy.deepcopy(teacher)

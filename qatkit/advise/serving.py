@@ -21,7 +21,7 @@ HALF = 2
 
 @dataclass(frozen=True)
 class ServingMemory:
-    """Bytes on one device while a model is served."""
+    """Bytes on one device during serving."""
 
     scheme: str
     weights: int

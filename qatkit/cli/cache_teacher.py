@@ -16,8 +16,8 @@ def command(
 ) -> None:
     """Compute and store the teacher outputs of a recipe.
 
-    `qatkit run` does so before each stage whose distill block has a cache. This command does it ahead of time, on a
-    larger machine for example. The same command resumes an interrupted run.
+    `qatkit run` does so before each stage whose distill block has a cache. This command does it ahead of time, for
+    example on a larger machine. The same command resumes an interrupted run.
 
     Example: qatkit cache-teacher mine.yaml --out runs/mine
     """

@@ -135,7 +135,7 @@ def check_epoch(batches: int) -> None:
     """Check that an epoch has at least one batch.
 
     Raises:
-        QatkitError: it has none.
+        QatkitError: the epoch has no batch.
     """
     if batches < 1:
         raise QatkitError(f"{batches} is out of range", key="epoch_batches", advice="use an integer of at least 1")

@@ -85,7 +85,7 @@ def check_fractions(val: float, test: float, example: float) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """The records of one split before any of them are split off for another split."""
+    """The records of one split, before other splits are cut from them."""
 
     key: dict[str, Any]
     """Plain data that identify the content."""
@@ -93,7 +93,7 @@ class Part:
 
 
 def cut(split: str, parts: dict[str, Part], source: Source) -> Iterator[Record]:
-    """Yield the records of a split: its own, or the fraction of the training records that is split off for it.
+    """Yield the records of a split: its own, or the fraction of the training records that is cut off for it.
 
     Example:
         >>> part = Part({}, lambda: iter([(f"line {n}", {"text": str(n)}) for n in range(1000)]))

@@ -33,8 +33,8 @@ READ_AHEAD = 32
 class StreamLoader:
     """Batches of packed windows from an endless stream; an epoch is a number of batches.
 
-    Each process reads the whole stream and takes its part of each global batch, so one state, which is all that a
-    checkpoint holds, fits all processes. The stream restarts when it ends.
+    Each process reads the whole stream and takes its part of each global batch, so one state in the checkpoint serves
+    all processes. The stream restarts when it ends.
 
     Args:
         open_stream: Opens the stream of records.

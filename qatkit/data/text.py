@@ -112,8 +112,8 @@ def tokenize(tokenizer: Tokenizer, documents: Iterable[str]) -> NDArray[np.uint1
 def cached_folder(key: dict[str, Any], write: Callable[[Path], None]) -> Path:
     """Return the folder for a key in the user's cache; write it first if it does not exist.
 
-    It is written under a temporary name and renamed, so it is complete or absent. If two processes write it at the same
-    time, one wins, and both read the same content.
+    It is written under a temporary name and renamed, so it is either complete or absent. If two processes write it at
+    the same time, one wins, and both read the same content.
 
     Args:
         key: Everything that determines the content; plain data.

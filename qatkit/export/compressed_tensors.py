@@ -1,7 +1,7 @@
 """compressed-tensors export: codes and scales in a folder that plain transformers and vLLM load.
 
-The compressed-tensors package computes the codes from the latent weights and from the scales that the fake quantizers
-hold, in float32 as in training: no scale is derived again.
+The compressed-tensors package computes the codes from the latent weights and from the scales of the fake quantizers, in
+float32 as in training: scales are not recomputed.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """Equal outputs in float32; in half precision with quantized inputs as in ONNX.
+    """Outputs must be equal in float32; with quantized inputs in half precision, the bound is that of ONNX.
 
-    transformers quantizes inputs as training does, but in their own dtype, where a scale has fewer digits.
+    transformers quantizes inputs as training does, but in their own dtype, in which a scale has fewer digits.
     """
     if measured.half_precision and measured.quantizes_inputs:
         limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
@@ -87,7 +87,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def export_compressed(model: nn.Module, folder: Path | str) -> None:
-    """Write a transformers model as a folder that `from_pretrained` loads, quantized layers as codes and scales.
+    """Write a transformers model as a folder that `from_pretrained` loads, with quantized layers as codes and scales.
 
     The folder's config lists unquantized layers under ``ignore``, and has one config group per quantization scheme. A
     model without quantized layers is written as a plain folder.
@@ -165,7 +165,8 @@ def _compress(
 
 
 def _config(model: nn.Module, schemes: Mapping[str, Scheme]) -> QuantizationConfig:
-    """One config group per scheme: for all linear layers if there is one scheme, else for the layers by name."""
+    """One config group per scheme: for all linear layers if there is one scheme, otherwise for layers listed by
+    name."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
@@ -203,7 +204,7 @@ def _arguments(spec: QuantSpec, dynamic: bool = False) -> QuantizationArgs:
 
 
 def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Tensor) -> dict[str, Tensor]:
-    """The scales that the file holds with the codes, float32, by the format's names."""
+    """The scales that the file stores with the codes, float32, by the format's names."""
     assert weight is not None
     scales = {"weight_scale": weight.whole_qparams(full_tensor(matrix))[0].cpu()}
     if inputs is not None and not inputs.dynamic:

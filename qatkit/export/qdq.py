@@ -1,4 +1,4 @@
-"""Layers that compute like a QDQ graph: integer constants, QuantizeLinear and DequantizeLinear."""
+"""Layers that compute what a QDQ graph computes: integer constants, QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Kernels:
-    """How often each matrix-product kernel occurs in the graph that the runtime executes."""
+    """Number of occurrences of each matrix-product kernel in the graph that the runtime executes."""
 
     integer: dict[str, int]
     """Integer kernels, such as ``{"QLinearConv": 3, "QGemm": 1}``."""

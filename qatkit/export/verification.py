@@ -61,7 +61,7 @@ class Verification:
     """The result in one line of text."""
 
     def with_failures(self, failures: list[str]) -> Verification:
-        """The same comparison with more failures; it fails if there are any."""
+        """The same comparison with additional failures; it fails if there are any."""
         if not failures:
             return self
         listed = [*self.failures, *failures]
@@ -93,7 +93,7 @@ def verify(
         path: The exported file or folder.
         batches: Pairs of inputs and class labels, ``[batch, ...]`` and ``[batch]``, or mappings as transformers models
             take them, with ``labels``; see `qatkit.tasks`.
-        format: The export format's name; by default it follows from the file name and content.
+        format: The export format's name; by default it is inferred from the file name and content.
         threads: Threads of the runtime; None leaves the choice to it.
         task: The task declared by the data; by default it is inferred from the batches, see `qatkit.tasks.task_of`.
 
@@ -197,13 +197,13 @@ def _compare_outputs(
     failures: list[str],
     declared: Task | None,
 ) -> _Outputs:
-    """Run the three models on all batches; a runtime that raises is one more failure.
+    """Run the three models on all batches; an exception in the runtime counts as a failure.
 
     Args:
         trained: The model.
         floating: The same weights without fake quantization; None if nothing is quantized.
         runtime: The file in its runtime, called as the model is; None if it cannot be loaded.
-        batches: As `verify` takes them.
+        batches: The batches of `verify`.
         failures: Appended to.
         declared: The task that the data declares.
     """

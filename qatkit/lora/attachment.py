@@ -218,8 +218,8 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
     """Merge all updates into their weights and remove the adapters, in place.
 
-    A 4-bit or 8-bit base is first dequantized into plain layers with exactly the same values, because an update rounded
-    back to so few bits would be lost. Fake-quantized layers stay fake-quantized.
+    A 4-bit or 8-bit base is first dequantized into plain layers with exactly the same values, because rounding to so
+    few bits would lose the update. Fake-quantized layers stay fake-quantized.
 
     Args:
         model: A model with adapters.
@@ -315,7 +315,7 @@ def _heads(model: nn.Module) -> set[nn.Module]:
 
 
 def _by_last_part(name: str) -> str:
-    """The pattern of all layers whose name ends as this one's does."""
+    """The pattern of all layers whose names end like this one's."""
     parent, _, last = name.rpartition(".")
     return f"*.{last}" if parent else last
 

@@ -1,10 +1,10 @@
 """Frozen 4-bit and 8-bit weights of bitsandbytes, and their exact dequantization.
 
-bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. After that its
+bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. Afterwards
 gradients are lost, and dequantizing, merging or saving reads garbage; one validation loop during training is enough.
 `make_safe` disables repacking.
 
-For an 8-bit weight, bitsandbytes keeps two copies of codes and scales, and moves only one when a model changes its
+For an 8-bit weight, bitsandbytes keeps two copies of codes and scales, and moves only one when a model moves to another
 device: a weight packed on the CPU would meet inputs on the GPU, and a weight loaded after a move would be ignored.
 `make_safe` makes each layer multiply by its weight, wherever that is.
 """
@@ -168,7 +168,8 @@ def _follow_weight(layer: nn.Module, _: object) -> None:
 
 
 def _load_8bit(layer: nn.Module, *_: Any) -> None:
-    """Let a layer load that has run: its first forward pass moves scales to where bitsandbytes does not load them."""
+    """Allow loading into a layer that has run: its first forward pass moves the scales to a place where bitsandbytes
+    does not load them."""
     weight: Any = layer.weight
     if weight.SCB is None:
         weight.CB, weight.SCB = layer.state.CB, layer.state.SCB  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Classification heads, which are trained in full beside adapters because their weights may be random."""
+"""Classification heads, which are trained in full next to the adapters because their weights may be random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatkit.errors import QatkitError
 def classification_heads(model: nn.Module) -> list[str]:
     """Return the parts of a transformers sequence classifier outside its pretrained body, and the body's pooler.
 
-    The pooler of a model that was trained to predict tokens is as random as the classifier after it.
+    The pooler of a model that was trained to predict tokens is random, like the classifier after it.
 
     Args:
         model: A classifier, or a module that contains one; any other model has no such parts.

@@ -22,7 +22,7 @@ from qatkit.quantization.modules import full_tensor
 
 
 class AdaptedWeight(nn.Module):
-    """Low-rank factors beside a frozen weight."""
+    """Low-rank factors of a frozen weight."""
 
     weight: Tensor
     bias: Tensor | None

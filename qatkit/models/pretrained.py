@@ -36,8 +36,8 @@ def causal_lm(
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: the folder holds no model, the model is an encoder, or the hub does not know it, refuses access or
-            cannot be reached.
+        QatkitError: the folder holds no model, the model is an encoder or is not on the hub, access is denied, or the
+            hub cannot be reached.
 
     Example:
         >>> import tempfile

@@ -41,7 +41,7 @@ class StopEarly(EarlyStopping):
 
     @property
     def stopped(self) -> bool:
-        """Whether it ended the stage."""
+        """Whether early stopping ended the stage."""
         return self.wait_count >= self.patience
 
     @override

@@ -38,9 +38,9 @@ def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, deca
     """The learning rate at a given progress of the stage, as a fraction of its peak.
 
     Args:
-        progress: The fraction of the stage that is done, 0 to 1.
+        progress: The completed fraction of the stage, 0 to 1.
         schedule: After the warm-up: half a cosine to 0, a line to 0, a constant, or ("wsd") a constant that ends in
-            ``1 - sqrt(fraction of the decay that is done)``; Hägele et al. (2024), "Scaling Laws and Compute-Optimal
+            ``1 - sqrt(completed fraction of the decay)``; Hägele et al. (2024), "Scaling Laws and Compute-Optimal
             Training Beyond Fixed Training Durations", equation 1.
         warmup: The fraction of the stage over which the rate rises from 0.
         decay: The fraction of the stage, at its end, over which "wsd" falls to 0.

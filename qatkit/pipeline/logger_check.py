@@ -12,7 +12,7 @@ def check_logger(trainer: TrainerConfig) -> None:
     """Reject a logger whose package is not installed.
 
     Raises:
-        QatkitError: the package is missing; names the command that installs it.
+        QatkitError: the package is missing; the error names the command that installs it.
     """
     if trainer.logger != "csv" and find_spec(trainer.logger) is None:
         raise QatkitError(

@@ -23,8 +23,8 @@ from qatkit.tasks import Scores, Task, answers, model_inputs, task_of, to_logits
 class CompressionModule(LightningModule):
     """A classifier, a language model or an encoder in one stage of a recipe; see `qatkit.tasks`.
 
-    The loss is cross-entropy. For text it is the mean over all tokens of an optimizer step, however these are split
-    over processes and accumulated batches; see `TokenWeighting`.
+    The loss is cross-entropy. For text it is the mean over all tokens of an optimizer step, regardless of how these are
+    split over processes and accumulated batches; see `TokenWeighting`.
 
     Args:
         model: The model to train.

@@ -13,7 +13,7 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 def exact_division() -> dict[str, bool] | None:
-    """Compiler options for exact division on GPUs, as in torch; Triton's division is off in the last bit.
+    """Compiler options for exact division on GPUs, as in torch; Triton's division can be off in the last bit.
 
     Otherwise a quotient near the border of two codes would be rounded differently in training and in the exported file.
     """
@@ -25,8 +25,8 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
     """Shard a model's parameters over the data-parallel processes with FSDP2, in place.
 
     Fake quantizers are in the model already (callbacks swap in `setup`), so their scales are sharded with the weights.
-    Modules trained in a different dtype than the rest, such as a classification head beside adapters, form groups of
-    their own.
+    Modules trained in a different dtype than the rest, such as a classification head next to adapters, form their own
+    groups.
 
     Raises:
         QatkitError: a fake quantizer is trained in a different dtype than the rest.

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 class TokenWeighting:
     """Turns per-batch means into the mean over all tokens of an optimizer step.
 
-    Lightning averages the losses of accumulated batches and the gradients of processes as if all batches held equally
-    many labels. Each batch's loss is therefore multiplied by its number of labels and divided by a reference, the mean
-    number of labels in the first batches of all processes. With accumulation the true mean is only known at the end of
-    the step; the gradients are then corrected by the number of labels that the batches held. Without accumulation on
-    one process every weight is 1.
+    Lightning averages the losses of accumulated batches and the gradients of processes as if all batches had the same
+    number of labels. Each batch's loss is therefore multiplied by its number of labels and divided by a reference, the
+    mean number of labels in the first batches of all processes. With accumulation the true mean is only known at the
+    end of the step; the gradients are then corrected by the number of labels that the batches held. Without
+    accumulation on one process every weight is 1.
     """
 
     def __init__(self) -> None:

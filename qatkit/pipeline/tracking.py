@@ -62,7 +62,7 @@ class Tracking:
             stage: Its name.
             metrics: By name, such as "test/accuracy".
             codes: The histogram of its integer weights from the lowest code to the highest; empty without any.
-            steps: The steps that it was trained for.
+            steps: Number of steps that it was trained for.
         """
         if self.recipe.trainer.logger == "tensorboard":
             board = self._board(stage)

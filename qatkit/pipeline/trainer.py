@@ -93,10 +93,10 @@ class _DurableCheckpoints(TorchCheckpointIO):
 
 
 class _ResumedFitLoop(_FitLoop):
-    """Calls the start and end hooks of training even if a checkpoint leaves no step to train.
+    """Calls the start and end hooks of training even if no step is left to train after a checkpoint.
 
-    Lightning calls neither then, so callbacks would not know what the checkpoint says of the layers that they hold,
-    and the best weights would not be put back: a run that is killed after a stage's last step would lose both.
+    Lightning calls neither then, so callbacks would not read the names of their layers from the checkpoint, and the
+    best weights would not be restored: a run that is killed after a stage's last step would lose both.
     """
 
     @property

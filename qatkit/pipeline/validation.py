@@ -91,7 +91,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
 
 
 def _check_dtype(name: str, model: nn.Module) -> None:
-    """Refuse to train float16 weights: Adam's squares of small gradients underflow to zero in it."""
+    """Refuse to train float16 weights: in float16, Adam's squares of small gradients underflow to zero."""
     half = next((key for key, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
     if half is not None:
         raise QatkitError(

@@ -19,7 +19,7 @@ def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule
         stage: The stage's name, for errors.
 
     Raises:
-        QatkitError: their tokenizers differ, or are unknown.
+        QatkitError: the tokenizers differ or are unknown.
     """
     widths = [_width(model) for model in (student, teacher)]
     if None in widths:

@@ -2,12 +2,12 @@
 
 - A recipe is one W&B run; its stages are distinguished by a prefix: ``qat/train/loss`` over the stage's own steps.
   With one step count for all stages, a different length of the first stage would move every later curve, and a stage
-  that is trained again on its own would not know where it starts.
-- qatkit draws the run's id and writes it to ``RUN/wandb_run_id`` before W&B starts, so that a killed run resumes the
-  same W&B run.
+  that is trained again on its own would not know its first step.
+- qatkit generates the run's id and writes it to ``RUN/wandb_run_id`` before W&B starts, so that a killed run resumes
+  the same W&B run.
 - Nothing asks for a login, and nothing leaves the machine of a user who is not logged in: without credentials the run
   is offline, below ``RUN/wandb``, for a later ``wandb sync``. ``WANDB_MODE`` takes precedence.
-- W&B never ends a training. If it cannot start online, it starts offline; if it cannot start at all or fails later,
+- W&B never stops training. If it cannot start online, it starts offline; if it cannot start at all or fails later,
   qatkit prints one warning and continues with CSV files.
 - There are no panels per layer: each stage has one table with a row per layer, and one histogram of all its codes.
 """
@@ -75,7 +75,7 @@ def open_run(recipe: Recipe, out: Path, mode: str) -> Any:
 
 
 class StageLogger(WandbLogger):
-    """Logs a stage to the W&B run with the stage's name as prefix; an error ends the logging, not the training."""
+    """Logs a stage to the W&B run with the stage's name as prefix; an error stops logging, not training."""
 
     LOGGER_JOIN_CHAR = "/"
 
@@ -110,7 +110,7 @@ def wandb_mode() -> str:
 
 
 def _run_id(path: Path) -> str:
-    """The id in the file; drawn and written if there is none."""
+    """The id in the file; generated and written if there is none."""
     kept = path.read_text().strip() if path.exists() else ""
     if not kept:
         write_atomically(path, f"{(kept := uuid.uuid4().hex[:12])}\n")

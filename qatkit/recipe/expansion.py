@@ -13,11 +13,11 @@ from qatkit.recipe.stage import StageConfig
 
 
 def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageConfig]:
-    """Replace every ``lottery`` block by the stages that it expands into.
+    """Replace every ``lottery`` block with the stages that it expands into.
 
     Args:
         stages: The stages of a recipe by name, in order.
-        seed: The recipe's seed; the control of a lottery takes its fresh weights from the next one.
+        seed: The recipe's seed; the control run of a lottery draws its fresh weights from the next seed.
 
     Raises:
         QatkitError: the block conflicts with its stage, or two stages would have one name.
@@ -108,7 +108,7 @@ def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[st
         sparse: Whether the stage has pruned weights.
 
     Raises:
-        QatkitError: the rewind is impossible; names the stage that prevents it.
+        QatkitError: the rewind is impossible; the error names the stage that prevents it.
     """
     rewind = stages[name].rewind
     assert rewind is not None

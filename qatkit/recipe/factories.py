@@ -218,9 +218,9 @@ def _attribute(module: ModuleType, attribute: str, name: str, key: str) -> Any:
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature:
-    """The signature with every annotation evaluated that can be; others stay text, and are not checked.
+    """The signature, with annotations evaluated where possible; the others stay text and are not checked.
 
-    An annotation may exist for type checkers only. It must not hide the annotations beside it.
+    An annotation may exist for type checkers only. It must not prevent the evaluation of the other annotations.
     """
     signature = inspect.signature(fn)
     code = inspect.unwrap(fn.__init__ if isinstance(fn, type) else fn)  # type: ignore[misc]

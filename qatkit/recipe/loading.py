@@ -127,7 +127,7 @@ def flatten(data: object, prefix: str = "") -> dict[str, Scalar]:
 
     Args:
         data: A dataclass instance or a mapping. A list, or an empty mapping, becomes one value: its JSON text.
-        prefix: Put before every key as it is; include the dot.
+        prefix: Prepended to every key unchanged; include the dot.
 
     Example:
         >>> flatten({"args": {"hidden": [8, 8]}, "factory": "qatkit.models:mlp"}, "model.")

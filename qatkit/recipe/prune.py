@@ -12,7 +12,7 @@ from qatkit.recipe.common import MISSING
 
 @dataclass(frozen=True)
 class RampConfig:
-    """The sparsity schedule of a stage (Zhu & Gupta, 2017); times are fractions of the stage."""
+    """The sparsity schedule of a stage (Zhu & Gupta, 2017); points in time are fractions of the stage."""
 
     final: float = MISSING
     """Fraction of pruned weights at the end."""

@@ -1,4 +1,4 @@
-"""Latency of exported files, measured alternately, so that load on the machine slows all of them equally."""
+"""Latency of exported files, measured alternately, so that machine load slows all of them equally."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compare(
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Rounds; each times every file once, over as many calls as fill 2 ms.
-        format: The files' export format; by default it follows from their names.
+        format: The files' export format; by default it is inferred from their names.
 
     Returns:
         For each name, one entry per batch size.

@@ -33,12 +33,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Measurements:
-    """Report numbers that are measured again, by stage."""
+    """Numbers that are measured for every report, by stage."""
 
     verification: Mapping[str, dict[str, Any]]
     """The fields of a `Verification`."""
     latency: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Of the exported file in its runtime, one entry per batch size; empty if none is measured."""
+    """Latency of the exported file in its runtime, one entry per batch size; empty if none is measured."""
     cost: Mapping[str, dict[str, float]] = field(default_factory=dict)
     """Latency of the plain model in PyTorch, if the stages have different models."""
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)

@@ -82,7 +82,7 @@ def interval(accuracy: float, samples: int) -> tuple[float, float]:
 
 
 def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
-    """Leave room around the values; use a logarithmic axis where the best would touch the edge."""
+    """Leave room around the values; use a logarithmic axis if the best value would touch the edge."""
     if not metric.percent and top > 20 * bottom:
         axes.set_yscale("log")
         axes.set_ylim(bottom / 1.6, top * 1.6)
@@ -93,7 +93,7 @@ def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
 
 
 def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
-    """Start at zero, so that lengths compare; use a logarithmic axis where the smallest would touch the edge."""
+    """Start at zero, so that lengths compare; use a logarithmic axis if the smallest value would touch the edge."""
     small, large = min(point.low for point in points), max(point.high for point in points)
     typical = max(point.cost for point in points)
     if typical > 20 * min(point.cost for point in points):
@@ -107,7 +107,7 @@ def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _place_labels(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
-    """Place each label next to its mark, where it overlaps marks and other labels least."""
+    """Place each label next to its mark, at the position with the least overlap with marks and other labels."""
     spots = [axes.transData.transform((point.cost, metric.scale * point.value)) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     places = [(side * dx, dy) for dx, dy in ((9, 9), (9, -9), (11, 0), (9, 22), (9, -22)) for side in (1, -1)]
@@ -206,7 +206,7 @@ def _at_least(axes: Axes, span: float) -> None:
 
 
 def _plain_log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Ticks at 1, 10, 100 (and 2, 5 where those are few), written as plain numbers."""
+    """Ticks at 1, 10, 100 (and at 2 and 5 if there are few), written as plain numbers."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if len(decades) <= 3 else (1,)
     axis.set_major_locator(FixedLocator([step * 10.0**decade for decade in decades for step in steps]))

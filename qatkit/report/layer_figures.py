@@ -139,7 +139,7 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
 
 
 def _short(name: str) -> str:
-    """The end of a long name, which tells layers apart; the tooltip of a bar has the full name."""
+    """The end of a long name, which distinguishes layers; the tooltip of a bar has the full name."""
     return name if len(name) <= 26 else f"…{name[-25:]}"
 
 

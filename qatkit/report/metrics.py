@@ -10,7 +10,7 @@ from qatkit.tasks.table import TASKS
 
 @dataclass(frozen=True)
 class Metric:
-    """The name, the format and the axis of a metric."""
+    """The name, format and axis of a metric."""
 
     name: str
     """Its key: prefixed with ``test/`` in ``stage.json``, and with ``test_`` in a row of the report."""

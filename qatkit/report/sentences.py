@@ -74,7 +74,7 @@ def _part(ratio: float) -> str:
 
 
 def plain(number: float) -> str:
-    """A number with two significant digits: 0.000036, and 8e-7 where there would be more zeros.
+    """A number with two significant digits: 0.000036, and 8e-7 if there would be more zeros.
 
     Example:
         >>> plain(3.6e-05), plain(0.346)

@@ -93,7 +93,7 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
 
     Args:
         figure: From `canvas`.
-        key: Prefix of its ids; unique on the page.
+        key: Prefix of the ids; must be unique on the page.
         label: A description of the figure, for screen readers.
         marks: Tooltips by the gid of an artist.
     """
@@ -117,7 +117,7 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
 
 
 def _lean(text: str, marks: set[str]) -> str:
-    """Remove unreferenced ids and groups that are empty without them: half of the file."""
+    """Remove unreferenced ids, and groups that are then empty: together half of the file."""
     used = marks | set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)

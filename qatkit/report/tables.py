@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def headers(report: dict[str, Any]) -> list[str]:
-    """The columns of the comparison, with one for each measured batch size."""
+    """The columns of the comparison, including one for each measured batch size."""
     sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
     judged = f"test {metric_of(report).name}"
     speed = [f"batch of {n}" for n in sizes]

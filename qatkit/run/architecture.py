@@ -30,7 +30,7 @@ class Architecture:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Architecture:
-        """Build one from the dictionary that `dataclasses.asdict` returned."""
+        """Build an architecture from the dictionary that `dataclasses.asdict` returned."""
         return cls(FactoryConfig(**plain["model"]), dict(plain["config"]))
 
 

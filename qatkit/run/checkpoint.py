@@ -1,8 +1,8 @@
 """Checkpoints of a stage in training: written durably, verified before they are read, with the previous one kept.
 
 stage/last.ckpt        the newest checkpoint
-stage/previous.ckpt    the one before it, for the case that the newest is damaged
-stage/NAME.ckpt.json   the digests that the file may have: beside ``last.ckpt`` those of both files
+stage/previous.ckpt    the one before it, in case the newest is damaged
+stage/NAME.ckpt.json   the digests that the file may have: next to ``last.ckpt``, those of both files
 """
 
 from __future__ import annotations

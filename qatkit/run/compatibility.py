@@ -21,7 +21,7 @@ def check_data(model: nn.Module, data: Any) -> None:
 
     Args:
         model: A transformers model, or any other.
-        data: A data module, perhaps with the attributes ``tokenizer``, ``classes``, ``context``, ``packed`` and
+        data: A data module, with any of the attributes ``tokenizer``, ``classes``, ``context``, ``packed`` and
             ``padding``.
 
     Raises:
@@ -72,7 +72,7 @@ def check_data(model: nn.Module, data: Any) -> None:
 
 
 def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:
-    """Add the tokenizer of a recipe's pretrained model to its data, if they accept one and name none.
+    """Add the tokenizer of a recipe's pretrained model to its data, if the data accepts one and names none.
 
     With a different tokenizer, the token ids would have a different meaning.
     """

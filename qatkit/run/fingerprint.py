@@ -71,7 +71,7 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
     """Raise if the inputs differ from those that the stage was started with.
 
     Raises:
-        QatkitError: it names each changed key with its old and its new value.
+        QatkitError: an input changed; the error names each changed key with its old and new value.
     """
     # through JSON, as in the record: tuples become lists
     changes = changed_keys(recorded, json.loads(json.dumps(current)))
@@ -84,7 +84,7 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
 
 
 def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
-    """Existing files and model folders named anywhere in the arguments; a bare word is not taken for a path."""
+    """Existing files and model folders named anywhere in the arguments; a bare word is not treated as a path."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _files(part, f"{name}.{key}")
@@ -112,9 +112,9 @@ def _is_model_folder(value: str) -> bool:
 def _folder_digest(folder: Path) -> str:
     """A hash of the files of a folder that a model is loaded from; at most 65 MiB of each are read.
 
-    For a larger file the hash covers its length, the first and the last MiB, and a MiB at every 64th part in between.
-    The header of safetensors with names, dtypes and shapes stands at the beginning. Training changes every weight, so
-    it changes the hash; an edit of single numbers may not. Times and locations do not count: a copy is the same model.
+    For a larger file the hash covers its length, the first and the last MiB, and one MiB at each 64th of the file in
+    between. The safetensors header with names, dtypes and shapes is at the beginning. Training changes every weight, so
+    it changes the hash; an edit of single numbers may not. Times and locations are ignored: a copy is the same model.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

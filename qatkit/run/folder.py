@@ -45,7 +45,7 @@ class Run:
         """Build a model with its factory, with reproducible initial weights.
 
         Args:
-            architecture: What it is built from; the recipe's model by default.
+            architecture: The architecture to build; the recipe's model by default.
             seed: Overrides the recipe's seed for the initial weights.
         """
         torch.manual_seed(self.recipe.seed if seed is None else seed)
@@ -79,7 +79,7 @@ class Run:
         return model
 
     def start_model(self, stage: str) -> nn.Module:
-        """The model that a stage starts with, before its own `shrink`: plain layers, on the CPU."""
+        """The model that a stage starts with, before the stage's own `shrink`: plain layers, on the CPU."""
 
         def built(factory: FactoryConfig, key: str) -> nn.Module:
             return self.build_model(Architecture(factory))

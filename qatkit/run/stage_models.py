@@ -39,7 +39,8 @@ class StageModels:
     Args:
         recipe: The recipe.
         allow: Packages, besides qatkit, whose factories may be used.
-        recorded: Gives the architecture in the record of a finished stage, which knows sizes that depend on values.
+        recorded: Returns the architecture in the record of a finished stage, which includes sizes that depend on
+            values.
 
     Example:
         >>> from qatkit.recipe.loading import load_recipe

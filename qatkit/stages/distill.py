@@ -31,8 +31,8 @@ class LowBitTeacher(Teacher):
     Args:
         model: The teacher.
         bits: Bits of its weights.
-        device: As in `Teacher`.
-        dtype: As in `Teacher`.
+        device: See `Teacher`.
+        dtype: See `Teacher`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, tea
 
 
 def resolved(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> DistillConfig:
-    """Replace globs in ``hidden`` and ``attention`` by the names of the layers they match.
+    """Replace globs in ``hidden`` and ``attention`` with the names of the layers they match.
 
     Raises:
         QatkitError: a name or glob matches no layer.

@@ -1,8 +1,9 @@
 """The optimizers of a stage, torch's AdamW and those of bitsandbytes, and the memory that each takes.
 
-Only the moments of large weights have 8 bits. The moments of learned scales and offsets keep 32 bits regardless of
-their size, as an error in their update moves every weight of their group. So do those of embeddings, where most rows
-have no gradient in a step, as in transformers, and of tensors with fewer than 4096 elements, by bitsandbytes' own rule.
+Only the moments of large weights are stored in 8 bits. The moments of learned scales and offsets keep 32 bits
+regardless of their size, because an error in their update moves every weight of their group. So do those of embeddings,
+where most rows have no gradient in a step, as in transformers, and of tensors with fewer than 4096 elements, by
+bitsandbytes' own rule.
 """
 
 from __future__ import annotations

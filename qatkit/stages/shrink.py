@@ -64,7 +64,7 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _argument_keys_dropped() -> Iterator[None]:
-    """Drop the key ``model`` from errors: it is an argument of the pruning functions, and the block has no such key."""
+    """Drop the key ``model`` from errors: it is an argument of the pruning functions, not a key of the block."""
     try:
         yield
     except QatkitError as error:
@@ -140,7 +140,7 @@ def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
 
 
 def _shape(config: ShrinkConfig, model: nn.Module) -> Shape:
-    """Return the sizes that are reached by importance."""
+    """Return the target sizes of the parts that importance selects."""
     by_score = config.layers if config.layers_by == "score" else None
     keys = [
         *(["layers"] if by_score is not None else []),
@@ -180,7 +180,7 @@ def _fewer_channels(
     call: Callable[[nn.Module, Any], Tensor],
     loss: Callable[[nn.Module, Any], Tensor],
 ) -> nn.Module:
-    """Remove channels of a convolutional network; the layer that runs last keeps its own."""
+    """Remove channels of a convolutional network; the layer that runs last keeps all of its channels."""
     assert config.channels is not None
     batch = batches[0]
     if isinstance(batch, Mapping):

@@ -5,7 +5,7 @@ A pair ``(inputs, labels)`` is a classification batch. A mapping, as models of t
 - one label per text ``[batch]`` for text classification;
 - one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,
   with ``"task": "masked"``, the masked tokens;
-- ``"task": "pairs"`` for embeddings: each text is trained to be nearer to its own partner than to the others.
+- ``"task": "pairs"`` for embeddings: each text is trained to be closer to its own partner than to the others.
 """
 
 from __future__ import annotations

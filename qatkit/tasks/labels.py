@@ -14,7 +14,7 @@ def labels_in(batch: Mapping[str, Any]) -> Tensor:
     """Return the labels of a batch.
 
     Raises:
-        QatkitError: it has none.
+        QatkitError: the batch has no labels.
     """
     if "labels" not in batch:
         raise QatkitError(
