@@ -192,7 +192,7 @@ class KnowledgeDistillation(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.fused and self._fused is None:  # by now every callback has replaced its layers
+        if self.fused and self._fused is None:  # all callbacks have replaced their layers by now
             teacher = self.cache or self.teacher
             self._fused = fused(self._student(pl_module), teacher, self.loss, self.outputs)
             if isinstance(self._fused, str):

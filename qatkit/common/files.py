@@ -37,7 +37,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames in a folder durable, if the system supports it."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no such thing
+    if not hasattr(os, "O_DIRECTORY"):  # Windows does not support it
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -93,7 +93,7 @@ def teaches_end_of_turn(tokenizer: Any) -> bool:
     answer = "Yes."
     probe = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
     tokens = tokenize_chat(tokenizer, probe)
-    if isinstance(tokens, BadRecord):  # some templates demand more of a conversation: nothing is known about them
+    if isinstance(tokens, BadRecord):  # some templates require more: nothing is known about them
         return True
     trained = tokenizer.decode([token for token, own in zip(*tokens, strict=True) if own])
     return bool(trained.rpartition(answer)[2].strip())

@@ -26,7 +26,7 @@ def hub_parts(source: Source) -> dict[str, Part]:
     builder = _builder(source)
     try:
         names = [str(name) for name in builder.info.splits or _split_names(source)]
-    except Exception as error:  # the library passes on the errors of its parts
+    except Exception as error:  # the library passes on errors of its dependencies
         raise _cannot_read(error, source) from error
     if "train" not in names:
         raise QatkitError(
@@ -55,7 +55,7 @@ def open_split(source: Source, split: str) -> IterableDataset:
 
     try:
         return load_dataset(source.path, source.subset, split=split, streaming=True, revision=source.revision)
-    except Exception as error:  # the library passes on the errors of its parts
+    except Exception as error:  # the library passes on errors of its dependencies
         raise _cannot_read(error, source) from error
 
 
@@ -73,7 +73,7 @@ def _builder(source: Source) -> Any:
         config.HF_HUB_OFFLINE = True  # the library would retry repeatedly
     try:
         return load_dataset_builder(name, source.subset, revision=source.revision)
-    except Exception as error:  # the library passes on the errors of its parts
+    except Exception as error:  # the library passes on errors of its dependencies
         raise _cannot_read(error, source) from error
 
 
@@ -96,5 +96,5 @@ def _loaded(source: Source, split: str) -> Dataset:
 
     try:
         return load_dataset(source.path, source.subset, split=split, revision=source.revision)
-    except Exception as error:  # the library passes on the errors of its parts
+    except Exception as error:  # the library passes on errors of its dependencies
         raise _cannot_read(error, source) from error

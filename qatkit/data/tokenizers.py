@@ -32,7 +32,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     try:
         # without this, transformers would ask on the terminal whether to run the code of a repository
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-    except Exception as error:  # the library passes on the errors of its parts
+    except Exception as error:  # the library passes on errors of its dependencies
         raise cannot_load(error, "tokenizer", name, "use a folder or a model with a tokenizer") from error
     if not tokenizer.is_fast:
         raise QatkitError(f"'{name}' has no tokenizer.json", key="tokenizer", advice="use a model that has one")

@@ -130,7 +130,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
         True
     """
     FORMATS["onnx"].check_packages()
-    check(model, PlannedExport.of(model))  # every refusal before the first copy
+    check(model, PlannedExport.of(model))  # reject everything before the first copy
     for name, layer in qat_layers(model):
         _check_ready(name, layer)
     specs = quantizer_state(model)[1]
@@ -138,7 +138,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
     for name, layer in qat_layers(plain):
         to_qdq(name, layer)
     example = example.detach().cpu()
-    if len(example) == 1:  # torch.export may take a batch of one for a constant
+    if len(example) == 1:  # torch.export may treat a batch size of one as a constant
         example = torch.cat([example, example])
     grouped = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = trace(plain, example, opset=21 if grouped else 20)

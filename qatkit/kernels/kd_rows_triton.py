@@ -55,7 +55,7 @@ def _rows(  # type: ignore[no-untyped-def]
         label = tl.load(labels + row)
         # an invalid label gives a loss of NaN
         target = tl.load(student + label, mask=label < classes, other=float("nan")).to(tl.float32)
-    # a common offset of the logits would cost their differences the last digits: subtract a large logit of each row
+    # a common offset of the logits would reduce the precision of their differences: subtract a large logit of each row
     some = tl.arange(0, BLOCK)
     s_shift = tl.max(tl.load(student + some, mask=some < narrow, other=float("-inf")).to(tl.float32), 0)
     t_shift = tl.max(tl.load(teacher + some, mask=some < narrow, other=float("-inf")).to(tl.float32), 0)
@@ -151,7 +151,7 @@ class TritonRows:
         """Divergence and cross-entropy of these rows, as `TorchRows` returns them; the teacher's logits are kept."""
         rows, classes = student.shape
         divergence, cross_entropy = weights.new_zeros(2, rows)
-        # 16 bytes of each row per thread and iteration; with fewer classes than lanes the rest idles
+        # 16 bytes of each row per thread and iteration; with fewer classes than lanes the other lanes are idle
         block = min(2048, triton.next_power_of_2(classes))
         # Triton launches on the current GPU; torch has no types for device_of
         with torch.cuda.device_of(student):  # type: ignore[no-untyped-call]

@@ -309,7 +309,7 @@ def _heads(model: nn.Module) -> set[nn.Module]:
         if callable(getter := getattr(module, "get_output_embeddings", None)):
             try:
                 heads.add(getter())
-            except (NotImplementedError, AttributeError):  # a part of a model has none
+            except (NotImplementedError, AttributeError):  # not every part of a model has one
                 continue
     return heads - {None}
 

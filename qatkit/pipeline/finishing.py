@@ -58,7 +58,7 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     data.prepare_data()
     task = declared_task(data)
     metrics: dict[str, float] = {}
-    data.setup("fit")  # where most data modules make their validation set
+    data.setup("fit")  # where most data modules create their validation set
     metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader(), task).items()}
     data.setup("test")
     metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task).items()}

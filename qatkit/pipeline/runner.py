@@ -56,7 +56,7 @@ def run_stages(
         _check_folder(run, prints, force)
         run.out.mkdir(parents=True, exist_ok=True)
         write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
-    # decided once, from values that every process computes alike: a process may look while another one deletes
+    # decided once, from values that are equal on every process: one process may look while another one deletes
     finished = {
         name for name in wanted if (record := run.find(name)) and record.fingerprint == prints[name].fingerprint
     }
@@ -101,7 +101,7 @@ def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
         refuse_changes(name, "finished", record.inputs, stage_print.inputs, run.out)
         check_files(folder, record)
         recorded = record.fingerprint
-    # before the first checkpoint there is nothing that a change could cost
+    # before the first checkpoint, a change loses no work
     elif (started := read_started(folder)) is not None and (folder / "last.ckpt").exists():
         refuse_changes(name, "started", started.inputs, stage_print.inputs, run.out)
         recorded = started.fingerprint

@@ -156,7 +156,7 @@ def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[
     rows, samples = loader.dataset, "all"
     if isinstance(loader.sampler, DistributedSampler):
         wanted = config.max_steps * config.accumulate * config.batch_size * processes
-        # the number of samples dropped to fill the last batch depends on the number of processes
+        # the number of samples dropped so that the last batch is full depends on the number of processes
         if wanted <= len(rows) - processes * len(loader.sampler):  # type: ignore[arg-type]  # a map-style data set
             order: list[int] = []
             epoch = 0

@@ -43,7 +43,7 @@ class Tracking:
         check_logger(self.recipe.trainer)
         logs = self.out / "stages" / stage / "logs"
         attempts = len(list(logs.glob("*"))) if logs.exists() else 0
-        # a resumed stage writes beside the earlier attempts: CSVLogger would delete them
+        # a resumed stage writes next to the earlier attempts: CSVLogger would delete them
         loggers: list[Logger] = [CSVLogger(logs.parent, name="logs", version=f"attempt_{attempts}")]
         if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning sets it on the function
             return loggers
@@ -97,7 +97,7 @@ class Tracking:
             columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
             cells = [[stage, *(numbers.get(name) for name in columns)] for stage, numbers in rows.items()]
             run.log({"comparison": wandb.Table(columns=["stage", *columns], data=cells)})
-            # one by one, so that "qat/test/accuracy" stands beside the curve of the same name
+            # one by one, so that "qat/test/accuracy" appears next to the curve of the same name
             for stage, numbers in rows.items():
                 for name, value in numbers.items():
                     run.summary[f"{stage}/{name}"] = value

@@ -51,7 +51,7 @@ def open_run(recipe: Recipe, out: Path, mode: str) -> Any:
         "id": _run_id(out / "wandb_run_id"),
         "resume": "allow",
         "dir": str(out.resolve()),
-        "reinit": "create_new",  # leaves a run that the user has open alone
+        "reinit": "create_new",  # does not affect a run that the user has opened
         "settings": wandb.Settings(console="off"),  # W&B must not capture the terminal
     }
     try:
@@ -104,7 +104,7 @@ def wandb_mode() -> str:
         return "offline"
     if mode == "disabled":
         return mode
-    if wandb.run is not None:  # the user's own run: this one may send where it does, and login() is false beside it
+    if wandb.run is not None:  # the user's own run: this one may send where it does, but login() then returns False
         return "offline" if wandb.run.offline else mode
     return mode if wandb.login(prompt=False, verify=False) else "offline"
 

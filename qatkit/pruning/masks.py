@@ -90,7 +90,7 @@ def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
         if len(groups):
             non_finite |= ~groups.amax().isfinite()
         kept.view(-1, m).copy_(_two_of_four(groups) if (n, m) == (2, 4) else _largest(groups, n))
-    if non_finite:  # comparisons with NaN are all false, and would keep fewer than n
+    if non_finite:  # comparisons with NaN are all false, so fewer than n would be kept
         raise QatkitError(
             f"layer '{name}' has NaN or infinite values where pruning ranks them", advice=NON_FINITE_ADVICE
         )

@@ -121,7 +121,7 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
 def chunks(flat: Tensor, multiple: int = 1) -> Sequence[Tensor]:
     """Split a flat tensor so that temporaries fit a CPU cache, or fill a GPU; lengths are multiples of `multiple`."""
     size = 1 << 18 if flat.device.type == "cpu" else 1 << 24
-    if len(flat) <= size:  # small layers are common, and a split into one part is not free
+    if len(flat) <= size:  # small layers are common, and splitting into one part has a cost
         return [flat]
     return flat.split(max(size - size % multiple, multiple))  # type: ignore[no-any-return, no-untyped-call]
 

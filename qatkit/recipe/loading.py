@@ -158,7 +158,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for depth, name in enumerate(names[:-1]):
         here = ".".join(names[: depth + 1])
         if block.get(name) is None:
-            if names[:depth] == ["stages"]:  # a typo must not pass as the first key of a new stage
+            if names[:depth] == ["stages"]:  # a typo must not be accepted as the first key of a new stage
                 raise QatkitError("no such stage", key=here, advice=did_you_mean(name, block), origin=_quote(override))
             block[name] = {}
         if not isinstance(block[name], dict):

@@ -78,7 +78,7 @@ def parse_yaml(text: str, source: str, path: str = "") -> Any:
         raise QatkitError(f"not valid YAML: {error.problem or error.context}", key=f"{source}{line}") from None
     except RecursionError:
         raise QatkitError("blocks are nested too deeply to read", key=source) from None
-    except (yaml.YAMLError, ValueError, LookupError) as error:  # also a tag on a value it does not fit: !!int "a"
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # also a tag that does not fit its value: !!int "a"
         if isinstance(error, QatkitError):
             raise
         raise QatkitError(f"not valid YAML: {' '.join(str(error).split())[:200]}", key=source) from None

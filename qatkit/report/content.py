@@ -139,7 +139,7 @@ def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
     """Weight histograms by layer, before the stage's first step (None if it has no step) and after its last."""
     config = run.recipe.stages[stage]
     after = weight_histograms(run.load_model(stage))
-    comparable = config.shrink is None  # a shrunk model starts with other weights than the parent stage left
+    comparable = config.shrink is None  # a shrunk model starts with weights that differ from those of the parent stage
     before = weight_histograms(_first_step_model(run, stage)) if after and config.max_steps and comparable else {}
     return {name: {"before": before.get(name), "after": histogram} for name, histogram in after.items()}
 
@@ -150,7 +150,7 @@ def _first_step_model(run: Run, stage: str) -> nn.Module:
     config = run.recipe.stages[stage].quantize
     assert config is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", QatkitWarning)  # training gave it already
+        warnings.simplefilter("ignore", QatkitWarning)  # training already reported it
         fold_batchnorm(model)
         prepare_qat(model, **config.arguments)
     return model

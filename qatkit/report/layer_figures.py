@@ -40,7 +40,7 @@ def weight_histogram(key: str, layer: str, before: Histogram | None, after: Hist
             edges, density = _density(before, 4 if few else 1)
             axes.stairs(density, edges, color=INK, linewidth=1.1, linestyle=(0, (2.5, 1.5)), gid="mark-before")
             marks["mark-before"] = f"{layer}, before training: {_in_words(before)}"
-        if after["bits"] <= 4 and after["integer"]:  # 256 lines would be a gray area
+        if after["bits"] <= 4 and after["integer"]:  # 256 lines would merge into a gray area
             codes = list(range(int(after["qmin"]), int(after["qmax"]) + 1))
             axes.vlines(codes, 0, _per_code(after), color=INK, linewidth=0.7, alpha=0.6)
             axes.plot(codes, _per_code(after), "o", color=INK, markersize=3.6, gid="mark-codes")

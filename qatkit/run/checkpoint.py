@@ -34,7 +34,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         torch.save(content, temporary)
         known = [sha256_of(temporary)]
         if path.name == NAMES[0] and path.exists():
-            known += _digests(path)[:2]  # a kill may have left a digest without its file
+            known += _digests(path)[:2]  # a killed process may have left a digest without its file
             _link(path, path.with_name(NAMES[1]))
         write_atomically(_sidecar(path), json.dumps({"sha256": known}))
 

@@ -88,7 +88,7 @@ def check_optimizer(name: OptimizerName, device: torch.device) -> None:
         parameter.grad = torch.ones_like(parameter)
         getattr(optim, CLASSES[name])([parameter]).step()
         parameter.sum().item()  # waits for the device
-    except Exception as error:  # a missing library, kernel or device each raise something else
+    except Exception as error:  # a missing library, kernel and device raise different errors
         reason = " ".join(str(error).split())[:200]
         raise QatkitError(
             f"bitsandbytes cannot run '{name}' on {device.type} ({type(error).__name__}: {reason})",
