@@ -65,7 +65,7 @@ def on_every_process(work: Callable[[], object]) -> None:
 
     Raises:
         Exception: `work` failed on this process; the original error.
-        QatkitError: `work` failed on another process; the fields are those of that error.
+        QatkitError: `work` failed on another process; the error has the fields of the original one.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         work()

@@ -108,7 +108,7 @@ class Generators:
         return (batch, *args[1:])
 
     def choose(self, progress: float, step: int, batch_idx: int) -> Role | None:
-        """The model that generates a batch; the same on every process, as sharded models must run together."""
+        """The model that generates a batch; the same on every process, because sharded models must run together."""
         seed = next(iter(self.plans.values())).seed
         drawn = torch.rand((), generator=torch.Generator().manual_seed(_seed(seed, step, batch_idx))).item()
         below = 0.0

@@ -28,7 +28,7 @@ class DecayExemption:
     def split(self, optimizer: Optimizer, module: LightningModule) -> None:
         """Move the scales of `module` into groups without decay; call it before the step.
 
-        The first callback to call it moves the scales of all callbacks; later calls have nothing left to do.
+        The first callback to call it moves the scales of all callbacks; later calls do nothing.
         """
         self.join()
         decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]

@@ -49,7 +49,7 @@ def open_split(source: Source, split: str) -> IterableDataset:
     """Stream a split over the network without caching it.
 
     Raises:
-        QatkitError: the hub does not provide it.
+        QatkitError: the hub does not provide the split.
     """
     from datasets import load_dataset
 

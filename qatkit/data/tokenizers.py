@@ -61,7 +61,7 @@ def end_of_text(tokenizer: Any, name: str) -> int:
     """Return the token that ends a document.
 
     Raises:
-        QatkitError: the tokenizer has none.
+        QatkitError: the tokenizer has no such token.
     """
     if tokenizer.eos_token_id is None:
         raise QatkitError(

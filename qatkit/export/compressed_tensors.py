@@ -37,8 +37,8 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """Reject a model that cannot be exported as a compressed transformers folder; weights are not read.
 
     Raises:
-        QatkitError: it is not a transformers model, has fused experts, or quantizes keys and values or a layer in a way
-            that the format cannot hold.
+        QatkitError: the model is not a transformers model, has fused experts, or quantizes keys and values or a layer
+            in a way that the format cannot hold.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(

@@ -80,7 +80,7 @@ class ExportFormat:
         """Reject the format if a package that it needs is missing.
 
         Raises:
-            QatkitError: with the command that installs it.
+            QatkitError: a package is missing; the error names the command that installs it.
         """
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:

@@ -34,7 +34,7 @@ def export_sparse(model: nn.Module, path: Path | str) -> None:
         path: The safetensors file; written atomically.
 
     Raises:
-        QatkitError: tied layers quantize their common weight differently, so no single value is right.
+        QatkitError: tied layers quantize their common weight differently, so no single value is correct.
     """
     with atomic_path(Path(path)) as temporary:
         save_sparse(dense_state(model), temporary)

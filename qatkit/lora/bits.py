@@ -29,7 +29,7 @@ def check_backend(device: torch.device) -> None:
     """Check that bitsandbytes can quantize and dequantize 4 bits on the device.
 
     Raises:
-        QatkitError: it is not installed, or does not support the device.
+        QatkitError: bitsandbytes is not installed, or does not support the device.
     """
     try:
         from bitsandbytes import functional

@@ -16,7 +16,7 @@ from qatkit.tasks import declared_task
 
 
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
-    """Score every row of the comparison as set in the ``evaluate`` block; return {} without the block.
+    """Score every row of the comparison as configured in the ``evaluate`` block; return {} without the block.
 
     Scores of the same stages with the same block are not measured again.
 

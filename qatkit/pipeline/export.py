@@ -36,7 +36,7 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
         task: The task that the data declares.
 
     Raises:
-        QatkitError: with the stage and, if known, the layer.
+        QatkitError: the format cannot hold the result; the error names the stage and, if known, the layer.
     """
     if recipe.export is None:
         return

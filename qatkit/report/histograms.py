@@ -1,7 +1,7 @@
 """Histograms of weights on their quantization grid.
 
-Every channel or group has its own scale, so weights are counted in units of it: ``w / scale + zero_point``. On that
-axis all grids are the same, the integers from qmin to qmax, and weights beyond them are clipped.
+Every channel or group has its own scale, so weights are counted in units of their scale: ``w / scale + zero_point``. On
+that axis all grids are the same, the integers from qmin to qmax, and weights beyond them are clipped.
 """
 
 from __future__ import annotations

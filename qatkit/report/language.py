@@ -167,7 +167,7 @@ def check_harness() -> None:
     """Check that lm-evaluation-harness is installed.
 
     Raises:
-        QatkitError: it is not installed.
+        QatkitError: lm-evaluation-harness is not installed.
     """
     if find_spec("lm_eval") is None:
         raise QatkitError("lm_eval is not installed", key="evaluate.tasks", advice="run: pip install 'qatkit[lm-eval]'")

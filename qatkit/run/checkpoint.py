@@ -67,7 +67,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU.
 
     Raises:
-        QatkitError: it is missing or damaged.
+        QatkitError: the checkpoint is missing or damaged.
     """
     if not path.is_file() or sha256_of(path) not in _digests(path):
         raise _damaged(path)

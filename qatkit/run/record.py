@@ -1,6 +1,6 @@
 """The records of a stage: ``stage.json`` of a finished one, ``started.json`` of one that is being trained.
 
-Both hold the number of the schema they follow and a digest of their own content. A damaged record, or one of a
+Both hold their schema version and a digest of their own content. A damaged record, or one of a
 different schema, is refused. ``stage.json`` also holds the digests of the stage's files; see `qatkit.run.stage_files`.
 """
 
