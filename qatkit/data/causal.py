@@ -26,7 +26,7 @@ def causal_text(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Pack documents into windows of tokens, each followed by an end-of-text token; no document attends to another.
+    """Pack documents, each followed by an end-of-text token, into windows; no document attends to another.
 
     Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and rebuilt when files, tokenizer or
     options change. With `source.streaming`, training records are tokenized while training instead.

@@ -20,7 +20,7 @@ class Divergence:
     name: str
     """The value of ``distill.loss``."""
     description: str
-    """One line for the docs."""
+    """One-line description for the docs."""
     on_logits: str
     """``module:function(student, teacher, mask=)`` over full outputs, with ``temperature=`` and ``beta=`` if used."""
     on_top_k: str = ""

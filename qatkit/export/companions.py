@@ -19,7 +19,7 @@ def export_config(model: nn.Module) -> Any:
     """The config that describes a model's weights; None if it has no config of transformers.
 
     With ``tie_word_embeddings: true``, a config would make `from_pretrained` overwrite separate output weights, so the
-    exported config has the value false if the weights are not tied.
+    exported config sets it to false if the weights are not tied.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):

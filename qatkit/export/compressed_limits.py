@@ -13,7 +13,8 @@ from qatkit.spec import QuantSpec
 
 INSTEAD = "use export: {format: dense}"
 BITS = (2, 4, 8)
-"""Of integer weights; other widths are packed differently by different versions of compressed-tensors."""
+"""Supported bit widths of integer weights; other widths are packed differently by different versions of
+compressed-tensors."""
 
 
 def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
@@ -49,7 +50,7 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
 
 Problem = tuple[str, str]
-"""What the format does not support, and the advice."""
+"""An unsupported use of the format, and the advice."""
 
 
 def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | None:

@@ -21,13 +21,13 @@ class ExportFormat:
     """A file format that trained models are written in. Functions are named as ``module:function``."""
 
     name: str
-    """As in ``export: {format: NAME}``."""
+    """The name in ``export: {format: NAME}``."""
     description: str
-    """One line for help texts and docs."""
+    """One-line description for help texts and docs."""
     file_name: str
     """The file in a stage's export folder; empty if the format writes the folder itself."""
     check: str
-    """``(model, planned)``: refuse a model that the format cannot hold; called before training and before writing."""
+    """``(model, planned)``: reject a model that the format cannot hold; called before training and before writing."""
     write: str
     """``(model, path, batch)``: write the model; `batch` is one test batch, for formats that trace."""
     read_back: str

@@ -17,7 +17,7 @@ from qatkit.quantization.modules import FakeQuantize
 class QATExperts(nn.Module):
     """Fused experts with fake-quantized weights; a channel is one output of one expert.
 
-    A weight is quantized once per forward pass, however often it is read.
+    A weight is quantized once per forward pass, no matter how often it is read.
     """
 
     projections: tuple[str, ...]

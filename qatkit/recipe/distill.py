@@ -30,8 +30,8 @@ class HiddenConfig:
     layers: dict[str, str] = MISSING
     """Student layers, each with its teacher layer: names in the two models, or globs."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """Where a glob matches more teacher layers than student layers: ``uniform`` spreads over them and ends with the
-    last one, ``last`` takes the last ones."""
+    """If a glob matches more teacher layers than student layers: ``uniform`` spreads the pairs over them and ends with
+    the last one, ``last`` takes the last ones."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
     loss: str = "mse"

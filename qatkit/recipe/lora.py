@@ -23,7 +23,8 @@ class LoraConfig:
     dora: bool = False
     """Train the magnitude of each output's weights separately from their direction."""
     bits: int | None = None
-    """Bits of the frozen weights of all linear layers except the output layer: 4 (QLoRA) or 8 (LLM.int8), or null."""
+    """Bit width of the frozen weights of all linear layers except the output layer: 4 (QLoRA) or 8 (LLM.int8), or
+    null."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit data type."""
     double_quant: bool = True

@@ -23,7 +23,7 @@ class LotteryConfig:
     """Fraction of the remaining weights that each round prunes; sparsity after r rounds is
     ``1 - (1 - fraction) ** r``."""
     rewind: int | str = "init"
-    """Where the kept weights are rewound to: ``init``, the weights before the stage (Frankle & Carbin, 2019); a number
+    """Rewind point of the kept weights: ``init``, the weights before the stage (Frankle & Carbin, 2019); a number
     of steps, the weights after that many (Frankle et al., 2020); or ``learning_rate``, which keeps the weights and
     restarts only the learning-rate schedule (Renda et al., 2020)."""
     reinit: bool = False

@@ -47,7 +47,7 @@ class PruneConfig:
     nm: list[int] | None = None
     """``[N, M]`` keeps N of every M consecutive inputs. YAML reads an unquoted 2:4 as a number, hence the list."""
     method: str = "magnitude"
-    """How the weights to prune are chosen: a name out of `qatkit.pruning.methods.METHODS`."""
+    """Pruning method: a name from `qatkit.pruning.methods.METHODS`."""
     block: list[int] | None = None
     """Rows and columns of the blocks that are pruned as a whole."""
     scope: Literal["layer", "model"] = "layer"

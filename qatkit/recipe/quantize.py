@@ -58,7 +58,7 @@ class QuantizeConfig(LayerConfig):
     """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default stored scales start
     where the squared error is smallest."""
     share_inputs: bool = False
-    """Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one each."""
+    """Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one scale per layer."""
     include: list[str] = field(default_factory=lambda: ["*"])
     """Globs over layer names; every glob must match a layer."""
     exclude: list[str] = field(default_factory=list)

@@ -28,7 +28,7 @@ class TrainerConfig:
     compile: bool = False
     """Compile the model with torch.compile: the first steps take minutes, later steps are faster."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
-    """Where curves and tables are logged in addition to CSV files."""
+    """Logger for curves and tables, in addition to CSV files."""
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, str) and self.devices != "auto":
@@ -171,9 +171,9 @@ class Recipe:
     def teacher_of(self, name: str) -> str | None:
         """The stage whose result teaches stage `name`: the named one, else the model before the first compression.
 
-        The search follows the stages that `name` continues from. A stage with its own model continues from none, and
-        its teacher is looked up as for the stage before it in the recipe. None means the recipe's model as its factory
-        builds it.
+        The search follows the stages that `name` continues from. A stage with its own model continues from no other
+        stage, and its teacher is looked up as for the stage before it in the recipe. None means the recipe's model as
+        its factory builds it.
         """
         distill = self.stages[name].distill
         if distill is not None and distill.teacher is not None:

@@ -23,7 +23,7 @@ class ShrinkConfig:
     keep_layers: list[int] | None = None
     """Indices of the layers to keep, counted from 0, instead of `layers`."""
     heads: int | float | None = None
-    """Query heads. Whole key-value groups are removed if the numbers allow it, otherwise queries of every group."""
+    """Query heads. Whole key-value groups are removed if possible, otherwise some queries of every group."""
     kv_heads: int | float | None = None
     """Key-value heads, each with the query heads that use it."""
     neurons: int | float | None = None
@@ -31,11 +31,12 @@ class ShrinkConfig:
     hidden: int | float | None = None
     """Width of the residual stream."""
     channels: float | None = None
-    """Fraction of the channels of every layer of a convolutional network except the last; coupled channels go too."""
+    """Fraction of the channels of every layer of a convolutional network except the last; coupled channels are removed
+    too."""
     exclude: list[str] = field(default_factory=list)
     """With `channels`: globs over layers that keep their channels."""
     importance: str = "activation"
-    """How the parts to keep are chosen: a name out of `qatkit.pruning.methods.IMPORTANCES`."""
+    """Importance measure: a name from `qatkit.pruning.methods.IMPORTANCES`."""
     calibration_batches: int = 8
     """Number of training batches for importance, at least 1."""
 

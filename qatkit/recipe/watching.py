@@ -15,7 +15,7 @@ class EarlyStoppingConfig:
     patience: int = 3
     """Consecutive validations without an improvement; there is one at the end of every epoch."""
     min_delta: float = 0.0
-    """Smallest decrease of the loss that counts as an improvement, in nats."""
+    """Minimum decrease of the loss that counts as an improvement, in nats."""
 
     def __post_init__(self) -> None:
         if self.patience < 1:
