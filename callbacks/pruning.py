@@ -112,7 +112,7 @@ class MagnitudePruning(PruningCallback):
             )
         if nm is not None and scope == "model":
             raise QatkitError(
-                "'model' has no effect with nm, which keeps equally many weights in every group",
+                "'model' has no effect with nm, which keeps the same number of weights in every group",
                 key="scope",
                 advice="remove scope",
             )

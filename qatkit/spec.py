@@ -155,7 +155,7 @@ class QuantSpec:
             )
         if self.scale_dtype.startswith("float8") and (self.strategy != "group" or not self.is_float):
             raise QatkitError(
-                f"'{self.scale_dtype}' is for floats in groups only (the MX formats and NVFP4)", key="scale_dtype",
+                f"'{self.scale_dtype}' is for floats in groups, as in the MX formats and NVFP4", key="scale_dtype",
                 advice="set type: float and strategy: group, or use float16",
             )  # fmt: skip
 

@@ -27,7 +27,7 @@ def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Re
         return loaded
     if not isinstance(loaded.data.args.get("source"), dict):
         raise QatkitError(
-            f"{loaded.data.factory} has no source in data.args to skip records of",
+            f"{loaded.data.factory} reads no records from data.args.source, so there is nothing to skip",
             key="--skip-bad",
             advice="remove the option",
         )
