@@ -37,7 +37,7 @@ def build_trainer(
         accumulate_grad_batches=stage.accumulate,
         gradient_clip_val=stage.gradient_clip,
         callbacks=list(callbacks),
-        plugins=[_DurableCheckpoints()],
+        plugins=[DurableCheckpoints()],
         logger=list(loggers),
         log_every_n_steps=10,
         num_sanity_val_steps=0,
@@ -84,7 +84,7 @@ def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
     )  # fmt: skip
 
 
-class _DurableCheckpoints(TorchCheckpointIO):
+class DurableCheckpoints(TorchCheckpointIO):
     """Writes checkpoints that survive a kill at any moment, see `qatkit.run.checkpoint`."""
 
     @override

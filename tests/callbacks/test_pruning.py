@@ -296,10 +296,13 @@ def test_averaged_weights_keep_the_zeros_and_a_wrong_order_is_refused() -> None:
         trainer(EMAWeightAveraging(), MagnitudePruning(0.5)).fit(Classifier(), batches())
     with pytest.raises(QatkitError, match="averages weights from before and after pruning"):
         trainer(MagnitudePruning(ramp=Ramp(0.5)), EMAWeightAveraging()).fit(Classifier(), batches())
-    swa = StochasticWeightAveraging(1e-3, swa_epoch_start=0.3)
+
+    def swa() -> StochasticWeightAveraging:
+        return StochasticWeightAveraging(1e-3, swa_epoch_start=0.3)
+
     with pytest.raises(QatkitError, match="StochasticWeightAveraging averages weights from before and after"):
-        trainer(MagnitudePruning(ramp=Ramp(0.5)), swa).fit(Classifier(), batches())
-    for callbacks in ([MagnitudePruning(0.5), swa], [swa, MagnitudePruning(0.5)]):
+        trainer(MagnitudePruning(ramp=Ramp(0.5)), swa()).fit(Classifier(), batches())
+    for callbacks in ([MagnitudePruning(0.5), swa()], [swa(), MagnitudePruning(0.5)]):
         module = Classifier()
         trainer(*callbacks, max_epochs=4, max_steps=-1).fit(module, batches())
         assert zeros(module) == 64

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.trainer import DurableCheckpoints
 from qatkit.recipe import EarlyStoppingConfig, StageConfig
 from tests.data.corpus import save_tokenizer
 from tests.distributed.language_worker import Halves
@@ -55,7 +56,8 @@ def train(strategy: Any, folder: Path, tokenizer: Any) -> dict[str, Any]:
     samples = TextSamples(2, ["Ada", "Grace counts"], folder / "samples.jsonl", 4, tokenizer)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_steps=len(LOSSES), use_distributed_sampler=False,
-        callbacks=[NonFiniteSteps(limit=2), stop, samples], logger=False, num_sanity_val_steps=0,
+        callbacks=[NonFiniteSteps(limit=2), stop, samples], plugins=[DurableCheckpoints()],
+        logger=False, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = Ill(tiny_llama(), StageConfig(max_steps=len(LOSSES), lr=1e-2, schedule="constant"), seed=0)

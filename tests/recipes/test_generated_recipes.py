@@ -103,11 +103,11 @@ def test_a_recipe_trains_on_texts_of_student_and_teacher_and_resumes_with_the_sa
 
 
 def test_a_model_that_cannot_write_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match=r"^stages\.qat\.distill\.on_policy: \w+ cannot write texts"):
+    with pytest.raises(QatkitError, match=r"^stages\.qat\.distill\.on_policy: \w+ cannot generate text"):
         validate_recipe(run_of(tmp_path, 'model={factory: "qatkit.models:mlp"}').recipe)
     long = run_of(tmp_path, "stages.qat.distill.sequence_level.new_tokens=32").recipe
     with pytest.raises(
-        QatkitError, match=r"^stages\.qat\.distill\.sequence_level: .* of 40 tokens.* knows 24 positions"
+        QatkitError, match=r"^stages\.qat\.distill\.sequence_level: .* 40 tokens, but the model has only 24 positions"
     ):
         validate_recipe(long)
 
@@ -117,8 +117,8 @@ def test_a_model_that_cannot_write_is_refused_before_anything_runs(tmp_path: Pat
     [
         ("on_policy.fraction=0.9", "", "0.9 and sequence_level.fraction 0.25 add up to more than 1"),
         ("on_policy.fraction=2", ".on_policy.fraction", "2.0 is out of range"),
-        ("on_policy.prompt=0", ".on_policy.prompt", "write a whole number of at least 1"),
-        ("sequence_level.temperature=-1", ".sequence_level.temperature", "write 0 or a number above 0"),
+        ("on_policy.prompt=0", ".on_policy.prompt", "use an integer of at least 1"),
+        ("sequence_level.temperature=-1", ".sequence_level.temperature", "use 0 or a number above 0"),
         ("on_policy.tokens=3", ".on_policy.tokens", "unknown key; did you mean 'new_tokens'?"),
     ],
 )

@@ -24,7 +24,7 @@ from tests.data.corpus import save_tokenizer
 from tests.models.families import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-HEADER = re.compile(r"^# Your model: (.*) \(and (.*)\)$", re.MULTILINE)
+HEADER = re.compile(r"^# Your model: (.*) (stages\.\S+)$", re.MULTILINE)
 NAMED = [name for name in list_recipes() if HEADER.search((RECIPES / f"{name}.yaml").read_text())]
 DATA = "data.args={context: 32, vocab_size: 2048, include: ['email/*'], val_fraction: 0.2, test_fraction: 0.1}"
 

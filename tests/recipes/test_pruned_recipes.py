@@ -135,7 +135,7 @@ def test_the_report_states_the_zeros_of_every_layer_and_of_all_together(done: Ru
     assert "| all 2 layers | 50.00% | 50.00% | 50.00% |" in page
     assert "| 3 | 50.00% | 50.00% | 50.00% |" in page
     write_page([done.out], tmp_path / "page.html")
-    assert "<h2>Zeros</h2>" in (tmp_path / "page.html").read_text()
+    assert "<h2>Sparsity</h2>" in (tmp_path / "page.html").read_text()
 
 
 def test_a_record_of_other_zeros_than_its_file_has_is_refused(done: Run) -> None:
@@ -143,7 +143,7 @@ def test_a_record_of_other_zeros_than_its_file_has_is_refused(done: Run) -> None
     name, zeros = next(iter(record.zeros.items()))
     write_record(done.folder("prune"), replace(record, zeros=record.zeros | {name: 0}))
     try:
-        with pytest.raises(QatkitError, match=f"layer '{name}' .* has {zeros} zeros, but 0 are recorded"):
+        with pytest.raises(QatkitError, match=f"layer '{name}' .* has {zeros} zeros, but 0 were recorded"):
             done.load_model("prune")
     finally:
         write_record(done.folder("prune"), record)

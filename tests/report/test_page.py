@@ -312,4 +312,4 @@ def test_without_matplotlib_the_page_is_refused_and_a_report_goes_on_without_it(
     assert result.exit_code == 0, result.output
     last = result.output.splitlines()[-1]
     install = "no_such_package not installed; run: pip install 'qatkit[report]'"
-    assert last == f"no report.html: {install}, then: qatkit report {folder}"
+    assert last == f"no report.html: {install}, then run: qatkit report {folder}"
