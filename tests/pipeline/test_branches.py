@@ -113,9 +113,9 @@ def test_a_change_runs_those_stages_again_that_depend_on_it(
 @pytest.mark.parametrize(
     ("override", "key", "said"),
     [
-        ("beside.start=after", "beside.start", "'after' is no earlier stage; write one of ['dense', 'sparse']"),
-        ("beside.start=beside", "beside.start", "'beside' is no earlier stage"),
-        ("wide.start=dense", "wide.start", "'dense' and a model are given"),
+        ("beside.start=after", "beside.start", "'after' is not an earlier stage; use one of dense, sparse"),
+        ("beside.start=beside", "beside.start", "'beside' is not an earlier stage"),
+        ("wide.start=dense", "wide.start", "'dense' and a model are both given"),
     ],
 )
 def test_a_start_that_cannot_be_is_refused_by_its_key(tmp_path: Path, override: str, key: str, said: str) -> None:

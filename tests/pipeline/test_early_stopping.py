@@ -150,12 +150,16 @@ def test_a_stage_without_a_validation_is_refused(override: str, says: str, tmp_p
     ("override", "key", "says"),
     [
         ("stages.dense.early_stopping.patience=0", "stages.dense.early_stopping.patience", "at least 1"),
-        ("stages.dense.early_stopping.min_delta=-1.0", "stages.dense.early_stopping.min_delta", "write 0 or more"),
+        (
+            "stages.dense.early_stopping.min_delta=-1.0",
+            "stages.dense.early_stopping.min_delta",
+            "use 0 or a number above 0",
+        ),
         ("stages.dense.max_steps=0", "stages.dense.early_stopping", "does not train"),
         (
             "stages.dense.prune={ramp: {final: 0.5}}",
             "stages.dense.early_stopping",
-            "prune.ramp makes zeros until the stage ends",
+            "prune.ramp prunes until the stage ends",
         ),
     ],
 )
