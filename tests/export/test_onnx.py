@@ -279,7 +279,7 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     ("weight", "activation", "message"),
     [
         (QuantSpec(), QuantSpec(strategy="token"), r"layer '0': .*strategy: token.* set activation: .*tensor"),
-        (None, UINT8, r"layer '0': its input is quantized but its weight is not; .* set weight"),
+        (None, UINT8, r"layer '0': its input is quantized but its weight is not, .*; set weight"),
         (QuantSpec(), UINT8, r"layer '0': its activation scale was never set; call qatkit.calibrate"),
     ],
 )
