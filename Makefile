@@ -22,7 +22,7 @@ demo-llm: $(VENV)/.llm
 quick: lint types
 	$(PYTEST) -m "not slow and not medium" $(QUICK)
 
-test: lint types
+test: lint types docs
 	$(PYTEST)
 
 # what takes minutes; CI runs it too

@@ -31,14 +31,13 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "build" / "reference"  # `paths` of mkdocstrings in mkdocs.yml
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Copy the package in the shape in which it is installed, with the heading that mkdocstrings knows for examples."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Copy the package in its installed shape before mkdocstrings looks for it, with headings that it knows."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     for folder, installed in (("qatkit", "qatkit"), ("callbacks", "qatkit/callbacks")):
         shutil.copytree(ROOT / folder, SOURCE / installed, ignore=shutil.ignore_patterns("__pycache__"))
     for path in SOURCE.rglob("*.py"):
         path.write_text(re.sub(r"^( *)Example:$", r"\1Examples:", path.read_text(), flags=re.MULTILINE))
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
