@@ -24,6 +24,7 @@ from qatkit.pipeline.validation import validate_recipe
 from qatkit.pipeline.vocabulary import vocabulary
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
+from tests.cli.in_process import qatkit as command
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.support import warm
 
@@ -146,8 +147,8 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(out: Path, fol
         open_cache(start(out, folder), "qat")
     with pytest.raises(QatkitError, match=r"'dense', is not finished.*--until dense` first"):
         write_cache(start(tmp_path / "empty", folder), "qat")
-    done = CliRunner().invoke(app, ["cache-teacher", str(folder / "recipe.yaml"), "stages.qat.distill.cache=null"])
-    assert "no stage of ['dense', 'qat'] learns from a cache" in str(done.exception)
+    refused = command("cache-teacher", str(folder / "recipe.yaml"), "stages.qat.distill.cache=null", cwd=tmp_path)
+    assert "no stage of ['dense', 'qat'] learns from a cache" in refused.err
 
 
 def test_a_cache_shorter_than_the_data_is_refused_by_the_first_sample_that_it_lacks(out: Path, folder: Path) -> None:

@@ -30,7 +30,7 @@ def test_without_an_account_the_run_is_offline_whatever_is_asked(
     tracking = Tracking(recipe("wandb"), tmp_path)
     names = [type(logger).__name__ for logger in tracking.loggers("dense")]
     tracking.close()
-    assert names == ["CSVLogger", "_StageLogger"]
+    assert names == ["CSVLogger", "StageLogger"]
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 
@@ -104,9 +104,9 @@ def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("start", [validate_recipe, lambda recipe: run_stages(Run(recipe, Path("never")))])
 def test_a_missing_tensorboard_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch, start: Any) -> None:
-    from qatkit.pipeline import tracking
+    from qatkit.pipeline import logger_check
 
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(logger_check, "find_spec", lambda name: None)
     with pytest.raises(QatkitError, match=r"^trainer.logger: 'tensorboard' needs .*`pip install tensorboard`"):
         start(recipe("tensorboard"))
     assert not Path("never").exists()

@@ -101,7 +101,7 @@ def test_mistakes_are_named_before_anything_runs() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2), 2)
     cases: list[tuple[Any, nn.Module, QuantSpec, list[Tensor], str]] = [
         ("gtpq", mlp(), W3_CHANNEL, DATA, "method: unknown PTQ method 'gtpq'; did you mean 'gptq'"),
-        ("gptq", mlp(), W3_CHANNEL, [], "batches: gptq got no batch"),
+        ("gptq", mlp(), W3_CHANNEL, [], "batches: gptq needs at least one batch, but got none"),
         ("gptq", mlp(), QuantSpec(3), DATA, r"layer '0': gptq sets scales, .* use observer: mse .* or lsq"),
         ("awq", mlp(), QuantSpec(3), DATA, r"layer '0': awq sets scales, .* use observer: mse .* or lsq"),
         ("mse", mlp(), QuantSpec(3), DATA, r"layer '0': mse sets scales, .* use observer: mse .* or lsq"),
