@@ -17,7 +17,7 @@ from qatkit.errors import QatkitError
 
 EVERY = 50
 """Optimizer steps between checks for NaN on devices where each check waits for the device."""
-PADDED_ALIKE = "pass vocab_size=len(tokenizer) if both use one tokenizer and pad their logits differently"
+PADDED_ALIKE = "pass vocab_size=len(tokenizer) if both use the same tokenizer but pad their logits differently"
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ class DistillationLoss:
         self.row.check_cached()
         if cache.temperature != self.temperature:
             raise QatkitError(
-                f"{self.temperature} differs from {cache.temperature}, with which the cache in {cache.folder} was "
-                "written",
+                f"{self.temperature} differs from {cache.temperature}, the temperature of the cache in {cache.folder}",
                 key="temperature",
                 advice=f"use temperature={cache.temperature}, or write another cache",
             )

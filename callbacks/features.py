@@ -202,7 +202,9 @@ def _keep(seen: dict[str, Tensor], name: str, trains: bool) -> Callable[..., Non
         tensor = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(tensor, Tensor):
             raise QatkitError(
-                f"'{name}' returns {type(tensor).__name__}, not a tensor", key="layers", advice="name a submodule of it"
+                f"'{name}' returns {type(tensor).__name__}, not a tensor",
+                key="layers",
+                advice="name one of its submodules",
             )
         seen[name] = tensor
 

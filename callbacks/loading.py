@@ -45,18 +45,18 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise QatkitError(
-            "it holds objects other than tensors and plain values (saved hyperparameters, for example), which are not "
-            "unpickled",
+            "the checkpoint contains objects other than tensors and plain values (saved hyperparameters, for example), "
+            "which are not unpickled",
             key=str(checkpoint),
             advice="register the types that you trust with torch.serialization.add_safe_globals",
         ) from error
     states = [state for state in content.get("callbacks", {}).values() if {"folds", "specs"} <= set(state)]
     if not states:
         raise QatkitError(
-            "it holds no quantized layers", key=str(checkpoint), advice="load it with load_from_checkpoint"
+            "the checkpoint has no quantized layers", key=str(checkpoint), advice="load it with load_from_checkpoint"
         )
     if any(isinstance(part, FakeQuantize) for part in module.modules()):
-        raise QatkitError("it is already quantized", key="module", advice="pass a new module")
+        raise QatkitError("the module is already quantized", key="module", advice="pass a new module")
     names: dict[str, str] = {_plain(name): name for name, _ in module.named_modules()}
 
     def own(name: str) -> str:

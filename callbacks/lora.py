@@ -73,7 +73,9 @@ class LoRA(Callback):
             if isinstance(patterns, str):
                 raise QatkitError(f"'{patterns}' is not a list of patterns", key=name, advice=f"use ['{patterns}']")
         if bits is not None and held:
-            raise QatkitError(f"{bits} bits cannot keep a sparsity mask (held)", key="bits", advice="set bits=None")
+            raise QatkitError(
+                f"weights in {bits} bits cannot keep a sparsity mask (held)", key="bits", advice="set bits=None"
+            )
         self.adapter = Adapter(rank, alpha, dropout, dora)
         self.targets = list(targets)
         self.bits = bits
@@ -138,7 +140,7 @@ class LoRA(Callback):
             name = type(other).__name__
             if isinstance(other, PruningCallback):
                 raise QatkitError(
-                    f"{name} masks weights, which LoRA freezes",
+                    f"{name} prunes weights that LoRA freezes",
                     key="callbacks",
                     advice="prune in an earlier fit, and use LoRA(held=[...]) with the pruned layers",
                 )

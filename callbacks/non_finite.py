@@ -85,14 +85,14 @@ class NonFiniteSteps(Callback):
         kept: Any = trainer.checkpoint_callback
         path = getattr(kept, "best_model_path", "")
         weight = non_finite_anywhere(trainer, module)
-        weights = "no weight changed in them"
+        weights = "no weight changed in these steps"
         if weight is not None:
             weights = f"{weight} was already non-finite before them, perhaps since a step whose own loss was finite"
         checkpoint = f"training continues from the last checkpoint, {path}"
         if not Path(path).is_file():
             checkpoint = "there is no checkpoint yet"
         elif weight is not None and not isinstance(kept, FiniteCheckpoint):
-            checkpoint = f"the last checkpoint, {path}, may hold it too, so resume from an earlier one"
+            checkpoint = f"the last checkpoint, {path}, may contain it too, so resume from an earlier one"
         raise QatkitError(
             f"the {what} was NaN or infinite in {self.limit} steps in a row, up to step {trainer.global_step + 1} "
             f"({weights}; {checkpoint})",

@@ -90,5 +90,5 @@ def _check_fits(earlier: Mapping[str, Tensor], current: Mapping[str, Tensor]) ->
             f"{len(set(different))} tensors differ in shape from the module's or exist only on one side, such as "
             f"'{different[0]}'",
             key="earlier",
-            advice="pass the state_dict() of the same module at an earlier time",
+            advice="pass an earlier state_dict() of the same module",
         )

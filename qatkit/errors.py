@@ -100,5 +100,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near := difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5):
         return f"did you mean '{by_lower[near[0]]}'?"
     if not names:
-        return "no name is known here"
+        return "no names are available"
     return f"use one of {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"

@@ -106,7 +106,7 @@ class Setting:
             taught = dict.fromkeys(_names_of_weights(base_layers(teacher)), BITS[distill.teacher_bits])
         moments = moment_memory(self.stage.optimizer, model, self.device)
         if self.context is None:
-            unknown = "the data factory has no argument context, so the sample length is unknown"
+            unknown = "the data factory has no 'context' argument, so the sample length is unknown"
             return state_memory(model, teacher, bits, taught, moments), unknown
         step = text_step(self.context, self.stage.batch_size, distill)
         accumulates = self.stage.accumulate > 1
@@ -114,7 +114,7 @@ class Setting:
             return step_memory(model, step, teacher, self.autocast, accumulates, bits, taught, moments), ""
         except Exception as error:  # third-party code may raise anything where shapes depend on values
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            unknown = f"a step on tensors without values fails ({reason})"
+            unknown = f"a training step on meta tensors fails ({reason})"
             return state_memory(model, teacher, bits, taught, moments), unknown
 
 

@@ -99,7 +99,7 @@ def _cached_numbers(model: nn.Module) -> int:
     if layers is None or heads is None:
         raise QatkitError(
             f"{type(model).__name__} has no config with the number of layers and heads, so the size of its key-value "
-            "cache is not known",
+            "cache is unknown",
             key="model",
             advice="use a transformers language model",
         )

@@ -38,7 +38,7 @@ def command(
     """
     if (average_bits is None) == (size is None):
         raise QatkitError(
-            "exactly one is needed",
+            "exactly one is required",
             key="--average-bits or --bytes",
             advice="pass one, such as --average-bits 4.5",
         )
@@ -71,7 +71,9 @@ def _flow(value: object) -> str:
 def _read(path: Path) -> Sensitivity:
     file = path / "sensitivity.json" if path.is_dir() else path
     if not file.is_file():
-        raise QatkitError("no such measurement", key=str(file), advice="pass the --out folder of `qatkit sensitivity`")
+        raise QatkitError(
+            "there is no such file", key=str(file), advice="pass the --out folder of `qatkit sensitivity`"
+        )
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError:

@@ -11,11 +11,11 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name fr
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to override, such as stages.qat.lr=1e-4.")
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/NAME")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME")]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", metavar="PKG", help="A package besides qatkit whose code the recipe may use. Repeatable."),
+    typer.Option("--allow", metavar="PKG", help="An additional package whose code the recipe may use. Repeatable."),
 ]
 SkipBad = Annotated[
     bool,

@@ -63,7 +63,7 @@ def _message(error: BaseException) -> tuple[int, str]:
     if isinstance(error, QatkitError):
         return USER_MISTAKE, f"error: {error}"
     if isinstance(error, OutputError):
-        return USER_MISTAKE, f"error: standard output cannot be written: {error}; free space or redirect it"
+        return USER_MISTAKE, f"error: cannot write to standard output: {error}; free disk space or redirect the output"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return USER_MISTAKE, f"error: out of memory; use a smaller batch_size or model ({_first_line(error)})"
     if isinstance(error, OSError) and (explained := _os_error(error)):

@@ -45,7 +45,7 @@ def open_run(folder: Path, allow: list[str] | None) -> Run:
     """The run in a folder."""
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
-            "not the folder of a run, because it has no recipe.yaml",
+            "not a run folder, because it has no recipe.yaml",
             key=str(folder),
             advice="pass the --out folder of `qatkit run`",
         )

@@ -138,7 +138,7 @@ def _stage(this: Run, wanted: str | None) -> str | None:
     if changes := changed_keys(record.inputs, inputs):
         raise QatkitError(
             f"stage '{name}' in {this.out} was finished with other values: {'; '.join(changes[:10])}",
-            advice="pass the overrides that it was run with, or another --out",
+            advice="pass the overrides it was run with, or use another --out",
         )
     return name
 

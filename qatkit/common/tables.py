@@ -49,7 +49,7 @@ class Table(Mapping[str, Row], Generic[Row]):
         self.kind = kind
         self._rows: dict[str, Row] = {}
         for row in rows:
-            assert row.name not in self._rows, f"{kind} '{row.name}' is in its table twice"
+            assert row.name not in self._rows, f"{kind} '{row.name}' is in the table twice"
             self._rows[row.name] = row
 
     def __getitem__(self, name: str) -> Row:

@@ -145,7 +145,7 @@ def _from_conversations(turns: Any) -> list[Message] | BadRecord:
         return turns
     unknown = [turn.get("from") for turn in turns if turn.get("from") not in _ROLES]
     if unknown:
-        return BadRecord(f"a turn is from {unknown[0]!r}", f"use one of {', '.join(_ROLES)}")
+        return BadRecord(f"a turn has the unknown role {unknown[0]!r}", f"use one of {', '.join(_ROLES)}")
     return [{"role": _ROLES[turn["from"]], "content": turn.get("value")} for turn in turns]
 
 

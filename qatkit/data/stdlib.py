@@ -158,7 +158,7 @@ def stdlib_files(root: Path | None = None, include: Sequence[str] = ("*",)) -> d
     for pattern in include:
         if not any(fnmatch(name, pattern) for name in kept):
             raise QatkitError(
-                f"'{pattern}' matches no file of the standard library",
+                f"'{pattern}' matches no file in the standard library",
                 key="include",
                 advice="use a glob such as '*' or 'json/*'",
             )
@@ -191,7 +191,7 @@ def split_files(files: dict[str, Path], val_fraction: float, test_fraction: floa
     empty = [split for split in SPLITS if not splits[split]]
     if empty:
         raise QatkitError(
-            f"none of {len(files)} files is left for {' and '.join(empty)}",
+            f"none of the {len(files)} files is left for {' and '.join(empty)}",
             key="include",
             advice="include more files, or use larger fractions",
         )

@@ -56,7 +56,7 @@ class Windows(Dataset[dict[str, Tensor]]):
             raise QatkitError(
                 f"{self.context} is longer than a split of {len(tokens)} tokens",
                 key="context",
-                advice="use a smaller one, or more text",
+                advice="use a smaller value, or more text",
             )
         return tokens[: count * self.context].reshape(count, self.context)
 

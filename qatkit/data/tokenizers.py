@@ -65,7 +65,7 @@ def end_of_text(tokenizer: Any, name: str) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise QatkitError(
-            f"'{name}' has no end-of-text token to separate documents", key="tokenizer", advice="use another one"
+            f"'{name}' has no end-of-text token to separate documents", key="tokenizer", advice="use another tokenizer"
         )
     return int(tokenizer.eos_token_id)
 
@@ -101,7 +101,7 @@ def check_tokenizer(model: Any, tokenizer: Any) -> None:
     if theirs != ours:
         raise QatkitError(
             f"it tokenizes text differently ({ours[:5]}) from the tokenizer of the model '{name}' ({theirs[:5]}), so "
-            "the pretrained weights would not fit",
+            "the pretrained weights would not match",
             key="data.args.tokenizer",
             advice=f"set tokenizer: {name}",
         )

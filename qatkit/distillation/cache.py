@@ -83,7 +83,7 @@ def cache_teacher(
         tokens += sum(len(column) // 2 for column in table["log_tail"].to_pylist())  # two bytes each
         shard += 1
     if shard == 0:
-        raise QatkitError("the data has no batch", key=KEY, advice="check the training data")
+        raise QatkitError("the data has no batches", key=KEY, advice="check the training data")
     done = content | {"samples": samples, "tokens": tokens, "shards": shard}
     write_bytes(manifest, json.dumps(done, indent=1).encode())
     return samples
@@ -110,7 +110,7 @@ class CachedTeacher:
         content = json.loads(manifest.read_text())
         _refuse_changes(folder, content, dict(fingerprint), content["settings"])
         if "samples" not in content:
-            raise QatkitError(f"{folder} is incomplete", key=KEY, advice=f"run {command} again, it resumes")
+            raise QatkitError(f"{folder} is incomplete", key=KEY, advice=f"run {command} again to resume")
         self.folder = folder
         self.k: int = content["settings"]["k"]
         self.temperature: float = content["settings"]["temperature"]
@@ -276,7 +276,7 @@ def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
         raise QatkitError(
             f"the samples of {path} differ from the current data: the order, the batch size or the data changed",
             key=KEY,
-            advice=f"delete {folder} and write the cache again",
+            advice=f"delete {folder} and rebuild the cache",
         )
 
 

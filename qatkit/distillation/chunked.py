@@ -191,5 +191,5 @@ def check_heads(student: Head, teacher: Head) -> None:
             f"hidden states and weights have shapes {shapes[:2]} (student) and {shapes[2:]} (teacher); they must be "
             "[positions, width] and [classes, width] with equal positions and classes",
             key="linear_kd_loss",
-            advice="cut weights that are padded to different vocabularies: weight[:vocab_size]",
+            advice="trim weights that are padded to different vocabulary sizes: weight[:vocab_size]",
         )

@@ -155,7 +155,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _scale(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.grads is None:
         raise QatkitError(
-            "backward was called twice, and the first call used up the gradients",
+            "backward was called twice, and the first call consumed the gradients",
             key="linear_kd_loss",
             advice="sum the losses and call backward once",
         )

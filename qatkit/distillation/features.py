@@ -182,7 +182,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
         raise QatkitError(
             f"the student's feature maps have shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
             key="attention_transfer_loss",
-            advice="pass maps that agree in all but the channels, dimension 1",
+            advice="pass maps of equal shape except for the channels (dimension 1)",
         )
     maps = [
         F.normalize(features.float().square().sum(dim=1).flatten(1), dim=-1) for features in (student, teacher.detach())

@@ -40,7 +40,7 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         content = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise QatkitError(
-            f"a batch has {content} and no 'input_ids' [rows, tokens]",
+            f"a batch has {content}, but no 'input_ids' [rows, tokens]",
             key="prompt",
             advice="use text data: only texts can be continued",
         )
@@ -48,7 +48,7 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         raise QatkitError(
             f"a batch holds {extra}, which generated texts do not have",
             key="prompt",
-            advice=f"use data with no entries but {sorted(KEYS)}",
+            advice=f"use data whose only entries are {sorted(KEYS)}",
         )
     present = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
     ranks = present.cumsum(dim=1)  # 1 for the first token of a text, whatever precedes it
@@ -57,7 +57,7 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
             raise QatkitError(
                 "a batch has no 'labels' to mark the end of its prompts",
                 key="prompt",
-                advice="set a length, prompt: 32",
+                advice="set a prompt length, such as prompt: 32",
             )
         answered = (batch["labels"] != IGNORED) & present
         lengths = (present & (answered.cumsum(dim=1) == 0)).sum(dim=1)
@@ -65,9 +65,9 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         lengths = ranks[:, -1].clamp(max=length)
     if bool((lengths == 0).any()):
         raise QatkitError(
-            "a text has no token before its first label" if length is None else "a text of a batch has no token",
+            "a text has no tokens before its first label" if length is None else "a text in a batch is empty",
             key="prompt",
-            advice="set a length, prompt: 32" if length is None else "remove empty texts from the data",
+            advice="set a prompt length, such as prompt: 32" if length is None else "remove empty texts from the data",
         )
     longest = int(lengths.max())
     prompts, mask = tokens.new_zeros(len(tokens), longest), tokens.new_zeros(len(tokens), longest)
@@ -115,7 +115,7 @@ def check_length(model: nn.Module, key: str, tokens: int) -> None:
         raise QatkitError(
             f"prompt and new tokens add up to {tokens} tokens, but the model has only {longest} positions",
             key=key,
-            advice="use smaller numbers",
+            advice="use smaller values",
         )
 
 

@@ -70,7 +70,7 @@ def sparse_kd_loss(
             f"the student's logits have shape {list(student.shape)}, the teacher's indices {list(indices.shape)} and "
             f"log-probabilities {list(log_p.shape)}",
             key="sparse_kd_loss",
-            advice="pass tensors that agree in all but the last dimension",
+            advice="pass tensors of equal shape except for the last dimension",
         )
     counted = counted_mask(mask, labels)
     log_q = log_probabilities(zero_uncounted(student, counted), temperature)

@@ -46,7 +46,7 @@ def student_from_teacher(
         numbers = list(layers)
         if numbers != sorted({*numbers} & {*range(depth)}) or not numbers:
             raise QatkitError(
-                f"{numbers} are not layers of the teacher in ascending order",
+                f"{numbers} are not numbers of teacher layers in ascending order",
                 key="layers",
                 advice=f"use numbers from 0 to {depth - 1}",
             )
@@ -96,7 +96,7 @@ def _stack(teacher: nn.Module) -> tuple[str, int]:
     if len(stacks) != 1:
         raise QatkitError(
             f"{type(teacher).__name__} has {len(stacks)} lists of {depth} layers ({stacks}), but only a model with "
-            "one stack of layers can be cut",
+            "one stack of layers can be shortened",
             key="teacher",
             advice="build the student yourself",
         )

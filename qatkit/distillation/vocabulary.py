@@ -39,8 +39,8 @@ def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
         raise QatkitError(
             f"the student's tokenizer ('{student.name_or_path}', {len(ours)} tokens) and the teacher's "
             f"('{teacher.name_or_path}', {len(theirs)} tokens) differ in {len(different)} tokens, such as "
-            f"{different[:3]}; logits can be compared only over one vocabulary",
-            advice="use a teacher of the student's family",
+            f"{different[:3]}; logits can be compared only over the same vocabulary",
+            advice="use a teacher from the student's model family",
         )
     return max(ours.values()) + 1
 

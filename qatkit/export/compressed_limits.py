@@ -68,11 +68,11 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
             "set scheme: FP8_DYNAMIC or W4A16",
         )
     if spec.scale_dtype.startswith("float8"):
-        return f"scales of {spec.scale_dtype} are read only in bfloat16", "set scheme: FP8_DYNAMIC"
+        return f"{spec.scale_dtype} scales are loaded only in bfloat16", "set scheme: FP8_DYNAMIC"
     if not spec.symmetric:
         return "transformers cannot load packed zero points", "set weight: {symmetric: true}"
     if spec.scale_rule == "signed":
-        return "scale_rule 'signed' (Q4_0) is a GGUF grid with negative scales", "set scheme: W4A16"
+        return "scale_rule 'signed' (Q4_0) is a GGUF format with negative scales", "set scheme: W4A16"
     if not spec.is_float and spec.num_bits not in BITS:
         return (
             f"different versions of compressed-tensors pack {spec.num_bits} bits differently",
@@ -95,12 +95,12 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
     if not spec.symmetric:
         return "vLLM and transformers agree only on symmetric inputs", "set activation: {symmetric: true}"
     if not spec.is_float and spec.num_bits not in (4, 8):
-        return f"no kernel takes inputs of {spec.num_bits} bits", "set activation: {num_bits: 8}"
+        return f"no kernel supports {spec.num_bits}-bit inputs", "set activation: {num_bits: 8}"
     if not spec.is_float and spec.strategy == "group":
-        return "per-group inputs are only for fp8", "set activation: {strategy: token}"
+        return "per-group inputs are supported only with fp8", "set activation: {strategy: token}"
     if spec.strategy == "token" and not spec.is_float and spec.scale_rule != "range":
         return (
-            "transformers divides a token's largest magnitude by half the range of codes (127.5), and training divides "
+            "transformers divides a token's largest magnitude by half the range of codes (127.5), but training divides "
             "by the largest code",
             "set scheme: W8A8 or activation: {scale_rule: range}",
         )
@@ -116,7 +116,7 @@ def _scale_problem(side: str, spec: QuantSpec, dtype: torch.dtype) -> Problem | 
     if dtype == torch.float32 or spec.scale_dtype == name:
         return None
     return (
-        f"the file is loaded in {name}, scales included, and training keeps them in {spec.scale_dtype}",
+        f"the file is loaded in {name}, scales included, but training keeps scales in {spec.scale_dtype}",
         f"set {side}: {{scale_dtype: {name}}}",
     )
 

@@ -194,7 +194,7 @@ def format_of_path(path: Path, name: str | None = None) -> ExportFormat:
     if len(matching) == 1:
         return matching[0]
     names = ", ".join(repr(row.name) for row in matching or rows)
-    problem = "several export formats fit" if matching else "its content fits no export format"
+    problem = "several export formats match" if matching else "its content matches no export format"
     raise QatkitError(problem, key=str(path), advice=f"pass format=: one of {names}")
 
 

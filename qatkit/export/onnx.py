@@ -46,7 +46,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """
     if planned.task is not None and planned.task.named_inputs:
         raise QatkitError(
-            f"'onnx' exports models of one input tensor, but models for the task '{planned.task.name}' take several",
+            f"'onnx' exports models with one input tensor, but models for the task '{planned.task.name}' take several",
             advice=_INSTEAD,
         )
     if planned.kv_cache:
@@ -95,7 +95,7 @@ def example_of(batch: Any) -> Tensor:
     """
     if isinstance(batch, Mapping):
         raise QatkitError(
-            f"'onnx' exports models of one input tensor, but a batch of the data is a mapping with {sorted(batch)}",
+            f"'onnx' exports models with one input tensor, but a batch of the data is a mapping with {sorted(batch)}",
             key="export.format",
             advice=_INSTEAD,
         )

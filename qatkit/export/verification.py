@@ -235,7 +235,7 @@ def _compare_outputs(
         same += int((agree & (labels != IGNORED)).sum())
     task = scores.task
     if scores.count == 0 or task is None:
-        raise QatkitError("there is no batch to compare outputs on", key="batches", advice="pass at least one")
+        raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one")
     trained_metric = scores.metrics()[task.metric]
     measured = _Outputs(scores.count, outputs / elements, quantization / elements, task, trained_metric)
     if runtime is None:

@@ -191,14 +191,14 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
     for key in ("dora", "dropout"):
         if value := getattr(adapter, key):
             raise QatkitError(
-                f"{value} is not supported for a layer {why}, where the update is part of the weight",
+                f"{value} is not supported for a layer {why}, because the update becomes part of the weight",
                 key=key,
                 advice="remove it",
             )
     for name, layer in layers.items():
         if kind_of(layer) is not None:
             raise QatkitError(
-                f"the weight of layer '{name}' is frozen in {kind_of(layer)} bits, so it cannot be one {why}",
+                f"the weight of layer '{name}' is frozen in {kind_of(layer)} bits, so it cannot be a layer {why}",
                 key="bits",
                 advice="set bits: null, or merge the adapters in an earlier stage",
             )

@@ -57,7 +57,7 @@ class AdaptedWeight(nn.Module):
         """
         if self.lora_B.any():
             raise QatkitError(
-                "a trained adapter cannot move to another weight", key="init", advice="merge the adapter first"
+                "a trained adapter cannot be moved to another weight", key="init", advice="merge the adapter first"
             )
         self.weight.copy_(values)
 

@@ -52,7 +52,7 @@ def causal_lm(
     # the config of the built model: only that of BART's decoder says that it is one
     if _fills_in(config.model_type) and not getattr(config, "is_decoder", False):
         raise QatkitError(
-            f"'{name_or_path}' is an encoder ({config.model_type}), which attends to the tokens after a position",
+            f"'{name_or_path}' is an encoder ({config.model_type}), which also attends to later tokens",
             key="name_or_path",
             advice='use a decoder, or factory: "qatkit.models:masked_lm" with data of qatkit.data:masked_text',
         )

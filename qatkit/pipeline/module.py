@@ -105,7 +105,7 @@ class CompressionModule(LightningModule):
             raise QatkitError(
                 f"every label of an epoch was {IGNORED}, so nothing is learned",
                 key="data",
-                advice="give labels to the tokens to be learned",
+                advice="label the tokens to learn",
             )
 
     @override

@@ -42,8 +42,8 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
         if any(isinstance(part, FakeQuantize) for part in module.modules()):
             trained_in = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise QatkitError(
-                f"FSDP2 groups have one dtype, but the model is trained in {trained_in}, with the quantized layer "
-                f"'{name}' apart from most others",
+                f"FSDP2 needs one dtype per group, but the model is trained in {trained_in}, and the dtype of the "
+                f"quantized layer '{name}' is not that of most other layers",
                 key="trainer.strategy",
                 advice="use strategy: ddp, or model.args.dtype: float32",
             )

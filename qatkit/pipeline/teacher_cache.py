@@ -47,9 +47,9 @@ def write_caches(run: Run) -> Iterator[str]:
     wanted = [name for name, stage in run.recipe.stages.items() if stage.distill is not None and stage.distill.cache]
     if not wanted:
         raise QatkitError(
-            f"no stage of {list(run.recipe.stages)} learns from a cache",
+            f"no stage of {list(run.recipe.stages)} uses a teacher cache",
             key="stages",
-            advice="set distill: {cache: {top_k: 64}} in one",
+            advice="set distill: {cache: {top_k: 64}} in one of them",
         )
     for stage in wanted:
         started = time.perf_counter()
@@ -123,7 +123,7 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
         )
     models = run.stage_models()
     size = vocabulary(models[stage], models.teacher(stage), data, stage)
-    prints = {"teacher": source or "the model as its factory makes it"}
+    prints = {"teacher": source or "the model as its factory builds it"}
     inputs = stage_inputs(run.recipe, stage)
     if source is None:
         prints |= {key: str(value) for key, value in inputs.items() if key.startswith("model.")}
@@ -196,7 +196,9 @@ def wait_for(folder: Path) -> None:
     while not is_complete(folder):
         if os.getppid() != starter:  # no other process would write it
             raise QatkitError(
-                f"the first process ended before {folder} was complete", key="teacher cache", advice="see its error"
+                f"the first process ended before {folder} was complete",
+                key="teacher cache",
+                advice="see the error it printed",
             )
         time.sleep(1)
 

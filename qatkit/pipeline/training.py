@@ -101,7 +101,7 @@ def train(
     fit(trainer, module, batches, folder)
     if trainer.global_step < stage.max_steps and not (stopping is not None and stopping.stopped):
         raise QatkitError(
-            f"training ended at step {trainer.global_step} of {stage.max_steps}: the data gave "
+            f"training ended at step {trainer.global_step} of {stage.max_steps}: the data has only "
             f"{trainer.num_training_batches} batches of {stage.batch_size}",
             key=f"stages.{name}",
             advice="use a smaller batch_size",

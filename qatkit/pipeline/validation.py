@@ -95,7 +95,7 @@ def _check_dtype(name: str, model: nn.Module) -> None:
     half = next((key for key, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
     if half is not None:
         raise QatkitError(
-            f"'{half}' is in float16, but weights become NaN if they are trained in it",
+            f"'{half}' is in float16, but training float16 weights makes them NaN",
             key=f"stages.{name}",
             advice="use model.args.dtype: float32 with trainer.precision: 16-mixed, or dtype: bfloat16, or train "
             "adapters (lora)",

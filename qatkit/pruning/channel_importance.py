@@ -102,7 +102,7 @@ def _averaged(
         for module, mode in modes:
             module.training = mode
     if not count:
-        raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("there are none", key="batches", advice="pass a few batches of training data")
     return {name: total / count for name, total in totals.items()}
 
 
@@ -130,7 +130,7 @@ def last_layer(model: nn.Module, example: Tensor) -> str:
         raise QatkitError(
             "no linear or convolutional layer runs, so there are no channels to remove",
             key="model",
-            advice="use a network of such layers",
+            advice="use a network with such layers",
         )
     return ran[-1]
 

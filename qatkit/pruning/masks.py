@@ -92,7 +92,7 @@ def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
         kept.view(-1, m).copy_(_two_of_four(groups) if (n, m) == (2, 4) else _largest(groups, n))
     if non_finite:  # comparisons with NaN are all false, so fewer than n would be kept
         raise QatkitError(
-            f"layer '{name}' has NaN or infinite values where pruning ranks them", advice=NON_FINITE_ADVICE
+            f"layer '{name}' has NaN or infinite scores, which cannot be ranked", advice=NON_FINITE_ADVICE
         )
     return mask.movedim(-1, 1).contiguous()
 

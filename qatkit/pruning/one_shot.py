@@ -88,7 +88,7 @@ def prune_one_shot(
             check_floor(name, total - pruned, total)
     kept = list(batches)
     if not kept:
-        raise QatkitError("it is empty", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("there are none", key="batches", advice="pass a few batches of training data")
     function = implementation(row.function)
     for _, names in groupby(layers, key=_block):
         block = {name: layers[name] for name in names}

@@ -57,7 +57,7 @@ def _sharded_dimensions(name: str, tensor: Tensor) -> list[int]:
     if len(sharded) > 1 or any(type(p).__name__ != "Shard" or p.dim != 0 for _, p in sharded):
         raise QatkitError(
             f"the weight of layer '{name}' is sharded as {placements}, but pruning needs shards of whole rows, as "
-            "FSDP2's fully_shard makes them",
+            "FSDP2's fully_shard creates",
             advice="exclude the layer, or set tensor_parallel_size=1",
         )
     return [index for index, _ in sharded]

@@ -100,7 +100,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
     *ranges, batches = joined.cpu().unbind()
     if batches[0] == 0:
         raise QatkitError(
-            "calibration got no batch, but static activation scales need at least one", key="batches",
+            "calibration received no batches, but static activation scales need at least one", key="batches",
             advice="pass a data loader that is not empty",
         )  # fmt: skip
     for (name, _), ends in zip(calibrated, ranges, strict=True):

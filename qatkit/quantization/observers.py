@@ -50,7 +50,7 @@ OBSERVERS = Table(
     [
         Observer(
             "minmax",
-            "the smallest and largest value",
+            "the smallest and largest values",
             from_tensor="qatkit.quantization.estimators:minmax_qparams",
             from_statistics=f"{_RANGES}:full_range",
             dynamic=True,

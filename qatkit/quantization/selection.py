@@ -90,7 +90,7 @@ def select(
             keys[name] = "" if glob is None else f"layers['{glob}']"
     if not chosen:
         raise QatkitError(
-            f"include {list(include)} without exclude {list(exclude)} selects no layer", key="exclude",
+            f"include={list(include)} and exclude={list(exclude)} select no layer", key="exclude",
             advice="exclude fewer layers",
         )  # fmt: skip
     _warn_of_skipped(model, others, excluded, patterns)

@@ -29,7 +29,7 @@ def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageCon
         inherited = stage.model is None and stage.hold_sparsity and sparse.get(stage.start or last, False)
         if inherited and stage.lottery is not None:
             raise QatkitError(
-                "it starts from a dense model, and an earlier stage has pruned this one",
+                "lottery tickets need a dense model, but an earlier stage has pruned it",
                 key=f"stages.{name}.lottery",
                 advice="set hold_sparsity: false to let the pruned weights grow again",
             )
@@ -87,7 +87,7 @@ def _rounds(
         sparsity = round(1 - (1 - lottery.fraction) ** number, 10)
         if sparsity == 1:
             raise QatkitError(
-                f"{lottery.rounds} rounds that prune {lottery.fraction} each leave no weight",
+                f"{lottery.rounds} rounds that prune {lottery.fraction} each leave no weights",
                 key=f"stages.{name}.lottery.rounds",
                 advice="use fewer rounds",
             )
@@ -132,7 +132,7 @@ def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[st
             raise QatkitError(
                 f"stage '{each}' {action}, which changes the layers whose weights would be restored",
                 key=key,
-                advice=f"move what '{each}' does to a stage after the last rewind",
+                advice=f"move the block of '{each}' to a stage after the last rewind",
             )
         if (stages[each].model or stages[each].shrink) and (rewind.seed is None or each == name):
             raise QatkitError(

@@ -50,7 +50,7 @@ def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any
     for attribute in attributes.split("."):
         if not isinstance(target, ModuleType):
             raise QatkitError(
-                f"'{name}' is part of another object", key=key, advice="name a function or class of a module"
+                f"'{name}' is an attribute of another object", key=key, advice="use a function or class of a module"
             )
         _check_allowed(target.__name__, name, key, allow)
         target = _attribute(target, attribute, name, key)
@@ -58,11 +58,11 @@ def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any
         raise QatkitError(
             f"'{name}' is neither a function nor a class, but of type {type(target).__name__}",
             key=key,
-            advice="name a function that returns it",
+            advice="use a function that returns it",
         )
     owner = target.__module__
     if not isinstance(owner, str):
-        raise QatkitError(f"the module that defines '{name}' is unknown", key=key, advice="name a function of a module")
+        raise QatkitError(f"the module that defines '{name}' is unknown", key=key, advice="use a function of a module")
     _check_allowed(owner, name, key, allow)
     return target
 

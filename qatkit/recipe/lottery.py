@@ -79,5 +79,7 @@ class PartConfig:
     def __post_init__(self) -> None:
         if self.of != MISSING and not 0 <= self.start < self.of:
             raise QatkitError(
-                f"{self.start} is not a step of a schedule of {self.of}", key="start", advice="use 0 <= start < of"
+                f"{self.start} is not a step in a schedule of {self.of} steps",
+                key="start",
+                advice="use 0 <= start < of",
             )

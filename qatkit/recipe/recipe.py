@@ -86,7 +86,7 @@ class Recipe:
             raise QatkitError(f"{self.seed} is out of range", key="seed", advice="use an integer from 0 to 2**63 - 1")
         if not self.stages:
             raise QatkitError(
-                "{} has no stage", key="stages", advice="add at least one, such as dense: {max_steps: 600}"
+                "{} has no stages", key="stages", advice="add at least one, such as dense: {max_steps: 600}"
             )
         # names become folders, and names of stages are parts of dotted keys
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
@@ -219,7 +219,7 @@ def _check_sharding(stage: StageConfig) -> None:
             stage.prune.check_sharding()
     if stage.optimizer != "adamw":
         raise QatkitError(
-            f"'{stage.optimizer}' updates complete tensors, and fsdp2 shards them",
+            f"'{stage.optimizer}' updates complete tensors, but fsdp2 shards them",
             key="optimizer",
             advice="use adamw, or set trainer.strategy: ddp",
         )

@@ -79,13 +79,15 @@ class StageConfig:
             )
         if self.part is not None and self.part.start + self.max_steps > self.part.of:
             raise QatkitError(
-                f"{self.part.of} is less than the {self.part.start} steps before the stage and its {self.max_steps}",
+                f"{self.part.of} is less than the {self.part.start} steps before the stage plus its {self.max_steps}",
                 key="part.of",
                 advice="use at least their sum",
             )
         for block in ("early_stopping", "samples"):
             if getattr(self, block) is not None and self.max_steps == 0:
-                raise QatkitError("the stage does not train, as max_steps is 0", key=block, advice="remove the block")
+                raise QatkitError(
+                    "the stage does not train, because max_steps is 0", key=block, advice="remove the block"
+                )
 
     def _check_prune(self) -> None:
         """Reject settings that do not work with a stage that prunes during training."""
@@ -99,10 +101,10 @@ class StageConfig:
                 advice="move the block to a stage after this one",
             )
         if self.max_steps == 0:
-            raise QatkitError("it prunes while training, and max_steps is 0", key=key, advice="use sparsity: 0.5")
+            raise QatkitError("it prunes while training, but max_steps is 0", key=key, advice="use sparsity: 0.5")
         if self.rewind is not None:
             raise QatkitError(
-                "it prunes while training, and rewind needs the mask before the first step",
+                "it prunes while training, but rewind needs the mask before the first step",
                 key=key,
                 advice="use sparsity: 0.5",
             )

@@ -77,7 +77,7 @@ def parse_yaml(text: str, source: str, path: str = "") -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         raise QatkitError(f"not valid YAML: {error.problem or error.context}", key=f"{source}{line}") from None
     except RecursionError:
-        raise QatkitError("blocks are nested too deeply to read", key=source) from None
+        raise QatkitError("the blocks are nested too deeply", key=source) from None
     except (yaml.YAMLError, ValueError, LookupError) as error:  # also a tag that does not fit its value: !!int "a"
         if isinstance(error, QatkitError):
             raise
@@ -112,7 +112,7 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
             here = join_key(path, key.value)
             if key.value in first:
                 line = first[key.value].start_mark.line + 1
-                raise QatkitError(f"duplicate of the key in line {line}", key=here, advice="remove one", origin=origin)
+                raise QatkitError(f"duplicates the key on line {line}", key=here, advice="remove one", origin=origin)
             first[key.value] = key
             if value.tag == f"{_TAG}null" and not value.value:
                 raise QatkitError(
@@ -124,7 +124,10 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
             size += _check(value, f"{path}[{index}]", source, sizes, open_nodes)
     if size > _MOST_NODES:
         raise QatkitError(
-            f"more than {_MOST_NODES} values", key=path or source, advice="use fewer", origin=_line(node, source)
+            f"has more than {_MOST_NODES} values",
+            key=path or source,
+            advice="split the file or remove values",
+            origin=_line(node, source),
         )
     open_nodes.discard(id(node))
     sizes[id(node)] = size

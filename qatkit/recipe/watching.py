@@ -39,7 +39,7 @@ class SamplesConfig:
                 raise QatkitError(f"{value} is out of range", key=key, advice="use an integer of at least 1")
         if not self.prompts:
             raise QatkitError(
-                "there is no prompt", key="prompts", advice='list the beginnings of texts, such as ["def main"]'
+                "there are none", key="prompts", advice='list the beginnings of texts, such as ["def main"]'
             )
         for index, prompt in enumerate(self.prompts):
             if not prompt:

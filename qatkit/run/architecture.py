@@ -94,7 +94,7 @@ def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] 
     for key in shapes | built:
         if shapes.get(key) != built.get(key):
             raise QatkitError(
-                f"{type(model).__name__}, built again from {architecture.config or architecture.model.args}, has "
+                f"{type(model).__name__}, rebuilt from {architecture.config or architecture.model.args}, has "
                 f"'{key}' of shape {built.get(key)} instead of {shapes.get(key)}, so it cannot be recorded",
                 key="model",
             )

@@ -48,8 +48,8 @@ def check_data(model: nn.Module, data: Any) -> None:
     padding, theirs = getattr(data, "padding", None), config.get_text_config().pad_token_id
     if classes is not None and padding is not None and padding != theirs and reads_last_token(config.model_type):
         raise QatkitError(
-            f"it pads with token {padding}, but the model, which reads the class from the last token before the "
-            f"padding, expects token {theirs}",
+            f"it pads with token {padding}, but the model expects token {theirs}: it reads the class from the last "
+            "token before the padding",
             key="data.args.tokenizer",
             advice="use the tokenizer that the model was trained with, or set "
             f"pad_token_id: {padding} in the model's config.json",

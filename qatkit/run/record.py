@@ -151,8 +151,8 @@ def _read(path: Path, kind: type[StageRecord] | type[Started]) -> dict[str, Any]
         writer = versions.get("qatkit") if isinstance(versions, dict) else None
         raise QatkitError(
             f"{path} has schema {schema}, but this version of qatkit reads schema {SCHEMA}",
-            advice=f"use --force to run the stage again, or {f'qatkit {writer}' if writer else 'the version'} that "
-            "wrote it",
+            advice="use --force to run the stage again, or use "
+            f"{f'qatkit {writer}, which' if writer else 'the version that'} wrote it",
         )
     if digest != signed:
         raise _damaged(path, "its digest does not match its content")

@@ -58,7 +58,7 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
         elif smaller is not model and hasattr(smaller.config, "to_dict"):  # it must be loadable from its config
             build_like(model, copy.deepcopy(smaller.config), smaller.state_dict())
     if sum(p.numel() for p in smaller.parameters()) == sum(p.numel() for p in model.parameters()):
-        raise QatkitError("the model already has these sizes", advice="use smaller ones")
+        raise QatkitError("the model already has these sizes", advice="use smaller sizes")
     return smaller
 
 

@@ -18,7 +18,7 @@ def labels_in(batch: Mapping[str, Any]) -> Tensor:
     """
     if "labels" not in batch:
         raise QatkitError(
-            f"a batch has the keys {sorted(batch)} and no 'labels'",
+            f"a batch has the keys {sorted(batch)}, but no 'labels'",
             key="data",
             advice="add 'labels' (for text, a copy of input_ids)",
         )

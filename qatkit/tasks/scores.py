@@ -86,7 +86,7 @@ class Scores:
             raise QatkitError(
                 f"every label is {IGNORED}, so there is nothing to score",
                 key="data",
-                advice="give labels to the tokens to learn",
+                advice="label the tokens to predict",
             )
         loss = self.loss / (self.count or 1)
         values: dict[str, Callable[[], float]] = {

@@ -67,7 +67,7 @@ def test_too_many_in_a_row_end_training_with_the_step_and_the_last_checkpoint(tm
         trainer(watch, kept, enable_checkpointing=True).fit(module, batches())
     message = str(caught.value)
     assert message.startswith(
-        "training: the loss was NaN or infinite in 3 steps in a row, up to step 7 (no weight changed in them; "
+        "training: the loss was NaN or infinite in 3 steps in a row, up to step 7 (no weight changed in these steps; "
     )
     assert f"training continues from the last checkpoint, {tmp_path / 'last.ckpt'}); try a smaller lr" in message
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -96,7 +96,9 @@ def test_weights_that_were_non_finite_before_are_named_and_no_checkpoint_is_prai
     message = str(caught.value)
     assert "'bias' of layer 'net.2' was already non-finite before them" in message
     assert "no weight changed" not in message
-    assert f"the last checkpoint, {tmp_path / 'last.ckpt'}, may hold it too, so resume from an earlier one" in message
+    assert (
+        f"the last checkpoint, {tmp_path / 'last.ckpt'}, may contain it too, so resume from an earlier one" in message
+    )
 
 
 def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no_mistake() -> None:

@@ -95,10 +95,10 @@ def test_a_folder_without_the_dense_stage_is_measured_on_the_model_as_its_factor
     ("arguments", "message"),
     [
         (("allocate", "run", "--average-bits", "2"), "average_bits: 2.0 is too small: the smallest formats take"),
-        (("allocate", "run"), "--average-bits or --bytes: exactly one is needed"),
-        (("allocate", "nowhere", "--bytes", "9"), "no such measurement; pass the --out folder"),
+        (("allocate", "run"), "--average-bits or --bytes: exactly one is required"),
+        (("allocate", "nowhere", "--bytes", "9"), "there is no such file; pass the --out folder"),
         (("allocate", "formats.yaml", "--bytes", "9"), "formats.yaml: is not JSON"),
-        (("allocate", "run/stages/dense/stage.json", "--bytes", "9"), "not a file of `qatkit sensitivity`"),
+        (("allocate", "run/stages/dense/stage.json", "--bytes", "9"), "not written by `qatkit sensitivity`"),
         (("sensitivity", "vision/digits_int4", "--out", "run"), "max_steps: was 30, is now 1000"),
         (("sensitivity", "vision/digits_int4", "--stage", "qat", "--out", "run"), "stage 'qat' of run is not finished"),
         (("sensitivity", "vision/digits_int4", "--stage", "end", "--out", "run"), "--stage: 'end' is not a stage"),

@@ -40,7 +40,7 @@ def test_what_does_not_belong_is_not_even_looked_into(monkeypatch: pytest.Monkey
 
 
 def test_a_glob_that_matches_no_file_is_an_error() -> None:
-    with pytest.raises(QatkitError, match=r"include: 'jsn/\*' matches no file of the standard library"):
+    with pytest.raises(QatkitError, match=r"include: 'jsn/\*' matches no file in the standard library"):
         stdlib_text(include=["json/*", "jsn/*"]).prepare_data()
 
 

@@ -38,12 +38,12 @@ def test_prompts_end_where_the_labels_begin() -> None:
             2,
             r"holds \['position_ids'\], which generated texts do not have",
         ),
-        ({"input_ids": WORDS}, None, r"no 'labels'.*set a length, prompt: 32"),
+        ({"input_ids": WORDS}, None, r"no 'labels'.*set a prompt length, such as prompt: 32"),
         ({"input_ids": WORDS, "labels": WORDS}, None, r"no token before its first label.*prompt: 32"),
         (
             {"input_ids": WORDS, "attention_mask": torch.zeros_like(WORDS)},
             2,
-            "a text of a batch has no token; remove empty texts",
+            "a text in a batch is empty; remove empty texts",
         ),
     ],
 )

@@ -86,13 +86,13 @@ def test_dense_and_sparse_files_are_told_apart_by_their_content(tmp_path: Path) 
 def test_a_path_that_fits_two_formats_needs_the_name_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS._rows, "toy", replace(TOY, file_name="model.onnx"))
     (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(QatkitError, match=r"several export formats fit; pass format=: one of 'onnx', 'toy'"):
+    with pytest.raises(QatkitError, match=r"several export formats match; pass format=: one of 'onnx', 'toy'"):
         format_of_path(tmp_path / "model.onnx")
     assert format_of_path(tmp_path / "model.onnx", "toy").name == "toy"
 
 
 def test_a_folder_of_no_format_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match="its content fits no export format"):
+    with pytest.raises(QatkitError, match="its content matches no export format"):
         format_of_path(tmp_path)
     with pytest.raises(QatkitError, match=r"format: unknown export format 'onix'; did you mean 'onnx'\?"):
         format_of_path(tmp_path, "onix")

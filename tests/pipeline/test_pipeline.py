@@ -203,7 +203,9 @@ def test_a_stage_killed_in_the_middle_continues_at_its_checkpoint(tmp_path: Path
 
 def test_a_batch_larger_than_the_data_is_an_error_and_no_finished_stage(tmp_path: Path) -> None:
     run = start(tmp_path, "stages.dense.batch_size=2000")
-    with pytest.raises(QatkitError, match=r"stages\.dense: training ended at step 0 of 40: the data gave 0 batches"):
+    with pytest.raises(
+        QatkitError, match=r"stages\.dense: training ended at step 0 of 40: the data has only 0 batches"
+    ):
         run_stages(run)
     assert run.find("dense") is None
 

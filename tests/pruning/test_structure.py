@@ -209,5 +209,5 @@ def test_unsupported_models_are_refused() -> None:
     with pytest.raises(QatkitError, match=r"with {'hidden_size': 30, .*} cannot be built \(ValueError"):
         shrink(stable, scores, Shape(hidden=30))
     assert shrink(stable, scores, Shape(neurons=8)).config.intermediate_size == 8
-    with pytest.raises(QatkitError, match="batches: it is empty"):
+    with pytest.raises(QatkitError, match="batches: there are none"):
         importance(model(), [])

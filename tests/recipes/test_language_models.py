@@ -197,5 +197,7 @@ def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finish
 
 def test_onnx_is_refused_before_anything_is_written(finished: Run) -> None:
     run = Run(load_recipe("llm/int4_qat", [*DENSE, "export.format=onnx"]), finished.out)
-    with pytest.raises(QatkitError, match=r"export\.format: 'onnx' exports models of one input tensor.*format: dense"):
+    with pytest.raises(
+        QatkitError, match=r"export\.format: 'onnx' exports models with one input tensor.*format: dense"
+    ):
         export_run(run)

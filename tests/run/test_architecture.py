@@ -177,7 +177,7 @@ def test_a_model_says_its_new_arguments_or_is_refused_by_name() -> None:
     factory, allow = FactoryConfig(f"{__name__}:Sized", {"width": 8}), [__name__.partition(".")[0]]
     start = Architecture(factory)
     assert architecture_of(Sized(5), start, allow).model.args == {"width": 5}
-    with pytest.raises(QatkitError, match=r"Sized, built again from .*, has '0\.weight' of shape \[6, 4\] instead of"):
+    with pytest.raises(QatkitError, match=r"Sized, rebuilt from .*, has '0\.weight' of shape \[6, 4\] instead of"):
         architecture_of(Sized(5, says=6), start, allow)
     with pytest.raises(QatkitError, match=r"Sequential has neither a transformers config nor a method arguments"):
         architecture_of(nn.Sequential(*copy.deepcopy(list(Sized(5)))), start, allow)

@@ -44,7 +44,7 @@ def allocate(
     """
     if (budget_bytes is None) == (average_bits is None):
         raise QatkitError(
-            f"budget_bytes={budget_bytes} and average_bits={average_bits} are not exactly one budget",
+            f"exactly one budget is required, got budget_bytes={budget_bytes} and average_bits={average_bits}",
             key="budget_bytes", advice="pass either budget_bytes or average_bits",
         )  # fmt: skip
     budget = budget_bytes if budget_bytes is not None else math.floor((average_bits or 0) * sensitivity.weights / 8)

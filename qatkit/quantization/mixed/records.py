@@ -115,6 +115,6 @@ class Sensitivity:
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise QatkitError(
-                f"not a file of `qatkit sensitivity` ({type(error).__name__}: {error})", key="sensitivity",
+                f"not written by `qatkit sensitivity` ({type(error).__name__}: {error})", key="sensitivity",
                 advice="measure again",
             ) from None  # fmt: skip

@@ -60,7 +60,7 @@ def measure_sensitivity(
         [('0', 48), ('1', 6)]
     """
     if not candidates:
-        raise QatkitError("there is none", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}")
+        raise QatkitError("there are none", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}")
     for name, scheme in candidates.items():
         if scheme.weight is None:
             raise QatkitError(

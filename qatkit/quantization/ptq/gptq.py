@@ -181,5 +181,5 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             return upper
     raise QatkitError(
         f"gptq: the Hessian is not positive definite with damping {damping}", key="damping",
-        advice="use a larger one, such as 0.1",
+        advice="use a larger damping, such as 0.1",
     )  # fmt: skip

@@ -258,7 +258,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure_sensitivity(Idle(), CANDIDATES, lambda model: float("nan"))
     with pytest.raises(QatkitError, match="'half' does not quantize the weight"):
         measure_sensitivity(Idle(), {"half": Scheme(None, A8)}, loss)
-    with pytest.raises(QatkitError, match="candidates: there is none"):
+    with pytest.raises(QatkitError, match="candidates: there are none"):
         measure_sensitivity(Idle(), {}, loss)
     model = Idle()
     prepare_qat(model, QuantSpec(), include=["idle"])
