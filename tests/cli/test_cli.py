@@ -121,7 +121,7 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("validate", "vision/digits_int4", "seed=${oc.env:HOME}"), "seed"),
         (("run", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits reads no records"),
         (("validate", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits reads no records"),
-        (("verify", "nowhere"), "nowhere: not the folder of a run"),
+        (("verify", "nowhere"), "nowhere: not a run folder"),
         (("show", "vision/digits"), "vision/digits"),
         (("plan", "vision/digits_int4"), "has no config with the number of layers and heads"),
     ],

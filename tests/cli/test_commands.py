@@ -108,7 +108,7 @@ def test_a_full_disk_under_standard_output_is_named_as_that(arguments: tuple[str
     with open("/dev/full", "w") as full:
         done = process(*arguments, stdout=full)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: standard output cannot be written: No space left on device")
+    assert done.stderr.startswith("error: cannot write to standard output: No space left on device")
     assert len(done.stderr.splitlines()) == 1
 
 

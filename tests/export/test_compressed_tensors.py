@@ -201,7 +201,7 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
         (specs("W4A16_ASYM"), r"zero points; set weight: \{symmetric: true\}"),
         (specs("W3A16"), r"pack 3 bits differently; set weight: \{num_bits: 4\}"),
         (specs("NVFP4A16"), r"only in bfloat16, so equality could not be verified; set scheme: FP8_DYNAMIC or W4A16"),
-        (specs("MXFP8A16"), r"scales of float8_e8m0fnu are read only in bfloat16"),
+        (specs("MXFP8A16"), r"float8_e8m0fnu scales are loaded only in bfloat16"),
         (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), r"127\.5.*set scheme: W8A8"),
         (Scheme(QuantSpec(8), QuantSpec(8, symmetric=False, strategy="tensor")), r"activation: \{symmetric: true\}"),
         (Scheme(None, QuantSpec(8, strategy="token")), r"an unquantized weight; quantize its weight too"),

@@ -148,7 +148,7 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(out: Path, fol
     with pytest.raises(QatkitError, match=r"'dense', is not finished.*--until dense` first"):
         write_cache(start(tmp_path / "empty", folder), "qat")
     refused = command("cache-teacher", str(folder / "recipe.yaml"), "stages.qat.distill.cache=null", cwd=tmp_path)
-    assert "no stage of ['dense', 'qat'] learns from a cache" in refused.err
+    assert "no stage of ['dense', 'qat'] uses a teacher cache" in refused.err
 
 
 def test_a_cache_shorter_than_the_data_is_refused_by_the_first_sample_that_it_lacks(out: Path, folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_foreign_code_needs_permission_to_be_validated_too(recipe_file: Path) ->
         (["stages.qat.quantize.include=['*', 'x.*']"], "stages.qat.quantize.include[1]", ["'x.*'", "no layer"]),
         (["stages.first.quantize.exclude=[hed]"], "stages.first.quantize.exclude[0]", ["'hed'", "head"]),
         (["stages.qat.quantize.include=[norm]"], "stages.qat.quantize.include[0]", ["LayerNorm"]),
-        (["stages.qat.quantize.exclude=['*']"], "stages.qat.quantize.exclude", ["selects no layer"]),
+        (["stages.qat.quantize.exclude=['*']"], "stages.qat.quantize.exclude", ["select no layer"]),
         (
             ["stages.qat.quantize.weight={strategy: group, group_size: 3}"],
             "stages.qat.quantize.weight.group_size",

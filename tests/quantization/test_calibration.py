@@ -65,7 +65,7 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "batches: calibration got no batch"),
+        ([], "batches: calibration received no batches"),
         ([torch.full((2, 4), torch.nan)], "the input of layer '0' has NaN or infinite values during calibration"),
     ],
 )

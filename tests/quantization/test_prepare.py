@@ -173,7 +173,7 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
             {"include": ["*", "embedding"], "layers": {"head": Scheme(LSQ)}},
             "layers 'embedding' and 'head' share one weight",
         ),
-        ({"exclude": ["*"]}, r"without exclude \['\*'\] selects no layer"),
+        ({"exclude": ["*"]}, r"and exclude=\['\*'\] select no layer"),
         ({"weight": None}, "weight: neither weight nor activation is quantized"),
         (
             {"weight": QuantSpec(4, strategy="group", group_size=3)},

@@ -181,9 +181,9 @@ def test_only_the_factories_of_qatkit_are_open_to_a_recipe(name: str) -> None:
         ("mine.nets:bound", "of type method"),
         ("mine.nets:number", "of type int"),
         ("mine.nets:os", "of type module"),
-        ("mine.nets:Net.method", "part of another object"),
-        ("mine.nets:Net.other", "part of another object"),
-        ("mine.nets:net.real", "part of another object"),
+        ("mine.nets:Net.method", "an attribute of another object"),
+        ("mine.nets:Net.other", "an attribute of another object"),
+        ("mine.nets:net.real", "an attribute of another object"),
         ("mine.nets:nameless", "the module that defines 'mine.nets:nameless' is unknown"),
     ],
 )

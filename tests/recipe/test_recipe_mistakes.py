@@ -84,7 +84,7 @@ def recipe_file(tmp_path: Path) -> Path:
         # overrides inside a scalar
         ("seed.x=3", "seed", ["7 has no keys", "seed=..."]),
         ("model.args.hidden.0=3", "model.args.hidden", ["[8, 8] has no keys", "model.args.hidden=..."]),
-        ("seed={a: 1, a: 2}", "seed.a", ["duplicate of the key in line 1"]),
+        ("seed={a: 1, a: 2}", "seed.a", ["duplicates the key on line 1"]),
         # renamed, or of another version
         ("stages.dense.lottery={rounds: 1, share: 0.2}", "stages.dense.lottery.share", ["renamed; use 'fraction'"]),
         ("schema_version=2", "schema_version", ["written for schema 2, but this qatkit reads 1", "port the recipe"]),
@@ -117,7 +117,7 @@ def test_an_override_whose_value_is_no_yaml_is_refused(recipe_file: Path, overri
         ("seed: 7", "sede: 7", "sede", ["did you mean 'seed'?"]),
         ("max_steps: 5\n", "lr: 0.1\n", "stages.qat.max_steps", ["is missing"]),
         ("num_bits: 4", "num_bits: 9", "stages.qat.quantize.weight.num_bits", ["9 is out of range"]),
-        ("seed: 7", "seed: 7\nseed: 8", "seed", ["duplicate of the key in line 2; remove one", "line 3"]),
+        ("seed: 7", "seed: 7\nseed: 8", "seed", ["duplicates the key on line 2; remove one", "line 3"]),
         ("    max_steps: 5", "    max_steps: 5\n    max_steps: 6", "stages.qat.max_steps", ["line 10", "line 11"]),
         ("distill: {temperature: 4, alpha: 0.7}", "distill:", "stages.qat.distill", ["no value", "line 11", "{}"]),
         ("seed: 7", "seed: 7\n1: 2", "1", ["the key 1 is not text"]),

@@ -220,7 +220,7 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
             r"stages\.b\.lottery: lottery tickets need a dense model, but an earlier stage has pruned it",
         ),
         ("stages={a: {max_steps: 9, part: {of: 8}}}", r"stages\.a\.part\.of: 8 is less than the 0 steps before"),
-        ("stages={a: {max_steps: 9, part: {of: 8, start: 8}}}", r"stages\.a\.part\.start: 8 is not a step of"),
+        ("stages={a: {max_steps: 9, part: {of: 8, start: 8}}}", r"stages\.a\.part\.start: 8 is not a step in"),
     ],
 )
 def test_invalid_blocks_are_refused_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:

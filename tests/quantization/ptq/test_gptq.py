@@ -185,7 +185,7 @@ def test_fewer_rows_than_inputs_are_enough_and_what_cannot_be_factored_is_refuse
     rows = torch.randn(3, 32, generator=generator)  # float32 cannot factor this with so little damping, ten times can
     assert gptq(weight, rows.t() @ rows, QuantSpec(4), damping=1e-7)[0].isfinite().all()
     broken: list[tuple[dict[str, Any], Tensor, str]] = [
-        ({"damping": 0.0}, torch.ones(32, 32), "not positive definite with damping 0.0; use a larger one"),
+        ({"damping": 0.0}, torch.ones(32, 32), "not positive definite with damping 0.0; use a larger damping"),
         ({}, torch.full((32, 32), torch.nan), "has NaN or infinite values"),
     ]
     for options, hessian, message in broken:
