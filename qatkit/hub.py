@@ -9,7 +9,7 @@ from typing import Literal
 from qatkit.errors import QatkitError
 
 TIMEOUT = 10.0
-"""Seconds to wait for the hub's answer about a name; the libraries on top of it would retry for minutes."""
+"""Timeout in seconds of a request to the hub; without it, the hub libraries would retry for minutes."""
 
 
 def locate(

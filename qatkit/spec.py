@@ -1,4 +1,4 @@
-"""The quantization of one tensor as plain data; does not import torch.
+"""The quantization of one tensor as plain data, without importing torch.
 
 A recipe, a fake quantizer, an exporter and a verifier all read the same :class:`QuantSpec`, so they agree on ranges,
 granularity and rounding.
@@ -44,10 +44,10 @@ class QuantSpec:
     group_size: int | None = None
     """Inputs per scale, for ``strategy: group`` only. Activations in groups are scaled dynamically, like tokens."""
     observer: str = "minmax"
-    """How the scale is chosen: from the range (minmax); from the mean magnitude (absmean, ternary weights); by least
-    squared error over clipped ranges (mse); from calibration batches, as the mean range (moving_average), a percentile
-    (percentile) or the range with the smallest KL divergence (kl); or learned, without the zero point (lsq) or with it
-    (lsq_plus)."""
+    """Method that chooses the scale: from the range (minmax); from the mean magnitude (absmean, ternary weights); by
+    least squared error over clipped ranges (mse); from calibration batches, as the mean range (moving_average), a
+    percentile (percentile) or the range with the smallest KL divergence (kl); or learned, without the zero point (lsq)
+    or with it (lsq_plus)."""
     scale_dtype: ScaleDtype = "float32"
     """The dtype that scales are rounded to, in training as in the exported file. float8_e8m0fnu scales are powers of
     two (the MX formats); float8_e4m3fn scales have one float32 scale per tensor above them (NVFP4)."""

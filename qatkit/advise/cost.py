@@ -13,7 +13,7 @@ from qatkit.quantization.state import quantizer_prefixes
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of parameters; tied ones count once, those of fake quantizers are excluded.
+    """The number of parameters; tied parameters count once, and those of fake quantizers are excluded.
 
     Example:
         >>> parameters(nn.Linear(4, 2))

@@ -23,7 +23,8 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
     """Reject a stage that needs more memory than its device has.
 
     Raises:
-        QatkitError: a stage does not fit; the error gives its predicted memory, and changes that fit with theirs.
+        QatkitError: a stage does not fit; the error gives its predicted memory, and changes that would fit with their
+            memory.
     """
     device = device_of(recipe.trainer)
     for plan in plans:

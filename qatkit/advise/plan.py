@@ -33,7 +33,7 @@ class Device:
 
     name: str
     memory: int | None
-    """Bytes per process; None if it is not known."""
+    """Bytes per process; None if unknown."""
     count: int
 
 

@@ -38,11 +38,11 @@ class StepMemory:
     """Parameters and buffers of the teacher."""
     gradients: int
     optimizer: int
-    """Optimizer state; `total` excludes paged state, which this includes."""
+    """Optimizer state, including paged state, which `total` excludes."""
     activations: int | None
-    """Peak of everything else in a step: saved activations and temporary tensors. None if it is not known."""
+    """Peak of everything else in a step: saved activations and temporary tensors. None if unknown."""
     total: int
-    """Peak of all parts together; below their sum where the parts do not peak at the same time."""
+    """Peak of all parts together; less than their sum if the parts do not peak at the same time."""
 
     def on_each(self, devices: int, strategy: str, fused: bool = False) -> int:
         """Peak bytes per device when several devices train.
@@ -80,7 +80,7 @@ def step_memory(
     Gradients of the previous step are held until the backward pass begins, as in Lightning.
 
     Args:
-        model: The model as it is trained (prepared, frozen, with adapters), on the meta device. Left unchanged.
+        model: The model as it is trained (prepared, frozen, with adapters), on the meta device. It is not changed.
         step: Returns the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it
             creates are fake as well.
         teacher: On the meta device; None without a teacher, or with cached teacher outputs.

@@ -48,7 +48,7 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
 
 
 def batch_for(model: nn.Module, batch_size: int, context: int) -> dict[str, Any]:
-    """A batch of full-length texts for a model: pairs if it has no output head, else texts with labels."""
+    """A batch of full-length texts: pairs if the model has no output head, otherwise texts with labels."""
     tokens = torch.zeros(batch_size, context, dtype=torch.long)
     one = torch.zeros(batch_size, dtype=torch.long)
     if classification_heads(model):

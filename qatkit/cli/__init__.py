@@ -1,3 +1,3 @@
-"""The command line. Every command takes a recipe or the folder of a run; `qatkit.cli.commands` lists them."""
+"""The command line. Every command takes a recipe or a run folder; `qatkit.cli.commands` lists them."""
 
 from qatkit.cli.main import main as main

@@ -1,4 +1,4 @@
-"""The table of commands. A new command is one line here and a file with its name, which is imported on use."""
+"""The table of commands. To add a command, add one line here and a file of the same name, which is imported on use."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _PACKAGE = str(Path(__file__).parent.parent)
 
 
 def quiet_dependencies() -> None:
-    """Show only warnings of qatkit and of the user's own code, and suppress log lines of imports.
+    """Show only warnings from qatkit and the user's own code, and suppress log lines from imported packages.
 
     QATKIT_DEBUG=1 shows everything.
     """

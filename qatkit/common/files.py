@@ -47,7 +47,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 digest of a file, which is read once per process as long as it does not change."""
+    """The SHA-256 digest of a file; an unchanged file is read only once per process."""
     status = path.stat()
     return _sha256_of(path, status.st_mtime_ns, status.st_size, status.st_ino)
 

@@ -25,7 +25,7 @@ Row = TypeVar("Row", bound=Named)
 
 
 class Table(Mapping[str, Row], Generic[Row]):
-    """Rows by name, in their order; an unknown name is an error that suggests a known one.
+    """Rows by name, in table order; an unknown name raises an error that suggests a known one.
 
     Args:
         kind: What a row is, for errors: "export format".

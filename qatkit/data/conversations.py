@@ -30,7 +30,7 @@ def chat(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Tokenize conversations with a chat template; the loss covers the assistant's turns only.
+    """Tokenize conversations with a chat template; only the assistant's turns count in the loss.
 
     A record has ``messages`` (role, content), ``conversations`` (from, value), ``prompt`` with ``completion`` or
     ``response``, or ``instruction`` with ``output`` and optionally ``input``. It may have ``tools``.

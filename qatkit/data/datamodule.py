@@ -18,7 +18,7 @@ from qatkit.errors import QatkitError
 
 @runtime_checkable
 class Passes(Protocol):
-    """A data set whose samples depend on the number of the pass over it."""
+    """A data set whose samples differ from one pass to the next."""
 
     def set_pass(self, number: int) -> None:
         """Start a pass over the data."""
@@ -26,7 +26,7 @@ class Passes(Protocol):
 
 
 class SlicedSampler(DistributedSampler[Any]):
-    """Torch's `DistributedSampler`, with epochs that are slices of one pass over the data.
+    """Torch's `DistributedSampler`, where an epoch is a slice of one pass over the data.
 
     Lightning validates and saves checkpoints at the end of an epoch, and a stage may be shorter than one pass over a
     long text. Samples that do not fill a slice are dropped; each pass drops different ones.
@@ -100,7 +100,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of batches of this epoch that were yielded."""
+        """Return the number of batches yielded so far in this epoch."""
         return {"batches": self._served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

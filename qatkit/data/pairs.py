@@ -47,7 +47,7 @@ def text_pairs(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Tokenize pairs of texts, such as questions and answers; each text should be nearest to its partner in the batch.
+    """Tokenize pairs of texts, such as questions and answers; each text should be closest to its partner in the batch.
 
     Args:
         source: The records.

@@ -12,7 +12,7 @@ from qatkit.data.source import Part, Record, Source
 
 
 def open_parts(source: Source) -> dict[str, Part]:
-    """Return the splits of a source: always "train", and "val" and "test" unless they are cut from it.
+    """Return the splits of a source: always "train", and "val" and "test" unless they are taken from it.
 
     Raises:
         QatkitError: no file matches, a file type is unknown, or the hub does not provide the data set.

@@ -30,7 +30,7 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Records for training, validation and test; a split that is not given is cut from the training records.
+    """Records for training, validation and test; a split that is not given is taken from the training records.
 
     A hash of a record's content determines its split, so equal records are always in the same split.
 
@@ -39,11 +39,11 @@ class Source:
     """
 
     path: str
-    """A file or a glob of files (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a data set on the hub."""
+    """A file or a glob (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a data set on the hub."""
     val: str | None = None
-    """The same for validation. For a data set on the hub, the name of a split; by default "validation" if it exists."""
+    """Like `train`, for validation. On the hub, the name of a split; by default "validation" if it exists."""
     test: str | None = None
-    """The same for the reported metrics. For a data set on the hub, the name of a split; by default "test"."""
+    """Like `train`, for the reported metrics. On the hub, the name of a split; by default "test"."""
     subset: str | None = None
     """The configuration of a data set on the hub, such as "wikitext-2-raw-v1"."""
     revision: str | None = None
@@ -85,7 +85,7 @@ def check_fractions(val: float, test: float, example: float) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """The records of one split, before other splits are cut from them."""
+    """The records of one split, before other splits are taken from them."""
 
     key: dict[str, Any]
     """Plain data that identify the content."""
@@ -93,7 +93,7 @@ class Part:
 
 
 def cut(split: str, parts: dict[str, Part], source: Source) -> Iterator[Record]:
-    """Yield the records of a split: its own, or the fraction of the training records that is cut off for it.
+    """Yield the records of a split: its own, or its fraction of the training records.
 
     Example:
         >>> part = Part({}, lambda: iter([(f"line {n}", {"text": str(n)}) for n in range(1000)]))

@@ -1,4 +1,4 @@
-"""Read training text as a stream, and continue at the same token when a run resumes."""
+"""Read training text as a stream, and continue at the same token when a run is resumed."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class StreamingDataModule(TokenDataModule):
     """A `TokenDataModule` that streams its training text."""
 
     def read_from(self, source: Source, encoder: Callable[[], Encode]) -> None:
-        """Set the source of the stream and its tokenization."""
+        """Set the source of the stream and how it is tokenized."""
         self._source, self._encoder = source, encoder
 
     @override

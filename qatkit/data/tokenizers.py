@@ -12,7 +12,7 @@ from qatkit.errors import QatkitError
 from qatkit.hub import cannot_load, holds_tokenizer, locate
 
 PROBE = "The 3 quick foxes (of 27) don't jump over\n\tlazy_dogs[0] = naïve 狐!"
-"""A text that different tokenizers split differently."""
+"""A text that tokenizers tend to split differently."""
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ CHUNK = 500
 Row = dict[str, Any]
 """An encoded record: lists with one number per token, and plain numbers for the whole record."""
 Encoded = list[Row] | BadRecord
-"""The rows of one record, or the reason why it cannot be used; no row if there is nothing to learn."""
+"""The rows of one record, or the reason why it cannot be used; no rows if there is nothing to learn."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
 
 
@@ -69,7 +69,7 @@ class Rows:
 
 
 def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Encode) -> Path:
-    """Return the cached folder with the tokens of all splits (of a stream: validation and test); create it if needed.
+    """Return the cached folder with the tokens of all splits (validation and test for a stream); create it if needed.
 
     Args:
         source: The records.

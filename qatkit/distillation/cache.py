@@ -178,7 +178,7 @@ class CachedTeacher:
             student: Logits ``[samples, length, classes]``; positions beyond the cached length are padding.
             samples: Sample numbers ``[samples]``.
             mask: True at positions to include ``[samples, length]``.
-            labels: Class numbers ``[samples, length]``; positions labelled -100 are ignored.
+            labels: Class numbers ``[samples, length]``; positions labeled -100 are ignored.
 
         Raises:
             QatkitError: a number is out of range.
@@ -202,7 +202,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def fingerprint_of(folder: Path) -> dict[str, str]:
-    """The fingerprint of a cache; empty if there is none."""
+    """The fingerprint of a cache; empty if there is no cache."""
     manifest = folder / MANIFEST
     content: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
     return content

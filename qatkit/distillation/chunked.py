@@ -44,7 +44,7 @@ def linear_kd_loss(
         student_weight: Weight of the student's output layer, ``[classes, width]``.
         teacher_hidden: ``[positions, teacher width]``; no gradient flows into it, nor into the teacher's weight.
         teacher_weight: ``[classes, teacher width]``.
-        labels: Class numbers ``[positions]``; positions labelled -100 are ignored. Required if `alpha` is below 1.
+        labels: Class numbers ``[positions]``; positions labeled -100 are ignored. Required if `alpha` is below 1.
         temperature: Divides both sets of logits in the divergence; above 0.
         alpha: Weight of the divergence, 0 to 1.
         kind: A row of `qatkit.distillation.divergences.DIVERGENCES` with a row kernel: "kl", "reverse_kl" or "jsd".
@@ -54,7 +54,7 @@ def linear_kd_loss(
         mask: True at positions to include, ``[positions]``.
 
     Raises:
-        QatkitError: shapes do not fit, a value is out of range, or labels are missing.
+        QatkitError: shapes do not match, a value is out of range, or labels are missing.
 
     Example:
         >>> import torch
@@ -102,13 +102,13 @@ class TopKTargets(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """A loss and its two terms."""
+    """A loss and the two terms it consists of."""
 
     loss: Tensor
     """``alpha * divergence + (1 - alpha) * cross_entropy``; has a gradient."""
     divergence: Tensor
     cross_entropy: Tensor
-    """0 without labels."""
+    """0 if there are no labels."""
 
 
 def linear_kd_terms(
@@ -174,10 +174,10 @@ def _mean_weights(counted: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_heads(student: Head, teacher: Head) -> None:
-    """Check that the shapes of hidden states and weights fit each other.
+    """Check that the shapes of hidden states and weights match.
 
     Raises:
-        QatkitError: the shapes do not fit.
+        QatkitError: the shapes do not match.
     """
     shapes = [list(part.shape) for part in (*student[:2], *teacher[:2])]
     fits = all(len(shape) == 2 for shape in shapes) and (

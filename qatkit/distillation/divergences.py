@@ -1,6 +1,6 @@
 """The table of distillation losses, shared by schema, callbacks, fused kernels, memory prediction and docs.
 
-A new divergence is one function over logits and one row here. Without a form over top-k targets, it does not
+A new divergence is one function over logits and one row here. Without a function over top-k targets, it does not
 support cached teachers; without a row kernel, full logits are materialized.
 """
 
@@ -24,11 +24,11 @@ class Divergence:
     on_logits: str
     """``module:function(student, teacher, mask=)`` over full outputs, with ``temperature=`` and ``beta=`` if used."""
     on_top_k: str = ""
-    """The same over a teacher's k most probable classes, as in `sparse_kd_loss`; empty: it needs full outputs."""
+    """The same over a teacher's top-k classes, as in `sparse_kd_loss`; empty if the divergence needs full outputs."""
     rows: str = ""
-    """Row kernel over logits, as in `qatkit.kernels.kd_rows_torch`; empty: logits must be materialized."""
+    """Row kernel over logits, as in `qatkit.kernels.kd_rows_torch`; empty if logits must be materialized."""
     top_k_rows: str = ""
-    """Row kernel for a teacher's top-k classes; empty: logits must be materialized with a cached teacher."""
+    """Row kernel for a teacher's top-k classes; empty if logits must be materialized with a cached teacher."""
     triton: bool = False
     """Whether `qatkit.kernels.kd_rows_triton` implements it as well."""
     compares_classes: bool = True

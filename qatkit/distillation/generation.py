@@ -20,8 +20,8 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
 
     Args:
         batch: "input_ids" ``[rows, tokens]``; "attention_mask" of that shape if texts are padded, on either side.
-        length: Tokens in a prompt, fewer if a text is shorter; None cuts at the first labelled token, as
-            instruction data mark their answers.
+        length: Tokens in a prompt, fewer if a text is shorter; None cuts at the first labeled token, where
+            the answer starts in instruction data.
 
     Returns:
         Tokens ``[rows, longest]`` and their attention mask.
@@ -100,7 +100,7 @@ def generator_in(model: nn.Module, key: str) -> nn.Module:
 
 
 def check_length(model: nn.Module, key: str, tokens: int) -> None:
-    """Reject texts that are longer than the model's position range.
+    """Reject texts that are longer than the model's maximum number of positions.
 
     Args:
         model: The student or the teacher.

@@ -1,7 +1,7 @@
 """Sample keys: a hash of the model inputs identifies each sample of a batch, so data sets need no numbering.
 
-A key does not depend on the order of the data, the batch, the process or the padding. A sample that a random
-augmentation changed, for example, gets a different key, because its teacher outputs differ.
+A key does not depend on the order of the data, the batch, the process or the padding. For example, a sample that a
+random augmentation changed gets a different key, because its teacher outputs differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qatkit.errors import QatkitError
 
 KEY_BYTES = 16
 NO_INPUTS = ("labels", "attention_mask")
-"""Batch entries that are not hashed: the mask only selects the tokens that are."""
+"""Batch entries that are not hashed: the mask only selects which tokens are hashed."""
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -28,7 +28,7 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def present_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The attention mask ``[samples, length]`` of a call as booleans; None if it has none."""
+    """The attention mask ``[samples, length]`` of a call as booleans; None if the call has no mask."""
     for name, value in _named(args, kwargs):
         if name == "attention_mask" and value.dim() == 2:
             return value.bool()

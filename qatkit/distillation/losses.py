@@ -30,7 +30,7 @@ def kd_loss(
         temperature: Divides both sets of logits.
         mask: True at positions to include, ``[...]``; all positions by default. The loss is 0 if no position is
             included.
-        labels: Class numbers ``[...]``; positions labelled -100 are ignored.
+        labels: Class numbers ``[...]``; positions labeled -100 are ignored.
 
     Raises:
         QatkitError: the shapes differ.
@@ -128,7 +128,7 @@ def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
 
     Args:
         mask: True or 1 at positions to include, ``[...]``.
-        labels: Class numbers ``[...]``; positions labelled -100 are ignored.
+        labels: Class numbers ``[...]``; positions labeled -100 are ignored.
     """
     mask = None if mask is None else mask.bool()
     if labels is None:

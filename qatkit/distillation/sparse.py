@@ -49,7 +49,7 @@ def sparse_kd_loss(
     """``T**2 * KL(p || q)`` over the teacher's k most probable classes and the rest, merged into one class.
 
     Merging classes can only lower the divergence (the data-processing inequality), so the loss is a lower bound of
-    `kd_loss`, and 0 where the two agree. Without the tail both distributions are normalized over the k classes: the
+    `kd_loss`, and 0 if the two agree. Without the tail both distributions are normalized over the k classes: the
     student then learns nothing about the probability of the other classes, and is biased (Anshumann et al. 2025,
     https://arxiv.org/abs/2503.16870, section 3).
 
@@ -63,7 +63,7 @@ def sparse_kd_loss(
         labels: As in `kd_loss`.
 
     Raises:
-        QatkitError: the shapes do not fit each other.
+        QatkitError: the shapes do not match.
     """
     if indices.shape != log_p.shape or indices.shape[:-1] != student.shape[:-1]:
         raise QatkitError(

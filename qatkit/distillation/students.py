@@ -30,7 +30,7 @@ def student_from_teacher(
             its last one, "last" keeps the last ones.
 
     Raises:
-        QatkitError: the model has no config, it has several stacks, or `layers` names layers that it does not have.
+        QatkitError: the model has no config, it has several stacks, or `layers` refers to layers that do not exist.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -41,7 +41,7 @@ class Teacher:
             return self.model(*self._converted(args), **self._converted(kwargs))
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the teacher to a device, or to its own if it has one."""
+        """Move the teacher to a device, unless it has its own device."""
         self.model.to(self.device or device)
         return self
 

@@ -1,4 +1,4 @@
-"""Limits of the compressed-tensors format, of plain transformers reading it, and of vLLM."""
+"""Limits of the compressed-tensors format and of the programs that read it: plain transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ compressed-tensors."""
 
 
 def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Reject quantization that the format, or its readers, cannot hold; weights are not read.
+    """Reject quantization that the format or its readers do not support; weights are not read.
 
     Args:
         model: The model, with plain or swapped layers.

@@ -64,7 +64,7 @@ def export_dense(model: nn.Module, path: Path | str) -> None:
         path: The safetensors file; written atomically. Tied weights are written once per name.
 
     Raises:
-        QatkitError: tied layers quantize their common weight differently, so no single value is correct.
+        QatkitError: tied layers quantize their common weight differently, so no single value is right for both.
 
     Example:
         >>> import tempfile, torch

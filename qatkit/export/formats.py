@@ -1,4 +1,4 @@
-"""The export formats, one row each: read by the recipe schema, validation, pipeline, verification, report and docs.
+"""The table of export formats, which the recipe schema, validation, pipeline, verification, report and docs read.
 
 A new format is one file next to this one that checks, writes and reads it back, and one row in `FORMATS`. The four
 functions that every row names are typed in `qatkit.export.interface`.
@@ -18,7 +18,7 @@ from qatkit.errors import QatkitError
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A file format that trained models are written in. Functions are named as ``module:function``."""
+    """A file format for trained models. Functions are named as ``module:function``."""
 
     name: str
     """The name in ``export: {format: NAME}``."""
@@ -49,9 +49,9 @@ class ExportFormat:
     benchmark: str = ""
     """``(path, threads)``: a callable whose latency the report measures; empty if none is measured."""
     kernels: str = ""
-    """``(path)``: the kernels that the runtime chose; empty if they are not known."""
+    """``(path)``: the kernels that the runtime chose; empty if unknown."""
     dense_bytes: str = ""
-    """``(path)``: bytes of the same weights in dense storage, for formats that leave out zeros."""
+    """``(path)``: bytes of the same weights in dense storage, for formats that omit zeros."""
 
     @property
     def is_folder(self) -> bool:

@@ -1,4 +1,4 @@
-"""The values that pass between an export format's functions and the code that calls them."""
+"""The values that the functions of an export format take and return."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """An exported file after its weights were compared with the model's."""
+    """An exported file whose weights have been compared with the model's."""
 
     weights: int
     """Quantized weights that were compared."""
@@ -70,9 +70,9 @@ class Bound:
     """The mean output error that verification allows."""
 
     text: str
-    """In words."""
+    """The bound as text."""
     limit: float | None
-    """The number; None if outputs are not bounded."""
+    """The bound as a number; None if outputs are not bounded."""
 
 
 EXACT = Bound("exactly equal outputs", 0.0)

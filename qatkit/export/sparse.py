@@ -1,4 +1,4 @@
-"""Sparse export: safetensors without the zeros of pruned weights; a zero takes one bit on disk, or nothing."""
+"""Sparse export: safetensors without the zeros of pruned weights; a zero takes at most one bit on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export_sparse(model: nn.Module, path: Path | str) -> None:
         path: The safetensors file; written atomically.
 
     Raises:
-        QatkitError: tied layers quantize their common weight differently, so no single value is correct.
+        QatkitError: tied layers quantize their common weight differently, so no single value is right for both.
     """
     with atomic_path(Path(path)) as temporary:
         save_sparse(dense_state(model), temporary)

@@ -37,7 +37,7 @@ class Verification:
     weights: int
     """Weights in these layers."""
     samples: int
-    """Samples that both models predicted; for text, the predicted tokens."""
+    """Number of samples that both models predicted; for text, number of predicted tokens."""
     bound: str
     """The limit of `mean_error`, as text."""
     allowed_error: float | None

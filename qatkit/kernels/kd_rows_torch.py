@@ -32,7 +32,7 @@ class TorchRows:
         temperature: Temperature that the logits are already divided by.
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
         divergence: Computes the divergence from full logits; None if every call passes top-k classes.
-        top_k_divergence: Computes it from top-k classes; None if no call passes them.
+        top_k_divergence: Computes the divergence from top-k classes; None if no call passes top-k classes.
         beta: Mixture weight of the divergence.
     """
 

@@ -134,7 +134,7 @@ class TritonRows:
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
         kind: One of `KINDS`.
         beta: Mixture weight of "jsd".
-        gradient: Overwrite the student's logits with the gradient; else they are left as they are.
+        gradient: Overwrite the student's logits with the gradient; otherwise they are not changed.
     """
 
     def __init__(self, temperature: float, alpha: float, kind: str, beta: float, gradient: bool) -> None:

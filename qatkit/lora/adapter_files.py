@@ -19,7 +19,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
     """Write the adapters of a model in peft's own format: `PeftModel.from_pretrained(base_model, folder)` loads them.
 
     Args:
-        model: A model with adapters; peft looks up layers by the names they have in it.
+        model: A model with adapters; peft looks up layers by their names in this model.
         folder: Created if it does not exist.
         base: The base model's name in the config.
 

@@ -19,7 +19,7 @@ from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
 
 NAME = "default"
-"""The adapter's name in peft."""
+"""The name of the adapter in peft."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
 
     Adapters are peft's, unless a layer is fake-quantized or has a sparsity mask: then all are `AdaptedWeight`, whose
     update is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a transformers
-    classifier, whose weights are random if the model was not trained to classify.
+    classifier, whose weights are random unless the model was trained to classify.
 
     Args:
         model: Any module.

@@ -44,7 +44,7 @@ def inside_of(name: str, parts: Sequence[str]) -> bool:
 
 
 def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
-    """Raise if a classification head, which is trained in full, is supposed to keep a sparsity mask.
+    """Raise if a classification head, which is trained in full, would have to keep a sparsity mask.
 
     Raises:
         QatkitError: a head has a sparsity mask.

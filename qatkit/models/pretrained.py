@@ -90,7 +90,8 @@ def sequence_classifier(
 
     A model that was not trained to classify gets a head with random weights. A decoder classifies at the last token
     that is not padding; the padding token is set to the one that qatkit's data uses: the tokenizer's padding token, or
-    else end-of-text. Many configs name no padding token, or a different one. Without a tokenizer, the config's is used.
+    else end-of-text. Many configs name no padding token, or a different one. Without a tokenizer, the token in the
+    config is used.
 
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.

@@ -12,7 +12,7 @@ from qatkit.errors import QatkitError
 
 
 class Chain(nn.Sequential):
-    """A sequence of layers that knows the arguments with which `cnn` or `mlp` would build it."""
+    """A sequence of layers that returns the arguments with which `cnn` or `mlp` would build it."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the factory arguments of the current layers; a shrunk model is rebuilt from them."""

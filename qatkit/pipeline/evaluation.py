@@ -18,7 +18,7 @@ from qatkit.tasks import declared_task
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
     """Score every row of the comparison as configured in the ``evaluate`` block; return {} without the block.
 
-    Scores of the same stages with the same block are not measured again.
+    Existing scores of the same stages with the same block are reused.
 
     Args:
         run: The run; its stages are finished.

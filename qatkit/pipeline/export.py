@@ -27,7 +27,7 @@ def exported_stages(recipe: Recipe) -> list[str]:
 
 
 def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None) -> None:
-    """Reject a stage whose result the recipe's export format cannot hold; no weight is read.
+    """Reject a stage whose result the recipe's export format cannot hold; no weights are read.
 
     Args:
         recipe: Its ``export`` block names the format; nothing is checked without one.

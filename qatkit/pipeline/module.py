@@ -1,4 +1,4 @@
-"""The LightningModule that the pipeline trains: a model, its loss and its optimizer."""
+"""The LightningModule that the pipeline trains: a model with its loss and its optimizer."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def is_first_process() -> bool:
 
 
 def leave_processes() -> None:
-    """End the process group, so that the first process continues alone: its data is no longer sliced by rank."""
+    """End the process group, so that the first process continues alone and its data is no longer split by rank."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

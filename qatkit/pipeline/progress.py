@@ -15,7 +15,7 @@ from typing_extensions import override
 Style = Literal["bar", "lines"]
 """A bar on standard error, or lines on standard output."""
 EVERY = 10
-"""Steps between readings of the metrics, each of which waits for the device."""
+"""Steps between reads of the metrics; each read waits for the device."""
 INTERVAL = 30.0
 """Seconds between lines."""
 

@@ -24,7 +24,7 @@ def exact_division() -> dict[str, bool] | None:
 def parallelize(model: nn.Module, mesh: Any) -> None:
     """Shard a model's parameters over the data-parallel processes with FSDP2, in place.
 
-    Fake quantizers are in the model already (callbacks swap in `setup`), so their scales are sharded with the weights.
+    The model already has its fake quantizers (callbacks add them in `setup`), so scales are sharded with the weights.
     Modules trained in a different dtype than the rest, such as a classification head next to adapters, form their own
     groups.
 

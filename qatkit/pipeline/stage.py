@@ -43,7 +43,7 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
     """Train a stage and write its result.
 
     Args:
-        run: The run; the stages that this one starts from are finished.
+        run: The run; the stages that this one continues from are finished.
         name: The stage.
         stage_print: Its inputs and fingerprint.
         tracking: The tracking of its metrics.

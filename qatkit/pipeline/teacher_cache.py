@@ -39,10 +39,10 @@ def cache_folder(run: Run, stage: str) -> Path:
 
 
 def write_caches(run: Run) -> Iterator[str]:
-    """Write the cache of every stage that learns from one; yield a line about each.
+    """Write the cache of every stage that uses one; yield a line about each.
 
     Raises:
-        QatkitError: no stage learns from a cache, or as `write_cache`.
+        QatkitError: no stage uses a teacher cache, or for the reasons of `write_cache`.
     """
     wanted = [name for name, stage in run.recipe.stages.items() if stage.distill is not None and stage.distill.cache]
     if not wanted:
@@ -123,7 +123,7 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
         )
     models = run.stage_models()
     size = vocabulary(models[stage], models.teacher(stage), data, stage)
-    prints = {"teacher": source or "the model as its factory builds it"}
+    prints = {"teacher": source or "the model as its factory makes it"}
     inputs = stage_inputs(run.recipe, stage)
     if source is None:
         prints |= {key: str(value) for key, value in inputs.items() if key.startswith("model.")}

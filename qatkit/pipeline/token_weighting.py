@@ -15,7 +15,7 @@ class TokenWeighting:
     Lightning averages the losses of accumulated batches and the gradients of processes as if all batches had the same
     number of labels. Each batch's loss is therefore multiplied by its number of labels and divided by a reference, the
     mean number of labels in the first batches of all processes. With accumulation the true mean is only known at the
-    end of the step; the gradients are then corrected by the number of labels that the batches held. Without
+    end of the step; the gradients are then corrected by the number of labels in the batches. Without
     accumulation on one process every weight is 1.
     """
 

@@ -19,7 +19,7 @@ from qatkit.recipe import Recipe
 
 
 class Tracking:
-    """The loggers of a run folder, and the data they receive when a stage or the whole run is finished.
+    """The loggers of a run folder; they also receive the results of each finished stage and of the run.
 
     Args:
         recipe: The resolved recipe; its `trainer.logger` selects the loggers.
@@ -62,7 +62,7 @@ class Tracking:
             stage: Its name.
             metrics: By name, such as "test/accuracy".
             codes: The histogram of its integer weights from the lowest code to the highest; empty without any.
-            steps: Number of steps that it was trained for.
+            steps: Number of training steps.
         """
         if self.recipe.trainer.logger == "tensorboard":
             board = self._board(stage)

@@ -1,4 +1,4 @@
-"""Build Lightning's Trainer from a recipe; training resumes from the checkpoint of the last epoch's end."""
+"""Build Lightning's Trainer from a recipe; training resumes from the checkpoint at the end of the last epoch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_trainer(
 
 
 def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, folder: Path) -> None:
-    """Fit a module, from the newest checkpoint in a stage's folder if there is one.
+    """Fit a module, resuming from the newest checkpoint in a stage's folder if there is one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.

@@ -58,7 +58,7 @@ def train(
     earlier: nn.Module | None = None,
     progress: Sequence[Style] = (),
 ) -> Trained:
-    """Fit one stage, from its last checkpoint if the folder holds one.
+    """Fit one stage, resuming from its last checkpoint if the folder holds one.
 
     Args:
         recipe: The whole recipe.

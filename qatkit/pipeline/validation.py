@@ -1,4 +1,4 @@
-"""Check a recipe's code, arguments and layer names before any weight is read."""
+"""Check a recipe's code, arguments and layer names before any weights are read."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         For every stage with a `quantize` block, the names of the layers that it quantizes.
 
     Raises:
-        QatkitError: an argument does not fit its factory, a glob matches no layer, a layer cannot be quantized as the
-            recipe specifies, or a required package is missing.
+        QatkitError: an argument is not valid for its factory, a glob matches no layer, a layer cannot be quantized as
+            the recipe specifies, or a required package is missing.
 
     Example:
         >>> from qatkit.recipe.loading import load_recipe

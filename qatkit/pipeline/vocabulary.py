@@ -15,7 +15,7 @@ def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule
     Args:
         student: The student.
         teacher: The teacher.
-        data: Provides a tokenizer for models that have none, if it has an attribute ``tokenizer``.
+        data: Its attribute ``tokenizer``, if it has one, is used for models without a tokenizer.
         stage: The stage's name, for errors.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The layout of a Llama-like transformer: the axes of its parameters, and a check that a model has it."""
+"""The layout of a Llama-like transformer: the axes of its parameters, and a check that a model has this layout."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def build_like(model: nn.Module, config: Any, weights: Mapping[str, Tensor]) -> 
         weights: Tensors that the new model must have parameters for, by name.
 
     Raises:
-        QatkitError: the class cannot be built from the config, or its weights have other shapes.
+        QatkitError: the class cannot be built from the config, or its weights have different shapes.
     """
     kind, before = type(model), vars(model.config)
     changed = {key: size for key, size in vars(config).items() if isinstance(size, int) and before.get(key) != size}

@@ -44,7 +44,7 @@ def prune_channels(
 
     Raises:
         QatkitError: Torch-Pruning is not installed; a pattern matches nothing; a layer is not a plain layer, or shares
-            a weight with another; the ratio removes all channels of a layer; or the output would change its shape.
+            a weight with another; the ratio removes all channels of a layer; or the shape of the output would change.
     """
     check_sparsity("ratio", ratio)
     check_channels(model, exclude)

@@ -8,7 +8,7 @@ from typing import Literal
 from qatkit.common.tables import Table
 
 TARGETS = ("sparsity", "ramp", "nm")
-"""Keys of the ``prune`` block that set how much is pruned; a block has exactly one of them."""
+"""Keys of the ``prune`` block that set the amount of pruning; a block has exactly one of them."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class PruningMethod:
     callback: str = ""
     """``module:class`` of a `qatkit.callbacks.pruning_callback.PruningCallback`."""
     linear_only: bool = False
-    """It does not support convolutions."""
+    """The method does not support convolutions."""
     sharded: bool = False
-    """It works on the shards of FSDP2."""
+    """The method works on the shards of FSDP2."""
     moves_mask: bool = False
-    """Its zeros change until the stage ends, even without a ramp."""
+    """The mask changes until the stage ends, even without a ramp."""
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The keys of `TARGETS` that the method takes."""
+        """The keys of `TARGETS` that the method supports."""
         return tuple(key for key in self.keys if key in TARGETS)
 
 

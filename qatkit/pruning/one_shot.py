@@ -39,7 +39,7 @@ def prune_one_shot(
     Args:
         model: A trained model.
         batches: Arguments for `forward`; they are kept, and run once for every block.
-        method: "wanda" (Sun et al., 2023) prunes within each output and leaves the other weights as they are;
+        method: "wanda" (Sun et al., 2023) prunes within each output and leaves the other weights unchanged;
             "sparsegpt" (Frantar and Alistarh, 2023) updates the kept weights to compensate, and needs ``[in, in]``
             float32 memory for each layer of a block.
         sparsity: Fraction of pruned weights in each layer, from 0 to below 1; give either this or `nm`.

@@ -1,4 +1,4 @@
-"""Select an exact number of the lowest scores over any number of tensors, without sorting or concatenating them.
+"""Select an exact number of the lowest scores over any number of tensors, without sorting or concatenation.
 
 The bits of a float, read as an integer, sort like its magnitude, so the threshold can be found by counting: a histogram
 of the high 16 bits gives its bin, and a histogram of the low 16 bits within that bin gives its value. 16-bit floats

@@ -35,7 +35,7 @@ def group_of(tensors: Mapping[str, Tensor]) -> distributed.ProcessGroup | None:
 
 
 def rows_here(whole: Tensor, like: Tensor) -> Tensor:
-    """Take the rows of `whole`, which every process has, that belong to this process's shard of `like`."""
+    """Take this process's rows of `whole`, a tensor that every process has in full, as `like` is sharded."""
     if not is_sharded(like):
         return whole
     group = group_of({"": like})

@@ -10,7 +10,7 @@ from qatkit.pruning.masks import check_nm, check_sparsity, nm_mask
 from qatkit.pruning.selection import lowest
 
 BLOCK = 128
-"""Columns whose mask is chosen together; the columns after them are updated once per block."""
+"""Columns per block: their mask is chosen together, and the columns after the block are updated once."""
 
 
 @torch.no_grad()

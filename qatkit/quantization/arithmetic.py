@@ -1,4 +1,4 @@
-"""The arithmetic of quantization, which training, export and verification all call.
+"""The arithmetic of quantization, shared by training, export and verification.
 
 Everything is computed in float32 regardless of the tensor's dtype, as ``codes = round(clip(x / scale)) + zero_point``:
 clip first, then round half to even, which is the order of the LSQ paper and of ONNX's QuantizeLinear. It divides by the

@@ -1,4 +1,4 @@
-"""Calibration: static activation scales from a few batches, then frozen."""
+"""Calibration: set static activation scales from a few batches, and freeze them."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Element:
     grid: str
     """``module:function`` that takes a `QuantSpec` and returns the `Grid` of its codes."""
     code_range: Callable[[int, bool], Bounds]
-    """The smallest and largest value of a code before it is scaled, by number of bits and symmetry."""
+    """The smallest and largest unscaled values of a code, by number of bits and symmetry."""
     observers: tuple[str, ...] = ()
     """The only observers that fit; empty if every general observer fits."""
     computed_by: str = "minmax"

@@ -16,7 +16,7 @@ from qatkit.errors import QatkitWarning
 Fold = tuple[str, str]
 
 _NORMS: dict[type[nn.Module], type[_BatchNorm]] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
-"""Pairs of convolution and BatchNorm that can be folded. After a linear layer, BatchNorm1d may normalize tokens."""
+"""Foldable pairs of convolution and BatchNorm; after a linear layer, BatchNorm1d may normalize tokens instead."""
 
 
 def fold_batchnorm(model: nn.Module) -> list[Fold]:

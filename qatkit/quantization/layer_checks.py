@@ -54,7 +54,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
 def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     """Raise an error if layers that share one weight are quantized differently.
 
-    It is allowed to quantize only one of the layers.
+    Quantizing only one of the layers is allowed.
     """
     owners: dict[int, str] = {}
     for name, module in model.named_modules():

@@ -37,7 +37,7 @@ class QATLayer(nn.Module):
         self.matrix.copy_(values)
 
     def fake_quantized_weight(self) -> Tensor:
-        """The weight as the forward pass uses it, in its own dtype and layout."""
+        """The weight that the forward pass uses, in its own dtype and layout."""
         return self._weight_and_scale()[0]
 
     def _weight_and_scale(self) -> tuple[Tensor, Tensor | None]:
@@ -48,9 +48,9 @@ class QATLayer(nn.Module):
         return weight.t() if self.transposed else weight, scale
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, weight and bias as the forward pass uses them.
+        """Input, weight and bias that the forward pass uses.
 
-        Integer kernels add the bias to sums of products of codes, so there it is an integer multiple of weight scale
+        Integer kernels add the bias to sums of products of codes, where it is an integer multiple of weight scale
         times input scale. Training rounds it the same way: with 4-bit weights that step is large enough to change the
         output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
         """
@@ -62,7 +62,7 @@ class QATLayer(nn.Module):
         return (x, None) if self.input_fake_quant is None else self.input_fake_quant.with_scale(x)
 
     def shipped(self) -> dict[str, Tensor]:
-        """Weight and bias as the forward pass uses them, by parameter name, for a plain layer."""
+        """Weight and bias that the forward pass uses, by parameter name, for a plain layer."""
         weight, weight_scale = self._weight_and_scale()
         inputs = self.input_fake_quant
         input_scale = None if inputs is None or inputs.dynamic or not inputs.ready else inputs.qparams(weight)[0]

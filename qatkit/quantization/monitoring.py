@@ -46,7 +46,7 @@ class LayerWatch:
             layer: A quantized layer, or any layer with a weight matrix; sharded weights are gathered on every process.
 
         Returns:
-            The `NUMBERS` in float32 on the layer's device. Numbers that do not apply to the layer are NaN: oscillation
+            The `NUMBERS` in float32 on the layer's device. Values that do not apply to the layer are NaN: oscillation
             needs three observations, and the input scale needs a quantizer with a static scale.
         """
         assert isinstance(layer.weight, Tensor)

@@ -23,9 +23,9 @@ class Observer:
     """``module:function`` that chooses the range of a static activation from calibration statistics; empty if the
     observer is for weights only."""
     general: bool = True
-    """True if it fits every element type that lists no observers; False if it fits only the types that list it."""
+    """True if it supports every element type that lists no observers; False if only the types that list it."""
     weights: bool = True
-    """Weights can have it."""
+    """It supports weights."""
     dynamic: bool = False
     """It supports activations with per-token or per-group scales."""
     histogram: bool = False

@@ -1,7 +1,7 @@
 """Statistics of static activations, and the ranges that observers choose from them.
 
-A histogram has one bin per bfloat16 number (the top 16 bits of a float32). So it needs no range in advance, and the
-histograms of several processes add up.
+A histogram has one bin per bfloat16 number (the top 16 bits of a float32). It therefore needs no range in advance, and
+the histograms of several processes add up.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def static_qparams(statistics: Statistics, spec: QuantSpec) -> QParams:
 
 
 def full_range(statistics: Statistics, spec: QuantSpec) -> QParams:
-    """Keep every value (``observer: minmax``)."""
+    """Use the full range of the values (``observer: minmax``)."""
     return choose_qparams(statistics.low, statistics.high, spec)
 
 
 def mean_range(statistics: Statistics, spec: QuantSpec) -> QParams:
-    """Keep the mean range of the calls (``observer: moving_average``)."""
+    """Use the mean range of the calls (``observer: moving_average``)."""
     return choose_qparams(statistics.mean[:1], statistics.mean[1:], spec)
 
 

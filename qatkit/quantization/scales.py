@@ -57,14 +57,14 @@ def choose_qparams(
 def divided(x: Tensor, number: float) -> Tensor:
     """Compute ``x / number`` with the same bits on every device.
 
-    To divide by a Python number, CUDA multiplies by its reciprocal, which can change the last bit. By a tensor on the
-    GPU it does divide, but Inductor replaces such a tensor with its value. In float64 the reciprocal's error is too
-    small to change the rounded result: the quotient of a float32 and a number of few bits is never that close to the
-    midpoint of two float32 values.
+    To divide by a Python number, CUDA multiplies by its reciprocal, which can change the last bit. A tensor on the
+    GPU is a true divisor, but Inductor replaces such a tensor with its value. In float64 the reciprocal's
+    error is too small to change the rounded result: the quotient of a float32 and a number with few bits is never that
+    close to the midpoint of two float32 values.
 
     Args:
         x: float32.
-        number: A number of few significant bits, such as the largest code.
+        number: A number with few significant bits, such as the largest code.
     """
     if torch.compiler.is_compiling() and x.device.type == "cuda":
         return (x.double() / number).float()

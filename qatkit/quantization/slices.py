@@ -53,7 +53,7 @@ def aligned(scale: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def value_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the smallest and largest value of every slice, in the stored scale's shape."""
+    """Return the smallest and largest values of every slice, in the stored scale's shape."""
     x = x.detach()
     if spec.strategy == "tensor":
         low, high = torch.aminmax(x)

@@ -30,8 +30,8 @@ class HiddenConfig:
     layers: dict[str, str] = MISSING
     """Student layers, each with its teacher layer: names in the two models, or globs."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """If a glob matches more teacher layers than student layers: ``uniform`` spreads the pairs over them and ends with
-    the last one, ``last`` takes the last ones."""
+    """If a glob matches more teacher layers than student layers: ``uniform`` spreads the pairs over the teacher and
+    ends with its last layer, ``last`` takes its last layers."""
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
     loss: str = "mse"
@@ -53,7 +53,7 @@ class AttentionConfig:
     """Match the student's attention to that of the teacher."""
 
     layers: dict[str, str] = MISSING
-    """As in ``hidden``: convolutions, or the projections that compute queries, keys or values."""
+    """As in ``hidden``; the layers are convolutions, or the projections that compute queries, keys or values."""
     layers_by: Literal["uniform", "last"] = "uniform"
     """As in ``hidden``."""
     weight: float = 1.0
@@ -133,7 +133,7 @@ class DistillConfig:
     on_policy: GenerationConfig | None = None
     """Language models: train on text that the student generates, with the distillation term only."""
     sequence_level: GenerationConfig | None = None
-    """Language models: train on text that the teacher generates, as on data."""
+    """Language models: train on text that the teacher generates as if it were data."""
 
     def __post_init__(self) -> None:
         divergence = DIVERGENCES.row(self.loss, key="loss")

@@ -20,7 +20,7 @@ def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageCon
         seed: The recipe's seed; the control run of a lottery draws its fresh weights from the next seed.
 
     Raises:
-        QatkitError: the block conflicts with its stage, or two stages would have one name.
+        QatkitError: the block conflicts with its stage, or two stages would have the same name.
     """
     result: dict[str, StageConfig] = {}
     sparse: dict[str | None, bool] = {None: False}
@@ -104,7 +104,7 @@ def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[st
     Args:
         name: The stage that rewinds.
         stages: All stages.
-        line: The stage itself and those it continues from, the latest first.
+        line: The stage itself and those it continues from, latest first.
         sparse: Whether the stage has pruned weights.
 
     Raises:

@@ -134,7 +134,7 @@ def build(config: FactoryConfig, key: str, allow: Sequence[str] = (), **extra: A
         extra: Arguments that qatkit passes in addition to those of the recipe.
 
     Raises:
-        QatkitError: the factory or its arguments do not fit, or the factory rejects a value with a ValueError.
+        QatkitError: the factory or its arguments are not valid, or the factory rejects a value with a ValueError.
 
     Example:
         >>> build(FactoryConfig("qatkit.models:mlp", {"hidden": [8]}), "model")[1].out_features

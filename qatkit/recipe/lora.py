@@ -50,7 +50,7 @@ class LoraConfig:
 
     @property
     def title(self) -> str:
-        """The usual name of the method.
+        """The usual name of the method, such as QLoRA.
 
         Example:
             >>> LoraConfig().title, LoraConfig(bits=4).title, LoraConfig(bits=8).title

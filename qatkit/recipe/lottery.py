@@ -69,7 +69,7 @@ class RewindConfig:
 
 @dataclass(frozen=True)
 class PartConfig:
-    """The stage covers a part of a longer learning-rate schedule."""
+    """Make the stage a part of a longer learning-rate schedule."""
 
     of: int = MISSING
     """Length of the whole schedule, in steps."""

@@ -17,7 +17,7 @@ class LayerConfig:
     """Quantization of the layers that a glob selects: the name of a scheme, or specs."""
 
     scheme: str | None = None
-    """Scheme of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0), instead of specs."""
+    """Name of a compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0) scheme, instead of specs."""
     observer: str | None = None
     """With a scheme: observer of the weight's scale, such as lsq; minmax by default."""
     weight: QuantSpec | None = None
@@ -51,7 +51,7 @@ class QuantizeConfig(LayerConfig):
     """Fake-quantize the layers that the globs select."""
 
     layers: dict[str, LayerConfig] = field(default_factory=dict)
-    """Quantization by glob over layer names, instead of the one above; the last matching glob wins."""
+    """Quantization by glob over layer names, instead of the default above; the last matching glob wins."""
     kv_cache: QuantSpec | None = None
     """Quantization of the keys and values that attention caches: ``strategy: tensor`` or ``token``."""
     init: str | None = None

@@ -153,7 +153,7 @@ class Recipe:
                 stage.lora.check(f"stages.{name}", pruned[name], self.trainer.strategy == "fsdp2")
 
     def parent_of(self, name: str) -> str | None:
-        """The stage whose model stage `name` continues from; None if it starts from a factory's model."""
+        """The stage that stage `name` continues from; None if it starts from a factory's model."""
         stage = self.stages[name]
         if stage.start is not None or stage.model is not None:
             return stage.start
@@ -169,7 +169,7 @@ class Recipe:
         return line
 
     def teacher_of(self, name: str) -> str | None:
-        """The stage whose result teaches stage `name`: the named one, else the model before the first compression.
+        """The stage whose result is the teacher of stage `name`: by default the last before the first compression.
 
         The search follows the stages that `name` continues from. A stage with its own model continues from no other
         stage, and its teacher is looked up as for the stage before it in the recipe. None means the recipe's model as

@@ -18,7 +18,7 @@ from qatkit.errors import QatkitError, did_you_mean, join_key, under
 from qatkit.recipe.common import MISSING
 
 OLD_KEYS = {"LotteryConfig": {"share": "fraction"}}
-"""Renamed keys by the class that held them: the old key, and the key to use instead."""
+"""Renamed keys, by the class that held them: the old key and its replacement."""
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
@@ -68,7 +68,7 @@ def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as errors display it: in YAML syntax, and shortened."""
+    """A value as shown in errors: in YAML syntax, and shortened."""
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     text = "null" if value is None else text
     return text if len(text) <= 60 else f"{text[:57]}..."

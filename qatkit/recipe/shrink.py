@@ -23,7 +23,7 @@ class ShrinkConfig:
     keep_layers: list[int] | None = None
     """Indices of the layers to keep, counted from 0, instead of `layers`."""
     heads: int | float | None = None
-    """Query heads. Whole key-value groups are removed if possible, otherwise some queries of every group."""
+    """Query heads. Whole key-value groups are removed if possible, otherwise some query heads of every group."""
     kv_heads: int | float | None = None
     """Key-value heads, each with the query heads that use it."""
     neurons: int | float | None = None
@@ -34,7 +34,7 @@ class ShrinkConfig:
     """Fraction of the channels of every layer of a convolutional network except the last; coupled channels are removed
     too."""
     exclude: list[str] = field(default_factory=list)
-    """With `channels`: globs over layers that keep their channels."""
+    """With `channels`: globs over the names of layers that keep their channels."""
     importance: str = "activation"
     """Importance measure: a name from `qatkit.pruning.methods.IMPORTANCES`."""
     calibration_batches: int = 8

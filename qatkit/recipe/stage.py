@@ -44,7 +44,7 @@ class StageConfig:
     start: str | None = None
     """The earlier stage whose model this stage continues from; by default the previous stage."""
     model: FactoryConfig | None = None
-    """Start from this model, such as a small student, instead of the previous stage's."""
+    """Start from this model, such as a small student, instead of the model of the previous stage."""
     shrink: ShrinkConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
@@ -53,7 +53,7 @@ class StageConfig:
     quantize: QuantizeConfig | None = None
     lora: LoraConfig | None = None
     lottery: LotteryConfig | None = None
-    """Expands into several stages, which a `Recipe` holds instead."""
+    """Lottery tickets: the block is expanded into several stages, which replace this one."""
     rewind: RewindConfig | None = None
     part: PartConfig | None = None
 
@@ -140,7 +140,7 @@ class StageConfig:
 
     @property
     def compresses(self) -> bool:
-        """Whether this stage changes what the model can represent."""
+        """Whether this stage quantizes, prunes, shrinks, replaces or rewinds the model."""
         return any(block is not None for block in (self.quantize, self.prune, self.shrink, self.model, self.rewind))
 
     @property

@@ -56,7 +56,7 @@ def parse_yaml(text: str, source: str, path: str = "") -> Any:
     Args:
         text: The document.
         source: Its origin, for errors.
-        path: Dotted key that the document is the value of, for errors.
+        path: Dotted key whose value the document is, for errors.
 
     Raises:
         QatkitError: the text is not valid YAML, a key is duplicated or has no value, or an alias contains itself.

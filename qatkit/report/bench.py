@@ -17,7 +17,7 @@ from qatkit.export.formats import format_of_path
 
 
 class Latency(TypedDict):
-    """Latency of one call with one batch size; a plain dict, as ``report.json`` holds it."""
+    """Latency of one call at one batch size; a plain dict, as in ``report.json``."""
 
     batch_size: int
     median_ms: float

@@ -79,7 +79,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Read the ``report.json`` of a run folder.
 
     Raises:
-        QatkitError: there is no report, it is not readable, or a different version of qatkit wrote it.
+        QatkitError: there is no report, it cannot be read, or it was written by a different version of qatkit.
     """
     path = folder / "report.json"
     command = f"run `qatkit report {folder}`"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 POINTS = 400
-"""Points per curve in a report; more are not visible on a page."""
+"""Points per curve in a report; a page could not show more."""
 
 
 class Curve(TypedDict):
@@ -29,7 +29,7 @@ class Curves(TypedDict):
 def read_curves(logs: Path) -> Curves:
     """Join the attempts of a stage into one curve per metric.
 
-    A killed attempt may have passed the checkpoint from which the next one resumed: where two attempts logged the same
+    A killed attempt may have passed the checkpoint from which the next one resumed: if two attempts logged the same
     steps, the later one counts.
 
     Args:

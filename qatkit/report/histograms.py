@@ -29,7 +29,7 @@ class Histogram(TypedDict):
     qmax: float
     """The codes are ``qmin .. qmax``; the bins inside run from ``qmin - 0.5`` to ``qmax + 0.5``."""
     integer: bool
-    """Whether the codes are the integers in between, not small floats."""
+    """Whether the codes are all integers from `qmin` to `qmax`, rather than small floats."""
     counts: list[int]
     """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of one width."""
 
@@ -39,7 +39,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
     """Count the latent weights of every layer with a quantized weight, one layer at a time.
 
     Args:
-        model: From `prepare_qat`, with scales in place.
+        model: From `prepare_qat`, with its scales set.
     """
     histograms = {}
     for name, sharded, fake_quant in quantized_weights(model):

@@ -1,4 +1,4 @@
-"""The metric that a run is judged by, such as accuracy or perplexity, and how it is shown."""
+"""The metric that a run is judged by, such as accuracy or perplexity, and its format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """The factor of values in figures."""
+        """The factor by which figures multiply values."""
         return 100.0 if self.percent else 1.0
 
     def show(self, value: float) -> str:

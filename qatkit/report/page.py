@@ -16,7 +16,7 @@ NEEDS = ("matplotlib", "jinja2")
 
 
 def missing_packages() -> str | None:
-    """The packages that a page needs and that are not installed, with the command; None if all are installed."""
+    """The missing packages that a page needs, with the command to install them; None if all are installed."""
     absent = [name for name in NEEDS if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed; run: pip install 'qatkit[report]'" if absent else None
 

@@ -14,7 +14,7 @@ from qatkit.report.svg import KINDS, SERIES
 from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
 
 HISTOGRAMS, BARS = 12, 24
-"""The number of layers with a weight histogram and with bars; fewer if several runs share the page."""
+"""The number of layers drawn as histograms and as bars; fewer if several runs share the page."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def model_table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def zeros_table(report: dict[str, Any]) -> list[list[str]]:
-    """A header, the total, and one row per pruned layer whose mask a stage keeps; empty if there is none."""
+    """A header, the total, and one row per pruned layer whose mask a stage keeps; empty if there are no such layers."""
     rows = [row for row in report["rows"] if row.get("zeros")]
     layers = dict.fromkeys(layer for row in rows for layer in row["zeros"])
     if not layers:

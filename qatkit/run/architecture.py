@@ -1,4 +1,4 @@
-"""The architecture of a model that differs from the recipe's: recorded with its stage, and built from the record.
+"""The architecture of a model that differs from the recipe's: recorded with its stage, and rebuilt from the record.
 
 A transformers model is described by its config, any other model by the arguments of its factory: its method
 ``arguments()`` returns those that build a model of its size, as in `qatkit.models.vision`.
@@ -68,7 +68,7 @@ def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] 
         allow: Packages, besides qatkit, whose factories may be used.
 
     Raises:
-        QatkitError: the model does not describe its sizes, or a model built from the description has other weights.
+        QatkitError: the model does not describe its sizes, or a model built from the description has different weights.
     """
     config, arguments = getattr(model, "config", None), getattr(model, "arguments", None)
     if hasattr(config, "to_dict"):
@@ -102,7 +102,7 @@ def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] 
 
 
 def meta_model(config: FactoryConfig, allow: Sequence[str] = (), key: str = "model") -> nn.Module:
-    """A factory's model on torch's meta device: shapes and names, no values.
+    """A factory's model on torch's meta device, with names and shapes but no values.
 
     Raises:
         QatkitError: the factory fails, or does not return a module.

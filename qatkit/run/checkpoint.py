@@ -43,7 +43,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a stage that is intact, or None if the stage has none.
 
     Raises:
-        QatkitError: there are checkpoints, and none of them is intact.
+        QatkitError: there are checkpoints, but none of them is intact.
     """
     known = _digests(folder / NAMES[0])
     damaged: list[Path] = []

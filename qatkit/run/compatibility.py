@@ -72,7 +72,7 @@ def check_data(model: nn.Module, data: Any) -> None:
 
 
 def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:
-    """Add the tokenizer of a recipe's pretrained model to its data, if the data accepts one and names none.
+    """Add the tokenizer of a recipe's pretrained model to its data, if the data accepts one and does not specify it.
 
     With a different tokenizer, the token ids would have a different meaning.
     """

@@ -1,4 +1,4 @@
-"""A run: a recipe and the folder of its results. It knows paths, records and models, and trains nothing."""
+"""A run: a recipe and the folder of its results. It provides paths, records and models, and does no training."""
 
 from __future__ import annotations
 

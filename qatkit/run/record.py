@@ -19,7 +19,7 @@ from qatkit.quantization.folding import Fold
 from qatkit.run.architecture import Architecture
 
 SCHEMA = 1
-"""Version of the records that this qatkit writes, and the only one that it reads."""
+"""Version of the records that this qatkit writes; it reads no other version."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class StageRecord:
     """``parameters``, and ``macs``: multiply-adds for one sample of the test split."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
-    """The source of the model, if it is not the recipe's model."""
+    """The architecture of the model, if it is not the recipe's model."""
     early_stopping: dict[str, Any] | None = None
-    """Where the block is on: whether it ``stopped`` the stage, after how many ``steps``, and the best validation: its
+    """With early stopping: whether it ``stopped`` the stage, after how many ``steps``, and the best validation: its
     ``best_step`` and ``val/loss``."""
     files: dict[str, str] = field(default_factory=dict)
     """The SHA-256 digests of the stage's files by their paths in its folder, set when they are saved."""
@@ -87,7 +87,7 @@ def read_record(folder: Path) -> StageRecord | None:
     """The record of a finished stage, or None if the stage is not finished.
 
     Raises:
-        QatkitError: ``stage.json`` is damaged or follows a different schema.
+        QatkitError: ``stage.json`` is damaged or has a different schema.
     """
     path = folder / "stage.json"
     content = _read(path, StageRecord)
@@ -111,7 +111,7 @@ def read_started(folder: Path) -> Started | None:
     """The inputs that an unfinished stage was started with, or None if it was not started.
 
     Raises:
-        QatkitError: ``started.json`` is damaged or follows a different schema.
+        QatkitError: ``started.json`` is damaged or has a different schema.
     """
     content = _read(folder / "started.json", Started)
     return Started(**content) if content is not None else None

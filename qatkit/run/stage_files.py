@@ -1,4 +1,4 @@
-"""The files of a finished stage, written so that a killed process leaves either all of them or none.
+"""The files of a finished stage; a killed process leaves either all of them or none.
 
 stage/model/model.safetensors   plain weights under plain names
 stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
@@ -106,7 +106,7 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
 
     Raises:
         QatkitError: the stage is not finished, a file of it has changed, its weights do not fit the model, or their
-            zeros are not those recorded.
+            number of zeros differs from the recorded number.
     """
     record = _finished(folder)
     replay_folds(model, record.folds)

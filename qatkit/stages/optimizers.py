@@ -1,9 +1,9 @@
 """The optimizers of a stage, torch's AdamW and those of bitsandbytes, and the memory that each takes.
 
 Only the moments of large weights are stored in 8 bits. The moments of learned scales and offsets keep 32 bits
-regardless of their size, because an error in their update moves every weight of their group. So do those of embeddings,
-where most rows have no gradient in a step, as in transformers, and of tensors with fewer than 4096 elements, by
-bitsandbytes' own rule.
+regardless of their size, because an error in their update moves every weight of their group. The moments of embeddings,
+where most rows have no gradient in a step, keep 32 bits as in transformers, and those of tensors with fewer than 4096
+elements by bitsandbytes' own rule.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class MomentMemory:
     held: int
     """Two moments per trained weight, on the device throughout training."""
     paged: int
-    """The part of `held` that may be in CPU memory instead."""
+    """The part of `held` that may move to CPU memory."""
     update: int
     """Temporary memory of one step."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check(config: PruneConfig, model: nn.Module) -> list[str]:
-    """Check the block as far as possible before training.
+    """Run the checks of the block that are possible before training.
 
     Args:
         config: The block.

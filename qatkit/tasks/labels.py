@@ -1,4 +1,4 @@
-"""Labels of a batch, and the checks that they fit the logits."""
+"""Labels of a batch, and checks that they match the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs: each text finds its own partner among all partners of its batch (InfoNCE).
+"""Pairs: each text is matched with its own partner among all partners of its batch (InfoNCE).
 
 The first half of a batch's rows are texts, the second half their partners in the same order.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from qatkit.tasks.labels import labels_in
 
 TEMPERATURE = 0.05
-"""Cosine similarities are divided by it; Gao et al. (2021), "SimCSE", section 3."""
+"""Divides the cosine similarities; Gao et al. (2021), "SimCSE", section 3."""
 
 
 def answers(hidden: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ class Scores:
         recall.
 
         Raises:
-            QatkitError: tokens were seen, but all of their labels are -100.
+            QatkitError: there were tokens, but all of their labels are -100.
         """
         task = self.task or TASKS["classification"]  # as long as there was no batch
         if task.per_token and self.count == 0:

@@ -1,4 +1,4 @@
-"""The tasks that a model can be trained for: one row each, read by data, validation, training, verification and report.
+"""The table of tasks that a model can be trained for, which data, validation, training, verification and report read.
 
 A data factory declares its task by name, and so may a data module or a batch::
 
@@ -6,7 +6,7 @@ A data factory declares its task by name, and so may a data module or a batch::
 
     my_data.task = "classification"
 
-Data that declares nothing keeps working: a pair ``(inputs, labels)`` is a classification; a mapping is a text
+Data that declares nothing keeps working: a pair ``(inputs, labels)`` is a classification; a mapping is text
 classification if it has one label per sample, and causal language modeling otherwise.
 """
 
@@ -36,7 +36,7 @@ class Task:
     metric: MetricName
     """The metric that stages and exported files are compared by."""
     agreement: str
-    """Noun for what two models agree on when their top answers are equal."""
+    """The noun for the answer that two models agree on: class, token or partner."""
     counted: str
     """The counted unit, in the plural."""
     per_token: bool = False
@@ -44,7 +44,7 @@ class Task:
     named_inputs: bool = False
     """Batches are mappings of named inputs, not pairs ``(inputs, labels)``."""
     next_token: bool = False
-    """Each token is predicted from those before it, so sliding-window perplexity and generated text make sense."""
+    """Each token is predicted from those before it, so sliding-window perplexity and text generation apply."""
 
 
 TASKS: Table[Task] = Table(

@@ -19,7 +19,7 @@ def allocate(
 ) -> dict[str, str]:
     """Choose one format for every group, minimizing the total loss increase within a budget.
 
-    Negative increases count as 0, and of two formats with the same increase the smaller one is chosen. The total is
+    Negative increases count as 0, and the smaller of two formats with the same increase is chosen. The total is
     minimal to within 1e-10 of the largest increase.
 
     Args:

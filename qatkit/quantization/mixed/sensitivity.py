@@ -43,8 +43,8 @@ def measure_sensitivity(
 
     Returns:
         One group for all layers that must have the same format: those that read one input (q/k/v, gate/up) and those
-        that share one weight. A candidate that does not fit a group (its group size does not divide the inputs) is left
-        out.
+        that share one weight. A candidate that does not fit a group (if its group size does not divide the inputs) is
+        left out.
 
     Raises:
         QatkitError: No candidate fits a group, the loss is non-finite, `loss` never runs a layer, or the model is

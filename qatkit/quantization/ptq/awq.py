@@ -152,7 +152,7 @@ def _slice_error(weight: Tensor, qparams: tuple[Tensor, Tensor], hessian: Tensor
 
 
 def clipped_weight(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weight itself with the scale and zero point of `awq_clip`."""
+    """Return the unchanged weight with the scale and zero point of `awq_clip`."""
     return weight, *awq_clip(weight, hessian, spec)
 
 

@@ -25,7 +25,7 @@ class Edge:
     relu: str = ""
     """Name of the activation function in between, which must be a ReLU."""
     if_true: str = ""
-    """Attribute of the block that must be true; otherwise the norm is in a different place."""
+    """Attribute of the block that must be true; otherwise the norm is elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Method:
     name: str
     description: str
     from_weight: str = ""
-    """``module:function(weight, spec)`` that returns a scale and a zero point; such a method reads no batch."""
+    """``module:function(weight, spec)`` that returns a scale and a zero point; such a method reads no batches."""
     from_inputs: str = ""
     """``module:function(weight, hessian, spec)`` that returns the weight, a scale and a zero point; the weight may be
     rounded to the grid."""

@@ -36,7 +36,7 @@ from qatkit.quantization.ranges import RangeObserver
 def apply_ptq(
     model: nn.Module, method: str, batches: Iterable[Any], forward: Callable[[Any], object] | None = None
 ) -> list[str]:
-    """Set weights and weight scales of a prepared model with a PTQ method, in place.
+    """Set the weights and weight scales of a prepared model with a PTQ method, in place.
 
     "rtn" takes scales from ranges, and "mse" minimizes the squared error of the weights; neither reads `batches`.
     "gptq" rounds the weights to minimize the change in outputs. "awq" and "smoothquant" move scales between layers,
@@ -58,7 +58,7 @@ def apply_ptq(
         Names of the layers whose weights or scales the method set.
 
     Raises:
-        QatkitError: There is no batch; activations are non-finite; with "mse", "gptq" or "awq", a weight scale is
+        QatkitError: There are no batches; activations are non-finite; with "mse", "gptq" or "awq", a weight scale is
             computed on every forward pass; with "awq" or "smoothquant", a block's layers are unknown or its inputs are
             already calibrated. The model is then unchanged.
 
@@ -82,7 +82,7 @@ def apply_ptq(
 
 
 def check_method(model: nn.Module, method: str) -> None:
-    """Run the checks of `apply_ptq` that need no batch; works on the meta device.
+    """Run the checks of `apply_ptq` that need no batches; works on the meta device.
 
     Raises:
         QatkitError: As in `apply_ptq`.
