@@ -1,4 +1,4 @@
-"""The recipe that prunes, distils and quantizes, on two processes: results are finite, sparse and verified."""
+"""The recipe that prunes, distills and quantizes, on two processes: results are finite, sparse and verified."""
 
 from __future__ import annotations
 
