@@ -46,7 +46,9 @@ def main(epochs: int = 10) -> None:
     # three lines: int4 weights, int8 activations, and the model that was just trained as the teacher
     quantize = QuantizationAwareTraining(QuantSpec(4, observer="lsq"), QuantSpec(8, symmetric=False, strategy="tensor"))
     distill = KnowledgeDistillation(copy.deepcopy(module.net), temperature=4.0, alpha=0.7, student="net")
-    Trainer(max_epochs=epochs, callbacks=[quantize, distill], enable_checkpointing=False, logger=False).fit(module, data)
+    Trainer(max_epochs=epochs, callbacks=[quantize, distill], enable_checkpointing=False, logger=False).fit(
+        module, data
+    )
 
     module.eval()
     images = next(iter(data.test_dataloader()))[0]

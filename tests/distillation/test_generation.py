@@ -32,7 +32,7 @@ def test_prompts_end_where_the_labels_begin() -> None:
     ("batch", "length", "message"),
     [
         ({"pixels": WORDS}, 2, r"prompt: a batch has \['pixels'\], but no 'input_ids'"),
-        ([WORDS, WORDS], 2, "prompt: a batch has list and no"),
+        ([WORDS, WORDS], 2, "prompt: a batch has list, but no"),
         (
             {"input_ids": WORDS, "position_ids": WORDS},
             2,
