@@ -64,8 +64,8 @@ def on_every_process(work: Callable[[], object]) -> None:
     Without this, the other processes would hang in their next collective.
 
     Raises:
-        Exception: `work` failed on this process; the original error.
-        QatkitError: `work` failed on another process; the error has the fields of the original one.
+        Exception: the original error, if `work` failed on this process.
+        QatkitError: `work` failed on another process; the error has the fields of the original error.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         work()

@@ -118,7 +118,7 @@ class DistillationLoss:
         return student, targets
 
     def check_cache(self, cache: CachedTeacher) -> None:
-        """Reject a cache that does not fit the loss.
+        """Reject a cache that is not compatible with the loss.
 
         Raises:
             QatkitError: the loss needs full teacher outputs, or the temperatures differ.
@@ -142,7 +142,7 @@ class NanWatch:
         """Record whether an output contains NaN, on its device: reading the result would stall every step.
 
         Args:
-            trainer: Provides the batch number.
+            trainer: The Trainer, which provides the batch number.
             output: Teacher output ``[..., size]``.
             mask: True at positions to include ``[...]``; None includes all.
 

@@ -33,8 +33,8 @@ class HiddenMatch:
     widths: tuple[int, int] | None = None
     """Student width and teacher width, if they differ: each pair of layers then learns a linear map."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """If a glob matches more teacher layers than student layers: "uniform" spreads the pairs over them and ends with
-    the last one, "last" takes the last ones."""
+    """If a glob matches more teacher layers than student layers: "uniform" spreads the pairs over the teacher and ends
+    with its last layer, "last" takes its last layers."""
 
     def __post_init__(self) -> None:
         _check("hidden", self.layers, self.weight)

@@ -29,7 +29,7 @@ class Generation:
     temperature: float = 1.0
     """Divides the logits before sampling; 0 always picks the most probable token."""
     eos: Sequence[int] | None = None
-    """Tokens that end a text; by default from the model's generation config, else from the data's tokenizer."""
+    """Tokens that end a text; by default from the model's generation config, or from the data's tokenizer."""
     seed: int = 0
     """Decides which batches are generated, and the sampling."""
 
@@ -88,7 +88,7 @@ class Generators:
 
         Args:
             args: The batch and its number.
-            trainer: Provides step, rank and tokenizer.
+            trainer: The Trainer, which provides step, rank and tokenizer.
             progress: Returns the progress of training in [0, 1].
             student: The student.
             teacher: The teacher.
@@ -138,7 +138,7 @@ def tokenizer_of(trainer: Trainer) -> Any:
 
 
 def eos_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """End-of-text tokens from a model's generation config, else from the tokenizer."""
+    """End-of-text tokens from a model's generation config, or from the tokenizer."""
     tokens = model.generation_config.eos_token_id
     if tokens is None:
         tokens = getattr(tokenizer, "eos_token_id", None)

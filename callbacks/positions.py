@@ -65,7 +65,8 @@ def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classe
 
     Args:
         logits: The student's logits, ``[..., classes]`` if they are supported.
-        labels: Reveal the class dimension if they are integers with the shape of the logits minus one dimension.
+        labels: Labels, which reveal the class dimension if they are integers with the shape of the logits minus one
+            dimension.
         compares_classes: Whether the loss compares probabilities of classes.
 
     Raises:

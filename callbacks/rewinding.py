@@ -28,7 +28,7 @@ class WeightRewinding(Callback):
         earlier: The unsharded state dict of the LightningModule at an earlier time, on any device.
 
     Raises:
-        QatkitError: there is no pruning callback before it; the weights do not fit the module; or an unpruned weight
+        QatkitError: there is no pruning callback before it; the weights do not match the module; or an unpruned weight
             would become 0 and so be indistinguishable from a pruned one.
 
     Example:

@@ -56,14 +56,14 @@ def live_teacher_outputs(
     """Call the teacher and compare its outputs with the student's.
 
     Args:
-        teacher: Called with the inputs of the student.
+        teacher: The teacher; called with the inputs of the student.
         call: The call of the student.
         loss: The distillation loss.
         outputs: Compared outputs; see `KnowledgeDistillation`.
         causal: Whether logits predict the next label.
 
     Raises:
-        QatkitError: the outputs do not fit each other.
+        QatkitError: the shapes of the outputs do not match.
     """
     result = TeacherOutputs([], [])
     answer = call_teacher(teacher, call.args, call.kwargs)
@@ -83,7 +83,7 @@ def cached_teacher_outputs(
     """Look up teacher outputs and compare them with the student's; takes the arguments of `live_teacher_outputs`.
 
     Raises:
-        QatkitError: a sample is not in the cache, or the outputs do not fit each other.
+        QatkitError: a sample is not in the cache, or the shapes of the outputs do not match.
     """
     (logits, *others) = logits_of(call.output, outputs)
     if others:

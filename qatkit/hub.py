@@ -19,7 +19,7 @@ def locate(
 
     Args:
         name: A folder, or the name of a repository on the hub; an existing folder takes precedence.
-        argument: Names the argument in errors.
+        argument: Name of the argument, for errors.
         holds: The expected content of the folder, for errors.
         marker: A file that a cached model must have; None for a data set.
         kind: The type of the repository.

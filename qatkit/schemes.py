@@ -119,7 +119,7 @@ def scheme(name: str, observer: str | None = None) -> Scheme:
             one.
 
     Raises:
-        QatkitError: The name is unknown, or the observer does not fit.
+        QatkitError: The name is unknown, or the observer is not supported.
 
     Example:
         >>> scheme("W4A16").weight.group_size

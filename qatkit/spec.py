@@ -27,7 +27,7 @@ class QuantSpec:
     0 and 1.
 
     Raises:
-        QatkitError: A field is out of range or does not fit the others.
+        QatkitError: A field is out of range or conflicts with another.
 
     Example:
         >>> QuantSpec(num_bits=4, strategy="group", group_size=32).qmax

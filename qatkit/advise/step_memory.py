@@ -83,7 +83,7 @@ def step_memory(
         model: The model as it is trained (prepared, frozen, with adapters), on the meta device. It is not changed.
         step: Returns the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it
             creates are fake as well.
-        teacher: On the meta device; None without a teacher, or with cached teacher outputs.
+        teacher: The teacher on the meta device; None without a teacher, or with cached teacher outputs.
         autocast: The dtype of matrix products, if it differs from that of the weights.
         accumulates: Whether gradients of several batches are accumulated.
         bits: Bits per element, by name, of frozen parameters that are stored in fewer bits than their dtype has; one

@@ -16,7 +16,7 @@ def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: boo
 
     Args:
         recipe: The recipe.
-        allow: Packages besides qatkit whose code it may use.
+        allow: Packages, in addition to qatkit, whose code it may use.
         force: Accept a stage that does not fit.
         quiet: Print nothing.
 

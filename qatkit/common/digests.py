@@ -22,7 +22,7 @@ def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
     """The first recorded file that is missing or has a different digest; None if all match.
 
     Args:
-        digests: From `file_digests`.
+        digests: The result of `file_digests`.
         base: The folder that the paths are relative to.
     """
     for name, digest in digests.items():

@@ -88,7 +88,7 @@ def teaches_end_of_turn(tokenizer: Any) -> bool:
     """Whether an end-of-turn token after an answer is trained, so that the model learns to stop.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: A tokenizer with a chat template.
     """
     answer = "Yes."
     probe = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]

@@ -124,9 +124,10 @@ def linear_kd_terms(
     """`linear_kd_loss` and its two terms; divergence and cross-entropy may include different positions.
 
     Args:
-        student: May have padding classes after those of the teacher, which only the cross-entropy includes.
-        teacher: Its output layer, or its top-k classes; the divergence from these is that of `sparse_kd_loss`.
-        labels: As in `linear_kd_loss`; they alone decide which positions the cross-entropy includes.
+        student: The student's output layer. Padding classes beyond the teacher's count only in the cross-entropy.
+        teacher: The teacher's output layer, or its top-k classes; the divergence from these is that of
+            `sparse_kd_loss`.
+        labels: As in `linear_kd_loss`; only they decide which positions the cross-entropy includes.
         mask: True at positions to include in the divergence ``[positions]``.
         temperature: As in `linear_kd_loss`.
         alpha: As in `linear_kd_loss`.

@@ -30,7 +30,7 @@ def layer_map(
             or one teacher layer number per student layer.
 
     Raises:
-        QatkitError: the student has more layers than the teacher, or the numbers do not fit the two models.
+        QatkitError: the student has more layers than the teacher, or the numbers do not match the two models.
 
     Example:
         >>> layer_map(3, 12)
@@ -199,7 +199,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | N
 
     Args:
         student: Queries, keys or values ``[batch, length, width]``, heads concatenated; computed in float32.
-        teacher: The same for the teacher ``[batch, length, teacher width]``; no gradient flows into them.
+        teacher: The teacher's queries, keys or values ``[batch, length, teacher width]``; no gradient flows into them.
         heads: Number of relation heads; divides both widths.
         mask: True at tokens to include, ``[batch, length]``; other tokens are neither queries nor keys.
 

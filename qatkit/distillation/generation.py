@@ -134,7 +134,7 @@ def generated_batch(
     model's mode, its generation settings and torch's generator are restored afterwards.
 
     Args:
-        model: Has transformers' `generate`.
+        model: A model with transformers' `generate`.
         prompts: Tokens ``[rows, longest]``, padded on the left.
         attention_mask: 1 where there is a token.
         new_tokens: Maximum number of generated tokens.

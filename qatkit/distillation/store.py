@@ -102,7 +102,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
     """Move each sample's tokens to their positions in a padded batch: the cache stores no padding.
 
     Args:
-        targets: As `unpack` returns them.
+        targets: Outputs returned by `unpack`.
         present: Attention mask of the batch ``[samples, length]``; None if no sample is padded.
     """
     if present is None or bool(present.all()):

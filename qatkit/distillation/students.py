@@ -27,7 +27,7 @@ def student_from_teacher(
         teacher: A transformers model with one stack of layers; it is not changed.
         layers: Number of layers to keep, or their indices in ascending order.
         keep: Which layers to keep if `layers` is a number: "uniform" spreads them over the teacher and ends with
-            its last one, "last" keeps the last ones.
+            its last layer, "last" keeps the last layers.
 
     Raises:
         QatkitError: the model has no config, it has several stacks, or `layers` refers to layers that do not exist.

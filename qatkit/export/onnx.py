@@ -77,7 +77,7 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """1 % of the quantization error if inputs are quantized, else 1e-4 of the mean output.
+    """1 % of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding border, which changes one code of the next input.
     """

@@ -46,7 +46,7 @@ def trace(model: nn.Module, example: Tensor, opset: int) -> Any:
     """The model as an ONNX program with a dynamic batch dimension.
 
     Args:
-        model: Its quantized layers are QDQ layers.
+        model: A model whose quantized layers are QDQ layers.
         example: ``[batch, ...]`` with at least two samples.
         opset: The ONNX operator set.
 
@@ -91,7 +91,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
     """Simplify a traced program and write it.
 
     Args:
-        program: From `trace`.
+        program: The program returned by `trace`.
         specs: Quantization by layer, stored in the file's metadata.
         path: The file.
     """

@@ -27,7 +27,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
     A scale may differ only where all its codes represent zero, because it then changes no weight.
 
     Args:
-        model: On the CPU, plain or prepared and calibrated.
+        model: The model on the CPU, plain or prepared and calibrated.
         path: The ``.onnx`` file.
 
     Returns:

@@ -85,8 +85,8 @@ def verify(
     Every integer code, scale, zero point and bias in the file, and the weights that the runtime decodes from them, must
     equal the model's (``==``). Outputs must stay within the format's error bound: equal for dense, sparse and
     compressed-tensors files; for ONNX within 1 % of the quantization error if inputs are quantized (a different
-    summation order may move a value across a rounding border), else within 1e-4 of the mean output. A dense file does
-    not quantize activations, so its outputs are not bounded if the model does.
+    summation order may move a value across a rounding border), otherwise within 1e-4 of the mean output. A dense file
+    does not quantize activations, so its outputs are not bounded if the model does.
 
     Args:
         model: The exported model: plain, or prepared and calibrated. Left unchanged.
@@ -162,12 +162,12 @@ def verify(
 def _summary(failures: list[str], weights: int, layers: int, bound: Bound, outputs: _Outputs) -> str:
     if failures:
         return _failed(failures)
-    codes = f"all {weights} weights of {layers} quantized layers are the trained ones; " if layers else ""
+    codes = f"all {weights} weights of {layers} quantized layers match the trained ones; " if layers else ""
     limit = bound.text if bound.limit is None else f"{bound.text}, {bound.limit:.2g}"
     over = f"{outputs.samples} {outputs.task.counted}"
     return (
-        f"passed: {codes}over {over} outputs differ by {outputs.mean_error:.2g} on average (bound: "
-        f"{limit}), the {outputs.task.metric} is {outputs.runtime_metric:.4f} (trained {outputs.trained_metric:.4f})"
+        f"passed: {codes}over {over}, outputs differ by {outputs.mean_error:.2g} on average (bound: "
+        f"{limit}); the {outputs.task.metric} is {outputs.runtime_metric:.4f} (trained: {outputs.trained_metric:.4f})"
     )
 
 

@@ -111,7 +111,7 @@ def make_safe(model: nn.Module) -> list[str]:
 
 
 def kind_of(layer: nn.Module) -> Bits | None:
-    """Return 4 or 8 for a layer of bitsandbytes, else None, without importing the library."""
+    """Return 4 or 8 for a layer of bitsandbytes, otherwise None, without importing the library."""
     kinds = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")}
     return 4 if "Linear4bit" in kinds else 8 if "Linear8bitLt" in kinds else None
 

@@ -30,7 +30,7 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
     """Reject a stage whose result the recipe's export format cannot hold; no weights are read.
 
     Args:
-        recipe: Its ``export`` block names the format; nothing is checked without one.
+        recipe: The recipe, whose ``export`` block names the format; without the block, nothing is checked.
         stage: A stage that the comparison shows.
         model: The stage's model, with plain layers; may be on the meta device.
         task: The task that the data declares.

@@ -39,7 +39,7 @@ def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, deca
 
     Args:
         progress: The completed fraction of the stage, 0 to 1.
-        schedule: After the warm-up: half a cosine to 0, a line to 0, a constant, or ("wsd") a constant that ends in
+        schedule: Shape after the warm-up: cosine to 0, linear to 0, constant, or ("wsd") constant with a final decay of
             ``1 - sqrt(completed fraction of the decay)``; Hägele et al. (2024), "Scaling Laws and Compute-Optimal
             Training Beyond Fixed Training Durations", equation 1.
         warmup: The fraction of the stage over which the rate rises from 0.

@@ -60,7 +60,7 @@ class Tracking:
 
         Args:
             stage: Its name.
-            metrics: By name, such as "test/accuracy".
+            metrics: Metrics by name, such as "test/accuracy".
             codes: The histogram of its integer weights from the lowest code to the highest; empty without any.
             steps: Number of training steps.
         """

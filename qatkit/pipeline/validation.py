@@ -30,7 +30,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
 
     Args:
         recipe: A loaded recipe.
-        allow: Packages besides qatkit's factories whose code the recipe may use.
+        allow: Packages, in addition to qatkit's factories, whose code the recipe may use.
 
     Returns:
         For every stage with a `quantize` block, the names of the layers that it quantizes.

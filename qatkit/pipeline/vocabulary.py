@@ -10,7 +10,7 @@ from qatkit.errors import QatkitError
 
 
 def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule, stage: str) -> int | None:
-    """The number of shared tokens of two language models whose logits are padded to different widths; else None.
+    """The number of shared tokens of two language models whose logits are padded to different widths; otherwise None.
 
     Args:
         student: The student.

@@ -40,7 +40,7 @@ def open_run(recipe: Recipe, out: Path, mode: str) -> Any:
     Args:
         recipe: The resolved recipe, which becomes the run's config.
         out: The run's folder.
-        mode: From `wandb_mode`.
+        mode: The result of `wandb_mode`.
     """
     import wandb
 

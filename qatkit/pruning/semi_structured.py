@@ -22,7 +22,7 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
     original checkpoint. Layers of a shape that torch's kernels do not support stay dense, with a warning.
 
     Args:
-        model: On a GPU of compute capability 8.0 or higher, in float16 or bfloat16.
+        model: A model on a GPU of compute capability 8.0 or higher, in float16 or bfloat16.
         include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are used.
         exclude: Globs over layer names to exclude.
 

@@ -132,7 +132,7 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
         The new model, with a config of the new sizes.
 
     Raises:
-        QatkitError: the model is not Llama-like; or a size is larger than before, does not fit the others, or cannot
+        QatkitError: the model is not Llama-like; or a size is larger than before, conflicts with another, or cannot
             be expressed by the model's config.
     """
     prefix = prefix_of(model)

@@ -62,7 +62,7 @@ def fake_quantize(
 
     Args:
         x: Any float tensor.
-        scale: In its stored shape, float32.
+        scale: The scale in its stored shape, float32.
         zero_point: Integers in float32, the shape of `scale`.
         spec: Element type, number of bits, symmetry and strategy.
         gradient_scale: Factor on the gradients of scale and zero point; LSQ uses ``1 / sqrt(slice size * qmax)``.

@@ -73,7 +73,7 @@ def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: Quan
 
     Args:
         weight: ``[out, ...]``, float32.
-        scale: In its stored shape.
+        scale: The scale in its stored shape.
         zero_point: The shape of `scale`.
         spec: Its quantization.
 

@@ -32,7 +32,7 @@ def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any
     Args:
         name: Such as ``qatkit.models:cnn``.
         key: Dotted key of the name in the recipe, for errors.
-        allow: Packages (``my_package``, ``my_package.models``) that are allowed besides qatkit's factories.
+        allow: Packages (``my_package``, ``my_package.models``) that are allowed in addition to qatkit's factories.
 
     Raises:
         QatkitError: the module is not allowed or cannot be imported, or the name is not a function or class that the
@@ -130,7 +130,7 @@ def build(config: FactoryConfig, key: str, allow: Sequence[str] = (), **extra: A
     Args:
         config: The factory and its arguments.
         key: Dotted key of the config in the recipe, for errors.
-        allow: Packages that are allowed besides qatkit's factories.
+        allow: Packages that are allowed in addition to qatkit's factories.
         extra: Arguments that qatkit passes in addition to those of the recipe.
 
     Raises:

@@ -44,7 +44,7 @@ def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
     """The text of a recipe, unchanged.
 
     Args:
-        name_or_path: A name from `list_recipes`, else the path of a file.
+        name_or_path: A name from `list_recipes`, or the path of a file.
 
     Raises:
         QatkitError: there is no such recipe, or the file cannot be read.
@@ -83,7 +83,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
     """Read a recipe and check it against the schema, without importing torch or code that the recipe names.
 
     Args:
-        name_or_path: A name from `list_recipes`, else the path of a YAML file.
+        name_or_path: A name from `list_recipes`, or the path of a YAML file.
         overrides: ``key=value`` with a dotted key and a YAML value; they replace values of the file.
 
     Returns:

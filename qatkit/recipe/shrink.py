@@ -19,7 +19,7 @@ class ShrinkConfig:
     layers: int | float | None = None
     """Transformer layers."""
     layers_by: Literal["score", "uniform", "last"] = "score"
-    """Layers to keep: the most important ones, evenly spaced ones that include the last, or the last ones."""
+    """Layers to keep: the most important (score), evenly spaced up to the last (uniform), or the last (last)."""
     keep_layers: list[int] | None = None
     """Indices of the layers to keep, counted from 0, instead of `layers`."""
     heads: int | float | None = None

@@ -167,7 +167,7 @@ def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], r
         key: Prefix of the figure's ids.
         stage: The stage's name.
         kind: The group's name.
-        curves: By metric.
+        curves: The curves by metric.
         resumed_at: Steps at which a killed run was resumed.
     """
     marks = {}

@@ -39,7 +39,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
     """Count the latent weights of every layer with a quantized weight, one layer at a time.
 
     Args:
-        model: From `prepare_qat`, with its scales set.
+        model: A model from `prepare_qat`, with its scales set.
     """
     histograms = {}
     for name, sharded, fake_quant in quantized_weights(model):

@@ -67,7 +67,7 @@ def score(
     """Measure a causal language model on texts with a sliding window.
 
     Args:
-        model: Called with ``input_ids``; in eval mode.
+        model: The model in eval mode; called with ``input_ids``.
         dense: The reference model; None if `model` is the dense model itself.
         texts: Token ids and labels; a label of -100 is ignored.
         context: Tokens per window.
@@ -179,7 +179,7 @@ def harness(
     """Run lm-evaluation-harness tasks on a transformers model.
 
     Args:
-        model: In eval mode.
+        model: The model in eval mode.
         tokenizer: A transformers tokenizer.
         tasks: Names from ``lm_eval ls tasks``, or YAML files with custom tasks.
         limit: Samples per task; all by default.

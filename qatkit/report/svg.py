@@ -75,8 +75,8 @@ def canvas(
     """A figure in the page's style and its axes, row by row; draw and call `to_svg` inside the block.
 
     Args:
-        width: In CSS pixels, at which the text is as large as the page's text.
-        height: In CSS pixels.
+        width: Width in CSS pixels; at this width the text is as large as the page's text.
+        height: Height in CSS pixels.
         rows: Rows of axes.
         columns: Columns of axes.
         share_y: Whether all axes share the vertical scale.
@@ -92,7 +92,7 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
     """Convert a figure to an inline ``<svg>`` without external references.
 
     Args:
-        figure: From `canvas`.
+        figure: A figure from `canvas`.
         key: Prefix of the ids; must be unique on the page.
         label: A description of the figure, for screen readers.
         marks: Tooltips by the gid of an artist.

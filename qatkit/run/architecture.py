@@ -38,8 +38,8 @@ def build_architecture(architecture: Architecture, allow: Sequence[str] = (), ke
     """Build a model with its factory's weights; with random weights if its config differs from the factory's.
 
     Args:
-        architecture: From `architecture_of`, or only a factory.
-        allow: Packages, besides qatkit, whose factories may be used.
+        architecture: The result of `architecture_of`, or only a factory.
+        allow: Packages, in addition to qatkit, whose factories may be used.
         key: The dotted key of the factory in the recipe, for errors.
     """
     if not architecture.config:
@@ -65,7 +65,7 @@ def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] 
     Args:
         model: The model, with plain layers.
         start: Its architecture before the change.
-        allow: Packages, besides qatkit, whose factories may be used.
+        allow: Packages, in addition to qatkit, whose factories may be used.
 
     Raises:
         QatkitError: the model does not describe its sizes, or a model built from the description has different weights.

@@ -25,7 +25,7 @@ def check_data(model: nn.Module, data: Any) -> None:
             ``padding``.
 
     Raises:
-        QatkitError: tokens, classes, padding, length or packing of the data do not fit the model.
+        QatkitError: tokens, classes, padding, length or packing of the data do not match the model.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -41,7 +41,7 @@ def check_data(model: nn.Module, data: Any) -> None:
     classes = getattr(data, "classes", None)
     if classes is not None and config.num_labels != len(classes):
         raise QatkitError(
-            f"{len(classes)} classes do not fit the {config.num_labels} outputs of the model",
+            f"{len(classes)} classes do not match the {config.num_labels} outputs of the model",
             key="data.args.classes",
             advice=f"set model.args.num_classes: {len(classes)}",
         )

@@ -29,7 +29,7 @@ class Run:
     Args:
         recipe: The recipe.
         out: The run's folder; created when the first stage starts.
-        allow: Packages besides `qatkit` whose code the recipe may use.
+        allow: Packages, in addition to `qatkit`, whose code the recipe may use.
     """
 
     def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = ()) -> None:

@@ -105,7 +105,7 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
         quantizers: Whether to fake-quantize the model again if the stage did.
 
     Raises:
-        QatkitError: the stage is not finished, a file of it has changed, its weights do not fit the model, or their
+        QatkitError: the stage is not finished, a file of it has changed, its weights do not match the model, or their
             number of zeros differs from the recorded number.
     """
     record = _finished(folder)
@@ -114,7 +114,7 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
         model.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=True)
     except RuntimeError as error:
         raise QatkitError(
-            f"the weights in {folder / 'model'} do not fit the recipe's model: {error}",
+            f"the weights in {folder / 'model'} do not match the recipe's model: {error}",
             advice="use --force to run the stage again",
         ) from error
     if (zeros := count_zeros(model, record.zeros)) != record.zeros:

@@ -38,7 +38,7 @@ class StageModels:
 
     Args:
         recipe: The recipe.
-        allow: Packages, besides qatkit, whose factories may be used.
+        allow: Packages, in addition to qatkit, whose factories may be used.
         recorded: Returns the architecture in the record of a finished stage, which includes sizes that depend on
             values.
 

@@ -23,7 +23,7 @@ OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 CLASSES = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
 """Class names in `bitsandbytes.optim`."""
 SMALL, PAGED_FROM, BLOCK = 4096, 100_000, 256
-"""Elements of a tensor from which bitsandbytes uses 8 bits, from which it uses pages, and per scale."""
+"""Thresholds of bitsandbytes in elements of a tensor: for 8 bits, for pages; and elements per scale."""
 
 
 def learned_scales(model: nn.Module) -> set[int]:

@@ -69,7 +69,7 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
         declared: The task that the data declares; see `task_of`.
 
     Raises:
-        QatkitError: the batch has no labels, or they do not fit the logits.
+        QatkitError: the batch has no labels, or they do not match the logits.
 
     Example:
         >>> import torch

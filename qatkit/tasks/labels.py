@@ -34,7 +34,7 @@ def check_shapes(logits: Tensor, labels: Tensor, dims: int) -> None:
     """
     if labels.dim() != dims or logits.shape[:-1] != labels.shape:
         raise QatkitError(
-            f"labels of shape {list(labels.shape)} do not fit logits of shape {list(logits.shape)}",
+            f"labels of shape {list(labels.shape)} do not match logits of shape {list(logits.shape)}",
             key="data",
             advice="give one label per token, or one per sample",
         )

@@ -114,7 +114,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], declared: Task | None = N
     """Return a model's metrics over all batches; every sample or token counts once.
 
     Args:
-        model: Called as `call` does.
+        model: The model; it is called as in `call`.
         batches: Batches of one task.
         declared: The task that the data declares; see `task_of`.
     """

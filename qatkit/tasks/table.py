@@ -111,7 +111,7 @@ def declared_task(data: object, key: str = "data") -> Task | None:
 
     Args:
         data: A data factory, a data module or anything else with an attribute ``task``.
-        key: Names `data` in errors.
+        key: Name of `data` in errors.
 
     Raises:
         QatkitError: the declared name is unknown.
@@ -128,7 +128,7 @@ def declared_task(data: object, key: str = "data") -> Task | None:
 
 
 def task_of(batch: Any, declared: Task | None = None) -> Task:
-    """Return the task of a batch: the one that it declares, else the one that its data declares, else the default.
+    """Return the task of a batch: the one it declares, or the one its data declares, or the default.
 
     Args:
         batch: A pair ``(inputs, labels)``, or a mapping in the format of transformers models.

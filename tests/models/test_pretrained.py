@@ -88,7 +88,7 @@ def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> No
     with pytest.raises(QatkitError, match=r"data\.args\.context: 65 is longer than the 64 positions of the model"):
         check_data(model, data(context=65))
     classifier = tiny("bert", "SequenceClassification", num_labels=3)
-    with pytest.raises(QatkitError, match=r"data\.args\.classes: 2 classes do not fit the 3 outputs"):
+    with pytest.raises(QatkitError, match=r"data\.args\.classes: 2 classes do not match the 3 outputs"):
         check_data(classifier, data(classes=["a", "b"]))
     model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
     with pytest.raises(QatkitError, match=r"separates packed documents only with batch_size 1; use batch_size: 1"):

@@ -87,7 +87,7 @@ def test_verification_compares_logits_and_perplexity_and_finds_one_changed_weigh
         assert check.trained_metric == pytest.approx(finished.record(stage).metrics["test/perplexity"], rel=1e-6)
         assert (check.mean_error, check.agreement) == (0.0, 1.0)
         assert (check.quantization_error > 0) == (stage != "dense")
-        assert "tokens outputs differ by 0 on average" in check.text
+        assert "tokens, outputs differ by 0 on average" in check.text
     copy = Run(finished.recipe, tmp_path / "copy")
     shutil.copytree(finished.out, copy.out)
     path = copy.out / "export" / "qat" / "model.safetensors"

@@ -83,5 +83,5 @@ def test_logits_are_found_in_what_models_return() -> None:
 def test_batches_that_cannot_be_scored_say_why() -> None:
     with pytest.raises(QatkitError, match=r"data: a batch has the keys \['input_ids'\], but no 'labels'"):
         answers(torch.zeros(1, 2, 3), {"input_ids": torch.zeros(1, 2)})
-    with pytest.raises(QatkitError, match=r"labels of shape \[1, 4\] do not fit logits of shape \[1, 2, 3\]"):
+    with pytest.raises(QatkitError, match=r"labels of shape \[1, 4\] do not match logits of shape \[1, 2, 3\]"):
         answers(torch.zeros(1, 2, 3), {"labels": torch.zeros(1, 4)})

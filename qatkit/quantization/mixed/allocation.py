@@ -23,7 +23,7 @@ def allocate(
     minimal to within 1e-10 of the largest increase.
 
     Args:
-        sensitivity: From `measure_sensitivity`.
+        sensitivity: The result of `measure_sensitivity`.
         budget_bytes: Size of all measured weights with their scales and zero points, in bytes.
         average_bits: The same budget in bits per weight; pass either this or `budget_bytes`.
 

@@ -22,7 +22,7 @@ def allocated_layers(sensitivity: Sensitivity, allocation: Mapping[str, str]) ->
 
     Args:
         sensitivity: The measurement behind the allocation.
-        allocation: From `allocate`, possibly edited.
+        allocation: The result of `allocate`, possibly edited.
     """
     formats = {layer: allocation[group.name] for group in sensitivity.groups for layer in group.layers}
     families: dict[str, list[str]] = {}

@@ -58,7 +58,7 @@ class Group:
     weights: int
     """Number of weights; tied weights count once."""
     options: dict[str, Option]
-    """By candidate; candidates that do not fit the layers are missing."""
+    """Options by candidate; candidates that do not fit the layers are missing."""
 
     @property
     def name(self) -> str:
