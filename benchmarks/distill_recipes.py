@@ -119,7 +119,8 @@ def write_log(name: str) -> None:
         lines.append(f"| {job['seed']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"The student with its teacher over the same student alone: {summary['margin']}, {summary['seeds won']} seeds.",
+        f"Margin of the student with a teacher over the same student without one: {summary['margin']}, "
+        f"positive on {summary['seeds won']} seeds.",
         "",
         f"{content['machine']['cpus']} CPU cores, one thread a run; {versions}.",
     ]

@@ -1,6 +1,6 @@
 """Measure the loss that llm/sparse24_kd_int4 recovers after one-shot 2:4 magnitude pruning and int4 rounding.
 
-The recipe starts from the dense model of the other benchmarks on this text. "Dense, trained on" uses the steps,
+The recipe starts from the dense model of the other benchmarks on this text. "Dense, trained further" uses the steps,
 learning rates and batches of the two trained stages without compression and teacher. The yardstick is the better of
 it and the dense model. recovered = (one-shot - row) / (one-shot - yardstick), by the loss on the test split. Seeds
 change the order of the training data. Runs are stored in ``build/pipeline``, and a stopped benchmark resumes there.
@@ -33,10 +33,10 @@ from qatkit.run.folder import Run
 SEEDS = (0, 1, 2)
 TRAINED = ("sparse24", "int4")
 YARDSTICK = [f"{stage}_alone" for stage in TRAINED]
-"""The stages of "dense, trained on", one for each trained stage of the recipe."""
+"""The stages of "dense, trained further", one for each trained stage of the recipe."""
 ROWS = {
     "dense": "dense",
-    YARDSTICK[-1]: "dense, trained on",
+    YARDSTICK[-1]: "dense, trained further",
     "magnitude24": "2:4 by magnitude, one-shot",
     "one_shot": "2:4 by magnitude and int4 by rounding, one-shot",
     "sparse24": "2:4, trained + KD",

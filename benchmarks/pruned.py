@@ -58,7 +58,7 @@ class Job:
     task: str
     """digits or text."""
     method: str
-    """dense, dense trained on, one-shot, gradual, 2:4 by magnitude, wanda or sparsegpt, lottery; of a 2:4 start ",
+    """dense, dense trained further, one-shot, gradual, 2:4 by magnitude, wanda or sparsegpt, lottery; of a 2:4 start ",
     trained"; with "+ KD" from the dense model."""
     sparsity: float = 0.0
     seed: int = 0
@@ -129,7 +129,7 @@ def _callbacks(
     layers = prunable_layers(model, exclude=exclude)
     weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
     inside = [f"model.{name}" for name in exclude]
-    if method == "dense trained on":
+    if method == "dense trained further":
         return []
     if method == "gradual":
         return [MagnitudePruning(ramp=Ramp(job.sparsity, end=0.5), scope=scope, exclude=inside)]

@@ -1,9 +1,9 @@
 """Measure the loss that training recovers after quantization, on a small Llama and real text, in every format.
 
-Every trained row takes the same steps on the same tokens and gets the same sweep of learning rates, "dense, trained on"
-included. The yardstick is the better of the dense model and the dense model trained on: recovered = (RTN - row) /
-(RTN - yardstick), by the loss on held-out files. Seeds change the order of the training data. Results of jobs are
-stored in ``results/qat_recovery_jobs.json``, and a stopped benchmark resumes there.
+Every trained row takes the same steps on the same tokens and gets the same sweep of learning rates, including "dense,
+trained further". The yardstick is the better of the dense model and the dense model trained further: recovered = (RTN -
+row) / (RTN - yardstick), by the loss on held-out files. Seeds change the order of the training data. Results of jobs
+are stored in ``results/qat_recovery_jobs.json``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/qat_recovery.py [--quick] [--jobs 2]
 The full mode takes hours; --quick tests the mechanics in minutes and writes no results.
@@ -89,7 +89,7 @@ def _key(job: Job) -> str:
 def trained_methods(form: str) -> list[str]:
     """The trained rows of a format."""
     if form == "dense":
-        return ["dense trained on", "dense trained on + KD"]
+        return ["dense trained further", "dense trained further + KD"]
     return [*(["torchao QAT"] if FORMATS[form].torchao else []), "QAT", "QAT + KD"]
 
 
@@ -118,7 +118,7 @@ def _started(journal: Journal, form: str, init: str) -> Job:
 
 
 def _yardstick(journal: Journal) -> float:
-    return min(float(journal.content["dense"]), mean(journal.seeds("dense", "dense trained on")))
+    return min(float(journal.content["dense"]), mean(journal.seeds("dense", "dense trained further")))
 
 
 def rows_of(journal: Journal, formats: list[str]) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def _row(
 
 def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
     """Targets of the project and measured values."""
-    on, yardstick = journal.seeds("dense", "dense trained on"), _yardstick(journal)
+    on, yardstick = journal.seeds("dense", "dense trained further"), _yardstick(journal)
 
     def recovered(form: str, losses: list[float]) -> float:
         rounded = journal.loss(Job(form, "RTN"))

@@ -93,7 +93,7 @@ class Job:
 
     format: str
     method: str
-    """dense, dense trained on, RTN, GPTQ, AWQ, SmoothQuant, torchao QAT, QAT; with "+ KD" from the dense model."""
+    """dense, dense trained further, RTN, GPTQ, AWQ, SmoothQuant, torchao QAT, QAT; with "+ KD" from the dense model."""
     lr: float = 0.0
     seed: int = 0
     init: str | None = None

@@ -158,7 +158,7 @@ class NanWatch:
             self.check()
 
     def after_batch(self, trainer: Trainer) -> None:
-        """Check on the CPU after every batch, elsewhere every `EVERY` steps.
+        """Check after every batch on the CPU, and every `EVERY` steps on other devices.
 
         Raises:
             QatkitError: as in `check`.

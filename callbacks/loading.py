@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def load_quantized(module: Module, checkpoint: Path | str) -> Module:
-    """Quantize a new module as in a checkpoint, and load the checkpoint's weights and scales.
+    """Quantize a new module as recorded in a checkpoint, and load the checkpoint's weights and scales.
 
     Lightning's own ``load_from_checkpoint`` does not handle quantized layers: it fails on the scales, and with
     ``strict=False`` it returns the module without quantization.

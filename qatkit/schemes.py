@@ -51,7 +51,7 @@ def check_activation(key: str, spec: QuantSpec) -> None:
 
 
 def check_kv_cache(spec: QuantSpec) -> None:
-    """Raise an error if a KV cache, stored per tensor or per token, cannot have this spec."""
+    """Raise an error if a KV cache, which is stored per tensor or per token, does not support this spec."""
     if spec.strategy not in ("tensor", "token"):
         raise QatkitError(
             f"'{spec.strategy}' is not supported for caches", key="kv_cache.strategy", advice="use tensor or token"

@@ -34,7 +34,7 @@ def test_the_recovery_benchmark_runs_every_method_in_its_quick_mode() -> None:
     for form in ("W3 g32", "W2 g32"):
         assert {(form, m) for m in ("RTN", "GPTQ", "torchao QAT", "QAT", "QAT + KD")} <= methods
     assert {("W3 g32", "AWQ"), ("W3 g32", "SmoothQuant"), ("W2 g32", "QAT + KD from gptq")} <= methods
-    assert {("dense", "dense trained on"), ("dense", "dense trained on + KD")} <= methods
+    assert {("dense", "dense trained further"), ("dense", "dense trained further + KD")} <= methods
     assert ("mixed, bytes of W3 g32", "QAT + KD") in methods
 
 
@@ -67,8 +67,8 @@ def test_the_pipeline_benchmark_measures_every_stage_and_its_yardstick_in_its_qu
     rows = [ast.literal_eval(line) for line in out.splitlines() if line.startswith("{")]
     loss = {row["model"]: float(row["held-out loss"]) for row in rows}
     recovered = {row["model"]: float(row["recovered, %"]) for row in rows}
-    assert loss["dense, trained on"] < loss["dense"]
-    assert recovered["dense, trained on"] == 100
+    assert loss["dense, trained further"] < loss["dense"]
+    assert recovered["dense, trained further"] == 100
     assert recovered["2:4 by magnitude and int4 by rounding, one-shot"] == 0
     assert {"2:4, trained + KD", "2:4 and int4, trained + KD"} <= set(loss)
     assert "recovered by 2:4, KD and int4" in out

@@ -85,7 +85,7 @@ def tokenize_chat(
 
 
 def teaches_end_of_turn(tokenizer: Any) -> bool:
-    """Whether an end-of-turn token after an answer is trained, so that the model learns to stop.
+    """Whether the loss includes an end-of-turn token after each answer, so that the model learns to stop.
 
     Args:
         tokenizer: A tokenizer with a chat template.

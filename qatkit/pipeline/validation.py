@@ -22,7 +22,7 @@ from qatkit.stages.optimizers import check_optimizer
 from qatkit.tasks import declared_task
 
 DATA_ARGUMENTS = ("batch_size", "seed")
-"""The arguments that the pipeline passes to a data factory besides those of the recipe."""
+"""The arguments that the pipeline passes to a data factory in addition to those of the recipe."""
 
 
 def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -22,12 +22,12 @@ class PruningMethod:
     name: str
     description: str
     keys: tuple[str, ...]
-    """Keys of the ``prune`` block that the method takes, besides `include` and `exclude`; also arguments of its
+    """Keys of the ``prune`` block that the method takes, in addition to `include` and `exclude`; also arguments of its
     callback."""
     function: str = ""
     """``module:function`` that scores or prunes one weight; `measures` fixes its arguments."""
     measures: Literal["", "input_norms", "gram", "gradients"] = ""
-    """Statistics of calibration batches that `function` takes besides the weight ``[out, in]``.
+    """Statistics of calibration batches that `function` takes in addition to the weight ``[out, in]``.
 
     input_norms: L2 norm of every input, ``[in]``; returns scores, which are compared within each output.
     gram: ``X.T @ X`` of the inputs, ``[in, in]``, then `sparsity` and `nm`; returns the pruned weight.

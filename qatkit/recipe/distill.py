@@ -94,7 +94,7 @@ class GenerationConfig:
             )
 
     def fraction_at(self, progress: float) -> float:
-        """The fraction of generated batches at a point of the stage.
+        """The fraction of generated batches at a given point in the stage.
 
         Args:
             progress: Progress of the stage, 0 to 1.

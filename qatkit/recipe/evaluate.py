@@ -1,4 +1,4 @@
-"""The ``evaluate`` block: language-model metrics in the report besides the test loss."""
+"""The ``evaluate`` block: language-model metrics in the report, in addition to the test loss."""
 
 from __future__ import annotations
 
