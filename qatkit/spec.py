@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from qatkit.common.ranges import INT32
 from qatkit.errors import QatkitError, did_you_mean
 from qatkit.quantization.elements import ELEMENTS, Element
 from qatkit.quantization.observers import OBSERVERS
@@ -110,6 +111,11 @@ class QuantSpec:
             raise QatkitError(
                 f"strategy 'block' needs two sizes, not {block}", key="block_structure", advice="use [128, 128]"
             )
+        for name, size in (("group_size", self.group_size or 0), ("block_structure", max(block or [0]))):
+            if size > INT32:
+                raise QatkitError(
+                    f"{size} is out of range", key=name, advice=f"use an integer of at most {INT32}"
+                )  # fmt: skip
         for name, owner in (("group_size", "group"), ("block_structure", "block")):
             if self.strategy != owner and getattr(self, name) is not None:
                 raise QatkitError(

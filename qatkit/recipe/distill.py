@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from qatkit.common.ranges import Count, Fraction, ProperFraction, Range, check_ranges
 from qatkit.distillation.divergences import DIVERGENCES, HIDDEN_LOSSES
 from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING
+
+LossWeight = Annotated[float, Range(0.0, 1e6, above=True)]
+"""Weight of a term of the loss."""
 
 
 @dataclass(frozen=True)
 class CacheConfig:
     """Run the teacher once before training and store its top-k outputs per token; training then needs no teacher."""
 
-    top_k: int = 64
+    top_k: Count = 64
     """Classes stored per token, at least 1 and fewer than the teacher has; all others are merged into one."""
     folder: str | None = None
     """Folder of the cache, to share it between runs; by default in the run's folder."""
 
     def __post_init__(self) -> None:
-        _check_at_least_1("top_k", self.top_k)
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class HiddenConfig:
     layers_by: Literal["uniform", "last"] = "uniform"
     """If a glob matches more teacher layers than student layers: ``uniform`` spreads the pairs over the teacher and
     ends with its last layer, ``last`` takes its last layers."""
-    weight: float = 1.0
+    weight: LossWeight = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
     loss: str = "mse"
     """``mse`` or ``cosine``."""
@@ -41,7 +45,8 @@ class HiddenConfig:
 
     def __post_init__(self) -> None:
         HIDDEN_LOSSES.row(self.loss, key="loss")
-        _check_features(self.layers, self.weight)
+        check_ranges(self)
+        _check_layers(self.layers)
         if self.widths is not None and (len(self.widths) != 2 or min(self.widths) < 1):
             raise QatkitError(
                 f"{self.widths} are not two widths", key="widths", advice="use [student width, teacher width]"
@@ -56,42 +61,33 @@ class AttentionConfig:
     """As in ``hidden``; the layers are convolutions, or the projections that compute queries, keys or values."""
     layers_by: Literal["uniform", "last"] = "uniform"
     """As in ``hidden``."""
-    weight: float = 1.0
+    weight: LossWeight = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
-    heads: int | None = None
+    heads: Count | None = None
     """Number of relation heads for queries, keys or values; null transfers the attention of feature maps."""
 
     def __post_init__(self) -> None:
-        _check_features(self.layers, self.weight)
-        if self.heads is not None:
-            _check_at_least_1("heads", self.heads)
+        check_ranges(self)
+        _check_layers(self.layers)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """Train some batches on generated text: a model continues prompts from the data during training."""
 
-    fraction: float = 1.0
+    fraction: Fraction = 1.0
     """Fraction of the batches, 0 to 1."""
-    ramp: float = 0.0
+    ramp: Fraction = 0.0
     """Fraction of the stage over which `fraction` rises from 0, 0 to 1."""
-    prompt: int | None = None
+    prompt: Count | None = None
     """Prompt length in tokens; by default a text's tokens before its first label."""
-    new_tokens: int = 32
+    new_tokens: Count = 32
     """Maximum number of generated tokens; a text ends earlier with an end-of-text token."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0.0, 1e4)] = 1.0
     """Divides the logits before sampling; 0 always picks the most probable token."""
 
     def __post_init__(self) -> None:
-        for name in ("fraction", "ramp"):
-            _check_0_to_1(name, getattr(self, name))
-        for name in ("prompt", "new_tokens"):
-            if (number := getattr(self, name)) is not None:
-                _check_at_least_1(name, number)
-        if self.temperature < 0:
-            raise QatkitError(
-                f"{self.temperature} is out of range", key="temperature", advice="use 0 or a number above 0"
-            )
+        check_ranges(self)
 
     def fraction_at(self, progress: float) -> float:
         """The fraction of generated batches at a given point in the stage.
@@ -106,15 +102,15 @@ class GenerationConfig:
 class DistillConfig:
     """Learn from a teacher's outputs: ``alpha * T**2 * KL(teacher || student) + (1 - alpha) * loss``."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0.0, 1e4, above=True)] = 1.0
     """Divides both sets of logits; above 0."""
-    alpha: float = 0.5
+    alpha: Fraction = 0.5
     """Weight of the distillation term, 0 to 1; the loss of the labels has weight ``1 - alpha``."""
     loss: str = "kl"
     """A row of `qatkit.distillation.divergences`: ``kl``, ``reverse_kl``, ``jsd`` or ``mse``."""
-    beta: float = 0.5
+    beta: ProperFraction = 0.5
     """Weight of the teacher in the mixture of ``loss: jsd``, between 0 and 1."""
-    ramp: float = 0.0
+    ramp: Fraction = 0.0
     """Fraction of the stage over which the distillation term rises to its weight, 0 to 1."""
     teacher: str | None = None
     """The stage whose result is the teacher; by default the model before the first compression on this stage's path."""
@@ -137,12 +133,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         divergence = DIVERGENCES.row(self.loss, key="loss")
-        if not self.temperature > 0:
-            raise QatkitError(f"{self.temperature} is out of range", key="temperature", advice="use a number above 0")
-        if not 0 < self.beta < 1:
-            raise QatkitError(f"{self.beta} is out of range", key="beta", advice="use a number between 0 and 1")
-        for name in ("alpha", "ramp"):
-            _check_0_to_1(name, getattr(self, name))
+        check_ranges(self)
         if self.teacher_bits not in (None, 8, 4):
             raise QatkitError(
                 f"{self.teacher_bits} bits are not supported by bitsandbytes",
@@ -172,18 +163,6 @@ class DistillConfig:
                 )
 
 
-def _check_at_least_1(key: str, value: int) -> None:
-    if value < 1:
-        raise QatkitError(f"{value} is out of range", key=key, advice="use an integer of at least 1")
-
-
-def _check_0_to_1(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise QatkitError(f"{value} is out of range", key=key, advice="use a number from 0 to 1")
-
-
-def _check_features(layers: dict[str, str], weight: float) -> None:
-    if not weight > 0:
-        raise QatkitError(f"{weight} is out of range", key="weight", advice="use a number above 0")
+def _check_layers(layers: dict[str, str]) -> None:
     if not layers:
         raise QatkitError("no layers are named", key="layers", advice="use {student layer: teacher layer}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from qatkit.common.ranges import INT32, Count, Range, check_ranges
 from qatkit.errors import QatkitError
 
 
@@ -11,26 +13,34 @@ from qatkit.errors import QatkitError
 class EvaluateConfig:
     """Sliding-window perplexity, and the divergence of every stage from the dense one, on the held-out test set."""
 
-    context: int | None = None
+    context: Annotated[int, Range(2, INT32)] | None = None
     """Tokens per window; by default the sample length of the data."""
-    stride: int | None = None
+    stride: Count | None = None
     """Tokens between the starts of two windows; half the context by default. A smaller stride is slower, and closer to
     the perplexity with unlimited context."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (install ``qatkit[lm-eval]``): names, or YAML files."""
-    limit: int | None = None
+    limit: Count | None = None
     """Samples per task; all by default."""
 
     def __post_init__(self) -> None:
-        if self.context is not None and self.context < 2:
+        check_ranges(self)
+        if self.context is not None:
+            self.check_stride(self.context)
+
+    def check_stride(self, context: int) -> None:
+        """Reject a stride that would skip tokens between two windows.
+
+        Args:
+            context: Tokens per window.
+
+        Raises:
+            QatkitError: the stride is larger.
+        """
+        if self.stride is not None and self.stride > context:
             raise QatkitError(
-                f"{self.context} leaves no token to predict", key="context", advice="use an integer of at least 2"
-            )
-        if self.stride is not None and not 1 <= self.stride <= (self.context or self.stride):
-            raise QatkitError(
-                f"{self.stride} is out of range", key="stride", advice="use an integer from 1 to the context"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise QatkitError(
-                f"{self.limit} is out of range", key="limit", advice="use an integer of at least 1, or remove the key"
+                f"{self.stride} is longer than a window of {context} tokens, so the tokens between two windows would "
+                "not be predicted",
+                key="stride",
+                advice=f"use an integer from 1 to {context}",
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from qatkit.common.ranges import Count, Range, check_ranges
 from qatkit.errors import QatkitError
 
 
@@ -12,11 +13,11 @@ from qatkit.errors import QatkitError
 class LoraConfig:
     """Train low-rank updates of frozen weights; the stage's result is the merged full-precision model."""
 
-    rank: int = 16
+    rank: Count = 16
     """Rows of A and columns of B."""
-    alpha: float = 32.0
+    alpha: Annotated[float, Range(0.0, 1e6, above=True, example="twice the rank")] = 32.0
     """The update is ``alpha / rank * B A``."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Dropout probability of the inputs of A during training."""
     targets: list[str] = field(default_factory=lambda: ["*"])
     """Globs over the names of linear layers; each must match. The output layer must be named explicitly."""
@@ -31,14 +32,7 @@ class LoraConfig:
     """Quantize the scales of 4-bit blocks to 8 bits."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise QatkitError(f"{self.rank} is out of range", key="rank", advice="use an integer of at least 1")
-        if not self.alpha > 0:
-            raise QatkitError(
-                f"{self.alpha} is out of range", key="alpha", advice="use a number above 0, such as twice the rank"
-            )
-        if not 0 <= self.dropout < 1:
-            raise QatkitError(f"{self.dropout} is out of range", key="dropout", advice="use a number from 0 to below 1")
+        check_ranges(self)
         if not self.targets:
             raise QatkitError("[] selects no layer", key="targets", advice="use ['*'], or remove the lora block")
         if self.bits not in (None, 4, 8):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from qatkit.common.ranges import INT32, Count, Range, Seed, Steps, check_ranges
 from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING
 
@@ -18,8 +19,8 @@ class LotteryConfig:
     `reinit`, ``ticket_reinit``. A later run with more rounds continues after the last finished one.
     """
 
-    rounds: int = MISSING
-    fraction: float = 0.2
+    rounds: Annotated[int, Range(1, 1000)] = MISSING
+    fraction: Annotated[float, Range(0.0, 1.0, above=True, below=True, example="0.2")] = 0.2
     """Fraction of the remaining weights that each round prunes; sparsity after r rounds is
     ``1 - (1 - fraction) ** r``."""
     rewind: int | str = "init"
@@ -35,19 +36,16 @@ class LotteryConfig:
     exclude: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.rounds != MISSING and self.rounds < 1:
-            raise QatkitError(f"{self.rounds} is out of range", key="rounds", advice="use an integer of at least 1")
-        if not 0 < self.fraction < 1:
-            raise QatkitError(
-                f"{self.fraction} is out of range", key="fraction", advice="use a fraction between 0 and 1, such as 0.2"
-            )
+        check_ranges(self)
         if isinstance(self.rewind, str) and self.rewind not in ("init", "learning_rate"):
             raise QatkitError(
                 f"'{self.rewind}' is unknown", key="rewind", advice="use init, learning_rate or a number of steps"
             )
-        if isinstance(self.rewind, int) and self.rewind < 1:
+        if isinstance(self.rewind, int) and not 1 <= self.rewind <= INT32:
             raise QatkitError(
-                f"{self.rewind} is out of range", key="rewind", advice="use init, or a number of steps of at least 1"
+                f"{self.rewind} is out of range",
+                key="rewind",
+                advice=f"use init, or a number of steps from 1 to {INT32}",
             )
 
 
@@ -57,26 +55,26 @@ class RewindConfig:
 
     stage: str | None = None
     """The stage whose final weights are restored; null is the recipe's model before its first stage."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of fresh weights to use instead of earlier ones."""
 
     def __post_init__(self) -> None:
         if self.stage is not None and self.seed is not None:
             raise QatkitError(f"{self.seed} and stage={self.stage} are both set", key="seed", advice="remove one")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise QatkitError(f"{self.seed} is out of range", key="seed", advice="use an integer from 0 to 2**63 - 1")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class PartConfig:
     """Make the stage a part of a longer learning-rate schedule."""
 
-    of: int = MISSING
+    of: Count = MISSING
     """Length of the whole schedule, in steps."""
-    start: int = 0
+    start: Steps = 0
     """Step of the schedule at which the stage begins."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.of != MISSING and not 0 <= self.start < self.of:
             raise QatkitError(
                 f"{self.start} is not a step in a schedule of {self.of} steps",

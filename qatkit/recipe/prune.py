@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Literal
 
+from qatkit.common.ranges import Count, Fraction, ProperFraction, Range, check_ranges
 from qatkit.errors import QatkitError
 from qatkit.pruning.methods import METHODS, TARGETS, PruningMethod
 from qatkit.recipe.common import MISSING
@@ -14,16 +15,15 @@ from qatkit.recipe.common import MISSING
 class RampConfig:
     """The sparsity schedule of a stage (Zhu & Gupta, 2017); points in time are fractions of the stage."""
 
-    final: float = MISSING
+    final: ProperFraction = MISSING
     """Fraction of pruned weights at the end."""
-    start: float = 0.0
-    end: float = 0.5
-    initial: float = 0.0
-    power: float = 3.0
+    start: Fraction = 0.0
+    end: Fraction = 0.5
+    initial: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
+    power: Annotated[float, Range(0.0, 100.0, above=True, example="3")] = 3.0
 
     def __post_init__(self) -> None:
-        if self.final != MISSING and not 0 < self.final < 1:
-            raise QatkitError(f"{self.final} is out of range", key="final", advice="use a fraction between 0 and 1")
+        check_ranges(self)
         if not 0 <= self.start < self.end <= 1:
             raise QatkitError(
                 f"{self.end} is not after start={self.start}",
@@ -40,7 +40,7 @@ EXAMPLES = {"sparsity": "sparsity: 0.5", "ramp": "ramp: {final: 0.8, start: 0.1}
 class PruneConfig:
     """Set the least important weights to zero and keep them there; set exactly one of `sparsity`, `ramp` and `nm`."""
 
-    sparsity: float | None = None
+    sparsity: ProperFraction | None = None
     """Fraction of weights to prune in one step, before training."""
     ramp: RampConfig | None = None
     """Fraction of pruned weights that grows during training."""
@@ -57,7 +57,7 @@ class PruneConfig:
     include: list[str] = field(default_factory=lambda: ["*"])
     """Globs over layer names; every one must match a layer."""
     exclude: list[str] = field(default_factory=list)
-    calibration_batches: int = 16
+    calibration_batches: Count = 16
     """Number of training batches, at least 1, for methods that calibrate."""
 
     def __post_init__(self) -> None:
@@ -70,10 +70,7 @@ class PruneConfig:
                 key=given[0] if len(given) == 1 else targets[0],
                 advice=f"use {' or '.join(EXAMPLES[key] for key in targets)}",
             )
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise QatkitError(
-                f"{self.sparsity} is out of range", key="sparsity", advice="use a fraction between 0 and 1"
-            )
+        check_ranges(self)
         if self.nm is not None and not (len(self.nm) == 2 and 0 < self.nm[0] < self.nm[1]):
             raise QatkitError(
                 f"{self.nm} is not a pair N, M with 0 < N < M", key="nm", advice="use a pair such as [2, 4]"
@@ -81,12 +78,6 @@ class PruneConfig:
         if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
             raise QatkitError(
                 f"{self.block} is not a pair of sizes", key="block", advice="use [rows, columns], such as [4, 4]"
-            )
-        if self.calibration_batches < 1:
-            raise QatkitError(
-                f"{self.calibration_batches} is out of range",
-                key="calibration_batches",
-                advice="use an integer of at least 1",
             )
         if self.method == "movement" and self.ramp is not None and (self.ramp.initial or not self.ramp.start):
             raise QatkitError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qatkit.common.ranges import Count, check_ranges
 from qatkit.errors import QatkitError
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.ptq.methods import METHODS
@@ -63,7 +64,7 @@ class QuantizeConfig(LayerConfig):
     """Globs over layer names; every glob must match a layer."""
     exclude: list[str] = field(default_factory=list)
     """Globs over names of layers to leave unquantized; every glob must match a layer."""
-    calibration_batches: int = 16
+    calibration_batches: Count = 16
     """Number of training batches that set the static ranges, at least 1."""
 
     def __post_init__(self) -> None:
@@ -77,11 +78,7 @@ class QuantizeConfig(LayerConfig):
             self._check_init(self.init)
         if not self.include:
             raise QatkitError("[] selects no layer", key="include", advice="use ['*'], or remove the quantize block")
-        if self.calibration_batches < 1:
-            raise QatkitError(
-                f"{self.calibration_batches} is out of range", key="calibration_batches",
-                advice="use an integer of at least 1",
-            )  # fmt: skip
+        check_ranges(self)
 
     def _check_init(self, init: str) -> None:
         sets_scales = METHODS.row(init, "init").stored_scales

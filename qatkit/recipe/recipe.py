@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from qatkit.common.ranges import Range, Seed, check_ranges
 from qatkit.errors import QatkitError, did_you_mean, under
 from qatkit.export.formats import FORMATS
 from qatkit.recipe.common import MISSING, FactoryConfig
@@ -22,7 +23,7 @@ class TrainerConfig:
     """Settings of Lightning's Trainer, the same for every stage."""
 
     accelerator: str = "auto"
-    devices: int | str = "auto"
+    devices: Annotated[int, Range(1, 1024)] | str = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     compile: bool = False
@@ -35,10 +36,7 @@ class TrainerConfig:
             raise QatkitError(
                 f"'{self.devices}' is not a number of devices", key="devices", advice="use auto or a number such as 2"
             )
-        if isinstance(self.devices, int) and self.devices < 1:
-            raise QatkitError(
-                f"{self.devices} is out of range", key="devices", advice="use auto or an integer of at least 1"
-            )
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,14 @@ class Recipe:
     model: FactoryConfig = MISSING
     data: FactoryConfig = MISSING
     stages: dict[str, StageConfig] = MISSING
-    seed: int = 0
+    seed: Seed = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig | None = None
     evaluate: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
         check_schema_version(self.schema_version)
+        check_ranges(self)
         if self.stages == MISSING:
             return
         self._check_names()
@@ -82,8 +81,6 @@ class Recipe:
                     _check_sharding(stage)
 
     def _check_names(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise QatkitError(f"{self.seed} is out of range", key="seed", advice="use an integer from 0 to 2**63 - 1")
         if not self.stages:
             raise QatkitError(
                 "{} has no stages", key="stages", advice="add at least one, such as dense: {max_steps: 600}"

@@ -14,6 +14,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from qatkit.common.ranges import FLOAT32, INT64
 from qatkit.errors import QatkitError, did_you_mean, join_key, under
 from qatkit.recipe.common import MISSING
 
@@ -107,6 +108,8 @@ def _read_union(options: tuple[Any, ...], value: Any, path: str, resolved: bool)
     wanted = [option for option in options if option is not types.NoneType]
     if len(wanted) == 1:
         return read(wanted[0], value, path, resolved)
+    if type(value) in wanted:  # so that a number out of range is named as such
+        return read(type(value), value, path, resolved)
     for option in wanted:
         try:
             return read(option, value, path, resolved)
@@ -140,16 +143,22 @@ def _read_plain(value: Any, path: str, resolved: bool) -> Any:
         return read(dict[str, Any], value, path, resolved)
     if isinstance(value, list):
         return read(list[Any], value, path, resolved)
-    return _read_scalar(float, value, path) if isinstance(value, float) else value
+    return _read_scalar(type(value), value, path) if type(value) in (int, float) else value
 
 
 def _read_scalar(kind: type[Any], value: Any, path: str) -> Any:
     if kind is float and type(value) in (int, float):
         if not _is_finite(value):
             raise QatkitError(f"{show(value)} is not a finite number", key=path, advice="use a number such as 0.1")
+        if abs(value) > FLOAT32:
+            raise QatkitError(
+                f"{show(value)} does not fit into a float32", key=path, advice=f"use a number up to {FLOAT32:.3g}"
+            )
         return float(value)
     if type(value) is not kind:
         raise QatkitError(f"{show(value)} is not {_KINDS[kind]}", key=path, advice=_replacement(kind, value))
+    if kind is int and not -INT64 <= value <= INT64:
+        raise QatkitError(f"{show(value)} does not fit into 64 bits", key=path, advice=f"use an integer up to {INT64}")
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qatkit.common.ranges import Count, check_ranges
 from qatkit.errors import QatkitError
 from qatkit.pruning.methods import IMPORTANCES
 
@@ -37,7 +38,7 @@ class ShrinkConfig:
     """With `channels`: globs over the names of layers that keep their channels."""
     importance: str = "activation"
     """Importance measure: a name from `qatkit.pruning.methods.IMPORTANCES`."""
-    calibration_batches: int = 8
+    calibration_batches: Count = 8
     """Number of training batches for importance, at least 1."""
 
     def __post_init__(self) -> None:
@@ -67,9 +68,4 @@ class ShrinkConfig:
             )
         if self.exclude and self.channels is None:
             raise QatkitError(f"{self.exclude} has no effect without channels", key="exclude", advice="remove exclude")
-        if self.calibration_batches < 1:
-            raise QatkitError(
-                f"{self.calibration_batches} is out of range",
-                key="calibration_batches",
-                advice="use an integer of at least 1",
-            )
+        check_ranges(self)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from qatkit.common.ranges import FLOAT32, Count, Fraction, Range, Steps, check_ranges
 from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.distill import DistillConfig
@@ -22,22 +23,22 @@ ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 class StageConfig:
     """One training run. A block is enabled if it is present; with ``max_steps: 0`` the stage does not train."""
 
-    max_steps: int = MISSING
-    batch_size: int = 64
+    max_steps: Steps = MISSING
+    batch_size: Count = 64
     """Samples per device and step."""
-    lr: float = 1e-3
-    weight_decay: float = 0.01
+    lr: Annotated[float, Range(0.0, 100.0, above=True, example="1e-3")] = 1e-3
+    weight_decay: Annotated[float, Range(0.0, 1e4)] = 0.01
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """AdamW of torch, or of bitsandbytes: with 8-bit moments, or with moments in memory paged between GPU and host."""
     schedule: ScheduleName = "cosine"
-    warmup: float = 0.0
+    warmup: Fraction = 0.0
     """Fraction of the stage over which the learning rate rises from zero, 0 to 1."""
-    decay: float = 0.2
+    decay: Annotated[float, Range(0.0, 1.0, above=True)] = 0.2
     """With schedule wsd (warmup, stable, decay): fraction of the stage, at its end, over which the rate falls to
     zero."""
-    gradient_clip: float | None = None
+    gradient_clip: Annotated[float, Range(0.0, FLOAT32, above=True)] | None = None
     """Maximum global norm of the gradient."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches per optimizer step."""
     early_stopping: EarlyStoppingConfig | None = None
     samples: SamplesConfig | None = None
@@ -63,14 +64,7 @@ class StageConfig:
         self._check_blocks()
 
     def _check_training(self) -> None:
-        for key, low in (("max_steps", 0), ("batch_size", 1), ("accumulate", 1)):
-            value = getattr(self, key)
-            self._require(value == MISSING or value >= low, key, f"use an integer of at least {low}")
-        self._require(self.lr > 0, "lr", "use a number above 0, such as 1e-3")
-        self._require(self.weight_decay >= 0, "weight_decay", "use 0 or a number above 0")
-        self._require(0 <= self.warmup <= 1, "warmup", "use a fraction from 0 to 1")
-        self._require(0 < self.decay <= 1, "decay", "use a fraction above 0 and up to 1")
-        self._require(self.gradient_clip is None or self.gradient_clip > 0, "gradient_clip", "use a number above 0")
+        check_ranges(self)
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise QatkitError(
                 f"{self.decay} and a warmup of {self.warmup} are longer than the stage",
@@ -133,10 +127,6 @@ class StageConfig:
                 key="lora.bits",
                 advice="set bits: null, or quantize in a later stage",
             )
-
-    def _require(self, fits: bool, key: str, advice: str) -> None:
-        if not fits:
-            raise QatkitError(f"{getattr(self, key)} is out of range", key=key, advice=advice)
 
     @property
     def compresses(self) -> bool:
