@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
 from qatkit.callbacks.launchers import refuse_spawn
+from qatkit.callbacks.targets import check_target
 from qatkit.callbacks.weight_decay import DecayExemption
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
+from qatkit.export.formats import FORMATS
 from qatkit.quantization.calibration import calibrate
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
@@ -58,10 +60,12 @@ class QuantizationAwareTraining(Callback):
         calibration_batches: Number of training batches for static ranges and for `init`.
         calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
+        target: Name of the export format of the trained model, such as "onnx" (a row of `qatkit.export.FORMATS`): a
+            model that it cannot hold is refused before training.
 
     Raises:
-        QatkitError: a pattern matches nothing, a selected layer cannot be quantized or never runs, or the strategy
-            loses the trained weights.
+        QatkitError: a pattern matches nothing, a selected layer cannot be quantized or exported or never runs, or the
+            strategy loses the trained weights.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -82,6 +86,7 @@ class QuantizationAwareTraining(Callback):
         init: str | None = None,
         calibration_batches: int = 16,
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
+        target: str | None = None,
     ) -> None:
         check_arguments(weight, activation, include, exclude, layers or {}, kv_cache)
         if init is not None:
@@ -92,6 +97,7 @@ class QuantizationAwareTraining(Callback):
                 key="calibration_batches",
                 advice="use an integer of at least 1",
             )
+        self.target = None if target is None else FORMATS.row(target, "target")
         self.weight = weight
         self.activation = activation
         self.include = list(include)
@@ -122,7 +128,9 @@ class QuantizationAwareTraining(Callback):
         self._precede_finders(trainer)
         # all checks come before the first change, so an error leaves the module as it was
         how = (self.weight, self.activation, self.include, self.exclude, self.overrides, self.kv_cache)
-        select(pl_module, *how)
+        schemes = select(pl_module, *how)
+        if self.target is not None:
+            check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
         pl_module.register_load_state_dict_pre_hook(_drop_mark)  # type: ignore[no-untyped-call]

@@ -76,6 +76,31 @@ class ExportFormat:
         """Call the function that a field names, importing it now."""
         return implementation(getattr(self, part))(*args)
 
+    def check_model(self, model: Any, schemes: Any = None, kv_cache: bool = False, task: Any = None) -> None:
+        """Reject a model that the format cannot hold; weights are not read.
+
+        Args:
+            model: A plain model with `schemes`, or one from `prepare_qat` without them.
+            schemes: The planned `Scheme` of each layer, by name; by default the quantization that the model has.
+            kv_cache: Whether keys and values will be quantized; ignored without `schemes`.
+            task: The `Task` that the data declares, if it is known.
+
+        Raises:
+            QatkitError: the format cannot hold the result; the error names the layer, and what to do.
+
+        Example:
+            >>> from torch import nn
+            >>> from qatkit import QuantSpec, prepare_qat
+            >>> model = nn.Sequential(nn.Conv1d(4, 4, 3))
+            >>> _ = prepare_qat(model, QuantSpec(num_bits=8))
+            >>> FORMATS["onnx"].check_model(model)  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            qatkit.errors.QatkitError: layer '0': a quantized Conv1d has no ONNX form; exclude it, or use export: ...
+        """
+        plan = implementation("qatkit.export.interface:PlannedExport")
+        self.call("check", model, plan.of(model) if schemes is None else plan(schemes, kv_cache, task))
+
     def check_packages(self) -> None:
         """Reject the format if a package that it needs is missing.
 

@@ -11,10 +11,10 @@ from torch import nn
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.companions import save_companions
 from qatkit.export.formats import FORMATS, ExportFormat
-from qatkit.export.interface import PlannedExport
 from qatkit.quantization.selection import select
 from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.run.folder import Run
+from qatkit.schemes import Scheme
 from qatkit.tasks.table import Task
 
 if TYPE_CHECKING:  # `qatkit validate` imports this module
@@ -42,20 +42,20 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
         return
     row = FORMATS.row(recipe.export.format, "export.format")
     try:
-        row.call("check", model, _planned(recipe.stages[stage].quantize, model, task))
+        config = recipe.stages[stage].quantize
+        row.check_model(model, _schemes(config, model), config is not None and config.kv_cache is not None, task)
         row.check_packages()
     except QatkitError as error:
         raise error.with_fields(key="export.format", problem=f"stage '{stage}': {error.problem}") from None
 
 
-def _planned(config: QuantizeConfig | None, model: nn.Module, task: Task | None) -> PlannedExport:
+def _schemes(config: QuantizeConfig | None, model: nn.Module) -> dict[str, Scheme]:
     if config is None:
-        return PlannedExport(task=task)
+        return {}
     selection = {key: value for key, value in config.arguments.items() if key != "share_inputs"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QatkitWarning)  # the check of the quantize block gives it
-        schemes = select(model, **selection)
-    return PlannedExport(schemes, kv_cache=config.kv_cache is not None, task=task)
+        return select(model, **selection)
 
 
 def export_run(run: Run) -> list[Path]:

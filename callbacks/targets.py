@@ -1,0 +1,51 @@
+"""Ask an export format, before training, whether it can hold the model that a LightningModule trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from qatkit.errors import under
+from qatkit.export.formats import ExportFormat
+from qatkit.schemes import Scheme
+from qatkit.tasks.table import TASKS
+
+
+def check_target(
+    target: ExportFormat, trainer: Trainer, pl_module: LightningModule, schemes: Mapping[str, Scheme], kv_cache: bool
+) -> None:
+    """Reject a module whose quantized layers the export format cannot hold.
+
+    Args:
+        target: The format.
+        trainer: Its data module may declare the task.
+        pl_module: The module, with plain layers.
+        schemes: The planned quantization by layer name.
+        kv_cache: Whether keys and values will be quantized.
+
+    Raises:
+        QatkitError: the format cannot hold the trained model, as `qatkit validate` reports it. Layers of a transformers
+            model are named as in that model.
+    """
+    prefix, model = exported_part(pl_module, list(schemes))
+    task = TASKS.get(str(getattr(getattr(trainer, "datamodule", None), "task", None)))
+    with under("target"):
+        target.check_model(model, {name.removeprefix(prefix): each for name, each in schemes.items()}, kv_cache, task)
+
+
+def exported_part(pl_module: nn.Module, layers: Sequence[str]) -> tuple[str, nn.Module]:
+    """Return the transformers model that holds all quantized layers, or the module itself, and its prefix in names.
+
+    A LightningModule is not a transformers model, and usually has one as an attribute, which is what is exported.
+
+    Example:
+        >>> exported_part(nn.Sequential(nn.Linear(2, 2)), ["0"])[0]
+        ''
+    """
+    for name, part in pl_module.named_modules():
+        prefix = f"{name}." if name else ""
+        if callable(getattr(part, "save_pretrained", None)) and all(layer.startswith(prefix) for layer in layers):
+            return prefix, part
+    return "", pl_module
