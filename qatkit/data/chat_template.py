@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qatkit.data.rendering import limited
 from qatkit.data.source import BadRecord
+from qatkit.errors import QatkitError
 
 Message = dict[str, Any]
 
@@ -61,13 +63,14 @@ def tokenize_chat(
 
     Returns:
         Token ids and the 0/1 assistant marks, or the reason why the record cannot be used.
+
+    Raises:
+        QatkitError: the template does not end; see `qatkit.data.rendering`.
     """
     try:
         # if there are several templates, transformers takes the one for tools, or "default"
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(tools=tools)):
-            marked = tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            marked = _apply(tokenizer, messages, tools, return_dict=True, return_assistant_tokens_mask=True)
             return list(marked["input_ids"]), [int(own) for own in marked["assistant_masks"]]
         if any(turn["role"] == "assistant" and not isinstance(turn.get("content"), str) for turn in messages):
             raise BadRecord("an assistant turn has no text, and the chat template does not mark assistant turns")
@@ -75,6 +78,8 @@ def tokenize_chat(
         spans = assistant_spans(tokenizer, messages, text, tools)
     except BadRecord as reason:
         return reason
+    except QatkitError:  # the template was stopped: other records would stop it too
+        raise
     except Exception as error:  # templates raise any error for messages that they do not support
         return BadRecord(f"cannot be rendered with the chat template ({' '.join(str(error).split())[:200]})")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -134,8 +139,15 @@ def _after_answer(tokenizer: Any, messages: Sequence[Message], turn: int, tools:
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], tools: Any, **options: Any) -> str:
-    text: str = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
+    text: str = _apply(tokenizer, list(messages), tools, tokenize=False, **options)
     return text
+
+
+def _apply(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) -> Any:
+    def render() -> Any:
+        return tokenizer.apply_chat_template(messages, tools=tools, **options)
+
+    return limited(render, tokenizer.name_or_path)
 
 
 def _from_conversations(turns: Any) -> list[Message] | BadRecord:

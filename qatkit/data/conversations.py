@@ -46,7 +46,8 @@ def chat(
         seed: Determines the training order.
 
     Raises:
-        QatkitError: there is no chat template, a record is not a conversation or too long, or a split would be empty.
+        QatkitError: there is no chat template or it does not end, a record is not a conversation or too long, or a
+            split would be empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +177,57 @@ def test_a_template_that_ends_no_turn_is_mentioned(marked: bool, tmp_path: Path)
     with pytest.warns(QatkitWarning, match=r"^tokenizer: the template puts no end-of-turn token after an answer"):
         data.prepare_data()
     chat(source, save_tokenizer(tmp_path / "ending", CHATML)).prepare_data()  # our warnings are errors
+
+
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(99) }}",
+    "filters": "{% for a in range(99999) %}{{ range(99999) | map('string') | list | length }}{% endfor %}",
+    "marked": "{% for a in range(99999) %}{% for b in range(99999) %}{% generation %}{% endgeneration %}"
+    "{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=list(ENDLESS))
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_template_that_never_ends_is_stopped_and_the_tokenizer_named(
+    template: str, skip_bad: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qatkit.data.rendering.MOST_STEPS", 50_000)
+    tokenizer = save_tokenizer(tmp_path / "endless", template)
+    file = str(write_lines(tmp_path / "chat.jsonl", [{"messages": TALK}]))
+    data = chat(Source(file, file, file, skip_bad=skip_bad), tokenizer)
+    with pytest.raises(QatkitError) as stopped:
+        data.prepare_data()
+    assert str(stopped.value) == (
+        f"chat_template: the template of tokenizer '{tokenizer}' was stopped after 50000 steps for one conversation, "
+        "as it may never end; set it to a file with a template that ends, or fix the template of the tokenizer"
+    )
+
+
+def test_a_template_is_stopped_in_a_thread_too_and_a_tracer_of_python_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qatkit.data.rendering.MOST_STEPS", 50_000)
+    endless = load_tokenizer(save_tokenizer(tmp_path / "endless", ENDLESS["loops"]))
+    fine = load_tokenizer(save_tokenizer(tmp_path / "fine", CHATML))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(QatkitError, match="was stopped after 50000 steps"):
+        pool.submit(tokenize_chat, endless, TALK).result()
+
+    def tracer(frame: Any, event: str, argument: Any) -> None:
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        learned(fine, TALK)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+
+
+def test_a_conversation_of_thousands_of_turns_is_rendered(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path / "tokenizer", CHATML))
+    ids, trained = learned(tokenizer, TALK * 1000)
+    assert sum(trained) == 1000 * sum(learned(tokenizer, TALK)[1])
+    assert len(ids) > 1000

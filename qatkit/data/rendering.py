@@ -1,0 +1,61 @@
+"""Stop a chat template that does not end: templates come with models, and a loop in one may run forever."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+from qatkit.errors import QatkitError
+
+MOST_STEPS = 5_000_000
+"""Lines of a compiled template, and calls from it, for one rendering of a conversation; usual templates need a few
+dozen per turn. Steps rather than seconds, so that every machine decides alike, however busy it is."""
+_TEMPLATE = "<template>"
+"""The file name that Jinja gives to the code of a template."""
+
+Result = TypeVar("Result")
+
+
+def limited(render: Callable[[], Result], tokenizer: str) -> Result:
+    """Call a function that renders a chat template, and stop it after too many steps.
+
+    Jinja's sandbox limits neither loops nor recursion over several macros. Python's tracing counts the steps of
+    this thread alone, so it works in threads and in workers of a data loader, where a signal does not arrive, and
+    a template needs no second process to run in. One operation on a huge number is one step.
+
+    Args:
+        render: Renders a conversation once.
+        tokenizer: The folder or name of the tokenizer, for the error.
+
+    Raises:
+        QatkitError: the template took more steps.
+    """
+    left = MOST_STEPS
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _TooManySteps
+        # lines of the template; of everything else, such as filters, calls
+        return trace if frame.f_code.co_filename == _TEMPLATE else None
+
+    before = sys.gettrace()  # a debugger, or a measurement of coverage
+    sys.settrace(trace)
+    try:
+        return render()
+    except _TooManySteps:
+        raise QatkitError(
+            f"the template of tokenizer '{tokenizer}' was stopped after {MOST_STEPS} steps for one conversation, as it "
+            "may never end",
+            key="chat_template",
+            advice="set it to a file with a template that ends, or fix the template of the tokenizer",
+        ) from None
+    finally:
+        sys.settrace(before)
+
+
+class _TooManySteps(BaseException):
+    """Not an Exception: code that ignores those of a template must not ignore this one."""
