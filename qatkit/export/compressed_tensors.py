@@ -61,7 +61,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
 
 
 def write(model: nn.Module, path: Path, batch: Any) -> None:
-    """Write the folder; `batch` is not needed."""
+    """Write the folder; `batch` is not used."""
     export_compressed(model, path)
 
 

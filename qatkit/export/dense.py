@@ -31,7 +31,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
 
 
 def write(model: nn.Module, path: Path, batch: Any) -> None:
-    """Write a dense file; `batch` is not needed."""
+    """Write a dense file; `batch` is not used."""
     export_dense(model, path)
 
 

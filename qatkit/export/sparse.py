@@ -15,7 +15,7 @@ from qatkit.pruning.storage import load_sparse, save_sparse
 
 
 def write(model: nn.Module, path: Path, batch: Any) -> None:
-    """Write a sparse file; `batch` is not needed."""
+    """Write a sparse file; `batch` is not used."""
     export_sparse(model, path)
 
 

@@ -150,7 +150,7 @@ class FakeQuantize(nn.Module):
         return last[3]
 
     def share(self, around: nn.Module) -> None:
-        """Share this quantizer among layers of `around`, so that an input is quantized once."""
+        """Share this quantizer among the layers inside `around`, so that an input is quantized once."""
         if not self.shared:
             self.shared = True
             around.register_forward_pre_hook(self._enter)

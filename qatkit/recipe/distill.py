@@ -78,7 +78,7 @@ class GenerationConfig:
     fraction: Fraction = 1.0
     """Fraction of the batches, 0 to 1."""
     ramp: Fraction = 0.0
-    """Fraction of the stage over which `fraction` rises from 0, 0 to 1."""
+    """Fraction of the stage (0 to 1) over which `fraction` rises from 0."""
     prompt: Count | None = None
     """Prompt length in tokens; by default a text's tokens before its first label."""
     new_tokens: Count = 32
@@ -111,7 +111,7 @@ class DistillConfig:
     beta: ProperFraction = 0.5
     """Weight of the teacher in the mixture of ``loss: jsd``, between 0 and 1."""
     ramp: Fraction = 0.0
-    """Fraction of the stage over which the distillation term rises to its weight, 0 to 1."""
+    """Fraction of the stage (0 to 1) over which the distillation term rises to its weight."""
     teacher: str | None = None
     """The stage whose result is the teacher; by default the model before the first compression on this stage's path."""
     teacher_bits: int | None = None

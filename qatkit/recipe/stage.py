@@ -32,7 +32,7 @@ class StageConfig:
     """AdamW of torch, or of bitsandbytes: with 8-bit moments, or with moments in memory paged between GPU and host."""
     schedule: ScheduleName = "cosine"
     warmup: Fraction = 0.0
-    """Fraction of the stage over which the learning rate rises from zero, 0 to 1."""
+    """Fraction of the stage (0 to 1) over which the learning rate rises from zero."""
     decay: Annotated[float, Range(0.0, 1.0, above=True)] = 0.2
     """With schedule wsd (warmup, stable, decay): fraction of the stage, at its end, over which the rate falls to
     zero."""

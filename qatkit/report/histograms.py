@@ -31,7 +31,7 @@ class Histogram(TypedDict):
     integer: bool
     """Whether the codes are all integers from `qmin` to `qmax`, rather than small floats."""
     counts: list[int]
-    """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of one width."""
+    """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of equal width."""
 
 
 @torch.no_grad()

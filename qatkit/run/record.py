@@ -142,7 +142,7 @@ def _read(path: Path, kind: type[StageRecord] | type[Started]) -> dict[str, Any]
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
-        raise _damaged(path, f"it holds a {type(content).__name__}")
+        raise _damaged(path, f"it contains a {type(content).__name__}, not an object")
     digest = content.pop("digest", None)
     signed = content_digest(content)
     schema = content.pop("schema", None)

@@ -115,7 +115,10 @@ def test_a_batch_learns_the_answers_and_nothing_else(tmp_path: Path) -> None:
         ({"text": "a"}, r"has none of 'messages', 'conversations', 'prompt' and 'instruction', only \['text'\]"),
         ({"messages": "hello"}, r"its messages are not a list of"),
         ({"prompt": "a", "completion": None}, "'prompt' and 'completion' are not both text"),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, "a turn is from 'robot'; use one of human, gpt"),
+        (
+            {"conversations": [{"from": "robot", "value": "a"}]},
+            "a turn has the unknown role 'robot'; use one of human, gpt",
+        ),
         ({"messages": [TALK[0], {"role": "assistant", "content": "a" * 500}]}, r"has \d+ tokens, but context is 100"),
         ({"messages": [TALK[0], {"role": "assistant"}]}, "an assistant turn has no text"),
     ],

@@ -194,7 +194,7 @@ def test_gptq_sets_the_frozen_weight_below_the_adapters() -> None:
     assert isinstance(original, nn.Linear)
     assert not torch.equal(model.state_dict()["0.weight"], original.weight)
     train(model)
-    with pytest.raises(QatkitError, match=r"init: a trained adapter cannot move"):
+    with pytest.raises(QatkitError, match=r"init: a trained adapter cannot be moved"):
         apply_ptq(model, "gptq", batches)
 
 

@@ -48,7 +48,7 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (without("schema"), r"has schema None, .* reads schema 1; use --force .*, or qatkit 0\.1 that wrote it"),
+        (without("schema"), r"has schema None, .* reads schema 1; use --force .*, or use qatkit 0\.1, which wrote it"),
         (lambda content: content | {"schema": 2}, "has schema 2"),
         (without("fingerprint"), r"is damaged \(fingerprint is missing\); restore it, or use --force"),
         (lambda content: content | {"colour": "red"}, r"is damaged \(unknown field colour\)"),
@@ -56,7 +56,7 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
         (lambda content: content | {"seconds": True}, r"is damaged \(seconds is a bool\)"),
         (lambda content: content | {"folds": [["conv"]]}, r"is damaged \(ValueError"),
         (lambda content: content | {"architecture": {}}, r"is damaged \(KeyError"),
-        (lambda content: [content], r"is damaged \(it holds a list\)"),
+        (lambda content: [content], r"is damaged \(it contains a list, not an object\)"),
     ],
 )
 def test_another_record_is_refused_by_its_path(change: Any, problem: str, tmp_path: Path) -> None:
