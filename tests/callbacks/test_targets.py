@@ -78,7 +78,7 @@ def test_quantized_keys_and_values_and_the_task_of_the_data_are_asked_too() -> N
     from qatkit.data import stdlib_text
 
     data = stdlib_text(context=8, vocab_size=300, include=["email/*"], val_fraction=0.2, test_fraction=0.2)
-    with pytest.raises(QatkitError, match=r"^target: 'onnx' exports models of one input tensor, .* task 'causal'"):
+    with pytest.raises(QatkitError, match=r"^target: 'onnx' exports models with one input tensor, .* task 'causal'"):
         trainer(QuantizationAwareTraining(W8, target="onnx")).fit(Writer(), datamodule=data)
 
 
