@@ -17,6 +17,15 @@ Allow = Annotated[
     list[str] | None,
     typer.Option("--allow", metavar="PKG", help="An additional package whose code the recipe may use. Repeatable."),
 ]
+AllowWrite = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--allow-write",
+        metavar="PATH",
+        help="A folder or file outside the run's folder that may be written, or that a link in it may lead to. "
+        "Repeatable.",
+    ),
+]
 SkipBad = Annotated[
     bool,
     typer.Option("--skip-bad", help="Skip and count unusable records of data.args.source instead of failing."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qatkit.cli.arguments import Allow, Out, Overrides, Quiet, RecipeArgument
+from qatkit.cli.arguments import Allow, AllowWrite, Out, Overrides, Quiet, RecipeArgument
 from qatkit.cli.inputs import load, new_run
 from qatkit.cli.output import echo
 
@@ -12,6 +12,7 @@ def command(
     overrides: Overrides = None,
     out: Out = None,
     allow: Allow = None,
+    allow_write: AllowWrite = None,
     quiet: Quiet = False,
 ) -> None:
     """Compute and store the teacher outputs of a recipe.
@@ -27,6 +28,6 @@ def command(
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline.teacher_cache import write_caches
 
-    for line in write_caches(new_run(loaded, out, allow)):
+    for line in write_caches(new_run(loaded, out, allow, allow_write)):
         if not quiet:
             echo(line)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from qatkit.cli.arguments import Allow, RunArgument
+from qatkit.cli.arguments import Allow, AllowWrite, RunArgument
 from qatkit.cli.inputs import open_run
 from qatkit.cli.output import echo
 
 
-def command(run: RunArgument, allow: Allow = None) -> None:
+def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None) -> None:
     """Export the finished stages of a run.
 
     The recipe's export block sets the format.
 
     Example: qatkit export runs/digits_int4
     """
-    this = open_run(run, allow)
+    this = open_run(run, allow, allow_write)
     from qatkit.pipeline.export import export_run, format_of
 
     for path in export_run(this):

@@ -34,14 +34,14 @@ def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Re
     return load_recipe(recipe, [*(overrides or []), "data.args.source.skip_bad=true"])
 
 
-def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None) -> Run:
+def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None, allow_write: list[Path] | None = None) -> Run:
     """The run of a recipe in a folder, runs/NAME by default."""
     from qatkit.run.folder import Run
 
-    return Run(recipe, out or Path("runs") / recipe.name, allow or [])
+    return Run(recipe, out or Path("runs") / recipe.name, allow or [], allow_write or [])
 
 
-def open_run(folder: Path, allow: list[str] | None) -> Run:
+def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | None = None) -> Run:
     """The run in a folder."""
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
@@ -54,4 +54,4 @@ def open_run(folder: Path, allow: list[str] | None) -> Run:
     recipe = load_recipe(folder / "recipe.yaml")  # a mistake in it is reported before torch is imported
     from qatkit.run.folder import Run
 
-    return Run(recipe, folder, allow or [])
+    return Run(recipe, folder, allow or [], allow_write or [])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qatkit.cli.arguments import Allow, AsJson, Quiet
+from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Quiet
 from qatkit.cli.inputs import open_run
 from qatkit.cli.output import echo, print_table
 
@@ -22,6 +22,7 @@ def command(
         ),
     ] = None,
     allow: Allow = None,
+    allow_write: AllowWrite = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +40,7 @@ def command(
         if not quiet:
             echo(f"page: {page}")
         return
-    this = open_run(runs[0], allow)
+    this = open_run(runs[0], allow, allow_write)
     from qatkit.pipeline.report import report_run, track_run
     from qatkit.pipeline.tracking import Tracking
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatkit.cli.arguments import Allow, AsJson, Out, Overrides, Quiet, RecipeArgument, SkipBad
+from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Out, Overrides, Quiet, RecipeArgument, SkipBad
 from qatkit.cli.exits import INTERRUPTED, VERIFICATION_FAILED
 from qatkit.cli.inputs import load, new_run
 from qatkit.cli.memory import print_training
@@ -31,6 +31,7 @@ def command(
         typer.Option("--force", help="Retrain stages whose values have changed; ignore the memory prediction."),
     ] = False,
     allow: Allow = None,
+    allow_write: AllowWrite = None,
     skip_bad: SkipBad = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -53,7 +54,7 @@ def command(
         print_training(loaded, allow or [], force, quiet or as_json)
     # Lightning sets its level when it is imported; its start-up messages are for authors of a Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    this = new_run(loaded, out, allow)
+    this = new_run(loaded, out, allow, allow_write)
     tracking = Tracking(this.recipe, this.out)
     try:
         trained = run_stages(this, until, force, _progress(quiet, as_json), tracking)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qatkit.cli.arguments import Allow, AsJson, Out, Overrides, Quiet, RecipeArgument
+from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Out, Overrides, Quiet, RecipeArgument
 from qatkit.cli.inputs import load, new_run
 from qatkit.cli.output import echo
 from qatkit.errors import QatkitError, did_you_mean
@@ -51,6 +51,7 @@ def command(
     batches: Annotated[int, typer.Option(min=1, help="Number of training batches for measuring the loss.")] = 16,
     out: Out = None,
     allow: Allow = None,
+    allow_write: AllowWrite = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,7 +69,8 @@ def command(
     from qatkit.quantization.folding import fold_batchnorm
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 
-    this = new_run(loaded, out, allow)
+    this = new_run(loaded, out, allow, allow_write)
+    this.check_writes()
     measured_stage = _stage(this, stage)
     model = this.load_model(measured_stage, quantizers=False)
     fold_batchnorm(model)  # as training does before it quantizes

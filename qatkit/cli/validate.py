@@ -36,4 +36,6 @@ def command(
     for stage, names in layers.items():
         listed = ", ".join(names[:_LISTED]) + (", ..." if names[_LISTED:] else "")
         echo(f"  {stage}: quantizes {len(names)} {'layer' if len(names) == 1 else 'layers'}: {listed}")
+    for key, path in loaded.written_paths.items():
+        echo(f"  {key}: unless it is in the run's folder, `qatkit run` needs --allow-write {path}")
     print_training(loaded, allow or [], force)

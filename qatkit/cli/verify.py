@@ -7,20 +7,20 @@ from dataclasses import asdict
 
 import typer
 
-from qatkit.cli.arguments import Allow, AsJson, RunArgument
+from qatkit.cli.arguments import Allow, AllowWrite, AsJson, RunArgument
 from qatkit.cli.exits import VERIFICATION_FAILED
 from qatkit.cli.inputs import open_run
 from qatkit.cli.output import echo
 
 
-def command(run: RunArgument, allow: Allow = None, as_json: AsJson = False) -> None:
+def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None, as_json: AsJson = False) -> None:
     """Load the exported files in their runtime and compare them with training.
 
     Codes, weights and outputs are compared. The exit code is 1 if a stage fails.
 
     Example: qatkit verify runs/digits_int4
     """
-    this = open_run(run, allow)
+    this = open_run(run, allow, allow_write)
     from qatkit.pipeline.verify import verify_run
 
     checked = verify_run(this)

@@ -65,8 +65,10 @@ def export_run(run: Run) -> list[Path]:
         The exported files or folders.
 
     Raises:
-        QatkitError: a stage is not finished, or the format cannot hold the trained model.
+        QatkitError: a stage is not finished, the format cannot hold the trained model, or something would be written
+            outside the run's folder.
     """
+    run.check_writes()
     row, data = format_of(run), held_out_data(run)
     batch = first_batch(data)
     paths = []

@@ -26,8 +26,10 @@ def report_run(run: Run) -> dict[str, Any]:
         The content of ``report.json``.
 
     Raises:
-        QatkitError: a stage was not verified, or its export or its weights have changed since.
+        QatkitError: a stage was not verified, its export or its weights have changed since, or something would be
+            written outside the run's folder.
     """
+    run.check_writes()
     row, data = format_of(run), held_out_data(run)
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     verifications = {stage: read_verification(run, stage) for stage in run.rows}

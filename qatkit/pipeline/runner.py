@@ -43,8 +43,10 @@ def run_stages(
         The names of the stages that were trained.
 
     Raises:
-        QatkitError: a stage in the folder was trained with other values, or `until` is not a stage.
+        QatkitError: a stage in the folder was trained with other values, `until` is not a stage, or something would be
+            written outside the run's folder.
     """
+    run.check_writes(training=True)
     check_logger(run.recipe.trainer)
     check_accelerator(run.recipe.trainer.accelerator)
     names = list(run.recipe.stages)

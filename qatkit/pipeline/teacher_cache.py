@@ -42,8 +42,10 @@ def write_caches(run: Run) -> Iterator[str]:
     """Write the cache of every stage that uses one; yield a line about each.
 
     Raises:
-        QatkitError: no stage uses a teacher cache, or for the reasons of `write_cache`.
+        QatkitError: no stage uses a teacher cache, a cache would be written outside the run's folder, or for the reasons
+            of `write_cache`.
     """
+    run.check_writes(training=True)
     wanted = [name for name, stage in run.recipe.stages.items() if stage.distill is not None and stage.distill.cache]
     if not wanted:
         raise QatkitError(

@@ -27,8 +27,9 @@ def verify_run(run: Run) -> dict[str, Verification]:
         files.
 
     Raises:
-        QatkitError: a stage was not exported.
+        QatkitError: a stage was not exported, or something would be written outside the run's folder.
     """
+    run.check_writes()
     row, data = format_of(run), held_out_data(run)
     tokenizer = getattr(data, "tokenizer", None)
     verifications = {}

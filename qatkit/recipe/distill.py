@@ -21,7 +21,7 @@ class CacheConfig:
     top_k: Count = 64
     """Classes stored per token, at least 1 and fewer than the teacher has; all others are merged into one."""
     folder: str | None = None
-    """Folder of the cache, to share it between runs; by default in the run's folder."""
+    """Folder of the cache, to share it between runs (needs ``--allow-write``); by default in the run's folder."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from qatkit.common.ranges import Range, Seed, check_ranges
@@ -148,6 +149,15 @@ class Recipe:
                 check_rewind(name, self.stages, self._ancestors(name), pruned[name])
             if stage.lora is not None:
                 stage.lora.check(f"stages.{name}", pruned[name], self.trainer.strategy == "fsdp2")
+
+    @property
+    def written_paths(self) -> dict[str, Path]:
+        """The folders that the recipe names and qatkit writes, by dotted key."""
+        return {
+            f"stages.{name}.distill.cache.folder": Path(stage.distill.cache.folder)
+            for name, stage in self.stages.items()
+            if stage.distill is not None and stage.distill.cache is not None and stage.distill.cache.folder
+        }
 
     def parent_of(self, name: str) -> str | None:
         """The stage that stage `name` continues from; None if it starts from a factory's model."""

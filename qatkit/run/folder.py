@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qatkit.common.walls import check_links, check_path
 from qatkit.errors import QatkitError
 from qatkit.recipe import FactoryConfig, Recipe
 from qatkit.recipe.factories import build
@@ -30,12 +31,27 @@ class Run:
         recipe: The recipe.
         out: The run's folder; created when the first stage starts.
         allow: Packages, in addition to `qatkit`, whose code the recipe may use.
+        allow_write: Files and folders outside the run's folder that may be written.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = ()) -> None:
+    def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = (), allow_write: Sequence[Path] = ()) -> None:
         self.recipe = recipe
         self.out = out
         self.allow = tuple(allow)
+        self.allow_write = tuple(allow_write)
+
+    def check_writes(self, training: bool = False) -> None:
+        """Refuse to write or delete files outside the run's folder; everything that writes into it calls this first.
+
+        Args:
+            training: Whether the folders that the recipe names are written as well.
+
+        Raises:
+            QatkitError: the recipe names a folder outside, or a link in the run's folder leads outside.
+        """
+        for key, path in self.recipe.written_paths.items() if training else ():
+            check_path(path, self.out, self.allow_write, key)
+        check_links(self.out, self.allow_write)
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage's files."""

@@ -1,0 +1,79 @@
+"""Keep a command inside the folder it may write: links that lead out of it, and other folders, are refused by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qatkit.errors import QatkitError
+
+
+def check_links(folder: Path, allowed: Sequence[Path] = ()) -> None:
+    """Refuse a folder with a link through which a file outside it could be overwritten or deleted.
+
+    Args:
+        folder: It may be a link itself, and need not exist.
+        allowed: Files and folders that links may lead to.
+
+    Raises:
+        QatkitError: a link leads out of the folder; the error names it and its target.
+    """
+    roots = _real([folder, *allowed])
+    for link, target in _links(str(folder)):
+        if not _is_inside(target, roots) and not _is_log_of_wandb(Path(link)):
+            raise QatkitError(
+                f"this link leads to {target}, outside {folder}",
+                key=link,
+                advice=f"remove it, or pass --allow-write {target} if qatkit may write and delete files there",
+            )
+
+
+def check_path(path: Path, folder: Path, allowed: Sequence[Path], key: str) -> None:
+    """Refuse a path that a recipe would write, unless it is in a folder or is allowed.
+
+    Args:
+        path: What the recipe names.
+        folder: The folder that may be written.
+        allowed: Files and folders that may be written besides.
+        key: The dotted key of the path, for errors.
+
+    Raises:
+        QatkitError: the path is outside, or holds a link that leads outside.
+    """
+    if not _is_inside(os.path.realpath(path), _real([folder, *allowed])):
+        raise QatkitError(
+            f"'{path}' would be written outside the run's folder {folder}",
+            key=key,
+            advice=f"remove the key, or pass --allow-write {path}",
+        )
+    check_links(path, [folder, *allowed])
+
+
+def _links(folder: str) -> Iterator[tuple[str, str]]:
+    """Every link below a folder, and below the folders that its links lead to, with its final target."""
+    seen, waiting = {os.path.realpath(folder)}, [folder]
+    while waiting:
+        for place, folders, files in os.walk(waiting.pop()):
+            for name in (*folders, *files):
+                path = os.path.join(place, name)
+                if not os.path.islink(path):
+                    continue
+                target = os.path.realpath(path)
+                yield path, target
+                if target not in seen and os.path.isdir(target):
+                    seen.add(target)
+                    waiting.append(target)
+
+
+def _real(paths: Sequence[Path]) -> list[str]:
+    return [os.path.realpath(path) for path in paths]
+
+
+def _is_inside(path: str, roots: Sequence[str]) -> bool:
+    return any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+
+
+def _is_log_of_wandb(link: Path) -> bool:
+    """W&B links its log of the machine in the folder of each run, and never writes through the link."""
+    return link.name == "debug-core.log" and link.parent.name == "logs" and not link.is_dir()
