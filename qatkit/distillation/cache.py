@@ -7,8 +7,8 @@ identified.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.distillation.keys import inputs_of, present_tokens, sample_keys
+from qatkit.distillation.manifest import KEY, Manifest, Settings, read_manifest
 from qatkit.distillation.sparse import sparse_kd_loss
 from qatkit.distillation.store import STATES, Targets, open_table, pack, spread, table_bytes, unpack, write_bytes
 from qatkit.errors import QatkitError
-
-MANIFEST = "cache.json"
-
-KEY = "teacher cache"
-"""The key of errors about a cache."""
 
 Outputs = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """Logits ``[samples, length, classes]`` or ``[samples, classes]``, alone or with hidden states by layer name."""
@@ -56,36 +52,38 @@ def cache_teacher(
         The number of samples in the cache.
 
     Raises:
-        QatkitError: the folder holds a cache with a different fingerprint, logits contain NaN or have more than three
-            dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds float16.
+        QatkitError: the folder holds a damaged cache or one with a different fingerprint, logits contain NaN or have
+            more than three dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds
+            float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"k": k, "temperature": temperature, "shard_batches": shard_batches}
-    manifest = folder / MANIFEST
-    if manifest.exists():
-        content = json.loads(manifest.read_text())
-        _refuse_changes(folder, content, dict(fingerprint), settings)
-        if "samples" in content:
-            return int(content["samples"])
-    else:
-        content = {"fingerprint": dict(fingerprint), "settings": settings}
-        write_bytes(manifest, json.dumps(content, indent=1).encode())
+    settings = Settings(k, temperature, shard_batches)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        manifest = Manifest(dict(fingerprint), settings)
+        manifest.write(folder)
+    manifest.refuse_changes(folder, fingerprint, settings)
+    if manifest.samples is not None:
+        manifest.check_files(folder)
+        return manifest.samples
     remaining = iter(batches)
     samples = tokens = shard = 0
     while part := list(islice(remaining, shard_batches)):
         path = folder / f"{shard:06d}.arrow"
-        if path.exists():
+        if path.name in manifest.files and path.exists():
+            manifest.check_file(path)
             _refuse_order(folder, path, part)
         else:
             write_bytes(path, _shard(teacher, part, k, temperature, shard * shard_batches))
+            manifest = manifest.with_file(path)
+            manifest.write(folder)
         table = open_table([path])
         samples += table.num_rows
         tokens += sum(len(column) // 2 for column in table["log_tail"].to_pylist())  # two bytes each
         shard += 1
     if shard == 0:
         raise QatkitError("the data has no batches", key=KEY, advice="check the training data")
-    done = content | {"samples": samples, "tokens": tokens, "shards": shard}
-    write_bytes(manifest, json.dumps(done, indent=1).encode())
+    replace(manifest, samples=samples, tokens=tokens).write(folder)
     return samples
 
 
@@ -98,26 +96,26 @@ class CachedTeacher:
         command: The command that writes the cache, for errors.
 
     Raises:
-        QatkitError: there is no cache, it is incomplete, or it has a different fingerprint.
+        QatkitError: there is no cache, it is incomplete or damaged, or it has a different fingerprint.
     """
 
     def __init__(
         self, folder: Path, fingerprint: Mapping[str, str], command: str = "cache_teacher(..., folder)"
     ) -> None:
-        manifest = folder / MANIFEST
-        if not manifest.exists():
+        manifest = read_manifest(folder)
+        if manifest is None:
             raise QatkitError(f"no cache in {folder}", key=KEY, advice=f"run {command} first")
-        content = json.loads(manifest.read_text())
-        _refuse_changes(folder, content, dict(fingerprint), content["settings"])
-        if "samples" not in content:
+        manifest.refuse_changes(folder, fingerprint)
+        if manifest.tokens is None:
             raise QatkitError(f"{folder} is incomplete", key=KEY, advice=f"run {command} again to resume")
+        manifest.check_files(folder)
         self.folder = folder
-        self.k: int = content["settings"]["k"]
-        self.temperature: float = content["settings"]["temperature"]
-        self.tokens: int = content["tokens"]
+        self.k = manifest.settings.k
+        self.temperature = manifest.settings.temperature
+        self.tokens: int = manifest.tokens
         """Number of tokens in all samples."""
         self._command = command
-        self._table = open_table([folder / f"{shard:06d}.arrow" for shard in range(content["shards"])])
+        self._table = open_table([folder / name for name in manifest.files])
         self.classes = int(self._table.schema.metadata[b"classes"])
         """Number of classes of the teacher's logits."""
         self.layers = [name.removeprefix(STATES) for name in self._table.schema.names if name.startswith(STATES)]
@@ -195,19 +193,6 @@ class CachedTeacher:
         return sparse_kd_loss(student, indices, log_p, log_tail, self.temperature, mask, labels)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `cache_teacher` finished in a folder."""
-    manifest = folder / MANIFEST
-    return manifest.exists() and "samples" in json.loads(manifest.read_text())
-
-
-def fingerprint_of(folder: Path) -> dict[str, str]:
-    """The fingerprint of a cache; empty if there is no cache."""
-    manifest = folder / MANIFEST
-    content: dict[str, str] = json.loads(manifest.read_text())["fingerprint"] if manifest.exists() else {}
-    return content
-
-
 def model_hash(model: nn.Module) -> str:
     """Hash a model's weights and their names, for a fingerprint."""
     digest = hashlib.sha256()
@@ -277,22 +262,4 @@ def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
             f"the samples of {path} differ from the current data: the order, the batch size or the data changed",
             key=KEY,
             advice=f"delete {folder} and rebuild the cache",
-        )
-
-
-def _refuse_changes(
-    folder: Path, manifest: dict[str, Any], fingerprint: dict[str, str], settings: dict[str, Any]
-) -> None:
-    """Reject a cache whose settings or fingerprint differ."""
-    was, now = manifest["settings"] | manifest["fingerprint"], settings | fingerprint
-    changes = [
-        f"{key}: was {was.get(key, 'absent')}, is now {now.get(key, 'absent')}"
-        for key in dict.fromkeys([*was, *now])
-        if was.get(key) != now.get(key)
-    ]
-    if changes:
-        raise QatkitError(
-            f"{folder} was written with other inputs or settings:\n  " + "\n  ".join(changes) + "\n",
-            key=KEY,
-            advice="use another folder, or delete this one",
         )

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qatkit.common.files import atomic_path
 from qatkit.distillation.sparse import top_k_log_probabilities
+from qatkit.errors import QatkitError
 
 SHORT = 1 << 16
 """Number of classes that 16 bits can index."""
@@ -130,10 +131,22 @@ def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
 
 
 def open_table(paths: Sequence[Path]) -> Any:
-    """The Arrow files as one memory-mapped table, read on access."""
+    """The Arrow files as one memory-mapped table, read on access.
+
+    Raises:
+        QatkitError: a file is not one of a cache.
+    """
     import pyarrow as pa
 
-    return pa.concat_tables([pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths])
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        except pa.ArrowException as error:
+            raise QatkitError(
+                f"{path} is not an Arrow file ({error})", advice=f"delete {path.parent} and rebuild the cache"
+            ) from error
+    return pa.concat_tables(tables)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypedDict
 
 from lightning.pytorch import LightningDataModule
 
-from qatkit.common.files import write_atomically
+from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError
-from qatkit.report.language import harness, score, texts_of
+from qatkit.report.language import LanguageScore, harness, score, texts_of
 from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
+
+SCHEMA = 1
+"""Version of ``evaluation.json``."""
+
+
+@dataclass(frozen=True)
+class _Score(LanguageScore):
+    tasks: dict[str, float]
+
+
+class _Kept(TypedDict):
+    """The content of ``evaluation.json``."""
+
+    of: list[Any]
+    """What the score belongs to: the fingerprints of the stage and of the reference, and the ``evaluate`` block."""
+    score: _Score
 
 
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
@@ -28,7 +45,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         By stage, the fields of `LanguageScore`, and ``tasks``: the metrics of lm-evaluation-harness.
 
     Raises:
-        QatkitError: the data is not text, or a requirement of the tasks is missing.
+        QatkitError: the data is not text, or a requirement of the tasks is missing, or a stored score is damaged.
     """
     config = run.recipe.evaluate
     if config is None:
@@ -40,7 +57,8 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
     for stage in run.rows:
         path = run.out / "export" / stage / "evaluation.json"
         of = [run.record(stage).fingerprint, run.record(reference).fingerprint if reference else "", asdict(config)]
-        if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["of"] == of:
+        kept = read_signed(path, _Kept, SCHEMA, f"delete {path} to measure again")
+        if kept is not None and kept["of"] == of:
             scores[stage] = kept["score"]
             continue
         if texts is None:
@@ -51,7 +69,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         measured = asdict(score(model, dense, texts, context, config.stride or max(context // 2, 1)))
         measured["tasks"] = harness(model, _tokenizer(data), config.tasks, config.limit) if config.tasks else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"of": of, "score": measured}, indent=1))
+        write_signed(path, {"of": of, "score": measured}, SCHEMA, partial(json.dumps, indent=1))
         scores[stage] = measured
     return scores
 

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from qatkit import stages as blocks
 from qatkit.common.device import device_count, device_type
 from qatkit.data.streaming import StreamLoader
-from qatkit.distillation.cache import CachedTeacher, cache_teacher, fingerprint_of, is_complete
+from qatkit.distillation.cache import CachedTeacher, cache_teacher
+from qatkit.distillation.manifest import is_complete, read_manifest
 from qatkit.errors import QatkitError
 from qatkit.pipeline.vocabulary import vocabulary
 from qatkit.recipe import DistillConfig, TrainerConfig
@@ -42,8 +43,8 @@ def write_caches(run: Run) -> Iterator[str]:
     """Write the cache of every stage that uses one; yield a line about each.
 
     Raises:
-        QatkitError: no stage uses a teacher cache, a cache would be written outside the run's folder, or for the reasons
-            of `write_cache`.
+        QatkitError: no stage uses a teacher cache, a cache would be written outside the run's folder, or for the
+            reasons of `write_cache`.
     """
     run.check_writes(training=True)
     wanted = [name for name, stage in run.recipe.stages.items() if stage.distill is not None and stage.distill.cache]
@@ -68,7 +69,8 @@ def write_cache(run: Run, stage: str) -> Path:
     """Write the teacher's outputs for all training samples of a stage, unless they exist; resume after a kill.
 
     Raises:
-        QatkitError: the teacher's stage is not finished, or the folder holds a cache with a different fingerprint.
+        QatkitError: the teacher's stage is not finished, or the folder holds a damaged cache or one with a different
+            fingerprint.
     """
     folder, distill = cache_folder(run, stage), resolved_block(run, stage)
     assert distill.cache is not None
@@ -101,7 +103,7 @@ def open_cache(run: Run, stage: str) -> tuple[CachedTeacher, int | None]:
     """Open a stage's teacher cache; also returns the vocabulary size if logits were trimmed to it.
 
     Raises:
-        QatkitError: the cache is missing, incomplete, or has a different fingerprint.
+        QatkitError: the cache is missing, incomplete or damaged, or has a different fingerprint.
     """
     _, prints, size = _inputs(run, stage)
     command = f"`qatkit cache-teacher RECIPE --out {run.out}`"
@@ -184,7 +186,8 @@ def _block(run: Run, stage: str) -> DistillConfig:
 
 def _served(folder: Path, prints: dict[str, str]) -> dict[str, str]:
     """The fingerprint that a cache must have: a cache of all samples serves a stage that trains on fewer."""
-    samples = fingerprint_of(folder).get("samples")
+    manifest = read_manifest(folder)
+    samples = manifest.fingerprint.get("samples") if manifest is not None else None
     return prints | {"samples": samples} if samples == "all" else prints
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from qatkit.common.digests import changed_file, file_digests
-from qatkit.common.files import write_atomically
+from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError
 from qatkit.export.companions import compare_companions
 from qatkit.export.verification import Verification, verify
@@ -17,6 +18,15 @@ from qatkit.tasks import declared_task
 
 _RECORDS = ("verification.json", "evaluation.json")
 """Files in a stage's export folder that are not part of the export."""
+SCHEMA = 1
+"""Version of ``verification.json``."""
+
+
+@dataclass(frozen=True)
+class _Verified(Verification):
+    """The content of ``verification.json``."""
+
+    digests: dict[str, str]
 
 
 def verify_run(run: Run) -> dict[str, Verification]:
@@ -42,7 +52,7 @@ def verify_run(run: Run) -> dict[str, Verification]:
         verification = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
         verification = verification.with_failures(compare_companions(row.companions, model, tokenizer, folder))
         content = asdict(verification) | {"digests": digests}
-        write_atomically(folder / "verification.json", json.dumps(content, indent=1))
+        write_signed(folder / "verification.json", content, SCHEMA, partial(json.dumps, indent=1))
         verifications[stage] = verification
     return verifications
 
@@ -51,19 +61,14 @@ def read_verification(run: Run, stage: str) -> dict[str, Any]:
     """Read the verification of a stage's export.
 
     Raises:
-        QatkitError: the stage was not verified, or one of the compared files has changed since.
+        QatkitError: the stage was not verified, its record is damaged, or one of the compared files has changed since.
     """
-    path = run.out / "export" / stage / "verification.json"
     verify_again = f"`qatkit verify {run.out}`"
-    advice = f"run {verify_again}"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QatkitError(f"stage '{stage}' was not verified", advice=advice) from None
-    except ValueError as error:
-        raise QatkitError(f"it is not JSON ({error})", key=str(path), advice=advice) from error
-    if not isinstance(content, dict) or not isinstance(digests := content.pop("digests", None), dict):
-        raise QatkitError("it holds no digests of the verified files", key=str(path), advice=advice)
+    path = run.out / "export" / stage / "verification.json"
+    content = read_signed(path, _Verified, SCHEMA, f"run {verify_again}")
+    if content is None:
+        raise QatkitError(f"stage '{stage}' was not verified", advice=f"run {verify_again}")
+    digests = content.pop("digests")
     if (changed := changed_file(digests, run.out)) is not None:
         raise QatkitError(
             "it changed after it was verified",

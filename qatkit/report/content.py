@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from qatkit.common.files import write_atomically
+from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.formats import ExportFormat
 from qatkit.quantization.folding import fold_batchnorm
@@ -29,6 +29,19 @@ from qatkit.run.stage_files import measured_zeros
 
 SCHEMA = 1
 """Schema version of ``report.json``; raised when a key changes its meaning or is removed."""
+
+
+class _Report(TypedDict):
+    """The content of ``report.json``, besides its schema version and its digest."""
+
+    name: str
+    format: str
+    written: str
+    rows: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    recipe: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -70,34 +83,26 @@ def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[
 
 def write_report(folder: Path, content: dict[str, Any]) -> None:
     """Write ``report.json`` into a run folder, indented, with every list of plain numbers on one line."""
-    text = json.dumps(content, indent=1)
-    text = re.sub(r"\[\n\s*(-?\d[^\[\]{}\"]*?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    write_atomically(folder / "report.json", text)
+    write_signed(folder / "report.json", content, SCHEMA, _text)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Read the ``report.json`` of a run folder.
 
     Raises:
-        QatkitError: there is no report, it cannot be read, or it was written by a different version of qatkit.
+        QatkitError: there is no report, it is damaged, or it was written by a different version of qatkit.
     """
     path = folder / "report.json"
     command = f"run `qatkit report {folder}`"
-    if not path.is_file():
+    content = read_signed(path, _Report, SCHEMA, f"{command} to rewrite it")
+    if content is None:
         raise QatkitError("there is no such file", key=str(path), advice=f"{command} first")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise QatkitError(f"it is not JSON ({error})", key=str(path), advice=f"{command} to rewrite it") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise QatkitError(
-            f"it follows {'no schema' if schema is None else f'schema {schema}'}, but this version of qatkit reads "
-            f"schema {SCHEMA}",
-            key=str(path),
-            advice=f"{command} to rewrite it",
-        )
-    return dict(content)
+    return {"schema": SCHEMA} | content
+
+
+def _text(content: Any) -> str:
+    text = json.dumps(content, indent=1)
+    return re.sub(r"\[\n\s*(-?\d[^\[\]{}\"]*?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
 
 
 def _row(run: Run, row: ExportFormat, stage: str, measured: Measurements) -> dict[str, Any]:

@@ -7,20 +7,28 @@ stage/NAME.ckpt.json   the digests that the file may have: next to ``last.ckpt``
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from qatkit.common.files import atomic_path, sha256_of, write_atomically
+from qatkit.common.files import atomic_path, sha256_of
+from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 
 NAMES = ("last.ckpt", "previous.ckpt")
 """The files that training resumes from, the newest first."""
+SCHEMA = 1
+"""Version of ``NAME.ckpt.json``."""
+
+
+class _Digests(TypedDict):
+    """The content of ``NAME.ckpt.json``."""
+
+    sha256: list[str]
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -36,7 +44,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
         if path.name == NAMES[0] and path.exists():
             known += _digests(path)[:2]  # a killed process may have left a digest without its file
             _link(path, path.with_name(NAMES[1]))
-        write_atomically(_sidecar(path), json.dumps({"sha256": known}))
+        write_signed(_sidecar(path), {"sha256": known}, SCHEMA)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -83,10 +91,10 @@ def delete_checkpoints(folder: Path) -> None:
 
 def _digests(path: Path) -> list[str]:
     try:
-        content = json.loads(_sidecar(path).read_text(encoding="utf-8"))
-        return [str(digest) for digest in content["sha256"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_signed(_sidecar(path), _Digests, SCHEMA, "")
+    except (OSError, QatkitError):  # the checkpoint counts as damaged, which is the error that its reader raises
         return []
+    return content["sha256"] if content is not None else []
 
 
 def _sidecar(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qatkit import QatkitError
-from qatkit.distillation.cache import CachedTeacher, cache_teacher, is_complete, model_hash
+from qatkit.distillation.cache import CachedTeacher, cache_teacher, model_hash
+from qatkit.distillation.manifest import is_complete, read_manifest
 from qatkit.distillation.sparse import top_k_kd_loss
 from tests.distillation.tensors import sines
 from tests.support import warm
@@ -162,3 +164,56 @@ def test_the_hash_of_a_model_depends_on_its_weights_and_names() -> None:
     with torch.no_grad():
         model[0].weight[0, 0] += 1e-6
     assert model_hash(model) != first
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    cache_teacher(Logits(), batches(), tmp_path, FINGERPRINT, k=8, shard_batches=2)
+    return tmp_path
+
+
+def test_no_flipped_bit_of_the_outputs_is_silent(written: Path) -> None:
+    files = sorted(written.glob("*.arrow"))
+    assert len(files) == 3
+    for path in files:
+        whole = path.read_bytes()
+        for position in range(0, len(whole), len(whole) // 11):
+            flip(path, position)
+            with pytest.raises(QatkitError, match=rf"{path} has changed since it was written; restore it, or delete"):
+                CachedTeacher(written, FINGERPRINT)
+            path.write_bytes(whole)
+        path.write_bytes(whole[:-1])
+        with pytest.raises(QatkitError, match=f"{path} has changed"):
+            cache_teacher(Logits(), batches(), written, FINGERPRINT, k=8, shard_batches=2)
+        path.unlink()
+        with pytest.raises(QatkitError, match=f"{path} is missing"):
+            CachedTeacher(written, FINGERPRINT)
+        path.write_bytes(whole)
+    CachedTeacher(written, FINGERPRINT)
+
+
+def test_no_flipped_bit_of_the_manifest_is_silent(written: Path) -> None:
+    path, cache = written / "cache.json", read_manifest(written)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        flip(path, position)
+        try:
+            assert read_manifest(written) == cache  # a blank became another blank
+        except QatkitError as error:
+            assert str(path) in str(error)  # noqa: PT017  (an error is what most flips must give)
+        path.write_bytes(whole)
+
+
+def test_a_changed_file_of_an_unfinished_cache_is_not_built_upon(written: Path, tmp_path: Path) -> None:
+    cache = read_manifest(written)
+    assert cache is not None
+    replace(cache, samples=None, tokens=None).write(written)
+    flip(written / "000001.arrow", 100)
+    with pytest.raises(QatkitError, match=r"000001\.arrow has changed since it was written"):
+        cache_teacher(Logits(), batches(), written, FINGERPRINT, k=8, shard_batches=2)

@@ -49,6 +49,6 @@ def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, t
     with pytest.raises(QatkitError, match="stage 'dense' was not verified; run `qatkit verify"):
         read_verification(run, "dense")
     path.write_text(content[:100])
-    with pytest.raises(QatkitError, match=r"verification\.json: it is not JSON"):
+    with pytest.raises(QatkitError, match=r"verification\.json is damaged \(.*\); restore it, or run `qatkit verify"):
         read_verification(run, "dense")
     path.write_text(content)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from qatkit import QatkitError
 from qatkit.cli.main import app
+from qatkit.distillation.manifest import read_manifest
 from qatkit.models import llama
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.teacher_cache import cache_folder, open_cache, write_cache
@@ -153,14 +154,15 @@ def test_missing_parts_are_named_with_the_command_that_makes_them(out: Path, fol
 
 def test_a_cache_shorter_than_the_data_is_refused_by_the_first_sample_that_it_lacks(out: Path, folder: Path) -> None:
     run = start(out, folder)
-    manifest = write_cache(run, "qat") / "cache.json"
-    content = json.loads(manifest.read_text())
+    cache = write_cache(run, "qat")
+    whole = read_manifest(cache)
     short = start(out, folder, "stages.qat.max_steps=4")
-    shutil.rmtree(manifest.parent)
+    shutil.rmtree(cache)
     write_cache(short, "qat")
-    other = json.loads(manifest.read_text())
-    other["fingerprint"]["samples"] = content["fingerprint"]["samples"]
-    manifest.write_text(json.dumps(other))
+    cut = read_manifest(cache)
+    assert whole is not None
+    assert cut is not None
+    replace(cut, fingerprint=whole.fingerprint).write(cache)
     with pytest.raises(QatkitError, match=r"in a batch are not among the 64 in .*: the cache is shorter than the data"):
         run_stages(run)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
+from qatkit.report.content import write_report
 from qatkit.report.page import write_page
 from qatkit.run.folder import Run
 
@@ -133,7 +133,7 @@ def test_a_language_model_and_a_classifier_share_a_page_but_no_axis(finished: Ru
     for stage in report["stages"]:
         stage["metrics"] = {"val/accuracy": 0.5}
     (tmp_path / "classifier").mkdir()
-    (tmp_path / "classifier" / "report.json").write_text(json.dumps(report))
+    write_report(tmp_path / "classifier", report)
     write_page([finished.out, tmp_path / "classifier"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<h3>Perplexity against size and latency</h3>" in page

@@ -22,6 +22,7 @@ from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.report import page as page_module
+from qatkit.report.content import write_report
 from qatkit.report.page import write_page
 from qatkit.run.folder import Run
 from tests.support.browser import chromium
@@ -94,7 +95,7 @@ def changed(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         change(report)
         other = tmp_path / name
         other.mkdir()
-        (other / "report.json").write_text(json.dumps(report))
+        write_report(other, report)
         return other
 
     return make
@@ -295,11 +296,13 @@ def test_runs_without_a_report_and_runs_named_twice_are_refused(folder: Path, ch
         write_page([folder, Path("nowhere")], Path("never.html"))
     with pytest.raises(QatkitError, match="the same run folder is given twice"):
         write_page([folder, folder / ".." / folder.name], Path("never.html"))
-    old = changed("old", lambda report: report.pop("schema"))
-    with pytest.raises(
-        QatkitError, match=r"report\.json: it follows no schema, .*; run `qatkit report .*old` to rewrite"
-    ):
+    old = changed("old", lambda report: report.update(schema=0))
+    with pytest.raises(QatkitError, match=r"report\.json has schema 0, .*; run `qatkit report .*old` to rewrite"):
         write_page([old], Path("never.html"))
+    edited = changed("edited")
+    (edited / "report.json").write_text((edited / "report.json").read_text().replace('"passed": true', '"passed": 1'))
+    with pytest.raises(QatkitError, match=r"report\.json is damaged \(its digest .*; restore it, or run"):
+        write_page([edited], Path("never.html"))
 
 
 def test_without_matplotlib_the_page_is_refused_and_a_report_goes_on_without_it(

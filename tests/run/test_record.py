@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qatkit import QatkitError
+from qatkit.common.records import content_digest
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe import FactoryConfig
 from qatkit.recipe.loading import load_recipe
@@ -18,7 +19,6 @@ from qatkit.run.folder import Run
 from qatkit.run.record import (
     StageRecord,
     Started,
-    content_digest,
     read_record,
     read_started,
     write_record,
@@ -51,11 +51,13 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
         (without("schema"), r"has schema None, .* reads schema 1; use --force .*, or use qatkit 0\.1, which wrote it"),
         (lambda content: content | {"schema": 2}, "has schema 2"),
         (without("fingerprint"), r"is damaged \(fingerprint is missing\); restore it, or use --force"),
+        (lambda content: content | {"metrics": {"test/loss": "low"}}, r"is damaged \(metrics.test/loss is a str\)"),
+        (lambda content: content | {"inputs": 3}, r"is damaged \(inputs is a int\)"),
         (lambda content: content | {"colour": "red"}, r"is damaged \(unknown field colour\)"),
         (lambda content: content | {"zeros": [1]}, r"is damaged \(zeros is a list\)"),
         (lambda content: content | {"seconds": True}, r"is damaged \(seconds is a bool\)"),
-        (lambda content: content | {"folds": [["conv"]]}, r"is damaged \(ValueError"),
-        (lambda content: content | {"architecture": {}}, r"is damaged \(KeyError"),
+        (lambda content: content | {"folds": [["conv"]]}, r"is damaged \(folds\[0\] has 1 values instead of 2\)"),
+        (lambda content: content | {"architecture": {}}, r"is damaged \(architecture\.config is missing\)"),
         (lambda content: [content], r"is damaged \(it contains a list, not an object\)"),
     ],
 )
