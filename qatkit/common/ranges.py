@@ -107,7 +107,7 @@ def check_ranges(config: Any) -> None:
 
 
 @cache
-def ranges_of(cls: type[Any]) -> dict[str, Range]:
+def ranges_of(cls: type) -> dict[str, Range]:
     """The ranges in the annotations of a class, by field name.
 
     Args:
