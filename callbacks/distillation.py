@@ -12,6 +12,7 @@ from qatkit.callbacks.divergence import DistillationLoss, NanWatch
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
 from qatkit.callbacks.fused import Fused, fused
 from qatkit.callbacks.generation import Generation, Generators, check_no_generation
+from qatkit.callbacks.outputs import ComparedOutputs
 from qatkit.callbacks.positions import find_tensor, is_causal
 from qatkit.callbacks.teacher_outputs import Call, TeacherOutputs, cached_teacher_outputs, live_teacher_outputs
 from qatkit.callbacks.teachers import check_not_part, check_not_trained, frozen_copy, live_teacher
@@ -48,7 +49,10 @@ class KnowledgeDistillation(Callback):
             over logits or regression outputs.
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
-            averaged. By default the output itself, or its "logits".
+            averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. By default the output
+            itself, or its "logits".
+        class_dim: The dimension of the logits that holds the classes: 1 for segmentation, ``[N, C, H, W]``. By default
+            the last; logits whose classes are not there are rejected if the shape of the labels shows it.
         hidden: Add a loss between hidden states.
         attention: Add a loss between attention maps or relations.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
@@ -65,7 +69,7 @@ class KnowledgeDistillation(Callback):
 
     Raises:
         QatkitError: the teacher is the student or is trained with it, its outputs contain NaN or have a different
-            shape, the classes are not in the last dimension, `student` names no submodule or is not called in
+            shape, the classes are not in `class_dim`, `student` names no submodule or is not called in
             `training_step`, or `training_step` returns no loss.
 
     Example:
@@ -83,7 +87,7 @@ class KnowledgeDistillation(Callback):
         student: str | None = None,
         loss: str = "kl",
         beta: float = 0.5,
-        outputs: Sequence[str | int] | None = None,
+        outputs: Sequence[str | int] | Mapping[str | int, float] | None = None,
         hidden: HiddenMatch | None = None,
         attention: AttentionMatch | None = None,
         ramp: float = 0.0,
@@ -91,12 +95,11 @@ class KnowledgeDistillation(Callback):
         on_policy: Generation | None = None,
         sequence_level: Generation | None = None,
         fused: bool = False,
+        class_dim: int | None = None,
     ) -> None:
         for name, value in (("alpha", alpha), ("ramp", ramp)):
             if not 0 <= value <= 1:
                 raise QatkitError(f"{value} is out of range", key=name, advice="use a number from 0 to 1")
-        if isinstance(outputs, str):
-            raise QatkitError(f"'{outputs}' is not a list", key="outputs", advice=f"use ['{outputs}']")
         self.loss = DistillationLoss(loss, temperature, beta, vocab_size)
         self.from_self = teacher == "self"
         self.cache = teacher if isinstance(teacher, CachedTeacher) else None
@@ -106,7 +109,7 @@ class KnowledgeDistillation(Callback):
         self.teacher = live_teacher(teacher) or Teacher(nn.Identity())
         self.alpha = alpha
         self.student = student
-        self.outputs = outputs
+        self.compared = ComparedOutputs.of(outputs, class_dim)
         self.features = FeatureMatch(hidden, attention)
         self.ramp = ramp
         self.fused = fused
@@ -194,7 +197,7 @@ class KnowledgeDistillation(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.fused and self._fused is None:  # all callbacks have replaced their layers by now
             teacher = self.cache or self.teacher
-            self._fused = fused(self._student(pl_module), teacher, self.loss, self.outputs)
+            self._fused = fused(self._student(pl_module), teacher, self.loss, self.compared)
             if isinstance(self._fused, str):
                 logger.info("distillation materializes full logits: %s", self._fused)
 
@@ -282,7 +285,7 @@ class KnowledgeDistillation(Callback):
             if self.watch is not None:
                 for agreement in outputs.agreements:
                     self.watch(agreement)
-            terms += outputs.losses
+            terms.append(torch.stack(outputs.losses).sum())
             features = self.features.loss(call.states, self.features.take(1) | dict(outputs.states), call.present)
             if features is not None:
                 extra.append(features)
@@ -301,8 +304,8 @@ class KnowledgeDistillation(Callback):
 
     def _teacher_outputs(self, call: Call) -> TeacherOutputs:
         if self.cache is not None:
-            return cached_teacher_outputs(self.cache, call, self.loss, self.outputs, self._causal)
-        return live_teacher_outputs(self.teacher, call, self.loss, self.outputs, self._causal)
+            return cached_teacher_outputs(self.cache, call, self.loss, self.compared, self._causal)
+        return live_teacher_outputs(self.teacher, call, self.loss, self.compared, self._causal)
 
 
 def _progress(trainer: Trainer) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.divergence import DistillationLoss
+from qatkit.callbacks.outputs import ComparedOutputs
 from qatkit.callbacks.positions import counted_positions, is_causal
 from qatkit.callbacks.teacher_outputs import Call, TeacherOutputs
 from qatkit.callbacks.teachers import call_teacher
@@ -50,7 +51,7 @@ def fused(
     student: nn.Module,
     teacher: Teacher | CachedTeacher,
     loss: DistillationLoss,
-    outputs: Sequence[str | int] | None,
+    compared: ComparedOutputs,
 ) -> Fused | str:
     """The fused loss for student and teacher, or the reason why logits must be materialized.
 
@@ -58,14 +59,14 @@ def fused(
         student: The model that training calls.
         teacher: A live or cached teacher.
         loss: The distillation loss.
-        outputs: Compared outputs; see `KnowledgeDistillation`.
+        compared: The outputs to compare.
     """
     layer = output_layer(student)
     cached = isinstance(teacher, CachedTeacher)
     if not (loss.row.top_k_rows if cached else loss.row.rows):
         return f"loss '{loss.loss}' has no fused kernel{' for a cached teacher' if cached else ''}"
-    if outputs is not None:
-        return f"outputs {outputs} are compared"
+    if compared.keys is not None:
+        return f"outputs {list(compared.keys)} are compared"
     if not is_causal(student):
         return "the student is not a causal language model"
     if layer is None or not returns_logits_of(student, layer):

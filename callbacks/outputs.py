@@ -1,13 +1,93 @@
-"""The logits in a model's output of any type."""
+"""The logits in a model's output of any type, with the classes in the last dimension."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from qatkit.callbacks.positions import check_class_dimension
 from torch import Tensor
 
 from qatkit.errors import QatkitError
+
+
+@dataclass(frozen=True)
+class ComparedOutputs:
+    """The outputs of student and teacher that distillation compares."""
+
+    keys: tuple[str | int, ...] | None
+    """Keys or indices of the outputs; None compares the output itself, or its "logits"."""
+    weights: tuple[float, ...]
+    """Weight of each output's loss."""
+    class_dim: int | None
+    """The dimension that holds the classes; None for the last one, which the shape of the labels may contradict."""
+
+    @classmethod
+    def of(
+        cls, outputs: Sequence[str | int] | Mapping[str | int, float] | None, class_dim: int | None
+    ) -> ComparedOutputs:
+        """Read the arguments of `KnowledgeDistillation`.
+
+        Args:
+            outputs: Keys or indices, whose losses are averaged, or a mapping from these to weights.
+            class_dim: The dimension that holds the classes.
+
+        Raises:
+            QatkitError: `outputs` is a string or empty, or a weight is negative or not finite.
+        """
+        if isinstance(outputs, str):
+            raise QatkitError(f"'{outputs}' is not a list", key="outputs", advice=f"use ['{outputs}']")
+        if outputs is None:
+            return cls(None, (1.0,), class_dim)
+        if not outputs:
+            raise QatkitError("it names no output", key="outputs", advice="name at least one, or leave it out")
+        if not isinstance(outputs, Mapping):
+            return cls(tuple(outputs), (1 / len(outputs),) * len(outputs), class_dim)
+        for key, weight in outputs.items():
+            if not 0 <= weight < math.inf:
+                raise QatkitError(
+                    f"the weight of {key!r} is {weight}", key="outputs", advice="use a finite number, 0 or above"
+                )
+        return cls(tuple(outputs), tuple(outputs.values()), class_dim)
+
+    def select(self, output: Any) -> list[Tensor]:
+        """The compared tensors ``[..., classes]`` of a model's output.
+
+        Raises:
+            QatkitError: a key does not name a tensor, or a tensor has no dimension `class_dim`.
+        """
+        return [self._classes_last(logits) for logits in logits_of(output, self.keys)]
+
+    def fit_labels(self, labels: Tensor | None, logits: Tensor, compares_classes: bool) -> Tensor | None:
+        """Return the labels without a class dimension of size 1, such as ``[N, H, W]`` of ``[N, 1, H, W]``.
+
+        Args:
+            labels: The labels of the batch, if there are any.
+            logits: The student's logits as `select` returns them.
+            compares_classes: Whether the loss compares probabilities of classes.
+
+        Raises:
+            QatkitError: `class_dim` was not given, and the labels show that the classes are not in the last dimension.
+        """
+        if self.class_dim is None:
+            check_class_dimension(logits, labels, compares_classes)
+            return labels
+        if labels is None or labels.dim() != logits.dim() or labels.shape[self.class_dim] != 1:
+            return labels
+        return labels.squeeze(self.class_dim)
+
+    def _classes_last(self, logits: Tensor) -> Tensor:
+        if self.class_dim is None:
+            return logits
+        if not -logits.dim() <= self.class_dim < logits.dim():
+            raise QatkitError(
+                f"the logits of shape {list(logits.shape)} have no dimension {self.class_dim}",
+                key="class_dim",
+                advice="pass the dimension that holds the classes",
+            )
+        return logits.movedim(self.class_dim, -1)
 
 
 def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:

@@ -87,10 +87,9 @@ def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classe
     seen = f"logits have shape {list(logits.shape)}" + ("" if labels is None else f", labels {list(labels.shape)}")
     reason = f"so dimension {dim} holds the classes" if others else "so the class dimension is unknown"
     raise QatkitError(
-        f"{seen}, {reason}, but distillation compares the last dimension; dense prediction is not supported here",
-        key="outputs",
-        advice=f"return logits with the classes last, or remove KnowledgeDistillation and add "
-        f"qatkit.distillation.kd_loss(student.movedim({dim}, -1), teacher.movedim({dim}, -1)) in training_step",
+        f"{seen}, {reason}, but distillation compares the last dimension",
+        key="class_dim",
+        advice=f"pass class_dim={dim} to KnowledgeDistillation",
     )
 
 

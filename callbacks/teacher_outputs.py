@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qatkit.callbacks.divergence import DistillationLoss
-from qatkit.callbacks.outputs import logits_of
-from qatkit.callbacks.positions import check_class_dimension, counted_positions
+from qatkit.callbacks.outputs import ComparedOutputs
+from qatkit.callbacks.positions import counted_positions
 from qatkit.callbacks.teachers import call_teacher
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class TeacherOutputs:
     """Teacher outputs for one call of the student, compared with the student's."""
 
     losses: list[Tensor]
-    """One distillation loss per compared output."""
+    """The weighted distillation loss of each compared output; their sum is the loss of the call."""
     agreements: list[Callable[[], Tensor]]
     """Functions that return True where student and teacher predict the same class."""
     outputs: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Call:
 
 
 def live_teacher_outputs(
-    teacher: Teacher, call: Call, loss: DistillationLoss, outputs: Sequence[str | int] | None, causal: bool
+    teacher: Teacher, call: Call, loss: DistillationLoss, compared: ComparedOutputs, causal: bool
 ) -> TeacherOutputs:
     """Call the teacher and compare its outputs with the student's.
 
@@ -59,7 +59,7 @@ def live_teacher_outputs(
         teacher: The teacher; called with the inputs of the student.
         call: The call of the student.
         loss: The distillation loss.
-        outputs: Compared outputs; see `KnowledgeDistillation`.
+        compared: The outputs to compare.
         causal: Whether logits predict the next label.
 
     Raises:
@@ -67,37 +67,38 @@ def live_teacher_outputs(
     """
     result = TeacherOutputs([], [])
     answer = call_teacher(teacher, call.args, call.kwargs)
-    for student, other in zip(logits_of(call.output, outputs), logits_of(answer, outputs), strict=True):
-        check_class_dimension(student, call.labels, loss.row.compares_classes)
+    pairs = zip(compared.select(call.output), compared.select(answer), compared.weights, strict=True)
+    for student, other, weight in pairs:
+        labels = compared.fit_labels(call.labels, student, loss.row.compares_classes)
         ours, theirs = loss.trimmed(student, other.to(student.device))
-        mask = counted_positions(ours, call.labels, call.present, causal)
+        mask = counted_positions(ours, labels, call.present, causal)
         result.outputs.append((other, mask))
-        result.losses.append(loss(ours, theirs, mask))
+        result.losses.append(weight * loss(ours, theirs, mask))
         result.agreements.append(lambda s=ours, t=theirs: s.argmax(dim=-1) == t.argmax(dim=-1))  # type: ignore[misc]
     return result
 
 
 def cached_teacher_outputs(
-    cache: CachedTeacher, call: Call, loss: DistillationLoss, outputs: Sequence[str | int] | None, causal: bool
+    cache: CachedTeacher, call: Call, loss: DistillationLoss, compared: ComparedOutputs, causal: bool
 ) -> TeacherOutputs:
     """Look up teacher outputs and compare them with the student's; takes the arguments of `live_teacher_outputs`.
 
     Raises:
         QatkitError: a sample is not in the cache, or the shapes of the outputs do not match.
     """
-    (logits, *others) = logits_of(call.output, outputs)
+    (logits, *others) = compared.select(call.output)
     if others:
         raise QatkitError(
-            f"{outputs} are several outputs, but a cache holds one",
+            f"{list(compared.keys or ())} are several outputs, but a cache holds one",
             key="outputs",
             advice="name one output, or use a live teacher",
         )
-    check_class_dimension(logits, call.labels, loss.row.compares_classes)
+    labels = compared.fit_labels(call.labels, logits, loss.row.compares_classes)
     targets = cache.outputs_for(call.args, call.kwargs).map(lambda part: part.to(logits.device))
     ours, fitting = loss.fitted(logits, targets, cache)
-    mask = counted_positions(ours, call.labels, call.present, causal)
+    mask = counted_positions(ours, labels, call.present, causal)
     return TeacherOutputs(
-        [loss.from_cache(ours, fitting, mask)],
+        [compared.weights[0] * loss.from_cache(ours, fitting, mask)],
         [lambda: ours.argmax(dim=-1) == fitting.indices[..., 0]],
         states=fitting.hidden,
     )

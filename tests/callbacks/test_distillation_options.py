@@ -70,8 +70,16 @@ class Heads(nn.Module):
         return {"start": start, "end": end} if self.kind == "dict" else (start, end)
 
 
-@pytest.mark.parametrize(("kind", "outputs"), [("dict", ["start", "end"]), ("tuple", [0, 1])])
-def test_the_mean_over_several_heads_counts(kind: str, outputs: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "outputs", "weights"),
+    [
+        ("dict", ["start", "end"], (0.5, 0.5)),
+        ("tuple", [0, 1], (0.5, 0.5)),
+        ("dict", {"start": 2.0, "end": 0.25}, (2.0, 0.25)),
+        ("tuple", {1: 3.0}, (0.0, 3.0)),
+    ],
+)
+def test_several_heads_are_averaged_or_weighted(kind: str, outputs: Any, weights: tuple[float, float]) -> None:
     class Module(Classifier):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
             found = self(batch[0])
@@ -79,9 +87,12 @@ def test_the_mean_over_several_heads_counts(kind: str, outputs: list[Any]) -> No
 
     student, model = Heads(kind, 1), Heads(kind, 2)
     x = batches().dataset[:16][0]
-    expected = (kd_loss(student.start(x), model.start(x)) + kd_loss(student.end(x), model.end(x))) / 2
+    expected = sum(
+        weight * kd_loss(getattr(student, head)(x), getattr(model, head)(x)).item()
+        for head, weight in zip(("start", "end"), weights, strict=True)
+    )
     found, _ = first_loss(Module(copy.deepcopy(student)), KnowledgeDistillation(model, outputs=outputs, student="net"))
-    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
     with pytest.raises(
         QatkitError, match=rf"the model returned .*{kind}.* without a tensor at .*; pass outputs=\[...\]"
     ):
@@ -282,6 +293,8 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
         ),
         (lambda: KnowledgeDistillation("model"), "teacher: 'model' is not a model; .* or 'self'"),
         (lambda: KnowledgeDistillation(teacher(), outputs="logits"), r"use \['logits'\]"),
+        (lambda: KnowledgeDistillation(teacher(), outputs=[]), "outputs: it names no output"),
+        (lambda: KnowledgeDistillation(teacher(), outputs={"a": -1.0}), "outputs: the weight of 'a' is -1.0"),
         (lambda: KnowledgeDistillation(teacher(), ramp=2.0), "ramp: 2.0 is out of range"),
         (
             lambda: KnowledgeDistillation(teacher(), hidden=HiddenMatch({"net.7": "0"})),

@@ -135,14 +135,40 @@ class Segmenter(Classifier):
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse"])
-def test_dense_prediction_with_the_classes_in_dimension_1_is_refused(loss: str) -> None:
+def test_dense_prediction_without_its_class_dimension_is_refused(loss: str) -> None:
     data = DataLoader([[torch.randn(4, 1, 5, 7), torch.randint(0, 3, (4, 5, 7))]], batch_size=None)
-    message = (
-        r"outputs: logits have shape \[4, 3, 5, 7\], labels \[4, 5, 7\], so dimension 1 holds the classes.*movedim\(1"
-    )
+    message = r"class_dim: logits have shape \[4, 3, 5, 7\], labels \[4, 5, 7\], so dimension 1 holds.*class_dim=1"
     distil = KnowledgeDistillation(nn.Conv2d(1, 3, 1), student="net", loss=loss)
     with pytest.raises(QatkitError, match=message):
         trainer(distil, max_steps=1).fit(Segmenter(nn.Conv2d(1, 3, 1)), data)
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["labels NHW", "labels N1HW"])
+@pytest.mark.parametrize("ignored", [0, 9])
+def test_dense_prediction_is_compared_over_its_classes(ignored: int, extra: bool) -> None:
+    torch.manual_seed(0)
+    student, teacher = nn.Conv2d(1, 3, 1), nn.Conv2d(1, 3, 1)
+    x, labels = torch.randn(4, 1, 5, 7), torch.randint(0, 3, (4, 5, 7))
+    labels.view(-1)[:ignored] = -100
+    log_q, log_p = (F.log_softmax(model(x).double(), dim=1) for model in (student, teacher))
+    kl = (log_p.exp() * (log_p - log_q)).sum(1)[labels != -100].mean()
+
+    class Module(Segmenter):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            return super().training_step([batch[0], batch[1].view(4, 5, 7)], batch_idx)
+
+    fit = trainer(KnowledgeDistillation(teacher, alpha=1.0, student="net", class_dim=1), max_steps=1)
+    fit.fit(Module(student), DataLoader([[x, labels.unsqueeze(1) if extra else labels]], batch_size=None))
+    assert float(fit.callback_metrics["train/kd_loss"]) == pytest.approx(kl.item(), rel=1e-5)
+    if not ignored:  # the value of torch.nn.functional.kl_div over dimension 1
+        assert kl.item() == pytest.approx(0.25784, abs=1e-5)
+
+
+def test_a_class_dimension_that_does_not_exist_is_refused() -> None:
+    data = DataLoader([[torch.randn(4, 8), torch.randint(0, 3, (4,))]], batch_size=None)
+    distil = KnowledgeDistillation(nn.Linear(8, 3), student="net", class_dim=2)
+    with pytest.raises(QatkitError, match=r"class_dim: the logits of shape \[4, 3\] have no dimension 2"):
+        trainer(distil, max_steps=1).fit(Segmenter(nn.Linear(8, 3)), data)
 
 
 @pytest.mark.parametrize(
@@ -168,5 +194,5 @@ def test_labels_show_which_dimension_holds_the_classes(
     if not refused:
         check_class_dimension(torch.zeros(logits), given, compares_classes)
         return
-    with pytest.raises(QatkitError, match="dense prediction is not supported"):
+    with pytest.raises(QatkitError, match="pass class_dim="):
         check_class_dimension(torch.zeros(logits), given, compares_classes)
