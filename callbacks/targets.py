@@ -20,7 +20,7 @@ def check_target(
 
     Args:
         target: The format.
-        trainer: Its data module may declare the task.
+        trainer: The Trainer, whose data module may declare the task.
         pl_module: The module, with plain layers.
         schemes: The planned quantization by layer name.
         kv_cache: Whether keys and values will be quantized.
@@ -38,7 +38,7 @@ def check_target(
 def exported_part(pl_module: nn.Module, layers: Sequence[str]) -> tuple[str, nn.Module]:
     """Return the transformers model that holds all quantized layers, or the module itself, and its prefix in names.
 
-    A LightningModule is not a transformers model, and usually has one as an attribute, which is what is exported.
+    A LightningModule is not a transformers model; it usually has one as an attribute, and that model is exported.
 
     Example:
         >>> exported_part(nn.Sequential(nn.Linear(2, 2)), ["0"])[0]

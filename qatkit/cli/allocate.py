@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from qatkit.quantization.mixed.records import Sensitivity
 
 MeasuredArgument = Annotated[
-    Path, typer.Argument(metavar="FOLDER_OR_JSON", help="sensitivity.json of `qatkit sensitivity`, or its folder.")
+    Path,
+    typer.Argument(
+        metavar="FOLDER_OR_JSON", help="The sensitivity.json that `qatkit sensitivity` wrote, or its folder."
+    ),
 ]
 
 

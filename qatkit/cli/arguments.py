@@ -22,8 +22,7 @@ AllowWrite = Annotated[
     typer.Option(
         "--allow-write",
         metavar="PATH",
-        help="A folder or file outside the run's folder that may be written, or that a link in it may lead to. "
-        "Repeatable.",
+        help="Allow writing to a folder or file outside the run folder, directly or through a link. Repeatable.",
     ),
 ]
 SkipBad = Annotated[
@@ -31,4 +30,4 @@ SkipBad = Annotated[
     typer.Option("--skip-bad", help="Skip and count unusable records of data.args.source instead of failing."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else to standard output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only the result to standard output, as JSON.")]

@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Measure exported files and write a report, or compare several runs.
 
-    For one run this writes report.json, report.md and report.html.
+    For a single run, this writes report.json, report.md and report.html.
 
     Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """

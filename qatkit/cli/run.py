@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Train, export, verify, measure and report.
 
-    The same command resumes an interrupted run.
+    Run the same command again to resume an interrupted run.
 
     Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
     """

@@ -16,7 +16,7 @@ from qatkit.cli.output import echo
 def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None, as_json: AsJson = False) -> None:
     """Load the exported files in their runtime and compare them with training.
 
-    Codes, weights and outputs are compared. The exit code is 1 if a stage fails.
+    Codes, weights and outputs are compared. The exit code is 1 if any stage fails.
 
     Example: qatkit verify runs/digits_int4
     """

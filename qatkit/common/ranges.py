@@ -24,8 +24,8 @@ class Range:
     Args:
         low: The smallest value.
         high: The largest value.
-        above: `low` itself is excluded.
-        below: `high` itself is excluded.
+        above: Exclude `low` itself.
+        below: Exclude `high` itself.
         example: A usual value, for the advice of errors.
 
     Example:
@@ -45,7 +45,7 @@ class Range:
     example: str = ""
 
     def problem(self, value: float) -> str | None:
-        """How to change a value that is out of range; None for a value in it."""
+        """How to change a value that is out of range; None if it is in range."""
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
         if low and high:
@@ -67,21 +67,21 @@ class Range:
 
 
 Count = Annotated[int, Range(1, INT32)]
-"""A number of things, at least one."""
+"""A count of at least 1."""
 Steps = Annotated[int, Range(0, INT32)]
 """A number of steps, which may be 0."""
 Seed = Annotated[int, Range(0, INT64)]
 """A seed of random numbers."""
 Fraction = Annotated[float, Range(0.0, 1.0)]
-"""A fraction, with 0 and 1."""
+"""A fraction from 0 to 1, both included."""
 ProperFraction = Annotated[float, Range(0.0, 1.0, above=True, below=True)]
-"""A fraction, without 0 and 1."""
+"""A fraction between 0 and 1, both excluded."""
 
 
 def check_ranges(config: Any) -> None:
     """Check the numeric fields of a dataclass against the ranges in their annotations.
 
-    Values that are no numbers, such as None and text, are not checked.
+    Values that are not numbers, such as None and text, are not checked.
 
     Args:
         config: A dataclass with fields such as ``rank: Annotated[int, Range(1, 8)]``; ``| None`` may follow.
@@ -127,5 +127,5 @@ def _range_in(hint: Any) -> Range | None:
 
 
 def _short(number: float) -> str:
-    """Without the decimals of an integer: 0 rather than 0.0."""
+    """Format an integer without decimals: 0 rather than 0.0."""
     return str(int(number)) if float(number).is_integer() and abs(number) < 1e16 else str(number)

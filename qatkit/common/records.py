@@ -52,7 +52,7 @@ def read_signed(path: Path, kind: type[Any], schema: int, advice: str) -> dict[s
 
     Raises:
         QatkitError: the file is not a record, was written by a version with a different schema, has changed since it
-            was written, or has fields that do not fit.
+            was written, or has invalid fields.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read_signed(path: Path, kind: type[Any], schema: int, advice: str) -> dict[s
 
 
 def misfit(annotation: Any, value: Any, name: str = "") -> str | None:
-    """The reason why a JSON value does not fit a type; None if it fits.
+    """The reason why a JSON value does not match a type; None if it matches.
 
     Args:
         annotation: A scalar type, `Any`, a list, tuple, dictionary or union of types, a dataclass or a `TypedDict`.

@@ -13,7 +13,7 @@ def check_links(folder: Path, allowed: Sequence[Path] = ()) -> None:
     """Refuse a folder with a link through which a file outside it could be overwritten or deleted.
 
     Args:
-        folder: It may be a link itself, and need not exist.
+        folder: The folder; it may be a link itself, and need not exist.
         allowed: Files and folders that links may lead to.
 
     Raises:
@@ -33,13 +33,13 @@ def check_path(path: Path, folder: Path, allowed: Sequence[Path], key: str) -> N
     """Refuse a path that a recipe would write, unless it is in a folder or is allowed.
 
     Args:
-        path: What the recipe names.
+        path: The path in the recipe.
         folder: The folder that may be written.
-        allowed: Files and folders that may be written besides.
+        allowed: Additional files and folders that may be written.
         key: The dotted key of the path, for errors.
 
     Raises:
-        QatkitError: the path is outside, or holds a link that leads outside.
+        QatkitError: the path is outside `folder`, or contains a link that leads outside it.
     """
     if not _is_inside(os.path.realpath(path), _real([folder, *allowed])):
         raise QatkitError(

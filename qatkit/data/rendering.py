@@ -11,7 +11,7 @@ from qatkit.errors import QatkitError
 
 MOST_STEPS = 5_000_000
 """Lines of a compiled template, and calls from it, for one rendering of a conversation; usual templates need a few
-dozen per turn. Steps rather than seconds, so that every machine decides alike, however busy it is."""
+dozen per turn. The limit counts steps rather than seconds, so that it does not depend on the machine or its load."""
 _TEMPLATE = "<template>"
 """The file name that Jinja gives to the code of a template."""
 
@@ -30,7 +30,7 @@ def limited(render: Callable[[], Result], tokenizer: str) -> Result:
         tokenizer: The folder or name of the tokenizer, for the error.
 
     Raises:
-        QatkitError: the template took more steps.
+        QatkitError: the template exceeded `MOST_STEPS`.
     """
     left = MOST_STEPS
 
@@ -48,10 +48,10 @@ def limited(render: Callable[[], Result], tokenizer: str) -> Result:
         return render()
     except _TooManySteps:
         raise QatkitError(
-            f"the template of tokenizer '{tokenizer}' was stopped after {MOST_STEPS} steps for one conversation, as it "
-            "may never end",
+            f"the template of tokenizer '{tokenizer}' was stopped after {MOST_STEPS} steps for one conversation, "
+            "because it may never end",
             key="chat_template",
-            advice="set it to a file with a template that ends, or fix the template of the tokenizer",
+            advice="set it to a file whose template ends, or fix the template of the tokenizer",
         ) from None
     finally:
         sys.settrace(before)

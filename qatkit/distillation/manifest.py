@@ -22,7 +22,7 @@ KEY = "teacher cache"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a cache is written."""
+    """The settings that a cache is written with."""
 
     k: int
     temperature: float

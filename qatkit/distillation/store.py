@@ -134,7 +134,7 @@ def open_table(paths: Sequence[Path]) -> Any:
     """The Arrow files as one memory-mapped table, read on access.
 
     Raises:
-        QatkitError: a file is not one of a cache.
+        QatkitError: a file does not belong to a cache.
     """
     import pyarrow as pa
 

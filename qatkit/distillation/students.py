@@ -46,7 +46,7 @@ def student_from_teacher(
         numbers = list(layers)
         if numbers != sorted({*numbers} & {*range(depth)}) or not numbers:
             raise QatkitError(
-                f"{numbers} are not numbers of teacher layers in ascending order",
+                f"{numbers} is not an ascending list of teacher layer numbers",
                 key="layers",
                 advice=f"use numbers from 0 to {depth - 1}",
             )

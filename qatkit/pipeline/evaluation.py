@@ -28,7 +28,7 @@ class _Kept(TypedDict):
     """The content of ``evaluation.json``."""
 
     of: list[Any]
-    """What the score belongs to: the fingerprints of the stage and of the reference, and the ``evaluate`` block."""
+    """The inputs of the score: the fingerprints of the stage and of the reference, and the ``evaluate`` block."""
     score: _Score
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # `qatkit validate` imports this module
 
 
 def exported_stages(recipe: Recipe) -> list[str]:
-    """The stages that are exported: those that the comparison shows."""
+    """The exported stages, which are those in the comparison."""
     return Run(recipe, Path()).rows
 
 

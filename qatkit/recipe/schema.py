@@ -152,13 +152,13 @@ def _read_scalar(kind: type[Any], value: Any, path: str) -> Any:
             raise QatkitError(f"{show(value)} is not a finite number", key=path, advice="use a number such as 0.1")
         if abs(value) > FLOAT32:
             raise QatkitError(
-                f"{show(value)} does not fit into a float32", key=path, advice=f"use a number up to {FLOAT32:.3g}"
+                f"{show(value)} does not fit in a float32", key=path, advice=f"use a number up to {FLOAT32:.3g}"
             )
         return float(value)
     if type(value) is not kind:
         raise QatkitError(f"{show(value)} is not {_KINDS[kind]}", key=path, advice=_replacement(kind, value))
     if kind is int and not -INT64 <= value <= INT64:
-        raise QatkitError(f"{show(value)} does not fit into 64 bits", key=path, advice=f"use an integer up to {INT64}")
+        raise QatkitError(f"{show(value)} does not fit in 64 bits", key=path, advice=f"use an integer up to {INT64}")
     return value
 
 

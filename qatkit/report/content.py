@@ -32,7 +32,7 @@ SCHEMA = 1
 
 
 class _Report(TypedDict):
-    """The content of ``report.json``, besides its schema version and its digest."""
+    """The content of ``report.json``, without its schema version and digest."""
 
     name: str
     format: str

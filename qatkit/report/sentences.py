@@ -151,4 +151,4 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
 def _change(metric: Metric, was: float, now: float) -> str:
     if now == was:
         return "the same as"
-    return f"{100 * (now - was):+.2f} points to" if metric.percent else f"{now / was - 1:+.2%} against"
+    return f"{100 * (now - was):+.2f} points from" if metric.percent else f"{now / was - 1:+.2%} from"

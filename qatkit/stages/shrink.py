@@ -126,7 +126,7 @@ def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
         kept = config.keep_layers
         if not kept or kept != sorted({*kept} & {*range(depth)}):
             raise QatkitError(
-                f"{kept} are not indices of the model's {depth} layers in ascending order",
+                f"{kept} is not an ascending list of indices of the model's {depth} layers",
                 key=key,
                 advice=f"use indices from 0 to {depth - 1}",
             )

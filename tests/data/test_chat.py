@@ -204,7 +204,7 @@ def test_a_template_that_never_ends_is_stopped_and_the_tokenizer_named(
         data.prepare_data()
     assert str(stopped.value) == (
         f"chat_template: the template of tokenizer '{tokenizer}' was stopped after 50000 steps for one conversation, "
-        "as it may never end; set it to a file with a template that ends, or fix the template of the tokenizer"
+        "because it may never end; set it to a file whose template ends, or fix the template of the tokenizer"
     )
 
 

@@ -80,7 +80,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
 @pytest.mark.parametrize(("block", "key", "kind"), numbers(), ids=lambda part: getattr(part, "__name__", part))
 def test_a_number_that_torch_cannot_hold_names_its_key(block: type[Any], key: str, kind: type[Any]) -> None:
     for value in (10**20, -(10**20)) if kind is int else (1e39, -1e39, float("inf"), float("nan")):
-        with pytest.raises(QatkitError, match=rf"^block\.{key}: .* does not fit into|^block\.{key}: .* not a finite"):
+        with pytest.raises(QatkitError, match=rf"^block\.{key}: .* does not fit in|^block\.{key}: .* not a finite"):
             read(get_type_hints(block)[key], value, f"block.{key}")
 
 
@@ -96,9 +96,9 @@ def test_a_number_that_torch_cannot_hold_names_its_key(block: type[Any], key: st
         ("trainer.devices=100000000000000000000", "trainer.devices", ["64 bits"]),
         ("trainer.devices=100000", "trainer.devices", ["at most 1024"]),
         ("model.args.hidden=[100000000000000000000]", "model.args.hidden[0]", ["64 bits"]),
-        ("model.args.x=1e39", "model.args.x", ["does not fit into a float32"]),
+        ("model.args.x=1e39", "model.args.x", ["does not fit in a float32"]),
         ("stages.qat.lr=1e38", "stages.qat.lr", ["1e+38 is out of range", "at most 100, such as 1e-3"]),
-        ("stages.qat.lr=1e39", "stages.qat.lr", ["does not fit into a float32"]),
+        ("stages.qat.lr=1e39", "stages.qat.lr", ["does not fit in a float32"]),
         ("stages.qat.lr=-0.1", "stages.qat.lr", ["-0.1 is out of range", "above 0, such as 1e-3"]),
         ("stages.qat.weight_decay=1e30", "stages.qat.weight_decay", ["at most 10000"]),
         ("stages.qat.warmup=1.5", "stages.qat.warmup", ["1.5 is out of range", "from 0 to 1"]),

@@ -159,7 +159,7 @@ def test_a_resumed_shrink_stage_ends_with_the_same_bits(images: Run, tmp_path: P
         ("{layers: 4, layers_by: last}", r"stages\.cut\.shrink\.layers: 4 is out of range; use an integer from 1 to 3"),
         (
             "{keep_layers: [2, 1]}",
-            r"shrink\.keep_layers: \[2, 1\] are not indices of the model's 3 layers in ascending order",
+            r"shrink\.keep_layers: \[2, 1\] is not an ascending list of indices of the model's 3 layers",
         ),
         ("{neurons: 64}", r"stages\.cut\.shrink: the model already has these sizes"),
         ("{channels: 0.5}", r"stages\.cut\.shrink\.channels: LlamaForCausalLM has no method arguments\(\)"),
