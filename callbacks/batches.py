@@ -48,14 +48,30 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
 def as_training_does(
     trainer: Trainer, module: LightningModule, forward: Callable[[LightningModule, Any], Result]
 ) -> Callable[[Any], Result]:
-    """Return a function that runs `forward` on a batch on the device and in the precision of training."""
+    """Return a function that runs `forward` on a batch on the device and in the precision of training.
+
+    Weights that FSDP2 gathered for it are sharded again.
+    """
 
     def run(batch: Any) -> Result:
         batch = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
         with trainer.precision_plugin.forward_context():
-            return forward(module, batch)
+            result = forward(module, batch)
+        _reshard(module)
+        return result
 
     return run
+
+
+def _reshard(module: LightningModule) -> None:
+    """Shard weights again that FSDP2 keeps whole until a backward; Lightning restores a checkpoint only into shards."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def on_every_process(work: Callable[[], object]) -> None:

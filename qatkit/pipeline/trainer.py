@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
@@ -46,7 +48,7 @@ def build_trainer(
         enable_model_summary=False,
     )
     loop = _ResumedFitLoop(trainer, min_epochs=trainer.min_epochs, max_epochs=trainer.max_epochs)
-    loop.epoch_loop = trainer.fit_loop.epoch_loop
+    loop.epoch_loop = _ResumedEpochLoop(trainer, trainer.min_steps, trainer.max_steps)
     trainer.fit_loop = loop
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each use every core wait for each other at every operator
@@ -66,7 +68,9 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
     try:
         with warnings.catch_warnings():
             _silence_lightning()
-            trainer.fit(module, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+            # not as an argument: callbacks must know it before FSDP2 restores it, which is after `on_fit_start`
+            trainer.ckpt_path = str(checkpoint) if checkpoint else None
+            trainer.fit(module, datamodule=data)
     except SystemExit:  # how Lightning answers Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -104,6 +108,21 @@ class _ResumedFitLoop(_FitLoop):
     def skip(self) -> bool:
         resumed = self.trainer.ckpt_path is not None and self.trainer.limit_train_batches != 0
         return not resumed and super().skip
+
+
+class _ResumedEpochLoop(_TrainingEpochLoop):
+    """Logs at the same steps after resuming.
+
+    After resuming from the end of an epoch, Lightning 2.6 passes through this loop once without a batch, and counts
+    that as a step: everything would be logged one step late.
+    """
+
+    @override
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        steps, no_batch = self._batches_that_stepped, self._skip_next_val
+        super().on_advance_end(data_fetcher)
+        if no_batch:
+            self._batches_that_stepped = steps
 
 
 def _strategy(trainer: TrainerConfig) -> Any:
