@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.quantization.modules import FakeQuantize
+from qatkit.tasks.inputs import InputCheck
 
 
 class NonFiniteSteps(Callback):
     """Skips optimizer steps whose loss or gradient is NaN or infinite, on all processes alike.
 
-    A bad batch then costs one step instead of making every weight NaN. With ``precision="16-mixed"`` gradients are not
-    checked: the gradient scaler overflows on purpose and skips those steps itself. Put this callback before those that
-    read gradients.
+    A bad batch then costs one step instead of making every weight NaN. A warning names the first skipped step and, if
+    its data holds NaN or infinite values, the batch and the tensor; another one at the end of training gives the
+    number of skipped steps. With ``precision="16-mixed"`` gradients are not checked: the gradient scaler overflows on
+    purpose and skips those steps itself. Put this callback before those that read gradients.
 
     Args:
         limit: Number of consecutive bad steps that stops training.
@@ -42,9 +45,16 @@ class NonFiniteSteps(Callback):
         if limit < 1:
             raise QatkitError(f"{limit} is out of range", key="limit", advice="use an integer of at least 1")
         self.limit = limit
+        self.skipped = 0
+        """Steps that were skipped since training started or was resumed."""
+        self._inputs = InputCheck()  # of the batches of this step
         self.in_a_row = 0
         # whether a loss of this step was non-finite; kept on the device to avoid a sync per batch
         self._bad: Tensor | None = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._inputs.add(batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -54,6 +64,7 @@ class NonFiniteSteps(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         losses, self._bad = self._bad, None
+        inputs, self._inputs = self._inputs, InputCheck()
         of_loss = losses is not None and bool(losses)
         bad = trainer.strategy.reduce_boolean_decision(of_loss or self._in_gradients(trainer, optimizer), all=False)
         self.in_a_row = self.in_a_row + 1 if bad else 0
@@ -62,8 +73,27 @@ class NonFiniteSteps(Callback):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None  # optimizers skip parameters without a gradient, including their decay
+        self.skipped += 1
+        what, cause = "loss" if of_loss else "gradient", inputs.found()
+        if self.skipped == 1 and (trainer.is_global_zero or cause is not None):
+            _warn(
+                f"step {trainer.global_step + 1} was skipped, because its {what} was NaN or infinite"
+                + (f": {cause}; remove these samples from the data" if cause else "")
+            )
         if self.in_a_row >= self.limit:
-            self._stop(trainer, pl_module, "loss" if of_loss else "gradient")
+            self._stop(trainer, pl_module, what if cause is None else f"{what} ({cause})")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.skipped, self._inputs = 0, InputCheck()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.skipped > 1 and trainer.is_global_zero:
+            _warn(
+                f"{self.skipped} steps up to step {trainer.global_step} were skipped, because their loss or gradient "
+                "was NaN or infinite"
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +130,11 @@ class NonFiniteSteps(Callback):
             advice="try a smaller lr, a warmup, gradient_clip: 1.0 or bf16-mixed instead of 16-mixed, and check the "
             "data for invalid records",
         )
+
+
+def _warn(problem: str) -> None:
+    # a caller in Lightning would be silenced together with Lightning's own warnings
+    warnings.warn(f"training: {problem}", QatkitWarning, stacklevel=1)
 
 
 class FiniteCheckpoint(ModelCheckpoint):

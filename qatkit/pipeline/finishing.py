@@ -59,9 +59,11 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     task = declared_task(data)
     metrics: dict[str, float] = {}
     data.setup("fit")  # where most data modules create their validation set
-    metrics |= {f"val/{name}": value for name, value in evaluate(model, data.val_dataloader(), task).items()}
+    metrics |= {
+        f"val/{name}": value for name, value in evaluate(model, data.val_dataloader(), task, "validation").items()
+    }
     data.setup("test")
-    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task).items()}
+    metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task, "test").items()}
     sample = one_sample(next(iter(data.test_dataloader())))
     cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
     layers = [asdict(row) for row in layer_table(model)]

@@ -17,7 +17,7 @@ from qatkit.pipeline.sharding import exact_division, parallelize
 from qatkit.pipeline.token_weighting import TokenWeighting
 from qatkit.recipe import StageConfig
 from qatkit.stages.optimizers import build_optimizer
-from qatkit.tasks import Scores, Task, answers, model_inputs, task_of, to_logits, token_loss
+from qatkit.tasks import InputCheck, Scores, Task, answers, model_inputs, task_of, to_logits, token_loss
 
 
 class CompressionModule(LightningModule):
@@ -45,6 +45,7 @@ class CompressionModule(LightningModule):
         self.task = task
         self._weighting = TokenWeighting()
         self._scores = Scores(self.task)
+        self._inputs: InputCheck | None = InputCheck()  # of the first validation; all of them read the same data
         self._labels: Tensor | None = None  # the number that counted in this epoch
 
     @override
@@ -111,9 +112,12 @@ class CompressionModule(LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         self._scores = Scores(self.task)
+        self._inputs = InputCheck() if self._inputs is not None else None
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self._inputs is not None:
+            self._inputs.add(batch)
         logits = self._logits(batch)
         if "loss" in task_of(batch, self.task).metrics:
             self._scores.add(logits, batch)
@@ -125,6 +129,9 @@ class CompressionModule(LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
+        if self._inputs is not None and self.trainer.is_global_zero:
+            self._inputs.warn("validation")
+        self._inputs = None
         if self._scores.count == 0:
             return
         sums = self._scores.sums().to(self.device, torch.float32)

@@ -16,6 +16,7 @@ from qatkit import tasks
 from qatkit.callbacks.batches import first_batches
 from qatkit.data.datamodule import unsliced
 from qatkit.data.tokenizers import check_tokenizer
+from qatkit.pipeline.degradation import warn_if_worse
 from qatkit.pipeline.finishing import finished_model, save_result
 from qatkit.pipeline.processes import is_first_process
 from qatkit.pipeline.progress import Style
@@ -99,7 +100,9 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
         )
         save_result(folder, model, record, run.build_data(stage.batch_size))
         codes = result.monitor.codes if stage.quantize else []
-        tracking.log_stage(name, run.record(name).metrics, codes, result.trainer.global_step)
+        metrics = run.record(name).metrics
+        warn_if_worse(name, result.before, metrics)
+        tracking.log_stage(name, metrics, codes, result.trainer.global_step)
     result.trainer.strategy.barrier(f"stage {name}")
     del result
     gc.collect()

@@ -18,6 +18,7 @@ from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
 from qatkit.callbacks.non_finite import non_finite_anywhere
 from qatkit.errors import QatkitError
 from qatkit.lora.attachment import to_full_precision
+from qatkit.pipeline.degradation import Before, start_metric
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.progress import Style, progress_callbacks
@@ -44,6 +45,8 @@ class Trained:
     lora: LoraConfig | None
     monitor: CompressionMonitor
     early_stopping: dict[str, Any] | None
+    before: Before | None
+    """The validation metric before the first step, if that at the end can be compared with it."""
 
 
 def train(
@@ -85,6 +88,8 @@ def train(
     stopping = StopEarly(stage.early_stopping, name, folder) if stage.early_stopping else None
     samples = blocks.samples.callback(stage.samples, folder) if stage.samples else None
     steps = NonFiniteSteps()
+    batches = data(stage.batch_size)
+    start = start_metric(stage, declared_task(batches))
     # skipped steps come first, as others read gradients; pruning before the calibration of ranges on pruned weights
     ordered = (steps, stopping, *pruning, rewinding, quantize, lora, monitor, samples)
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
@@ -92,10 +97,11 @@ def train(
         assert teacher_spec is not None
         block, teacher, size = teacher_spec.block, teacher_spec.teacher, teacher_spec.vocab_size
         callbacks.append(blocks.distill.callback(block, teacher, recipe.seed, size))
+    if start is not None:
+        callbacks.append(start)  # behind all that compress the model
     callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
     callbacks.append(checkpoints(folder, steps))
     trainer = build_trainer(recipe.trainer, stage, callbacks, loggers)
-    batches = data(stage.batch_size)
     module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, declared_task(batches))
     _same_processes(trainer, name, folder, resumed=(folder / "last.ckpt").exists())
     fit(trainer, module, batches, folder)
@@ -115,7 +121,8 @@ def train(
     zeros = list(dict.fromkeys(outside(layer) for each in pruning for layer in each.layers))
     zeros = zeros or (list(held) if lora else [])
     record = stopping.record(trainer) if stopping is not None else None
-    return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor, record)
+    before = start.before if start is not None else None
+    return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor, record, before)
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qatkit.tasks.batches import one_sample as one_sample
     from qatkit.tasks.batches import to_logits as to_logits
     from qatkit.tasks.batches import token_loss as token_loss
+    from qatkit.tasks.inputs import InputCheck as InputCheck
     from qatkit.tasks.scores import Scores as Scores
     from qatkit.tasks.scores import evaluate as evaluate
     from qatkit.tasks.scores import perplexity as perplexity
@@ -40,6 +41,7 @@ _HOMES = {
         "to_logits",
         "token_loss",
     ],
+    "qatkit.tasks.inputs": ["InputCheck"],
     "qatkit.tasks.scores": ["Scores", "evaluate", "perplexity"],
     "qatkit.tasks.table": ["TASKS", "Task", "declared_task", "task_of"],
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 from qatkit.tasks.batches import answers, call, token_loss
+from qatkit.tasks.inputs import InputCheck
 from qatkit.tasks.table import TASKS, Task, task_of
 
 
@@ -110,15 +111,20 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Any], declared: Task | None = None) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, batches: Iterable[Any], declared: Task | None = None, split: str = ""
+) -> dict[str, float]:
     """Return a model's metrics over all batches; every sample or token counts once.
 
     Args:
         model: The model; it is called as in `call`.
         batches: Batches of one task.
         declared: The task that the data declares; see `task_of`.
+        split: The split that the batches are of, for the warning if they hold NaN or infinite values.
     """
-    scores = Scores(declared)
+    scores, inputs = Scores(declared), InputCheck()
     for batch in batches:
+        inputs.add(batch)
         scores.add(call(model, batch), batch)
+    inputs.warn(split)
     return scores.metrics()

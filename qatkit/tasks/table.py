@@ -20,6 +20,9 @@ from qatkit.common.tables import Table
 
 MetricName = Literal["loss", "perplexity", "accuracy", "f1"]
 
+HIGHER_IS_BETTER: dict[MetricName, bool] = {"loss": False, "perplexity": False, "accuracy": True, "f1": True}
+"""The direction of every metric."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -12,9 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from qatkit.callbacks import NonFiniteSteps
 from qatkit.callbacks.non_finite import non_finite
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from qatkit import QatkitError
+from qatkit import QatkitError, QatkitWarning
 from tests.callbacks.modules import Classifier, batches, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:training.*skipped:qatkit.errors.QatkitWarning")
 
 
 class Ill(Classifier):
@@ -121,3 +124,37 @@ def test_parameters_that_are_no_plain_floats_are_passed_over() -> None:
     assert non_finite(model) is None
     nn.init.constant_(model[2].bias, torch.nan)
     assert non_finite(model) == "'bias' of layer '2'"
+
+
+def spoiled_batches(*rows: int) -> DataLoader[Any]:
+    """Eight batches of 16 samples, with NaN in some samples."""
+    inputs, labels = (torch.cat(part) for part in zip(*batches(), strict=True))
+    inputs[list(rows), 2] = torch.nan
+    return DataLoader(TensorDataset(inputs, labels), batch_size=16)
+
+
+def test_a_skipped_step_names_the_batch_and_the_tensor_that_hold_nan() -> None:
+    with pytest.warns(QatkitWarning) as told:
+        trainer(NonFiniteSteps()).fit(Classifier(), spoiled_batches(40, 41, 100))
+    ours = [str(each.message) for each in told if each.category is QatkitWarning]
+    assert ours == [
+        "training: step 3 was skipped, because its loss was NaN or infinite: 'inputs' of batch 1 of 1 holds NaN or "
+        "infinite values; remove these samples from the data",
+        "training: 2 steps up to step 8 were skipped, because their loss or gradient was NaN or infinite",
+    ]
+
+
+def test_of_accumulated_batches_the_bad_one_is_named() -> None:
+    accumulating = trainer(NonFiniteSteps(), accumulate_grad_batches=4, max_steps=2)
+    with pytest.warns(QatkitWarning, match="step 2 was skipped.*: 'inputs' of batch 3 of 4 holds NaN"):
+        accumulating.fit(Classifier(), spoiled_batches(100))
+
+
+def test_a_skipped_step_on_good_data_says_no_more_than_that() -> None:
+    with pytest.warns(QatkitWarning, match="^training: step 4 was skipped, because its gradient was NaN or infinite$"):
+        trainer(NonFiniteSteps()).fit(Ill({3}, "gradient"), batches())
+
+
+def test_the_error_after_too_many_steps_names_the_data_too() -> None:
+    with pytest.raises(QatkitError, match=r"the loss \('inputs' of batch 1 of 1 holds NaN .*\) was NaN or infinite"):
+        trainer(NonFiniteSteps(limit=2)).fit(Classifier(), spoiled_batches(0, 16))

@@ -19,6 +19,8 @@ from qatkit.run.folder import Run
 from qatkit.run.record import StageRecord
 from tests.pipeline.test_early_stopping import few
 
+pytestmark = pytest.mark.filterwarnings("ignore:training.*skipped:qatkit.errors.QatkitWarning")
+
 # ten steps of eight samples are an epoch
 RECIPE = """
 name: non_finite

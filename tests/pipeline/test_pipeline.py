@@ -246,6 +246,7 @@ def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) ->
     assert "run the same command again to resume from the last checkpoint" in errors
 
 
+@pytest.mark.filterwarnings("ignore:training.*skipped:qatkit.errors.QatkitWarning")
 def test_a_stage_whose_loss_becomes_nan_keeps_its_checkpoint_and_continues_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
