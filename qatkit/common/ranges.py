@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from qatkit.errors import QatkitError
@@ -106,8 +105,7 @@ def check_ranges(config: Any) -> None:
             raise QatkitError(f"{value} is out of range", key=name, advice=advice)
 
 
-@cache
-def ranges_of(cls: type) -> dict[str, Range]:
+def ranges_of(cls: type[Any]) -> dict[str, Range]:
     """The ranges in the annotations of a class, by field name.
 
     Args:
