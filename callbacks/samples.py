@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from qatkit.common.files import naming, write_atomically
 from qatkit.distillation.generation import check_length, generated_batch, generator_in
 from qatkit.errors import QatkitError
 
@@ -72,7 +73,7 @@ class TextSamples(Callback):
         self._last = trainer.global_step
         if trainer.is_global_zero and self.path.exists():
             kept = [row for row in _rows(self.path) if row["step"] <= trainer.global_step]
-            self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+            write_atomically(self.path, "".join(map(_line, kept)))
 
     @override
     def on_train_batch_end(
@@ -92,7 +93,7 @@ class TextSamples(Callback):
             {"step": step, "prompt": p, "text": text} for p, text in zip(self.prompts, texts, strict=True)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, rows))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -128,9 +129,12 @@ def _line(row: dict[str, Any]) -> str:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold other line ends
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a killed process may leave an incomplete last line
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # a killed process may leave an incomplete last line
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise QatkitError(f"{path} holds a line that is no sample ({line[:60]!r})", advice="delete it")
+        rows.append(row)
     return rows

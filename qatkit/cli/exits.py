@@ -64,7 +64,7 @@ def _message(error: BaseException) -> tuple[int, str]:
         return USER_MISTAKE, f"error: {error}"
     if isinstance(error, OutputError):
         return USER_MISTAKE, f"error: cannot write to standard output: {error}; free disk space or redirect the output"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+    if isinstance(error, MemoryError) or _out_of_memory(error):
         return USER_MISTAKE, f"error: out of memory; use a smaller batch_size or model ({_first_line(error)})"
     if isinstance(error, OSError) and (explained := _os_error(error)):
         return USER_MISTAKE, explained
@@ -75,6 +75,11 @@ def _message(error: BaseException) -> tuple[int, str]:
         f"error: this is a bug in qatkit: {what}\n"
         f"please report it with the recipe and the output of: QATKIT_DEBUG=1 qatkit {shlex.join(sys.argv[1:])}"
     )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether torch, which is not imported for this, had no memory: on a GPU, or on the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _os_error(error: OSError) -> str | None:

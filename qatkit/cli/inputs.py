@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,29 @@ def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None, allow_wri
     """The run of a recipe in a folder, runs/NAME by default."""
     from qatkit.run.folder import Run
 
+    if out is not None:
+        check_path_text(out, "--out")
     return Run(recipe, out or Path("runs") / recipe.name, allow or [], allow_write or [])
+
+
+def check_path_text(path: Path, key: str) -> None:
+    """Reject a path that is empty or not UTF-8: libraries that write into it need text.
+
+    Args:
+        path: From the command line.
+        key: The option or argument, for errors.
+
+    Raises:
+        QatkitError: the path cannot be used.
+    """
+    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+    if shown != str(path) or "\0" in shown:
+        raise QatkitError(f"'{shown}' is not UTF-8 text", key=key, advice="use another name")
 
 
 def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | None = None) -> Run:
     """The run in a folder."""
+    check_path_text(folder, "RUN")
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
             "not a run folder, because it has no recipe.yaml",

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from qatkit.cli.commands import COMMANDS
 from qatkit.cli.dependencies import quiet_dependencies
 from qatkit.cli.exits import CODES, explain, guarded
-from qatkit.cli.output import OutputError, echo, flush_lines
+from qatkit.cli.output import OutputError, echo, prepare_streams
 from qatkit.common.tables import implementation
 
 
@@ -69,7 +69,7 @@ def options(
 
 def main() -> None:
     """Run the command line."""
-    flush_lines()
+    prepare_streams()
     quiet_dependencies()
     try:
         app()

@@ -47,11 +47,11 @@ def print_table(table: Any) -> None:
     echo(captured.get(), nl=False)
 
 
-def flush_lines() -> None:
-    """Write each line to a log file immediately instead of buffering."""
+def prepare_streams() -> None:
+    """Write each line to a log file immediately instead of buffering, and characters that it cannot hold as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True)
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def discard_output() -> None:

@@ -48,7 +48,9 @@ def command(
     ] = None,
     include: Globs = None,
     exclude: Excluded = None,
-    batches: Annotated[int, typer.Option(min=1, help="Number of training batches for measuring the loss.")] = 16,
+    batches: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Number of training batches for measuring the loss.")
+    ] = 16,
     out: Out = None,
     allow: Allow = None,
     allow_write: AllowWrite = None,

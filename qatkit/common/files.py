@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+
+_FAILED_WRITES = ("inline_container.cc", "PytorchStreamWriter", "Error while serializing: I/O error")
+"""Words of the errors of torch and safetensors, which are not OSErrors, if a file cannot be written."""
 
 
 @contextmanager
@@ -18,15 +22,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give a failed write in the block, such as one to a full disk, the path that its error lacks.
+
+    Raises:
+        OSError: the error, with a path.
+    """
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename and not os.fspath(error.filename).endswith(".tmp"):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        if any(words in str(error) for words in _FAILED_WRITES):
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(errno.EIO, f"it cannot be written ({reason})", str(path)) from error
         raise
-    fsync_folder(path.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qatkit.common.files import naming
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
@@ -136,8 +137,9 @@ def cached_folder(key: dict[str, Any], write: Callable[[Path], None]) -> Path:
             advice="set XDG_CACHE_HOME to a writable folder",
         ) from error
     try:
-        write(temporary)
-        (temporary / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+        with naming(home):
+            write(temporary)
+            (temporary / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
         try:
             temporary.rename(folder)
         except OSError:

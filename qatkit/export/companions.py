@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from qatkit.common.files import naming
+
 _IGNORED = {"quantization_config", "architectures", "dtype", "torch_dtype", "transformers_version"}
 """Keys of JSON files that an export adds or that name the writer's version."""
 
@@ -50,7 +52,8 @@ def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, fold
     }
     for name in names:
         if hasattr(companion := companions[name], "save_pretrained"):
-            companion.save_pretrained(folder)
+            with naming(folder):
+                companion.save_pretrained(folder)
 
 
 def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> list[str]:

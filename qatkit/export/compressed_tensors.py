@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from qatkit.common.files import naming
 from qatkit.errors import QatkitError
 from qatkit.export.companions import export_config
 from qatkit.export.compressed_limits import INSTEAD, check_layers
@@ -218,7 +219,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        with naming(folder):
+            yield temporary
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from qatkit.common.files import naming
 from qatkit.errors import QatkitError
 from qatkit.lora.attachment import adapted_layers, adapter_of, factors_of, peft_config
 from qatkit.lora.heads import classification_heads, inside_of
@@ -49,7 +50,8 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
     config = peft_config(list(layers), adapter_of(next(iter(layers.values()))))
     config.modules_to_save = heads or None
     config.base_model_name_or_path, config.inference_mode = base, True
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    # peft would write its sets in a different order on each run
-    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+    with naming(folder):
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # peft would write its sets in a different order on each run
+        content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        (folder / "adapter_config.json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")

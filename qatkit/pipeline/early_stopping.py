@@ -14,6 +14,7 @@ from typing_extensions import override
 from qatkit.errors import QatkitError
 from qatkit.recipe import EarlyStoppingConfig
 from qatkit.run.checkpoint import load_checkpoint
+from qatkit.run.record import EarlyStopped
 
 MONITORED = "val/loss"
 
@@ -92,11 +93,11 @@ class StopEarly(EarlyStopping):
         else:
             pl_module.load_state_dict(state)
 
-    def record(self, trainer: Trainer) -> dict[str, Any]:
+    def record(self, trainer: Trainer) -> EarlyStopped:
         """The early-stopping entry in the stage's record."""
         return {
             "stopped": self.stopped,
             "steps": trainer.global_step,
             "best_step": self.best_step,
-            MONITORED: float(self.best_score),
+            "val/loss": float(self.best_score),
         }

@@ -27,6 +27,7 @@ from qatkit.pipeline.vocabulary import vocabulary
 from qatkit.recipe import DistillConfig, TrainerConfig
 from qatkit.run.fingerprint import stage_inputs
 from qatkit.run.folder import Run
+from qatkit.run.stage_files import check_files
 from qatkit.tasks import model_inputs, to_logits
 
 WEIGHTS = ("config.json", "*.safetensors")
@@ -125,6 +126,8 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
             key=f"stages.{stage}.distill",
             advice=f"run `qatkit run RECIPE --out {run.out} --until {source}` first",
         )
+    if source is not None:
+        check_files(run.folder(source), run.record(source))
     models = run.stage_models()
     size = vocabulary(models[stage], models.teacher(stage), data, stage)
     prints = {"teacher": source or "the model as its factory makes it"}

@@ -21,6 +21,7 @@ from typing_extensions import override
 from qatkit.callbacks import NonFiniteSteps
 from qatkit.callbacks.non_finite import FiniteCheckpoint
 from qatkit.common.device import device_count
+from qatkit.common.files import naming
 from qatkit.recipe import StageConfig, TrainerConfig
 from qatkit.run.checkpoint import find_checkpoint, save_checkpoint
 
@@ -66,7 +67,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
     checkpoint = find_checkpoint(folder)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), naming(folder):
             _silence_lightning()
             # not as an argument: callbacks must know it before FSDP2 restores it, which is after `on_fit_start`
             trainer.ckpt_path = str(checkpoint) if checkpoint else None

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -26,7 +26,7 @@ from qatkit.pipeline.teachers import TeacherSpec
 from qatkit.pipeline.trainer import build_trainer, checkpoints, fit
 from qatkit.quantization.folding import Fold
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe
-from qatkit.run.record import read_started, write_started
+from qatkit.run.record import EarlyStopped, read_started, write_started
 from qatkit.stages.layer_names import outside
 from qatkit.tasks import declared_task
 
@@ -44,7 +44,7 @@ class Trained:
     quantize: QuantizeConfig | None
     lora: LoraConfig | None
     monitor: CompressionMonitor
-    early_stopping: dict[str, Any] | None
+    early_stopping: EarlyStopped | None
     before: Before | None
     """The validation metric before the first step, if that at the end can be compared with it."""
 

@@ -14,6 +14,8 @@ import yaml  # type: ignore[import-untyped]  # PyYAML has no types of its own
 from qatkit.errors import QatkitError, join_key
 
 _MOST_NODES = 10_000  # aliases of aliases grow exponentially; real recipes stay far below
+_DEEPEST = 40  # the libraries that read the values recurse several times per level
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 _SCALARS = (
@@ -102,13 +104,21 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
     if id(node) in sizes:
         return sizes[id(node)]
     open_nodes.add(id(node))
+    if len(open_nodes) > _DEEPEST:
+        raise QatkitError(
+            f"more than {_DEEPEST} blocks inside each other", key=path or source, advice="use fewer levels",
+            origin=_line(node, source),
+        )  # fmt: skip
     size = 1
+    if isinstance(node, yaml.ScalarNode):
+        _check_text(node, path, source)
     if isinstance(node, yaml.MappingNode):
         first: dict[str, Any] = {}
         for key, value in node.value:
             origin = _line(key, source)
             if not isinstance(key, yaml.ScalarNode):
                 raise QatkitError("a key is not text", key=path or "recipe", advice="use name: value", origin=origin)
+            _check_text(key, path, source)
             here = join_key(path, key.value)
             if key.value in first:
                 line = first[key.value].start_mark.line + 1
@@ -132,6 +142,15 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
     open_nodes.discard(id(node))
     sizes[id(node)] = size
     return size
+
+
+def _check_text(node: Any, path: str, source: str) -> None:
+    """Refuse text that is valid in YAML, but in no path, file or terminal."""
+    if (found := _NO_TEXT.search(node.value)) is not None:
+        raise QatkitError(
+            f"the character U+{ord(found[0]):04X} is not text", key=path or "recipe", advice="remove it",
+            origin=_line(node, source),
+        )  # fmt: skip
 
 
 def _line(node: Any, source: str) -> str:

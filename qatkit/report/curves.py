@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
+from qatkit.errors import QatkitError
+
 POINTS = 400
 """Points per curve in a report; a page could not show more."""
 
@@ -34,6 +36,9 @@ def read_curves(logs: Path) -> Curves:
 
     Args:
         logs: A stage's ``logs`` folder with ``attempt_N/metrics.csv``; without them the curves are empty.
+
+    Raises:
+        QatkitError: a file is damaged.
     """
     by_name: dict[str, dict[int, float]] = {}
     resumed_at = []
@@ -53,12 +58,18 @@ def _attempt(path: Path) -> int:
 
 
 def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                # a killed process may leave an incomplete last line
-                if name not in ("epoch", "step") and text and row.get("step"):
-                    yield int(row["step"]), name, float(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        # a killed process may leave an incomplete last line
+        for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+            for name, number in row.items():
+                if name not in ("epoch", "step") and number and row.get("step"):
+                    yield int(row["step"]), name, float(number)
+    except (ValueError, TypeError, csv.Error) as error:  # a TypeError: a row is longer than the header
+        raise QatkitError(
+            f"{path} is damaged ({error})",
+            advice="restore it, or delete it to leave the curves of this attempt out of the report",
+        ) from error
 
 
 def _thinned(points: dict[int, float]) -> Curve:

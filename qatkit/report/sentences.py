@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypedDict
 
 from qatkit.common.units import format_bytes
@@ -79,9 +80,11 @@ def plain(number: float) -> str:
     Example:
         >>> plain(3.6e-05), plain(0.346)
         ('0.000036', '0.35')
+        >>> plain(float("inf"))
+        'inf'
     """
-    if number == 0:
-        return "0"
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
     mantissa, exponent = f"{number:.1e}".split("e")
     if int(exponent) < -5:
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

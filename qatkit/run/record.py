@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from qatkit.common.records import read_signed, write_signed
 from qatkit.quantization.folding import Fold
@@ -18,6 +18,11 @@ from qatkit.run.architecture import Architecture
 
 SCHEMA = 1
 """Version of the records that this qatkit writes; it reads no other version."""
+
+EarlyStopped = TypedDict(
+    "EarlyStopped", {"stopped": bool, "steps": int, "best_step": int, "val/loss": float}
+)  # fmt: skip
+"""Whether a stage was ``stopped``, after how many ``steps``, and its best validation."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,8 @@ class StageRecord:
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
     """The architecture of the model, if it is not the recipe's model."""
-    early_stopping: dict[str, Any] | None = None
-    """With early stopping: whether it ``stopped`` the stage, after how many ``steps``, and the best validation: its
-    ``best_step`` and ``val/loss``."""
+    early_stopping: EarlyStopped | None = None
+    """The effect of early stopping, if the stage has such a block."""
     files: dict[str, str] = field(default_factory=dict)
     """The SHA-256 digests of the stage's files by their paths in its folder, set when they are saved."""
     seconds: float = 0.0

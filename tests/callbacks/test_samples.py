@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from qatkit.callbacks import QuantizationAwareTraining, TextSamples
+from qatkit.callbacks.samples import _line, _rows
 from transformers import AutoTokenizer
 
 from qatkit import QatkitError, QuantSpec
@@ -109,3 +110,14 @@ def test_what_cannot_write_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(QatkitError, match=r"prompts: 'Ada' is not a list; use \['Ada'\]"):
         TextSamples(1, "Ada", path)
     assert not path.exists()
+
+
+def test_a_text_with_other_line_ends_is_one_sample_and_a_line_that_is_no_sample_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    row = {"step": 1, "prompt": "a", "text": "b\u2028c\u0085d"}
+    path.write_text(_line(row) + _line(row) + '{"step": 2, "pro')
+    assert _rows(path) == [row, row]
+    for line in ("[1]", "null", '{"step": true}', "{}"):
+        path.write_text(line + "\n")
+        with pytest.raises(QatkitError, match=r"samples\.jsonl holds a line that is no sample .*; delete it"):
+            _rows(path)

@@ -12,6 +12,7 @@ import pytest
 
 import qatkit as package
 from qatkit.cli.commands import COMMANDS, Command
+from qatkit.cli.exits import explain
 from qatkit.common.tables import implementation
 from qatkit.recipe.loading import list_recipes
 from tests.cli.in_process import qatkit
@@ -95,6 +96,14 @@ def test_an_exception_in_code_of_the_user_names_its_file_and_is_no_bug_in_qatkit
     assert done.code == 2
     assert "greet.py:" in done.err
     assert "raised AttributeError: 'QuantSpec' object has no attribute" in done.err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_no_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain(error) == 2
+    assert "out of memory; use a smaller batch_size or model" in capsys.readouterr().err
 
 
 def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from qatkit import QatkitError
 from qatkit.report.curves import POINTS, read_curves
 
 
@@ -44,3 +47,12 @@ def test_a_long_curve_is_thinned_and_keeps_both_ends(tmp_path: Path) -> None:
     assert len(curve["steps"]) == len(curve["values"]) == POINTS
     assert (curve["steps"][0], curve["steps"][-1]) == (0, 4999)
     assert curve["values"][-1] == float(f"{4999 / 7:.6g}")
+
+
+def test_a_number_that_was_cut_off_is_left_out_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, "epoch,step,loss\n0,1,2.0\n0,2,1.")
+    assert read_curves(tmp_path)["metrics"] == {"loss": {"steps": [1], "values": [2.0]}}
+    for text in ("epoch,step,loss\n0,1,2.x\n", "epoch,step,loss\n0,1,2.0,3,4\n", "epoch,step,loss\n0,one,2.0\n"):
+        (tmp_path / "attempt_0" / "metrics.csv").write_text(text)
+        with pytest.raises(QatkitError, match=r"attempt_0/metrics\.csv is damaged \(.*\); restore it, or delete it"):
+            read_curves(tmp_path)
