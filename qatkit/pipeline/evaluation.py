@@ -66,7 +66,9 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
         context = config.context or min(max(map(_length, texts)), max(_lengths(data)))
         model = run.load_model(stage).eval()
         dense = None if stage == reference else run.load_model(reference).eval()
-        measured = asdict(score(model, dense, texts, context, config.stride or max(context // 2, 1)))
+        # texts shorter than the samples of the data fit into one window each, whatever the stride
+        stride = min(config.stride or max(context // 2, 1), context)
+        measured = asdict(score(model, dense, texts, context, stride))
         measured["tasks"] = harness(model, _tokenizer(data), config.tasks, config.limit) if config.tasks else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_signed(path, {"of": of, "score": measured}, SCHEMA, partial(json.dumps, indent=1))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
-from qatkit.common.device import check_accelerator
+from qatkit.common.device import check_accelerator, device_count
 from qatkit.common.files import write_atomically
+from qatkit.data.datamodule import SplitDataModule
+from qatkit.data.streaming import StreamingDataModule
 from qatkit.errors import QatkitError, did_you_mean
 from qatkit.pipeline.logger_check import check_logger
 from qatkit.pipeline.processes import is_first_process
@@ -63,12 +65,37 @@ def run_stages(
         name for name in wanted if (record := run.find(name)) and record.fingerprint == prints[name].fingerprint
     }
     trained = [name for name in wanted if name not in finished]
+    _check_batch_sizes(run, trained)
     shared = tracking or Tracking(run.recipe, run.out)
     for name in trained:
         run_stage(run, name, prints[name], shared, progress)
     if tracking is None:
         shared.close()
     return trained
+
+
+def _check_batch_sizes(run: Run, names: Sequence[str]) -> None:
+    """Refuse a stage whose batch is larger than the training data, before an earlier stage is trained.
+
+    The last incomplete batch of an epoch is dropped, so such a stage would never train.
+    """
+    sizes = {name: stage.batch_size for name, stage in run.recipe.stages.items() if name in names and stage.max_steps}
+    if not sizes:
+        return
+    data = run.build_data(min(sizes.values()))
+    if not isinstance(data, SplitDataModule) or isinstance(data, StreamingDataModule):
+        return  # the number of samples is not known before training
+    data.prepare_data()
+    processes = device_count(run.recipe.trainer.accelerator, run.recipe.trainer.devices)
+    samples = len(data.train) // processes  # type: ignore[arg-type]  # a map-style data set
+    for name, size in sizes.items():
+        if size > samples:
+            each = f" on each of {processes} processes" if processes > 1 else ""
+            raise QatkitError(
+                f"{size} is more than the {samples} training samples{each}, and incomplete batches are dropped",
+                key=f"stages.{name}.batch_size",
+                advice=f"use {samples} or less, or more data",
+            )
 
 
 def _stage_prints(run: Run, names: Sequence[str]) -> dict[str, StagePrint]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +15,10 @@ from qatkit.common.device import device_type
 from qatkit.errors import QatkitError, QatkitWarning, under
 from qatkit.pipeline.export import check_export, exported_stages
 from qatkit.pipeline.logger_check import check_logger
-from qatkit.recipe import DistillConfig, Recipe
+from qatkit.recipe import DistillConfig, EvaluateConfig, Recipe
 from qatkit.recipe.factories import check_arguments, resolve
 from qatkit.report.language import check_harness, next_token_only
-from qatkit.run.compatibility import with_tokenizer
+from qatkit.run.compatibility import positions_of, with_tokenizer
 from qatkit.run.stage_models import StageModels
 from qatkit.stages.optimizers import check_optimizer
 from qatkit.tasks import declared_task
@@ -64,6 +66,9 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     layers = {}
     for name, stage in recipe.stages.items():
         model = models[name]
+        if recipe.evaluate is not None:
+            with under("evaluate"):
+                _check_windows(recipe.evaluate, recipe.data.args, data, model)
         if stage.max_steps:
             if stage.lora is None:
                 _check_dtype(name, model)
@@ -88,6 +93,22 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         if name in exported_stages(recipe):
             check_export(recipe, name, model, task)
     return layers
+
+
+def _check_windows(config: EvaluateConfig, args: Mapping[str, Any], data: Callable[..., Any], model: nn.Module) -> None:
+    """Refuse windows that the model has no positions for, and a stride beyond the window."""
+    longest = positions_of(model)
+    if config.context is not None and longest is not None and config.context > longest:
+        raise QatkitError(
+            f"{config.context} is longer than the {longest} positions of the model",
+            key="context",
+            advice=f"use {longest} or less",
+        )
+    parameter = inspect.signature(data).parameters.get("context")
+    sample = args.get("context", parameter.default if parameter is not None else None)
+    context = config.context or sample
+    if isinstance(context, int):
+        config.check_stride(context)
 
 
 def _check_dtype(name: str, model: nn.Module) -> None:

@@ -55,7 +55,7 @@ def check_data(model: nn.Module, data: Any) -> None:
             f"pad_token_id: {padding} in the model's config.json",
         )
     context = getattr(data, "context", None)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(model)
     if context is not None and longest is not None and context > longest:
         raise QatkitError(
             f"{context} is longer than the {longest} positions of the model",
@@ -69,6 +69,15 @@ def check_data(model: nn.Module, data: Any) -> None:
             key="data",
             advice="use batch_size: 1 and a larger context, or attn_implementation sdpa",
         )
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The largest number of tokens that a transformers model has positions for; None if it is not known."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:

@@ -54,7 +54,8 @@ def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, tea
     """Check the block against both models, before weights are loaded.
 
     Raises:
-        QatkitError: a model cannot generate text, bitsandbytes cannot quantize the teacher, or a layer is unknown.
+        QatkitError: a model cannot generate text, the cache would hold all classes, bitsandbytes cannot quantize the
+            teacher, or a layer is unknown.
     """
     divergence = DIVERGENCES.row(config.loss, key="loss")
     for key, used, default in (
@@ -73,6 +74,13 @@ def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, tea
     ):
         if plan is not None:
             check_length(generator, key, (plan.prompt or 1) + plan.new_tokens)
+    classes = getattr(getattr(teacher, "config", None), "vocab_size", None)
+    if config.cache is not None and isinstance(classes, int) and config.cache.top_k >= classes:
+        raise QatkitError(
+            f"{config.cache.top_k} is not fewer than the {classes} classes of the teacher",
+            key="cache.top_k",
+            advice=f"use an integer from 1 to {classes - 1}",
+        )
     if config.teacher_bits is not None:
         if not base_layers(teacher):
             raise QatkitError(

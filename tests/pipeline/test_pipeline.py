@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from safetensors.torch import load_file
 
 from qatkit import QatkitError
+from qatkit.data import digits
 from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.runner import run_stages
 from qatkit.quantization.prepare import qat_layers
@@ -201,8 +203,34 @@ def test_a_stage_killed_in_the_middle_continues_at_its_checkpoint(tmp_path: Path
     assert files(tmp_path) == files(whole[0])
 
 
-def test_a_batch_larger_than_the_data_is_an_error_and_no_finished_stage(tmp_path: Path) -> None:
-    run = start(tmp_path, "stages.dense.batch_size=2000")
+def test_a_batch_larger_than_the_data_is_refused_before_an_earlier_stage_is_trained(tmp_path: Path) -> None:
+    run = start(tmp_path, "stages.qat.batch_size=2000")
+    with pytest.raises(
+        QatkitError,
+        match=r"^stages\.qat\.batch_size: 2000 is more than the 1257 training samples, .*; use 1257 or less",
+    ):
+        run_stages(run)
+    assert not (tmp_path / "stages").exists()
+
+
+class OwnLoaders(LightningDataModule):
+    """Somebody's data, whose size only its loader knows."""
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.data = digits(batch_size=batch_size, seed=seed)
+
+    def train_dataloader(self) -> Any:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return self.data.val_dataloader()
+
+
+def test_a_batch_larger_than_data_of_unknown_size_is_an_error_and_no_finished_stage(tmp_path: Path) -> None:
+    own = "data={factory: 'tests.pipeline.test_pipeline:OwnLoaders'}"
+    run = start(tmp_path, "stages.dense.batch_size=2000", own)
+    run.allow = ("tests",)
     with pytest.raises(
         QatkitError, match=r"stages\.dense: training ended at step 0 of 40: the data has only 0 batches"
     ):

@@ -227,6 +227,28 @@ def test_texts_whose_next_token_nobody_predicts_are_not_evaluated(recipe_file: P
 LLAMA = "model={factory: qatkit.models:llama, args: {vocab_size: 64, hidden: 16, layers: 1, heads: 2, kv_heads: 1}}"
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ("{stride: 33}", r"evaluate\.stride: 33 is longer than a window of 32 tokens, .*; use an integer from 1 to 32"),
+        ("{stride: 9, context: 8}", r"evaluate\.stride: 9 is longer than a window of 8 tokens"),
+        ("{context: 1000000}", r"evaluate\.context: 1000000 is longer than the \d+ positions of the model; use \d+ or"),
+    ],
+)
+def test_windows_that_cannot_be_evaluated_are_refused_before_training(evaluate: str, message: str) -> None:
+    data = "data.args.context=32"
+    validate_recipe(load_recipe("llm/int4_qat", [data, "evaluate={stride: 32}"]))
+    with pytest.raises(QatkitError, match=message):
+        validate_recipe(load_recipe("llm/int4_qat", [data, f"evaluate={evaluate}"]))
+
+
+def test_a_cache_of_more_classes_than_the_teacher_has_is_refused_before_training() -> None:
+    cache = "stages.qat.distill={cache: {top_k: %d}}"
+    with pytest.raises(QatkitError, match=r"^stages\.qat\.distill\.cache\.top_k: 2048 is not fewer than the 2048"):
+        validate_recipe(load_recipe("llm/int4_qat", [cache % 2048]))
+    validate_recipe(load_recipe("llm/int4_qat", [cache % 2047]))
+
+
 @pytest.mark.parametrize("key", ["on_policy", "sequence_level"])
 def test_rows_of_several_documents_are_not_continued(recipe_file: Path, key: str) -> None:
     plan = f"{{{key}: {{fraction: 0.5, prompt: 4, new_tokens: 4}}}}"
