@@ -58,9 +58,9 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # benchmarks that need no GPU and minutes each; every one prints its table and fails if a claim does not hold.
-# qat_recovery.py takes hours: run it by itself
+# faults.py takes half an hour; qat_recovery.py takes hours: run it by itself
 bench: $(VENV)/.dev
-	for name in digits monitor prune_cost kd_loss cached_teacher distill_recipes prune_accuracy starting_points shrink sparse_storage qlora pipeline; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in digits monitor prune_cost kd_loss cached_teacher distill_recipes prune_accuracy starting_points shrink sparse_storage qlora pipeline faults; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

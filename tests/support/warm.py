@@ -55,7 +55,9 @@ def serve(path: Path) -> None:
 
 @functools.cache
 def commands() -> Path:
-    """A folder for PATH with the commands python and qatkit."""
+    """A folder for PATH with the commands python and qatkit; that of its own server in a forked process."""
+    if (own := Path(sys.executable).parent / "socket").exists():
+        return own.parent
     folder = Path(tempfile.mkdtemp(prefix="warm"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     serve(folder / "socket")
@@ -80,4 +82,5 @@ def with_peers() -> None:
 
     Processes of one server share the iteration order of sets, so that a test of both would prove less.
     """
-    serve(commands() / "socket_of_peers")
+    if not (peers := commands() / "socket_of_peers").exists():
+        serve(peers)
