@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from qatkit.errors import QatkitError
@@ -36,8 +36,8 @@ def causal_lm(
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: the folder holds no model, the model is an encoder or is not on the hub, access is denied, or the
-            hub cannot be reached.
+        QatkitError: the folder holds no complete model, a weight is NaN or infinite, the model is an encoder or is not
+            on the hub, access is denied, or the hub cannot be reached.
 
     Example:
         >>> import tempfile
@@ -195,8 +195,11 @@ def _load(
         if torch.get_default_device().type == "meta":
             model = factory.from_config(config, **options)
         else:
-            model = factory.from_pretrained(source, config=config, **reading, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            model, info = factory.from_pretrained(source, config=config, output_loading_info=True, **reading, **options)
+            _check_weights(name, model, info["missing_keys"])
+    except (QatkitError, MemoryError):
+        raise
+    except Exception as error:  # a config may have any value anywhere, on which the library fails in any way
         advice = f"use a folder or a model on the hub that holds a {described}"
         raise cannot_load(error, "name_or_path", name, advice, described) from error
     model.config.use_cache = False  # training and evaluation see whole sequences
@@ -206,16 +209,61 @@ def _load(
     return loaded
 
 
+def _check_weights(name: str, model: nn.Module, missing: Iterable[str]) -> None:
+    """Refuse a model with weights that no file holds, which the library fills with random numbers, or that are NaN."""
+    config: Any = model.config
+    base = str(getattr(model, "base_model_prefix", ""))
+    # a classifier may get a new head, and any model a new pooler
+    has_new_head = type(model).__name__.endswith("ForSequenceClassification")
+    lost = sorted(
+        key for key in missing if "pooler." not in key and not (has_new_head and not key.startswith(f"{base}."))
+    )
+    if lost:
+        raise QatkitError(
+            f"the files of '{name}' lack {len(lost)} weights of a {config.model_type} model, such as '{lost[0]}'",
+            key="name_or_path",
+            advice="copy the complete model there, or correct its config.json",
+        )
+    place = next((key for key, value in model.named_parameters() if not bool(value.isfinite().all())), None)
+    if place is not None:
+        raise QatkitError(
+            f"the weight '{place}' of '{name}' is NaN or infinite",
+            key="name_or_path",
+            advice="use an intact model, or load it in the dtype that it was saved in",
+        )
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index of weights that names files outside its folder."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        outside = next((str(file) for file in files if Path(file).name != file), None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise QatkitError(
+            f"{path} is no index of weights ({type(error).__name__}: {error})",
+            key="name_or_path",
+            advice="copy the model's files again",
+        ) from error
+    if outside is not None:
+        raise QatkitError(
+            f"{path} names '{outside}', which is not a file of its folder",
+            key="name_or_path",
+            advice="use a folder written by save_pretrained",
+        )
+
+
 def _check_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"it contains a {type(config).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise QatkitError(
             f"{folder} has no readable config.json ({error})",
             key="name_or_path",
             advice="use a folder written by save_pretrained",
         ) from error
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise QatkitError(
             f"{folder / 'config.json'} has no model_type",
             key="name_or_path",
@@ -225,3 +273,5 @@ def _check_folder(folder: Path) -> None:
         raise QatkitError(
             f"{folder} holds no .safetensors file", key="name_or_path", advice="copy the model's weights there"
         )
+    for index in folder.glob("*.index.json"):
+        _check_index(index)

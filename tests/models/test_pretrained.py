@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from qatkit import QatkitError
 from qatkit.data import Source, text_classification
@@ -129,3 +131,51 @@ def test_an_encoder_that_sees_later_tokens_is_no_causal_language_model(tmp_path:
             causal_lm(folder)
     causal_lm(saved(tmp_path / "decoder", "bert", is_decoder=True))
     causal_lm(saved(tmp_path / "gpt2", "gpt2"))
+
+
+def test_a_damaged_folder_is_named_with_what_is_wrong_in_it(tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path / "model", "llama"))
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    plain, whole = json.loads(config.read_text()), weights.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # not mapped from the file
+    for content, problem in (
+        ([], "no readable config.json .it contains a list, not an object"),
+        (plain | {"model_type": ["llama"]}, "has no model_type"),
+        (plain | {"hidden_size": "x"}, "cannot be loaded as a causal language model .*hidden_size"),
+        (plain | {"hidden_act": [1]}, "cannot be loaded as a causal language model"),
+        (plain | {"num_hidden_layers": 3}, r"lack .* weights of a llama model, such as 'model\.layers\.2\."),
+    ):
+        config.write_text(json.dumps(content))
+        with pytest.raises(QatkitError, match=f"name_or_path: .*{problem}"):
+            causal_lm(str(folder))
+    config.write_text("[" * 9999)
+    with pytest.raises(QatkitError, match=r"no readable config\.json"):
+        causal_lm(str(folder))
+    config.write_text(json.dumps(plain))
+    for damaged in (b"", whole[:99], whole[: len(whole) // 2], b"\xff" * 99):
+        weights.write_bytes(damaged)
+        with pytest.raises(QatkitError, match=r"name_or_path: '.*model' cannot be loaded as a causal language model"):
+            causal_lm(str(folder))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, weights, metadata={"format": "pt"})
+    with pytest.raises(QatkitError, match=f"the weight '{name}' of '.*model' is NaN or infinite"):
+        causal_lm(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("index", "problem"),
+    [
+        ({"weight_map": {"a": "../outside.safetensors"}}, r"names '\.\./outside\.safetensors', which is not a file of"),
+        ({"weight_map": {"a": "/outside.safetensors"}}, "names '/outside"),
+        ({"weight_map": {"a": None}}, "is no index of weights"),
+        ({"weight_map": []}, "is no index of weights"),
+        ({}, "is no index of weights"),
+        ([], "is no index of weights"),
+    ],
+)
+def test_an_index_names_files_of_its_folder_only(index: Any, problem: str, tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path / "model", "llama"))
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(QatkitError, match=rf"name_or_path: .*model\.safetensors\.index\.json {problem}"):
+        causal_lm(str(folder))
