@@ -218,7 +218,7 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
             r"prune\.ramp\.start: start=0\.0 with initial=0\.0 prune",
         ),
         ("stages.prune.prune={method: srste, sparsity: 0.5}", r"prune\.sparsity: .*; use nm: \[2, 4\]"),
-        ("stages.prune={max_steps: 0, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: it prunes while training, and max"),
+        ("stages.prune={max_steps: 0, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: it prunes while training, but max"),
         ("stages.prune={max_steps: 0, prune: {method: srste, nm: [2, 4]}}", r"prune\.method: it prunes while training"),
         (
             "stages.prune.prune={method: taylor, sparsity: 0.5, calibration_batches: 0}",
