@@ -150,10 +150,13 @@ class FiniteCheckpoint(ModelCheckpoint):
         super().__init__(**options)
         self.steps = steps
 
+    def may_save(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether training could resume from a checkpoint that is saved now; all processes must call it."""
+        return self.steps.in_a_row == 0 and non_finite_anywhere(trainer, pl_module) is None
+
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # equal on every process; all of them take part in saving
-        if self.steps.in_a_row == 0 and non_finite_anywhere(trainer, pl_module) is None:
+        if self.may_save(trainer, pl_module):  # equal on every process; all of them take part in saving
             super().on_train_epoch_end(trainer, pl_module)
 
 

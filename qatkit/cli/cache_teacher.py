@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qatkit.cli.arguments import Allow, AllowWrite, Out, Overrides, Quiet, RecipeArgument
-from qatkit.cli.inputs import load, new_run
+from qatkit.cli.inputs import load, new_run, writing
 from qatkit.cli.output import echo
 
 
@@ -28,6 +28,8 @@ def command(
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline.teacher_cache import write_caches
 
-    for line in write_caches(new_run(loaded, out, allow, allow_write)):
-        if not quiet:
-            echo(line)
+    this = new_run(loaded, out, allow, allow_write)
+    with writing(this, quiet):
+        for line in write_caches(this):
+            if not quiet:
+                echo(line)

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from qatkit.cli.output import OutputError, discard_output, echo
+from qatkit.common.termination import CODE, Terminated, termination
 from qatkit.errors import QatkitError
 
 VERIFICATION_FAILED = 1
@@ -22,9 +23,10 @@ USER_MISTAKE = 2
 BUG = 3
 INTERRUPTED = 130  # 128 + SIGINT
 OUTPUT_CLOSED = 141  # 128 + SIGPIPE
+TERMINATED = CODE  # 128 + SIGTERM
 CODES = (
     "Exit codes: 0 success; 1 a verification failed; 2 a mistake in the recipe, the command or the environment; "
-    "3 a bug in qatkit; 130 interrupted; 141 the output was closed."
+    "3 a bug in qatkit; 130 interrupted (Ctrl-C); 141 the output was closed; 143 terminated (SIGTERM)."
 )
 
 
@@ -37,7 +39,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:
             raise typer.Exit(explain(error)) from None
 
     return call
@@ -52,14 +54,39 @@ def explain(error: BaseException) -> int:
     if os.environ.get("QATKIT_DEBUG") == "1":
         traceback.print_exception(error)
     code, message = _message(error)
+    ending = termination()
+    if ending is not None and ending.received and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, Terminated) or code == BUG:  # such as a lost connection to a process that ended first
+            message = ""
+        code, message = TERMINATED, "\n".join(filter(None, [message, terminated(ending.saved)]))
+    if ending is not None and ending.follows and code in (INTERRUPTED, TERMINATED):
+        return code  # the first process says it
     with suppress(OutputError):
         echo(message, err=True)
     return code
 
 
+def terminated(reason: str) -> str:
+    """The message of a command that ends because of SIGTERM.
+
+    Args:
+        reason: What was saved, or why nothing was; may be empty.
+    """
+    ending = termination()
+    hint = ending.hint() if ending is not None else ""
+    return f"terminated by SIGTERM: {'; '.join(filter(None, [reason, hint]))}".removesuffix(": ")
+
+
+def report_terminated(reason: str) -> None:
+    """Print the message of `terminated`."""
+    with suppress(OutputError):
+        echo(terminated(reason), err=True)
+
+
 def _message(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        hint = ending.hint() if (ending := termination()) is not None else ""
+        return INTERRUPTED, f"interrupted: {hint}".removesuffix(": ")
     if isinstance(error, QatkitError):
         return USER_MISTAKE, f"error: {error}"
     if isinstance(error, OutputError):

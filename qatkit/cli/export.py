@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qatkit.cli.arguments import Allow, AllowWrite, RunArgument
-from qatkit.cli.inputs import open_run
+from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo
 
 
@@ -17,5 +17,7 @@ def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = Non
     this = open_run(run, allow, allow_write)
     from qatkit.pipeline.export import export_run, format_of
 
-    for path in export_run(this):
+    with writing(this):
+        paths = export_run(this)
+    for path in paths:
         echo(f"{path} ({format_of(this).size(path):,} bytes)")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qatkit.cli.output import echo
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
@@ -74,3 +77,27 @@ def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | No
     from qatkit.run.folder import Run
 
     return Run(recipe, folder, allow or [], allow_write or [])
+
+
+@contextmanager
+def writing(run: Run, quiet: bool = False) -> Iterator[None]:
+    """Hold the lock of a run's folder, and remove temporary files of processes that were killed there.
+
+    Args:
+        run: The run.
+        quiet: Do not mention the removed files.
+
+    Raises:
+        QatkitError: another process is using the folder, or a link in it leads outside.
+    """
+    from qatkit.common.files import remove_temporary
+    from qatkit.run.lock import locked
+
+    run.check_writes()
+    with locked(run.out):
+        removed = remove_temporary(run.out, exclude=["wandb"])
+        if removed and not quiet:
+            names = ", ".join(str(path.relative_to(run.out)) for path in removed[:3])
+            more = f" and {len(removed) - 3} more" if len(removed) > 3 else ""
+            echo(f"removed temporary files of a killed process: {names}{more}", err=True)
+        yield

@@ -10,9 +10,10 @@ from typer.core import TyperGroup
 
 from qatkit.cli.commands import COMMANDS
 from qatkit.cli.dependencies import quiet_dependencies
-from qatkit.cli.exits import CODES, explain, guarded
+from qatkit.cli.exits import CODES, TERMINATED, explain, guarded, report_terminated
 from qatkit.cli.output import OutputError, echo, prepare_streams
 from qatkit.common.tables import implementation
+from qatkit.common.termination import Terminated, terminable
 
 
 class CommandGroup(TyperGroup):
@@ -72,8 +73,12 @@ def main() -> None:
     prepare_streams()
     quiet_dependencies()
     try:
-        app()
+        with terminable(report_terminated):
+            app()
     except OSError as error:  # commands explain their own, so the help page could not be printed
         sys.exit(explain(OutputError(error)))
     except Exception as error:  # an unknown command, or one that cannot be imported
         sys.exit(explain(error))
+    except Terminated:  # before the command started
+        report_terminated("")
+        sys.exit(TERMINATED)

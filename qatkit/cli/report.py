@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Quiet
-from qatkit.cli.inputs import open_run
+from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo, print_table
 
 
@@ -44,9 +44,10 @@ def command(
     from qatkit.pipeline.report import report_run, track_run
     from qatkit.pipeline.tracking import Tracking
 
-    content = report_run(this)
-    present(content, this.out, out, quiet, as_json)
-    track_run(this, content, Tracking(this.recipe, this.out))
+    with writing(this, quiet or as_json):
+        content = report_run(this)
+        present(content, this.out, out, quiet, as_json)
+        track_run(this, content, Tracking(this.recipe, this.out))
 
 
 def present(content: dict[str, object], folder: Path, page: Path | None, quiet: bool, as_json: bool) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Out, Overrides, Quiet, RecipeArgument, SkipBad
-from qatkit.cli.exits import INTERRUPTED, VERIFICATION_FAILED
-from qatkit.cli.inputs import load, new_run
+from qatkit.cli.exits import VERIFICATION_FAILED
+from qatkit.cli.inputs import load, new_run, writing
 from qatkit.cli.memory import print_training
 from qatkit.cli.output import echo
 from qatkit.cli.report import present
+from qatkit.common.termination import termination
 
 if TYPE_CHECKING:
     from qatkit.pipeline.progress import Style
@@ -38,7 +40,7 @@ def command(
 ) -> None:
     """Train, export, verify, measure and report.
 
-    Run the same command again to resume an interrupted run.
+    Run the same command again to resume an interrupted run. SIGTERM saves a checkpoint first.
 
     Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
     """
@@ -47,29 +49,33 @@ def command(
 
     validate_recipe(loaded, allow or [])
     from qatkit.pipeline.processes import is_first_process, leave_processes
-    from qatkit.pipeline.runner import run_stages
+    from qatkit.pipeline.runner import resume_advice, run_stages
     from qatkit.pipeline.tracking import Tracking
+    from qatkit.run.lock import local_holder
 
-    if is_first_process():
-        print_training(loaded, allow or [], force, quiet or as_json)
     # Lightning sets its level when it is imported; its start-up messages are for authors of a Trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = new_run(loaded, out, allow, allow_write)
-    tracking = Tracking(this.recipe, this.out)
-    try:
-        trained = run_stages(this, until, force, _progress(quiet, as_json), tracking)
-    except KeyboardInterrupt:
-        echo("interrupted: run the same command again to resume from the last checkpoint", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    leave_processes()
+    tracking, progress = Tracking(this.recipe, this.out), _progress(quiet, as_json)
+    if (ending := termination()) is not None:
+        ending.hint = partial(resume_advice, this)
     if not is_first_process():
+        if ending is not None:
+            ending.follow(local_holder(this.out))
+        run_stages(this, until, force, progress, tracking)
+        leave_processes()
         return
-    if not (quiet or as_json):
-        _print_stages(this, trained)
-    if until is None and loaded.export is not None:
-        _finish(this, tracking, quiet, as_json)
-    elif not (quiet or as_json):
-        echo("nothing is exported or compared: " + ("--until is set" if until else "the recipe has no export block"))
+    with writing(this, quiet):
+        print_training(loaded, allow or [], force, quiet or as_json)
+        trained = run_stages(this, until, force, progress, tracking)
+        leave_processes()
+        if not (quiet or as_json):
+            _print_stages(this, trained)
+        if until is None and loaded.export is not None:
+            _finish(this, tracking, quiet, as_json)
+        elif not (quiet or as_json):
+            reason = "--until is set" if until else "the recipe has no export block"
+            echo(f"nothing is exported or compared: {reason}")
 
 
 def _progress(quiet: bool, as_json: bool) -> list[Style]:

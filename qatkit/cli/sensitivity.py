@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Out, Overrides, Quiet, RecipeArgument
-from qatkit.cli.inputs import load, new_run
+from qatkit.cli.inputs import load, new_run, writing
 from qatkit.cli.output import echo
 from qatkit.errors import QatkitError, did_you_mean
 
@@ -72,15 +72,15 @@ def command(
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 
     this = new_run(loaded, out, allow, allow_write)
-    this.check_writes()
-    measured_stage = _stage(this, stage)
-    model = this.load_model(measured_stage, quantizers=False)
-    fold_batchnorm(model)  # as training does before it quantizes
-    name = measured_stage or next(iter(loaded.stages))
-    data = _batches(this, loaded.stages[name].batch_size, batches)
-    with _counted(lambda model: _mean_loss(model, data), shown=sys.stderr.isatty() and not quiet) as loss:
-        measured = measure_sensitivity(model, formats, loss, include or ["*"], exclude or [])
-    missing = _write(this.out, measured)
+    with writing(this, quiet or as_json):
+        measured_stage = _stage(this, stage)
+        model = this.load_model(measured_stage, quantizers=False)
+        fold_batchnorm(model)  # as training does before it quantizes
+        name = measured_stage or next(iter(loaded.stages))
+        data = _batches(this, loaded.stages[name].batch_size, batches)
+        with _counted(lambda model: _mean_loss(model, data), shown=sys.stderr.isatty() and not quiet) as loss:
+            measured = measure_sensitivity(model, formats, loss, include or ["*"], exclude or [])
+        missing = _write(this.out, measured)
     if as_json:
         echo(json.dumps(measured.to_plain()))
     elif not quiet:

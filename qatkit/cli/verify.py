@@ -9,7 +9,7 @@ import typer
 
 from qatkit.cli.arguments import Allow, AllowWrite, AsJson, RunArgument
 from qatkit.cli.exits import VERIFICATION_FAILED
-from qatkit.cli.inputs import open_run
+from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo
 
 
@@ -23,7 +23,8 @@ def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = Non
     this = open_run(run, allow, allow_write)
     from qatkit.pipeline.verify import verify_run
 
-    checked = verify_run(this)
+    with writing(this, as_json):
+        checked = verify_run(this)
     if as_json:
         echo(json.dumps({stage: asdict(verification) for stage, verification in checked.items()}))
     for stage, verification in checked.items() if not as_json else ():

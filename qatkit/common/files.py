@@ -5,13 +5,50 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 _FAILED_WRITES = ("inline_container.cc", "PytorchStreamWriter", "Error while serializing: I/O error")
 """Words of the errors of torch and safetensors, which are not OSErrors, if a file cannot be written."""
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name next to `path` for a file or folder that will replace it; it holds the process id.
+
+    Example:
+        >>> temporary_path(Path("runs/model.onnx")).name == f".model.onnx.{os.getpid()}.tmp"
+        True
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporary(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
+    """Remove the temporary files and folders that killed processes left in a folder and below.
+
+    No process may be writing there: the caller holds a lock.
+
+    Args:
+        folder: The folder.
+        exclude: Names of subfolders to leave alone.
+
+    Returns:
+        The removed paths.
+    """
+    found = []
+    for parent, folders, files in os.walk(folder):
+        found += [Path(parent, name) for name in (*folders, *files) if _TEMPORARY.fullmatch(name)]
+        folders[:] = [name for name in folders if name not in exclude and not _TEMPORARY.fullmatch(name)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return found
 
 
 @contextmanager
@@ -21,7 +58,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The file is flushed to disk before the rename, and the folder after it, so not even a power failure leaves a
     partial file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with naming(path):
         try:
             yield temporary

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -95,7 +96,10 @@ class ResumableLoader(DataLoader[Any]):
         assert self.batch_size is not None
         self._served, self._skip = batches_to_skip(self._skip, min(len(self), self.limit())), 0
         self.sampler.skip = self._served * self.batch_size
-        for batch in super().__iter__():
+        # torch draws a seed for the workers, which in an uninterrupted run it drew before the skipped batches
+        with torch.random.fork_rng(devices=[], enabled=self._served > 0):
+            batches = super().__iter__()
+        for batch in batches:
             self._served += 1
             yield batch
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from qatkit.common.files import naming
+from qatkit.common.files import naming, temporary_path
 from qatkit.errors import QatkitError
 from qatkit.export.companions import export_config
 from qatkit.export.compressed_limits import INSTEAD, check_layers
@@ -216,7 +215,7 @@ def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Te
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder next to `folder` that replaces it at the end, or is deleted if the block raises."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = temporary_path(folder)
     try:
         temporary.mkdir(parents=True)
         with naming(folder):

@@ -63,11 +63,6 @@ class CompressionModule(LightningModule):
     @override
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(hash((self.seed, self.current_epoch, self.global_rank)) % 2**63)
-        # after resuming from an epoch's end Lightning 2.6 is one epoch ahead, and would shuffle in a different order
-        # than the uninterrupted run; the data are only read after this hook
-        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.current_epoch)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -108,6 +103,15 @@ class CompressionModule(LightningModule):
                 key="data",
                 advice="label the tokens to learn",
             )
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["labels"] = None if self._labels is None else int(self._labels)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (labels := checkpoint.get("labels")) is not None:  # saved in the middle of an epoch
+            self._labels = torch.tensor(labels, device=self.device)
 
     @override
     def on_validation_epoch_start(self) -> None:

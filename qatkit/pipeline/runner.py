@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from qatkit.common.device import check_accelerator, device_count
 from qatkit.common.files import write_atomically
@@ -16,8 +17,10 @@ from qatkit.pipeline.progress import Style
 from qatkit.pipeline.stage import StagePrint, run_stage
 from qatkit.pipeline.tracking import Tracking
 from qatkit.recipe.loading import recipe_to_yaml
+from qatkit.run.checkpoint import has_checkpoint
 from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.run.folder import Run
+from qatkit.run.lock import locked
 from qatkit.run.record import read_record, read_started
 from qatkit.run.stage_files import check_files
 
@@ -45,10 +48,17 @@ def run_stages(
         The names of the stages that were trained.
 
     Raises:
-        QatkitError: a stage in the folder was trained with other values, `until` is not a stage, or something would be
-            written outside the run's folder.
+        QatkitError: a stage in the folder was trained with other values, `until` is not a stage, another
+            process is using the folder, or something would be written outside it.
     """
     run.check_writes(training=True)
+    with locked(run.out) if is_first_process() else nullcontext():
+        return _run_stages(run, until, force, progress, tracking)
+
+
+def _run_stages(
+    run: Run, until: str | None, force: bool, progress: Sequence[Style], tracking: Tracking | None
+) -> list[str]:
     check_logger(run.recipe.trainer)
     check_accelerator(run.recipe.trainer.accelerator)
     names = list(run.recipe.stages)
@@ -58,7 +68,6 @@ def run_stages(
     prints = _stage_prints(run, names)
     if is_first_process():
         _check_folder(run, prints, force)
-        run.out.mkdir(parents=True, exist_ok=True)
         write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
     # decided once, from values that are equal on every process: one process may look while another one deletes
     finished = {
@@ -96,6 +105,17 @@ def _check_batch_sizes(run: Run, names: Sequence[str]) -> None:
                 key=f"stages.{name}.batch_size",
                 advice=f"use {samples} or less, or more data",
             )
+
+
+def resume_advice(run: Run) -> str:
+    """How a run that ended early continues, for its last message."""
+    unfinished = [name for name in run.recipe.stages if not (run.folder(name) / "stage.json").is_file()]
+    if not unfinished:
+        return "all stages are trained; run the same command again for the rest"
+    if has_checkpoint(run.folder(unfinished[0])):
+        return f"run the same command again to resume stage '{unfinished[0]}' from the last checkpoint"
+    kept = ", finished stages are kept" if unfinished[0] != next(iter(run.recipe.stages)) else ""
+    return f"stage '{unfinished[0]}' has no checkpoint yet; run the same command again to restart it{kept}"
 
 
 def _stage_prints(run: Run, names: Sequence[str]) -> dict[str, StagePrint]:

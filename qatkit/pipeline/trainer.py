@@ -1,4 +1,4 @@
-"""Build Lightning's Trainer from a recipe; training resumes from the checkpoint at the end of the last epoch."""
+"""Build Lightning's Trainer from a recipe; training resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from qatkit.callbacks import NonFiniteSteps
 from qatkit.callbacks.non_finite import FiniteCheckpoint
 from qatkit.common.device import device_count
 from qatkit.common.files import naming
+from qatkit.common.termination import Terminated, termination
+from qatkit.pipeline.preemption import hand_over
 from qatkit.recipe import StageConfig, TrainerConfig
 from qatkit.run.checkpoint import find_checkpoint, save_checkpoint
 
@@ -51,6 +55,8 @@ def build_trainer(
     loop = _ResumedFitLoop(trainer, min_epochs=trainer.min_epochs, max_epochs=trainer.max_epochs)
     loop.epoch_loop = _ResumedEpochLoop(trainer, trainer.min_steps, trainer.max_steps)
     trainer.fit_loop = loop
+    if (ending := termination()) is not None:
+        hand_over(trainer, ending)
     if trainer.num_devices > 1 and trainer.strategy.root_device.type == "cpu":
         # processes that each use every core wait for each other at every operator
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // trainer.num_devices))
@@ -62,6 +68,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
+        Terminated: SIGTERM was received; see `qatkit.pipeline.preemption`.
         QatkitError: no checkpoint of the stage is intact.
     """
     checkpoint = find_checkpoint(folder)
@@ -72,6 +79,8 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
             # not as an argument: callbacks must know it before FSDP2 restores it, which is after `on_fit_start`
             trainer.ckpt_path = str(checkpoint) if checkpoint else None
             trainer.fit(module, datamodule=data)
+    except SIGTERMException:
+        raise Terminated from None
     except SystemExit:  # how Lightning answers Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -79,6 +88,10 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
+        if (ending := termination()) is not None:
+            ending.defer(False)
+    if ending is not None:
+        ending.check()
 
 
 def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
@@ -98,10 +111,13 @@ class DurableCheckpoints(TorchCheckpointIO):
 
 
 class _ResumedFitLoop(_FitLoop):
-    """Calls the start and end hooks of training even if no step is left to train after a checkpoint.
+    """Resumes as an uninterrupted run would continue, where Lightning 2.6 does not.
 
-    Lightning calls neither then, so callbacks would not read the names of their layers from the checkpoint, and the
-    best weights would not be restored: a run that is killed after a stage's last step would lose both.
+    If no step is left to train after a checkpoint, Lightning calls neither the start nor the end hooks of training:
+    callbacks would not read the names of their layers from the checkpoint, and the best weights would not be restored.
+
+    After resuming from the end of an epoch, the count of epochs that determines the order of the data is one ahead of
+    the epoch, also in later checkpoints.
     """
 
     @property
@@ -109,6 +125,13 @@ class _ResumedFitLoop(_FitLoop):
     def skip(self) -> bool:
         resumed = self.trainer.ckpt_path is not None and self.trainer.limit_train_batches != 0
         return not resumed and super().skip
+
+    @override
+    def on_advance_start(self) -> None:
+        super().on_advance_start()
+        assert self._combined_loader is not None
+        for loader in self._combined_loader.flattened:  # data are only read after this hook
+            _set_sampler_epoch(loader, self.trainer.current_epoch)
 
 
 class _ResumedEpochLoop(_TrainingEpochLoop):

@@ -16,11 +16,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from qatkit import stages as blocks
 from qatkit.callbacks import CompressionMonitor, NonFiniteSteps
 from qatkit.callbacks.non_finite import non_finite_anywhere
+from qatkit.common.termination import termination
 from qatkit.errors import QatkitError
 from qatkit.lora.attachment import to_full_precision
 from qatkit.pipeline.degradation import Before, start_metric
 from qatkit.pipeline.early_stopping import StopEarly
 from qatkit.pipeline.module import CompressionModule
+from qatkit.pipeline.preemption import Preemption
 from qatkit.pipeline.progress import Style, progress_callbacks
 from qatkit.pipeline.teachers import TeacherSpec
 from qatkit.pipeline.trainer import build_trainer, checkpoints, fit
@@ -100,7 +102,8 @@ def train(
     if start is not None:
         callbacks.append(start)  # behind all that compress the model
     callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
-    callbacks.append(checkpoints(folder, steps))
+    checkpoint = checkpoints(folder, steps)
+    callbacks += [Preemption(termination(), checkpoint), checkpoint]
     trainer = build_trainer(recipe.trainer, stage, callbacks, loggers)
     module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, declared_task(batches))
     _same_processes(trainer, name, folder, resumed=(folder / "last.ckpt").exists())

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from qatkit.common.files import atomic_path, sha256_of
+from qatkit.common.files import atomic_path, sha256_of, temporary_path
 from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 
@@ -45,6 +45,11 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
             known += _digests(path)[:2]  # a killed process may have left a digest without its file
             _link(path, path.with_name(NAMES[1]))
         write_signed(_sidecar(path), {"sha256": known}, SCHEMA)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a stage has a checkpoint, intact or not."""
+    return any((folder / name).is_file() for name in NAMES)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -103,7 +108,7 @@ def _sidecar(path: Path) -> Path:
 
 def _link(path: Path, other: Path) -> None:
     """Give a file a second name, in place of another file."""
-    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(other)
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)

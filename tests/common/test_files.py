@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qatkit.common.files import atomic_path, write_atomically
+from qatkit.common.files import atomic_path, remove_temporary, temporary_path, write_atomically
 
 
 class Killed(BaseException):
@@ -62,4 +62,26 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="no more"):
         half()
+    assert not list(tmp_path.iterdir())
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["model.onnx", ".hidden", "x.tmp", ".model.tmp", "wandb/.run.1.tmp", "stages/dense/last.ckpt"]
+    left = [".recipe.yaml.17.tmp", "stages/dense/.last.ckpt.99999.tmp", "export/qat/.model.5.tmp/model.safetensors"]
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    removed = {str(path.relative_to(tmp_path)) for path in remove_temporary(tmp_path, exclude=["wandb"])}
+    assert removed == {left[0], left[1], "export/qat/.model.5.tmp"}
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["a file", "a folder"])
+def test_what_a_killed_writer_leaves_is_found(folder: bool, tmp_path: Path) -> None:
+    temporary = temporary_path(tmp_path / "model")
+    if folder:
+        (temporary / "part").mkdir(parents=True)
+    else:
+        temporary.touch()
+    assert remove_temporary(tmp_path) == [temporary]
     assert not list(tmp_path.iterdir())

@@ -271,7 +271,7 @@ def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) ->
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert "run the same command again to resume from the last checkpoint" in errors
+    assert "run the same command again to resume stage 'dense' from the last checkpoint" in errors
 
 
 @pytest.mark.filterwarnings("ignore:training.*skipped:qatkit.errors.QatkitWarning")

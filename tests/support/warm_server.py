@@ -128,7 +128,8 @@ def keep(pid: int, connection: socket.socket) -> NoReturn:
 
     threading.Thread(target=obey, daemon=True).start()
     _, status = os.waitpid(pid, 0)
-    connection.sendall(status.to_bytes(4, "big"))
+    with contextlib.suppress(OSError):  # the client was killed
+        connection.sendall(status.to_bytes(4, "big"))
     os._exit(0)
 
 
