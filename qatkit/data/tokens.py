@@ -7,18 +7,18 @@ meta.json         dtypes, and the numbers of used and skipped records
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qatkit.common.records import read_signed, write_signed
 from qatkit.data.parts import open_parts
 from qatkit.data.source import BadRecord, Part, Record, Source, cut
 from qatkit.data.text import SPLITS, cached_folder
@@ -33,6 +33,18 @@ Row = dict[str, Any]
 Encoded = list[Row] | BadRecord
 """The rows of one record, or the reason why it cannot be used; no rows if there is nothing to learn."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
+SCHEMA = 1
+"""Version of ``meta.json``."""
+
+
+class _Meta(TypedDict):
+    """The content of ``meta.json``."""
+
+    records: dict[str, int]
+    bad: int
+    first_bad: str | None
+    dtypes: dict[str, str]
+    per_record: list[str]
 
 
 class Rows:
@@ -40,7 +52,7 @@ class Rows:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        meta = json.loads((folder.parent / "meta.json").read_text(encoding="utf-8"))
+        meta = _read_meta(folder.parent)
         self._dtypes: dict[str, str] = meta["dtypes"]
         self._per_record: list[str] = meta["per_record"]
 
@@ -88,7 +100,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         "streaming": source.streaming,
         "tokenizer": fingerprint(tokenizer),
         "options": options,
-        "layout": 2,
+        "layout": 3,
     }
     if source.streaming:
         for split in ("val", "test"):
@@ -99,7 +111,7 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
                     advice="set it to a file, or to a split of the data set",
                 )
     folder = cached_folder(key, lambda empty: _write(empty, parts, source, tokenizer, encode))
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = _read_meta(folder)
     if meta["bad"]:
         warnings.warn(
             f"source.skip_bad: {meta['bad']} of {meta['bad'] + sum(meta['records'].values())} records were skipped, "
@@ -165,7 +177,20 @@ def _write(folder: Path, parts: dict[str, Part], source: Source, tokenizer: Any,
         if not ends:
             raise _empty(split, split in parts, meta, source)
         np.asarray(ends, np.int64).tofile(folder / split / "ends.bin")
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    write_signed(folder / "meta.json", meta, SCHEMA)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """Read ``meta.json`` of a cached folder.
+
+    Raises:
+        QatkitError: it is missing or damaged.
+    """
+    advice = f"delete {folder} to tokenize again"
+    meta = read_signed(folder / "meta.json", _Meta, SCHEMA, advice)
+    if meta is None:
+        raise QatkitError(f"{folder} has no meta.json", key="cached tokens", advice=advice)
+    return meta
 
 
 def _dtype(name: str, vocabulary: int) -> str:

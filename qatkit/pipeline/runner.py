@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -10,14 +11,14 @@ from qatkit.common.device import check_accelerator, device_count
 from qatkit.common.files import write_atomically
 from qatkit.data.datamodule import SplitDataModule
 from qatkit.data.streaming import StreamingDataModule
-from qatkit.errors import QatkitError, did_you_mean
+from qatkit.errors import QatkitError, QatkitWarning, did_you_mean
 from qatkit.pipeline.logger_check import check_logger
 from qatkit.pipeline.processes import is_first_process
 from qatkit.pipeline.progress import Style
 from qatkit.pipeline.stage import StagePrint, run_stage
 from qatkit.pipeline.tracking import Tracking
 from qatkit.recipe.loading import recipe_to_yaml
-from qatkit.run.checkpoint import has_checkpoint
+from qatkit.run.checkpoint import find_checkpoint, has_checkpoint
 from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.run.folder import Run
 from qatkit.run.lock import locked
@@ -154,6 +155,9 @@ def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
     elif (started := read_started(folder)) is not None and (folder / "last.ckpt").exists():
         refuse_changes(name, "started", started.inputs, stage_print.inputs, run.out)
         recorded = started.fingerprint
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QatkitWarning)  # training gives it
+            find_checkpoint(folder)  # raises if none is intact, so that --force trains the stage again
     if recorded not in (None, stage_print.fingerprint):
         raise QatkitError(
             f"stage '{name}' in {run.out} was trained from a different previous stage",

@@ -133,7 +133,7 @@ def _training(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
     return {
         "stage": stage,
-        "steps": (record.early_stopping or {}).get("steps", run.recipe.stages[stage].max_steps),
+        "steps": record.early_stopping["steps"] if record.early_stopping else run.recipe.stages[stage].max_steps,
         "seconds": record.seconds,
         "metrics": record.metrics,
         "curves": read_curves(run.folder(stage) / "logs"),

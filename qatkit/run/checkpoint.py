@@ -119,5 +119,6 @@ def _link(path: Path, other: Path) -> None:
 
 def _damaged(path: Path) -> QatkitError:
     return QatkitError(
-        f"{path} is damaged or incomplete", advice=f"delete {path.parent}, or use --force, to train the stage again"
+        f"{path} or {_sidecar(path).name} is damaged or incomplete",
+        advice=f"delete {path.parent}, or use --force, to train the stage again",
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qatkit.run.checkpoint import save_checkpoint
+from qatkit.run.record import Started, read_record, write_started
 from tests.cli.conftest import RECIPE
 from tests.cli.in_process import Done, qatkit
 
@@ -100,3 +102,17 @@ def test_a_hostile_recipe_is_refused(old: str, new: str, message: str, tmp_path:
 @pytest.mark.parametrize("command", [RUN[:-1], ("report",), ("verify",), ("export",)])
 def test_a_folder_whose_name_is_not_text_is_refused(command: tuple[str, ...], finished: Path) -> None:
     assert r"'a\xff' is not UTF-8 text" in refused(qatkit(*command, "a\udcff", "--allow", "tests", cwd=finished))
+
+
+@pytest.mark.parametrize("name", ["started.json", "last.ckpt.json"])
+def test_a_damaged_record_of_an_unfinished_stage_is_named_and_force_trains_it_again(name: str, copied: Path) -> None:
+    folder = copied / "run" / "stages" / "dense"
+    record = read_record(folder)
+    assert record is not None
+    write_started(folder, Started(record.inputs, record.fingerprint))
+    save_checkpoint({"step": 1}, folder / "last.ckpt")
+    (folder / "stage.json").unlink()
+    (folder / name).write_text("{")
+    command = ("run", "recipe.yaml", "--until", "dense", "--out", "run", "--allow", "tests", "--quiet")
+    assert f"{name} is damaged" in refused(qatkit(*command, cwd=copied))
+    assert qatkit(*command, "--force", cwd=copied) == (0, "", "")
