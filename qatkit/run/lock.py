@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qatkit.common.records import misfit
 from qatkit.errors import QatkitError
 
 NAME = "run.lock"
@@ -99,9 +100,10 @@ def local_holder(folder: Path) -> int | None:
 def lock_holder(folder: Path) -> Holder | None:
     """The process named in a folder's lock, or None if there is none; it may have ended."""
     try:
-        return Holder(**json.loads((folder / NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return Holder(**content) if misfit(Holder, content) is None else None
 
 
 def _acquire(folder: Path) -> int:

@@ -165,3 +165,16 @@ def test_a_damaged_lock_that_nobody_holds_is_taken_over(content: str, tmp_path: 
     (tmp_path / "run.lock").write_text(content)
     with locked(tmp_path):
         assert local_holder(tmp_path) == os.getpid()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 9999, '{"pid": 1}', '"x"', "null"])
+def test_a_lock_file_that_names_no_process_is_no_obstacle(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text(content)
+    assert lock_holder(tmp_path) is None
+    with locked(tmp_path):
+        pass
+
+
+def test_a_holder_with_an_odd_type_is_no_holder(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text(json.dumps(asdict(Holder.this_process()) | {"pid": "1"}))
+    assert lock_holder(tmp_path) is None
