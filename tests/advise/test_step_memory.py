@@ -15,6 +15,7 @@ from qatkit.advise.fit import check_fit
 from qatkit.advise.plan import plan_recipe
 from qatkit.advise.step_memory import step_memory
 from qatkit.recipe.loading import load_recipe
+from tests.support.matrix import representatives
 from tests.support.memory import RECIPE, measured
 
 
@@ -37,22 +38,28 @@ def close(predicted: int, found: int) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "overrides"),
-    [
-        ("dense", []),
-        ("dense", ["trainer.precision=bf16-mixed", "stages.dense.batch_size=8"]),
-        ("dense", ["stages.dense.batch_size=1", "model.args.layers=6", "stages.dense.accumulate=2"]),
-        ("dense", ["stages.dense.lora={rank: 8}", "model.args.hidden=64"]),
-        ("dense", ["stages.dense.optimizer=adamw8bit", "model.args.hidden=128"]),
-        ("dense", ["stages.dense.lora={rank: 8, bits: 4}"]),
-        ("dense", ["stages.dense.lora={rank: 4, bits: 4}", "model.args.hidden=256", "stages.dense.batch_size=1"]),
-        ("dense", ["stages.dense.lora={rank: 8, bits: 8}"]),
-        ("dense", ["stages.dense.lora={rank: 4, bits: 8}", "model.args.hidden=256", "stages.dense.batch_size=1"]),
-        ("qat", []),
-        ("qat", ["stages.qat.distill.cache={top_k: 16}"]),
-        ("qat", ["stages.qat.distill.cache={top_k: 64}", "stages.qat.batch_size=16"]),
-        ("qat", ["stages.qat.quantize.include=['*.mlp.*']", "stages.qat.quantize.exclude=[]"]),
-        ("qat", ["stages.qat.quantize={weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}"]),
-    ],
+    representatives(
+        [
+            ("dense", []),
+            ("dense", ["trainer.precision=bf16-mixed", "stages.dense.batch_size=8"]),
+            ("dense", ["stages.dense.batch_size=1", "model.args.layers=6", "stages.dense.accumulate=2"]),
+            ("dense", ["stages.dense.lora={rank: 8}", "model.args.hidden=64"]),
+            ("dense", ["stages.dense.optimizer=adamw8bit", "model.args.hidden=128"]),
+            ("dense", ["stages.dense.lora={rank: 8, bits: 4}"]),
+            ("dense", ["stages.dense.lora={rank: 4, bits: 4}", "model.args.hidden=256", "stages.dense.batch_size=1"]),
+            ("dense", ["stages.dense.lora={rank: 8, bits: 8}"]),
+            ("dense", ["stages.dense.lora={rank: 4, bits: 8}", "model.args.hidden=256", "stages.dense.batch_size=1"]),
+            ("qat", []),
+            ("qat", ["stages.qat.distill.cache={top_k: 16}"]),
+            ("qat", ["stages.qat.distill.cache={top_k: 64}", "stages.qat.batch_size=16"]),
+            ("qat", ["stages.qat.quantize.include=['*.mlp.*']", "stages.qat.quantize.exclude=[]"]),
+            (
+                "qat",
+                ["stages.qat.quantize={weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}"],
+            ),
+        ],
+        {0, 5, 9, 13},
+    ),
     ids=[
         "full",
         "bf16",

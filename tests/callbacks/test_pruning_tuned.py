@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from qatkit.pruning.masks import apply_mask, magnitude_mask
 from qatkit.pruning.schedule import Ramp
 from tests.callbacks.modules import Classifier, batches, trainer
+from tests.support.matrix import representatives
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
     "constant": ConstantPruning,
@@ -46,7 +47,7 @@ class Tuned(Classifier):
         return self.train_dataloader()
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", representatives(list(CALLBACKS), {3, 4}))
 @pytest.mark.parametrize(
     "tuner",
     [lambda: LearningRateFinder(num_training_steps=8), lambda: BatchSizeFinder(max_trials=1, steps_per_trial=1)],

@@ -20,6 +20,7 @@ import pytest
 from qatkit.recipe.loading import list_recipes
 from tests.data.corpus import SENTENCES, save_tokenizer, write_lines
 from tests.support import warm
+from tests.support.matrix import representatives
 
 SHORT = ["stages.dense.max_steps=30", "stages.qat.max_steps=20", "model.args.channels=[8,8]"]
 TEXTS = """name: texts
@@ -165,7 +166,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_costs(name: str, tmp_pat
     assert sum(line.startswith("# Cost: ") for line in header) == 1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", representatives(["ddp", "fsdp2"], {0}))
 def test_the_demo_recipe_runs_on_two_processes_and_only_the_first_one_writes(strategy: str, tmp_path: Path) -> None:
     warm.with_peers()
     parallel = ["trainer.accelerator=cpu", "trainer.devices=2", f"trainer.strategy={strategy}"]

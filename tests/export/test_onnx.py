@@ -20,6 +20,7 @@ from qatkit import QatkitError, QatkitWarning, QuantSpec, calibrate, prepare_qat
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels, load_runtime
 from tests.export.conftest import UINT8, Quantized
+from tests.support.matrix import representatives
 
 WEIGHTS = [
     QuantSpec(bits, symmetric=symmetric, strategy=strategy)
@@ -27,6 +28,10 @@ WEIGHTS = [
     for symmetric in (True, False)
     for strategy in ("tensor", "channel")
 ]
+
+
+def _spec_name(spec: QuantSpec) -> str:
+    return f"{spec.num_bits}-{'s' if spec.symmetric else 'a'}-{spec.strategy}"
 
 
 def exported(model: nn.Module, x: Tensor, folder: Path) -> Path:
@@ -68,7 +73,7 @@ def test_a_plain_model_runs_on_floating_point_kernels_and_gives_the_same(
     assert error(trained, path, images[0]) < 1e-5
 
 
-@pytest.mark.parametrize("spec", WEIGHTS, ids=lambda s: f"{s.num_bits}-{'s' if s.symmetric else 'a'}-{s.strategy}")
+@pytest.mark.parametrize("spec", representatives(WEIGHTS, {1, 10, 13}), ids=_spec_name)
 def test_codes_scales_and_outputs_are_the_trained_ones(
     spec: QuantSpec, quantized: Quantized, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
