@@ -45,14 +45,17 @@ class KnowledgeDistillation(Callback):
         temperature: Divides both sets of logits; above 0. Not used by "mse".
         alpha: Weight of the distillation term, 0 to 1; the loss that `training_step` returns has weight ``1 - alpha``.
         student: Name of the submodule whose output is distilled, such as "model"; by default the LightningModule.
-        loss: A row of `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" over logits, or "mse"
-            over logits or regression outputs.
+        loss: A row of `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" over logits,
+            "binary_kl" over logits of labels that are on or off, "mse" over logits or values, "cosine" or "similarity"
+            over embeddings.
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
             averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. By default the output
             itself, or its "logits".
         class_dim: The dimension of the logits that holds the classes: 1 for segmentation, ``[N, C, H, W]``. By default
             the last; logits whose classes are not there are rejected if the shape of the labels shows it.
+        pooling: Pool hidden states into embeddings before they are compared: "mean", "cls" or "last"; by default the
+            ``pooling`` of the batch, if it has one.
         hidden: Add a loss between hidden states.
         attention: Add a loss between attention maps or relations.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
@@ -96,6 +99,7 @@ class KnowledgeDistillation(Callback):
         sequence_level: Generation | None = None,
         fused: bool = False,
         class_dim: int | None = None,
+        pooling: str | None = None,
     ) -> None:
         for name, value in (("alpha", alpha), ("ramp", ramp)):
             if not 0 <= value <= 1:
@@ -109,7 +113,7 @@ class KnowledgeDistillation(Callback):
         self.teacher = live_teacher(teacher) or Teacher(nn.Identity())
         self.alpha = alpha
         self.student = student
-        self.compared = ComparedOutputs.of(outputs, class_dim)
+        self.compared = ComparedOutputs.of(outputs, class_dim, pooling)
         self.features = FeatureMatch(hidden, attention)
         self.ramp = ramp
         self.fused = fused
@@ -252,7 +256,7 @@ class KnowledgeDistillation(Callback):
         outputs = None
         if isinstance(self._fused, Fused) and self._fused.labels is not None:
             outputs = self._fused.finish(output, args, kwargs, present, self._weight(trainer))
-        self._calls.append(Call(args, kwargs, output, states, labels, present, outputs))
+        self._calls.append(Call(args, kwargs, output, states, labels, present, self._batch, outputs))
         return None if outputs is None else output
 
     def _weight(self, trainer: Trainer) -> float:

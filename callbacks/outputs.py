@@ -10,7 +10,8 @@ from typing import Any
 from qatkit.callbacks.positions import check_class_dimension
 from torch import Tensor
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, did_you_mean
+from qatkit.tasks.pairs import POOLINGS, pooled
 
 
 @dataclass(frozen=True)
@@ -23,42 +24,65 @@ class ComparedOutputs:
     """Weight of each output's loss."""
     class_dim: int | None
     """The dimension that holds the classes; None for the last one, which the shape of the labels may contradict."""
+    pooling: str | None = None
+    """How hidden states are pooled into embeddings; None for the ``pooling`` of the batch, if it has one."""
 
     @classmethod
     def of(
-        cls, outputs: Sequence[str | int] | Mapping[str | int, float] | None, class_dim: int | None
+        cls,
+        outputs: Sequence[str | int] | Mapping[str | int, float] | None,
+        class_dim: int | None,
+        pooling: str | None,
     ) -> ComparedOutputs:
         """Read the arguments of `KnowledgeDistillation`.
 
         Args:
             outputs: Keys or indices, whose losses are averaged, or a mapping from these to weights.
             class_dim: The dimension that holds the classes.
+            pooling: How hidden states are pooled.
 
         Raises:
-            QatkitError: `outputs` is a string or empty, or a weight is negative or not finite.
+            QatkitError: `outputs` is a string or empty, a weight is negative or not finite, or the pooling is unknown.
         """
+        if pooling is not None and pooling not in POOLINGS:
+            raise QatkitError(f"unknown pooling '{pooling}'", key="pooling", advice=did_you_mean(pooling, POOLINGS))
         if isinstance(outputs, str):
             raise QatkitError(f"'{outputs}' is not a list", key="outputs", advice=f"use ['{outputs}']")
         if outputs is None:
-            return cls(None, (1.0,), class_dim)
+            return cls(None, (1.0,), class_dim, pooling)
         if not outputs:
             raise QatkitError("it names no output", key="outputs", advice="name at least one, or leave it out")
         if not isinstance(outputs, Mapping):
-            return cls(tuple(outputs), (1 / len(outputs),) * len(outputs), class_dim)
+            return cls(tuple(outputs), (1 / len(outputs),) * len(outputs), class_dim, pooling)
         for key, weight in outputs.items():
             if not 0 <= weight < math.inf:
                 raise QatkitError(
                     f"the weight of {key!r} is {weight}", key="outputs", advice="use a finite number, 0 or above"
                 )
-        return cls(tuple(outputs), tuple(outputs.values()), class_dim)
+        return cls(tuple(outputs), tuple(outputs.values()), class_dim, pooling)
 
-    def select(self, output: Any) -> list[Tensor]:
-        """The compared tensors ``[..., classes]`` of a model's output.
+    def select(self, output: Any, batch: Any, present: Tensor | None) -> list[Tensor]:
+        """The compared tensors of a model's output: ``[..., classes]``, or embeddings ``[rows, width]``.
+
+        Args:
+            output: The output.
+            batch: The batch, whose ``pooling`` is used if none was given.
+            present: The attention mask, for pooling.
 
         Raises:
-            QatkitError: a key does not name a tensor, or a tensor has no dimension `class_dim`.
+            QatkitError: a key does not name a tensor, a tensor has no dimension `class_dim`, or there is no mask.
         """
-        return [self._classes_last(logits) for logits in logits_of(output, self.keys)]
+        pooling = self.pooling or (batch.get("pooling") if isinstance(batch, Mapping) else None)
+        if pooling is None:
+            return [self._classes_last(logits) for logits in logits_of(output, self.keys)]
+        if present is None:
+            raise QatkitError(
+                "the model is not called with an attention mask, so its texts cannot be pooled",
+                key="pooling",
+                advice="pass attention_mask to the model, or let it return embeddings and remove pooling",
+            )
+        keys = self.keys or (None if isinstance(output, Tensor) else ("last_hidden_state",))
+        return [pooled(hidden, present.to(hidden.device), pooling) for hidden in logits_of(output, keys)]
 
     def fit_labels(self, labels: Tensor | None, logits: Tensor, compares_classes: bool) -> Tensor | None:
         """Return the labels without a class dimension of size 1, such as ``[N, H, W]`` of ``[N, 1, H, W]``.

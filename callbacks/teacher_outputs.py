@@ -46,6 +46,8 @@ class Call:
     labels: Tensor | None
     present: Tensor | None
     """The attention mask."""
+    batch: Any = None
+    """The batch of the step."""
     teacher_outputs: TeacherOutputs | None = None
     """Teacher outputs that were computed during the call."""
 
@@ -67,8 +69,8 @@ def live_teacher_outputs(
     """
     result = TeacherOutputs([], [])
     answer = call_teacher(teacher, call.args, call.kwargs)
-    pairs = zip(compared.select(call.output), compared.select(answer), compared.weights, strict=True)
-    for student, other, weight in pairs:
+    ours_theirs = (compared.select(output, call.batch, call.present) for output in (call.output, answer))
+    for student, other, weight in zip(*ours_theirs, compared.weights, strict=True):
         labels = compared.fit_labels(call.labels, student, loss.row.compares_classes)
         ours, theirs = loss.trimmed(student, other.to(student.device))
         mask = counted_positions(ours, labels, call.present, causal)
@@ -86,7 +88,7 @@ def cached_teacher_outputs(
     Raises:
         QatkitError: a sample is not in the cache, or the shapes of the outputs do not match.
     """
-    (logits, *others) = compared.select(call.output)
+    (logits, *others) = compared.select(call.output, call.batch, call.present)
     if others:
         raise QatkitError(
             f"{list(compared.keys or ())} are several outputs, but a cache holds one",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qatkit.quantization.mixed.records import Sensitivity
     from qatkit.run.folder import Run
     from qatkit.schemes import Scheme
+    from qatkit.tasks import Task
 
 Candidates = Annotated[
     str,
@@ -77,8 +78,8 @@ def command(
         model = this.load_model(measured_stage, quantizers=False)
         fold_batchnorm(model)  # as training does before it quantizes
         name = measured_stage or next(iter(loaded.stages))
-        data = _batches(this, loaded.stages[name].batch_size, batches)
-        with _counted(lambda model: _mean_loss(model, data), shown=sys.stderr.isatty() and not quiet) as loss:
+        data, task = _batches(this, loaded.stages[name].batch_size, batches)
+        with _counted(lambda model: _mean_loss(model, data, task), shown=sys.stderr.isatty() and not quiet) as loss:
             measured = measure_sensitivity(model, formats, loss, include or ["*"], exclude or [])
         missing = _write(this.out, measured)
     if as_json:
@@ -147,13 +148,15 @@ def _stage(this: Run, wanted: str | None) -> str | None:
     return name
 
 
-def _batches(this: Run, batch_size: int, count: int) -> list[Any]:
+def _batches(this: Run, batch_size: int, count: int) -> tuple[list[Any], Task | None]:
+    """The first training batches, and the task that the data declares."""
     from qatkit.callbacks.batches import first_batches
+    from qatkit.tasks import declared_task
 
     data = this.build_data(batch_size)
     data.prepare_data()
     data.setup("fit")
-    return list(first_batches(data.train_dataloader(), count))
+    return list(first_batches(data.train_dataloader(), count)), declared_task(data)
 
 
 @contextmanager
@@ -176,9 +179,9 @@ def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callab
         yield counted
 
 
-def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
-    """Mean cross-entropy over every sample, or every token, of the batches once."""
-    from qatkit.tasks import answers, call, token_loss
+def _mean_loss(model: nn.Module, batches: Sequence[Any], task: Task | None) -> float:
+    """Mean loss over every sample, or every token, of the batches once."""
+    from qatkit.tasks import answers, call, row_loss, task_of
 
-    losses = [token_loss(*answers(call(model, batch), batch)) for batch in batches]
+    losses = [row_loss(*answers(call(model, batch), batch, task), task_of(batch, task)) for batch in batches]
     return sum(float(loss) * int(count) for loss, count in losses) / max(sum(int(count) for _, count in losses), 1)

@@ -33,6 +33,9 @@ class Divergence:
     """Whether `qatkit.kernels.kd_rows_triton` implements it as well."""
     compares_classes: bool = True
     """Whether outputs are probabilities of at least two classes after a softmax."""
+    kinds: tuple[str, ...] = ("classes",)
+    """The kinds of outputs that it compares: "classes", "labels" and "values" as in `qatkit.tasks.Task.kind`, and
+    "embeddings"."""
     uses_temperature: bool = True
     uses_beta: bool = False
 
@@ -79,6 +82,24 @@ class Divergence:
                 advice=f"use {cacheable}, or remove the cache",
             )
 
+    def check_kind(self, kind: str, key: str = "loss") -> None:
+        """Reject outputs of another kind than the divergence compares.
+
+        Args:
+            kind: The kind of the outputs; see `kinds`.
+            key: Where the divergence was named, for the error.
+
+        Raises:
+            QatkitError: the divergence does not compare such outputs; the error names those that do.
+        """
+        if kind not in self.kinds:
+            fitting = ", ".join(name for name, row in DIVERGENCES.items() if kind in row.kinds)
+            raise QatkitError(
+                f"'{self.name}' compares {' and '.join(self.kinds)}, but the outputs of this task are {kind}",
+                key=key,
+                advice=f"use {fitting}",
+            )
+
     def _options(self, temperature: float, beta: float) -> dict[str, float]:
         return ({"temperature": temperature} if self.uses_temperature else {}) | (
             {"beta": beta} if self.uses_beta else {}
@@ -118,6 +139,21 @@ DIVERGENCES = Table(
         Divergence(
             "mse", "mean squared error of logits or of regression outputs (Ba and Caruana 2014)",
             on_logits="qatkit.distillation.losses:mse_loss", compares_classes=False, uses_temperature=False,
+            kinds=("classes", "labels", "values", "embeddings"),
+        ),
+        Divergence(
+            "binary_kl", "KL(teacher || student) of labels that are on or off, each on its own (multilabel)",
+            on_logits="qatkit.distillation.losses:binary_kl_loss", compares_classes=False, kinds=("labels",),
+        ),
+        Divergence(
+            "cosine", "one minus the cosine similarity of embeddings",
+            on_logits="qatkit.distillation.losses:cosine_loss", compares_classes=False, uses_temperature=False,
+            kinds=("embeddings",),
+        ),
+        Divergence(
+            "similarity", "squared difference of the similarities within a batch (relational, Park et al. 2019)",
+            on_logits="qatkit.distillation.losses:similarity_loss", compares_classes=False, uses_temperature=False,
+            kinds=("embeddings",),
         ),
     ],
 )  # fmt: skip

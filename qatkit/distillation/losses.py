@@ -123,6 +123,94 @@ def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, label
     return masked_mean(difference.square().mean(dim=-1), counted)
 
 
+def binary_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """``T**2 * KL(sigmoid(teacher / T) || sigmoid(student / T))`` of independent labels, averaged over labels.
+
+    The loss of `kd_loss` for labels that are on or off each on their own: two classes per label, with the logits
+    ``[z, 0]``.
+
+    Args:
+        student: Logits ``[..., labels]``, any float dtype; computed in float32.
+        teacher: Logits of the same shape; no gradient flows into them.
+        temperature: Divides both sets of logits.
+        mask: True at positions to include, ``[...]``; all positions by default.
+        labels: As in `kd_loss`.
+
+    Raises:
+        QatkitError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> round(binary_kl_loss(torch.zeros(1, 2), torch.tensor([[0.0, 2.0]])).item(), 4)  # log 2 - H(sigmoid(2))
+        0.1637
+    """
+    check_shapes("binary_kl_loss", student, teacher)
+    counted = counted_mask(mask, labels)
+    z, t = (zero_uncounted(part, counted).float() / temperature for part in (student, teacher.detach()))
+    p = t.sigmoid()
+    each = p * (F.logsigmoid(t) - F.logsigmoid(z)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-z))
+    return masked_mean(each.mean(dim=-1), counted) * temperature**2
+
+
+def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    """One minus the cosine similarity of embeddings, averaged over rows.
+
+    Args:
+        student: Embeddings ``[..., width]``, any float dtype; computed in float32.
+        teacher: Embeddings of the same shape; no gradient flows into them.
+        mask: True at rows to include, ``[...]``; all rows by default.
+        labels: As in `kd_loss`.
+
+    Raises:
+        QatkitError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> cosine_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).item()
+        1.0
+    """
+    check_shapes("cosine_loss", student, teacher)
+    counted = counted_mask(mask, labels)
+    ours, theirs = zero_uncounted(student, counted), zero_uncounted(teacher.detach(), counted)
+    return masked_mean(1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1), counted)
+
+
+def similarity_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+) -> Tensor:
+    """Mean squared difference of the cosine similarities between all rows of a batch: their relations are distilled.
+
+    Park et al. (2019, https://arxiv.org/abs/1904.05068), relational distillation, with the cosine as the relation. The
+    widths of student and teacher may differ.
+
+    Args:
+        student: Embeddings ``[rows, width]``, any float dtype; computed in float32.
+        teacher: Embeddings ``[rows, any width]``; no gradient flows into them.
+        mask: True at rows to include, ``[rows]``; all rows by default.
+        labels: As in `kd_loss`.
+
+    Raises:
+        QatkitError: the embeddings are not two-dimensional, or their numbers of rows differ.
+    """
+    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
+        raise QatkitError(
+            f"similarity_loss got embeddings of shape {list(student.shape)} and {list(teacher.shape)}",
+            advice="pass [rows, width] twice",
+        )
+    counted = counted_mask(mask, labels)
+    if counted is not None:
+        student, teacher = student[counted], teacher[counted]
+    ours, theirs = (F.normalize(part.float(), dim=-1) for part in (student, teacher.detach()))
+    difference = (ours @ ours.T - theirs @ theirs.T).square()
+    return difference.mean() if difference.numel() else ours.sum() * 0.0
+
+
 def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
     """Return the included positions as a boolean mask; None if all are included.
 

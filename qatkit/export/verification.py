@@ -7,20 +7,23 @@ the runtime's own operator, and the expected values come from the model through 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 from qatkit.export.formats import format_of_path
 from qatkit.export.interface import Bound, Measured, ReadBack
+from qatkit.export.outputs import Forward, Judge, MetricJudge, Outputs, TaskJudge, compare_outputs
 from qatkit.quantization.prepare import fake_quantizers, quantized_weights, strip_qat
-from qatkit.tasks import Scores, Task, answers, call
+from qatkit.tasks import TASKS, Task, call
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Verification:
     agreement: float | None
     """Fraction of samples on which both agree: the same class, or the same next token."""
     task: str
-    """The name of a row of `qatkit.tasks.TASKS`."""
+    """The name of a row of `qatkit.tasks.TASKS`; empty if a metric was passed."""
     metric: str
     """The metric that the task is judged by."""
     trained_metric: float
@@ -78,7 +81,10 @@ def verify(
     batches: Iterable[Any],
     format: str | None = None,
     threads: int | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
+    forward: Forward | None = None,
+    metric: Metric | None = None,
+    class_dim: int | None = None,
 ) -> Verification:
     """Compare an exported file with the model it was exported from.
 
@@ -91,17 +97,25 @@ def verify(
     Args:
         model: The exported model: plain, or prepared and calibrated. Left unchanged.
         path: The exported file or folder.
-        batches: Pairs of inputs and class labels, ``[batch, ...]`` and ``[batch]``, or mappings as transformers models
-            take them, with ``labels``; see `qatkit.tasks`.
+        batches: Pairs of inputs and labels, or mappings as transformers models take them, with ``labels``; see
+            `qatkit.tasks`. With `forward`, anything that it takes.
         format: The export format's name; by default it is inferred from the file name and content.
         threads: Threads of the runtime; None leaves the choice to it.
-        task: The task declared by the data; by default it is inferred from the batches, see `qatkit.tasks.task_of`.
+        task: A task of `qatkit.tasks.TASKS` or its name, such as "segmentation"; by default it is inferred from the
+            batches, see `qatkit.tasks.task_of`.
+        forward: ``(model, batch) -> outputs``, for models that are called in another way: a tensor, or tensors in
+            dicts, lists and tuples. The file is called in the same way.
+        metric: A metric of torchmetrics that replaces the task's: it is updated with the outputs, and with the
+            ``labels`` or the second part of the batch.
+        class_dim: With `metric`, the dimension of the outputs that holds the classes; without it, outputs agree if
+            their values do.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.
 
     Raises:
-        QatkitError: there is no batch, the format is unknown or ambiguous, or the runtime is not installed.
+        QatkitError: there is no batch, its labels do not fit the task, the format is unknown or ambiguous, or the
+            runtime is not installed.
 
     Example:
         >>> import tempfile, torch
@@ -109,7 +123,7 @@ def verify(
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.rand(16, 8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_onnx(model, x, Path(folder) / "model.onnx")
-        ...     verify(model, Path(folder) / "model.onnx", [(x, torch.zeros(16))]).passed
+        ...     verify(model, Path(folder) / "model.onnx", [(x, torch.zeros(16).long())]).passed
         True
     """
     path = Path(path)
@@ -121,7 +135,15 @@ def verify(
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
     file: ReadBack = row.call("read_back", trained, path, threads)
     failures = list(file.failures)
-    outputs = _compare_outputs(trained, floating if quantizers else None, file.runtime, batches, failures, task)
+    outputs = compare_outputs(
+        trained,
+        floating if quantizers else None,
+        file.runtime,
+        batches,
+        failures,
+        (_judge(task, metric, class_dim), _judge(task, metric, class_dim)),
+        forward or call,
+    )
     bound: Bound = row.call(
         "bound",
         Measured(
@@ -151,105 +173,35 @@ def verify(
         max_error=outputs.max_error,
         quantization_error=outputs.quantization_error,
         agreement=outputs.agreement,
-        task=outputs.task.name,
-        metric=outputs.task.metric,
+        task=outputs.task,
+        metric=outputs.metric,
         trained_metric=outputs.trained_metric,
         runtime_metric=outputs.runtime_metric,
         text=_summary(failures, file.weights, layers, bound, outputs),
     )
 
 
-def _summary(failures: list[str], weights: int, layers: int, bound: Bound, outputs: _Outputs) -> str:
+def _judge(task: Task | str | None, metric: Metric | None, class_dim: int | None) -> Judge:
+    if metric is not None:
+        return MetricJudge(metric, class_dim)
+    if class_dim is not None:
+        raise QatkitError(
+            f"{class_dim} is given without a metric, and tasks know their own", key="class_dim", advice="pass metric"
+        )
+    return TaskJudge(TASKS.row(task, "task") if isinstance(task, str) else task)
+
+
+def _summary(failures: list[str], weights: int, layers: int, bound: Bound, outputs: Outputs) -> str:
     if failures:
         return _failed(failures)
     codes = f"all {weights} weights of {layers} quantized layers match the trained ones; " if layers else ""
     limit = bound.text if bound.limit is None else f"{bound.text}, {bound.limit:.2g}"
-    over = f"{outputs.samples} {outputs.task.counted}"
+    over = f"{outputs.samples} {outputs.counted}"
     return (
         f"passed: {codes}over {over}, outputs differ by {outputs.mean_error:.2g} on average (bound: "
-        f"{limit}); the {outputs.task.metric} is {outputs.runtime_metric:.4f} (trained: {outputs.trained_metric:.4f})"
+        f"{limit}); the {outputs.metric} is {outputs.runtime_metric:.4f} (trained: {outputs.trained_metric:.4f})"
     )
 
 
 def _failed(failures: list[str]) -> str:
     return f"FAILED: {failures[0]}" + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    samples: int
-    mean_output: float
-    quantization_error: float
-    task: Task
-    trained_metric: float
-    mean_error: float | None = None
-    max_error: float | None = None
-    agreement: float | None = None
-    runtime_metric: float | None = None
-
-
-@torch.no_grad()
-def _compare_outputs(
-    trained: nn.Module,
-    floating: nn.Module | None,
-    runtime: Callable[..., Any] | None,
-    batches: Iterable[Any],
-    failures: list[str],
-    declared: Task | None,
-) -> _Outputs:
-    """Run the three models on all batches; an exception in the runtime counts as a failure.
-
-    Args:
-        trained: The model.
-        floating: The same weights without fake quantization; None if nothing is quantized.
-        runtime: The file in its runtime, called as the model is; None if it cannot be loaded.
-        batches: The batches of `verify`.
-        failures: Appended to.
-        declared: The task that the data declares.
-    """
-    scores, runtime_scores, same = Scores(declared), Scores(declared), 0
-    elements, outputs, quantization, error, largest = 0, 0.0, 0.0, 0.0, 0.0
-    for batch in map(_on_cpu, batches):
-        expected = call(trained, batch)
-        scores.add(expected, batch)
-        elements += expected.numel()
-        outputs += float(expected.abs().sum(dtype=torch.float64))
-        if floating is not None:
-            quantization += float((expected - call(floating, batch)).abs().sum(dtype=torch.float64))
-        if runtime is None:
-            continue
-        try:
-            computed = call(runtime, batch)
-            if computed.shape != expected.shape:
-                raise ValueError(f"shape {list(computed.shape)} instead of {list(expected.shape)}")
-        except Exception as reason:  # the runtime's exceptions share no base class
-            failures.append(f"outputs: the runtime fails on a batch of {len(expected)}: {reason}")
-            runtime = None
-            continue
-        difference = (computed - expected).abs()
-        error += float(difference.sum(dtype=torch.float64))
-        largest = max(largest, float(difference.max()))
-        runtime_scores.add(computed, batch)
-        ours, labels = answers(expected, batch, declared)
-        agree = answers(computed, batch, declared)[0].argmax(-1) == ours.argmax(-1)
-        same += int((agree & (labels != IGNORED)).sum())
-    task = scores.task
-    if scores.count == 0 or task is None:
-        raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one")
-    trained_metric = scores.metrics()[task.metric]
-    measured = _Outputs(scores.count, outputs / elements, quantization / elements, task, trained_metric)
-    if runtime is None:
-        return measured
-    return replace(
-        measured,
-        mean_error=error / elements,
-        max_error=largest,
-        agreement=same / scores.count,
-        runtime_metric=runtime_scores.metrics()[task.metric],
-    )
-
-
-def _on_cpu(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
-    return [part.cpu() for part in batch]

@@ -17,8 +17,7 @@ from typing_extensions import override
 from qatkit.callbacks.batches import as_training_does
 from qatkit.errors import QatkitWarning
 from qatkit.recipe import StageConfig
-from qatkit.tasks import Scores, Task, call
-from qatkit.tasks.table import HIGHER_IS_BETTER, MetricName
+from qatkit.tasks import METRICS, Scores, Task, call
 
 NOISE = 1.5
 """Accuracy and F1 must fall by more than this, divided by the root of the number of samples: at least three standard
@@ -31,7 +30,7 @@ RISE = 1.05
 class Before:
     """The validation metric of a task before the first step of a stage."""
 
-    metric: MetricName
+    metric: str
     value: float
     count: int
     """Samples or tokens that it was measured on."""
@@ -46,7 +45,7 @@ class Before:
             >>> Before("perplexity", 10.0, count=180).is_better_than(10.6)
             True
         """
-        if HIGHER_IS_BETTER[self.metric]:
+        if METRICS[self.metric].higher_is_better:
             return self.value - after > NOISE / math.sqrt(self.count)
         return not after <= self.value * RISE  # NaN is worse too
 
@@ -121,7 +120,7 @@ def warn_if_worse(name: str, before: Before | None, metrics: Mapping[str, float]
     """
     if before is None or not before.is_better_than(after := metrics[f"val/{before.metric}"]):
         return
-    moved = "fell" if HIGHER_IS_BETTER[before.metric] else "rose"
+    moved = "fell" if METRICS[before.metric].higher_is_better else "rose"
     warnings.warn(
         f"stages.{name}: validation {before.metric} {moved} from {before.value:.4g} to {after:.4g} in this stage; use "
         "a smaller lr, a warmup or gradient_clip: 1.0",

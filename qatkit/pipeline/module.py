@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from qatkit.common.labels import IGNORED
@@ -17,14 +16,14 @@ from qatkit.pipeline.sharding import exact_division, parallelize
 from qatkit.pipeline.token_weighting import TokenWeighting
 from qatkit.recipe import StageConfig
 from qatkit.stages.optimizers import build_optimizer
-from qatkit.tasks import InputCheck, Scores, Task, answers, model_inputs, task_of, to_logits, token_loss
+from qatkit.tasks import InputCheck, Scores, Task, answers, model_inputs, row_loss, task_of, to_logits
 
 
 class CompressionModule(LightningModule):
-    """A classifier, a language model or an encoder in one stage of a recipe; see `qatkit.tasks`.
+    """A model of any task in one stage of a recipe; see `qatkit.tasks`.
 
-    The loss is cross-entropy. For text it is the mean over all tokens of an optimizer step, regardless of how these are
-    split over processes and accumulated batches; see `TokenWeighting`.
+    The loss is `qatkit.tasks.row_loss`. For text it is the mean over all tokens of an optimizer step, regardless of how
+    these are split over processes and accumulated batches; see `TokenWeighting`.
 
     Args:
         model: The model to train.
@@ -68,14 +67,13 @@ class CompressionModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         args, kwargs = model_inputs(batch)
         output = self(*args, **kwargs)
-        per_token = task_of(batch, self.task).per_token
-        if per_token and getattr(output, "logits", output) is None:  # a callback computed the loss without them
+        task = task_of(batch, self.task)
+        if task.next_token and getattr(output, "logits", output) is None:  # a callback computed the loss without them
             loss: Tensor = output.loss
-            count: Tensor | None = (batch["labels"][:, 1:] != IGNORED).sum()
+            count = (batch["labels"][:, 1:] != IGNORED).sum()
         else:
-            logits, labels = answers(to_logits(output), batch, self.task)
-            loss, count = token_loss(logits, labels) if per_token else (F.cross_entropy(logits, labels), None)
-        if count is not None:
+            loss, count = row_loss(*answers(to_logits(output), batch, self.task), task)
+        if task.per_token:
             self._labels = count if self._labels is None else self._labels + count
             first = batch_idx % self.trainer.accumulate_grad_batches == 0
             self._weighting.add(count, first, self._mean_over_processes)
@@ -122,14 +120,7 @@ class CompressionModule(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self._inputs is not None:
             self._inputs.add(batch)
-        logits = self._logits(batch)
-        if "loss" in task_of(batch, self.task).metrics:
-            self._scores.add(logits, batch)
-            return
-        logits, labels = answers(logits, batch, self.task)
-        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
-        values = {"val/loss": F.cross_entropy(logits, labels), "val/accuracy": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self._scores.add(self._logits(batch), batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -138,9 +129,8 @@ class CompressionModule(LightningModule):
         self._inputs = None
         if self._scores.count == 0:
             return
-        sums = self._scores.sums().to(self.device, torch.float32)
-        values = self._scores.replaced(self._mean_over_processes(sums)).metrics()
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
+        self._scores.reduce(self._mean_over_processes, self.trainer.world_size, self.device)
+        self.log_dict({f"val/{name}": value for name, value in self._scores.metrics().items()}, prog_bar=True)
 
     @override
     def configure_optimizers(self) -> Any:

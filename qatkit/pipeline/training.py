@@ -91,21 +91,22 @@ def train(
     samples = blocks.samples.callback(stage.samples, folder) if stage.samples else None
     steps = NonFiniteSteps()
     batches = data(stage.batch_size)
-    start = start_metric(stage, declared_task(batches))
+    task = declared_task(batches)
+    start = start_metric(stage, task)
     # skipped steps come first, as others read gradients; pruning before the calibration of ranges on pruned weights
     ordered = (steps, stopping, *pruning, rewinding, quantize, lora, monitor, samples)
     callbacks: list[Callback] = [callback for callback in ordered if callback is not None]
     if stage.distill is not None:
         assert teacher_spec is not None
         block, teacher, size = teacher_spec.block, teacher_spec.teacher, teacher_spec.vocab_size
-        callbacks.append(blocks.distill.callback(block, teacher, recipe.seed, size))
+        callbacks.append(blocks.distill.callback(block, teacher, recipe.seed, size, task))
     if start is not None:
         callbacks.append(start)  # behind all that compress the model
     callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
     checkpoint = checkpoints(folder, steps)
     callbacks += [Preemption(termination(), checkpoint), checkpoint]
     trainer = build_trainer(recipe.trainer, stage, callbacks, loggers)
-    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, declared_task(batches))
+    module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, task)
     _same_processes(trainer, name, folder, resumed=(folder / "last.ckpt").exists())
     fit(trainer, module, batches, folder)
     if trainer.global_step < stage.max_steps and not (stopping is not None and stopping.stopped):

@@ -77,7 +77,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         if stage.distill is not None:
             with under(f"stages.{name}.distill"):
                 _check_prompts(stage.distill, recipe.data.factory, bool(getattr(data, "packed", False)))
-                blocks.distill.check(stage.distill, recipe.trainer, model, models.teacher(name))
+                blocks.distill.check(stage.distill, recipe.trainer, model, models.teacher(name), task)
         if stage.samples is not None:
             with under(f"stages.{name}"):
                 blocks.samples.check(stage.samples, model)

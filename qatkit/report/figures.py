@@ -11,8 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from qatkit.report.curves import Curve, Curves
-from qatkit.report.metrics import Metric
 from qatkit.report.svg import CARD, MARKERS, MUTED, SERIES, canvas, to_svg
+from qatkit.tasks.metrics import Metric
 
 WIDTH = 370
 

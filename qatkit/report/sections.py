@@ -8,10 +8,11 @@ from typing import Any
 
 from qatkit.report.figures import GROUPS, Point, curve_groups, tradeoff, training_curves
 from qatkit.report.layer_figures import clipped_fraction, largest, layer_picture, weight_histogram
-from qatkit.report.metrics import Metric, metric_of
+from qatkit.report.metrics import metric_of
 from qatkit.report.sentences import headline, parity, tiles
 from qatkit.report.svg import KINDS, SERIES
 from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
+from qatkit.tasks.metrics import Metric
 
 HISTOGRAMS, BARS = 12, 24
 """The number of layers drawn as histograms and as bars; fewer if several runs share the page."""

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 from qatkit.common.units import format_bytes
 from qatkit.export.formats import FORMATS
-from qatkit.report.metrics import Metric, metric_of
+from qatkit.report.metrics import metric_of, task_of_report
+from qatkit.tasks.metrics import Metric
 from qatkit.tasks.table import TASKS
 
 
@@ -112,10 +113,10 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
     """The numbers at the top of a run's page: the last row compared with the first, and the parity of all rows."""
     first, last = report["rows"][0], report["rows"][-1]
     single, metric = last is first, metric_of(report)
-    samples = last["verification"]["samples"]
-    note = f"one of {samples:,} test samples is {1 / samples:.2%}"
+    samples, task = last["verification"]["samples"], task_of_report(report)
+    note = f"one of {samples:,} {task.counted} is {1 / samples:.2%}"
     if not metric.percent:
-        note = f"over {samples:,} test tokens, mean loss {last['test_loss']:.3f} nats"
+        note = f"over {samples:,} {task.counted}, mean loss {last['test_loss']:.3f}"
     if not single:
         note = f"{_change(metric, metric.of(first), metric.of(last))} {first['stage']}; {note}"
     shown = [

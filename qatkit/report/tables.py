@@ -43,7 +43,7 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for row in report["rows"]:
         check = row["verification"]
-        loss = f" (loss {row['test_loss']:.4f})" if "test_loss" in row else ""
+        loss = f" (loss {row['test_loss']:.4f})" if metric is PERPLEXITY else ""
         bits = sorted({f"w{layer['weight_bits']}a{layer['activation_bits']}" for layer in row["layers"]})
         rows.append(
             [

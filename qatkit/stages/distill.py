@@ -20,6 +20,7 @@ from qatkit.lora.attachment import base_layers
 from qatkit.lora.bits import Bits, check_backend, quantize_base
 from qatkit.recipe import DistillConfig, GenerationConfig, TrainerConfig
 from qatkit.stages.layer_names import STUDENT
+from qatkit.tasks.table import Task
 
 if TYPE_CHECKING:
     from qatkit.callbacks import AttentionMatch, Generation, HiddenMatch, KnowledgeDistillation
@@ -50,14 +51,18 @@ class LowBitTeacher(Teacher):
         return self
 
 
-def check(config: DistillConfig, trainer: TrainerConfig, student: nn.Module, teacher: nn.Module) -> None:
-    """Check the block against both models, before weights are loaded.
+def check(
+    config: DistillConfig, trainer: TrainerConfig, student: nn.Module, teacher: nn.Module, task: Task | None
+) -> None:
+    """Check the block against the task that the data declares and against both models, before weights are loaded.
 
     Raises:
-        QatkitError: a model cannot generate text, the cache would hold all classes, bitsandbytes cannot quantize the
-            teacher, or a layer is unknown.
+        QatkitError: the loss does not compare the outputs of the task, a model cannot generate text, the cache would
+            hold all classes, bitsandbytes cannot quantize the teacher, or a layer is unknown.
     """
     divergence = DIVERGENCES.row(config.loss, key="loss")
+    if task is not None:
+        divergence.check_kind(task.compared)
     for key, used, default in (
         ("temperature", divergence.uses_temperature, DistillConfig.temperature),
         ("beta", divergence.uses_beta, DistillConfig.beta),
@@ -127,7 +132,11 @@ def teacher(config: DistillConfig, model: nn.Module) -> Teacher:
 
 
 def callback(
-    config: DistillConfig, teacher: Teacher | CachedTeacher, seed: int, vocab_size: int | None = None
+    config: DistillConfig,
+    teacher: Teacher | CachedTeacher,
+    seed: int,
+    vocab_size: int | None = None,
+    task: Task | None = None,
 ) -> KnowledgeDistillation:
     """The callback that adds the distillation term to the loss."""
     from qatkit.callbacks import KnowledgeDistillation
@@ -144,6 +153,8 @@ def callback(
         ramp=config.ramp,
         vocab_size=vocab_size,
         fused=True,
+        outputs=task.outputs or None if task is not None else None,
+        class_dim=task.class_dim if task is not None and task.class_dim != -1 else None,
         on_policy=_generation(config.on_policy, seed),
         sequence_level=_generation(config.sequence_level, seed),
     )

@@ -1,6 +1,7 @@
 """Tasks: the loss, the predictions and the metrics of a model on a batch; see `qatkit.tasks.table`.
 
-A pair ``(inputs, labels)`` is a classification batch. A mapping, as models of transformers take it, has
+A pair ``(inputs, labels)`` is a classification batch unless the data declares another task. A mapping, as models of
+transformers take it, has
 
 - one label per text ``[batch]`` for text classification;
 - one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,
@@ -15,14 +16,18 @@ from typing import TYPE_CHECKING
 from qatkit.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from qatkit.tasks.batches import agree as agree
     from qatkit.tasks.batches import answers as answers
     from qatkit.tasks.batches import call as call
     from qatkit.tasks.batches import mean_loss as mean_loss
     from qatkit.tasks.batches import model_inputs as model_inputs
     from qatkit.tasks.batches import one_sample as one_sample
+    from qatkit.tasks.batches import row_loss as row_loss
     from qatkit.tasks.batches import to_logits as to_logits
     from qatkit.tasks.batches import token_loss as token_loss
     from qatkit.tasks.inputs import InputCheck as InputCheck
+    from qatkit.tasks.metrics import METRICS as METRICS
+    from qatkit.tasks.metrics import Metric as Metric
     from qatkit.tasks.scores import Scores as Scores
     from qatkit.tasks.scores import evaluate as evaluate
     from qatkit.tasks.scores import perplexity as perplexity
@@ -33,15 +38,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "qatkit.tasks.batches": [
+        "agree",
         "answers",
         "call",
         "mean_loss",
         "model_inputs",
         "one_sample",
+        "row_loss",
         "to_logits",
         "token_loss",
     ],
     "qatkit.tasks.inputs": ["InputCheck"],
+    "qatkit.tasks.metrics": ["METRICS", "Metric"],
     "qatkit.tasks.scores": ["Scores", "evaluate", "perplexity"],
     "qatkit.tasks.table": ["TASKS", "Task", "declared_task", "task_of"],
 }

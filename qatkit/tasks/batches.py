@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
 from qatkit.tasks.table import Task, task_of
 
-NOT_INPUTS = ("labels", "task", "pooling")
+NOT_INPUTS = ("labels", "task", "pooling", "start_positions", "end_positions")
 """Keys of a batch that are not passed to the model."""
 
 
@@ -27,14 +28,18 @@ def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def to_logits(output: Any) -> Tensor:
     """Return the logits of a model's output: a tensor, or the ``logits`` of a mapping or an object.
 
-    For an encoder without a head, return its last hidden states.
+    For an encoder without a head, return its last hidden states; for extractive question answering, the logits of
+    starts and ends, ``[batch, 2, tokens]``.
 
     Raises:
-        QatkitError: the output has neither.
+        QatkitError: the output has none of them.
     """
     logits = output
     for name in ("last_hidden_state", "logits"):
-        logits = output.get(name, logits) if isinstance(output, Mapping) else getattr(output, name, logits)
+        logits = _entry(output, name, logits)
+    ends = [_entry(output, name, None) for name in ("start_logits", "end_logits")]
+    if all(isinstance(end, Tensor) for end in ends):
+        return torch.stack(ends, dim=1)
     if not isinstance(logits, Tensor):
         raise QatkitError(
             f"it returned {type(output).__name__} without logits",
@@ -42,6 +47,10 @@ def to_logits(output: Any) -> Tensor:
             advice="return a tensor, or an object with .logits",
         )
     return logits
+
+
+def _entry(output: Any, name: str, default: Any) -> Any:
+    return output.get(name, default) if isinstance(output, Mapping) else getattr(output, name, default)
 
 
 def call(model: Callable[..., Any], batch: Any) -> Tensor:
@@ -60,8 +69,8 @@ def one_sample(batch: Any) -> Any:
 def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[Tensor, Tensor]:
     """Return logits and labels with one row per prediction: ``[rows, classes]`` and ``[rows]``.
 
-    A row is a sample, a position of a text, or a text among partners, depending on the batch's task; a label may be
-    `IGNORED`.
+    A row is a sample, a pixel, a position of a text, or a text among partners, depending on the batch's task; a label
+    may be `IGNORED`. Other kinds of tasks have other shapes, see `Task.kind`.
 
     Args:
         logits: The result of `call`.
@@ -73,7 +82,6 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
 
     Example:
         >>> import torch
-        >>> import torch
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
         >>> rows, labels = answers(torch.zeros(1, 3, 10), batch)
         >>> rows.shape, labels.tolist()
@@ -84,10 +92,42 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
 
 
 def mean_loss(model: Callable[..., Any], batch: Any, declared: Task | None = None) -> Tensor:
-    """Return the cross-entropy of a batch with its graph: the mean over its samples or tokens."""
-    logits, labels = answers(call(model, batch), batch, declared)
-    per_token = task_of(batch, declared).per_token
-    return token_loss(logits, labels)[0] if per_token else F.cross_entropy(logits, labels)
+    """Return the loss of a batch with its graph: the mean over its samples or tokens; see `row_loss`."""
+    return row_loss(*answers(call(model, batch), batch, declared), task_of(batch, declared))[0]
+
+
+def row_loss(rows: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Return the mean loss over the labels other than -100, and their number.
+
+    Args:
+        rows: As `answers` returns them.
+        labels: As `answers` returns them.
+        task: Its kind decides the loss: cross-entropy, binary cross-entropy or mean squared error.
+    """
+    if task.kind == "values":
+        return F.mse_loss(rows.float(), labels.float()), torch.tensor(labels.numel())
+    if task.kind == "labels":
+        counted = labels != IGNORED
+        each = F.binary_cross_entropy_with_logits(rows.float(), labels.float(), reduction="none")
+        return torch.where(counted, each, 0.0).sum() / counted.sum().clamp(min=1), counted.sum()
+    if task.per_token:
+        return token_loss(rows, labels)
+    return F.cross_entropy(rows, labels), (labels != IGNORED).sum()
+
+
+def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """Return the number of labels other than -100 for which two models give the same answer.
+
+    Args:
+        ours: Rows as `answers` returns them.
+        theirs: The rows of the other model.
+        labels: As `answers` returns them.
+        task: Its kind decides what is the same: the class, the side of 0, or the value to 1 %.
+    """
+    if task.kind == "values":
+        return torch.isclose(theirs, ours, rtol=1e-2, atol=1e-6).sum()
+    same = (ours > 0) == (theirs > 0) if task.kind == "labels" else ours.argmax(-1) == theirs.argmax(-1)
+    return (same & (labels != IGNORED)).sum()
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

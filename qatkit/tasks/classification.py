@@ -6,7 +6,32 @@ from typing import Any
 
 from torch import Tensor
 
+from qatkit.errors import QatkitError
+from qatkit.tasks.labels import labels_of
+
 
 def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return logits ``[batch, classes]`` and labels ``[batch]`` as they are."""
-    return logits, batch[1]
+    """Return logits ``[batch, classes]`` and labels ``[batch]`` as they are.
+
+    Raises:
+        QatkitError: the shapes are those of another task, which the error names.
+    """
+    labels = labels_of(batch)
+    if logits.dim() == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point():
+        return logits, labels
+    kind = "float" if labels.is_floating_point() else "integer"
+    raise QatkitError(
+        f"{kind} labels of shape {list(labels.shape)} and outputs of shape {list(logits.shape)} are not one class per "
+        "sample",
+        key="task",
+        advice=f"declare another task: {_likely(logits, labels)}",
+    )
+
+
+def _likely(logits: Tensor, labels: Tensor) -> str:
+    """The tasks whose shapes these are."""
+    if labels.is_floating_point() or labels.shape == logits.shape:
+        return "regression or multilabel"
+    if logits.dim() > 2 and labels.shape == logits.shape[:-1]:
+        return "token_classification, or segmentation with the classes in dimension 1"
+    return "segmentation" if logits.dim() > 2 else "one of the table in qatkit.tasks"

@@ -1,4 +1,4 @@
-"""Labels of a batch, and checks that they match the logits."""
+"""Labels of a batch, and checks that they match the outputs of the model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,43 @@ def labels_in(batch: Mapping[str, Any]) -> Tensor:
         )
     labels: Tensor = batch["labels"]
     return labels
+
+
+def labels_of(batch: Any) -> Tensor:
+    """Return the labels of a batch: those of a mapping, or the second part of a pair.
+
+    Raises:
+        QatkitError: the batch has none.
+    """
+    if isinstance(batch, Mapping):
+        return labels_in(batch)
+    if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        raise QatkitError(
+            f"a batch is a {type(batch).__name__} without labels",
+            key="data",
+            advice="return pairs (inputs, labels), or mappings with 'labels'",
+        )
+    labels: Tensor = batch[1]
+    return labels
+
+
+def check_same_shape(outputs: Tensor, labels: Tensor, rule: str) -> None:
+    """Check that there is one label for every output.
+
+    Args:
+        outputs: Outputs of the model.
+        labels: Their labels.
+        rule: The rule, for the advice.
+
+    Raises:
+        QatkitError: the shapes differ.
+    """
+    if outputs.shape != labels.shape:
+        raise QatkitError(
+            f"labels of shape {list(labels.shape)} do not match outputs of shape {list(outputs.shape)}",
+            key="data",
+            advice=f"give {rule}",
+        )
 
 
 def check_shapes(logits: Tensor, labels: Tensor, dims: int) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qatkit.common.labels import IGNORED
+from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
-from qatkit.tasks.batches import answers, call, token_loss
+from qatkit.tasks.batches import answers, call, row_loss
 from qatkit.tasks.inputs import InputCheck
+from qatkit.tasks.metrics import METRICS
 from qatkit.tasks.table import TASKS, Task, task_of
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class Scores:
-    """Accumulates the metrics of a task over batches; every sample or token counts once.
+    """Accumulates the metrics of a task over batches; every sample, pixel or token counts once.
 
     Args:
         task: The task declared by the data; by default it is inferred from the batches, see `task_of`.
@@ -25,17 +30,17 @@ class Scores:
     Example:
         >>> scores = Scores()
         >>> scores.add(torch.eye(4), (None, torch.tensor([0, 1, 2, 0])))
-        >>> scores.metrics()
-        {'accuracy': 0.75}
+        >>> scores.metrics()["accuracy"]
+        0.75
     """
 
     def __init__(self, task: Task | None = None) -> None:
         self.task = task
-        self.right = 0.0
         self.count = 0
         self.loss = 0.0
+        """The sum of the losses of all counted labels."""
         self._declared = task
-        self._classes: Tensor | None = None  # right, predicted, true: [3, classes]
+        self._metrics: dict[str, Metric] = {}
 
     @torch.no_grad()
     def add(self, logits: Tensor, batch: Any) -> None:
@@ -47,62 +52,55 @@ class Scores:
         """
         self.task = task = task_of(batch, self._declared)
         rows, labels = answers(logits, batch, self._declared)
-        predicted = rows.argmax(dim=-1)
-        if "loss" in task.metrics:
-            loss, counted = token_loss(rows, labels)
-            self.loss += float(loss) * int(counted)
-            self.count += int(counted)
-        else:
-            self.count += labels.numel()
-        self.right += int((predicted == labels).sum())
-        if "f1" in task.metrics:
-            groups = (labels[predicted == labels], predicted[labels != IGNORED], labels[labels != IGNORED])
-            counts = torch.stack([torch.bincount(group, minlength=rows.shape[-1]) for group in groups]).double().cpu()
-            self._classes = counts if self._classes is None else self._classes + counts
+        loss, counted = row_loss(rows, labels, task)
+        self.loss += float(loss) * int(counted) if int(counted) else 0.0  # the mean of no label is NaN
+        self.count += int(counted)
+        if not self._metrics:
+            rows_of = {name: METRICS.row(name, f"{task.name}.metrics") for name in task.metrics}
+            self._metrics = {
+                name: implementation(row.compute)(task, rows).to(rows.device)
+                for name, row in rows_of.items()
+                if row.compute
+            }
+        for metric in self._metrics.values():
+            metric.update(rows.float(), labels if task.kind == "values" else labels.long())
 
-    def sums(self) -> Tensor:
-        """Return all counts as one vector, to be summed over processes."""
-        own = torch.tensor([self.loss, self.right, self.count], dtype=torch.float64)
-        return own if self._classes is None else torch.cat([own, self._classes.flatten()])
+    def reduce(self, mean: Callable[[Tensor], Tensor], processes: int, device: torch.device) -> None:
+        """Join the counts of all processes.
 
-    def replaced(self, sums: Tensor) -> Scores:
-        """Return scores computed from `sums`, reduced over all processes by sum or mean."""
-        whole = Scores(self.task)
-        (whole.loss, whole.right, count), rest = sums[:3].tolist(), sums[3:].cpu()
-        whole.count = count
-        whole._classes = rest.view(3, -1) if self._classes is not None else None
-        return whole
+        Args:
+            mean: The mean of a tensor over all processes.
+            processes: Number of processes.
+            device: The device that they communicate from.
+        """
+        if processes == 1:
+            return
+        sums = mean(torch.tensor([self.loss, self.count], device=device, dtype=torch.float32))
+        self.loss, count = (float(value) * processes for value in sums)
+        self.count = round(count)
+        for metric in self._metrics.values():
+            metric.sync()
 
     def metrics(self) -> dict[str, float]:
-        """Return the task's metrics by name: accuracy and F1 from 0 to 1, the loss per label in nats.
+        """Return the task's metrics by name: fractions from 0 to 1, the loss per label in nats or as squared error.
 
-        Perplexity is ``exp(loss)``. F1 is the mean, over the classes that occur, of the harmonic mean of precision and
-        recall.
+        Perplexity is ``exp(loss)``. The others are those of torchmetrics, see `qatkit.tasks.measures`.
 
         Raises:
-            QatkitError: there were tokens, but all of their labels are -100.
+            QatkitError: there were batches, but all of their labels are -100.
         """
         task = self.task or TASKS["classification"]  # as long as there was no batch
-        if task.per_token and self.count == 0:
-            raise QatkitError(
-                f"every label is {IGNORED}, so there is nothing to score",
-                key="data",
-                advice="label the tokens to predict",
-            )
-        loss = self.loss / (self.count or 1)
-        values: dict[str, Callable[[], float]] = {
-            "loss": lambda: loss,
-            "perplexity": lambda: perplexity(loss),
-            "accuracy": lambda: self.right / (self.count or 1),
-            "f1": self._f1,
-        }
-        return {name: values[name]() for name in task.metrics}
-
-    def _f1(self) -> float:
-        assert self._classes is not None
-        right, predicted, true = self._classes
-        occur = predicted + true > 0
-        return float((2 * right / (predicted + true))[occur].mean())
+        if self.count == 0:
+            if task.per_token or self._metrics:
+                raise QatkitError(
+                    f"every label is {IGNORED}, so there is nothing to score",
+                    key="data",
+                    advice="label the tokens to predict" if task.per_token else "label the test data",
+                )
+            return dict.fromkeys(task.metrics, 0.0)
+        loss = self.loss / self.count
+        own = {"loss": loss, "perplexity": perplexity(loss)}
+        return {name: own[name] if name in own else float(self._metrics[name].compute()) for name in task.metrics}
 
 
 def perplexity(loss: float) -> float:

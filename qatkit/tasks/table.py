@@ -18,10 +18,7 @@ from typing import Any, Literal
 
 from qatkit.common.tables import Table
 
-MetricName = Literal["loss", "perplexity", "accuracy", "f1"]
-
-HIGHER_IS_BETTER: dict[MetricName, bool] = {"loss": False, "perplexity": False, "accuracy": True, "f1": True}
-"""The direction of every metric."""
+Kind = Literal["classes", "labels", "values"]
 
 
 @dataclass(frozen=True)
@@ -33,21 +30,36 @@ class Task:
     description: str
     """One-line description."""
     answers: str
-    """``module:function`` of ``(logits, batch) -> (rows, labels)``: ``[rows, classes]`` and ``[rows]``."""
-    metrics: tuple[MetricName, ...]
-    """Metrics of validation and test, in the order in which they are reported."""
-    metric: MetricName
+    """``module:function`` of ``(outputs, batch) -> (rows, labels)``; their shapes depend on `kind`."""
+    metrics: tuple[str, ...]
+    """Names of rows of `qatkit.tasks.metrics.METRICS`, in the order in which they are reported."""
+    metric: str
     """The metric that stages and exported files are compared by."""
     agreement: str
     """The noun for the answer that two models agree on: class, token or partner."""
     counted: str
     """The counted unit, in the plural."""
+    kind: Kind = "classes"
+    """"classes": one of several classes per row, ``[rows, classes]`` and ``[rows]``, trained with cross-entropy.
+    "labels": labels that are on or off, ``[rows, labels]`` twice, binary cross-entropy. "values": numbers, ``[values]``
+    twice, mean squared error."""
+    class_dim: int = -1
+    """The dimension of the outputs that holds the classes."""
+    outputs: tuple[str, ...] = ()
+    """Names of the outputs, if the model returns several; `call` stacks them."""
+    embeds: bool = False
+    """The outputs are hidden states, which the batch's ``pooling`` pools into one embedding per row."""
     per_token: bool = False
     """The loss of an optimizer step is the mean over its tokens, not over its batches."""
     named_inputs: bool = False
     """Batches are mappings of named inputs, not pairs ``(inputs, labels)``."""
     next_token: bool = False
     """Each token is predicted from those before it, so sliding-window perplexity and text generation apply."""
+
+    @property
+    def compared(self) -> str:
+        """The kind of the outputs that distillation compares: that of the rows, or "embeddings"."""
+        return "embeddings" if self.embeds else self.kind
 
 
 TASKS: Table[Task] = Table(
@@ -57,10 +69,40 @@ TASKS: Table[Task] = Table(
             name="classification",
             description="one class per sample, from a pair (inputs, labels)",
             answers="qatkit.tasks.classification:answers",
-            metrics=("accuracy",),
+            metrics=("loss", "accuracy"),
             metric="accuracy",
             agreement="class",
             counted="test samples",
+        ),
+        Task(
+            name="multilabel",
+            description="any number of labels per sample, each on or off",
+            answers="qatkit.tasks.multilabel:answers",
+            metrics=("loss", "accuracy", "f1"),
+            metric="f1",
+            agreement="answer",
+            counted="labels of test samples",
+            kind="labels",
+        ),
+        Task(
+            name="regression",
+            description="numbers of any shape per sample, forecasts included",
+            answers="qatkit.tasks.regression:answers",
+            metrics=("loss", "rmse", "mae"),
+            metric="rmse",
+            agreement="value (to 1 %)",
+            counted="test values",
+            kind="values",
+        ),
+        Task(
+            name="segmentation",
+            description="one class per pixel; dimension 1 of the logits holds the classes",
+            answers="qatkit.tasks.segmentation:answers",
+            metrics=("loss", "accuracy", "iou"),
+            metric="iou",
+            agreement="class",
+            counted="test pixels",
+            class_dim=1,
         ),
         Task(
             name="text_classification",
@@ -73,6 +115,28 @@ TASKS: Table[Task] = Table(
             named_inputs=True,
         ),
         Task(
+            name="token_classification",
+            description="one class per token of a text",
+            answers="qatkit.tasks.token_classification:answers",
+            metrics=("loss", "accuracy", "f1"),
+            metric="f1",
+            agreement="class",
+            counted="test tokens",
+            per_token=True,
+            named_inputs=True,
+        ),
+        Task(
+            name="question_answering",
+            description="the first and the last token of the answer in a text",
+            answers="qatkit.tasks.question_answering:answers",
+            metrics=("loss", "accuracy"),
+            metric="accuracy",
+            agreement="position",
+            counted="ends of test answers",
+            named_inputs=True,
+            outputs=("start_logits", "end_logits"),
+        ),
+        Task(
             name="causal",
             description="the next token at each position of a text",
             answers="qatkit.tasks.causal:answers",
@@ -82,6 +146,17 @@ TASKS: Table[Task] = Table(
             counted="test tokens",
             per_token=True,
             next_token=True,
+            named_inputs=True,
+        ),
+        Task(
+            name="seq2seq",
+            description="each token of an output text, from an input text and the output tokens before it",
+            answers="qatkit.tasks.seq2seq:answers",
+            metrics=("loss", "perplexity", "accuracy"),
+            metric="perplexity",
+            agreement="token",
+            counted="test tokens",
+            per_token=True,
             named_inputs=True,
         ),
         Task(
@@ -103,6 +178,7 @@ TASKS: Table[Task] = Table(
             metric="accuracy",
             agreement="partner",
             counted="test pairs",
+            embeds=True,
             named_inputs=True,
         ),
     ],

@@ -252,7 +252,7 @@ def test_a_dead_channel_may_have_another_scale_in_the_file(tmp_path: Path) -> No
     export_onnx(model, x, tmp_path / "model.onnx")
     scales = next(t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if t.name == "0.weight.scale")
     assert numpy_helper.to_array(scales)[1] > 1e-20
-    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(64))], threads=1)
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(64).long())], threads=1)
     assert result.passed, result.failures
 
 
@@ -274,7 +274,7 @@ def test_a_constant_is_found_whatever_the_optimizer_called_it(tmp_path: Path) ->
     export_onnx(model, x, tmp_path / "model.onnx")
     proto = onnx.load(tmp_path / "model.onnx")
     assert "0.bias" not in {tensor.name for tensor in proto.graph.initializer}
-    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8))], threads=1)
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8).long())], threads=1)
     assert result.passed, result.failures
     (name,) = (tensor.name for tensor in proto.graph.initializer if list(tensor.dims) == [4, 1, 1])
 
@@ -283,7 +283,7 @@ def test_a_constant_is_found_whatever_the_optimizer_called_it(tmp_path: Path) ->
 
     constant(proto.graph, name, change)
     onnx.save(proto, tmp_path / "model.onnx")
-    (failure,) = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8))], threads=1).failures
+    (failure,) = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8).long())], threads=1).failures
     assert failure.startswith("layer '0': the bias: 1 of 4 differ, the first at [2]")
 
 
@@ -294,7 +294,7 @@ def test_a_layer_that_is_called_twice_passes(tmp_path: Path) -> None:
     prepare_qat(model, QuantSpec(8), UINT8)
     calibrate(model, [x])
     export_onnx(model, x, tmp_path / "model.onnx")
-    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8))], threads=1)
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(8).long())], threads=1)
     assert result.passed, result.failures
 
 

@@ -71,7 +71,7 @@ def test_a_row_of_the_table_is_all_that_a_new_task_takes(run: Run, tmp_path: Pat
     export_run(run)
     checked = verify_run(run)["dense"]
     assert (checked.task, checked.metric) == ("parity", "accuracy")
-    assert "test numbers outputs differ" in checked.summary()
+    assert "test numbers, outputs differ" in checked.summary()
     report_run(run)
     write_page([run.out], tmp_path / "page.html")
     assert "Both models give the same parity for all 360 test numbers." in (tmp_path / "page.html").read_text()

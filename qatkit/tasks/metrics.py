@@ -1,0 +1,67 @@
+"""The table of metrics that tasks are scored by, which validation, verification and report read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qatkit.common.tables import Table
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: its direction, its format and its computation."""
+
+    name: str
+    """Its key: prefixed with ``val/`` and ``test/`` in ``stage.json``, and with ``test_`` in a row of the report."""
+    higher_is_better: bool
+    percent: bool = False
+    """Whether it is shown in percent."""
+    compute: str = ""
+    """``module:function(task, rows)`` that returns a `torchmetrics.Metric`; empty for those that follow from the loss.
+    """
+
+    @property
+    def title(self) -> str:
+        return self.name.upper() if self.name in ("iou", "rmse", "mae", "f1") else self.name.capitalize()
+
+    @property
+    def better(self) -> str:
+        """The corner of the better files in a figure of the metric against cost."""
+        return "Up and to the left" if self.higher_is_better else "Down and to the left"
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.percent else ""
+
+    @property
+    def scale(self) -> float:
+        """The factor by which figures multiply values."""
+        return 100.0 if self.percent else 1.0
+
+    def show(self, value: float) -> str:
+        """Format a value.
+
+        Example:
+            >>> METRICS["accuracy"].show(0.985), METRICS["perplexity"].show(12.3456), METRICS["rmse"].show(123456.7)
+            ('98.50%', '12.346', '1.235e+05')
+        """
+        return f"{value:.2%}" if self.percent else f"{value:.3f}" if value < 1e3 else f"{value:.4g}"
+
+    def of(self, row: dict[str, Any]) -> float:
+        """Its value on the test split, from a row of the report."""
+        return float(row[f"test_{self.name}"])
+
+
+METRICS: Table[Metric] = Table(
+    "metric",
+    [
+        Metric("loss", higher_is_better=False),
+        Metric("perplexity", higher_is_better=False),
+        Metric("accuracy", higher_is_better=True, percent=True, compute="qatkit.tasks.measures:accuracy"),
+        Metric("f1", higher_is_better=True, compute="qatkit.tasks.measures:f1"),
+        Metric("iou", higher_is_better=True, compute="qatkit.tasks.measures:iou"),
+        Metric("rmse", higher_is_better=False, compute="qatkit.tasks.measures:rmse"),
+        Metric("mae", higher_is_better=False, compute="qatkit.tasks.measures:mae"),
+    ],
+)

@@ -1,0 +1,29 @@
+"""Extractive question answering: the first and the last token of the answer in a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatkit.errors import QatkitError
+
+
+def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return logits over the tokens and the labeled positions, of starts and ends: ``[2 * batch, tokens]``.
+
+    Args:
+        logits: Logits of starts and ends, ``[batch, 2, tokens]``; see `to_logits`.
+        batch: ``start_positions`` and ``end_positions``, ``[batch]``.
+    """
+    missing = [key for key in ("start_positions", "end_positions") if key not in batch]
+    if missing:
+        raise QatkitError(
+            f"a batch has the keys {sorted(batch)}, but no {' and no '.join(map(repr, missing))}",
+            key="data",
+            advice="add the position of the first and of the last token of each answer",
+        )
+    positions = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
+    return logits.flatten(0, 1), positions.flatten()
