@@ -21,13 +21,34 @@ from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.prepare import quantized_weights, strip_qat
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
+from qatkit.spec import QuantSpec
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Accept every model: a dense file can store any state dict.
+    """Accept every model whose tied weights are quantized alike: a dense file can store any state dict.
 
-    Tied layers that quantize their weight differently are rejected by `prepare_qat` or, at the latest, when writing.
+    Raises:
+        QatkitError: layers that share one weight quantize it differently, or only some of them do.
     """
+    owners: dict[int, str] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        first = owners.setdefault(id(parameter), key)
+        specs = [_weight_spec(planned, name.rpartition(".")[0]) for name in (first, key)]
+        if specs[0] != specs[1]:
+            raise _tied(first, key)
+
+
+def _weight_spec(planned: PlannedExport, layer: str) -> QuantSpec | None:
+    scheme = planned.schemes.get(layer)
+    return None if scheme is None else scheme.weight
+
+
+def _tied(first: str, second: str) -> QatkitError:
+    return QatkitError(
+        f"'{first}' and '{second}' are one tied weight, but they quantize it differently, so a plain model cannot hold "
+        "both",
+        advice="quantize both with the same spec, or exclude both",
+    )
 
 
 def write(model: nn.Module, path: Path, batch: Any) -> None:
@@ -108,11 +129,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         first = owner.setdefault(id(parameter), key)
         if not torch.equal(tensors[first], tensors[key]):
-            raise QatkitError(
-                f"'{first}' and '{key}' are one tied weight, but they quantize it differently, so a plain model cannot "
-                "hold both",
-                advice="quantize both with the same spec, or exclude both",
-            )
+            raise _tied(first, key)
     return tensors
 
 

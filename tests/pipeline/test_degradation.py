@@ -15,8 +15,7 @@ from qatkit.pipeline.degradation import Before, start_metric
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
-from qatkit.tasks import TASKS
-from qatkit.tasks.table import HIGHER_IS_BETTER
+from qatkit.tasks import METRICS, TASKS
 
 RECIPE = """
 name: worse
@@ -97,7 +96,7 @@ def test_worse_is_beyond_noise_in_the_direction_of_the_metric(
 
 
 def test_every_metric_of_a_task_has_a_direction() -> None:
-    assert {name for task in TASKS.values() for name in task.metrics} <= set(HIGHER_IS_BETTER)
+    assert {name for task in TASKS.values() for name in task.metrics} <= set(METRICS)
 
 
 def test_a_stage_that_does_not_train_or_prunes_to_its_end_is_not_compared() -> None:

@@ -54,10 +54,12 @@ def test_metrics_of_texts_count_every_token_once_in_whatever_batches(batch_size:
     assert found["accuracy"] == pytest.approx(float(right), abs=1e-12)
 
 
-def test_a_pair_is_a_classification_and_has_the_accuracy_alone() -> None:
+def test_a_pair_is_a_classification() -> None:
     model = nn.Identity()
     batches = [(torch.eye(4), torch.tensor([0, 1, 2, 0])), (torch.eye(4)[:1], torch.tensor([0]))]
-    assert evaluate(model, batches) == {"accuracy": 4 / 5}
+    found = evaluate(model, batches)
+    assert found["accuracy"] == pytest.approx(4 / 5, abs=1e-7)
+    assert found["loss"] == pytest.approx(math.log(math.e + 3) - 4 / 5, rel=1e-6)
     assert task_of(batches[0]).name == "classification"
 
 
