@@ -40,7 +40,7 @@ CASES: list[Case] = [  # model, its arguments, data, loss, and how good the dens
     ("pixel_net", "{}", "pixels", "kl", 0.8),
     ("bert", "{head: ForTokenClassification}", "words", "kl", 0.9),
     ("bert", "{head: ForQuestionAnswering}", "spans", "kl", 0.9),
-    ("t5", "{}", "copies", "jsd", 15.0),
+    ("t5", "{}", "copies", "jsd", 17.0),
     ("bert", "{head: Model}", "partners", "cosine", 0.9),
     ("bert", "{head: Model}", "partners", "similarity", 0.9),
 ]
