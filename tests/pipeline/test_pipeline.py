@@ -59,7 +59,8 @@ def test_a_quantized_stage_loads_back_as_the_model_that_was_measured(finished: R
     data = finished.build_data(64)
     from qatkit.tasks import evaluate
 
-    assert evaluate(model, data.test_dataloader()) == {"accuracy": record.metrics["test/accuracy"]}
+    measured = {name: record.metrics[f"test/{name}"] for name in ("loss", "accuracy")}
+    assert evaluate(model, data.test_dataloader()) == measured
 
 
 def test_post_training_quantization_leaves_the_folded_weights_as_they_were(finished: Run) -> None:

@@ -100,7 +100,7 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
     first, size, agree = tiles(report)
     assert (first["label"], first["value"]) == ("perplexity of qat", "8.166")
     # exp(0.1) - 1
-    assert first["note"] == "+10.52% from dense; over 92,000 test tokens, mean loss 2.100 nats"
+    assert first["note"] == "+10.52% from dense; over 92,000 test tokens, mean loss 2.100"
     assert (size["value"], agree["value"]) == ("4.00x", "verified")
     same = parity(report["rows"][0]["verification"])["sentences"][-1]
     assert same == "Both models give the same next token for 91,744 of 92,000 test tokens."
