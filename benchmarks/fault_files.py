@@ -101,7 +101,7 @@ class Damaged:
         ended, after = self._do(command, folder, damage)
         if "Traceback" in ended.said or ended.code not in (0, 1, 2):
             return f"traceback: {excerpt(ended)}"
-        if ended.code:
+        if ended.code or f"{damage.file} is missing" in ended.said:
             # a verification that fails names the stage whose export differs
             names = [damage.file, *([Path(damage.file).name] if ended.code == 2 else Path(damage.file).parts[1:2])]
             return "found" if any(name in ended.said for name in names) else f"unclear: {excerpt(ended)}"

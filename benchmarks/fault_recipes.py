@@ -59,9 +59,11 @@ def mutations(bases: dict[str, dict[str, Any]], count: int, seed: int) -> list[M
     from qatkit.recipe.strict_yaml import dump_yaml
 
     chance = random.Random(seed)
+    turns = [name for name in bases for _ in range(3 if name.startswith("vision/") else 1)]
     found = []
     for index in range(count):
-        name = list(bases)[index % len(bases)]
+        # models of text take longer to build
+        name = turns[index % len(turns)]
         recipe, names = copy.deepcopy(bases[name]), list[str]()
         for _ in range(chance.choice((1, 1, 1, 2, 3))):
             names += _mutate(recipe, chance)

@@ -105,7 +105,9 @@ STRATEGIES = {
     "fsdp2": ["trainer.devices=2", "trainer.strategy=fsdp2"],
 }
 _IGNORED = ("seconds", "written", "latency", "machine", "versions", "digest", "digests", "resumed_at")
-"""Times, what depends on the machine, digests of whole files, and the step of a resume."""
+"""Times, what depends on the machine, digests of whole files, and the step of a resume.
+
+The same holds for the logs of the attempts, and for what `CompressionMonitor` observed in the last of them."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def _values(value: Any, key: str) -> list[tuple[str, str]]:
 
 
 def _ignored(name: str) -> bool:
-    return name in _IGNORED or name.endswith("_ms")
+    return name in _IGNORED or name.endswith("_ms") or name.startswith(("logs/", "quant/", "distill/"))
 
 
 def excerpt(ended: Ended) -> str:

@@ -177,6 +177,8 @@ def bases() -> dict[str, Row]:
         if name.startswith("llm/"):
             small = {"vocab_size": 300, "hidden": 96, "intermediate": 64, "context": 32}
             recipe["model"]["args"] |= small
+            if not any("shrink" in stage for stage in recipe["stages"].values()):
+                recipe["model"]["args"]["layers"] = 2
             recipe["data"]["args"] |= {"vocab_size": 300, "context": 32, "include": ["email/*"], "val_fraction": 0.2}
         if "evaluate" in recipe:
             recipe["evaluate"] = {"stride": 16}

@@ -25,7 +25,7 @@ from qatkit.quantization.prepare import prepare_qat
 from qatkit.report.curves import read_curves
 from qatkit.report.histograms import weight_histograms
 from qatkit.run.folder import Run
-from qatkit.run.stage_files import measured_zeros
+from qatkit.run.stage_files import check_logs, measured_zeros
 
 SCHEMA = 1
 """Schema version of ``report.json``; raised when a key changes its meaning or is removed."""
@@ -131,6 +131,7 @@ def _row(run: Run, row: ExportFormat, stage: str, measured: Measurements) -> dic
 
 def _training(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
+    check_logs(run.folder(stage), record)
     return {
         "stage": stage,
         "steps": record.early_stopping["steps"] if record.early_stopping else run.recipe.stages[stage].max_steps,

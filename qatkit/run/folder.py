@@ -132,7 +132,10 @@ class Run:
         """
         record = self.find(stage)
         if record is None:
-            raise QatkitError(f"stage '{stage}' of {self.out} is not finished", advice="use `qatkit run` to finish it")
+            raise QatkitError(
+                f"stage '{stage}' of {self.out} is not finished: {self.folder(stage) / 'stage.json'} does not exist",
+                advice="use `qatkit run` to finish it",
+            )
         return record
 
     @property

@@ -3,6 +3,7 @@
 stage/model/model.safetensors   plain weights under plain names
 stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
 stage/adapter/                  LoRA's adapters in peft's format, if there are any
+stage/logs/*/metrics.csv        training curves of every attempt
 stage/stage.json                written last: a stage with this file is finished; it holds the digests of the others
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -21,10 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qatkit.common.files import atomic_path, sha256_of
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.state import load_quantizers, quantizer_prefixes, save_quantizers
 from qatkit.run.record import StageRecord, read_record, write_record
+
+_LOGS = "logs/"
+"""The folder of the training curves: a report reads them, and no result depends on them."""
 
 
 def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
@@ -53,22 +58,43 @@ def save_stage(folder: Path, model: nn.Module, record: StageRecord) -> None:
 def _files_of(folder: Path) -> list[Path]:
     """The files that later commands read, without the record."""
     parts = [*(folder / "model").iterdir(), folder / "quantizers.safetensors", *folder.glob("adapter/*")]
-    return sorted(path for path in parts if path.is_file())
+    return sorted(path for path in (*parts, *folder.glob(f"{_LOGS}*/metrics.csv")) if path.is_file())
 
 
 def check_files(folder: Path, record: StageRecord) -> None:
-    """Compare the files of a finished stage with the digests in its record.
+    """Compare the files of a finished stage, without its logs, with the digests in its record.
 
     Raises:
         QatkitError: a file is missing or has changed.
     """
     for name, digest in record.files.items():
+        if name.startswith(_LOGS):
+            continue
         path = folder / name
         advice = "restore it, or use `qatkit run --force` to run the stage again"
         if not path.is_file():
             raise QatkitError(f"{path} is missing", advice=advice)
         if sha256_of(path) != digest:
             raise QatkitError(f"{path} has changed since stage '{record.name}' was finished", advice=advice)
+
+
+def check_logs(folder: Path, record: StageRecord) -> None:
+    """Compare the logs of a finished stage with the digests in its record; a missing log is only a warning.
+
+    Raises:
+        QatkitError: a log has changed.
+    """
+    for name, digest in record.files.items():
+        path = folder / name
+        if not name.startswith(_LOGS):
+            continue
+        if not path.is_file():
+            warnings.warn(f"{path} is missing, so the report lacks its curves", QatkitWarning, stacklevel=2)
+        elif sha256_of(path) != digest:
+            raise QatkitError(
+                f"{path} has changed since stage '{record.name}' was finished",
+                advice="restore it, or delete it to leave its curves out of the report",
+            )
 
 
 def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

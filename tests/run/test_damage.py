@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qatkit import QatkitError
+from qatkit import QatkitError, QatkitWarning
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
+from qatkit.run.stage_files import check_logs
 
 RECIPE = """
 name: damaged
@@ -26,6 +27,7 @@ FILES = {
     "only": ["model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"],
     "rounded": ["model/model.safetensors", "quantizers.safetensors"],
 }
+LOG = "logs/attempt_0/metrics.csv"
 PAIRS = [(stage, file) for stage, files in FILES.items() for file in files]
 
 
@@ -52,7 +54,8 @@ def flip(path: Path, position: int) -> None:
 
 def test_the_record_holds_a_digest_of_every_file(done: Run) -> None:
     assert {stage: sorted(done.record(stage).files) for stage in FILES} == {
-        stage: sorted(files) for stage, files in FILES.items()
+        "only": sorted([*FILES["only"], LOG]),
+        "rounded": sorted(FILES["rounded"]),
     }
 
 
@@ -79,6 +82,22 @@ def test_a_missing_file_is_named(stage: str, file: str, copied: Run) -> None:
     (copied.folder(stage) / file).unlink()
     with pytest.raises(QatkitError, match=rf"{file} is missing; restore it"):
         copied.load_model(stage)
+
+
+def test_a_changed_log_stops_only_the_report_and_a_missing_one_is_a_warning(copied: Run) -> None:
+    folder, record = copied.folder("only"), copied.record("only")
+    check_logs(folder, record)
+    log = folder / LOG
+    text = log.read_text()
+    position = text.index("4,") if "4," in text else text.index(",")
+    log.write_text(text[:position] + "9" + text[position + 1 :])
+    with pytest.raises(QatkitError, match=rf"{LOG} has changed since stage 'only' .*delete it to leave its curves out"):
+        check_logs(folder, record)
+    assert run_stages(copied) == []
+    copied.load_model("only")
+    log.unlink()
+    with pytest.warns(QatkitWarning, match=f"{LOG} is missing, so the report lacks its curves"):
+        check_logs(folder, record)
 
 
 def test_no_flipped_bit_of_a_record_is_silent(copied: Run) -> None:
