@@ -19,15 +19,12 @@ from qatkit.run.lock import Holder, local_holder, lock_holder, locked
 from tests.cli.in_process import qatkit
 
 HOLD = """
-import sys, time
+import os, sys
 from pathlib import Path
 from qatkit.run.lock import locked
 with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    if "fork" in sys.argv:
-        import os
-        if os.fork():
-            os.wait()
+    if "fork" not in sys.argv or os.fork():
+        print("held", flush=True)
     sys.stdin.read()
 """
 
