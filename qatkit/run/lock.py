@@ -80,15 +80,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _held.pop(key, None)
-        with suppress(OSError):  # Windows does not remove an open file
-            (folder / NAME).unlink()
-        with suppress(OSError):
-            os.ftruncate(descriptor, 0)
-        os.close(descriptor)
-        with suppress(OSError):  # not empty: something was written
-            for path in created:
-                path.rmdir()
+        if _held.pop(key, None) is not None:  # otherwise this is a forked process, and the lock is not its own
+            _release(folder, descriptor)
+            with suppress(OSError):  # not empty: something was written
+                for path in created:
+                    path.rmdir()
 
 
 def local_holder(folder: Path) -> int | None:
@@ -128,6 +124,14 @@ def _acquire(folder: Path) -> int:
                 os.close(descriptor)
             raise
         return descriptor
+
+
+def _release(folder: Path, descriptor: int) -> None:
+    with suppress(OSError):  # Windows does not remove an open file
+        (folder / NAME).unlink()
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+    os.close(descriptor)
 
 
 def _named_holder(folder: Path) -> Holder | None:

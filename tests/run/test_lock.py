@@ -95,7 +95,8 @@ def test_the_lock_of_a_killed_process_is_taken_over(how: tuple[str, ...], tmp_pa
     assert local_holder(tmp_path) == process.pid
     with locked(tmp_path):
         assert local_holder(tmp_path) == os.getpid()
-    process.communicate()
+        process.communicate()  # the forked process ends, and leaves the lock alone
+        assert local_holder(tmp_path) == os.getpid()
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_although_another_one_has_its_id_now(tmp_path: Path) -> None:
