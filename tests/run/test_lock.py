@@ -87,6 +87,20 @@ def test_every_command_that_writes_into_a_run_is_refused(arguments: tuple[str, .
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["recipe.yaml"]
 
 
+def test_the_next_command_removes_what_a_killed_one_left_and_says_so(tmp_path: Path) -> None:
+    from qatkit.recipe.loading import load_recipe, recipe_to_yaml
+
+    run = tmp_path / "run"
+    (run / "stages" / "dense").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(recipe_to_yaml(load_recipe("vision/digits_int8")))
+    (run / "stages" / "dense" / ".last.ckpt.17.tmp").touch()
+    leave(run)
+    done = qatkit("verify", "run", cwd=tmp_path)
+    assert done.err.startswith("removed temporary files of a killed process: stages/dense/.last.ckpt.17.tmp\n")
+    assert done.code == 2, "nothing is exported yet"
+    assert sorted(path.name for path in run.rglob("*")) == ["dense", "recipe.yaml", "stages"]
+
+
 @pytest.mark.parametrize("how", [(), ("fork",)], ids=["alone", "while a forked process lives on"])
 def test_the_lock_of_a_killed_process_is_taken_over(how: tuple[str, ...], tmp_path: Path) -> None:
     process = hold(tmp_path, *how)
