@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError
-from qatkit.report.language import LanguageScore, harness, score, texts_of
+from qatkit.report.language import LanguageScore, check_harness, harness, score, texts_of
 from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
 
@@ -54,6 +54,8 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
     first = run.rows[0]
     reference = None if run.recipe.stages[first].compresses else first
     texts: Any = None
+    if config.tasks:
+        check_harness(config.tasks, run.allow)
     for stage in run.rows:
         path = run.out / "export" / stage / "evaluation.json"
         of = [run.record(stage).fingerprint, run.record(reference).fingerprint if reference else "", asdict(config)]

@@ -48,7 +48,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     """
     check_logger(recipe.trainer)
     if recipe.evaluate is not None and recipe.evaluate.tasks:
-        check_harness()
+        check_harness(recipe.evaluate.tasks, allow)
     for name, stage in recipe.stages.items():
         if stage.distill is not None and recipe.teacher_of(name) is None:
             warnings.warn(

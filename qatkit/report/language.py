@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,12 +164,26 @@ def next_token_only(task: Task) -> QatkitError:
     )
 
 
-def check_harness() -> None:
-    """Check that lm-evaluation-harness is installed.
+def check_harness(tasks: Sequence[str], allow: Sequence[str]) -> None:
+    """Check that lm-evaluation-harness is installed, and that the recipe may run its tasks.
+
+    A task's YAML file may call Python code beside it (``!function``), so files need permission; names are those of the
+    installed package.
+
+    Args:
+        tasks: The tasks of the recipe.
+        allow: Packages, in addition to qatkit's factories, whose code the recipe may use.
 
     Raises:
-        QatkitError: lm-evaluation-harness is not installed.
+        QatkitError: lm-evaluation-harness is not installed, or a task is a file and "lm_eval" is not allowed.
     """
+    files = [task for task in tasks if Path(task).suffix or Path(task).name != task or Path(task).exists()]
+    if files and "lm_eval" not in allow:
+        raise QatkitError(
+            f"'{files[0]}' is a file, and such a file may run Python code",
+            key="evaluate.tasks",
+            advice="if you trust it, pass --allow lm_eval",
+        )
     if find_spec("lm_eval") is None:
         raise QatkitError("lm_eval is not installed", key="evaluate.tasks", advice="run: pip install 'qatkit[lm-eval]'")
 
@@ -187,11 +202,7 @@ def harness(
 
     Returns:
         The first metric of every task, by ``"task metric"``.
-
-    Raises:
-        QatkitError: lm-evaluation-harness is not installed.
     """
-    check_harness()
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

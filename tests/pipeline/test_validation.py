@@ -265,3 +265,10 @@ def test_samples_of_a_model_that_cannot_write_are_refused_by_the_block_to_leave_
         validate(recipe_file, stages % 4)
     with pytest.raises(QatkitError, match=r"^stages\.dense\.samples\.max_new_tokens: .*add up to 100000 tokens"):
         validate(recipe_file, LLAMA, stages % 99999)
+
+
+@pytest.mark.parametrize("task", ["mine.yaml", "folder/task", "../arc_easy"])
+def test_a_task_from_a_file_runs_code_and_needs_permission(task: str) -> None:
+    recipe = load_recipe("llm/int4_qat", [f"evaluate.tasks=['{task}']"])
+    with pytest.raises(QatkitError, match=rf"^evaluate\.tasks: '{task}' is a file, .*--allow lm_eval$"):
+        validate_recipe(recipe)

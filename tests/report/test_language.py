@@ -19,7 +19,7 @@ from qatkit.data.packing import window
 from qatkit.data.text import END_OF_TEXT, train_tokenizer
 from qatkit.pipeline.validation import validate_recipe
 from qatkit.recipe.loading import load_recipe
-from qatkit.report.language import harness, score, texts_of, windows
+from qatkit.report.language import check_harness, harness, score, texts_of, windows
 from qatkit.tasks import evaluate
 from tests.support.texts import VOCAB, tiny_llama
 
@@ -115,7 +115,7 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
 def test_tasks_name_the_extra_that_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(QatkitError, match=r"evaluate\.tasks: .*pip install 'qatkit\[lm-eval\]'"):
-        harness(tiny_llama(), None, ["arc_easy"])
+        check_harness(["arc_easy"], [])
     recipe = load_recipe("llm/int4_qat_lora", ["evaluate={tasks: [arc_easy]}"])
     with pytest.raises(QatkitError, match=r"evaluate\.tasks: .*pip install 'qatkit\[lm-eval\]'"):
         validate_recipe(recipe)  # not after hours of training
