@@ -162,7 +162,7 @@ def main(size: Size) -> None:
         slower = max(slower, cached_step / without)
     claims = [
         *(
-            Claim(f"{name}: loss from the cache against live, worst seed", "within 2 %", f"{far:.2%}", far <= 0.02)
+            Claim(f"{name}: loss from the cache against live, worst seed", "within 2%", f"{far:.2%}", far <= 0.02)
             for name, far in apart.items()
         ),
         Claim("step time from the cache over no teacher", "<= 1.15x", f"{slower:.2f}x", slower <= 1.15),

@@ -81,7 +81,7 @@ def distillation(size: dict[str, int], device: torch.device) -> list[Row]:
 
 
 def masks(size: dict[str, int], device: torch.device) -> list[Row]:
-    """50 % of the weights of a model, and 2:4 in one layer."""
+    """50% of the weights of a model, and 2:4 in one layer."""
     weights = [
         nn.Parameter(torch.randn(round(share * size["weights"]), device=device)) for share in (0.4, 0.3, 0.2, 0.1)
     ]

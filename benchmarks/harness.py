@@ -48,7 +48,7 @@ class Claim:
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation of percentages, such as ``98.61 ± 0.20 %``."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values) * 100:.2f} ± {deviation * 100:.2f} %"
+    return f"{mean(values) * 100:.2f} ± {deviation * 100:.2f}%"
 
 
 def finish(name: str, rows: list[dict[str, Any]], claims: list[Claim], seeds: Sequence[int] = ()) -> None:

@@ -158,11 +158,11 @@ def main(turns: int) -> None:
                 "an observation adds, ms": times["observing"],
                 "a comparison adds, ms": times["comparing"],
                 "an idle step adds, ms": idle,
-                "CompressionMonitor() adds to a step": f"{100 * added:.2f} %",
+                "CompressionMonitor() adds to a step": f"{100 * added:.2f}%",
             }
         )
         claims.append(
-            Claim(f"CompressionMonitor() adds to a step, {name}", "<= 1 %", f"{100 * added:.2f} %", added <= 0.01)
+            Claim(f"CompressionMonitor() adds to a step, {name}", "<= 1%", f"{100 * added:.2f}%", added <= 0.01)
         )
     finish("monitor", rows, claims)
 

@@ -113,7 +113,7 @@ def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any
     for method, share in methods:
         losses, zeros = (journal.values(name, "text", method, share) for name in ("loss", "zeros"))
         shown = f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else "")
-        recovered = f"{(rounded - mean(losses)) / (rounded - yardstick) * 100:.1f} %" if "trained" in method else "-"
+        recovered = f"{(rounded - mean(losses)) / (rounded - yardstick) * 100:.1f}%" if "trained" in method else "-"
         rows.append(_row("text", method, zeros, shown, recovered if "2:4" in method else "-", len(losses)))
     return rows
 
@@ -141,16 +141,16 @@ def claims_of(journal: Journal) -> list[Claim]:
     dense = mean(journal.values("accuracy", "digits", "dense"))
     gradual = mean(journal.values("accuracy", "digits", "gradual + KD", 0.9))
     seen = f"{gradual:.2%} and {dense:.2%}"
-    claims = [Claim("digits: gradual + KD at 90 % against dense", "within 1 point", seen, dense - gradual <= 0.01)]
+    claims = [Claim("digits: gradual + KD at 90% against dense", "within 1 point", seen, dense - gradual <= 0.01)]
     ticket, control = (journal.values(f"{name} 90%", "digits", "lottery") for name in ("ticket", "reinit"))
     wide = max(stdev(ticket), stdev(control))
     seen = f"{spread(ticket)} and {spread(control)}"
-    text = "digits: winning ticket against fresh weights at 90 %"
+    text = "digits: winning ticket against fresh weights at 90%"
     claims.append(Claim(text, "above by more than the spread", seen, mean(ticket) - mean(control) > wide))
     yardstick, rounded = _text_scale(journal)
     for method in TRAINED[1:]:
         share = (rounded - mean(journal.values("loss", "text", method))) / (rounded - yardstick)
-        claims.append(Claim(f"text: recovered by {method}", ">= 94 %", f"{share * 100:.1f} %", share >= 0.94))
+        claims.append(Claim(f"text: recovered by {method}", ">= 94%", f"{share * 100:.1f}%", share >= 0.94))
     return claims
 
 

@@ -1,4 +1,4 @@
-"""Measure the cost of masks: 50 % of 100 million weights over a model, 2:4 in one layer, and keeping the zeros.
+"""Measure the cost of masks: 50% of 100 million weights over a model, 2:4 in one layer, and keeping the zeros.
 
 Run: python benchmarks/prune_cost.py [--keep]
 Takes about three minutes and 3 GB of memory.
@@ -245,7 +245,7 @@ def holding(steps: int) -> tuple[list[dict[str, object]], list[Claim]]:
         "peak memory over the weights'": "",
         "pruned": f"{sum(count_zeros(weights).values()):,}",
     }
-    return [row], [Claim("ConstantPruning() adds to a step of 1024 tokens", "<= 2 %", f"{added:.2%}", added <= 0.02)]
+    return [row], [Claim("ConstantPruning() adds to a step of 1024 tokens", "<= 2%", f"{added:.2%}", added <= 0.02)]
 
 
 def measured_before() -> tuple[list[dict[str, object]], list[Claim]]:

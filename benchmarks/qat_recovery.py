@@ -160,7 +160,7 @@ def _row(
         "method": method,
         "held-out loss": f"{value:.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
         "minus yardstick": f"{value - yardstick:+.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
-        "recovered": "-" if recovered is None else f"{recovered * 100:.1f} %",
+        "recovered": "-" if recovered is None else f"{recovered * 100:.1f}%",
         "lr": f"{job.lr:g}" if job else "-",
         "seeds": len(losses),
     }
@@ -184,7 +184,7 @@ def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
     for form, target in (("W2 g32", 0.93), ("ternary", 0.85), ("W4A8", 0.97), ("W4A4", 0.85), ("W4A4 g32", 0.85)):
         share = recovered(form, journal.seeds(form, "QAT + KD"))
         claims.append(
-            Claim(f"{form}: recovered by QAT + KD", f">= {target:.0%}", f"{share * 100:.1f} %", share >= target)
+            Claim(f"{form}: recovered by QAT + KD", f">= {target:.0%}", f"{share * 100:.1f}%", share >= target)
         )
     for form in formats:
         if FORMATS[form].scheme.weight is not None:
@@ -194,7 +194,7 @@ def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
             )
     for form in AGAINST_TORCHAO:
         ours, theirs = (recovered(form, journal.seeds(form, m)) for m in ("QAT + KD", "torchao QAT"))
-        seen = f"{ours * 100:.1f} % and {theirs * 100:.1f} %"
+        seen = f"{ours * 100:.1f}% and {theirs * 100:.1f}%"
         claims.append(Claim(f"{form}: QAT + KD against torchao QAT", "+10 points", seen, ours - theirs >= 0.1))
     mixed = mean(journal.loss(Job("mixed", "QAT + KD", journal.best("W3 g32", "QAT + KD").lr, seed)) for seed in SEEDS)
     uniform = mean(journal.seeds("W3 g32", "QAT + KD"))

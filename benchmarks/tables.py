@@ -24,7 +24,8 @@ def table(name: str) -> str:
     content = _result(name)
     lines = _lines(content["rows"])
     versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
-    seeds = f", seeds {', '.join(map(str, content['seeds']))}" if content["seeds"] else ""
+    numbers = content["seeds"]
+    seeds = f", seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else ""
     made = f"`python benchmarks/{name}.py`: {content['machine']['cpus']} CPU cores{seeds}; {versions}."
     return "\n".join([*lines, "", made, ""])
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class MaskedRecords(Records):
     """Texts with masked tokens: different ones in each pass over training data, the same ones in evaluation.
 
-    Of the chosen tokens, 80 % become the mask token, 10 % a random token, and 10 % stay; Devlin et al. (2019), "BERT",
+    Of the chosen tokens, 80% become the mask token, 10% a random token, and 10% stay; Devlin et al. (2019), "BERT",
     section 3.1.
 
     Args:

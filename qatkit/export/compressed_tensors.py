@@ -77,7 +77,7 @@ def bound(measured: Measured) -> Bound:
     """
     if measured.half_precision and measured.quantizes_inputs:
         limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
-        return Bound("1 % of the quantization error", limit)
+        return Bound("1% of the quantization error", limit)
     return EXACT
 
 

@@ -77,13 +77,13 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """1 % of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
+    """1% of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding border, which changes one code of the next input.
     """
     if measured.quantizes_inputs:  # float32 noise is allowed even where quantization happens to change nothing
         limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
-        return Bound("1 % of the quantization error", limit)
+        return Bound("1% of the quantization error", limit)
     return Bound("1e-4 of the mean output", 1e-4 * measured.mean_output)
 
 

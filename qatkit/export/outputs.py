@@ -105,7 +105,7 @@ class MetricJudge:
 
     Args:
         metric: Updated with the outputs, and with the labels of the batch.
-        class_dim: The dimension of the outputs whose largest value is the answer; None compares all values to 1 %.
+        class_dim: The dimension of the outputs whose largest value is the answer; None compares all values to 1%.
     """
 
     def __init__(self, metric: Metric, class_dim: int | None) -> None:

@@ -90,7 +90,7 @@ def verify(
 
     Every integer code, scale, zero point and bias in the file, and the weights that the runtime decodes from them, must
     equal the model's (``==``). Outputs must stay within the format's error bound: equal for dense, sparse and
-    compressed-tensors files; for ONNX within 1 % of the quantization error if inputs are quantized (a different
+    compressed-tensors files; for ONNX within 1% of the quantization error if inputs are quantized (a different
     summation order may move a value across a rounding border), otherwise within 1e-4 of the mean output. A dense file
     does not quantize activations, so its outputs are not bounded if the model does.
 

@@ -6,14 +6,14 @@ Bytes per weight, where b is the size of a value (4 for float32, 2 for bfloat16)
     bitmask   b * (1 - s) + 1/8              one bit per weight, and the non-zero values
     csr       (b + 2) * (1 - s), and 4 per row    a column index for each value; 4 bytes instead of 2 over 65536 columns
 
-| fraction of the dense size, by sparsity | 50 % | 75 % | 90 % | 95 % | 99 % |
+| fraction of the dense size, by sparsity | 50% | 75% | 90% | 95% | 99% |
 | --- | --- | --- | --- | --- | --- |
-| bitmask, float32 | 53.1 % | 28.1 % | 13.1 % | 8.1 % | 4.1 % |
-| csr, float32 | 75.0 % | 37.5 % | 15.0 % | 7.5 % | 1.5 % |
-| bitmask, bfloat16 | 56.2 % | 31.2 % | 16.2 % | 11.2 % | 7.2 % |
-| csr, bfloat16 | 100.0 % | 50.0 % | 20.0 % | 10.0 % | 2.0 % |
+| bitmask, float32 | 53.1% | 28.1% | 13.1% | 8.1% | 4.1% |
+| csr, float32 | 75.0% | 37.5% | 15.0% | 7.5% | 1.5% |
+| bitmask, bfloat16 | 56.2% | 31.2% | 16.2% | 11.2% | 7.2% |
+| csr, bfloat16 | 100.0% | 50.0% | 20.0% | 10.0% | 2.0% |
 
-The table leaves out CSR's 4 bytes per row, less than 0.05 % for a layer of 4096 inputs. `stored_bytes` is exact.
+The table leaves out CSR's 4 bytes per row, less than 0.05% for a layer of 4096 inputs. `stored_bytes` is exact.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class FakeQuantize(nn.Module):
     activations per token or group), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter
     (LSQ; with LSQ+ also the offset, in the units of the tensor). Learned scales have their final shape from the start,
     as DDP, FSDP2 and optimizers require. Scales, offsets and zero points are float32 and stay float32 when the model is
-    converted (`.half()`, `.to(torch.bfloat16)`, Lightning's "bf16-true"): a bfloat16 scale is off by up to 0.4 %, small
+    converted (`.half()`, `.to(torch.bfloat16)`, Lightning's "bf16-true"): a bfloat16 scale is off by up to 0.4%, small
     updates of a learned scale would be rounded away, and the scales of NVFP4 exceed the range of float16.
 
     Args:

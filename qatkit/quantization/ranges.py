@@ -118,7 +118,7 @@ def mean_range(statistics: Statistics, spec: QuantSpec) -> QParams:
 def least_squares_range(statistics: Statistics, spec: QuantSpec) -> QParams:
     """Search for the range with the smallest squared error (``observer: mse``; start of LSQ)."""
     values, weights = statistics.values
-    # the narrowest range is 1 % of the full one: an outlier may be 100 times as large as all other values
+    # the narrowest range is 1% of the full one: an outlier may be 100 times as large as all other values
     return mse_qparams(values, spec, steps=200, smallest=0.01, weights=weights)
 
 

@@ -190,7 +190,7 @@ def _warn_of_skipped(
     )
     warnings.warn(
         f"not quantized, because these types are not supported: {', '.join(names[:8])}"
-        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; they hold {100 * left / max(total, 1):.1f} % of "
+        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; they hold {100 * left / max(total, 1):.1f}% of "
         "the model's weights; name them in exclude to accept that",
         QatkitWarning,
         stacklevel=4,

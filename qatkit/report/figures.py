@@ -73,7 +73,7 @@ def tradeoff(key: str, points: Sequence[Point], metric: Metric, cost: str, unit:
 
 
 def interval(accuracy: float, samples: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a measured accuracy (Wilson's score interval)."""
+    """The 95% confidence interval of a measured accuracy (Wilson's score interval)."""
     if samples == 0:
         return accuracy, accuracy
     z2 = 1.96**2 / samples

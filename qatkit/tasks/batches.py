@@ -122,7 +122,7 @@ def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
         ours: Rows as `answers` returns them.
         theirs: The rows of the other model.
         labels: As `answers` returns them.
-        task: Its kind decides what is the same: the class, the side of 0, or the value to 1 %.
+        task: Its kind decides what is the same: the class, the side of 0, or the value to 1%.
     """
     if task.kind == "values":
         return torch.isclose(theirs, ours, rtol=1e-2, atol=1e-6).sum()

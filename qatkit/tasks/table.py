@@ -90,7 +90,7 @@ TASKS: Table[Task] = Table(
             answers="qatkit.tasks.regression:answers",
             metrics=("loss", "rmse", "mae"),
             metric="rmse",
-            agreement="value (to 1 %)",
+            agreement="value (to 1%)",
             counted="test values",
             kind="values",
         ),

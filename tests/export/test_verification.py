@@ -193,7 +193,7 @@ def constant_is_gone(graph: Any) -> None:
         (decoded_along_another_axis, r"layer 'conv2': .*(decode|differ)"),
         (layer_in_floating_point, r"layer 'conv2': codes of the weight: not in the file"),
         (input_is_not_rounded, r"layer 'conv2': no QuantizeLinear node quantizes the input"),
-        (relu_is_gone, r"outputs: the mean difference from the trained model is .* 1 % of the quantization error"),
+        (relu_is_gone, r"outputs: the mean difference from the trained model is .* 1% of the quantization error"),
         (constant_is_gone, r"layer 'conv2': scales of the weight: not in the file"),
         (constant_is_gone, r"ONNX Runtime cannot load it"),
     ],

@@ -143,6 +143,6 @@ def test_an_average_that_has_seen_no_step_validates_with_calibrated_scales(tmp_p
 def test_the_weights_of_multihead_attention_are_reported_as_not_quantized() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
     with pytest.warns(
-        QatkitWarning, match=r"self_attn \(MultiheadAttention\), self_attn\.out_proj .* they hold 33\.3 % of"
+        QatkitWarning, match=r"self_attn \(MultiheadAttention\), self_attn\.out_proj .* they hold 33\.3% of"
     ):
         assert prepare_qat(layer, weight=LSQ) == ["linear1", "linear2"]
