@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from qatkit.callbacks.divergence import DistillationLoss, NanWatch
+from qatkit.callbacks.divergence import NanWatch, losses_of
 from qatkit.callbacks.features import AttentionMatch, FeatureMatch, HiddenMatch
 from qatkit.callbacks.fused import Fused, fused
 from qatkit.callbacks.generation import Generation, Generators, check_no_generation
 from qatkit.callbacks.outputs import ComparedOutputs
-from qatkit.callbacks.positions import find_tensor, is_causal
+from qatkit.callbacks.positions import find_tensor, is_causal, is_encoder_decoder
 from qatkit.callbacks.teacher_outputs import Call, TeacherOutputs, cached_teacher_outputs, live_teacher_outputs
 from qatkit.callbacks.teachers import check_not_part, check_not_trained, frozen_copy, live_teacher
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ class KnowledgeDistillation(Callback):
 
     Positions where the label is -100 or the attention mask is 0 are ignored. They are looked up as "labels" and
     "attention_mask" in the student's call, then in the batch; if the batch is a tuple, the labels are its second
-    element. For a causal language model of transformers, whose logits predict the next label, both are shifted. Outputs
-    at ignored positions, NaN and Inf included, affect neither loss nor gradient.
+    element. The mask of an encoder-decoder's outputs is "decoder_attention_mask". For a causal language model of
+    transformers, whose logits predict the next label, both are shifted. Outputs at ignored positions, NaN and Inf
+    included, affect neither loss nor gradient.
 
     Args:
         teacher: Called with the student's inputs: a module, a `Teacher` with its own device or dtype, or a
@@ -47,11 +48,11 @@ class KnowledgeDistillation(Callback):
         student: Name of the submodule whose output is distilled, such as "model"; by default the LightningModule.
         loss: A row of `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" over logits,
             "binary_kl" over logits of labels that are on or off, "mse" over logits or values, "cosine" or "similarity"
-            over embeddings.
+            over embeddings. A mapping such as ``{"boxes": "mse", "scores": "kl"}`` names one for each of `outputs`.
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
-            averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. By default the output
-            itself, or its "logits".
+            averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. "heads.0" is the first
+            part of "heads". By default the output itself, or its "logits".
         class_dim: The dimension of the logits that holds the classes: 1 for segmentation, ``[N, C, H, W]``. By default
             the last; logits whose classes are not there are rejected if the shape of the labels shows it.
         pooling: Pool hidden states into embeddings before they are compared: "mean", "cls" or "last"; by default the
@@ -88,7 +89,7 @@ class KnowledgeDistillation(Callback):
         temperature: float = 1.0,
         alpha: float = 0.5,
         student: str | None = None,
-        loss: str = "kl",
+        loss: str | Mapping[str | int, str] = "kl",
         beta: float = 0.5,
         outputs: Sequence[str | int] | Mapping[str | int, float] | None = None,
         hidden: HiddenMatch | None = None,
@@ -104,16 +105,16 @@ class KnowledgeDistillation(Callback):
         for name, value in (("alpha", alpha), ("ramp", ramp)):
             if not 0 <= value <= 1:
                 raise QatkitError(f"{value} is out of range", key=name, advice="use a number from 0 to 1")
-        self.loss = DistillationLoss(loss, temperature, beta, vocab_size)
+        self.compared = ComparedOutputs.of(outputs, class_dim, pooling)
+        self.losses = losses_of(loss, self.compared.keys, temperature, beta, vocab_size)
         self.from_self = teacher == "self"
         self.cache = teacher if isinstance(teacher, CachedTeacher) else None
         if self.cache is not None:
-            self.loss.check_cache(self.cache)
+            self.losses[0].check_cache(self.cache)
             check_no_generation(on_policy, sequence_level)
         self.teacher = live_teacher(teacher) or Teacher(nn.Identity())
         self.alpha = alpha
         self.student = student
-        self.compared = ComparedOutputs.of(outputs, class_dim, pooling)
         self.features = FeatureMatch(hidden, attention)
         self.ramp = ramp
         self.fused = fused
@@ -123,7 +124,7 @@ class KnowledgeDistillation(Callback):
         self._batch: Any = None
         self.generators = Generators(on_policy, sequence_level)
         self._undo: list[Any] = []
-        self._causal = False
+        self._causal = self._decodes = False
         self._nan = NanWatch()
         self._fused: Fused | str | None = None
 
@@ -153,6 +154,7 @@ class KnowledgeDistillation(Callback):
             self.teacher = Teacher(frozen_copy(student, trainer))
         check_not_part(self.teacher.model, pl_module)
         self._causal = is_causal(student if self.cache is not None else self.teacher.model)
+        self._decodes = is_encoder_decoder(student)
         self._nan = NanWatch()
         step = pl_module.training_step
         own = pl_module.__dict__.get("training_step")
@@ -201,7 +203,7 @@ class KnowledgeDistillation(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.fused and self._fused is None:  # all callbacks have replaced their layers by now
             teacher = self.cache or self.teacher
-            self._fused = fused(self._student(pl_module), teacher, self.loss, self.compared)
+            self._fused = fused(self._student(pl_module), teacher, self.losses[0], self.compared)
             if isinstance(self._fused, str):
                 logger.info("distillation materializes full logits: %s", self._fused)
 
@@ -252,11 +254,12 @@ class KnowledgeDistillation(Callback):
         if not torch.is_grad_enabled():
             return None
         states = self.features.take(0)
-        labels, present = (find_tensor(name, args, kwargs, self._batch) for name in ("labels", "attention_mask"))
+        labels, read = (find_tensor(name, args, kwargs, self._batch) for name in ("labels", "attention_mask"))
+        present = find_tensor("decoder_attention_mask", args, kwargs, self._batch) if self._decodes else read
         outputs = None
         if isinstance(self._fused, Fused) and self._fused.labels is not None:
             outputs = self._fused.finish(output, args, kwargs, present, self._weight(trainer))
-        self._calls.append(Call(args, kwargs, output, states, labels, present, self._batch, outputs))
+        self._calls.append(Call(args, kwargs, output, states, labels, present, read, self._batch, outputs))
         return None if outputs is None else output
 
     def _weight(self, trainer: Trainer) -> float:
@@ -290,7 +293,7 @@ class KnowledgeDistillation(Callback):
                 for agreement in outputs.agreements:
                     self.watch(agreement)
             terms.append(torch.stack(outputs.losses).sum())
-            features = self.features.loss(call.states, self.features.take(1) | dict(outputs.states), call.present)
+            features = self.features.loss(call.states, self.features.take(1) | dict(outputs.states), call.present_in)
             if features is not None:
                 extra.append(features)
         distillation, alpha = torch.stack(terms).mean(), self._weight(trainer)
@@ -308,8 +311,8 @@ class KnowledgeDistillation(Callback):
 
     def _teacher_outputs(self, call: Call) -> TeacherOutputs:
         if self.cache is not None:
-            return cached_teacher_outputs(self.cache, call, self.loss, self.compared, self._causal)
-        return live_teacher_outputs(self.teacher, call, self.loss, self.compared, self._causal)
+            return cached_teacher_outputs(self.cache, call, self.losses[0], self.compared, self._causal)
+        return live_teacher_outputs(self.teacher, call, self.losses, self.compared, self._causal)
 
 
 def _progress(trainer: Trainer) -> float:

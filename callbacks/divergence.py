@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,40 @@ class DistillationLoss:
                 key="temperature",
                 advice=f"use temperature={cache.temperature}, or write another cache",
             )
+
+
+def losses_of(
+    loss: str | Mapping[str | int, str],
+    keys: Sequence[str | int] | None,
+    temperature: float,
+    beta: float,
+    vocab_size: int | None,
+) -> list[DistillationLoss]:
+    """Return the loss of each compared output.
+
+    Args:
+        loss: The name of the loss of all outputs, or names by output.
+        keys: Keys or indices of the compared outputs; None compares one.
+        temperature: See `DistillationLoss`.
+        beta: See `DistillationLoss`.
+        vocab_size: See `DistillationLoss`.
+
+    Raises:
+        QatkitError: a loss is unknown, or `loss` names other outputs than `keys`.
+    """
+    if isinstance(loss, Mapping) and set(loss) != set(keys or ()):
+        raise QatkitError(
+            f"it names the outputs {list(loss)}, but {list(keys or ())} are compared",
+            key="loss",
+            advice="name each output in both, such as outputs={'boxes': 0.2, 'scores': 1.0} and "
+            "loss={'boxes': 'mse', 'scores': 'kl'}",
+        )
+    names = [loss] if isinstance(loss, str) and keys is None else [_named(loss, key) for key in keys or ()]
+    return [DistillationLoss(name, temperature, beta, vocab_size) for name in names]
+
+
+def _named(loss: str | Mapping[str | int, str], key: str | int) -> str:
+    return loss[key] if isinstance(loss, Mapping) else loss
 
 
 class NanWatch:

@@ -18,6 +18,8 @@ from qatkit.distillation.features import Projections, attention_transfer_loss, p
 from qatkit.distillation.losses import zero_uncounted
 from qatkit.errors import QatkitError, under
 
+Masks = Callable[[str], Tensor | None]
+
 
 @dataclass(frozen=True)
 class HiddenMatch:
@@ -147,13 +149,13 @@ class FeatureMatch:
         self._seen[side].clear()
         return seen
 
-    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask: Tensor | None) -> Tensor | None:
+    def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask_of: Masks) -> Tensor | None:
         """The weighted sum of both comparisons; None if there are none.
 
         Args:
             student: Features of the student from `take`.
             teacher: Features of the teacher from `take`.
-            mask: True at tokens to include, ``[batch, length]``.
+            mask_of: Returns the mask of a student layer: true at tokens to include, ``[batch, length]``.
         """
         terms = []
         if self.hidden is not None:
@@ -161,15 +163,14 @@ class FeatureMatch:
             for names, pair in zip(self._pairs[0].items(), pairs, strict=True):
                 _check_widths(names, pair, self.hidden.widths)
             ours = [pair[0] for pair in pairs]
+            masks = [_mask_for(mask_of(name), pair[0]) for name, pair in zip(self._pairs[0], pairs, strict=True)]
             if self.projections is not None:
                 dtype = next(self.projections.parameters()).dtype
                 # otherwise non-finite states of padding would reach the gradient of the maps
-                counted = [zero_uncounted(state, _mask_for(mask, state)) for state in ours]
+                counted = [zero_uncounted(state, mask) for state, mask in zip(ours, masks, strict=True)]
                 ours = self.projections([state.to(dtype) for state in counted])
             compare: Callable[..., Tensor] = implementation(HIDDEN_LOSSES[self.hidden.loss].function)
-            losses = [
-                compare(state, theirs, _mask_for(mask, state)) for state, (_, theirs) in zip(ours, pairs, strict=True)
-            ]
+            losses = [compare(state, theirs, mask) for state, (_, theirs), mask in zip(ours, pairs, masks, strict=True)]
             terms.append(self.hidden.weight * torch.stack(losses).mean())
         if self.attention is not None:
             pairs = [_pair(student, teacher, *names) for names in self._pairs[1].items()]
@@ -179,8 +180,8 @@ class FeatureMatch:
             losses = [
                 attention_transfer_loss(*pair)
                 if heads is None
-                else relation_loss(*pair, heads, _mask_for(mask, pair[0]))
-                for pair in pairs
+                else relation_loss(*pair, heads, _mask_for(mask_of(name), pair[0]))
+                for name, pair in zip(self._pairs[1], pairs, strict=True)
             ]
             terms.append(self.attention.weight * torch.stack(losses).mean())
         return torch.stack(terms).sum() if terms else None

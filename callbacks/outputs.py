@@ -119,7 +119,7 @@ def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:
 
     Args:
         output: A tensor, or a dict, tuple or object that holds tensors, such as a `ModelOutput`.
-        keys: Keys or indices of the tensors; None for the output itself, or its "logits".
+        keys: Keys or indices of the tensors, or paths such as "heads.0"; None for the output itself, or its "logits".
 
     Raises:
         QatkitError: a key does not name a tensor.
@@ -145,4 +145,8 @@ def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:
 def _entry(output: Any, key: str | int) -> Any:
     if isinstance(key, int):
         return output[key] if isinstance(output, (tuple, list)) and -len(output) <= key < len(output) else None
-    return output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+    found = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+    if found is not None or "." not in key:
+        return found
+    first, _, rest = key.partition(".")
+    return _entry(_entry(output, int(first) if first.isdigit() else first), int(rest) if rest.isdigit() else rest)

@@ -20,6 +20,11 @@ def is_causal(model: nn.Module) -> bool:
     return any(base.__name__.endswith(CAUSAL) for part in model.modules() for base in type(part).__mro__)
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model, or a submodule, is a transformers model that encodes one text and decodes another."""
+    return any(getattr(getattr(part, "config", None), "is_encoder_decoder", False) for part in model.modules())
+
+
 def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) -> Tensor | None:
     """Look up a tensor by name in the arguments of a call, then in the batch.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,22 +45,28 @@ class Call:
     """The student's recorded features by layer name."""
     labels: Tensor | None
     present: Tensor | None
-    """The attention mask."""
+    """The attention mask of the text that logits are predicted for."""
+    read: Tensor | None
+    """The attention mask of the text that is read: `present`, unless an encoder reads another text."""
     batch: Any = None
     """The batch of the step."""
     teacher_outputs: TeacherOutputs | None = None
     """Teacher outputs that were computed during the call."""
 
+    def present_in(self, layer: str) -> Tensor | None:
+        """The attention mask of the tokens of a layer."""
+        return self.read if "encoder" in layer.split(".") else self.present
+
 
 def live_teacher_outputs(
-    teacher: Teacher, call: Call, loss: DistillationLoss, compared: ComparedOutputs, causal: bool
+    teacher: Teacher, call: Call, losses: Sequence[DistillationLoss], compared: ComparedOutputs, causal: bool
 ) -> TeacherOutputs:
     """Call the teacher and compare its outputs with the student's.
 
     Args:
         teacher: The teacher; called with the inputs of the student.
         call: The call of the student.
-        loss: The distillation loss.
+        losses: The distillation loss of each compared output.
         compared: The outputs to compare.
         causal: Whether logits predict the next label.
 
@@ -70,7 +76,7 @@ def live_teacher_outputs(
     result = TeacherOutputs([], [])
     answer = call_teacher(teacher, call.args, call.kwargs)
     ours_theirs = (compared.select(output, call.batch, call.present) for output in (call.output, answer))
-    for student, other, weight in zip(*ours_theirs, compared.weights, strict=True):
+    for student, other, weight, loss in zip(*ours_theirs, compared.weights, losses, strict=True):
         labels = compared.fit_labels(call.labels, student, loss.row.compares_classes)
         ours, theirs = loss.trimmed(student, other.to(student.device))
         mask = counted_positions(ours, labels, call.present, causal)
@@ -83,7 +89,7 @@ def live_teacher_outputs(
 def cached_teacher_outputs(
     cache: CachedTeacher, call: Call, loss: DistillationLoss, compared: ComparedOutputs, causal: bool
 ) -> TeacherOutputs:
-    """Look up teacher outputs and compare them with the student's; takes the arguments of `live_teacher_outputs`.
+    """Look up teacher outputs and compare them with the student's, by one loss; see `live_teacher_outputs`.
 
     Raises:
         QatkitError: a sample is not in the cache, or the shapes of the outputs do not match.

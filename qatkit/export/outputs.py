@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.tasks import Scores, Task, agree, answers, call, task_of
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
+from qatkit.export.judges import Judge
+from qatkit.export.output_tensors import difference, distance, kinds, tensors
+from qatkit.tasks import call
 
 Forward = Callable[[Callable[..., Any], Any], Any]
-"""``(model, batch) -> outputs``: a tensor, or tensors in dicts, lists and tuples."""
+"""``(model, batch) -> outputs``: a tensor, or tensors in dicts, lists, tuples and dataclasses."""
 
 
 @dataclass(frozen=True)
@@ -32,130 +31,12 @@ class Outputs:
     trained_metric: float
     mean_output: float
     quantization_error: float
-    """Mean of ``|trained - the same weights without fake quantization|``."""
+    """Mean of ``|trained - the same weights without fake quantization|``, over outputs of the same shape: the number of
+    detected boxes may differ."""
     mean_error: float | None = None
     max_error: float | None = None
     agreement: float | None = None
     runtime_metric: float | None = None
-
-
-class Judge(Protocol):
-    """Scores the outputs of one model, and counts where two models agree."""
-
-    def add(self, outputs: Any, batch: Any) -> None:
-        """Score the outputs for one batch."""
-
-    def agreements(self, ours: Any, theirs: Any, batch: Any) -> int:
-        """The number of predictions for which both outputs give the same answer."""
-
-    def value(self) -> float:
-        """The metric over all batches."""
-
-    @property
-    def count(self) -> int:
-        """Predictions that were scored."""
-
-    @property
-    def words(self) -> tuple[str, str, str]:
-        """The names of the task and of its metric, and what was scored."""
-
-
-class TaskJudge:
-    """Scores outputs by a task of the table.
-
-    Args:
-        task: The task that the data declares; None infers it from the batches.
-    """
-
-    def __init__(self, task: Task | None) -> None:
-        self.scores = Scores(task)
-        self.declared = task
-
-    def add(self, outputs: Tensor, batch: Any) -> None:
-        """Score one batch."""
-        self.scores.add(outputs, batch)
-
-    def agreements(self, ours: Tensor, theirs: Tensor, batch: Any) -> int:
-        """See `qatkit.tasks.agree`."""
-        rows, labels = answers(ours, batch, self.declared)
-        return int(agree(rows, answers(theirs, batch, self.declared)[0], labels, task_of(batch, self.declared)))
-
-    def value(self) -> float:
-        """The metric that the task is judged by."""
-        return self.scores.metrics()[self._task.metric]
-
-    @property
-    def count(self) -> int:
-        """Labels that were counted."""
-        return self.scores.count
-
-    @property
-    def words(self) -> tuple[str, str, str]:
-        """The words of the task's row."""
-        return self._task.name, self._task.metric, self._task.counted
-
-    @property
-    def _task(self) -> Task:
-        assert self.scores.task is not None
-        return self.scores.task
-
-
-class MetricJudge:
-    """Scores outputs by a metric of the user's.
-
-    Args:
-        metric: Updated with the outputs, and with the labels of the batch.
-        class_dim: The dimension of the outputs whose largest value is the answer; None compares all values to 1%.
-    """
-
-    def __init__(self, metric: Metric, class_dim: int | None) -> None:
-        self.metric = metric.clone()
-        self.metric.reset()
-        self.class_dim = class_dim
-        self.count = 0
-
-    def add(self, outputs: Any, batch: Any) -> None:
-        """Update the metric, and count the predictions."""
-        self.metric.update(outputs, batch["labels"] if isinstance(batch, Mapping) else batch[1])
-        self.count += sum(self._answers(output).numel() for output in tensors(outputs).values())
-
-    def agreements(self, ours: Any, theirs: Any, batch: Any) -> int:
-        """Compare the answers of all outputs."""
-        count = 0
-        for name, output in tensors(ours).items():
-            first, second = self._answers(output), self._answers(tensors(theirs)[name])
-            same = first == second if self.class_dim is not None else torch.isclose(second, first, rtol=1e-2, atol=1e-6)
-            count += int(same.sum())
-        return count
-
-    def value(self) -> float:
-        """The metric over all batches."""
-        return float(self.metric.compute())
-
-    @property
-    def words(self) -> tuple[str, str, str]:
-        """The metric's class name stands for the task."""
-        return "", type(self.metric).__name__, "predictions"
-
-    def _answers(self, output: Tensor) -> Tensor:
-        return output if self.class_dim is None else output.argmax(self.class_dim)
-
-
-def tensors(outputs: Any) -> dict[str, Tensor]:
-    """Return the tensors in a model's outputs by their place in nested dicts, lists and tuples.
-
-    Example:
-        >>> list(tensors([{"boxes": torch.zeros(1)}, torch.ones(2)]))
-        ['0.boxes', '1']
-    """
-    if isinstance(outputs, Tensor):
-        return {"": outputs}
-    entries: Iterable[tuple[Any, Any]] = ()
-    if isinstance(outputs, Mapping):
-        entries = outputs.items()
-    elif isinstance(outputs, list | tuple):
-        entries = enumerate(outputs)
-    return {f"{key}.{name}".rstrip("."): tensor for key, part in entries for name, tensor in tensors(part).items()}
 
 
 @torch.no_grad()
@@ -183,30 +64,48 @@ def compare_outputs(
         QatkitError: there is no batch.
     """
     judge, runtime_judge = judges
-    elements, same, outputs, quantization, error, largest = 0, 0, 0.0, 0.0, 0.0, 0.0
-    for batch in map(_on_cpu, batches):
+    number, elements, measured_elements, same = 0, 0, 0, 0
+    outputs, quantization, error, largest = 0.0, 0.0, 0.0, 0.0
+    for number, batch in enumerate(map(_on_cpu, batches), 1):
         expected = forward(trained, batch)
+        found = tensors(expected)
+        if not found:
+            raise QatkitError(
+                f"the model returned {kinds(expected)}, which holds no tensor",
+                key="forward",
+                advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
+            )
         judge.add(expected, batch)
-        elements += sum(output.numel() for output in tensors(expected).values())
-        outputs += sum(float(output.abs().sum(dtype=torch.float64)) for output in tensors(expected).values())
+        elements += sum(output.numel() for output in found.values())
+        outputs += sum(float(output.abs().sum(dtype=torch.float64)) for output in found.values())
         if floating is not None:
-            quantization += _distance(expected, forward(floating, batch))[0]
+            plain = tensors(forward(floating, batch))
+            alike = {name for name in found.keys() & plain.keys() if found[name].shape == plain[name].shape}
+            quantization += sum(difference(found[name], plain[name])[0] for name in alike)
+            measured_elements += sum(found[name].numel() for name in alike)
         if runtime is None:
             continue
         try:
             computed = forward(runtime, batch)
-            total, most = _distance(expected, computed)
+            total, most = distance(expected, computed)
         except Exception as reason:  # the runtime's exceptions share no base class
-            first = next(iter(tensors(expected).values()))
-            failures.append(f"outputs: the runtime fails on a batch of {len(first)}: {reason}")
+            failures.append(
+                f"outputs: the runtime fails on batch {number}, whose outputs are {kinds(expected)}: {reason}"
+            )
             runtime = None
             continue
         error += total
         largest = max(largest, most)
         runtime_judge.add(computed, batch)
         same += judge.agreements(expected, computed, batch)
-    if judge.count == 0:
+    if number == 0:
         raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one")
+    if judge.count == 0:
+        raise QatkitError(
+            f"no prediction of {number} batches can be scored: the model returns none, or no label counts",
+            key="batches",
+            advice="pass batches with predictions and labels",
+        )
     task, metric, counted = judge.words
     measured = Outputs(
         samples=judge.count,
@@ -215,7 +114,7 @@ def compare_outputs(
         metric=metric,
         trained_metric=judge.value(),
         mean_output=outputs / elements,
-        quantization_error=quantization / elements,
+        quantization_error=quantization / max(measured_elements, 1),
     )
     if runtime is None:
         return measured
@@ -228,29 +127,7 @@ def compare_outputs(
     )
 
 
-def _distance(expected: Any, computed: Any) -> tuple[float, float]:
-    """Sum and maximum of the absolute differences of all outputs.
-
-    Raises:
-        ValueError: an output is missing or has a different shape.
-    """
-    ours, theirs = tensors(expected), tensors(computed)
-    if ours.keys() != theirs.keys():
-        raise ValueError(f"outputs {sorted(theirs)} instead of {sorted(ours)}")
-    total, largest = 0.0, 0.0
-    for name, output in ours.items():
-        if theirs[name].shape != output.shape:
-            place = f"output '{name}' has " if name else ""
-            raise ValueError(f"{place}shape {list(theirs[name].shape)} instead of {list(output.shape)}")
-        difference = (theirs[name] - output).abs() if output.is_floating_point() else (theirs[name] != output).float()
-        total += float(difference.sum(dtype=torch.float64))
-        largest = max(largest, float(difference.max())) if difference.numel() else largest
-    return total, largest
-
-
 def _on_cpu(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.cpu()
-    if isinstance(batch, Mapping):
-        return {key: _on_cpu(value) for key, value in batch.items()}
-    return [_on_cpu(part) for part in batch] if isinstance(batch, list | tuple) else batch
+    from lightning.fabric.utilities.apply_func import move_data_to_device
+
+    return move_data_to_device(batch, torch.device("cpu"))  # named tuples and dataclasses too

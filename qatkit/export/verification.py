@@ -18,7 +18,8 @@ from torch import nn
 from qatkit.errors import QatkitError
 from qatkit.export.formats import format_of_path
 from qatkit.export.interface import Bound, Measured, ReadBack
-from qatkit.export.outputs import Forward, Judge, MetricJudge, Outputs, TaskJudge, compare_outputs
+from qatkit.export.judges import Judge, MetricJudge, TaskJudge
+from qatkit.export.outputs import Forward, Outputs, compare_outputs
 from qatkit.quantization.prepare import fake_quantizers, quantized_weights, strip_qat
 from qatkit.tasks import TASKS, Task, call
 
@@ -104,9 +105,10 @@ def verify(
         task: A task of `qatkit.tasks.TASKS` or its name, such as "segmentation"; by default it is inferred from the
             batches, see `qatkit.tasks.task_of`.
         forward: ``(model, batch) -> outputs``, for models that are called in another way: a tensor, or tensors in
-            dicts, lists and tuples. The file is called in the same way.
+            dicts, lists, tuples and dataclasses. The file is called in the same way. With a task, they are logits, or
+            have the entries that its transformers models return.
         metric: A metric of torchmetrics that replaces the task's: it is updated with the outputs, and with the
-            ``labels`` or the second part of the batch.
+            ``labels`` or the second part of the batch. It computes one number.
         class_dim: With `metric`, the dimension of the outputs that holds the classes; without it, outputs agree if
             their values do.
 
@@ -114,8 +116,8 @@ def verify(
         The comparison; differences are listed in `failures`, not raised.
 
     Raises:
-        QatkitError: there is no batch, its labels do not fit the task, the format is unknown or ambiguous, or the
-            runtime is not installed.
+        QatkitError: there is no batch, or no prediction in any; the labels do not fit the task, or the outputs the
+            metric; the format is unknown or ambiguous, or the runtime is not installed.
 
     Example:
         >>> import tempfile, torch

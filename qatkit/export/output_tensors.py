@@ -1,0 +1,65 @@
+"""The tensors in the outputs of a model of any kind, and the differences between those of two models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors(outputs: Any) -> dict[str, Tensor]:
+    """Return the tensors in a model's outputs by their place in nested dicts, lists, tuples and dataclasses.
+
+    Example:
+        >>> list(tensors([{"boxes": torch.zeros(1)}, torch.ones(2)]))
+        ['0.boxes', '1']
+    """
+    if isinstance(outputs, Tensor):
+        return {"": outputs}
+    entries: Iterable[tuple[Any, Any]] = ()
+    if isinstance(outputs, Mapping):
+        entries = outputs.items()
+    elif isinstance(outputs, list | tuple):
+        entries = enumerate(outputs)
+    elif is_dataclass(outputs):
+        entries = vars(outputs).items()
+    return {f"{key}.{name}".rstrip("."): tensor for key, part in entries for name, tensor in tensors(part).items()}
+
+
+def kinds(value: Any) -> str:
+    """Describe a value by its tensors.
+
+    Example:
+        >>> kinds((torch.zeros(2, 3), {"boxes": torch.zeros(4)}))
+        "tuple with '0' [2, 3], '1.boxes' [4]"
+    """
+    parts = [f"'{name}' {list(tensor.shape)}".replace("'' ", "") for name, tensor in tensors(value).items()]
+    return " with ".join([type(value).__name__, ", ".join(parts)] if parts else [type(value).__name__])
+
+
+def distance(expected: Any, computed: Any) -> tuple[float, float]:
+    """Sum and maximum of the absolute differences of all outputs.
+
+    Raises:
+        ValueError: an output is missing or has a different shape.
+    """
+    ours, theirs = tensors(expected), tensors(computed)
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"outputs {sorted(theirs)} instead of {sorted(ours)}")
+    total, largest = 0.0, 0.0
+    for name, output in ours.items():
+        if theirs[name].shape != output.shape:
+            place = f"output '{name}' has " if name else ""
+            raise ValueError(f"{place}shape {list(theirs[name].shape)} instead of {list(output.shape)}")
+        error, most = difference(output, theirs[name])
+        total, largest = total + error, max(largest, most)
+    return total, largest
+
+
+def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Sum and maximum of the absolute differences of two tensors; integers differ by 1 or not at all."""
+    gaps = (theirs - ours).abs() if ours.is_floating_point() else (theirs != ours).float()
+    return float(gaps.sum(dtype=torch.float64)), float(gaps.max()) if gaps.numel() else 0.0
