@@ -15,7 +15,9 @@ from qatkit.errors import QatkitWarning
 
 Fold = tuple[str, str]
 
-_NORMS: dict[type[nn.Module], type[_BatchNorm]] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
+_NORMS: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d
+}  # fmt: skip
 """Foldable pairs of convolution and BatchNorm; after a linear layer, BatchNorm1d may normalize tokens instead."""
 
 
@@ -42,7 +44,7 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     ]  # only weights that are used once (not tied)
     for conv_name, bn_name in folds:
         conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-        assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+        assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         assert isinstance(bn, _BatchNorm)
         assert bn.running_mean is not None
         assert bn.running_var is not None
@@ -58,8 +60,8 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         warnings.warn(
-            f"BatchNorm not folded, because its only input is not a convolution or torch.fx cannot trace its module: "
-            f"{left}; it stays a floating-point layer",
+            f"BatchNorm not folded, because its only input is not a Conv1d, Conv2d or Conv3d or torch.fx cannot trace "
+            f"its module: {left}; it stays a floating-point layer",
             QatkitWarning,
             stacklevel=2,
         )
@@ -70,7 +72,7 @@ def replay_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
     """Repeat the structural changes of `fold_batchnorm`, so that a folded checkpoint loads."""
     for conv_name, bn_name in folds:
         conv = model.get_submodule(conv_name)
-        assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+        assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if conv.bias is None:
             conv.bias = nn.Parameter(torch.zeros(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
         model.set_submodule(bn_name, nn.Identity())

@@ -26,7 +26,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         _check_weight(f"{name}.{part}" if part else name, layer, weight, scheme)
     if scheme.activation is None:
         return
-    if is_experts(layer) or isinstance(layer, nn.Embedding):
+    if is_experts(layer) or isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         reason = "fused experts route their inputs internally" if is_experts(layer) else "its inputs are integers"
         raise QatkitError(
             f"only the weight of layer '{name}' can be quantized: {reason}", key="activation",
@@ -62,6 +62,12 @@ def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         if weight is None or name not in schemes:
             continue
         first = owners.setdefault(id(weight), name)
+        if _is_transposed(model.get_submodule(first)) != _is_transposed(module):
+            raise QatkitError(
+                f"layers '{first}' and '{name}' share one weight, but the outputs of one are the inputs of the other, "
+                "so their scales differ",
+                advice="exclude both, or untie the weight",
+            )
         if schemes[first].weight != schemes[name].weight:
             raise QatkitError(
                 f"layers '{first}' and '{name}' share one weight but have different weight specs",
@@ -83,7 +89,7 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -
         raise QatkitError(
             f"the weight of layer '{name}' has NaN or infinite values", advice="repair the checkpoint first"
         )
-    if isinstance(layer, nn.Embedding) and layer.sparse:
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
         raise QatkitError(f"embedding '{name}' has sparse gradients and cannot be quantized", advice="set sparse=False")
     spec = scheme.weight
     if spec is not None and is_experts(layer) and spec.strategy in ("tensor", "block"):
@@ -111,8 +117,12 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -
 def _inputs(layer: nn.Module) -> int:
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    return weight.shape[0] if _is_transposed(layer) else weight.shape[1]
+
+
+def _is_transposed(layer: nn.Module) -> bool:
     kind = swap_of(type(layer))
-    return weight.shape[0] if kind is not None and kind.transposed else weight.shape[1]
+    return kind is not None and kind.transposed
 
 
 def _divisors(size: int) -> str:

@@ -24,17 +24,21 @@ class QATLayer(nn.Module):
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
     transposed = False
-    """Whether the weight is ``[in, out]``; scales always refer to ``[out, in]``."""
+    """Whether the weight is ``[in, out, ...]``; scales always refer to ``[out, in, ...]``."""
 
     @property
     def matrix(self) -> Tensor:
         """The latent (unquantized) weight as ``[out, in, ...]``."""
-        return self.weight.t() if self.transposed else self.weight
+        return self.weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Return ``[out, in, ...]`` values in the layout of the weight; the inverse of `matrix`."""
+        return matrix
 
     @torch.no_grad()
     def set_matrix(self, values: Tensor) -> None:
         """Overwrite the latent weight; `values` are ``[out, in, ...]``."""
-        self.matrix.copy_(values)
+        self.weight.copy_(self.as_stored(values))
 
     def fake_quantized_weight(self) -> Tensor:
         """The weight that the forward pass uses, in its own dtype and layout."""
@@ -45,7 +49,7 @@ class QATLayer(nn.Module):
             weight, scale = self.matrix, None
         else:
             weight, scale = self.weight_fake_quant.with_scale(self.matrix)
-        return weight.t() if self.transposed else weight, scale
+        return self.as_stored(weight), scale
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias that the forward pass uses.
@@ -122,6 +126,53 @@ class QATConv2d(QATLayer, nn.Conv2d):
         return cast(Tensor, self._conv_forward(*self.operands(input)))
 
 
+class QATConv3d(QATLayer, nn.Conv3d):
+    """`nn.Conv3d` with a fake-quantized weight and input."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(*self.operands(input)))
+
+
+class _QATConvTranspose(QATLayer, nn.modules.conv._ConvTransposeNd):
+    """Transposed convolutions, whose weight is ``[in, out / groups, ...]``."""
+
+    bias: Tensor | None
+    transposed = True
+
+    @property
+    def matrix(self) -> Tensor:
+        return _swapped(self.weight, self.groups)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return _swapped(matrix, self.groups)
+
+    def _arguments(self, x: Tensor, output_size: list[int] | None) -> tuple[Any, ...]:
+        sizes: Any = (self.stride, self.padding, self.kernel_size, self.weight.dim() - 2, self.dilation)
+        added = self._output_padding(x, output_size, *sizes)
+        return (*self.operands(x), self.stride, self.padding, added, self.groups, self.dilation)
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """Turn ``[in, out / groups, ...]`` into ``[out, in / groups, ...]``, or back; a view if `groups` is 1."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+class QATConvTranspose1d(_QATConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a fake-quantized weight and input."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return F.conv_transpose1d(*self._arguments(input, output_size))
+
+
+class QATConvTranspose2d(_QATConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a fake-quantized weight and input."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return F.conv_transpose2d(*self._arguments(input, output_size))
+
+
 class QATEmbedding(QATLayer, nn.Embedding):
     """`nn.Embedding` with a fake-quantized weight; a channel is the row of one token."""
 
@@ -134,11 +185,30 @@ class QATEmbedding(QATLayer, nn.Embedding):
         )  # fmt: skip
 
 
+class QATEmbeddingBag(QATLayer, nn.EmbeddingBag):
+    """`nn.EmbeddingBag` with a fake-quantized weight; a channel is the row of one token."""
+
+    bias = None
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        return F.embedding_bag(
+            input, self.fake_quantized_weight(), offsets, self.max_norm, self.norm_type, self.scale_grad_by_freq,
+            self.mode, self.sparse, per_sample_weights, self.include_last_offset, self.padding_idx,
+        )  # fmt: skip
+
+
 class QATTransposedLinear(QATLayer):
     """transformers' `Conv1D` (a linear layer with an ``[in, out]`` weight), fake-quantized."""
 
     nf: int
     transposed = True
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.t()
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind = next(kind for kind in type(self).__mro__ if kind.__name__ == "Conv1D")
@@ -151,8 +221,15 @@ class QATTransposedLinear(QATLayer):
 
 
 SWAPS: dict[type[nn.Module], type[QATLayer]] = {
-    nn.Linear: QATLinear, nn.Conv1d: QATConv1d, nn.Conv2d: QATConv2d, nn.Embedding: QATEmbedding
-}  # fmt: skip
+    nn.Linear: QATLinear,
+    nn.Conv1d: QATConv1d,
+    nn.Conv2d: QATConv2d,
+    nn.Conv3d: QATConv3d,
+    nn.ConvTranspose1d: QATConvTranspose1d,
+    nn.ConvTranspose2d: QATConvTranspose2d,
+    nn.Embedding: QATEmbedding,
+    nn.EmbeddingBag: QATEmbeddingBag,
+}
 
 
 def swap_of(kind: type[nn.Module]) -> type[QATLayer] | None:

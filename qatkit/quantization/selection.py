@@ -151,7 +151,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Mo
 
 
 def _matches(name: str, module: nn.Module, patterns: Iterable[str]) -> bool:
-    explicit = isinstance(module, nn.Embedding)
+    explicit = isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return any(
         fnmatchcase(name, pattern) and not (explicit and set(pattern.rpartition(".")[2]) <= {"*", "?"})
         for pattern in patterns

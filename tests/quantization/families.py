@@ -15,6 +15,7 @@ from qatkit import (
 from qatkit.quantization.estimators import computed_qparams
 
 W4 = QuantSpec(num_bits=4)
+A8 = QuantSpec(symmetric=False, strategy="tensor")
 TOKEN = QuantSpec(strategy="token")
 Model = transformers.PreTrainedModel
 TOKENS = torch.arange(24).view(2, 12)

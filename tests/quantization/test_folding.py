@@ -75,6 +75,15 @@ def test_a_convolution_over_sequences_is_folded_and_a_linear_layer_is_named() ->
     assert torch.equal(fresh(x), model(x))
 
 
+def test_a_convolution_over_volumes_is_folded() -> None:
+    model = nn.Sequential(nn.Conv3d(2, 4, 2, bias=False), nn.BatchNorm3d(4))
+    model(torch.randn(4, 2, 3, 3, 3) * 2 + 1)
+    x = torch.randn(2, 2, 3, 3, 3)
+    expected = model.eval()(x)
+    assert fold_batchnorm(model) == [("0", "1")]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_folded_weights_and_biases_are_still_trained() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))
     fold_batchnorm(model)

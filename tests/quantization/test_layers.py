@@ -26,7 +26,7 @@ from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.monitoring import LayerWatch
 from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
 from qatkit.quantization.state import load_quantizers, save_quantizers
-from tests.quantization.families import TOKEN, TOKENS, W4, Model, gpt2, llama, mixtral, rounded
+from tests.quantization.families import A8, TOKEN, TOKENS, W4, Model, gpt2, llama, mixtral, rounded
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,8 @@ from tests.quantization.families import TOKEN, TOKENS, W4, Model, gpt2, llama, m
         (nn.Conv1d(4, 6, 3, groups=2), torch.randn(2, 4, 9), lambda m, x, w: F.conv1d(x, w, m.bias, groups=2)),
         (nn.Conv2d(4, 8, 3, groups=4), torch.randn(2, 4, 5, 5), lambda m, x, w: F.conv2d(x, w, m.bias, groups=4)),
         (nn.Conv2d(2, 4, 3, padding=1), torch.randn(2, 2, 5, 5), lambda m, x, w: F.conv2d(x, w, m.bias, padding=1)),
+        (nn.Conv3d(2, 4, 2, groups=2), torch.randn(1, 2, 3, 3, 3), lambda m, x, w: F.conv3d(x, w, m.bias, groups=2)),
+        (nn.EmbeddingBag(9, 5, mode="sum"), torch.arange(8).view(2, 4), lambda m, x, w: F.embedding(x, w).sum(1)),
         (nn.Embedding(9, 5, padding_idx=0), torch.arange(9), lambda m, x, w: F.embedding(x, w)),
         (transformers.pytorch_utils.Conv1D(6, 8), torch.randn(2, 3, 8), lambda m, x, w: x @ w.t() + m.bias),
     ],
@@ -56,6 +58,55 @@ def test_a_layer_computes_with_its_rounded_weight_and_is_plain_again_after_strip
     assert strip_qat(model) == ["0"]
     assert type(layer) is kind
     assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1, groups=2), torch.randn(2, 4, 5)),
+        (nn.ConvTranspose2d(6, 3, 3, padding=1, dilation=2, bias=False), torch.randn(2, 6, 5, 5)),
+    ],
+    ids=["1d", "2d"],
+)
+def test_a_transposed_convolution_has_one_scale_per_output_channel(layer: Any, x: Tensor) -> None:
+    plain, model = copy.deepcopy(layer), nn.Sequential(layer)
+    prepare_qat(model, W4, A8)
+    calibrate(model, [x])
+    for channel in range(plain.out_channels):
+        per_group, inputs = plain.out_channels // plain.groups, plain.in_channels // plain.groups
+        rows = slice(channel // per_group * inputs, (channel // per_group + 1) * inputs)
+        one = plain.weight.data[rows, channel % per_group]
+        plain.weight.data[rows, channel % per_group] = rounded(one[None], W4)[0]
+    assert torch.equal(layer.fake_quantized_weight(), plain.weight)
+    if plain.bias is not None:
+        plain.bias.data = layer.shipped()["bias"]
+    quantized = layer.input_fake_quant(x)
+    assert torch.equal(layer(x), plain(quantized))
+    size = [length - 1 for length in plain(x).shape[2:]] if plain.stride[0] > 1 else None
+    assert torch.equal(layer(x, size), plain(quantized, size))
+    layer.set_matrix(layer.matrix * 2)
+    strip_qat(model)
+    assert not torch.equal(layer.weight, plain.weight)
+    assert layer.weight.shape == plain.weight.shape
+
+
+def test_a_transposed_convolution_that_shares_its_weight_with_a_convolution_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(QatkitError, match="layers '0' and '1' share one weight, but the outputs of one are the inputs"):
+        prepare_qat(model, W4)
+
+
+def test_an_embedding_bag_is_named_like_an_embedding_and_keeps_its_offsets_and_weights() -> None:
+    model = nn.ModuleDict({"bag": nn.EmbeddingBag(9, 5, mode="sum", include_last_offset=True), "head": nn.Linear(5, 5)})
+    plain: Any = copy.deepcopy(model.bag)
+    assert prepare_qat(copy.deepcopy(model), W4) == ["head"]
+    with pytest.raises(QatkitError, match="only the weight of layer 'bag' can be quantized: its inputs are integers"):
+        prepare_qat(model, W4, A8, include=["bag"])
+    prepare_qat(model, W4, include=["bag"])
+    plain.weight.data = rounded(plain.weight.data)
+    arguments = (torch.arange(6), torch.tensor([0, 2, 6]), torch.rand(6))
+    assert torch.equal(model.bag(*arguments), plain(*arguments))
 
 
 def test_gpt2_has_its_conv1d_layers_quantized_and_not_its_head_alone() -> None:

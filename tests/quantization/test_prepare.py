@@ -201,13 +201,13 @@ def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:
     model = nn.ModuleDict(
         {
             "experts": Llama4TextExperts(config),  # transformers does not mark these as fused experts
-            "up": nn.ConvTranspose2d(2, 2, 1),
+            "up": nn.ConvTranspose3d(2, 2, 1),
             "rnn": nn.LSTM(8, 8),
             "head": nn.Linear(8, 8),
             "norm": nn.LayerNorm(8),
         }
     )
-    missed = r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose2d\), rnn \(LSTM\); they hold"
+    missed = r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose3d\), rnn \(LSTM\); they hold"
     with pytest.warns(QatkitWarning, match=missed):
         assert prepare_qat(model, W4) == ["head"]
     strip_qat(model)

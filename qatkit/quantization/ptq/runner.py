@@ -44,9 +44,9 @@ def apply_ptq(
 
     Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of
     the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one
-    block. Inputs are not quantized during this step. Embeddings, grouped convolutions, fused experts and layers with
-    shared or unused weights keep their scales, and a warning names them. In a process group every rank computes on its
-    own: pass the same batches to every rank, and shard the model afterwards.
+    block. Inputs are not quantized during this step. Embeddings, grouped, transposed and 3-D convolutions, fused
+    experts and layers with shared or unused weights keep their scales, and a warning names them. In a process group
+    every rank computes on its own: pass the same batches to every rank, and shard the model afterwards.
 
     Args:
         model: A model from `prepare_qat`.
@@ -240,7 +240,9 @@ class _BatchMethod:
     def _reason(self, layer: QATLayer, statistics: InputStatistics | None) -> str:
         """Return why a layer keeps its scale, or an empty string."""
         if statistics is None:
-            return "grouped convolution" if isinstance(layer, nn.Conv1d | nn.Conv2d) else "embedding"
+            if isinstance(layer, nn.Conv1d | nn.Conv2d):
+                return "grouped convolution"
+            return "embedding" if isinstance(layer, nn.Embedding) else type(layer).__name__.removeprefix("QAT")
         if self.uses[id(layer.weight)] > 1:
             return "shared weight"
         return "no input reached it" if statistics.rows == 0 else ""

@@ -27,6 +27,11 @@ def test_what_a_method_cannot_serve_keeps_its_own_scale_and_is_named() -> None:
         assert apply_ptq(model, "gptq", [torch.randn(8, 4, 8, 8)]) == ["2", "4"]
     assert torch.equal(model[0].weight_fake_quant.scale, before)
 
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Flatten(), nn.Linear(32, 2))
+    prepare_qat(model, weight=W3_CHANNEL)
+    with pytest.warns(QatkitWarning, match=r"gptq: these layers keep their scales: 0 \(ConvTranspose1d\)$"):
+        assert apply_ptq(model, "gptq", [torch.randn(8, 4, 6)]) == ["2"]
+
     tied = tiny("gpt2")
     prepare_qat(tied, weight=QuantSpec(8, observer="mse"), include=["lm_head", "transformer.wte", "*.c_fc"])
     weight = tied.lm_head.weight.clone()
