@@ -102,8 +102,9 @@ class Damaged:
         if "Traceback" in ended.said or ended.code not in (0, 1, 2):
             return f"traceback: {excerpt(ended)}"
         if ended.code or f"{damage.file} is missing" in ended.said:
-            # a verification that fails names the stage whose export differs
-            names = [damage.file, *([Path(damage.file).name] if ended.code == 2 else Path(damage.file).parts[1:2])]
+            # a verification that fails, or lacks a file, names the stage
+            by_stage = ended.code == 1 or damage.content is None
+            names = [damage.file, Path(damage.file).name, *(Path(damage.file).parts[1:2] if by_stage else ())]
             return "found" if any(name in ended.said for name in names) else f"unclear: {excerpt(ended)}"
         expected = self.expected[command]
         if after.get(damage.file) == _DAMAGED:  # the command does not write this file

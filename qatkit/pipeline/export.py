@@ -95,7 +95,12 @@ def format_of(run: Run) -> ExportFormat:
         QatkitError: the recipe has no ``export`` block.
     """
     if run.recipe.export is None:
-        raise QatkitError("the recipe has no such block", key="export", advice="add export: {format: onnx}")
+        raise QatkitError(
+            "the recipe has no such block",
+            key="export",
+            advice="add export: {format: onnx}",
+            origin=str(run.out / "recipe.yaml"),
+        )
     return FORMATS.row(run.recipe.export.format, "export.format")
 
 

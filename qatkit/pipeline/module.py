@@ -12,7 +12,7 @@ from typing_extensions import override
 from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 from qatkit.pipeline.learning_rate import lr_factor, parameter_groups
-from qatkit.pipeline.sharding import exact_division, parallelize
+from qatkit.pipeline.sharding import exact_division, parallelize, share_buffers
 from qatkit.pipeline.token_weighting import TokenWeighting
 from qatkit.recipe import StageConfig
 from qatkit.stages.optimizers import build_optimizer
@@ -113,6 +113,8 @@ class CompressionModule(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
+        if self.device_mesh is not None:
+            share_buffers(self.model)
         self._scores = Scores(self.task)
         self._inputs = InputCheck() if self._inputs is not None else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,23 @@ pytestmark = pytest.mark.medium
 WORKER = Path(__file__).parent / "resuming_worker.py"
 
 
-def test_quantized_weights_resume_although_calibration_has_gathered_them(tmp_path: Path) -> None:
-    out = tmp_path / "out.pt"
-    subprocess.run([warm.python(), str(WORKER), str(out)], check=True, cwd=tmp_path)
-    found = torch.load(out, weights_only=True)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("resuming") / "out.pt"
+    subprocess.run([warm.python(), str(WORKER), str(out)], check=True, cwd=out.parent)
+    results: dict[str, dict[str, Any]] = torch.load(out, weights_only=True)
+    return results
+
+
+def test_every_process_validates_with_the_running_statistics_that_a_checkpoint_holds(
+    found: dict[str, dict[str, Any]],
+) -> None:
+    first, second = found["validated"]["first"], found["validated"]["second"]
+    assert first.abs().max() > 0
+    assert torch.equal(first, second)
+
+
+def test_quantized_weights_resume_although_calibration_has_gathered_them(found: dict[str, dict[str, Any]]) -> None:
     whole, half, resumed = (found[name] for name in ("whole", "half", "resumed"))
     assert (half["steps"], resumed["steps"]) == (8, 16)
     assert not torch.equal(half["state"]["0.weight"], whole["state"]["0.weight"])
