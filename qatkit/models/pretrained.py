@@ -17,6 +17,9 @@ from qatkit.hub import cannot_load, locate
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
+NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "SemanticSegmentation", "ForCTC")
+"""Ends of the names of classes whose head a user trains: a model without it gets one with random weights."""
+
 
 def causal_lm(
     name_or_path: str,
@@ -47,7 +50,7 @@ def causal_lm(
         ...     type(causal_lm(folder)).__name__
         'LlamaForCausalLM'
     """
-    model = _load("CausalLM", "causal language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+    model = load("CausalLM", "causal language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
     config: Any = model.config
     # the config of the built model: only that of BART's decoder says that it is one
     if _fills_in(config.model_type) and not getattr(config, "is_decoder", False):
@@ -76,7 +79,7 @@ def masked_lm(
     Raises:
         QatkitError: as `causal_lm`.
     """
-    return _load("MaskedLM", "masked language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+    return load("MaskedLM", "masked language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
 
 
 def sequence_classifier(
@@ -105,7 +108,7 @@ def sequence_classifier(
     """
     if num_classes < 2:
         raise QatkitError(f"{num_classes} is out of range", key="num_classes", advice="use 2 or more")
-    model = _load(
+    model = load(
         "SequenceClassification", "sequence classifier", name_or_path, dtype, attn_implementation,
         gradient_checkpointing, num_labels=num_classes,
     )  # fmt: skip
@@ -165,22 +168,36 @@ def embedding_model(
     Raises:
         QatkitError: as `causal_lm`.
     """
-    model = _load("", "model without a head", name_or_path, dtype, attn_implementation, gradient_checkpointing)
+    model = load("", "model without a head", name_or_path, dtype, attn_implementation, gradient_checkpointing)
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)  # embeddings are pooled from hidden states, so it would never get a gradient
     return model
 
 
-def _load(
+def load(
     kind: str,
     described: str,
     name: str,
     dtype: Dtype,
-    attention: Attention,
+    attention: Attention | None,
     checkpointing: bool,
     **settings: Any,
 ) -> nn.Module:
+    """Load a model with a head of transformers; on the meta device, only its config is read.
+
+    Args:
+        kind: The end of the name of an ``AutoModelFor`` class; empty for no head.
+        described: The kind of model, for errors.
+        name: A folder, or a name on the hub.
+        dtype: Dtype of the weights.
+        attention: Attention implementation; None leaves the choice to transformers.
+        checkpointing: Recompute activations in the backward pass.
+        settings: Entries of the config that differ from the file's.
+
+    Raises:
+        QatkitError: the model cannot be loaded completely, or a weight is NaN or infinite.
+    """
     source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
     if source != name or Path(source).is_dir():
         _check_folder(Path(source))
@@ -202,19 +219,29 @@ def _load(
     except Exception as error:  # a config may have any value anywhere, on which the library fails in any way
         advice = f"use a folder or a model on the hub that holds a {described}"
         raise cannot_load(error, "name_or_path", name, advice, described) from error
+    return ready_to_train(model, checkpointing)
+
+
+def ready_to_train(model: Any, checkpointing: bool) -> nn.Module:
+    """Turn off the cache of keys and values, and turn on gradient checkpointing if asked to.
+
+    Args:
+        model: A transformers model.
+        checkpointing: Recompute activations in the backward pass.
+    """
     model.config.use_cache = False  # training and evaluation see whole sequences
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    loaded: nn.Module = model
-    return loaded
+    ready: nn.Module = model
+    return ready
 
 
 def _check_weights(name: str, model: nn.Module, missing: Iterable[str]) -> None:
     """Refuse a model with weights that no file holds, which the library fills with random numbers, or that are NaN."""
     config: Any = model.config
     base = str(getattr(model, "base_model_prefix", ""))
-    # a classifier may get a new head, and any model a new pooler
-    has_new_head = type(model).__name__.endswith("ForSequenceClassification")
+    # a head that is trained on labels may be new, and any model may get a new pooler
+    has_new_head = type(model).__name__.endswith(NEW_HEADS)
     lost = sorted(
         key for key in missing if "pooler." not in key and not (has_new_head and not key.startswith(f"{base}."))
     )
