@@ -21,6 +21,7 @@ from qatkit.recipe import DistillConfig, Recipe, StageConfig, TrainerConfig
 from qatkit.recipe.factories import resolve
 from qatkit.run.stage_models import StageModels
 from qatkit.stages.optimizers import moment_memory
+from qatkit.tasks import Task, declared_task
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 BITS = {4: 4.127, 8: 8.0}
@@ -84,6 +85,8 @@ class Setting:
     autocast: torch.dtype | None
     device: str
     """The device type, such as "cuda"."""
+    task: Task | None
+    """The task that the data declares."""
 
     @property
     def fused(self) -> bool:
@@ -108,7 +111,7 @@ class Setting:
         if self.context is None:
             unknown = "the data factory has no 'context' argument, so the sample length is unknown"
             return state_memory(model, teacher, bits, taught, moments), unknown
-        step = text_step(self.context, self.stage.batch_size, distill)
+        step = text_step(self.context, self.stage.batch_size, distill, self.task)
         accumulates = self.stage.accumulate > 1
         try:
             return step_memory(model, step, teacher, self.autocast, accumulates, bits, taught, moments), ""
@@ -121,11 +124,12 @@ class Setting:
 def settings(recipe: Recipe, allow: Sequence[str] = ()) -> Iterator[tuple[str, Setting]]:
     """The stages that train, in recipe order."""
     models = StageModels(recipe, allow)
+    task = declared_task(resolve(recipe.data.factory, "data.factory", allow))
     for name, stage in recipe.stages.items():
         if stage.max_steps:
             teacher = models.teacher(name) if stage.distill is not None else None
             precision, device = AUTOCAST[recipe.trainer.precision], device_type(recipe.trainer.accelerator)
-            yield name, Setting(models[name], teacher, stage, _context(recipe, allow), precision, device)
+            yield name, Setting(models[name], teacher, stage, _context(recipe, allow), precision, device, task)
 
 
 def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:

@@ -13,23 +13,25 @@ from qatkit.distillation.divergences import DIVERGENCES
 from qatkit.distillation.output_layer import output_layer
 from qatkit.lora.heads import classification_heads
 from qatkit.recipe import DistillConfig
-from qatkit.tasks import call, mean_loss
+from qatkit.tasks import Task, answers, call, mean_loss, row_loss, task_of
+from qatkit.tasks.pairs import pooled
 
 
-def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> Step:
+def text_step(context: int, batch_size: int, distill: DistillConfig | None, task: Task | None) -> Step:
     """The loss of one batch of texts, as `CompressionModule` and `KnowledgeDistillation` compute it.
 
     Args:
         context: Tokens per text.
         batch_size: Texts per batch.
         distill: Distillation; a step without a teacher model reads cached teacher outputs. None trains on labels only.
+        task: The task that the data declares; None infers it from the model.
     """
 
     def step(model: nn.Module, teacher: nn.Module | None) -> Tensor:
-        batch = batch_for(model, batch_size, context)
-        tokens, labels = batch["input_ids"], batch["labels"]
+        batch = batch_for(model, batch_size, context, task)
+        tokens = batch["input_ids"]
         if distill is None:
-            return mean_loss(model, batch)
+            return mean_loss(model, batch, task)
         layer = output_layer(model)
         theirs = output_layer(teacher) if teacher is not None else layer
         if layer is not None and theirs is not None and has_fused_loss(distill):
@@ -37,28 +39,54 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None) -> S
         logits = call(model, batch)
         with torch.no_grad():
             teacher_logits = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
+        outputs = logits, teacher_logits
+        if task is not None and task.embeds:
+            outputs = tuple(pooled(hidden, batch["attention_mask"], batch["pooling"]) for hidden in outputs)
         divergence: Tensor = DIVERGENCES[distill.loss].loss(
-            logits, teacher_logits, temperature=distill.temperature, beta=distill.beta
+            *outputs, temperature=distill.temperature, beta=distill.beta
         )
         loss = distill.alpha * divergence
-        hard = torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        if task is None or task.next_token:
+            hard = torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())
+        else:
+            hard = row_loss(*answers(logits, batch, task), task_of(batch, task))[0]
         return loss + (1 - distill.alpha) * hard
 
     return step
 
 
-def batch_for(model: nn.Module, batch_size: int, context: int) -> dict[str, Any]:
-    """A batch of full-length texts: pairs if the model has no output head, otherwise texts with labels."""
+def batch_for(model: nn.Module, batch_size: int, context: int, task: Task | None) -> dict[str, Any]:
+    """A batch of full-length texts with labels.
+
+    Args:
+        model: Decides what the labels are, if no task is declared: one class per text, pairs of texts if it has no
+            output head, and otherwise the texts themselves.
+        batch_size: Texts, or pairs of texts.
+        context: Tokens per text.
+        task: The task that the data declares.
+    """
     tokens = torch.zeros(batch_size, context, dtype=torch.long)
     one = torch.zeros(batch_size, dtype=torch.long)
-    if classification_heads(model):
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": one}
-    head: Any = getattr(model, "get_output_embeddings", None)
-    if head is not None and head() is None:
+    texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    name = task.name if task is not None else _inferred(model)
+    if name == "pairs":
         both = torch.cat([tokens, tokens])
         mask = torch.ones_like(both)
         return {"input_ids": both, "attention_mask": mask, "labels": one, "task": "pairs", "pooling": "mean"}
+    if name == "text_classification":
+        return texts | {"labels": one}
+    if name == "question_answering":
+        return texts | {"start_positions": one, "end_positions": one}
+    if name == "seq2seq":
+        return texts | {"decoder_input_ids": tokens, "labels": tokens}
     return {"input_ids": tokens, "labels": tokens}
+
+
+def _inferred(model: nn.Module) -> str:
+    if classification_heads(model):
+        return "text_classification"
+    head: Any = getattr(model, "get_output_embeddings", None)
+    return "pairs" if head is not None and head() is None else "causal"
 
 
 def _fused(

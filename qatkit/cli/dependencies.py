@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def quiet_dependencies() -> None:
     if os.environ.get("QATKIT_DEBUG") == "1":
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also of transformers' "Loading weights"
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -65,8 +66,10 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
     held = start.zeros if start and stage.hold_sparsity else {}
     model = run.start_model(name)
     if stage.shrink is not None:
-        batches = _training_batches(run.build_data(stage.batch_size), stage.shrink.calibration_batches)
-        model = shrink.apply(stage.shrink, model, batches, tasks.call, tasks.mean_loss)
+        calibration = run.build_data(stage.batch_size)
+        batches = _training_batches(calibration, stage.shrink.calibration_batches)
+        loss = partial(tasks.mean_loss, declared=tasks.declared_task(calibration))
+        model = shrink.apply(stage.shrink, model, batches, tasks.call, loss)
         architecture = architecture_of(model, architecture or Architecture(run.recipe.model), run.allow)
     rewound = _rewound(run, name, architecture)
     data = run.build_data(stage.batch_size)

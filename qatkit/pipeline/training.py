@@ -84,14 +84,14 @@ def train(
     stage = recipe.stages[name]
     quantize = blocks.quantize.callback(stage.quantize) if stage.quantize else None
     monitor = CompressionMonitor()
-    pruning = blocks.prune.callbacks(stage.prune, [] if stage.lora else held, model)
+    batches = data(stage.batch_size)
+    task = declared_task(batches)
+    pruning = blocks.prune.callbacks(stage.prune, [] if stage.lora else held, model, task)
     lora = blocks.lora.callback(stage.lora, held, recipe.seed) if stage.lora else None
     rewinding = blocks.rewind.callback(earlier) if earlier is not None else None
     stopping = StopEarly(stage.early_stopping, name, folder) if stage.early_stopping else None
     samples = blocks.samples.callback(stage.samples, folder) if stage.samples else None
     steps = NonFiniteSteps()
-    batches = data(stage.batch_size)
-    task = declared_task(batches)
     start = start_metric(stage, task)
     # skipped steps come first, as others read gradients; pruning before the calibration of ranges on pruned weights
     ordered = (steps, stopping, *pruning, rewinding, quantize, lora, monitor, samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
 from qatkit.recipe import PruneConfig
 from qatkit.stages.layer_names import inside, inside_keys
-from qatkit.tasks import mean_loss
+from qatkit.tasks import Task, mean_loss
 
 if TYPE_CHECKING:
     from qatkit.callbacks.pruning_callback import PruningCallback
@@ -70,7 +71,9 @@ def _check_sparsity(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
         check_floor(layer, total - round(by_layer[layer] * total), total)
 
 
-def callbacks(config: PruneConfig | None, pruned: Sequence[str], model: nn.Module) -> list[PruningCallback]:
+def callbacks(
+    config: PruneConfig | None, pruned: Sequence[str], model: nn.Module, task: Task | None
+) -> list[PruningCallback]:
     """Build the callbacks that prune and that keep the masks of earlier stages.
 
     Args:
@@ -78,6 +81,7 @@ def callbacks(config: PruneConfig | None, pruned: Sequence[str], model: nn.Modul
         pruned: Layers that an earlier stage pruned. Their masks are kept with every method except for srste, which
             may change the masks of the layers it prunes.
         model: The model at the stage's start.
+        task: The task that the data declares.
     """
     from qatkit.callbacks import ConstantPruning
 
@@ -89,10 +93,10 @@ def callbacks(config: PruneConfig | None, pruned: Sequence[str], model: nn.Modul
     selected = {name for name in chosen if sparsity_of(name, config.layers, 1.0)}
     # a ramp keeps no zeros before its first pruning step; one-shot methods keep old and new zeros of their layers
     constant = [layer for layer in sparse if config.ramp is not None or layer not in selected]
-    return [*([ConstantPruning(inside(constant))] if constant else []), _pruning(config)]
+    return [*([ConstantPruning(inside(constant))] if constant else []), _pruning(config, task)]
 
 
-def _pruning(config: PruneConfig) -> PruningCallback:
+def _pruning(config: PruneConfig, task: Task | None) -> PruningCallback:
     """Make the callback of the block's method, with the settings that the method takes."""
     row = config.row
     settings: dict[str, Any] = {
@@ -110,5 +114,5 @@ def _pruning(config: PruneConfig) -> PruningCallback:
         return cast("PruningCallback", implementation(row.callback)(**arguments))
     from qatkit.callbacks import OneShotPruning
 
-    loss = mean_loss if row.measures == "gradients" else None
+    loss = partial(mean_loss, declared=task) if row.measures == "gradients" else None
     return OneShotPruning(config.method, **arguments, calibration_forward=loss)
