@@ -64,26 +64,30 @@ def whole_run(folder: Path, recipe: str, strategy: str, pages: bool = False) -> 
     return Whole(recipe, strategy, folder, contents(folder / "run"), operations, ended.seconds)
 
 
-def kills_of(whole: Whole, operations: int, clock: int, before_record: int, seed: int) -> list[Kill]:
+def kills_of(whole: Whole, operations: int, clock: int, before_record: int, seed: int, covered: set[str]) -> list[Kill]:
     """Choose kills of a run.
 
     Args:
         whole: The uninterrupted run.
-        operations: Most kills at operations; each kind of operation on each kind of file gets one before any gets two.
+        operations: Most kills at operations; each kind of operation on each kind of file gets one before any gets two,
+            kinds that are not covered yet first.
         clock: Kills at times spread over the run.
         before_record: Most kills between the last step of a stage and its record.
         seed: Chooses among the operations of one kind.
+        covered: The kinds that had a kill in another run; those of this one are added.
     """
     chance = random.Random(seed)
     window = _before_record(whole.operations)
     kinds: dict[str, list[int]] = {}
     for number, name in enumerate(whole.operations, 1):
         kinds.setdefault(_kind(name), []).append(number)
+    kinds = dict(sorted(kinds.items(), key=lambda item: item[0] in covered))
     for numbers in kinds.values():
         chance.shuffle(numbers)
     turns = [numbers[turn] for turn in range(max(map(len, kinds.values()))) for numbers in kinds.values()
              if turn < len(numbers)]  # fmt: skip
     chosen = [Kill(AT_OPERATION, whole, at) for at in sorted(turns[:operations])]
+    covered.update(_kind(kill.place) for kill in chosen)
     step = max(1, len(window) // before_record) if before_record else len(window)
     chosen += [Kill(BEFORE_RECORD, whole, at) for at in window[::step][:before_record]]
     processes = 1 if whole.strategy == "single" else 2

@@ -56,8 +56,8 @@ class Size:
 
 FULL = Size(
     kills=(
-        ("int4", "single", 70, 8, 12), ("magnitude", "single", 70, 8, 12), ("early_stopping", "single", 80, 8, 12),
-        ("text", "single", 60, 8, 10), ("magnitude", "ddp", 15, 10, 6), ("int4", "fsdp2", 15, 10, 6),
+        ("magnitude", "single", 65, 6, 6), ("early_stopping", "single", 32, 6, 6), ("text", "single", 45, 6, 6),
+        ("int4", "single", 20, 6, 6), ("magnitude", "ddp", 12, 8, 4), ("int4", "fsdp2", 12, 8, 4),
     ),
     stops=(("single", 20), ("ddp", 20), ("fsdp2", 20)),
     damages=(("magnitude", 112), ("early_stopping", 130), ("text", 70)),
@@ -88,13 +88,14 @@ def row(kind: str, recipe: str, strategy: str, wrong: Sequence[Sequence[str]]) -
 
 def kills(size: Size, folder: Path, workers: int) -> list[Row]:
     """Kill runs."""
-    rows = []
+    rows: list[Row] = []
+    covered: set[str] = set()
     for index, (recipe, strategy, *counts) in enumerate(size.kills):
         if strategy != "single":
             warm.with_peers()
         here = folder / f"{recipe}_{strategy}"
         whole = whole_run(here / "whole", recipe, strategy)
-        chosen = kills_of(whole, *counts, seed=index)
+        chosen = kills_of(whole, *counts, seed=index, covered=covered)
         found = try_kills(chosen, here, workers)
         for kind in (AT_OPERATION, BY_CLOCK, BEFORE_RECORD):
             pairs = [(kill, wrong) for kill, wrong in zip(chosen, found, strict=True) if kill.kind == kind]

@@ -69,6 +69,7 @@ def export_run(run: Run) -> list[Path]:
             outside the run's folder.
     """
     run.check_writes()
+    run.check_recipe()
     row, data = format_of(run), held_out_data(run)
     batch = first_batch(data)
     paths = []

@@ -30,6 +30,7 @@ def report_run(run: Run) -> dict[str, Any]:
             written outside the run's folder.
     """
     run.check_writes()
+    run.check_recipe()
     row, data = format_of(run), held_out_data(run)
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     verifications = {stage: read_verification(run, stage) for stage in run.rows}

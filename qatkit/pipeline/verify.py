@@ -40,6 +40,7 @@ def verify_run(run: Run) -> dict[str, Verification]:
         QatkitError: a stage was not exported, or something would be written outside the run's folder.
     """
     run.check_writes()
+    run.check_recipe()
     row, data = format_of(run), held_out_data(run)
     tokenizer = getattr(data, "tokenizer", None)
     verifications = {}

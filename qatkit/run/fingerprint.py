@@ -24,6 +24,9 @@ _LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """The files read from such a folder: config and weights, the tokenizer and its template."""
 _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 
+_CONTENT = " (content)"
+"""The end of the keys whose values are digests of files."""
+
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The values by dotted key that the result of a stage depends on, excluding the stages before it.
@@ -42,7 +45,7 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
         factories[f"stages.{stage}.model"] = own
     for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
-            inputs[f"{name} (content)"] = _folder_digest(path) if path.is_dir() else sha256_of(path)
+            inputs[f"{name}{_CONTENT}"] = _folder_digest(path) if path.is_dir() else sha256_of(path)
     return inputs
 
 
@@ -80,6 +83,24 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
         raise QatkitError(
             f"stage '{stage}' in {out} was {state} with other values:\n  {listed}",
             advice="use --force to run it and the stages after it again, or use another --out",
+        )
+
+
+def refuse_other_recipe(stage: str, recorded: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    """Raise if the recipe in a run's folder is not the one that a finished stage was trained with.
+
+    The content of files that the recipe names is not compared: they need not exist any more.
+
+    Raises:
+        QatkitError: a value differs; the error names each changed key with its old and new value.
+    """
+    current = json.loads(json.dumps(stage_inputs(recipe, stage)))
+    plain = [{key: value for key, value in each.items() if not key.endswith(_CONTENT)} for each in (recorded, current)]
+    if changes := changed_keys(*plain):
+        raise QatkitError(
+            f"it was changed after stage '{stage}' was finished:\n  " + "\n  ".join(changes[:10]),
+            key=str(path),
+            advice="restore it: repeat the command of `qatkit run`",
         )
 
 

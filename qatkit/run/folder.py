@@ -16,6 +16,7 @@ from qatkit.recipe import FactoryConfig, Recipe
 from qatkit.recipe.factories import build
 from qatkit.run.architecture import Architecture, build_architecture
 from qatkit.run.compatibility import with_tokenizer
+from qatkit.run.fingerprint import refuse_other_recipe
 from qatkit.run.record import StageRecord, read_record
 from qatkit.run.stage_files import load_stage
 from qatkit.run.stage_models import StageModels, starting_model
@@ -52,6 +53,16 @@ class Run:
         for key, path in self.recipe.written_paths.items() if training else ():
             check_path(path, self.out, self.allow_write, key)
         check_links(self.out, self.allow_write)
+
+    def check_recipe(self) -> None:
+        """Refuse a recipe that finished stages were not trained with: their files would be read for another one.
+
+        Raises:
+            QatkitError: a value differs.
+        """
+        for stage in self.recipe.stages:
+            if (record := self.find(stage)) is not None:
+                refuse_other_recipe(stage, record.inputs, self.recipe, self.out / "recipe.yaml")
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage's files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qatkit import QatkitError
 from qatkit.pipeline.export import export_run
+from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import read_verification, verify_run
 from qatkit.recipe.loading import load_recipe
@@ -52,3 +54,14 @@ def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, t
     with pytest.raises(QatkitError, match=r"verification\.json is damaged \(.*\); restore it, or run `qatkit verify"):
         read_verification(run, "dense")
     path.write_text(content)
+
+
+@pytest.mark.parametrize("step", [export_run, verify_run, report_run])
+def test_a_recipe_that_was_edited_after_training_is_refused_by_its_key(step: Callable[[Run], object], run: Run) -> None:
+    edited = load_recipe("vision/digits_int4", [*SHORT, "data.args.test_fraction=0.3"])
+    with pytest.raises(
+        QatkitError,
+        match=r"recipe\.yaml: it was changed after stage 'dense' was finished:\s+data\.args\.test_fraction: was 0\.2, "
+        r"is now 0\.3; restore it: repeat the command of `qatkit run`",
+    ):
+        step(Run(edited, run.out))
