@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.layers import QATLayer
-from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_layers
+from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_layers, weight_of
+from qatkit.quantization.prepare import QATWeight
 
 COMPARISONS = 10
 """Comparisons of the student with its teacher between observations."""
@@ -235,14 +235,12 @@ def _drift(now: float, start: float | None) -> float | None:
     return None if math.isnan(now) or not start else now / start - 1
 
 
-def _row(name: str, layer: nn.Module, numbers: dict[str, float], start: list[float | None]) -> MonitorRow:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    weight_quant = layer.weight_fake_quant if isinstance(layer, QATLayer) else None
-    input_quant = layer.input_fake_quant if isinstance(layer, QATLayer) else None
+def _row(name: str, layer: nn.Module | QATWeight, numbers: dict[str, float], start: list[float | None]) -> MonitorRow:
+    weight_quant = layer.weight_fake_quant if isinstance(layer, QATWeight) else None
+    input_quant = layer.input_fake_quant if isinstance(layer, QATWeight) else None
     return MonitorRow(
         name=name,
-        weights=weight.numel(),
+        weights=weight_of(layer).numel(),
         weight_bits=weight_quant.spec.num_bits if weight_quant else 32,
         activation_bits=input_quant.spec.num_bits if input_quant else 32,
         weight_error=numbers["weight_error"],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.errors import QatkitError
 from qatkit.schemes import Scheme
@@ -33,7 +34,8 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
             owners.setdefault(id(weight), []).append(name)
     for name, scheme in schemes.items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
+        # torch's MultiheadAttention reads the weight of its out_proj, which readers of the format replace by codes
+        if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
             raise QatkitError(
                 f"layer '{name}': compressed_tensors supports only linear layers, but this is a {type(layer).__name__}",
                 advice=f"exclude it, or {INSTEAD}",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError
 from qatkit.export.interface import EXACT, Bound, Measured, PlannedExport, ReadBack
-from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import full_tensor
+from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import quantized_weights, strip_qat
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 from qatkit.spec import QuantSpec
@@ -118,7 +118,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     }
     owner: dict[int, str] = {}
     for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer's weight appears under each name
-        if not isinstance(layer, QATLayer | QATExperts):
+        if not isinstance(layer, QATLayer | QATParts):
             continue
         with torch.no_grad():
             shipped = layer.shipped()
@@ -147,7 +147,7 @@ def load_and_compare(model: nn.Module, path: Path, load: Callable[[Path], dict[s
     expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
     weights = sum(weight.numel() for _, weight, _ in quantized_weights(model))
     for name, layer in model.named_modules(remove_duplicate=False):  # a shared layer appears under each name
-        if isinstance(layer, QATLayer | QATExperts):
+        if isinstance(layer, QATLayer | QATParts):
             expected |= {f"{name}.{part}" if name else part: value for part, value in layer.shipped().items()}
     try:
         loaded.load_state_dict(load(path), strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.prepare import fake_quantizers, qat_layers
+from qatkit.quantization.prepare import fake_quantizers, qat_weights
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 from qatkit.tasks.table import Task
@@ -30,8 +30,10 @@ class PlannedExport:
     def of(cls, model: nn.Module) -> PlannedExport:
         """The quantization of a model from `prepare_qat`; empty for a plain one."""
         schemes = {
-            name: Scheme(_spec(layer.weight_fake_quant), _spec(layer.input_fake_quant))
-            for name, layer in qat_layers(model)
+            weight.name.removesuffix(f".{weight.part}"): Scheme(
+                _spec(weight.weight_fake_quant), _spec(weight.input_fake_quant)
+            )
+            for weight in qat_weights(model)
         }
         return cls(schemes, any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model)))
 

@@ -28,10 +28,11 @@ from qatkit.export.onnx_graph import name_after_layers, save, trace
 from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.qdq import QDQ, to_qdq
 from qatkit.export.runtime import load_runtime
-from qatkit.quantization.experts import QATExperts, is_experts
 from qatkit.quantization.layers import QATLayer, swap_of
+from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import quantizer_state
+from qatkit.quantization.swaps import parts_class
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -51,9 +52,6 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         )
     if planned.kv_cache:
         raise QatkitError("quantized keys and values have no ONNX form", advice=f"remove kv_cache, or {_INSTEAD}")
-    for name, module in model.named_modules():
-        if isinstance(module, QATExperts) or (is_experts(module) and name in planned.schemes):
-            raise QatkitError(f"layer '{name}': quantized fused experts have no ONNX form", advice=_INSTEAD)
     for name, scheme in planned.schemes.items():
         _check_layer(name, model.get_submodule(name), scheme)
 
@@ -148,6 +146,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
 
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
+    parts = type(layer) if isinstance(layer, QATParts) else parts_class(layer)
+    if parts is not None:
+        raise QatkitError(
+            f"layer '{name}': quantized {parts.kind} cannot be exported to ONNX", advice=f"exclude it, or {_INSTEAD}"
+        )
     kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
     if kind not in QDQ:
         raise QatkitError(

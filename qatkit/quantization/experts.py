@@ -11,29 +11,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.parts import QATParts
 
 
-class QATExperts(nn.Module):
+class QATExperts(QATParts):
     """Fused experts with fake-quantized weights; a channel is one output of one expert.
 
     A weight is quantized once per forward pass, no matter how often it is read.
     """
 
+    kind = "fused experts"
     projections: tuple[str, ...]
     is_transposed: bool
 
-    def matrix(self, name: str) -> Tensor:
+    def part_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in expert_weights(self))
+
+    def parameter(self, part: str) -> Tensor | None:
+        return self._parameters[part]
+
+    def matrix(self, part: str) -> Tensor:
         """Return a projection's latent weights, ``[experts * out, in]``."""
-        weight = self._parameters[name]
+        weight = self._parameters[part]
         assert weight is not None
         return (weight.transpose(1, 2) if self.is_transposed else weight).flatten(0, 1)
-
-    def fake_quant(self, name: str) -> FakeQuantize:
-        """Return the fake quantizer of a projection."""
-        fake_quant = self._modules[f"{name}_fake_quant"]
-        assert isinstance(fake_quant, FakeQuantize)
-        return fake_quant
 
     def fake_quantized(self, name: str) -> Tensor:
         """Return a projection's weights as in the forward pass, in the parameter's shape."""
@@ -42,7 +43,7 @@ class QATExperts(nn.Module):
             return cache[name]
         weight = self._parameters[name]
         assert weight is not None
-        value: Tensor = self.fake_quant(name)(self.matrix(name))
+        value = self.with_scale(name)[0]
         experts, first, second = weight.shape
         value = value.view(experts, second, first).transpose(1, 2) if self.is_transposed else value.view_as(weight)
         if cache is not None:
@@ -52,7 +53,7 @@ class QATExperts(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         return (
             _new_experts,
-            (plain_class(self), self.projections),
+            (self.plain_class(), self.projections),
             self.__dict__,
         )  # the class itself has no importable name
 
@@ -98,10 +99,3 @@ def experts_class(kind: type[nn.Module], projections: tuple[str, ...]) -> type[Q
 def _new_experts(kind: type[nn.Module], projections: tuple[str, ...]) -> QATExperts:
     made = experts_class(kind, projections)
     return made.__new__(made)
-
-
-def plain_class(module: QATExperts) -> type[nn.Module]:
-    """Return the class that an experts module had before it was swapped."""
-    kind = type(module).__mro__[2]
-    assert issubclass(kind, nn.Module)
-    return kind

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.experts import expert_weights, is_experts
+from qatkit.quantization.experts import is_experts
 from qatkit.quantization.layers import swap_of
+from qatkit.quantization.swaps import parts_class, plain_parts
 from qatkit.schemes import Scheme
 
 
@@ -21,9 +21,14 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         layer: A plain layer that has a quantized class.
         scheme: Its quantization.
     """
-    weights = expert_weights(layer) if is_experts(layer) else [("", cast(Tensor, layer.weight))]
-    for part, weight in weights:
-        _check_weight(f"{name}.{part}" if part else name, layer, weight, scheme)
+    kind = parts_class(layer)
+    if kind is None:
+        assert isinstance(layer.weight, Tensor)
+        weights = [(name, layer.weight, layer.weight.shape[0] if _is_transposed(layer) else layer.weight.shape[1])]
+    else:
+        weights = [(f"{name}.{part}", w, matrix.shape[1]) for part, w, matrix in plain_parts(layer, kind)]
+    for own, weight, inputs in weights:
+        _check_weight(own, layer, weight, inputs, scheme)
     if scheme.activation is None:
         return
     if is_experts(layer) or isinstance(layer, nn.Embedding | nn.EmbeddingBag):
@@ -32,7 +37,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"only the weight of layer '{name}' can be quantized: {reason}", key="activation",
             advice="give the layer a weight-only entry in layers, or exclude it",
         )  # fmt: skip
-    dims = weights[0][1].dim()
+    dims = 2 if kind is not None else weights[0][1].dim()
     if scheme.activation.strategy == "token" and dims != 2:
         raise QatkitError(
             f"'token' is for linear layers, whose last dimension belongs to one token, but layer '{name}' is a "
@@ -44,11 +49,12 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"'group' is for linear layers, but layer '{name}' is a {type(layer).__name__}",
             key="activation.strategy", advice="use tensor, or exclude the layer",
         )  # fmt: skip
-    if size is not None and _inputs(layer) % size:
-        raise QatkitError(
-            f"{size} does not divide in_features={_inputs(layer)} of layer '{name}'", key="activation.group_size",
-            advice=f"use one of {_divisors(_inputs(layer))}, or exclude the layer",
-        )  # fmt: skip
+    for own, _, inputs in weights:
+        if size is not None and inputs % size:
+            raise QatkitError(
+                f"{size} does not divide in_features={inputs} of layer '{own}'", key="activation.group_size",
+                advice=f"use one of {_divisors(inputs)}, or exclude the layer",
+            )  # fmt: skip
 
 
 def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
@@ -56,6 +62,7 @@ def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
     Quantizing only one of the layers is allowed.
     """
+    _check_ties_of_parts(model, schemes)
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -75,7 +82,27 @@ def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
             )
 
 
-def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -> None:
+def _check_ties_of_parts(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Raise an error if a layer with several weights shares one: its scales are its own."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name in schemes:
+        layer = model.get_submodule(name)
+        if (kind := parts_class(layer)) is None:
+            continue
+        for part, weight, _ in plain_parts(layer, kind):
+            others = [other for other in owners.get(id(weight), []) if other != name]
+            if others:
+                raise QatkitError(
+                    f"'{part}' of layer '{name}' is tied to '{others[0]}', but tied weights of {kind.kind} cannot be "
+                    "quantized",
+                    advice="exclude both, or untie the weight",
+                )
+
+
+def _check_weight(name: str, layer: nn.Module, weight: Tensor | None, inputs: int, scheme: Scheme) -> None:
     if not isinstance(weight, nn.Parameter):
         raise QatkitError(
             f"the weight of layer '{name}' is computed by a hook (torch's prune, weight_norm or spectral_norm)",
@@ -99,25 +126,18 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor, scheme: Scheme) -
         )  # fmt: skip
     if spec is None or spec.strategy not in ("group", "block"):
         return
-    if weight.dim() > 2 and not is_experts(layer):
+    if weight.dim() > 2 and parts_class(layer) is None:
         raise QatkitError(
             f"'{spec.strategy}' is for linear layers, but the weight of layer '{name}' has shape {list(weight.shape)}",
             key="weight.strategy", advice="use channel, or exclude the layer",
         )  # fmt: skip
     if spec.group_size is None:
         return
-    size = weight.shape[1 if layer.is_transposed else 2] if is_experts(layer) else _inputs(layer)
-    if size % spec.group_size:
+    if inputs % spec.group_size:
         raise QatkitError(
-            f"{spec.group_size} does not divide in_features={size} of layer '{name}'", key="weight.group_size",
-            advice=f"use one of {_divisors(size)}, or exclude the layer",
+            f"{spec.group_size} does not divide in_features={inputs} of layer '{name}'", key="weight.group_size",
+            advice=f"use one of {_divisors(inputs)}, or exclude the layer",
         )  # fmt: skip
-
-
-def _inputs(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0] if _is_transposed(layer) else weight.shape[1]
 
 
 def _is_transposed(layer: nn.Module) -> bool:

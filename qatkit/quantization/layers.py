@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.quantization.arithmetic import in_dtype
 from qatkit.quantization.modules import FakeQuantize
@@ -74,15 +75,25 @@ class QATLayer(nn.Module):
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def _rounded_bias(self, weight_scale: Tensor | None, input_scale: Tensor | None) -> Tensor | None:
-        bias, weights, inputs = self.bias, self.weight_fake_quant, self.input_fake_quant
-        if bias is None or weight_scale is None or input_scale is None:
-            return bias
-        if weight_scale.shape not in ((1,), (len(bias), 1)):  # several scales per output: added in floating point
-            return bias
-        if weights is None or inputs is None or inputs.dynamic or weights.spec.is_float or inputs.spec.is_float:
-            return bias
-        step = (weight_scale * input_scale).view(-1)
-        return _RoundToMultiple.apply(bias, step)  # type: ignore[no-untyped-call, no-any-return]
+        return rounded_bias(self.bias, self.weight_fake_quant, self.input_fake_quant, weight_scale, input_scale)
+
+
+def rounded_bias(
+    bias: Tensor | None,
+    weights: FakeQuantize | None,
+    inputs: FakeQuantize | None,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+) -> Tensor | None:
+    """Round a bias ``[out]`` to multiples of weight scale times input scale, if integer kernels add it so."""
+    if bias is None or weight_scale is None or input_scale is None:
+        return bias
+    if weight_scale.shape not in ((1,), (len(bias), 1)):  # several scales per output: added in floating point
+        return bias
+    if weights is None or inputs is None or inputs.dynamic or weights.spec.is_float or inputs.spec.is_float:
+        return bias
+    step = (weight_scale * input_scale).view(-1)
+    return _RoundToMultiple.apply(bias, step)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _RoundToMultiple(torch.autograd.Function):
@@ -103,6 +114,15 @@ class QATLinear(QATLayer, nn.Linear):
     """`nn.Linear` with a fake-quantized weight and input."""
 
     bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(*self.operands(input))
+
+
+class QATOutputProjection(QATLayer, NonDynamicallyQuantizableLinear):
+    """The ``out_proj`` of `nn.MultiheadAttention` with a fake-quantized weight and input."""
+
+    bias: Tensor | None  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(*self.operands(input))
@@ -156,7 +176,7 @@ class _QATConvTranspose(QATLayer, nn.modules.conv._ConvTransposeNd):
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
     """Turn ``[in, out / groups, ...]`` into ``[out, in / groups, ...]``, or back; a view if `groups` is 1."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 class QATConvTranspose1d(_QATConvTranspose, nn.ConvTranspose1d):
@@ -234,6 +254,8 @@ SWAPS: dict[type[nn.Module], type[QATLayer]] = {
 
 def swap_of(kind: type[nn.Module]) -> type[QATLayer] | None:
     """The quantized class of a layer's exact type, or None."""
+    if kind is NonDynamicallyQuantizableLinear:
+        return QATOutputProjection
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return _transposed(kind)
     return SWAPS.get(kind)

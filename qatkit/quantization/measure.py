@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qatkit.quantization.arithmetic import dequantize, quantize
 from qatkit.quantization.modules import full_tensor
-from qatkit.quantization.prepare import qat_layers, quantized_weights
+from qatkit.quantization.prepare import qat_weights
 from qatkit.quantization.slices import aligned, to_slices
 from qatkit.spec import QuantSpec
 
@@ -41,20 +41,16 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
     Sharded weights are gathered one layer at a time.
     """
     rows = []
-    inputs = {name: layer.input_fake_quant for name, layer in qat_layers(model)}
-    quantized = {name: (weight, fake_quant) for name, weight, fake_quant in quantized_weights(model)}
-    plain = {name: (layer.weight, None) for name, layer in qat_layers(model) if name not in quantized}
-    for name, (sharded, fake_quant) in {**quantized, **plain}.items():
-        weight = full_tensor(sharded).float()
+    for own in qat_weights(model):
+        weight, fake_quant, activation = full_tensor(own.matrix).float(), own.weight_fake_quant, own.input_fake_quant
         error, clip_rate, zeros, bits = 0.0, 0.0, (weight == 0).float().mean().item(), 32
         if fake_quant is not None:
             bits = fake_quant.spec.num_bits
             scale, zero_point = fake_quant.whole_qparams(weight)
             error, clip_rate, zeros = measure_weight(weight, scale, zero_point, fake_quant.spec)[1].tolist()
-        activation = inputs.get(name)
         rows.append(
             LayerRow(
-                name=name,
+                name=own.name,
                 weights=weight.numel(),
                 weight_bits=bits,
                 activation_bits=32 if activation is None else activation.spec.num_bits,
@@ -64,8 +60,7 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
                 code_bytes=(weight.numel() * bits + 7) // 8,
             )
         )
-    order = {name: index for index, name in enumerate(name for name, _ in model.named_modules())}
-    return sorted(rows, key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
+    return rows
 
 
 def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

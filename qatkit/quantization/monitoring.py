@@ -9,7 +9,7 @@ from qatkit.quantization.grids import grid_of
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.measure import measure_weight
 from qatkit.quantization.modules import FakeQuantize, full_tensor
-from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.prepare import QATWeight, qat_weights
 
 SAMPLE = 2**16
 """Weights per layer that are measured; from larger layers, evenly spaced rows are sampled."""
@@ -39,40 +39,41 @@ class LayerWatch:
         self._span: tuple[float, float] = (0, 0)
 
     @torch.no_grad()
-    def observe(self, layer: nn.Module) -> Tensor:
+    def observe(self, layer: nn.Module | QATWeight) -> Tensor:
         """Measure the layer now.
 
         Args:
-            layer: A quantized layer, or any layer with a weight matrix; sharded weights are gathered on every process.
+            layer: A quantized layer, one weight of it, or any layer with a weight matrix; sharded weights are gathered
+                on every process.
 
         Returns:
             The `NUMBERS` in float32 on the layer's device. Values that do not apply to the layer are NaN: oscillation
             needs three observations, and the input scale needs a quantizer with a static scale.
         """
-        assert isinstance(layer.weight, Tensor)
-        weight = full_tensor(layer.matrix if isinstance(layer, QATLayer) else layer.weight)
+        own = QATWeight("", layer) if isinstance(layer, QATLayer) else layer
+        weight = full_tensor(weight_of(own))
         every = -(-weight.numel() // SAMPLE)
         sample = weight[::every].float()
         missing = torch.full((), torch.nan, dtype=torch.float32, device=weight.device)
-        if not isinstance(layer, QATLayer) or (fake_quant := layer.weight_fake_quant) is None:
+        if not isinstance(own, QATWeight) or (fake_quant := own.weight_fake_quant) is None:
             nothing = torch.zeros_like(missing)
             numbers = torch.stack([nothing, nothing, (sample == 0).float().mean(), missing])
             scale = None
         else:
             spec = fake_quant.spec
             # computed scales per row need the sampled rows only; any other scale needs every weight
-            own = fake_quant.computed and spec.strategy in ("channel", "group") and not spec.two_level
+            by_row = fake_quant.computed and spec.strategy in ("channel", "group") and not spec.two_level
             if spec.strategy == "block":
                 sample = weight.float()  # a sample of rows does not align with blocks
-            scale, zero_point = fake_quant.whole_qparams(sample if own else weight.float())
-            if not own and spec.strategy in ("channel", "group"):
+            scale, zero_point = fake_quant.whole_qparams(sample if by_row else weight.float())
+            if not by_row and spec.strategy in ("channel", "group"):
                 scale, zero_point = scale[::every], zero_point[::every]
             codes, costs = measure_weight(sample, scale, zero_point, spec)
             if spec.is_float:
                 codes = grid_of(spec).decode(codes, zero_point)  # bit patterns of floats do not sort by value
             numbers = torch.cat([costs, self._oscillating(codes, missing).view(1)])
             self._span = (spec.qmin, spec.qmax)
-        inputs = layer.input_fake_quant if isinstance(layer, QATLayer) else None
+        inputs = own.input_fake_quant if isinstance(own, QATWeight) else None
         return torch.cat([numbers, torch.stack([_mean(scale, missing), _mean(_static(inputs), missing)])])
 
     def _oscillating(self, codes: Tensor, missing: Tensor) -> Tensor:
@@ -98,11 +99,17 @@ class LayerWatch:
         return torch.bincount(bins, minlength=BINS)
 
 
-def observed_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the quantized layers or, if there are none, modules with a weight matrix."""
-    quantized = qat_layers(model)
-    if quantized:
-        return list(quantized)
+def weight_of(layer: nn.Module | QATWeight) -> Tensor:
+    """Return the latent weight of an observed layer."""
+    weight = layer.matrix if isinstance(layer, QATWeight) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def observed_layers(model: nn.Module) -> list[tuple[str, nn.Module | QATWeight]]:
+    """Return the weights of quantized layers or, if there are none, modules with a weight matrix."""
+    if quantized := qat_weights(model):
+        return [(weight.name, weight) for weight in quantized]
     return [
         (name, module)
         for name, module in model.named_modules()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
-from qatkit.quantization.experts import QATExperts, expert_weights, experts_class, is_experts, plain_class
 from qatkit.quantization.kv_cache import PARTS as KV_PARTS
 from qatkit.quantization.kv_cache import attention_modules, quantize_kv, strip_kv
 from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.parts import QATParts
 from qatkit.quantization.selection import select
 from qatkit.quantization.slices import scale_shape
+from qatkit.quantization.swaps import parts_class
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -21,6 +23,8 @@ SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"),
 )  # fmt: skip
 """Names of layers that read the same input in transformers models."""
+
+_NESTED = "_use_nested_tensor_before_qat"
 
 
 def prepare_qat(
@@ -74,12 +78,25 @@ def prepare_qat(
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Disable torch's fused encoder layer, which reads raw weights, if it is quantized."""
+    """Disable torch's fused code that reads the raw weights of quantized layers.
+
+    That is `nn.MultiheadAttention` around a quantized ``out_proj``, `nn.TransformerEncoderLayer`, and the nested
+    tensors that `nn.TransformerEncoder` makes of padded inputs for it.
+    """
     for module in model.modules():
+        if type(module) is nn.MultiheadAttention and isinstance(module.out_proj, QATLayer):
+            swap_layer(module, None, None)
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
+        quantized = any(isinstance(part, QATLayer | QATParts) for part in module.modules())
         if isinstance(module, nn.TransformerEncoderLayer):
-            quantized = any(isinstance(child, QATLayer) for child in module.children())
             known = {"relu": 1, "gelu": 2}.get(getattr(module.activation, "__name__", ""), 0)
             module.activation_relu_or_gelu = 0 if quantized else known
+        elif quantized:
+            module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
+            module.use_nested_tensor = False
+        else:
+            module.use_nested_tensor = module.__dict__.pop(_NESTED, module.use_nested_tensor)
 
 
 def strip_qat(model: nn.Module) -> list[str]:
@@ -91,13 +108,16 @@ def strip_qat(model: nn.Module) -> list[str]:
     attention = [name for name, module in attention_modules(model) if hasattr(module, KV_PARTS[0])]
     for name in attention:
         strip_kv(model.get_submodule(name))
-    names = [name for name, module in model.named_modules() if isinstance(module, QATLayer | QATExperts)]
+    names = [name for name, module in model.named_modules() if isinstance(module, QATLayer | QATParts)]
     for name in names:
         layer = model.get_submodule(name)
-        if isinstance(layer, QATExperts):
-            for projection in layer.projections:
-                layer._modules.pop(f"{projection}_fake_quant", None)  # missing after an interrupted swap
-            layer.__class__ = cast("type[QATExperts]", plain_class(layer))
+        if isinstance(layer, QATParts):
+            for part in layer.part_names():
+                if (fake_quant := layer.input_quantizer(part)) is not None and fake_quant.shared:
+                    fake_quant.unshare(layer)
+                for own in (f"{part}_fake_quant", f"{part}_input_fake_quant"):
+                    layer._modules.pop(own, None)  # missing after an interrupted swap
+            layer.__class__ = cast("type[QATParts]", layer.plain_class())
             continue
         fake_quant = layer.input_fake_quant
         if isinstance(fake_quant, FakeQuantize) and fake_quant.shared:
@@ -109,7 +129,7 @@ def strip_qat(model: nn.Module) -> list[str]:
 
 
 def qat_layers(model: nn.Module) -> list[tuple[str, QATLayer]]:
-    """Return the fake-quantized layers of a model with their names, except fused experts."""
+    """Return the fake-quantized layers of a model with their names, except those with several weights."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QATLayer)]
 
 
@@ -118,29 +138,61 @@ def fake_quantizers(model: nn.Module) -> list[tuple[str, FakeQuantize]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantize)]
 
 
+@dataclass(frozen=True)
+class QATWeight:
+    """A weight of a quantized layer."""
+
+    name: str
+    """The name of the layer, followed by that of the part if the layer has several."""
+    layer: QATLayer | QATParts
+    part: str = ""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The latent weight ``[out, in, ...]``."""
+        return self.layer.matrix(self.part) if isinstance(self.layer, QATParts) else self.layer.matrix
+
+    @property
+    def weight_fake_quant(self) -> FakeQuantize | None:
+        """The fake quantizer of the weight, or None."""
+        if isinstance(self.layer, QATParts):
+            return self.layer.weight_quantizer(self.part)
+        return self.layer.weight_fake_quant
+
+    @property
+    def input_fake_quant(self) -> FakeQuantize | None:
+        """The fake quantizer of the input, or None."""
+        return (
+            self.layer.input_quantizer(self.part) if isinstance(self.layer, QATParts) else self.layer.input_fake_quant
+        )
+
+
+def qat_weights(model: nn.Module) -> list[QATWeight]:
+    """Return the weights of all quantized layers of a model, in model order."""
+    weights: list[QATWeight] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QATLayer):
+            weights.append(QATWeight(name, module))
+        elif isinstance(module, QATParts):
+            parts = [QATWeight(f"{name}.{part}" if name else part, module, part) for part in module.part_names()]
+            weights += [part for part in parts if part.weight_fake_quant or part.input_fake_quant]
+    return weights
+
+
 def quantized_weights(model: nn.Module) -> list[tuple[str, Tensor, FakeQuantize]]:
     """Return every fake-quantized weight ``[out, in, ...]`` with its name and quantizer.
 
-    The name is that of the layer or of the expert projection.
+    The name is that of the layer, followed by that of the part if the layer has several weights.
     """
-    weights: list[tuple[str, Tensor, FakeQuantize]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, QATLayer) and module.weight_fake_quant is not None:
-            weights.append((name, module.matrix, module.weight_fake_quant))
-        elif isinstance(module, QATExperts):
-            weights += [(f"{name}.{part}", module.matrix(part), module.fake_quant(part)) for part in module.projections]
-    return weights
+    return [(w.name, w.matrix, w.weight_fake_quant) for w in qat_weights(model) if w.weight_fake_quant is not None]
 
 
 def swap_layer(layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
     """Fake-quantize one plain layer, in place."""
-    if is_experts(layer):
-        assert weight is not None
-        projections = tuple(name for name, _ in expert_weights(layer))
-        layer.__class__ = experts_class(type(layer), projections)
-        assert isinstance(layer, QATExperts)
-        for name in projections:
-            layer.register_module(f"{name}_fake_quant", _weight_quantizer(layer.matrix(name), weight))
+    if (kind := parts_class(layer)) is not None:
+        layer.__class__ = kind
+        assert isinstance(layer, QATParts)
+        _add_quantizers(layer, weight, activation)
         return
     swapped = swap_of(type(layer))
     assert swapped is not None
@@ -152,6 +204,21 @@ def swap_layer(layer: nn.Module, weight: QuantSpec | None, activation: QuantSpec
         layer.weight_fake_quant = _weight_quantizer(layer.matrix, weight)
     if activation is not None:
         layer.input_fake_quant = FakeQuantize(activation, "activation", (1,), layer.weight.device)
+
+
+def _add_quantizers(layer: QATParts, weight: QuantSpec | None, activation: QuantSpec | None) -> None:
+    first: FakeQuantize | None = None
+    for part in layer.part_names():
+        matrix = layer.matrix(part)
+        if weight is not None:
+            layer.register_module(f"{part}_fake_quant", _weight_quantizer(matrix, weight))
+        if activation is not None:
+            inputs = FakeQuantize(activation, "activation", (1,), matrix.device)
+            if inputs.dynamic and first is not None:  # an input that several parts read is quantized once
+                inputs = first
+                inputs.share(layer)
+            first = inputs
+            layer.register_module(f"{part}_input_fake_quant", inputs)
 
 
 def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.errors import QatkitError, QatkitWarning, did_you_mean, under
-from qatkit.quantization.experts import QATExperts, expert_weights, is_experts
+from qatkit.quantization.experts import expert_weights
 from qatkit.quantization.kv_cache import attention_modules, check_kv_quantization
 from qatkit.quantization.layer_checks import check_layer, check_ties
 from qatkit.quantization.layers import SWAPS, QATLayer, swap_of
+from qatkit.quantization.parts import QATParts
+from qatkit.quantization.swaps import PARTS, parts_class
 from qatkit.schemes import Scheme, check_kv_cache
 from qatkit.spec import QuantSpec
 
@@ -30,9 +33,10 @@ def select(
 ) -> Selection:
     """Choose the layers to quantize, in model order, and check them; nothing is changed.
 
-    Only exact types are selected: a subclass (a bitsandbytes `Linear4bit`, the `out_proj` of `nn.MultiheadAttention`)
-    uses its weight differently, and a swap would silently compute something else. An embedding is selected only by
-    a glob that names it: globs whose last part is ``*``, such as ``*`` or ``model.*``, do not.
+    Only exact types are selected: a subclass (a bitsandbytes `Linear4bit`) uses its weight differently, and a swap
+    would silently compute something else. The ``out_proj`` of `nn.MultiheadAttention` is a layer of its own. An
+    embedding is selected only by a glob that names it: globs whose last part is ``*``, such as ``*`` or ``model.*``, do
+    not.
 
     Args:
         model: Any module.
@@ -69,7 +73,7 @@ def select(
     named += [(f"layers['{pattern}']", pattern) for pattern in layers]
     patterns = [pattern for _, pattern in named]
     for name, module in others.items():
-        if isinstance(module, QATLayer | QATExperts) and name not in excluded and _matches(name, module, patterns):
+        if isinstance(module, QATLayer | QATParts) and name not in excluded and _matches(name, module, patterns):
             raise QatkitError(
                 f"layer '{name}' is already fake-quantized", advice="exclude it, or call strip_qat(model) first"
             )
@@ -143,11 +147,18 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Mo
     candidates: dict[str, nn.Module] = {}
     others: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if swap_of(type(module)) is not None or is_experts(module):
+        if _is_candidate(model, name, module):
             candidates[name] = module
         elif name and (hasattr(module, "weight") or next(module.parameters(recurse=False), None) is not None):
             others[name] = module
     return candidates, others
+
+
+def _is_candidate(model: nn.Module, name: str, module: nn.Module) -> bool:
+    if type(module) is NonDynamicallyQuantizableLinear:  # read by its parent, which has to be one that is swapped too
+        parent = model.get_submodule(name.rpartition(".")[0])
+        return type(parent) in (nn.MultiheadAttention, PARTS[nn.MultiheadAttention])
+    return swap_of(type(module)) is not None or parts_class(module) is not None
 
 
 def _matches(name: str, module: nn.Module, patterns: Iterable[str]) -> bool:
@@ -165,7 +176,7 @@ def _check_pattern(
         return
     matched = [name for name in others if fnmatchcase(name, pattern)]
     if matched and must_fit:
-        kinds = ", ".join(sorted(kind.__name__ for kind in SWAPS))
+        kinds = ", ".join(sorted(kind.__name__ for kind in (*SWAPS, *PARTS)))
         raise QatkitError(
             f"'{pattern}' selects '{matched[0]}', a {type(others[matched[0]]).__name__}, which cannot be quantized "
             f"(only {kinds}, transformers' Conv1D and fused experts can)", key=key, advice="remove it",

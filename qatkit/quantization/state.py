@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.experts import QATExperts
 from qatkit.quantization.kv_cache import add_kv_quantizers
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize, full_tensor
+from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import set_fast_paths, share_quantizers, swap_layer
 from qatkit.spec import QuantSpec
 
@@ -29,7 +29,8 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
 
     Returns:
         Tensors named ``{layer}.{part}.scale`` and ``{layer}.{part}.zero_point`` (float32, CPU; none for dynamic
-        activations), where the part is "weight", "input" or the name of an expert projection, and
+        activations), where the part is "weight", "input" or, in layers with several weights, the name of a weight, such
+        as "q_proj", or of its input, "q_proj_input", and
         ``{layer}.{part}.tensor_scale`` for two-level scales; and the specs as ``{layer}: {part: spec}``.
     """
     tensors: dict[str, Tensor] = {}
@@ -63,8 +64,9 @@ def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
         if "key" in by_part:
             add_kv_quantizers(name, model.get_submodule(name), by_part["key"])
             continue
-        inputs = by_part.pop("input", None)
-        swap_layer(model.get_submodule(name), next(iter(by_part.values()), None), inputs)
+        inputs = next((spec for part, spec in by_part.items() if part.endswith("input")), None)
+        weight = next((spec for part, spec in by_part.items() if not part.endswith("input")), None)
+        swap_layer(model.get_submodule(name), weight, inputs)
     share_quantizers(model, list(specs), static=False)
     set_fast_paths(model)
 
@@ -77,7 +79,7 @@ def _parts(module: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def _weight(module: nn.Module, part: str) -> Tensor:
-    if isinstance(module, QATExperts):
+    if isinstance(module, QATParts):
         return module.matrix(part)
     assert isinstance(module, QATLayer)
     return module.matrix

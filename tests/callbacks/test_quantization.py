@@ -127,8 +127,6 @@ def test_two_instances_give_two_parts_of_a_model_two_precisions() -> None:
 
 
 class Attention(LightningModule):
-    """`nn.MultiheadAttention` reads the weight of its out_proj and never calls its forward."""
-
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -156,9 +154,13 @@ def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
         trainer(QuantizationAwareTraining(W4, A8, include=["unused", "head"])).fit(Attention(), batches())
 
 
-def test_the_out_proj_of_multihead_attention_is_refused_by_its_type() -> None:
-    with pytest.raises(QatkitError, match=r"'attention.out_proj', a NonDynamicallyQuantizableLinear, which cannot be"):
-        trainer(QuantizationAwareTraining(W4, include=["*.out_proj"])).fit(Attention(), batches())
+def test_multihead_attention_is_trained_with_quantized_projections() -> None:
+    module = Attention()
+    before = module.attention.in_proj_weight.clone()
+    callback = QuantizationAwareTraining(W4, A8, exclude=["unused"])
+    trainer(callback).fit(module, batches())
+    assert callback.layers == ["attention", "attention.out_proj", "head"]
+    assert not torch.equal(module.attention.in_proj_weight, before)
 
 
 def test_a_module_without_a_usable_forward_is_told_what_to_write() -> None:

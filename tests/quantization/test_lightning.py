@@ -21,7 +21,7 @@ from qatkit.callbacks import QuantizationAwareTraining
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from qatkit import QatkitError, QatkitWarning, QuantSpec, prepare_qat
+from qatkit import QatkitError, QuantSpec
 from qatkit.quantization import fake_quantizers
 
 LSQ = QuantSpec(num_bits=4, observer="lsq")
@@ -138,11 +138,3 @@ def test_an_average_that_has_seen_no_step_validates_with_calibrated_scales(tmp_p
     trainer(tmp_path, *callbacks, val_check_interval=2).fit(module, loader(), loader())
     assert len(module.validated) > 2
     assert all(math.isfinite(loss) for loss in module.validated)
-
-
-def test_the_weights_of_multihead_attention_are_reported_as_not_quantized() -> None:
-    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
-    with pytest.warns(
-        QatkitWarning, match=r"self_attn \(MultiheadAttention\), self_attn\.out_proj .* they hold 33\.3% of"
-    ):
-        assert prepare_qat(layer, weight=LSQ) == ["linear1", "linear2"]

@@ -189,11 +189,16 @@ def test_a_selection_that_cannot_be_done_is_refused_and_changes_nothing(options:
 
 
 def test_a_module_without_a_weight_of_its_own_is_named_when_a_pattern_selects_it() -> None:
-    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
+    class Own(nn.MultiheadAttention):
+        pass
+
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "attention": Own(8, 2), "head": nn.Linear(8, 8)})
     with pytest.raises(QatkitError, match="'rnn' selects 'rnn', a LSTM, which cannot be quantized"):
         prepare_qat(model, W4, include=["rnn"])
-    with pytest.raises(QatkitError, match=r"'att\*n' selects 'attention', a MultiheadAttention, which cannot"):
+    with pytest.raises(QatkitError, match=r"'att\*n' selects 'attention', a Own, which cannot"):
         prepare_qat(model, W4, include=["att*n"])
+    with pytest.raises(QatkitError, match=r"'\*\.out_proj' selects 'attention.out_proj', a NonDynamically.* cannot"):
+        prepare_qat(model, W4, include=["*.out_proj"])  # a forward that may read its weight directly
 
 
 def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:

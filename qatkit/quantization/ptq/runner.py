@@ -15,7 +15,8 @@ from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.prepare import fake_quantizers, qat_layers, quantized_weights
+from qatkit.quantization.parts import QATParts
+from qatkit.quantization.prepare import fake_quantizers, qat_layers, qat_weights, quantized_weights
 from qatkit.quantization.ptq.blockwise import Run, capture, find_blocks, isolated, unquantized
 from qatkit.quantization.ptq.equivalence import (
     BLOCKS,
@@ -44,9 +45,10 @@ def apply_ptq(
 
     Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of
     the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one
-    block. Inputs are not quantized during this step. Embeddings, grouped, transposed and 3-D convolutions, fused
-    experts and layers with shared or unused weights keep their scales, and a warning names them. In a process group
-    every rank computes on its own: pass the same batches to every rank, and shard the model afterwards.
+    block. Inputs are not quantized during this step. Embeddings, grouped, transposed and 3-D convolutions, layers with
+    several weights (fused experts, the input projections of attention) and layers with shared or unused weights keep
+    their scales, and a warning names them. In a process group every rank computes on its own: pass the same batches to
+    every rank, and shard the model afterwards.
 
     Args:
         model: A model from `prepare_qat`.
@@ -145,8 +147,7 @@ class _BatchMethod:
         self.names = {layer: name for name, layer in qat_layers(model)}
         self.uses = parameter_uses(model)
         self.done: list[str] = []
-        plain = {name for name, *_ in quantized_weights(model)} - set(self.names.values())
-        self.skipped = dict.fromkeys(sorted(plain), "fused experts")
+        self.skipped = {w.name: w.layer.kind for w in qat_weights(model) if isinstance(w.layer, QATParts)}
         self._check()
 
     def run(self, batches: list[Any], forward: Callable[[Any], object]) -> list[str]:

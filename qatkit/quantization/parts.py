@@ -1,0 +1,57 @@
+"""Base class of modules that hold several weights, such as multi-head attention, recurrent layers and fused experts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from qatkit.quantization.modules import FakeQuantize
+
+
+class QATParts(nn.Module):
+    """A module with several fake-quantized weights, each of which is a part with a name.
+
+    The fake quantizer of part ``q_proj`` is ``q_proj_fake_quant``, and that of its input ``q_proj_input_fake_quant``.
+    """
+
+    kind: ClassVar[str]
+    """The layer's kind in messages."""
+
+    def part_names(self) -> tuple[str, ...]:
+        """Return the names of the parts; works on the plain module as well."""
+        raise NotImplementedError
+
+    def parameter(self, part: str) -> Tensor | None:
+        """Return the tensor that holds a part's weight; works on the plain module as well."""
+        raise NotImplementedError
+
+    def matrix(self, part: str) -> Tensor:
+        """Return a part's latent weight ``[out, in]``; works on the plain module as well."""
+        raise NotImplementedError
+
+    def shipped(self) -> dict[str, Tensor]:
+        """Return the parameters that fake quantization changes, as in the forward pass, by parameter name."""
+        raise NotImplementedError
+
+    def weight_quantizer(self, part: str) -> FakeQuantize | None:
+        """Return the fake quantizer of a part's weight, or None."""
+        return self._quantizer(f"{part}_fake_quant")
+
+    def input_quantizer(self, part: str) -> FakeQuantize | None:
+        """Return the fake quantizer of a part's input, or None."""
+        return self._quantizer(f"{part}_input_fake_quant")
+
+    def _quantizer(self, name: str) -> FakeQuantize | None:
+        fake_quant = self._modules.get(name)
+        assert fake_quant is None or isinstance(fake_quant, FakeQuantize)
+        return fake_quant
+
+    def with_scale(self, part: str) -> tuple[Tensor, Tensor | None]:
+        """Return a part's weight ``[out, in]`` as the forward pass uses it, and its scale."""
+        fake_quant = self.weight_quantizer(part)
+        return (self.matrix(part), None) if fake_quant is None else fake_quant.with_scale(self.matrix(part))
+
+    def plain_class(self) -> type[nn.Module]:
+        """Return the class that the module had before it was swapped."""
+        return next(kind for kind in type(self).__mro__ if not issubclass(kind, QATParts))
