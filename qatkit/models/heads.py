@@ -11,6 +11,11 @@ from torch import nn
 from qatkit.errors import QatkitError, did_you_mean
 from qatkit.models.pretrained import Attention, Dtype, load, ready_to_train
 
+_NOT_ENTRIES = {
+    "model_type", "name_or_path", "transformers_version", "dtype", "attn_implementation", "experts_implementation",
+}  # fmt: skip
+"""Attributes of a config that are arguments of their own, or that a recipe must not set."""
+
 
 def pretrained_model(
     name_or_path: str,
@@ -93,7 +98,7 @@ def untrained_model(
             f"unknown family '{family}'", key="family", advice=did_you_mean(family, sorted(CONFIG_MAPPING_NAMES))
         )
     entries = (config or {}) | _classes(num_classes)
-    _check_entries(config or {}, transformers.AutoConfig.for_model(family).to_dict(), "config")
+    _check_entries(config or {}, transformers.AutoConfig.for_model(family), "config")
     try:
         built = transformers.AutoConfig.for_model(family, **entries)
         # named, so that an entry of the config cannot choose code from the hub
@@ -130,12 +135,19 @@ def _classes(number: int | None) -> dict[str, int]:
     return {} if number is None else {"num_labels": number}
 
 
-def _check_entries(entries: Mapping[str, Any], known: Mapping[str, Any], key: str) -> None:
+def _check_entries(entries: Mapping[str, Any], config: Any, key: str) -> None:
     """Refuse entries that the family does not have, which transformers would keep without using them."""
+    known = {*config.to_dict(), *config.attribute_map} - _NOT_ENTRIES
+    known |= {"decoder_start_token_id"} if config.is_encoder_decoder else set()
     for name, value in entries.items():
-        place = f"{key}.{name}"
-        if name.startswith("_") or name not in known or name == "model_type":
-            allowed = [each for each in known if not each.startswith("_") and each != "model_type"]
+        place, own = f"{key}.{name}", getattr(config, name, None)
+        if (
+            name.startswith("_")
+            or name in _NOT_ENTRIES
+            or not (name in known or hasattr(config, name))
+            or callable(own)
+        ):
+            allowed = [each for each in known if not each.startswith("_")]
             raise QatkitError("the family has no such entry", key=place, advice=did_you_mean(name, allowed))
         if name.startswith("backbone") or name in ("use_timm_backbone", "use_pretrained_backbone"):
             raise QatkitError(
@@ -143,5 +155,5 @@ def _check_entries(entries: Mapping[str, Any], known: Mapping[str, Any], key: st
                 key=place,
                 advice="remove it, or use pretrained_model",
             )
-        if isinstance(value, Mapping) and isinstance(known[name], Mapping) and name.endswith("_config"):
-            _check_entries(value, known[name], place)
+        if isinstance(value, Mapping) and hasattr(own, "to_dict"):
+            _check_entries(value, own, place)
