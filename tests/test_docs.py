@@ -14,7 +14,7 @@ from tests.support import warm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = {"distillation.md", "language_models.md"}  # pages whose commands take minutes
+SHORT = {"README.md", "first_run.md", "own_model.md", "pruning.md", "resume.md"}  # pages run by `make test` too
 
 # the reader's own module, teacher and data, which the Python of a page uses
 PRELUDE = """
@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in LONG else []) for page in PAGES],
+    [pytest.param(page, id=page.name, marks=[] if page.name in SHORT else [pytest.mark.slow]) for page in PAGES],
 )
 def test_every_command_of_the_page_works(page: Path, tmp_path: Path) -> None:
     # one shell for the whole page: later commands use the files of earlier ones and the recipes that the page shows

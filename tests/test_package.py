@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.matrix import representatives
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -44,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
 
 
-@pytest.fixture(scope="module", params=["wheel", "sdist"])
+@pytest.fixture(scope="module", params=representatives(["wheel", "sdist"], {0}))
 def installed(request: pytest.FixtureRequest, built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds this package only; its dependencies come from the environment of the tests."""
     interpreter = environment(sys.executable, tmp_path_factory.mktemp(request.param))

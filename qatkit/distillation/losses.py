@@ -148,7 +148,7 @@ def binary_kl_loss(
     Example:
         >>> import torch
         >>> round(binary_kl_loss(torch.zeros(1, 2), torch.tensor([[0.0, 2.0]])).item(), 4)  # log 2 - H(sigmoid(2))
-        0.1637
+        0.1639
     """
     check_shapes("binary_kl_loss", student, teacher)
     counted = counted_mask(mask, labels)
@@ -190,23 +190,23 @@ def similarity_loss(
     widths of student and teacher may differ.
 
     Args:
-        student: Embeddings ``[rows, width]``, any float dtype; computed in float32.
-        teacher: Embeddings ``[rows, any width]``; no gradient flows into them.
-        mask: True at rows to include, ``[rows]``; all rows by default.
+        student: Embeddings ``[..., width]``, any float dtype; computed in float32.
+        teacher: Embeddings ``[..., any width]``; no gradient flows into them.
+        mask: True at rows to include, ``[...]``; all rows by default.
         labels: As in `kd_loss`.
 
     Raises:
-        QatkitError: the embeddings are not two-dimensional, or their numbers of rows differ.
+        QatkitError: the numbers of rows differ.
     """
-    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
+    if student.shape[:-1] != teacher.shape[:-1]:
         raise QatkitError(
             f"similarity_loss got embeddings of shape {list(student.shape)} and {list(teacher.shape)}",
-            advice="pass [rows, width] twice",
+            advice="pass [..., width] twice, with equal numbers of rows",
         )
     counted = counted_mask(mask, labels)
     if counted is not None:
         student, teacher = student[counted], teacher[counted]
-    ours, theirs = (F.normalize(part.float(), dim=-1) for part in (student, teacher.detach()))
+    ours, theirs = (F.normalize(part.flatten(0, -2).float(), dim=-1) for part in (student, teacher.detach()))
     difference = (ours @ ours.T - theirs @ theirs.T).square()
     return difference.mean() if difference.numel() else ours.sum() * 0.0
 

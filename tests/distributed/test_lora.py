@@ -14,6 +14,8 @@ from qatkit import quantize
 from tests.distributed.lora_worker import SPEC, main, network
 from tests.support import warm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 MODES = [f"{kind} {strategy}" for kind in ("lora", "dora", "qat", "sparse") for strategy in ("ddp", "fsdp2")]
 

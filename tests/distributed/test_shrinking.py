@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tests.support import warm
 
+pytestmark = pytest.mark.slow
+
 IMAGES = """
 name: shrink
 model: {factory: "qatkit.models:cnn", args: {channels: [8, 16]}}

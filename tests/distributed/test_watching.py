@@ -13,6 +13,8 @@ import torch
 
 from tests.support import warm
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "watching_worker.py"
 
 

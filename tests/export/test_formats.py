@@ -79,7 +79,7 @@ def test_dense_and_sparse_files_are_told_apart_by_their_content(tmp_path: Path) 
     export_sparse(model, tmp_path / "b.safetensors")
     assert format_of_path(tmp_path / "a.safetensors").name == "dense"
     assert format_of_path(tmp_path / "b.safetensors").name == "sparse"
-    batches = [(torch.rand(4, 64), torch.zeros(4))]
+    batches = [(torch.rand(4, 64), torch.zeros(4).long())]
     assert verify(model, tmp_path / "b.safetensors", batches).format == "sparse"
 
 

@@ -14,6 +14,7 @@ from qatkit.pipeline import finishing
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
+from tests.support.matrix import representatives
 
 RECIPE = """
 name: killed
@@ -45,8 +46,9 @@ def run_of(folder: Path, block: str) -> Run:
     return Run(load_recipe(folder / "killed.yaml"), folder / "run", ["tests"])
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-def test_the_rerun_leaves_the_same_files(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", representatives(list(BLOCKS), {1, 4}))
+def test_the_rerun_leaves_the_same_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = BLOCKS[name]
     whole, killed = run_of(tmp_path / "whole", block), run_of(tmp_path / "killed", block)
     run_stages(whole)
 

@@ -22,6 +22,7 @@ from qatkit.pipeline.module import CompressionModule
 from qatkit.pipeline.runner import run_stages
 from qatkit.quantization.prepare import qat_layers
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.checkpoint import save_checkpoint
 from qatkit.run.folder import Run
 from qatkit.run.record import Started, write_started
 from tests.support import warm
@@ -243,7 +244,7 @@ def test_a_checkpoint_is_not_continued_on_another_number_of_processes(tmp_path: 
     run = start(tmp_path)
     folder = run.folder("dense")
     folder.mkdir(parents=True)
-    (folder / "last.ckpt").write_bytes(b"")
+    save_checkpoint({}, folder / "last.ckpt")
     from qatkit.run.fingerprint import fingerprint, stage_inputs
 
     inputs = stage_inputs(run.recipe, "dense")

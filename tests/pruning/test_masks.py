@@ -63,7 +63,7 @@ def test_two_of_four_is_right_for_every_order_and_every_tie() -> None:
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4)])
 def test_a_group_with_a_non_finite_value_is_refused(pattern: tuple[int, int], value: float) -> None:
     # 3 > nan, nan > 5 and 5 > 2: by comparisons alone one of four would be kept
-    with pytest.raises(QatkitError, match=r"layer 'head' has NaN or infinite values"):
+    with pytest.raises(QatkitError, match=r"layer 'head' has NaN or infinite scores"):
         nm_mask(torch.tensor([[3.0, value, 5.0, 2.0]]), *pattern, name="head")
 
 

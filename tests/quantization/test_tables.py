@@ -63,6 +63,7 @@ def run(out: Path, *overrides: str) -> Run:
     return Run(load_recipe("vision/digits_int4", [*SHORT, *overrides]), out)
 
 
+@pytest.mark.slow  # tests/test_contributing.py adds a row of every kind
 def test_an_element_type_is_one_function_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_powers(monkeypatch)
     spec = QuantSpec(num_bits=3, type="powers")
@@ -82,6 +83,7 @@ def test_an_element_type_is_one_function_and_one_row(tmp_path: Path, monkeypatch
     assert "| 3 |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow  # tests/test_contributing.py adds a row of every kind
 def test_a_ptq_method_is_one_function_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = Method("halved", "half of the range", from_weight=f"{__name__}:halved", stored_scales=True)
     monkeypatch.setitem(METHODS._rows, "halved", row)
@@ -94,6 +96,7 @@ def test_a_ptq_method_is_one_function_and_one_row(tmp_path: Path, monkeypatch: p
         load_recipe("vision/digits_int4", ["stages.qat.quantize={init: halved, weight: {num_bits: 4}}"])
 
 
+@pytest.mark.slow  # tests/test_contributing.py adds a row of every kind
 def test_an_observer_is_one_function_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = Observer("doubled", "twice the range", from_statistics=f"{__name__}:doubled", weights=False)
     monkeypatch.setitem(OBSERVERS._rows, "doubled", row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from qatkit.pipeline.runner import run_stages
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
-from tests.support import warm
 from tests.support.waiting import wait_for
 
 RECIPE = """
@@ -43,19 +43,20 @@ def run_of(folder: Path, prune: str) -> Run:
 
 def kill_when_saved(folder: Path, prune: str, checkpoint: Path) -> int:
     """Start the run in a process of its own and kill it once the stage has a checkpoint; the checkpoint's step."""
-    process = subprocess.Popen([warm.python(), "-c", COMMAND, str(folder), prune], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, str(folder), prune], stdout=subprocess.DEVNULL)
     wait_for(checkpoint, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prune",
     [
         pytest.param("{ramp: {final: 0.9}, scope: model}", id="magnitude along a ramp"),
-        pytest.param("{method: movement, ramp: {final: 0.8, start: 0.1}}", id="movement", marks=pytest.mark.slow),
-        pytest.param("{method: srste, nm: [2, 4]}", id="SR-STE", marks=pytest.mark.slow),
+        pytest.param("{method: movement, ramp: {final: 0.8, start: 0.1}}", id="movement"),
+        pytest.param("{method: srste, nm: [2, 4]}", id="SR-STE"),
     ],
 )
 def test_a_stage_that_is_killed_ends_with_the_same_weights_and_masks(tmp_path: Path, prune: str) -> None:

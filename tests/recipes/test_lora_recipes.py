@@ -121,6 +121,7 @@ def test_zeros_go_through_adapters_into_int4_and_ship_merged_only(done: Run) -> 
         assert ((layer.fake_quantized_weight() == 0).float().mean() >= 0.5).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qlora", "qlora_merge_int4", "int4_qat_lora"])
 def test_the_recipe_that_ships_runs_made_small(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory

@@ -15,6 +15,8 @@ from qatkit.pruning.semi_structured import is_two_of_four
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
 
+pytestmark = pytest.mark.slow
+
 CNN = ["model.args.channels=[8,8]", "trainer.accelerator=cpu"]
 SMALL = {
     "vision/digits_magnitude90": [*CNN, "stages.dense.max_steps=60", "stages.ramp.max_steps=60"],

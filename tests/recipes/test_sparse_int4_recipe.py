@@ -17,6 +17,8 @@ from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
 from tests.support import warm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "model.args={vocab_size: 300, hidden: 32, layers: 2, heads: 2, kv_heads: 1, intermediate: 64, context: 16}",
