@@ -120,9 +120,9 @@ def write_log(name: str) -> None:
     lines += [
         "",
         f"Margin of the student with a teacher over the same student without one: {summary['margin']}, "
-        f"positive on {summary['seeds won']} seeds.",
+        f"positive for {summary['seeds won']} seeds.",
         "",
-        f"{content['machine']['cpus']} CPU cores, one thread a run; {versions}.",
+        f"{content['machine']['cpus']} CPU cores, one thread per run; {versions}.",
     ]
     (ROOT / "recipes" / f"{name}.md").write_text("\n".join(lines) + "\n")
 

@@ -25,8 +25,8 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
     """
     if isinstance(loader, (list, tuple, dict)):
         raise QatkitError(
-            f"training reads a {type(loader).__name__} of {len(loader)} loaders, so the calibration batches are "
-            "ambiguous",
+            f"the training data loader is a {type(loader).__name__} of {len(loader)} loaders, so the calibration "
+            "batches are ambiguous",
             key="calibration",
             advice="call prepare_qat and qatkit.calibrate(module, batches, forward) yourself, or use dynamic "
             "activations (strategy='token')",

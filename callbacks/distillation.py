@@ -47,13 +47,13 @@ class KnowledgeDistillation(Callback):
         alpha: Weight of the distillation term, 0 to 1; the loss that `training_step` returns has weight ``1 - alpha``.
         student: Name of the submodule whose output is distilled, such as "model"; by default the LightningModule.
         loss: A row of `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" over logits,
-            "binary_kl" over logits of labels that are on or off, "mse" over logits or values, "cosine" or "similarity"
+            "binary_kl" over logits of binary labels, "mse" over logits or values, "cosine" or "similarity"
             over embeddings. A mapping such as ``{"boxes": "mse", "scores": "kl"}`` names one for each of `outputs`.
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
             averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. "heads.0" is the first
             part of "heads". By default the output itself, or its "logits".
-        class_dim: The dimension of the logits that holds the classes: 1 for segmentation, ``[N, C, H, W]``. By default
+        class_dim: The class dimension of the logits: 1 for segmentation, ``[N, C, H, W]``. By default
             the last; logits whose classes are not there are rejected if the shape of the labels shows it.
         pooling: Pool hidden states into embeddings before they are compared: "mean", "cls" or "last"; by default the
             ``pooling`` of the batch, if it has one.
@@ -145,7 +145,7 @@ class KnowledgeDistillation(Callback):
         self.teardown(trainer, pl_module, stage)  # hooks that a failed fit left on another module
         if not pl_module.automatic_optimization:
             raise QatkitError(
-                "training_step calls backward itself and returns no loss to add the distillation term to",
+                "training_step calls backward itself and returns no loss to which the distillation term could be added",
                 key="manual optimization",
                 advice="add qatkit.distillation.kd_loss(student_logits, teacher_logits) to your loss",
             )
@@ -279,8 +279,8 @@ class KnowledgeDistillation(Callback):
             )
         if not self._calls:
             raise QatkitError(
-                f"training_step never called '{self.student or type(pl_module).__name__}', so there is nothing to "
-                "distill",
+                f"training_step never called '{self.student or type(pl_module).__name__}', so there are no student "
+                "outputs to distill",
                 key="student",
                 advice=_children(pl_module),
             )

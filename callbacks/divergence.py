@@ -53,7 +53,7 @@ class DistillationLoss:
             student, teacher = trim_to_vocabulary(student, teacher, self.vocab_size)
         if student.shape != teacher.shape:
             raise QatkitError(
-                f"its outputs have shape {list(teacher.shape)}, the student's {list(student.shape)}",
+                f"the teacher's outputs have shape {list(teacher.shape)}, the student's {list(student.shape)}",
                 key="teacher",
                 advice=PADDED_ALIKE,
             )
@@ -111,10 +111,11 @@ class DistillationLoss:
             student = student[..., : self.vocab_size]
         if student.shape != (*targets.mask.shape, cache.classes):
             raise QatkitError(
-                f"it holds outputs of shape {[*targets.mask.shape, cache.classes]}, but the student's have shape "
+                f"the cache contains outputs of shape {[*targets.mask.shape, cache.classes]}, but the student's have "
+                "shape "
                 f"{list(student.shape)}",
                 key="teacher cache",
-                advice=f"{PADDED_ALIKE}, here and when the cache is written",
+                advice=f"{PADDED_ALIKE}, both here and when you write the cache",
             )
         return student, targets
 
@@ -129,7 +130,7 @@ class DistillationLoss:
             raise QatkitError(
                 f"{self.temperature} differs from {cache.temperature}, the temperature of the cache in {cache.folder}",
                 key="temperature",
-                advice=f"use temperature={cache.temperature}, or write another cache",
+                advice=f"use temperature={cache.temperature}, or write a new cache",
             )
 
 
@@ -210,8 +211,8 @@ class NanWatch:
         if self._first is not None and self._first >= 0:
             batch, self._first = int(self._first), None
             raise QatkitError(
-                f"its outputs for training batch {batch}, counted from 0, contain NaN",
+                f"the teacher's outputs for training batch {batch}, counted from 0, contain NaN",
                 key="teacher",
                 advice="check that batch for empty or overlong inputs, and the precision: a teacher trained in bf16 "
-                "overflows in fp16",
+                "can overflow in fp16",
             )

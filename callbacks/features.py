@@ -123,7 +123,7 @@ class FeatureMatch:
             return
         if any(hasattr(weight, "full_tensor") for weight in module.parameters()):
             raise QatkitError(
-                "learned maps cannot be trained in one optimizer with sharded weights",
+                "learned maps and sharded weights cannot be trained by one optimizer",
                 key="hidden.widths",
                 advice="compare layers of equal width, or use attention=AttentionMatch(..., heads=...), which needs no "
                 "maps",
@@ -205,7 +205,7 @@ def _keep(seen: dict[str, Tensor], name: str, trains: bool) -> Callable[..., Non
             raise QatkitError(
                 f"'{name}' returns {type(tensor).__name__}, not a tensor",
                 key="layers",
-                advice="name one of its submodules",
+                advice="name one of the model's submodules",
             )
         seen[name] = tensor
 
@@ -218,8 +218,8 @@ def _pair(student: dict[str, Tensor], teacher: dict[str, Tensor], ours: str, the
             raise QatkitError(
                 f"the hook on '{name}' of the {role} recorded no output",
                 key="layers",
-                advice="name a layer that its forward calls, and compile the model after the Trainer has started, or "
-                "not at all",
+                advice="name a layer that the model's forward calls; if you compile the model, compile it after the "
+                "Trainer has started",
             )
     return student[ours], teacher[theirs]
 

@@ -79,7 +79,7 @@ def fused(
         return "the teacher's logits are not the output of a plain linear layer"
     if classes != theirs.out_features:
         if size is None or size > min(classes, theirs.out_features):
-            return "student and teacher have different numbers of classes"
+            return "the student and the teacher have different numbers of classes"
         log_trimmed(classes, theirs.out_features, size)
         classes = size
     return Fused(layer, LiveHead(teacher, theirs, classes), loss)
@@ -214,7 +214,7 @@ class Fused:
         outputs = calls[-1].teacher_outputs
         if outputs is None or outputs.fused is None or len(calls) > 1:
             raise QatkitError(
-                f"training_step called the student {len(calls)} times, but a fused loss requires exactly one call",
+                f"training_step called the student {len(calls)} times, but the fused loss requires exactly one call",
                 key="fused",
                 advice="use fused=False",
             )
@@ -224,7 +224,7 @@ class Fused:
             (factor,) = torch.autograd.grad(loss, self._given, retain_graph=True, allow_unused=True)
             if factor is None or float(factor) != 1:
                 raise QatkitError(
-                    f"training_step multiplies the student's loss, and the distillation term in it, by "
+                    "training_step multiplies the student's loss, and the distillation term in it, by "
                     f"{0 if factor is None else float(factor)}",
                     key="fused",
                     advice="return the loss unscaled, or use fused=False",

@@ -73,7 +73,7 @@ class Generators:
             raise QatkitError(
                 f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than 1",
                 key="on_policy.fraction",
-                advice="use two fractions whose sum is at most 1",
+                advice="use two fractions that add up to at most 1",
             )
 
     def replace_batch(
@@ -128,7 +128,9 @@ def check_no_generation(on_policy: Generation | None, sequence_level: Generation
     for key, plan in (("on_policy", on_policy), ("sequence_level", sequence_level)):
         if plan is not None:
             raise QatkitError(
-                "a cache holds no outputs for generated texts", key=key, advice=f"use a live teacher, or remove {key}"
+                "a cache contains no outputs for generated texts",
+                key=key,
+                advice=f"use a live teacher, or remove {key}",
             )
 
 

@@ -53,7 +53,9 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
     states = [state for state in content.get("callbacks", {}).values() if {"folds", "specs"} <= set(state)]
     if not states:
         raise QatkitError(
-            "the checkpoint has no quantized layers", key=str(checkpoint), advice="load it with load_from_checkpoint"
+            "the checkpoint has no quantized layers",
+            key=str(checkpoint),
+            advice="load the checkpoint with load_from_checkpoint",
         )
     if any(isinstance(part, FakeQuantize) for part in module.modules()):
         raise QatkitError("the module is already quantized", key="module", advice="pass a new module")

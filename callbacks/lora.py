@@ -74,7 +74,7 @@ class LoRA(Callback):
                 raise QatkitError(f"'{patterns}' is not a list of patterns", key=name, advice=f"use ['{patterns}']")
         if bits is not None and held:
             raise QatkitError(
-                f"weights in {bits} bits cannot keep a sparsity mask (held)", key="bits", advice="set bits=None"
+                f"{bits}-bit weights do not support a sparsity mask (held)", key="bits", advice="set bits=None"
             )
         self.adapter = Adapter(rank, alpha, dropout, dora)
         self.targets = list(targets)
@@ -117,9 +117,9 @@ class LoRA(Callback):
         assert self.bits is not None
         if any(isinstance(module, QATLayer) for module in pl_module.modules()):
             raise QatkitError(
-                f"weights that bitsandbytes quantizes to {self.bits} bits cannot be fake-quantized as well",
+                f"weights that bitsandbytes quantizes to {self.bits} bits cannot also be fake-quantized",
                 key="bits",
-                advice="merge the adapters, and quantize in another fit",
+                advice="merge the adapters, and quantize in a separate fit",
             )
         check_backend(trainer.strategy.root_device)
         names, dtype = base_layers(pl_module), COMPUTE.get(str(trainer.precision))
@@ -146,11 +146,15 @@ class LoRA(Callback):
                 )
             if isinstance(other, QuantizationAwareTraining) and callbacks.index(other) > position:
                 raise QatkitError(
-                    f"{name} must swap layers before they get adapters", key="callbacks", advice=f"put {name} first"
+                    f"{name} must swap layers before LoRA adds adapters",
+                    key="callbacks",
+                    advice=f"put {name} before LoRA",
                 )
             if isinstance(other, WeightAveraging) and callbacks.index(other) < position:
                 raise QatkitError(
-                    f"{name} copies the module before it has adapters", key="callbacks", advice="put LoRA before it"
+                    f"{name} copies the module before LoRA adds adapters",
+                    key="callbacks",
+                    advice=f"put LoRA before {name}",
                 )
 
     def _check_strategy(self, trainer: Trainer) -> None:

@@ -60,12 +60,12 @@ class CompressionMonitor(Callback):
     - ``distill/teacher_agreement``, with `KnowledgeDistillation`: fraction of training samples (tokens of a language
       model) on which student and teacher agree, in 10 of the steps since the previous observation.
 
-    `table` holds the layers of the last observation. At the end it is written next to the metrics: as ``layers.csv`` by
-    CSVLogger, as a table by WandbLogger, as text by TensorBoardLogger. A module without quantized layers gets the table
-    with the sparsity of its weights, but no curves.
+    `table` contains the layers of the last observation. At the end it is written next to the metrics: as ``layers.csv``
+    by CSVLogger, as a table by WandbLogger, as text by TensorBoardLogger. A module without quantized layers gets the
+    table with the sparsity of its weights, but no curves.
 
     Training synchronizes with the device once per observation. In a process group all processes observe, and samples
-    are counted over all of them. A checkpoint holds the scales at the start, one number each; the oscillation
+    are counted over all of them. A checkpoint contains the scales at the start, one number each; the oscillation
     measurement restarts after a resume.
 
     Args:

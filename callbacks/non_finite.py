@@ -24,7 +24,7 @@ class NonFiniteSteps(Callback):
     """Skips optimizer steps whose loss or gradient is NaN or infinite, on all processes alike.
 
     A bad batch then costs one step instead of making every weight NaN. A warning names the first skipped step and, if
-    its data holds NaN or infinite values, the batch and the tensor; another one at the end of training gives the
+    its data contains NaN or infinite values, the batch and the tensor; another one at the end of training gives the
     number of skipped steps. With ``precision="16-mixed"`` gradients are not checked: the gradient scaler overflows on
     purpose and skips those steps itself. Put this callback before those that read gradients.
 
@@ -78,7 +78,7 @@ class NonFiniteSteps(Callback):
         if self.skipped == 1 and (trainer.is_global_zero or cause is not None):
             _warn(
                 f"step {trainer.global_step + 1} was skipped, because its {what} was NaN or infinite"
-                + (f": {cause}; remove these samples from the data" if cause else "")
+                + (f": {cause}; remove the non-finite samples from the data" if cause else "")
             )
         if self.in_a_row >= self.limit:
             self._stop(trainer, pl_module, what if cause is None else f"{what} ({cause})")
@@ -117,12 +117,12 @@ class NonFiniteSteps(Callback):
         weight = non_finite_anywhere(trainer, module)
         weights = "no weight changed in these steps"
         if weight is not None:
-            weights = f"{weight} was already non-finite before them, perhaps since a step whose own loss was finite"
+            weights = f"{weight} was already non-finite before these steps, perhaps since a step whose loss was finite"
         checkpoint = f"training continues from the last checkpoint, {path}"
         if not Path(path).is_file():
             checkpoint = "there is no checkpoint yet"
         elif weight is not None and not isinstance(kept, FiniteCheckpoint):
-            checkpoint = f"the last checkpoint, {path}, may contain it too, so resume from an earlier one"
+            checkpoint = f"the last checkpoint, {path}, may contain it too; resume from an earlier one"
         raise QatkitError(
             f"the {what} was NaN or infinite in {self.limit} steps in a row, up to step {trainer.global_step + 1} "
             f"({weights}; {checkpoint})",

@@ -1,4 +1,4 @@
-"""The logits in a model's output of any type, with the classes in the last dimension."""
+"""Find the logits in a model's output of any type, with the classes in the last dimension."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ComparedOutputs:
     weights: tuple[float, ...]
     """Weight of each output's loss."""
     class_dim: int | None
-    """The dimension that holds the classes; None for the last one, which the shape of the labels may contradict."""
+    """The class dimension; None for the last one, which the shape of the labels may contradict."""
     pooling: str | None = None
     """How hidden states are pooled into embeddings; None for the ``pooling`` of the batch, if it has one."""
 
@@ -38,7 +38,7 @@ class ComparedOutputs:
 
         Args:
             outputs: Keys or indices, whose losses are averaged, or a mapping from these to weights.
-            class_dim: The dimension that holds the classes.
+            class_dim: The class dimension.
             pooling: How hidden states are pooled.
 
         Raises:
@@ -51,7 +51,7 @@ class ComparedOutputs:
         if outputs is None:
             return cls(None, (1.0,), class_dim, pooling)
         if not outputs:
-            raise QatkitError("it names no output", key="outputs", advice="name at least one, or leave it out")
+            raise QatkitError("the list is empty", key="outputs", advice="name at least one output, or remove outputs")
         if not isinstance(outputs, Mapping):
             return cls(tuple(outputs), (1 / len(outputs),) * len(outputs), class_dim, pooling)
         for key, weight in outputs.items():
@@ -77,9 +77,9 @@ class ComparedOutputs:
             return [self._classes_last(logits) for logits in logits_of(output, self.keys)]
         if present is None:
             raise QatkitError(
-                "the model is not called with an attention mask, so its texts cannot be pooled",
+                "the model is called without an attention mask, so its outputs cannot be pooled",
                 key="pooling",
-                advice="pass attention_mask to the model, or let it return embeddings and remove pooling",
+                advice="pass attention_mask to the model, or remove pooling and let the model return embeddings",
             )
         keys = self.keys or (None if isinstance(output, Tensor) else ("last_hidden_state",))
         return [pooled(hidden, present.to(hidden.device), pooling) for hidden in logits_of(output, keys)]
@@ -109,7 +109,7 @@ class ComparedOutputs:
             raise QatkitError(
                 f"the logits of shape {list(logits.shape)} have no dimension {self.class_dim}",
                 key="class_dim",
-                advice="pass the dimension that holds the classes",
+                advice="pass the index of the class dimension",
             )
         return logits.movedim(self.class_dim, -1)
 
@@ -118,7 +118,7 @@ def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:
     """The logits in a model's output.
 
     Args:
-        output: A tensor, or a dict, tuple or object that holds tensors, such as a `ModelOutput`.
+        output: A tensor, or a dict, tuple or object with tensors, such as a `ModelOutput`.
         keys: Keys or indices of the tensors, or paths such as "heads.0"; None for the output itself, or its "logits".
 
     Raises:

@@ -90,7 +90,7 @@ def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classe
         return
     dim = others[0] if others else 1
     seen = f"logits have shape {list(logits.shape)}" + ("" if labels is None else f", labels {list(labels.shape)}")
-    reason = f"so dimension {dim} holds the classes" if others else "so the class dimension is unknown"
+    reason = f"so dimension {dim} is the class dimension" if others else "so the class dimension is unknown"
     raise QatkitError(
         f"{seen}, {reason}, but distillation compares the last dimension",
         key="class_dim",

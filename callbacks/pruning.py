@@ -104,11 +104,15 @@ class MagnitudePruning(PruningCallback):
         for other, conflicts in (("scope='model'", scope == "model"), ("nm", nm is not None)):
             if conflicts and self.layer_sparsity:
                 raise QatkitError(
-                    f"{self.layer_sparsity} has no effect with {other}", key="layers", advice="remove one of them"
+                    f"{self.layer_sparsity} has no effect with {other}",
+                    key="layers",
+                    advice=f"remove either layers or {other}",
                 )
         if block is not None and (nm is not None or scope == "model"):
             raise QatkitError(
-                f"{block} cannot be combined with nm or scope='model'", key="block", advice="remove one of them"
+                f"{block} cannot be combined with nm or scope='model'",
+                key="block",
+                advice="remove block, or nm and scope",
             )
         if nm is not None and scope == "model":
             raise QatkitError(
@@ -168,7 +172,7 @@ class MagnitudePruning(PruningCallback):
             raise QatkitError(
                 f"the checkpoint has pruned layers {list(recorded)}, but the patterns now select {chosen}",
                 key="include",
-                advice="use the patterns it was trained with",
+                advice="use the checkpoint's patterns",
             )
         super().resume(pl_module, recorded)
 
@@ -177,7 +181,7 @@ class MagnitudePruning(PruningCallback):
         super().on_train_start(trainer, pl_module)
         if self.ramp.end and math.isinf(trainer.estimated_stepping_batches):
             raise QatkitError(
-                "the length of training is unlimited, so its progress is unknown",
+                "training has no end, so its progress is unknown",
                 key="ramp",
                 advice="set max_steps or max_epochs of the Trainer",
             )

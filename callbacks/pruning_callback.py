@@ -56,7 +56,7 @@ class PruningCallback(Callback):
             return
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise QatkitError(
-                f"{type(trainer.strategy).__name__} flattens weights, so masks cannot be applied to them",
+                f"{type(trainer.strategy).__name__} flattens weights, so masks cannot be applied",
                 key="strategy",
                 advice="use 'ddp', or ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) for FSDP2",
             )
@@ -64,9 +64,9 @@ class PruningCallback(Callback):
         for earlier in callbacks[: callbacks.index(self)]:
             if isinstance(earlier, WeightAveraging):
                 raise QatkitError(
-                    f"{type(earlier).__name__} would average weights before the mask is applied to them",
+                    f"{type(earlier).__name__} would average weights before the mask is applied",
                     key="callbacks",
-                    advice=f"put {type(self).__name__} before it",
+                    advice=f"put {type(self).__name__} before {type(earlier).__name__}",
                 )
         self.layers, self._recorded, self._step = [], None, None
         self._module = weakref.ref(pl_module)
@@ -117,7 +117,7 @@ class PruningCallback(Callback):
             if zeros != recorded[name]:
                 raise QatkitError(
                     f"layer '{name}' was saved with {recorded[name]} zeros of {weights[name].numel()} weights, but its "
-                    f"loaded weight has {zeros}, so something changed it after loading",
+                    f"loaded weight has {zeros}, so it was changed after loading",
                     advice="load the checkpoint unchanged",
                 )
 
@@ -130,7 +130,7 @@ class PruningCallback(Callback):
             except AttributeError:
                 raise QatkitError(
                     f"the checkpoint has pruned weights in layer '{name}', which the module does not have",
-                    advice="resume with the module that was trained",
+                    advice="resume with the module that wrote the checkpoint",
                 ) from None
             assert isinstance(weight, nn.Parameter)
             weights[name] = weight
@@ -206,7 +206,7 @@ class PruningCallback(Callback):
                 if name not in chosen:
                     raise QatkitError(
                         f"the checkpoint has pruned weights in layer '{name}', but no callback would keep them at zero",
-                        advice="use the patterns it was trained with, add ConstantPruning, or load its weights without "
+                        advice="use the checkpoint's patterns, add ConstantPruning, or load its weights without "
                         "resuming",
                     )
 

@@ -43,7 +43,7 @@ class QuantizationAwareTraining(Callback):
     Before training, BatchNorm is folded into the preceding convolutions (BatchNorm that cannot be folded keeps its
     statistics frozen), the selected layers are swapped, and static activation ranges are calibrated on the first
     training batches. Each fake quantizer must run in the first training step. Learned scales are exempt from weight
-    decay. A checkpoint holds the same weights under the same names, plus the scales; a resumed run continues
+    decay. A checkpoint contains the same weights under the same names, plus the scales; a resumed run continues
     with those scales.
 
     Args:
@@ -164,7 +164,7 @@ class QuantizationAwareTraining(Callback):
                     f"{type(earlier).__name__} copies the module before its layers are quantized, so it would average "
                     "unquantized weights",
                     key="callbacks",
-                    advice="put QuantizationAwareTraining before it",
+                    advice=f"put QuantizationAwareTraining before {type(earlier).__name__}",
                 )
 
     def _precede_finders(self, trainer: Trainer) -> None:
@@ -218,8 +218,8 @@ class QuantizationAwareTraining(Callback):
             raise QatkitError(
                 f"'{method}' needs unsharded weights, but FSDP2 shards them",
                 key="init",
-                advice="run it as a separate stage with max_steps: 0 on one process or with strategy: ddp, and train "
-                "from its result",
+                advice=f"run {method} as a separate stage with max_steps: 0 on one process or with strategy: ddp, and "
+                "train from its result",
             )
         forward = as_training_does(trainer, pl_module, self.calibration_forward)
         with isolate_rng():
@@ -261,10 +261,10 @@ class QuantizationAwareTraining(Callback):
         if idle:
             layers = sorted({name.rpartition(".")[0] for name in idle})
             raise QatkitError(
-                f"training never calls the forward of the quantized layers {layers}; their weights are used by another "
-                "module or not at all",
+                f"training never calls the forward of the quantized layers {layers}; their weights are used by "
+                "another module or are unused",
                 key="include",
-                advice="add them to exclude",
+                advice="add these layers to exclude",
             )
         self._all_ran = True
 

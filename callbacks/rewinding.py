@@ -65,7 +65,8 @@ class WeightRewinding(Callback):
         for name, count in total_counts(lost, pruned).items():
             if count:  # checked before the first change, so an error leaves the module unchanged
                 raise QatkitError(
-                    f"{count} kept weights of layer '{name}' are 0 in the earlier weights, so they would look pruned",
+                    f"{count} kept weights of layer '{name}' are 0 in the earlier weights, so they would count as "
+                    "pruned",
                     advice="use weights of a later step, or exclude the layer",
                 )
         with torch.no_grad():

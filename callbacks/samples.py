@@ -64,7 +64,7 @@ class TextSamples(Callback):
         self.tokenizer = self.tokenizer or tokenizer_of(trainer)
         if self.tokenizer is None:
             raise QatkitError(
-                "the data has no tokenizer to encode them",
+                "the data has no tokenizer to encode the prompts",
                 key="prompts",
                 advice="pass tokenizer=, or remove the samples",
             )
@@ -135,6 +135,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):  # a killed process may leave an incomplete last line
             break
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise QatkitError(f"{path} holds a line that is no sample ({line[:60]!r})", advice="delete it")
+            raise QatkitError(f"{path} contains a line that is not a sample ({line[:60]!r})", advice="delete the line")
         rows.append(row)
     return rows

@@ -97,7 +97,7 @@ def cached_teacher_outputs(
     (logits, *others) = compared.select(call.output, call.batch, call.present)
     if others:
         raise QatkitError(
-            f"{list(compared.keys or ())} are several outputs, but a cache holds one",
+            f"{list(compared.keys or ())} are several outputs, but a cache contains only one",
             key="outputs",
             advice="name one output, or use a live teacher",
         )

@@ -45,10 +45,10 @@ def frozen_copy(student: nn.Module, trainer: Trainer) -> nn.Module:
     """
     if fake_quantizers(student):
         raise QatkitError(
-            "'self' is quantized already and would teach its own errors",
+            "the module is already quantized, so a copy of it would teach its quantization error",
             key="teacher",
-            advice="put KnowledgeDistillation before QuantizationAwareTraining in the list of callbacks, or pass the "
-            "model itself",
+            advice="put KnowledgeDistillation before QuantizationAwareTraining in the list of callbacks, or pass a "
+            "model instead of 'self'",
         )
     # a LightningModule holds its Trainer, which holds the data: neither is part of a teacher
     return copy.deepcopy(student, {id(trainer): None}).requires_grad_(False)
@@ -62,9 +62,9 @@ def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
     """
     if any(part is teacher for part in module.modules()):
         raise QatkitError(
-            "it is part of the module that trains, and would teach itself",
+            "the teacher is part of the module that trains, so it would teach itself",
             key="teacher",
-            advice="pass copy.deepcopy(...) of it",
+            advice="pass a copy.deepcopy(...) of the teacher",
         )
 
 
@@ -78,9 +78,9 @@ def check_not_trained(teacher: nn.Module, trainer: Trainer) -> None:
     for name, weight in teacher.named_parameters():
         if id(weight) in trained:
             raise QatkitError(
-                f"the optimizer trains its parameter '{name}', so it would follow the student",
+                f"the optimizer trains the teacher's parameter '{name}', so the teacher would follow the student",
                 key="teacher",
-                advice="pass copy.deepcopy(...) of it, or leave it out of configure_optimizers",
+                advice="pass a copy.deepcopy(...) of the teacher, or leave the teacher out of configure_optimizers",
             )
 
 
@@ -97,7 +97,7 @@ def call_teacher(teacher: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         inputs = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
         raise QatkitError(
-            f"it fails on the student's inputs ({', '.join(inputs)}): {error}",
+            f"the teacher fails on the student's inputs ({', '.join(inputs)}): {error}",
             key="teacher",
             advice="pass a model of the same task that takes the same inputs",
         ) from error

@@ -28,13 +28,13 @@ def locate(
         The folder or name, and whether only the local cache may be used because the hub cannot be reached.
 
     Raises:
-        QatkitError: the folder does not exist, or the hub does not know the name, refuses access or does not answer.
+        QatkitError: the folder does not exist, or the hub does not know the name, denies access or does not respond.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         return str(local), False
     if local.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise QatkitError(f"'{name}' is not a folder", key=argument, advice=f"use a folder that holds {holds}")
+        raise QatkitError(f"'{name}' is not a folder", key=argument, advice=f"use a folder that contains {holds}")
     return name, _is_only_cached(name, argument, marker, kind)
 
 
@@ -50,16 +50,16 @@ def cannot_load(error: BaseException, argument: str, name: str, advice: str, des
     """
     if _is_gated(error):
         return QatkitError(
-            f"'{name}' is gated, and the hub refuses access",
+            f"'{name}' is gated, and the hub denied access",
             key=argument,
-            advice="accept its conditions on its page, then log in with `hf auth login`",
+            advice="accept the conditions on its hub page, then log in with `hf auth login`",
         )
     wanted = f" as a {described}" if described else ""
     return QatkitError(f"'{name}' cannot be loaded{wanted} ({_one_line(error)})", key=argument, advice=advice)
 
 
 def holds_tokenizer(name: str) -> bool:
-    """Whether a folder holds a tokenizer, without which transformers creates an untrained one.
+    """Whether a folder contains a tokenizer, without which transformers creates an untrained one.
 
     A name on the hub is assumed to have one.
     """
@@ -81,7 +81,7 @@ def _is_only_cached(name: str, argument: str, marker: str | None, kind: Literal[
         raise QatkitError(
             f"'{name}' is not a folder, and the request to the hub failed ({_one_line(error)})",
             key=argument,
-            advice=f"use a folder that holds the {kind}, or a hub name while the network is up",
+            advice=f"use a folder that contains the {kind}, or use a hub name when the network is available",
         ) from error
     return False
 

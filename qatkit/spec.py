@@ -97,7 +97,7 @@ class QuantSpec:
         if not self.element.asymmetric and not self.symmetric:
             raise QatkitError(
                 f"false is not supported for type '{self.type}', which has no zero point", key="symmetric",
-                advice="remove it",
+                advice="remove symmetric",
             )  # fmt: skip
 
     def _check_slices(self) -> None:
@@ -147,7 +147,9 @@ class QuantSpec:
             )  # fmt: skip
         if self.percentile != 99.99 and self.observer != "percentile":
             raise QatkitError(
-                f"{self.percentile} has no effect with observer '{self.observer}'", key="percentile", advice="remove it"
+                f"{self.percentile} has no effect with observer '{self.observer}'",
+                key="percentile",
+                advice="remove percentile",
             )
         if not 50 < self.percentile <= 100:
             raise QatkitError(
@@ -157,7 +159,7 @@ class QuantSpec:
     def _check_scale(self) -> None:
         if self.scale_rule != "qmax" and (not self.symmetric or self.type != "int"):
             raise QatkitError(
-                f"'{self.scale_rule}' is for symmetric integers only", key="scale_rule", advice="remove it"
+                f"'{self.scale_rule}' is for symmetric integers only", key="scale_rule", advice="remove scale_rule"
             )
         if self.scale_dtype.startswith("float8") and (self.strategy != "group" or not self.is_float):
             raise QatkitError(

@@ -1,1 +1,1 @@
-"""Recipes that come with qatkit, as data. `qatkit list` lists them, and `qatkit show NAME` prints one."""
+"""Built-in recipes, as data. `qatkit list` lists them, and `qatkit show NAME` prints one."""

@@ -101,7 +101,7 @@ result["gated_tokenizer"] = attempt(lambda: text("team/texts", "team/gated"))
         "wrong": "name_or_path: 'team/modle' is not a folder, and the request to the hub failed",
         "wrong_data": "source.path: 'team/txets' is not a folder, and the request to the hub failed",
         "wrong_split": "source.val: 'team/texts' has no split 'valid'; did you mean 'validation'?",
-        "gated": "name_or_path: 'team/gated' is gated, and the hub refuses access; accept its conditions",
+        "gated": "name_or_path: 'team/gated' is gated, and the hub denied access; accept the conditions",
         "gated_tokenizer": "tokenizer: 'team/gated' is gated",
     }.items():
         assert words in found[name][0], found[name]
@@ -119,7 +119,7 @@ result["other_tokenizer"] = attempt(lambda: text("team/texts", "team/other"))
     for name in ("other", "other_data", "other_tokenizer"):
         said, slept = again[name]
         assert "the request to the hub failed" in said
-        assert "while the network is up" in said
+        assert "when the network is available" in said
         assert slept < 5, "at once, without trying again and again"
 
 

@@ -1,1 +1,1 @@
-"""Predict memory and cost of recipes before anything is loaded, and suggest changes that fit."""
+"""Predict a recipe's memory use and cost before anything is loaded, and suggest changes that fit."""

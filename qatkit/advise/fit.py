@@ -1,4 +1,4 @@
-"""Check that the stages of a recipe fit into device memory, and suggest changes if not."""
+"""Check that a recipe's stages fit into device memory, and suggest changes if they do not."""
 
 from __future__ import annotations
 

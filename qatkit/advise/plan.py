@@ -1,4 +1,4 @@
-"""Predict the memory that each stage of a recipe needs, before anything is loaded."""
+"""Predict memory use for each stage of a recipe, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StagePlan:
     on_each: int
     """Peak bytes per device."""
     unknown: str
-    """The reason why activations are not predicted; empty if they are."""
+    """Why activations are not predicted; empty if they are predicted."""
 
 
 def device_of(trainer: TrainerConfig) -> Device:
@@ -62,7 +62,7 @@ def device_of(trainer: TrainerConfig) -> Device:
 
 
 def plan_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> list[StagePlan]:
-    """Predict the memory of every stage that trains, without loading weights or data."""
+    """Predict memory use for every stage that trains, without loading weights or data."""
     count = device_of(recipe.trainer).count
     plans = []
     for name, setting in settings(recipe, allow):
@@ -94,7 +94,7 @@ class Setting:
         return self.stage.distill is not None and has_fused_loss(self.stage.distill)
 
     def memory(self) -> tuple[StepMemory, str]:
-        """The prediction, and the reason why activations are not predicted (empty if they are)."""
+        """The prediction, and the reason why activations are not predicted (empty if they are predicted)."""
         model, teacher = copy.deepcopy(self.model), _held_teacher(self.teacher, self.stage.distill)
         lora, distill = self.stage.lora, self.stage.distill
         bits: dict[str, float] = {}
@@ -117,7 +117,7 @@ class Setting:
             return step_memory(model, step, teacher, self.autocast, accumulates, bits, taught, moments), ""
         except Exception as error:  # third-party code may raise anything where shapes depend on values
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            unknown = f"a training step on meta tensors fails ({reason})"
+            unknown = f"a training step on meta tensors failed ({reason})"
             return state_memory(model, teacher, bits, taught, moments), unknown
 
 

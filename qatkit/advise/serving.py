@@ -1,4 +1,4 @@
-"""Predict the memory of serving a language model: quantized weights, scales, and the key-value cache."""
+"""Predict memory use for serving a language model: quantized weights, scales, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qatkit.schemes import scheme
 from qatkit.spec import QuantSpec
 
 SCHEMES = ("BF16", "W8A8", "FP8_DYNAMIC", "W4A16", "W2A16")
-"""The compared schemes: 16 bits, and schemes of compressed-tensors."""
+"""The compared schemes: 16 bits, and compressed-tensors schemes."""
 HALF = 2
 """Bytes of a 16-bit number: unquantized weights, scales, keys and values."""
 
@@ -35,7 +35,7 @@ class ServingMemory:
 
 
 def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16) -> list[ServingMemory]:
-    """Predict the memory of serving under each of the `SCHEMES`.
+    """Predict memory use for serving with each scheme in `SCHEMES`.
 
     Linear layers and experts are quantized, the output layer is not. Scales and unquantized weights have 16 bits.
     Temporary activations are not included: they are small in comparison and depend on the runtime.
@@ -44,7 +44,7 @@ def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16
         model: A transformers causal language model; it may be on the meta device.
         context: Tokens per sequence, prompt and answer.
         batch: Concurrent sequences.
-        kv_bits: Bits per element of keys and values.
+        kv_bits: Bits per key and value element.
 
     Raises:
         QatkitError: the model's config lacks the number of layers or heads.

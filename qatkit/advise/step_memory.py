@@ -1,4 +1,4 @@
-"""Predict the memory of a training step by running it on fake tensors, which have shapes but no values.
+"""Predict memory use for a training step by running it on fake tensors, which have shapes but no values.
 
 It runs the actual training step: the model's own code, the fake quantizers, the loss and the teacher. Fake tensors use
 no memory; every allocation and release is recorded.

@@ -1,4 +1,4 @@
-"""The loss of one training step on texts, run to predict its memory."""
+"""The loss of one training step on texts, used to predict its memory use."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MeasuredArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="FOLDER_OR_JSON", help="The sensitivity.json that `qatkit sensitivity` wrote, or its folder."
+        metavar="FOLDER_OR_JSON", help="The sensitivity.json file written by `qatkit sensitivity`, or its folder."
     ),
 ]
 
@@ -29,7 +29,7 @@ def command(
         float | None, typer.Option(help="Budget: average bits per weight, including scales.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option("--bytes", help="Budget in bytes instead, including scales and zero points.")
+        int | None, typer.Option("--bytes", help="Budget in bytes, including scales and zero points.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +43,7 @@ def command(
         raise QatkitError(
             "exactly one is required",
             key="--average-bits or --bytes",
-            advice="pass one, such as --average-bits 4.5",
+            advice="pass one of the two, such as --average-bits 4.5",
         )
     sensitivity = _read(measured)
     from qatkit.quantization.mixed.allocation import allocate, totals
@@ -80,7 +80,7 @@ def _read(path: Path) -> Sensitivity:
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError:
-        raise QatkitError("is not JSON", key=str(file), advice="measure again with `qatkit sensitivity`") from None
+        raise QatkitError("is not JSON", key=str(file), advice="rerun `qatkit sensitivity`") from None
     from qatkit.quantization.mixed.records import Sensitivity
 
     return Sensitivity.from_plain(content)

@@ -15,7 +15,7 @@ def command(
     allow_write: AllowWrite = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compute and store the teacher outputs of a recipe.
+    """Compute and store a recipe's teacher outputs.
 
     `qatkit run` does so before each stage whose distill block has a cache. This command does it ahead of time, for
     example on a larger machine. The same command resumes an interrupted run.

@@ -26,13 +26,13 @@ class Command:
 COMMANDS = Table(
     "command",
     [
-        Command("list", "List the recipes that come with qatkit."),
+        Command("list", "List the built-in recipes."),
         Command("show", "Print a recipe."),
-        Command("validate", "Check a recipe and predict its memory, without data or training."),
-        Command("plan", "Predict the memory of training and of serving, without loading weights."),
+        Command("validate", "Check a recipe and predict its memory use, without data or training."),
+        Command("plan", "Predict memory use for training and serving, without loading weights."),
         Command("run", "Train, export, verify, measure and report."),
-        Command("cache-teacher", "Compute and store the teacher outputs of a recipe."),
-        Command("export", "Export the finished stages of a run."),
+        Command("cache-teacher", "Compute and store a recipe's teacher outputs."),
+        Command("export", "Export a run's finished stages."),
         Command("verify", "Load the exported files in their runtime and compare them with training."),
         Command("report", "Measure exported files and write a report, or compare several runs."),
         Command("sensitivity", "Measure how much the loss grows when each layer is quantized on its own."),

@@ -92,7 +92,7 @@ def _message(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OutputError):
         return USER_MISTAKE, f"error: cannot write to standard output: {error}; free disk space or redirect the output"
     if isinstance(error, MemoryError) or _out_of_memory(error):
-        return USER_MISTAKE, f"error: out of memory; use a smaller batch_size or model ({_first_line(error)})"
+        return USER_MISTAKE, f"error: out of memory; use a smaller batch_size or a smaller model ({_first_line(error)})"
     if isinstance(error, OSError) and (explained := _os_error(error)):
         return USER_MISTAKE, explained
     what = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__
@@ -114,7 +114,7 @@ def _os_error(error: OSError) -> str | None:
     reason = error.strerror or _first_line(error)
     if isinstance(error.filename, str | bytes | os.PathLike) and os.fspath(error.filename):
         path = os.fsdecode(error.filename)
-        return f"error: {path}: {reason}; check the path, its permissions and the free space"
+        return f"error: {path}: {reason}; check the path, its permissions and the free disk space"
     if isinstance(error, BrokenPipeError) or not reason:  # of a worker process
         return None
     return f"error: {reason}; set QATKIT_DEBUG=1 to see where it happened"

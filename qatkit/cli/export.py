@@ -8,7 +8,7 @@ from qatkit.cli.output import echo
 
 
 def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None) -> None:
-    """Export the finished stages of a run.
+    """Export a run's finished stages.
 
     The recipe's export block sets the format.
 

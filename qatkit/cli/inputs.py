@@ -31,9 +31,9 @@ def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Re
         return loaded
     if not isinstance(loaded.data.args.get("source"), dict):
         raise QatkitError(
-            f"{loaded.data.factory} reads no records from data.args.source, so there is nothing to skip",
+            f"{loaded.data.factory} does not read records from data.args.source, so no record can be skipped",
             key="--skip-bad",
-            advice="remove the option",
+            advice="remove --skip-bad",
         )
     return load_recipe(recipe, [*(overrides or []), "data.args.source.skip_bad=true"])
 
@@ -67,7 +67,7 @@ def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | No
     check_path_text(folder, "RUN")
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
-            "not a run folder, because it has no recipe.yaml",
+            "is not a run folder, because it contains no recipe.yaml",
             key=str(folder),
             advice="pass the --out folder of `qatkit run`",
         )

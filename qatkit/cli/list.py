@@ -6,7 +6,7 @@ from qatkit.cli.output import echo
 
 
 def command() -> None:
-    """List the recipes that come with qatkit.
+    """List the built-in recipes.
 
     Example: qatkit list
     """

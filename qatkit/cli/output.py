@@ -48,7 +48,7 @@ def print_table(table: Any) -> None:
 
 
 def prepare_streams() -> None:
-    """Write each line to a log file immediately instead of buffering, and characters that it cannot hold as escapes."""
+    """Write log lines immediately instead of buffering, with escapes for characters that cannot be encoded."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")

@@ -22,16 +22,16 @@ _DEVICES = (24.0, 40.0, 80.0, 141.0)
 def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    context: Annotated[int, typer.Option(help="Tokens per sequence, prompt and completion together.")] = 4096,
+    context: Annotated[int, typer.Option(help="Tokens per sequence, including prompt and completion.")] = 4096,
     batch: Annotated[int, typer.Option(help="Concurrent sequences.")] = 1,
     kv_bits: Annotated[int, typer.Option(help="Bits per element of the KV cache: 16 or 8.")] = 16,
     device: Annotated[
         list[float] | None,
-        typer.Option(metavar="GB", help="Memory of a device. Repeatable.", show_default="24, 40, 80 and 141"),
+        typer.Option(metavar="GB", help="Device memory. Repeatable.", show_default="24, 40, 80 and 141"),
     ] = None,
     allow: Allow = None,
 ) -> None:
-    """Predict the memory of training and of serving, without loading weights.
+    """Predict memory use for training and serving, without loading weights.
 
     Training is predicted for every stage, serving for several quantization schemes.
 

@@ -18,7 +18,9 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The HTML page.", show_default="RUN/report.html, or ./report.html for several runs"
+            metavar="FILE",
+            help="Path of the HTML page.",
+            show_default="RUN/report.html, or ./report.html for several runs",
         ),
     ] = None,
     allow: Allow = None,

@@ -30,7 +30,7 @@ def command(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Retrain stages whose values have changed; ignore the memory prediction."),
+        typer.Option("--force", help="Retrain stages whose values have changed, and ignore the memory prediction."),
     ] = False,
     allow: Allow = None,
     allow_write: AllowWrite = None,

@@ -28,7 +28,7 @@ Candidates = Annotated[
     str,
     typer.Option(
         metavar="NAMES|FILE",
-        help="Names of schemes such as W8A16,W4A16; or a YAML file with one block per format: NAME: {weight: {...}}.",
+        help="Scheme names such as W8A16,W4A16, or a YAML file with one NAME: {weight: {...}} block per format.",
     ),
 ]
 Globs = Annotated[
@@ -44,7 +44,7 @@ def command(
     stage: Annotated[
         str | None,
         typer.Option(
-            metavar="STAGE", help="The stage whose model is measured.", show_default="the last one before compression"
+            metavar="STAGE", help="Stage whose model is measured.", show_default="the last one before compression"
         ),
     ] = None,
     include: Globs = None,
@@ -142,8 +142,8 @@ def _stage(this: Run, wanted: str | None) -> str | None:
     inputs = json.loads(json.dumps(stage_inputs(this.recipe, name)))  # through JSON, like the record
     if changes := changed_keys(record.inputs, inputs):
         raise QatkitError(
-            f"stage '{name}' in {this.out} was finished with other values: {'; '.join(changes[:10])}",
-            advice="pass the overrides it was run with, or use another --out",
+            f"stage '{name}' in {this.out} was finished with different values: {'; '.join(changes[:10])}",
+            advice="pass the overrides of the finished stage, or use another --out",
         )
     return name
 

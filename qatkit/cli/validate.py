@@ -18,11 +18,13 @@ _LISTED = 6
 def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Do not fail if the predicted memory does not fit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Do not fail if the predicted memory use exceeds the available memory.")
+    ] = False,
     allow: Allow = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Check a recipe and predict its memory, without data or training.
+    """Check a recipe and predict its memory use, without data or training.
 
     Keys, values, factories, layer names and missing packages are checked.
 
@@ -37,5 +39,5 @@ def command(
         listed = ", ".join(names[:_LISTED]) + (", ..." if names[_LISTED:] else "")
         echo(f"  {stage}: quantizes {len(names)} {'layer' if len(names) == 1 else 'layers'}: {listed}")
     for key, path in loaded.written_paths.items():
-        echo(f"  {key}: unless it is in the run's folder, `qatkit run` needs --allow-write {path}")
+        echo(f"  {key}: if this path is outside the run folder, `qatkit run` needs --allow-write {path}")
     print_training(loaded, allow or [], force)

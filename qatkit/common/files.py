@@ -87,7 +87,7 @@ def naming(path: Path) -> Iterator[None]:
     except Exception as error:
         if any(words in str(error) for words in _FAILED_WRITES):
             reason = str(error).strip().splitlines()[0]
-            raise OSError(errno.EIO, f"it cannot be written ({reason})", str(path)) from error
+            raise OSError(errno.EIO, f"the file cannot be written ({reason})", str(path)) from error
         raise
 
 

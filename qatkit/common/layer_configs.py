@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
-"""Config keys that hold the number of layers."""
+"""Config keys for the number of layers."""
 PER_LAYER = (
     "layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "attention_window", "layer_rope_theta",
 )  # fmt: skip

@@ -11,7 +11,7 @@ from qatkit.errors import QatkitError
 INT32 = 2**31 - 1
 """The largest count: torch and its kernels store many sizes in 32 bits."""
 INT64 = 2**63 - 1
-"""The largest integer of a tensor."""
+"""The largest integer in a tensor."""
 FLOAT32 = 3.4028234663852886e38
 """The largest float32."""
 
@@ -44,7 +44,7 @@ class Range:
     example: str = ""
 
     def problem(self, value: float) -> str | None:
-        """How to change a value that is out of range; None if it is in range."""
+        """Advice for a value that is out of range; None if the value is in range."""
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
         if low and high:

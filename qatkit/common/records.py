@@ -61,7 +61,7 @@ def read_signed(path: Path, kind: type[Any], schema: int, advice: str) -> dict[s
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error), advice) from error
     if not isinstance(content, dict):
-        raise _damaged(path, f"it contains a {type(content).__name__}, not an object", advice)
+        raise _damaged(path, f"the file contains a {type(content).__name__}, not an object", advice)
     digest = content.pop("digest", None)
     signed = content_digest(content)
     written = content.pop("schema", None)
@@ -74,7 +74,7 @@ def read_signed(path: Path, kind: type[Any], schema: int, advice: str) -> dict[s
             f"{f'qatkit {writer}, which' if isinstance(writer, str) else 'the version that'} wrote it",
         )
     if digest != signed:
-        raise _damaged(path, "its digest does not match its content", advice)
+        raise _damaged(path, "the digest does not match the content", advice)
     if (reason := misfit(kind, content)) is not None:
         raise _damaged(path, reason, advice)
     return content
@@ -128,4 +128,4 @@ def _misfit_of_fields(annotation: Any, value: Any, name: str) -> str | None:
 
 
 def _damaged(path: Path, reason: str, advice: str) -> QatkitError:
-    return QatkitError(f"{path} is damaged ({reason[:200]})", advice=f"restore it, or {advice}")
+    return QatkitError(f"{path} is damaged ({reason[:200]})", advice=f"restore the file, or {advice}")

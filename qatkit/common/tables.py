@@ -1,6 +1,6 @@
 """Tables: one small frozen table per kind of component, read by schema, validation, pipeline, report and docs.
 
-A row is a frozen dataclass with a ``name``. It holds plain values, and names its implementation as
+A row is a frozen dataclass with a ``name``. It contains plain values, and names its implementation as
 ``module:function``, which is imported on first use: reading a table loads nothing heavy.
 """
 

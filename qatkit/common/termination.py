@@ -86,7 +86,7 @@ class Termination:
             self._saving = False
 
     def release_children(self) -> None:
-        """Take the processes that this one has started off the lists of those who watch over them."""
+        """Remove this process's child processes from the lists of the code that watches them."""
         for children in self.children:
             started = children()
             self._ending += started
@@ -143,7 +143,7 @@ _current: Termination | None = None
 
 
 def termination() -> Termination | None:
-    """How this process reacts to SIGTERM; None if that is not up to qatkit."""
+    """How this process reacts to SIGTERM; None if qatkit does not handle it."""
     return _current
 
 

@@ -1,4 +1,4 @@
-"""Keep a command inside the folder it may write: links that lead out of it, and other folders, are refused by name."""
+"""Keep a command inside its folder: links that lead out of it, and other folders, raise an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_links(folder: Path, allowed: Sequence[Path] = ()) -> None:
             raise QatkitError(
                 f"this link leads to {target}, outside {folder}",
                 key=link,
-                advice=f"remove it, or pass --allow-write {target} if qatkit may write and delete files there",
+                advice=f"remove the link, or pass --allow-write {target} if qatkit may write and delete files there",
             )
 
 
@@ -43,7 +43,7 @@ def check_path(path: Path, folder: Path, allowed: Sequence[Path], key: str) -> N
     """
     if not _is_inside(os.path.realpath(path), _real([folder, *allowed])):
         raise QatkitError(
-            f"'{path}' would be written outside the run's folder {folder}",
+            f"'{path}' would be written outside the run folder {folder}",
             key=key,
             advice=f"remove the key, or pass --allow-write {path}",
         )

@@ -33,9 +33,9 @@ def causal_text(
 
     Args:
         source: The documents.
-        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        tokenizer: A tokenizer folder, or the name of a model on the hub.
         context: Window length in tokens, at least 2.
-        column: The column of a record that holds the text.
+        column: The name of the text column.
         epoch_batches: Batches between validations (and checkpoints); fewer if the text is shorter.
         batch_size: Windows per device and step.
         seed: Determines the training order.

@@ -42,9 +42,9 @@ def messages_of(record: Mapping[str, Any]) -> list[Message] | BadRecord:
     if isinstance(messages, BadRecord):
         return messages
     if not isinstance(messages, list) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
-        return BadRecord('its messages are not a list of {"role": ..., "content": ...}')
+        return BadRecord('messages is not a list of {"role": ..., "content": ...}')
     if not any(turn["role"] == "assistant" for turn in messages):
-        return BadRecord("has no assistant turn, so there is nothing to learn")
+        return BadRecord("has no assistant turn, so no token has a label")
     return messages
 
 
@@ -120,8 +120,9 @@ def assistant_spans(tokenizer: Any, messages: list[Message], text: str, tools: A
         start = next((len(part) for part in (*asked, before) if text.startswith(part)), None)
         if start is None or not text.endswith(after) or start > len(text) - len(after):
             raise BadRecord(
-                "the chat template renders a turn differently when others follow, so turns cannot be located",
-                "mark assistant turns in the template with {% generation %}, and set chat_template to its file",
+                "the chat template renders a turn differently when more turns follow, so turns cannot be located",
+                "put assistant turns into {% generation %} blocks in a template file, and set chat_template to this "
+                "file",
             )
         end = len(text) - len(after)
         spans.append((start, end + len(closing) if after.startswith(closing) else end))
@@ -152,7 +153,7 @@ def _apply(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) 
 
 def _from_conversations(turns: Any) -> list[Message] | BadRecord:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return BadRecord('its conversations are not a list of {"from": ..., "value": ...}')
+        return BadRecord('conversations is not a list of {"from": ..., "value": ...}')
     if "role" in (turns[0] if turns else {}):
         return turns
     unknown = [turn.get("from") for turn in turns if turn.get("from") not in _ROLES]

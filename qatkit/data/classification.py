@@ -38,12 +38,12 @@ def text_classification(
 
     Args:
         source: The records.
-        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        tokenizer: A tokenizer folder, or the name of a model on the hub.
         classes: Class names in the order of the model's outputs. A record gives a name or an index.
         context: Maximum length of a text in tokens.
-        column: The column of a record that holds the text.
-        partner: The column that holds the second text, if pairs are classified.
-        label: The column that holds the class.
+        column: The name of the text column.
+        partner: The column with the second text, if pairs are classified.
+        label: The column with the class.
         truncate: Truncate longer texts instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
         batch_size: Texts per device and step.
@@ -112,7 +112,7 @@ def _class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) ->
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(classes):
         return number
-    return BadRecord(f"its {column} {json.dumps(value, default=str)} is neither one of {list(classes)} nor an index")
+    return BadRecord(f"{column} {json.dumps(value, default=str)} is neither one of {list(classes)} nor an index")
 
 
 text_classification.task = "text_classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

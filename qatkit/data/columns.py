@@ -44,7 +44,7 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
         return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
     text = record[column]
     if not isinstance(text, str):
-        return BadRecord(f"column '{column}' holds {type(text).__name__}, not text")
+        return BadRecord(f"column '{column}' contains {type(text).__name__}, not text")
     if not text.isascii():
         try:
             text.encode()

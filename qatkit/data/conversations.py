@@ -37,7 +37,7 @@ def chat(
 
     Args:
         source: The records.
-        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        tokenizer: A tokenizer folder, or the name of a model on the hub.
         context: Maximum length of a conversation in tokens.
         chat_template: A file with a Jinja template that replaces the tokenizer's own.
         truncate: Truncate longer conversations instead of rejecting them.
@@ -59,7 +59,7 @@ def chat(
             raise QatkitError(
                 f"'{tokenizer}' has no chat template",
                 key="tokenizer",
-                advice="set chat_template: FILE.jinja, or use the tokenizer of a model that was trained to chat",
+                advice="set chat_template: FILE.jinja, or use a chat model's tokenizer",
             )
         return loaded
 
@@ -68,7 +68,7 @@ def chat(
         if not teaches_end_of_turn(loaded):
             warnings.warn(
                 f"{'chat_template' if chat_template else 'tokenizer'}: the template puts no end-of-turn token after an "
-                "answer, so the model does not learn to stop; end assistant turns with a token such as "
+                "answer, so the model would not learn to stop; end assistant turns with a token such as "
                 "{{ eos_token }}",
                 QatkitWarning,
                 stacklevel=2,
@@ -96,7 +96,7 @@ def _encode(tokenizer: Any, record: Mapping[str, Any], context: int, truncate: b
         return encoded
     ids, trained = (part[:context] if truncate else part for part in encoded)
     if not any(trained[1:]):
-        return BadRecord("has no assistant token to learn; every label would be masked")
+        return BadRecord("has no assistant token with a label; every label would be masked")
     return fitting({"input_ids": ids, "trained": trained}, context)
 
 

@@ -61,7 +61,7 @@ def _read_json_lines(file: Path) -> Iterator[Record]:
                 record = BadRecord(f"is not JSON ({error})")
             else:
                 if not isinstance(record, dict):
-                    record = BadRecord("is not a JSON object", "write one {...} per line")
+                    record = BadRecord("is not a JSON object", "write one JSON object per line")
             yield f"{file}:{number}", record
 
 

@@ -39,7 +39,7 @@ def digits(
         raise QatkitError(
             "scikit-learn, which provides the digits, is not installed",
             key="data.factory",
-            advice="install it with: pip install 'qatkit[demo]'",
+            advice="run: pip install 'qatkit[demo]'",
         ) from error
     images, labels = load_digits(return_X_y=True)
     rest, test = train_test_split(range(len(labels)), test_size=test_fraction, stratify=labels, random_state=split_seed)

@@ -66,9 +66,9 @@ def masked_text(
 
     Args:
         source: The texts.
-        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        tokenizer: A tokenizer folder, or the name of a model on the hub.
         context: Maximum length of a sample in tokens, including the tokenizer's special tokens.
-        column: The column of a record that holds the text.
+        column: The name of the text column.
         probability: Fraction of tokens that are masked.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer texts.
         batch_size: Samples per device and step.
@@ -92,7 +92,7 @@ def masked_text(
             raise QatkitError(
                 f"'{tokenizer}' has no mask token",
                 key="tokenizer",
-                advice="use the tokenizer of a masked language model",
+                advice="use a masked language model's tokenizer",
             )
         return loaded
 

@@ -44,7 +44,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
             raise QatkitError(
                 f"{self.context} is longer than the {rows.folder.name} split of {rows.ends[-1]} tokens",
                 key="context",
-                advice="use a smaller value, or more text",
+                advice="use a smaller context, or more text",
             )
         return rows
 

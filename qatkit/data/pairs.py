@@ -51,9 +51,9 @@ def text_pairs(
 
     Args:
         source: The records.
-        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub.
+        tokenizer: A tokenizer folder, or the name of a model on the hub.
         context: Maximum length of a text in tokens.
-        columns: The two columns of a record that hold the texts.
+        columns: The names of the two text columns.
         pooling: Pools hidden states into an embedding: their mean, the first token ("cls") or the last token ("last").
         truncate: Truncate longer texts instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.

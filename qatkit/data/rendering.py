@@ -49,9 +49,9 @@ def limited(render: Callable[[], Result], tokenizer: str) -> Result:
     except _TooManySteps:
         raise QatkitError(
             f"the template of tokenizer '{tokenizer}' was stopped after {MOST_STEPS} steps for one conversation, "
-            "because it may never end",
+            "because it probably never ends",
             key="chat_template",
-            advice="set it to a file whose template ends, or fix the template of the tokenizer",
+            advice="set chat_template to a file whose template ends, or fix the tokenizer's template",
         ) from None
     finally:
         sys.settrace(before)

@@ -58,7 +58,7 @@ def stdlib_text(
         epoch_batches: Batches between validations (and checkpoints); fewer if the text is shorter.
         batch_size: Windows per device and step.
         seed: Determines the training order.
-        tokenizer: A folder that holds the tokenizer, or the name of a model on the hub; None trains one.
+        tokenizer: A tokenizer folder, or the name of a model on the hub; None trains one.
 
     Raises:
         QatkitError: a number is out of range, a glob matches no file, a split is left without a file, or the tokenizer
@@ -101,7 +101,7 @@ def stdlib_tokens(
 ) -> Path:
     """Return the cached folder with ``train.npy``, ``val.npy`` and ``test.npy``; create it if needed.
 
-    It also holds ``tokenizer.json`` if the tokenizer is trained here.
+    It also contains ``tokenizer.json`` if the tokenizer is trained here.
 
     Raises:
         QatkitError: as `stdlib_text`.

@@ -120,7 +120,7 @@ class StreamLoader:
                 ended += 1
                 if ended == 2:
                     raise QatkitError(
-                        f"{self.context} is longer than the whole stream", key="context", advice="use a smaller value"
+                        f"{self.context} is longer than the whole stream", key="context", advice="use a smaller context"
                     )
                 self._open()
         packed = window(np.asarray(self._tokens[: self.context]), np.asarray(self._ends, np.int64))
@@ -148,7 +148,7 @@ class StreamLoader:
         self.bad += 1
         if self.bad == 1 or self.bad % 1000 == 0:
             warnings.warn(
-                f"source.skip_bad: {self.bad} of {self.read} records were skipped so far, the last: {where}: {reason}",
+                f"source.skip_bad: skipped {self.bad} of {self.read} records so far; most recent: {where}: {reason}",
                 QatkitWarning,
                 stacklevel=2,
             )

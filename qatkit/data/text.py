@@ -57,7 +57,7 @@ class Windows(Dataset[dict[str, Tensor]]):
             raise QatkitError(
                 f"{self.context} is longer than a split of {len(tokens)} tokens",
                 key="context",
-                advice="use a smaller value, or more text",
+                advice="use a smaller context, or more text",
             )
         return tokens[: count * self.context].reshape(count, self.context)
 
@@ -132,7 +132,7 @@ def cached_folder(key: dict[str, Any], write: Callable[[Path], None]) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=home))
     except OSError as error:
         raise QatkitError(
-            f"tokens cannot be cached there ({error})",
+            f"tokens cannot be cached in this folder ({error})",
             key=str(home),
             advice="set XDG_CACHE_HOME to a writable folder",
         ) from error

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TextDataModule(SplitDataModule):
-    """Windows of tokens from a folder that holds the tokenizer and one stream of tokens per split.
+    """Windows of tokens from a folder with the tokenizer and one token stream per split.
 
     Args:
         folder: Returns the folder, and creates it if it does not exist; for example `stdlib_tokens`.
@@ -26,7 +26,7 @@ class TextDataModule(SplitDataModule):
         batch_size: Windows per device and step.
         seed: Determines the training order.
         epoch_batches: Batches between validations (and checkpoints).
-        load: Returns the tokenizer, if the folder holds none.
+        load: Returns the tokenizer, if the folder contains none.
 
     Raises:
         QatkitError: `context` or `epoch_batches` is out of range.

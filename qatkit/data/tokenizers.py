@@ -20,7 +20,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     """Load the tokenizer of a model.
 
     Args:
-        name: A folder that holds the tokenizer, or the name of a model on the hub.
+        name: A tokenizer folder, or the name of a model on the hub.
         chat_template: A file with a Jinja template that replaces the tokenizer's own.
 
     Raises:
@@ -35,7 +35,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     except Exception as error:  # the library passes on errors of its dependencies
         raise cannot_load(error, "tokenizer", name, "use a folder or a model with a tokenizer") from error
     if not tokenizer.is_fast:
-        raise QatkitError(f"'{name}' has no tokenizer.json", key="tokenizer", advice="use a model that has one")
+        raise QatkitError(f"'{name}' has no tokenizer.json", key="tokenizer", advice="use a model that has this file")
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")

@@ -106,16 +106,16 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         for split in ("val", "test"):
             if split not in parts:
                 raise QatkitError(
-                    "is missing, and a stream cannot be split by fraction",
+                    "is not set, and a stream cannot be split by fraction",
                     key=f"source.{split}",
-                    advice="set it to a file, or to a split of the data set",
+                    advice="name a file, or a split of the data set",
                 )
     folder = cached_folder(key, lambda empty: _write(empty, parts, source, tokenizer, encode))
     meta = _read_meta(folder)
     if meta["bad"]:
         warnings.warn(
-            f"source.skip_bad: {meta['bad']} of {meta['bad'] + sum(meta['records'].values())} records were skipped, "
-            f"the first: {meta['first_bad']}",
+            f"source.skip_bad: skipped {meta['bad']} of {meta['bad'] + sum(meta['records'].values())} records; first: "
+            f"{meta['first_bad']}",
             QatkitWarning,
             stacklevel=2,
         )
@@ -201,13 +201,15 @@ def _dtype(name: str, vocabulary: int) -> str:
 
 def _empty(split: str, own: bool, meta: dict[str, Any], source: Source) -> QatkitError:
     if own:
-        skipped = f"; all {meta['bad']} were skipped, the first: {meta['first_bad']}" if meta["bad"] else ""
+        skipped = f"; all {meta['bad']} were skipped; first: {meta['first_bad']}" if meta["bad"] else ""
         name = "path" if split == "train" else split
         return QatkitError(
-            f"there is no record to use{skipped}", key=f"source.{name}", advice="use a file or data set with records"
+            f"there is no valid record{skipped}",
+            key=f"source.{name}",
+            advice="use a file or data set with valid records",
         )
     return QatkitError(
-        f"{getattr(source, f'{split}_fraction')} of the records leaves none for {split}",
+        f"{getattr(source, f'{split}_fraction')} of the records leaves no record for {split}",
         key=f"source.{split}_fraction",
         advice=f"use a larger fraction, or set source.{split} to other records",
     )

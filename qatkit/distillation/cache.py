@@ -52,7 +52,7 @@ def cache_teacher(
         The number of samples in the cache.
 
     Raises:
-        QatkitError: the folder holds a damaged cache or one with a different fingerprint, logits contain NaN or have
+        QatkitError: the folder contains a damaged cache or one with a different fingerprint, logits contain NaN or have
             more than three dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds
             float16.
     """
@@ -224,10 +224,10 @@ def _shard(teacher: Callable[[Any], Outputs], part: Sequence[Any], k: int, tempe
 
 
 def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor | None, number: int) -> None:
-    """Reject outputs that a cache cannot hold; padding is not stored and may contain anything."""
+    """Reject outputs that a cache cannot store; padding is not stored and may contain anything."""
     if logits.dim() not in (2, 3):
         raise QatkitError(
-            f"the teacher's logits have shape {list(logits.shape)}, but a cache holds [samples, classes] or "
+            f"the teacher's logits have shape {list(logits.shape)}, but a cache stores [samples, classes] or "
             "[samples, length, classes]",
             key=KEY,
             advice="use a live teacher",
@@ -235,12 +235,14 @@ def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor
     counted = slice(None) if present is None else present.to(logits.device)
     if logits[counted].isnan().any():
         raise QatkitError(
-            f"its logits for batch {number}, counted from 0, contain NaN", key="teacher", advice="check that batch"
+            f"the teacher's logits for batch {number}, counted from 0, contain NaN",
+            key="teacher",
+            advice="check that batch",
         )
     for name, state in hidden.items():
         if state.shape[:-1] != logits.shape[:-1]:
             raise QatkitError(
-                f"layer '{name}' returns {list(state.shape)} for logits {list(logits.shape)}, but a cache holds one "
+                f"layer '{name}' returns {list(state.shape)} for logits {list(logits.shape)}, but a cache stores one "
                 "vector per output",
                 key=KEY,
                 advice="compare another layer, or use a live teacher",
@@ -259,7 +261,7 @@ def _refuse_order(folder: Path, path: Path, part: Sequence[Any]) -> None:
     keys = [key for batch in part for key in sample_keys(*inputs_of(batch))]
     if keys != open_table([path])["key"].to_pylist():
         raise QatkitError(
-            f"the samples of {path} differ from the current data: the order, the batch size or the data changed",
+            f"the samples in {path} differ from the current data: the order, the batch size or the data changed",
             key=KEY,
             advice=f"delete {folder} and rebuild the cache",
         )

@@ -1,9 +1,9 @@
 """Cross-entropy and distillation of two output layers in one function: full logits are never materialized.
 
-For 2,048 tokens and 32,000 classes one matrix of logits takes 262 MB, and plain torch holds several. Here a few hundred
-rows of logits are computed, overwritten with their own gradient, multiplied into the gradients of the hidden states and
-of the weight, and replaced by the next rows. All gradients exist when the forward pass ends; the backward pass scales
-them.
+For 2,048 tokens and 32,000 classes one matrix of logits takes 262 MB, and plain torch keeps several of them. Here a few
+hundred rows of logits are computed, overwritten with their own gradient, multiplied into the gradients of the hidden
+states and of the weight, and replaced by the next rows. All gradients exist when the forward pass ends; the backward
+pass scales them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def linear_kd_loss(
     """
     if labels is None and alpha < 1:
         raise QatkitError(
-            f"missing, but alpha={alpha} includes the cross-entropy",
+            f"the labels are missing, but alpha={alpha} includes the cross-entropy",
             key="labels",
             advice="pass labels, or use alpha=1",
         )

@@ -77,7 +77,7 @@ class Divergence:
         if not self.on_top_k:
             cacheable = ", ".join(name for name, row in DIVERGENCES.items() if row.on_top_k)
             raise QatkitError(
-                f"'{self.name}' needs full teacher outputs, but a cache holds only the top-k classes",
+                f"'{self.name}' needs full teacher outputs, but a cache stores only the top-k classes",
                 key=key,
                 advice=f"use {cacheable}, or remove the cache",
             )
@@ -142,7 +142,7 @@ DIVERGENCES = Table(
             kinds=("classes", "labels", "values", "embeddings"),
         ),
         Divergence(
-            "binary_kl", "KL(teacher || student) of labels that are on or off, each on its own (multilabel)",
+            "binary_kl", "KL(teacher || student) for each binary label separately (multilabel)",
             on_logits="qatkit.distillation.losses:binary_kl_loss", compares_classes=False, kinds=("labels",),
         ),
         Divergence(
@@ -151,7 +151,8 @@ DIVERGENCES = Table(
             kinds=("embeddings",),
         ),
         Divergence(
-            "similarity", "squared difference of the similarities within a batch (relational, Park et al. 2019)",
+            "similarity", "squared difference between the pairwise similarities within a batch (relational, Park et "
+            "al. 2019)",
             on_logits="qatkit.distillation.losses:similarity_loss", compares_classes=False, uses_temperature=False,
             kinds=("embeddings",),
         ),

@@ -27,7 +27,7 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         Tokens ``[rows, longest]`` and their attention mask.
 
     Raises:
-        QatkitError: the batch holds no texts, or a text has no prompt.
+        QatkitError: the batch contains no texts, or a text has no prompt.
 
     Example:
         >>> import torch
@@ -42,11 +42,11 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         raise QatkitError(
             f"a batch has {content}, but no 'input_ids' [rows, tokens]",
             key="prompt",
-            advice="use text data: only texts can be continued",
+            advice="use text data; the model can continue only texts",
         )
     if extra := sorted(set(batch) - KEYS):
         raise QatkitError(
-            f"a batch holds {extra}, which generated texts do not have",
+            f"a batch contains {extra}, which generated texts do not have",
             key="prompt",
             advice=f"use data whose only entries are {sorted(KEYS)}",
         )
@@ -115,7 +115,7 @@ def check_length(model: nn.Module, key: str, tokens: int) -> None:
         raise QatkitError(
             f"prompt and new tokens add up to {tokens} tokens, but the model has only {longest} positions",
             key=key,
-            advice="use smaller values",
+            advice="reduce prompt or new_tokens",
         )
 
 

@@ -132,7 +132,7 @@ def binary_kl_loss(
 ) -> Tensor:
     """``T**2 * KL(sigmoid(teacher / T) || sigmoid(student / T))`` of independent labels, averaged over labels.
 
-    The loss of `kd_loss` for labels that are on or off each on their own: two classes per label, with the logits
+    The loss of `kd_loss` for independent binary labels: two classes per label, with the logits
     ``[z, 0]``.
 
     Args:

@@ -43,7 +43,7 @@ class Manifest:
 
     @property
     def complete(self) -> bool:
-        """Whether the cache holds all samples."""
+        """Whether the cache contains all samples."""
         return self.samples is not None and self.tokens is not None
 
     def write(self, folder: Path) -> None:
@@ -61,10 +61,12 @@ class Manifest:
             QatkitError: it is missing or has changed.
         """
         if not path.is_file():
-            raise QatkitError(f"{path} is missing", key=KEY, advice=f"restore it, or {_again(path.parent)}")
+            raise QatkitError(f"{path} is missing", key=KEY, advice=f"restore the file, or {_again(path.parent)}")
         if sha256_of(path) != self.files[path.name]:
             raise QatkitError(
-                f"{path} has changed since it was written", key=KEY, advice=f"restore it, or {_again(path.parent)}"
+                f"{path} has changed since it was written",
+                key=KEY,
+                advice=f"restore the file, or {_again(path.parent)}",
             )
 
     def check_files(self, folder: Path) -> None:
@@ -91,9 +93,9 @@ class Manifest:
         ]
         if changes:
             raise QatkitError(
-                f"{folder} was written with other inputs or settings:\n  " + "\n  ".join(changes) + "\n",
+                f"{folder} was written with different inputs or settings:\n  " + "\n  ".join(changes) + "\n",
                 key=KEY,
-                advice="use another folder, or delete this one",
+                advice="use another folder, or delete the existing cache",
             )
 
 

@@ -24,7 +24,7 @@ SHORT = 1 << 16
 """Number of classes that 16 bits can index."""
 LOWEST = torch.finfo(torch.float16).min
 STATES = "hidden:"
-"""Prefix of a column that holds a layer's hidden states, before the layer's name."""
+"""Prefix, before the layer's name, of a column with hidden states."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Targets:
     log_tail: Tensor
     """The log-probability of all other classes ``[samples, length]``."""
     mask: Tensor
-    """True where the cache holds a token ``[samples, length]``."""
+    """True where the cache has a token ``[samples, length]``."""
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs of cached teacher layers by name, float32 ``[samples, length, width]``."""
 
@@ -119,7 +119,7 @@ def spread(targets: Targets, present: Tensor | None) -> Targets:
 
 
 def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
-    """Serialize rows as an Arrow file whose metadata holds the number of classes."""
+    """Serialize rows as an Arrow file whose metadata contains the number of classes."""
     import pyarrow as pa
 
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"classes": str(classes)})

@@ -96,7 +96,7 @@ def _stack(teacher: nn.Module) -> tuple[str, int]:
     if len(stacks) != 1:
         raise QatkitError(
             f"{type(teacher).__name__} has {len(stacks)} lists of {depth} layers ({stacks}), but only a model with "
-            "one stack of layers can be shortened",
+            "one stack of layers is supported",
             key="teacher",
             advice="build the student yourself",
         )

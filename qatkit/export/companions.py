@@ -85,14 +85,14 @@ def _compare(expected: Path, exported: Path) -> list[str]:
     if expected.read_bytes() == exported.read_bytes():
         return []
     if expected.suffix != ".json":
-        return [f"{exported.name}: its content differs from the trained model's"]
+        return [f"{exported.name}: the content differs from the trained model's"]
     trained = json.loads(expected.read_text(encoding="utf-8"))
     try:
         saved = json.loads(exported.read_text(encoding="utf-8"))
     except ValueError as error:
-        return [f"{exported.name}: it is not JSON ({error})"]
+        return [f"{exported.name}: is not JSON ({error})"]
     if not isinstance(trained, dict) or not isinstance(saved, dict):
-        return [f"{exported.name}: its content differs from the trained model's"]
+        return [f"{exported.name}: the content differs from the trained model's"]
     return [
         f"{exported.name}: '{key}' is {_short(saved.get(key))}, and {_short(trained.get(key))} in the trained model"
         for key in sorted({*trained, *saved} - _IGNORED)

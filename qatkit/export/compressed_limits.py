@@ -38,12 +38,12 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
             raise QatkitError(
                 f"layer '{name}': compressed_tensors supports only linear layers, but this is a {type(layer).__name__}",
-                advice=f"exclude it, or {INSTEAD}",
+                advice=f"exclude the layer, or {INSTEAD}",
             )
         if tied := [other for other in owners[id(layer.weight)] if other != name]:
             raise QatkitError(
-                f"layer '{name}': its weight is tied to '{tied[0]}', and tied codes are not supported",
-                advice="exclude it, or untie the model's weights (tie_embeddings: false, tie_word_embeddings: false)",
+                f"layer '{name}': the weight is tied to '{tied[0]}', and tied codes are not supported",
+                advice="exclude the layer, or untie the weights (tie_embeddings: false, tie_word_embeddings: false)",
             )
         refusal = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
         if refusal:
@@ -59,10 +59,10 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
     if spec is None:
         return (
             "compressed_tensors does not support layers with a quantized input and an unquantized weight",
-            "quantize its weight too",
+            "quantize the layer's weight too",
         )
     if spec.type == "ternary":
-        return "compressed_tensors has no ternary codes", "set weight: {num_bits: 2}"
+        return "compressed_tensors does not support ternary codes", "set weight: {num_bits: 2}"
     if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):
         return (
             f"transformers reads compressed floats of {spec.num_bits} bits ({spec.type}, MX, NVFP4) only in bfloat16, "

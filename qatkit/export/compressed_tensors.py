@@ -38,7 +38,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
 
     Raises:
         QatkitError: the model is not a transformers model, has fused experts, or quantizes keys and values or a layer
-            in a way that the format cannot hold.
+            in a way that the format does not support.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(
@@ -82,7 +82,7 @@ def bound(measured: Measured) -> Bound:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder holds a transformers model."""
+    """Whether a folder contains a transformers model."""
     return (path / "config.json").is_file()
 
 
@@ -97,7 +97,7 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
         folder: Output folder for the config and the weights; replaced atomically.
 
     Raises:
-        QatkitError: the format cannot hold the model.
+        QatkitError: the format does not support the model.
 
     Example:
         >>> import tempfile

@@ -45,8 +45,8 @@ def _weight_spec(planned: PlannedExport, layer: str) -> QuantSpec | None:
 
 def _tied(first: str, second: str) -> QatkitError:
     return QatkitError(
-        f"'{first}' and '{second}' are one tied weight, but they quantize it differently, so a plain model cannot hold "
-        "both",
+        f"'{first}' and '{second}' share one tied weight but quantize it differently, and a plain model cannot store "
+        "both results",
         advice="quantize both with the same spec, or exclude both",
     )
 
@@ -69,12 +69,12 @@ def bound(measured: Measured) -> Bound:
 
 
 def is_dense(path: Path) -> bool:
-    """Whether a safetensors file holds plain tensors, not those of the sparse format."""
+    """Whether a safetensors file contains plain tensors, not those of the sparse format."""
     return "sparse" not in metadata(path)
 
 
 def export_dense(model: nn.Module, path: Path | str) -> None:
-    """Write a model's weights under plain names; quantized layers hold their fake-quantized values.
+    """Write a model's weights under plain names; for quantized layers, these are the fake-quantized values.
 
     A plain model that loads the file has exactly the trained weights, in their own dtype. Activation quantization is
     not in the file, because it is not a property of the weights. The metadata entry ``specs`` lists the quantized

@@ -27,7 +27,7 @@ class ExportFormat:
     file_name: str
     """The file in a stage's export folder; empty if the format writes the folder itself."""
     check: str
-    """``(model, planned)``: reject a model that the format cannot hold; called before training and before writing."""
+    """``(model, planned)``: reject an unsupported model; called before training and before writing."""
     write: str
     """``(model, path, batch)``: write the model; `batch` is one test batch, for formats that trace."""
     read_back: str
@@ -77,7 +77,7 @@ class ExportFormat:
         return implementation(getattr(self, part))(*args)
 
     def check_model(self, model: Any, schemes: Any = None, kv_cache: bool = False, task: Any = None) -> None:
-        """Reject a model that the format cannot hold; weights are not read.
+        """Reject a model that the format does not support; weights are not read.
 
         Args:
             model: A plain model with `schemes`, or one from `prepare_qat` without them.
@@ -86,7 +86,7 @@ class ExportFormat:
             task: The `Task` that the data declares, if it is known.
 
         Raises:
-            QatkitError: the format cannot hold the result; the error names the layer, and what to do.
+            QatkitError: the format does not support the result; the error names the layer, and what to do.
 
         Example:
             >>> from torch import nn
@@ -96,7 +96,7 @@ class ExportFormat:
             >>> FORMATS["onnx"].check_model(model)  # doctest: +ELLIPSIS
             Traceback (most recent call last):
             ...
-            qatkit.errors.QatkitError: layer '0': a quantized Conv1d has no ONNX form; exclude it, or use export: ...
+            qatkit.errors.QatkitError: layer '0': ONNX export does not support a quantized Conv1d; exclude ...
         """
         plan = implementation("qatkit.export.interface:PlannedExport")
         self.call("check", model, plan.of(model) if schemes is None else plan(schemes, kv_cache, task))
@@ -219,7 +219,7 @@ def format_of_path(path: Path, name: str | None = None) -> ExportFormat:
     if len(matching) == 1:
         return matching[0]
     names = ", ".join(repr(row.name) for row in matching or rows)
-    problem = "several export formats match" if matching else "its content matches no export format"
+    problem = "several export formats match" if matching else "the content matches no export format"
     raise QatkitError(problem, key=str(path), advice=f"pass format=: one of {names}")
 
 

@@ -69,7 +69,7 @@ class TaskJudge:
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """The words of the task's row."""
+        """The terms in the task's row."""
         return self._task.name, self._task.metric, self._task.counted
 
     @property
@@ -83,7 +83,8 @@ class MetricJudge:
 
     Args:
         metric: Updated with the outputs, and with the labels of the batch.
-        class_dim: The dimension of the outputs whose largest value is the answer; None compares all values to 1%.
+        class_dim: The dimension of the outputs whose largest value is the answer; None compares all values with a
+            tolerance of 1%.
     """
 
     def __init__(self, metric: Metric, class_dim: int | None) -> None:
@@ -138,7 +139,7 @@ class MetricJudge:
             raise QatkitError(
                 f"an output of shape {list(output.shape)} has no dimension {self.class_dim}",
                 key="class_dim",
-                advice="pass the dimension that holds the classes, or let forward return the logits only",
+                advice="pass the index of the class dimension, or let forward return the logits only",
             )
         return output.argmax(self.class_dim)
 

@@ -40,10 +40,11 @@ _INSTEAD = "use export: {format: dense}"
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Reject a model that ONNX, as ONNX Runtime reads it, cannot hold; weights are not read.
+    """Reject a model that ONNX, as ONNX Runtime reads it, does not support; weights are not read.
 
     Raises:
-        QatkitError: the model takes named inputs, a quantized layer has no QDQ form, or keys and values are quantized.
+        QatkitError: the model takes named inputs, QDQ does not support a quantized layer, or keys and values are
+            quantized.
     """
     if planned.task is not None and planned.task.named_inputs:
         raise QatkitError(
@@ -51,7 +52,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
             advice=_INSTEAD,
         )
     if planned.kv_cache:
-        raise QatkitError("quantized keys and values have no ONNX form", advice=f"remove kv_cache, or {_INSTEAD}")
+        raise QatkitError("ONNX does not support quantized keys and values", advice=f"remove kv_cache, or {_INSTEAD}")
     for name, scheme in planned.schemes.items():
         _check_layer(name, model.get_submodule(name), scheme)
 
@@ -112,8 +113,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
         path: The file; written atomically.
 
     Raises:
-        QatkitError: ONNX is not installed, a layer's quantization has no QDQ form or is not calibrated, a weight is
-            not float32, or PyTorch cannot trace the model.
+        QatkitError: ONNX is not installed, QDQ does not support a layer's quantization, a layer is not calibrated, a
+            weight is not float32, or PyTorch cannot trace the model.
 
     Example:
         >>> import tempfile, torch
@@ -154,31 +155,32 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
     if kind not in QDQ:
         raise QatkitError(
-            f"layer '{name}': a quantized {_plain_name(layer)} has no ONNX form", advice=f"exclude it, or {_INSTEAD}"
+            f"layer '{name}': ONNX export does not support a quantized {_plain_name(layer)}",
+            advice=f"exclude the layer, or {_INSTEAD}",
         )
     weight = cast(Tensor, layer.weight)
     if weight.dtype != torch.float32:
         dtype = str(weight.dtype).removeprefix("torch.")
         raise QatkitError(
-            f"layer '{name}': its weight is {dtype}, but the ONNX graph dequantizes to float32",
+            f"layer '{name}': the weight is {dtype}, but the ONNX graph dequantizes to float32",
             advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
         )
     inputs = scheme.activation
     if inputs is not None and inputs.strategy in ("token", "group"):
         raise QatkitError(
-            f"layer '{name}': dynamic activation quantization ({_words(inputs)}) has no QDQ form in ONNX",
+            f"layer '{name}': ONNX QDQ does not support dynamic activation quantization ({_words(inputs)})",
             advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor}, or choose another format",
         )
     if inputs is not None and scheme.weight is None:
         raise QatkitError(
-            f"layer '{name}': its input is quantized but its weight is not, and ONNX Runtime would quantize such a "
-            "weight to 8 bits by its own rule",
+            f"layer '{name}': the input is quantized but the weight is not, and ONNX Runtime would quantize the "
+            "weight to 8 bits with its own rule",
             advice="set weight: {num_bits: 8}, or remove activation",
         )
     for role, spec in (("weight", scheme.weight), ("activation", inputs)):
         if spec is not None and (spec.type != "int" or spec.strategy == "block"):
             raise QatkitError(
-                f"layer '{name}': {role} quantization with {_words(spec)} has no integer QDQ form in ONNX",
+                f"layer '{name}': ONNX integer QDQ does not support {role} quantization with {_words(spec)}",
                 advice="set type: int with strategy tensor, channel or group, or choose another format",
             )
 
@@ -187,7 +189,7 @@ def _check_ready(name: str, layer: QATLayer) -> None:
     for part in (layer.weight_fake_quant, layer.input_fake_quant):
         if part is not None and not part.ready:
             raise QatkitError(
-                f"layer '{name}': its {part.role} scale was never set",
+                f"layer '{name}': the {part.role} scale was never set",
                 advice="call qatkit.calibrate(model, batches) first",
             )
 

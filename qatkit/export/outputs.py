@@ -71,7 +71,7 @@ def compare_outputs(
         found = tensors(expected)
         if not found:
             raise QatkitError(
-                f"the model returned {kinds(expected)}, which holds no tensor",
+                f"the model returned {kinds(expected)}, which contains no tensor",
                 key="forward",
                 advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
             )
@@ -99,7 +99,7 @@ def compare_outputs(
         runtime_judge.add(computed, batch)
         same += judge.agreements(expected, computed, batch)
     if number == 0:
-        raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one")
+        raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one batch")
     if judge.count == 0:
         raise QatkitError(
             f"no prediction of {number} batches can be scored: the model returns none, or no label counts",

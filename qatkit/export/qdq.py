@@ -160,9 +160,9 @@ def _integer_bias(name: str, bias: Tensor, weight: _Codes, quantizer: _InputQuan
         values, scale, too_large = codes()
     if too_large.any():
         warnings.warn(
-            f"layer '{name}': its bias is too large for 32 bits at its scales (output channel "
-            f"{int(too_large.nonzero()[0])}: bias {float(bias[too_large][0]):.3g}), so it is added in floating point "
-            "after the layer; the results are the same, but a convolution runs without integer kernels",
+            f"layer '{name}': the bias is too large for 32 bits at the layer's scales (output channel "
+            f"{int(too_large.nonzero()[0])}: bias {float(bias[too_large][0]):.3g}), so the bias is added in floating "
+            "point after the layer; the results are the same, but a convolution runs without integer kernels",
             QatkitWarning,
             stacklevel=5,  # past torch.no_grad's wrapper
         )

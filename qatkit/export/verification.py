@@ -109,7 +109,7 @@ def verify(
             have the entries that its transformers models return.
         metric: A metric of torchmetrics that replaces the task's: it is updated with the outputs, and with the
             ``labels`` or the second part of the batch. It computes one number.
-        class_dim: With `metric`, the dimension of the outputs that holds the classes; without it, outputs agree if
+        class_dim: With `metric`, the class dimension of the outputs; without it, outputs agree if
             their values do.
 
     Returns:
@@ -188,7 +188,9 @@ def _judge(task: Task | str | None, metric: Metric | None, class_dim: int | None
         return MetricJudge(metric, class_dim)
     if class_dim is not None:
         raise QatkitError(
-            f"{class_dim} is given without a metric, and tasks know their own", key="class_dim", advice="pass metric"
+            f"{class_dim} has no effect without a metric, because tasks define their class dimension",
+            key="class_dim",
+            advice="pass metric",
         )
     return TaskJudge(TASKS.row(task, "task") if isinstance(task, str) else task)
 

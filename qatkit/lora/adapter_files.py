@@ -31,7 +31,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
 
     layers = adapted_layers(model)
     if not layers:
-        raise QatkitError("it has no adapter", key="model", advice="call save_adapter before merge")
+        raise QatkitError("the model has no adapter", key="model", advice="call save_adapter before merge")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if isinstance(layer, AdaptedWeight) and layer.held:

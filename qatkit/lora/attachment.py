@@ -84,7 +84,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
             raise QatkitError(
                 f"layer '{name}' shares its weight with '{tied}', which a merge would change as well",
                 key="targets",
-                advice="use patterns that do not match it",
+                advice="use patterns that do not match the layer",
             )
         _refuse_recomputed(name, module)
         chosen.append(name)
@@ -102,7 +102,7 @@ def _refuse_adapters(model: nn.Module) -> None:
         raise QatkitError(
             f"layer '{there}' already has an adapter",
             key="model",
-            advice="merge it first (qatkit.lora.merge, or merge_and_unload of peft)",
+            advice="merge the adapter first (qatkit.lora.merge, or merge_and_unload of peft)",
         )
 
 
@@ -193,7 +193,7 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
             raise QatkitError(
                 f"{value} is not supported for a layer {why}, because the update becomes part of the weight",
                 key=key,
-                advice="remove it",
+                advice=f"remove {key}",
             )
     for name, layer in layers.items():
         if kind_of(layer) is not None:
@@ -206,7 +206,7 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
             raise QatkitError(
                 f"layer '{name}', a {type(layer).__name__} {why}, cannot have an adapter (only nn.Linear can)",
                 key="targets",
-                advice="use patterns that do not match it",
+                advice="use patterns that do not match the layer",
             )
 
 

@@ -54,5 +54,5 @@ def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
             raise QatkitError(
                 f"layer '{name}' has a sparsity mask, but LoRA trains the classifier's head in full, without a mask",
                 key="held",
-                advice="exclude it from pruning, or set hold_sparsity: false",
+                advice="exclude the layer from pruning, or set hold_sparsity: false",
             )

@@ -39,8 +39,8 @@ def causal_lm(
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: the folder holds no complete model, a weight is NaN or infinite, the model is an encoder or is not
-            on the hub, access is denied, or the hub cannot be reached.
+        QatkitError: the folder contains no complete model, a weight is NaN or infinite, the model is an encoder or is
+            not on the hub, access is denied, or the hub cannot be reached.
 
     Example:
         >>> import tempfile
@@ -217,7 +217,7 @@ def load(
     except (QatkitError, MemoryError):
         raise
     except Exception as error:  # a config may have any value anywhere, on which the library fails in any way
-        advice = f"use a folder or a model on the hub that holds a {described}"
+        advice = f"use a folder or a hub model that contains a {described}"
         raise cannot_load(error, "name_or_path", name, advice, described) from error
     return ready_to_train(model, checkpointing)
 
@@ -249,14 +249,14 @@ def _check_weights(name: str, model: nn.Module, missing: Iterable[str]) -> None:
         raise QatkitError(
             f"the files of '{name}' lack {len(lost)} weights of a {config.model_type} model, such as '{lost[0]}'",
             key="name_or_path",
-            advice="copy the complete model there, or correct its config.json",
+            advice="copy the complete model to that folder, or correct its config.json",
         )
     place = next((key for key, value in model.named_parameters() if not bool(value.isfinite().all())), None)
     if place is not None:
         raise QatkitError(
             f"the weight '{place}' of '{name}' is NaN or infinite",
             key="name_or_path",
-            advice="use an intact model, or load it in the dtype that it was saved in",
+            advice="use an intact model, or load the model in the dtype in which it was saved",
         )
 
 
@@ -267,13 +267,13 @@ def _check_index(path: Path) -> None:
         outside = next((str(file) for file in files if Path(file).name != file), None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise QatkitError(
-            f"{path} is no index of weights ({type(error).__name__}: {error})",
+            f"{path} is not a weight index ({type(error).__name__}: {error})",
             key="name_or_path",
             advice="copy the model's files again",
         ) from error
     if outside is not None:
         raise QatkitError(
-            f"{path} names '{outside}', which is not a file of its folder",
+            f"{path} names '{outside}', which is not a file in its folder",
             key="name_or_path",
             advice="use a folder written by save_pretrained",
         )
@@ -283,7 +283,7 @@ def _check_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(f"it contains a {type(config).__name__}, not an object")
+            raise ValueError(f"the file contains a {type(config).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise QatkitError(
             f"{folder} has no readable config.json ({error})",
@@ -298,7 +298,9 @@ def _check_folder(folder: Path) -> None:
         )
     if not [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         raise QatkitError(
-            f"{folder} holds no .safetensors file", key="name_or_path", advice="copy the model's weights there"
+            f"{folder} contains no .safetensors file",
+            key="name_or_path",
+            advice="copy the model's weights to this folder",
         )
     for index in folder.glob("*.index.json"):
         _check_index(index)

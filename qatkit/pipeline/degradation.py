@@ -1,4 +1,4 @@
-"""A stage that makes its model worse: the validation metric before its first step, and the warning at its end."""
+"""Warn about a stage that makes its model worse: compare the validation metric before the first step and at the end."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Before:
 class StartMetric(Callback):
     """Measures the validation metric after the stage's compression and before its first step.
 
-    Compression lowers the accuracy, and training should win it back: the result of the previous stage would be
-    the wrong measure. The random state is restored. A resumed stage keeps the value of its start.
+    Compression lowers the accuracy, and training should recover it; the result of the previous stage would be
+    the wrong reference. The random state is restored. A resumed stage keeps the value of its start.
 
     Args:
         task: The task that the data declares; by default it is inferred from the batches.

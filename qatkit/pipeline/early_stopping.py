@@ -68,7 +68,7 @@ class StopEarly(EarlyStopping):
                 f"the first validation is at the end of an epoch of {epoch} steps, but max_steps is "
                 f"{trainer.max_steps}",
                 key=self.key,
-                advice="use more steps, or shorter epochs (epoch_batches of text data)",
+                advice="use more steps, or shorter epochs (epoch_batches for text data)",
             )
         # a run that was killed between the decision and the end of the stage must not train further
         trainer.should_stop = trainer.should_stop or self.stopped

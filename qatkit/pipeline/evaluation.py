@@ -59,7 +59,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
     for stage in run.rows:
         path = run.out / "export" / stage / "evaluation.json"
         of = [run.record(stage).fingerprint, run.record(reference).fingerprint if reference else "", asdict(config)]
-        kept = read_signed(path, _Kept, SCHEMA, f"delete {path} to measure again")
+        kept = read_signed(path, _Kept, SCHEMA, f"delete {path} to rerun the evaluation")
         if kept is not None and kept["of"] == of:
             scores[stage] = kept["score"]
             continue

@@ -27,7 +27,7 @@ def exported_stages(recipe: Recipe) -> list[str]:
 
 
 def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None) -> None:
-    """Reject a stage whose result the recipe's export format cannot hold; no weights are read.
+    """Reject a stage whose result the recipe's export format does not support; no weights are read.
 
     Args:
         recipe: The recipe, whose ``export`` block names the format; without the block, nothing is checked.
@@ -36,7 +36,7 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
         task: The task that the data declares.
 
     Raises:
-        QatkitError: the format cannot hold the result; the error names the stage and, if known, the layer.
+        QatkitError: the format does not support the result; the error names the stage and, if known, the layer.
     """
     if recipe.export is None:
         return
@@ -65,8 +65,8 @@ def export_run(run: Run) -> list[Path]:
         The exported files or folders.
 
     Raises:
-        QatkitError: a stage is not finished, the format cannot hold the trained model, or something would be written
-            outside the run's folder.
+        QatkitError: a stage is not finished, the format does not support the trained model, or something would be
+            written outside the run's folder.
     """
     run.check_writes()
     run.check_recipe()

@@ -97,9 +97,9 @@ class CompressionModule(LightningModule):
         # the same on every process, so that all of them stop
         if labels is not None and self._mean_over_processes(labels.float()) == 0:
             raise QatkitError(
-                f"every label of an epoch was {IGNORED}, so nothing is learned",
+                f"every label in an epoch was {IGNORED}, so the model learns nothing",
                 key="data",
-                advice="label the tokens to learn",
+                advice="label the tokens that the model should learn",
             )
 
     @override

@@ -25,8 +25,9 @@ from qatkit.common.termination import Termination
 class Preemption(Callback):
     """Saves ``last.ckpt`` at the next optimizer step after SIGTERM, and ends the fit there on all processes.
 
-    At the end of an epoch `checkpoint` saves. In the middle of one, the state holds the random numbers of each process,
-    and nothing is saved if a data loader cannot continue there. Put this callback after all that change weights.
+    At the end of an epoch `checkpoint` saves. In the middle of one, the state contains the random numbers of each
+    process, and nothing is saved if a data loader cannot continue there. Put this callback after all that change
+    weights.
 
     Args:
         termination: Knows whether this process has received the signal; None only restores random numbers.

@@ -104,15 +104,15 @@ def _check_batch_sizes(run: Run, names: Sequence[str]) -> None:
             raise QatkitError(
                 f"{size} is more than the {samples} training samples{each}, and incomplete batches are dropped",
                 key=f"stages.{name}.batch_size",
-                advice=f"use {samples} or less, or more data",
+                advice=f"use a batch_size of at most {samples}, or more data",
             )
 
 
 def resume_advice(run: Run) -> str:
-    """How a run that ended early continues, for its last message."""
+    """How to continue a run that ended early, for its last message."""
     unfinished = [name for name in run.recipe.stages if not (run.folder(name) / "stage.json").is_file()]
     if not unfinished:
-        return "all stages are trained; run the same command again for the rest"
+        return "all stages are trained; run the same command again to finish the run"
     if has_checkpoint(run.folder(unfinished[0])):
         return f"run the same command again to resume stage '{unfinished[0]}' from the last checkpoint"
     kept = ", finished stages are kept" if unfinished[0] != next(iter(run.recipe.stages)) else ""
@@ -161,5 +161,5 @@ def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
     if recorded not in (None, stage_print.fingerprint):
         raise QatkitError(
             f"stage '{name}' in {run.out} was trained from a different previous stage",
-            advice="use --force to run it again",
+            advice="use --force to rerun the stage",
         )

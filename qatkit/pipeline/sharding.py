@@ -43,7 +43,7 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
             trained_in = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise QatkitError(
                 f"FSDP2 needs one dtype per group, but the model is trained in {trained_in}, and the dtype of the "
-                f"quantized layer '{name}' is not that of most other layers",
+                f"quantized layer '{name}' differs from that of most other layers",
                 key="trainer.strategy",
                 advice="use strategy: ddp, or model.args.dtype: float32",
             )

@@ -53,7 +53,7 @@ def write_caches(run: Run) -> Iterator[str]:
         raise QatkitError(
             f"no stage of {list(run.recipe.stages)} uses a teacher cache",
             key="stages",
-            advice="set distill: {cache: {top_k: 64}} in one of them",
+            advice="set distill: {cache: {top_k: 64}} in one of these stages",
         )
     for stage in wanted:
         started = time.perf_counter()
@@ -70,7 +70,7 @@ def write_cache(run: Run, stage: str) -> Path:
     """Write the teacher's outputs for all training samples of a stage, unless they exist; resume after a kill.
 
     Raises:
-        QatkitError: the teacher's stage is not finished, or the folder holds a damaged cache or one with a different
+        QatkitError: the teacher's stage is not finished, or the folder contains a damaged cache or one with a different
             fingerprint.
     """
     folder, distill = cache_folder(run, stage), resolved_block(run, stage)
@@ -122,7 +122,7 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
     source = run.recipe.teacher_of(stage)
     if source is not None and run.find(source) is None:
         raise QatkitError(
-            f"its teacher, stage '{source}', is not finished in {run.out}",
+            f"the teacher, stage '{source}', is not finished in {run.out}",
             key=f"stages.{stage}.distill",
             advice=f"run `qatkit run RECIPE --out {run.out} --until {source}` first",
         )
@@ -130,7 +130,7 @@ def _inputs(run: Run, stage: str) -> tuple[Iterable[Any], dict[str, str], int | 
         check_files(run.folder(source), run.record(source))
     models = run.stage_models()
     size = vocabulary(models[stage], models.teacher(stage), data, stage)
-    prints = {"teacher": source or "the model as its factory makes it"}
+    prints = {"teacher": source or "the model that the factory builds"}
     inputs = stage_inputs(run.recipe, stage)
     if source is None:
         prints |= {key: str(value) for key, value in inputs.items() if key.startswith("model.")}
@@ -206,7 +206,7 @@ def wait_for(folder: Path) -> None:
             raise QatkitError(
                 f"the first process ended before {folder} was complete",
                 key="teacher cache",
-                advice="see the error it printed",
+                advice="see the first process's error",
             )
         time.sleep(1)
 

@@ -133,7 +133,7 @@ class Tracking:
         if not self._lost:
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"trainer.logger: W&B failed ({reason[:300]}); the run continues, and its numbers are in "
+                f"trainer.logger: W&B failed ({reason[:300]}); the run continues, and the metrics are in "
                 f"{self.out / 'stages'} and report.json",
                 QatkitWarning,
                 stacklevel=1,  # higher, it would count as Lightning's, whose warnings are silenced in training

@@ -63,7 +63,7 @@ def train(
     earlier: nn.Module | None = None,
     progress: Sequence[Style] = (),
 ) -> Trained:
-    """Fit one stage, resuming from its last checkpoint if the folder holds one.
+    """Fit one stage, resuming from its last checkpoint if the folder contains one.
 
     Args:
         recipe: The whole recipe.
@@ -140,7 +140,7 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
         raise QatkitError(
             f"stage '{name}' was started on {started.processes} processes but would resume on {trainer.world_size}",
             key="trainer.devices",
-            advice=f"set trainer.devices={started.processes}, or use --force to train the stage again",
+            advice=f"set trainer.devices={started.processes}, or use --force to retrain the stage",
         )
     write_started(folder, dataclasses.replace(started, processes=trainer.world_size))
 

@@ -52,8 +52,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
     for name, stage in recipe.stages.items():
         if stage.distill is not None and recipe.teacher_of(name) is None:
             warnings.warn(
-                f"stages.{name}.distill: no earlier stage can teach, so the teacher is the model that the factory "
-                "builds, which may be untrained; put a dense stage first",
+                f"stages.{name}.distill: no earlier stage can be the teacher, so the teacher is the model that the "
+                "factory builds, which may be untrained; put a dense stage first",
                 QatkitWarning,
                 stacklevel=2,
             )
@@ -102,7 +102,7 @@ def _check_windows(config: EvaluateConfig, args: Mapping[str, Any], data: Callab
         raise QatkitError(
             f"{config.context} is longer than the {longest} positions of the model",
             key="context",
-            advice=f"use {longest} or less",
+            advice=f"use at most {longest}",
         )
     parameter = inspect.signature(data).parameters.get("context")
     sample = args.get("context", parameter.default if parameter is not None else None)
@@ -128,7 +128,7 @@ def _check_prompts(config: DistillConfig, factory: str, packed: bool) -> None:
     for key in ("on_policy", "sequence_level"):
         if packed and getattr(config, key) is not None:
             raise QatkitError(
-                f"it continues the beginnings of texts, but {factory} packs several documents into a row",
+                f"{key} needs rows that start with a prompt, but {factory} packs several documents into each row",
                 key=key,
                 advice=f'set data.factory: "qatkit.data:chat" or "qatkit.data:stdlib_text", or remove {key}',
             )

@@ -72,7 +72,7 @@ def read_verification(run: Run, stage: str) -> dict[str, Any]:
     digests = content.pop("digests")
     if (changed := changed_file(digests, run.out)) is not None:
         raise QatkitError(
-            "it changed after it was verified",
+            "the file changed after verification",
             key=str(changed),
             advice=f"run `qatkit export {run.out}`, then {verify_again}",
         )

@@ -61,7 +61,8 @@ def open_run(recipe: Recipe, out: Path, mode: str) -> Any:
             raise
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"trainer.logger: W&B cannot start online ({reason[:300]}); the run is kept offline, upload it later with "
+            f"trainer.logger: W&B cannot start online ({reason[:300]}); the run is stored offline; upload it later "
+            "with "
             f"`wandb sync {out / 'wandb'}/offline-run-*`",
             QatkitWarning,
             stacklevel=1,  # higher, it would count as Lightning's, whose warnings are silenced in training

@@ -48,7 +48,7 @@ def prefix_of(model: nn.Module) -> str:
         raise QatkitError(
             f"{type(model).__name__} is not a Llama-like transformer: {difference}; supported are {KNOWN}",
             key="model",
-            advice="remove whole layers instead (layers: 2 with layers_by: uniform, or keep_layers)",
+            advice="remove whole layers instead (set layers: 2 and layers_by: uniform, or keep_layers)",
         )
     return prefix
 
@@ -67,24 +67,24 @@ def _difference(model: nn.Module, prefix: str) -> str | None:
     """Describe how a model differs from the known layout; None if it does not."""
     config: Any = getattr(model, "config", None)
     if config is None:
-        return "it has no config"
+        return "the model has no config"
     modules, stack = dict(model.named_modules()), f"{prefix}layers"
     layers = list(modules[stack].children()) if stack in modules else []
     if not layers:
-        return "it has no layers.0.self_attn.q_proj"
+        return "the model has no layers.0.self_attn.q_proj"
     for index in range(len(layers)):
         for name in BLOCK:
             if name not in OPTIONAL and f"{stack}.{index}.{name}" not in modules:
-                return f"it has no '{stack}.{index}.{name}'"
+                return f"the model has no '{stack}.{index}.{name}'"
     state = model.state_dict()
     for name in state:
         if not axes_of(prefix, name):
             return f"the axes of '{name}' are unknown"
     for key in SIZES:
         if not isinstance(getattr(config, key, None), int):
-            return f"its config has no integer {key}"
+            return f"the config has no integer {key}"
     if len(layers) != config.num_hidden_layers:
-        return f"it has {len(layers)} layers, but its config says {config.num_hidden_layers}"
+        return f"the model has {len(layers)} layers, but the config specifies {config.num_hidden_layers}"
     head_dim = head_dim_of(config)
     sizes = {
         "hidden": config.hidden_size,
@@ -95,7 +95,7 @@ def _difference(model: nn.Module, prefix: str) -> str | None:
     for name, value in state.items():
         wanted = [sizes.get(axis, size) for axis, size in zip(axes_of(prefix, name), value.shape, strict=False)]
         if wanted != list(value.shape):
-            return f"'{name}' has shape {list(value.shape)}, but its config says {wanted}"
+            return f"'{name}' has shape {list(value.shape)}, but the config specifies {wanted}"
     return None
 
 
@@ -133,5 +133,5 @@ def _unsupported(kind: type, changed: Mapping[str, Any], problem: str) -> Qatkit
     return QatkitError(
         f"{kind.__name__} with {changed} {problem}, so its config cannot express these sizes",
         key="model",
-        advice="shrink something else, such as neurons or other layers",
+        advice="shrink other parts, such as neurons or whole layers",
     )

@@ -102,7 +102,7 @@ def _averaged(
         for module, mode in modes:
             module.training = mode
     if not count:
-        raise QatkitError("there are none", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
     return {name: total / count for name, total in totals.items()}
 
 
@@ -128,9 +128,9 @@ def last_layer(model: nn.Module, example: Tensor) -> str:
             handle.remove()
     if not ran:
         raise QatkitError(
-            "no linear or convolutional layer runs, so there are no channels to remove",
+            "the model runs no linear or convolutional layer, so it has no channels to remove",
             key="model",
-            advice="use a network with such layers",
+            advice="use a network with linear or convolutional layers",
         )
     return ran[-1]
 

@@ -102,7 +102,7 @@ def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float =
     for name, layer in layers.items():
         if type(layer) not in PRUNABLE:
             raise QatkitError(
-                f"layer '{name}' is a {type(layer).__name__}, which may have more parameters than a plain layer",
+                f"layer '{name}' is a {type(layer).__name__}, which may have additional parameters",
                 advice="prune before prepare_qat, or call strip_qat(model) first",
             )
     owners: dict[int, str] = {}
@@ -110,7 +110,7 @@ def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float =
         for kind, parameter in module.named_parameters(recurse=False):
             if (other := owners.setdefault(id(parameter), f"{name}.{kind}")) != f"{name}.{kind}":
                 raise QatkitError(
-                    f"layer '{name}' shares its {kind} with '{other}', and each would be pruned separately",
+                    f"layer '{name}' shares its {kind} with '{other}', but the two layers would be pruned separately",
                     advice="use one module in both places, or separate weights",
                 )
     # the last layer usually computes the output and keeps its channels; if it does not, excluding it does no harm

@@ -63,7 +63,7 @@ def gradient_scores(
         for module, mode in modes:
             module.training = mode
     if empty:
-        raise QatkitError("there are none", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
     return scores
 
 

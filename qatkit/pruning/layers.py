@@ -56,7 +56,7 @@ def prunable_layers(
         _check_weight(name, _weight(layer))
         if id(layer.weight) in elsewhere:
             raise QatkitError(
-                f"layer '{name}' shares its weight with '{elsewhere[id(layer.weight)]}', which would be pruned too",
+                f"layer '{name}' shares its weight with '{elsewhere[id(layer.weight)]}', which would also be pruned",
                 advice="exclude the layer",
             )
         if id(layer.weight) in excluded:
@@ -87,7 +87,7 @@ def _check_weight(name: str, weight: object) -> None:
     if weight is not None and not isinstance(weight, nn.Parameter):
         raise QatkitError(
             f"the weight of layer '{name}' is computed by a hook (torch's prune, weight_norm or spectral_norm)",
-            advice="make it permanent (prune.remove, remove_weight_norm), or exclude the layer",
+            advice="make the weight permanent (prune.remove, remove_weight_norm), or exclude the layer",
         )
     # tensor subclasses of torchao and bitsandbytes report a float dtype for integer codes; FSDP2's shards are floats
     codes = weight is not None and type(weight) is not nn.Parameter and not hasattr(weight, "to_local")

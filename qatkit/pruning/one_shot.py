@@ -88,7 +88,7 @@ def prune_one_shot(
             check_floor(name, total - pruned, total)
     kept = list(batches)
     if not kept:
-        raise QatkitError("there are none", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
     function = implementation(row.function)
     for _, names in groupby(layers, key=_block):
         block = {name: layers[name] for name in names}
@@ -154,7 +154,7 @@ def _input_sums(
     unreached = [name for name in layers if name not in sums]
     if unreached:
         raise QatkitError(
-            f"the batches never reach layer '{unreached[0]}'", advice="exclude it, or pass batches that reach it"
+            f"the batches never reach layer '{unreached[0]}'", advice="exclude the layer, or pass batches that reach it"
         )
     non_finite = [name for name, total in sums.items() if not total.isfinite().all()]
     if non_finite:

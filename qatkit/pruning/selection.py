@@ -160,7 +160,7 @@ def _check_finite(high: Tensor, keys: Keys, scores: Mapping[str, Tensor]) -> Non
         names = [name for name, tensor in scores.items() if not local(tensor).isfinite().all()]
         raise QatkitError(
             f"layer '{(names or list(scores))[0]}' has NaN or infinite scores, which cannot be ranked "
-            f"({int(non_finite)} in all)",
+            f"({int(non_finite)} in total)",
             advice=NON_FINITE_ADVICE,
         )
 

@@ -60,7 +60,7 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
         layers[name].weight = nn.Parameter(weight, requires_grad=False)
     if refused:
         warnings.warn(
-            f"layers {list(refused)} stay dense: torch's sparse kernels do not support their shapes; exclude them",
+            f"layers {list(refused)} stay dense: torch's kernels do not support their shapes; exclude these layers",
             QatkitWarning,
             stacklevel=2,
         )
@@ -98,5 +98,5 @@ def _check(name: str, weight: Tensor) -> None:
     if not is_two_of_four(part):
         raise QatkitError(
             f"the weight of layer '{name}', of shape {list(part.shape)}, is not 2:4 sparse",
-            advice="prune it with nm=(2, 4), or exclude the layer",
+            advice="prune the layer with nm=(2, 4), or exclude it",
         )

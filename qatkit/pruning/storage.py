@@ -93,7 +93,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
         for part, content in parts.items():
             if f"{name}.{part}" in state:
                 raise QatkitError(
-                    f"tensor '{name}.{part}' has the same name as a stored part of '{name}'", advice="rename it"
+                    f"tensor '{name}.{part}' has the same name as a stored part of '{name}'", advice="rename the tensor"
                 )
             tensors[f"{name}.{part}"] = content
     save_file(tensors, path, metadata={"format": "pt", "sparse": json.dumps(described)})

@@ -116,7 +116,7 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
         for module, mode in modes:
             module.training = mode
     if not used:
-        raise QatkitError("there are none", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
     return Importance(**sums)
 
 

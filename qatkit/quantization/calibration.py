@@ -113,7 +113,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
         if ends.eq(-torch.inf).any():
             raise QatkitError(
                 f"layer '{layer}' never ran during calibration, so its input has no range",
-                advice="exclude it from quantization",
+                advice="exclude the layer from quantization",
             )
     parts = torch.split(sums.cpu(), [3 + sum(len(c) for c in _counts(o)) for o in observers])
     chosen: list[tuple[torch.Tensor, ...]] = []

@@ -70,7 +70,7 @@ class QATExperts(QATParts):
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds plain fused experts in transformers 5's layout."""
+    """Whether a module contains plain fused experts in transformers 5's layout."""
     return not isinstance(module, QATExperts) and hasattr(module, "is_transposed") and bool(expert_weights(module))
 
 

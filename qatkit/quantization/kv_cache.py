@@ -62,7 +62,7 @@ def _check(name: str, module: nn.Module) -> None:
     implementation = str(config._attn_implementation)
     if implementation.removeprefix(PREFIX) not in _functions():
         raise QatkitError(
-            f"'{name}' computes attention with '{implementation}', which qatkit cannot replace", key="kv_cache",
+            f"'{name}' computes attention with '{implementation}', which qatkit does not support", key="kv_cache",
             advice="load the model with attn_implementation='sdpa'",
         )  # fmt: skip
     if not _uses_registry(type(module).__module__):

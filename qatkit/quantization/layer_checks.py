@@ -32,10 +32,10 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     if scheme.activation is None:
         return
     if is_experts(layer) or isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        reason = "fused experts route their inputs internally" if is_experts(layer) else "its inputs are integers"
+        reason = "fused experts route their inputs internally" if is_experts(layer) else "the inputs are integers"
         raise QatkitError(
-            f"only the weight of layer '{name}' can be quantized: {reason}", key="activation",
-            advice="give the layer a weight-only entry in layers, or exclude it",
+            f"only the weight of layer '{name}' can be quantized, because {reason}", key="activation",
+            advice="give the layer a weight-only entry in layers, or exclude the layer",
         )  # fmt: skip
     dims = 2 if kind is not None else weights[0][1].dim()
     if scheme.activation.strategy == "token" and dims != 2:
@@ -78,7 +78,7 @@ def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         if schemes[first].weight != schemes[name].weight:
             raise QatkitError(
                 f"layers '{first}' and '{name}' share one weight but have different weight specs",
-                advice="use the same weight spec for both, or exclude one",
+                advice="use the same weight spec for both layers, or exclude one of them",
             )
 
 
@@ -106,7 +106,7 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor | None, inputs: in
     if not isinstance(weight, nn.Parameter):
         raise QatkitError(
             f"the weight of layer '{name}' is computed by a hook (torch's prune, weight_norm or spectral_norm)",
-            advice="make it permanent (prune.remove, remove_weight_norm), or exclude the layer",
+            advice="make the weight permanent (prune.remove, remove_weight_norm), or exclude the layer",
         )
     if weight.numel() == 0:
         raise QatkitError(

@@ -138,7 +138,8 @@ class FakeQuantize(nn.Module):
             return x, None
         if not self.ready:
             raise RuntimeError(
-                "a static activation scale is used before calibration; call qatkit.calibrate(model, batches) first, or "
+                "a static activation scale was used before calibration; call qatkit.calibrate(model, batches) first, "
+                "or "
                 "use QuantizationAwareTraining and call fit before validate, test and predict, or pass ckpt_path"
             )
         # a compiler merges equal expressions itself; inference tensors do not record in-place changes

@@ -75,7 +75,7 @@ def select(
     for name, module in others.items():
         if isinstance(module, QATLayer | QATParts) and name not in excluded and _matches(name, module, patterns):
             raise QatkitError(
-                f"layer '{name}' is already fake-quantized", advice="exclude it, or call strip_qat(model) first"
+                f"layer '{name}' is already fake-quantized", advice="exclude the layer, or call strip_qat(model) first"
             )
     for key, pattern in named:
         _check_pattern(key, pattern, candidates, others, must_fit=True)
@@ -117,7 +117,7 @@ def check_arguments(
     for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
         if isinstance(spec, Scheme):
             raise QatkitError(
-                "a scheme holds two specs", key=name, advice="pass weight=w8a8.weight, activation=w8a8.activation"
+                "a scheme contains two specs", key=name, advice="pass weight=w8a8.weight, activation=w8a8.activation"
             )
         if spec is not None and not isinstance(spec, QuantSpec):
             raise QatkitError(f"{spec!r} is not a QuantSpec", key=name, advice="pass QuantSpec(num_bits=8)")
@@ -179,7 +179,7 @@ def _check_pattern(
         kinds = ", ".join(sorted(kind.__name__ for kind in (*SWAPS, *PARTS)))
         raise QatkitError(
             f"'{pattern}' selects '{matched[0]}', a {type(others[matched[0]]).__name__}, which cannot be quantized "
-            f"(only {kinds}, transformers' Conv1D and fused experts can)", key=key, advice="remove it",
+            f"(only {kinds}, transformers' Conv1D and fused experts can)", key=key, advice="remove the pattern",
         )  # fmt: skip
     if not matched:
         raise QatkitError(f"'{pattern}' matches no layer", key=key, advice=did_you_mean(pattern, candidates))
@@ -201,8 +201,8 @@ def _warn_of_skipped(
     )
     warnings.warn(
         f"not quantized, because these types are not supported: {', '.join(names[:8])}"
-        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; they hold {100 * left / max(total, 1):.1f}% of "
-        "the model's weights; name them in exclude to accept that",
+        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; these modules contain "
+        f"{100 * left / max(total, 1):.1f}% of the model's weights; add the modules to exclude to silence this warning",
         QatkitWarning,
         stacklevel=4,
     )

@@ -144,7 +144,7 @@ class DistillConfig:
             divergence.check_cached()
             if self.attention is not None and self.attention.heads is None:
                 raise QatkitError(
-                    "a cache holds one vector per token and no feature maps",
+                    "a cache stores one vector per token and no feature maps",
                     key="attention",
                     advice="set heads, or remove the cache",
                 )
@@ -154,12 +154,12 @@ class DistillConfig:
                 raise QatkitError(
                     f"{fractions[0]} and sequence_level.fraction {fractions[1]} add up to more than 1",
                     key="on_policy.fraction",
-                    advice="use two fractions whose sum is at most 1",
+                    advice="use two fractions that add up to at most 1",
                 )
         for name in ("on_policy", "sequence_level"):
             if self.cache is not None and getattr(self, name) is not None:
                 raise QatkitError(
-                    "a cache holds no outputs for generated texts", key=name, advice=f"remove the cache, or {name}"
+                    "a cache contains no outputs for generated texts", key=name, advice=f"remove the cache, or {name}"
                 )
 
 

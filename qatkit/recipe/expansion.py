@@ -42,7 +42,7 @@ def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageCon
                 raise QatkitError(
                     f"the lottery block of '{name}' creates a stage of the same name",
                     key=f"stages.{each}",
-                    advice="rename one of them",
+                    advice="rename one of the two stages",
                 )
         result |= new
         if stage.lottery is not None and stage.lottery.reinit and name != list(stages)[-1]:
@@ -61,16 +61,16 @@ def _rounds(
     for block in ("model", "shrink", "prune", "quantize", "lora", "rewind", "part", "early_stopping"):
         if getattr(stage, block) is not None:
             raise QatkitError(
-                "it cannot be combined with lottery, which expands into several stages",
+                f"{block} cannot be combined with lottery, which expands into several stages",
                 key=f"stages.{name}.{block}",
-                advice="move it to a separate stage",
+                advice="move the block to a separate stage",
             )
     rewind_step = lottery.rewind if isinstance(lottery.rewind, int) else 0
     if rewind_step >= stage.max_steps:
         raise QatkitError(
             f"{rewind_step} is not below max_steps={stage.max_steps}",
             key=f"stages.{name}.lottery.rewind",
-            advice="use an earlier step",
+            advice="rewind to an earlier step",
         )
     before = stage.start or before
     plain = replace(stage, lottery=None, hold_sparsity=True, start=None)

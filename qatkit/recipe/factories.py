@@ -58,7 +58,7 @@ def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any
         raise QatkitError(
             f"'{name}' is neither a function nor a class, but of type {type(target).__name__}",
             key=key,
-            advice="use a function that returns it",
+            advice="use a function that returns the object",
         )
     owner = target.__module__
     if not isinstance(owner, str):
@@ -102,11 +102,11 @@ def check_arguments(
             raise QatkitError(
                 f"{show(args[name])} would be overwritten, because qatkit sets this argument",
                 key=join_key(key, name),
-                advice="remove it",
+                advice="remove the argument",
             )
         if name not in known and not takes_any:
             raise QatkitError(
-                f"{title} has no argument '{name}', which qatkit passes", key=key, advice=f"add it to {title}"
+                f"{title} has no argument '{name}', which qatkit passes", key=key, advice=f"add the argument to {title}"
             )
     for name in args:
         if name not in known and not takes_any:
@@ -116,7 +116,7 @@ def check_arguments(
         required = parameter.default is parameter.empty
         if required and "VAR_" not in parameter.kind.name and parameter.name not in [*args, *given]:
             raise QatkitError(
-                f"is missing, and {title} requires it", key=join_key(key, parameter.name), advice="give it a value"
+                f"is missing, and {title} requires it", key=join_key(key, parameter.name), advice="set the argument"
             )
     return {
         name: read(known[name].annotation, value, join_key(key, name)) if name in known else value
@@ -182,7 +182,7 @@ def _import(module: str, name: str, key: str) -> ModuleType:
                 advice = "put PYTHONPATH=. before the command"
             raise QatkitError(problem, key=key, advice=advice) from None
         raise QatkitError(
-            f"'{name}' needs '{error.name}', which is not installed", key=key, advice="install it"
+            f"'{name}' needs '{error.name}', which is not installed", key=key, advice=f"install {error.name}"
         ) from error
     except Exception as error:  # foreign code may raise anything while it is imported
         raise QatkitError(
@@ -213,7 +213,7 @@ def _attribute(module: ModuleType, attribute: str, name: str, key: str) -> Any:
         ) from None
     except ImportError as error:  # a module that loads its names on use
         raise QatkitError(
-            f"'{name}' cannot be loaded ({error})", key=key, advice="install the packages it needs"
+            f"'{name}' cannot be loaded ({error})", key=key, advice="install the packages that the module needs"
         ) from error
 
 

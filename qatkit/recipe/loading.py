@@ -29,7 +29,7 @@ _REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w-]*(?:\.[\w-]+)*\}", re.ASCII)
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that come with qatkit, such as ``vision/digits_int4``."""
+    """Names of the built-in recipes, such as ``vision/digits_int4``."""
     root = resources.files("qatkit.recipes")
     return sorted(
         f"{folder.name}/{file.name.removesuffix('.yaml')}"
@@ -58,7 +58,7 @@ def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
         return Path(name).read_text("utf-8-sig")
     except FileNotFoundError:
         nearest = did_you_mean(name.removesuffix(".yaml"), shipped)
-        raise QatkitError("no such file, and no recipe of qatkit has this name", key=key, advice=nearest) from None
+        raise QatkitError("no file and no built-in recipe has this name", key=key, advice=nearest) from None
     except IsADirectoryError:
         raise QatkitError("is a folder", key=key, advice=advice) from None
     except UnicodeDecodeError:
@@ -70,7 +70,7 @@ def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
 
 
 def recipe_description(name: str) -> str:
-    """The first sentence of the header of a recipe that comes with qatkit.
+    """The first sentence in a built-in recipe's header.
 
     Example:
         >>> recipe_description("vision/digits_int8")
@@ -194,7 +194,7 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
             problem = "refers to an unknown key"
             advice = did_you_mean(text.strip("${}").lstrip("."), _keys(complete, ""))
         elif isinstance(error, InterpolationToMissingValueError):
-            problem, advice = "refers to a value that is missing", "give it a value"
+            problem, advice = "refers to a missing value", "set the value"
         raise QatkitError(f"{show(text)} {problem}", key=path, advice=advice) from None
     for path, text in _interpolations(resolved, ""):
         raise QatkitError(f"becomes {show(text)}, another reference", key=path, advice="use the value itself")

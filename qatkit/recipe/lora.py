@@ -76,5 +76,5 @@ class LoraConfig:
                     f"{value} is not supported with the sparsity mask of an earlier stage, because the update is "
                     "masked inside the weight",
                     key=f"{key}.lora.{name}",
-                    advice="remove it, or set hold_sparsity: false",
+                    advice="remove the key, or set hold_sparsity: false",
                 )

@@ -60,7 +60,9 @@ class RewindConfig:
 
     def __post_init__(self) -> None:
         if self.stage is not None and self.seed is not None:
-            raise QatkitError(f"{self.seed} and stage={self.stage} are both set", key="seed", advice="remove one")
+            raise QatkitError(
+                f"{self.seed} and stage={self.stage} are both set", key="seed", advice="remove either seed or stage"
+            )
         check_ranges(self)
 
 

@@ -102,11 +102,11 @@ class PruneConfig:
             reason = ""
             if key not in self.row.keys:
                 methods = ", ".join(row.name for row in METHODS.values() if key in row.keys)
-                reason = f"method {self.method} does not use it; only {methods} can"
+                reason = f"method {self.method} does not support it; only {methods} do"
             elif self.nm is not None and key != "calibration_batches":
-                reason = "an N:M pattern does not use it"
+                reason = "an N:M pattern does not support it"
             elif self.scope == "model" and key in ("block", "layers"):
-                reason = "scope: model does not use it"
+                reason = "scope: model does not support it"
             if reason:
                 raise QatkitError(f"{value} has no effect, because {reason}", key=key, advice=f"remove {key}")
 

@@ -31,12 +31,12 @@ class LayerConfig:
 
     @property
     def specs(self) -> Scheme:
-        """The specs of weight and activation, given or looked up."""
+        """The weight and activation specs: as given, or those of the named scheme."""
         if self.scheme is None:
             if self.observer is not None:
                 raise QatkitError(
                     f"'{self.observer}' has no effect without scheme", key="observer",
-                    advice="set it inside weight: {observer: ...}",
+                    advice="set observer in the weight block: {observer: ...}",
                 )  # fmt: skip
             return Scheme(self.weight, self.activation)
         if self.weight is not None or self.activation is not None:
@@ -90,7 +90,7 @@ class QuantizeConfig(LayerConfig):
                     f"'{init}' sets weight scales, but {where} uses observer '{observer}', which computes them from "
                     "the weights on every step",
                     key="init",
-                    advice="use observer: mse (a stored scale) or observer: lsq (a learned scale) there",
+                    advice="use observer: mse (a stored scale) or observer: lsq (a learned scale) for this weight",
                 )
 
     @property

@@ -101,7 +101,7 @@ class Recipe:
             raise QatkitError(
                 "the first stage starts from the recipe's model",
                 key=f"stages.{first}.model",
-                advice="set the recipe's model instead",
+                advice="set the top-level model instead",
             )
 
     def _check_references(self) -> None:
@@ -140,8 +140,8 @@ class Recipe:
                     )
                 if pruned[name] and stage.quantize is not None and stage.quantize.moves_zeros:
                     raise QatkitError(
-                        f"'{stage.quantize.init}' adjusts the remaining weights after each one it rounds, which would "
-                        "make pruned weights nonzero",
+                        f"'{stage.quantize.init}' adjusts the remaining weights after each one that it rounds, which "
+                        "would make pruned weights non-zero",
                         key="quantize.init",
                         advice="use awq or mse, or set hold_sparsity: false",
                     )
@@ -215,7 +215,7 @@ def check_schema_version(version: object) -> None:
         raise QatkitError(
             f"this recipe was written for schema {version}, but this qatkit reads {SCHEMA_VERSION}",
             key="schema_version",
-            advice="use a version of qatkit that reads it, or port the recipe",
+            advice=f"use a version of qatkit that reads schema {version}, or port the recipe",
         )
 
 

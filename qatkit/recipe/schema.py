@@ -48,7 +48,7 @@ def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
         if not resolved and "${" in value:
             return value
         if value == MISSING:
-            raise QatkitError("is missing", key=path, advice="give it a value")
+            raise QatkitError("is missing", key=path, advice="set the key")
     origin, options = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return _read_plain(value, path, resolved)
@@ -90,7 +90,7 @@ def _read_object(cls: type[Any], value: Any, path: str, resolved: bool) -> Any:
         if field.name in value:
             arguments[field.name] = read(hints[field.name], value[field.name], here, resolved)
         elif field.default == MISSING or (field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT):
-            raise QatkitError("is missing", key=here, advice="give it a value")
+            raise QatkitError("is missing", key=here, advice="set the key")
     if not resolved:
         return None
     with under(path):

@@ -54,7 +54,9 @@ class ShrinkConfig:
                 raise QatkitError(f"{size} is out of range", key=key, advice=f"use {number}a fraction between 0 and 1")
         if self.layers is not None and self.keep_layers is not None:
             raise QatkitError(
-                f"{self.keep_layers} and layers={self.layers} are both set", key="keep_layers", advice="remove one"
+                f"{self.keep_layers} and layers={self.layers} are both set",
+                key="keep_layers",
+                advice="remove either keep_layers or layers",
             )
         if self.layers is None and self.layers_by != "score":
             raise QatkitError(
@@ -62,9 +64,9 @@ class ShrinkConfig:
             )
         if self.channels is not None and (len(given) > 1 or self.keep_layers is not None):
             raise QatkitError(
-                "it is for convolutional networks, but the other sizes are for transformers",
+                "channels is for convolutional networks, but the other sizes are for transformers",
                 key="channels",
-                advice="use one kind of size",
+                advice="set either channels or the other sizes",
             )
         if self.exclude and self.channels is None:
             raise QatkitError(f"{self.exclude} has no effect without channels", key="exclude", advice="remove exclude")

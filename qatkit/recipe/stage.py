@@ -69,13 +69,13 @@ class StageConfig:
             raise QatkitError(
                 f"{self.decay} and a warmup of {self.warmup} are longer than the stage",
                 key="decay",
-                advice="use two fractions with a sum of at most 1",
+                advice="use two fractions that add up to at most 1",
             )
         if self.part is not None and self.part.start + self.max_steps > self.part.of:
             raise QatkitError(
                 f"{self.part.of} is less than the {self.part.start} steps before the stage plus its {self.max_steps}",
                 key="part.of",
-                advice="use at least their sum",
+                advice=f"use at least {self.part.start + self.max_steps}",
             )
         for block in ("early_stopping", "samples"):
             if getattr(self, block) is not None and self.max_steps == 0:
@@ -92,13 +92,15 @@ class StageConfig:
             raise QatkitError(
                 f"{key} prunes until the stage ends, so the best validation loss would be at low sparsity",
                 key="early_stopping",
-                advice="move the block to a stage after this one",
+                advice="move early_stopping to a later stage",
             )
         if self.max_steps == 0:
-            raise QatkitError("it prunes while training, but max_steps is 0", key=key, advice="use sparsity: 0.5")
+            raise QatkitError(
+                "the stage prunes during training, but max_steps is 0", key=key, advice="use sparsity: 0.5"
+            )
         if self.rewind is not None:
             raise QatkitError(
-                "it prunes while training, but rewind needs the mask before the first step",
+                "the stage prunes during training, but rewind needs the mask before the first step",
                 key=key,
                 advice="use sparsity: 0.5",
             )
@@ -107,9 +109,9 @@ class StageConfig:
         """Reject blocks that cannot be combined."""
         if self.start is not None and self.model is not None:
             raise QatkitError(
-                f"'{self.start}' and a model are both given",
+                f"'{self.start}' and a model are both set",
                 key="start",
-                advice="set only the one that the stage starts from",
+                advice="set only one of start and model",
             )
         if self.model is not None and self.shrink is not None:
             raise QatkitError(
@@ -119,7 +121,7 @@ class StageConfig:
             raise QatkitError(
                 "lora freezes the weights of its stage, so they cannot be pruned",
                 key="prune",
-                advice="prune in an earlier stage; this one keeps its sparsity",
+                advice="prune in an earlier stage; the lora stage keeps its sparsity",
             )
         if self.lora is not None and self.lora.bits is not None and self.quantize is not None:
             raise QatkitError(

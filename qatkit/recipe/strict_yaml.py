@@ -122,7 +122,9 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
             here = join_key(path, key.value)
             if key.value in first:
                 line = first[key.value].start_mark.line + 1
-                raise QatkitError(f"duplicates the key on line {line}", key=here, advice="remove one", origin=origin)
+                raise QatkitError(
+                    f"duplicates the key on line {line}", key=here, advice="remove one of the two keys", origin=origin
+                )
             first[key.value] = key
             if value.tag == f"{_TAG}null" and not value.value:
                 raise QatkitError(
@@ -148,7 +150,7 @@ def _check_text(node: Any, path: str, source: str) -> None:
     """Refuse text that is valid in YAML, but in no path, file or terminal."""
     if (found := _NO_TEXT.search(node.value)) is not None:
         raise QatkitError(
-            f"the character U+{ord(found[0]):04X} is not text", key=path or "recipe", advice="remove it",
+            f"the character U+{ord(found[0]):04X} is not text", key=path or "recipe", advice="remove the character",
             origin=_line(node, source),
         )  # fmt: skip
 

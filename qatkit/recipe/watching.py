@@ -36,8 +36,8 @@ class SamplesConfig:
         check_ranges(self)
         if not self.prompts:
             raise QatkitError(
-                "there are none", key="prompts", advice='list the beginnings of texts, such as ["def main"]'
+                "the list is empty", key="prompts", advice='list the beginnings of texts, such as ["def main"]'
             )
         for index, prompt in enumerate(self.prompts):
             if not prompt:
-                raise QatkitError("'' is empty", key=f"prompts[{index}]", advice="give the beginning of a text")
+                raise QatkitError("'' is empty", key=f"prompts[{index}]", advice="use the beginning of a text")

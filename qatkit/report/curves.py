@@ -68,7 +68,7 @@ def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
     except (ValueError, TypeError, csv.Error) as error:  # a TypeError: a row is longer than the header
         raise QatkitError(
             f"{path} is damaged ({error})",
-            advice="restore it, or delete it to leave the curves of this attempt out of the report",
+            advice="restore the file, or delete it to omit this attempt's curves from the report",
         ) from error
 
 

@@ -101,7 +101,7 @@ def score(
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     if count == 0:
         raise QatkitError(
-            "every label of the test texts is -100, so there is nothing to measure",
+            "every label in the test texts is -100, so no metric can be measured",
             key="evaluate",
             advice="use texts with labels other than -100",
         )
@@ -158,9 +158,9 @@ def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]
 def next_token_only(task: Task) -> QatkitError:
     """Return the error for data of a task other than next-token prediction."""
     return QatkitError(
-        f"it measures next-token prediction, but the task of the data is {task.name} ({task.description})",
+        f"evaluation needs next-token prediction, but the data's task is {task.name} ({task.description})",
         key="evaluate",
-        advice="remove it; the report contains the test metrics in any case",
+        advice="remove evaluate; the report always contains the test metrics",
     )
 
 
@@ -180,9 +180,9 @@ def check_harness(tasks: Sequence[str], allow: Sequence[str]) -> None:
     files = [task for task in tasks if Path(task).suffix or Path(task).name != task or Path(task).exists()]
     if files and "lm_eval" not in allow:
         raise QatkitError(
-            f"'{files[0]}' is a file, and such a file may run Python code",
+            f"'{files[0]}' is a file, and a task file may run Python code",
             key="evaluate.tasks",
-            advice="if you trust it, pass --allow lm_eval",
+            advice="if you trust the file, pass --allow lm_eval",
         )
     if find_spec("lm_eval") is None:
         raise QatkitError("lm_eval is not installed", key="evaluate.tasks", advice="run: pip install 'qatkit[lm-eval]'")

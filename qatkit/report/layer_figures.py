@@ -135,7 +135,7 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=axes.get_xlim()[1] > 3))
         titles = ", ".join(title for title, _, _ in _PANELS)
         stage_names = ", ".join(row["stage"] for row in stages)
-        return to_svg(figure, key, f"Every layer of {stage_names}: {titles}. The numbers are in the tables.", marks)
+        return to_svg(figure, key, f"Every layer in {stage_names}: {titles}. The numbers are in the tables.", marks)
 
 
 def _short(name: str) -> str:

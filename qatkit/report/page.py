@@ -79,7 +79,7 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
         QatkitError: a folder has no report that this version of qatkit reads, or matplotlib or jinja2 is not installed.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise QatkitError("the same run folder is given twice", advice="pass every run once")
+        raise QatkitError("the same run folder is given twice", advice="pass each run folder once")
     reports = [read_report(folder) for folder in folders]
     text = render(reports, folders)
     page.parent.mkdir(parents=True, exist_ok=True)

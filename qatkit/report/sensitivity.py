@@ -14,8 +14,8 @@ def markdown(sensitivity: Sensitivity) -> str:
     lines = [
         "# Sensitivity",
         "",
-        f"Loss without quantization: {sensitivity.loss:.6g}. Each cell: the loss increase when only these layers are "
-        "quantized, and the bits per weight, including scales and zero points.",
+        f"Loss without quantization: {sensitivity.loss:.6g}. Each cell shows the loss increase when only these layers "
+        "are quantized, and the bits per weight, including scales and zero points.",
         "",
         f"| layers | weights | {' | '.join(names)} |",
         f"| --- | ---: | {' | '.join('---:' for _ in names)} |",

@@ -45,8 +45,8 @@ def parity(check: dict[str, Any]) -> Parity:
         )
     sentences = []
     if check["layers"]:
-        weights = f"{check['weights']:,} {row.weights} in {check['layers']} layers"
-        sentences.append(f"All {weights} of the file equal the trained ones.")
+        weights = f"{check['weights']:,} {row.weights} in the file's {check['layers']} layers"
+        sentences.append(f"All {weights} equal the trained ones.")
     sentences.append(_difference(check))
     task = TASKS.row(check["task"], "report.json")
     samples, same = check["samples"], round(check["agreement"] * check["samples"])
@@ -58,14 +58,14 @@ def parity(check: dict[str, Any]) -> Parity:
 def _difference(check: dict[str, Any]) -> str:
     error, effect = check["mean_error"], check["quantization_error"]
     if error == 0:
-        return "Outputs are equal to the last bit."
+        return "Outputs are bit-identical."
     text = f"Outputs differ by {plain(error)} on average"
     if check["allowed_error"] is None:
         return f"{text}, because this format does not quantize activations; no bound applies."
     limit = f"the limit is {plain(check['allowed_error'])}"
     if effect == 0:
-        return f"{text}: rounding noise of floating-point sums in a different order ({limit})."
-    return f"{text}, {_part(error / effect)} of the effect of quantization itself ({plain(effect)}; {limit})."
+        return f"{text}: floating-point rounding noise from a different summation order ({limit})."
+    return f"{text}, {_part(error / effect)} of the quantization effect itself ({plain(effect)}; {limit})."
 
 
 def _part(ratio: float) -> str:
@@ -114,7 +114,7 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
     first, last = report["rows"][0], report["rows"][-1]
     single, metric = last is first, metric_of(report)
     samples, task = last["verification"]["samples"], task_of_report(report)
-    note = f"one of {samples:,} {task.counted} is {1 / samples:.2%}"
+    note = f"each of the {samples:,} {task.counted} counts for {1 / samples:.2%}"
     if not metric.percent:
         note = f"over {samples:,} {task.counted}, mean loss {last['test_loss']:.3f}"
     if not single:

@@ -72,7 +72,7 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
             floating = ", ".join(f"{count} {name}" for name, count in kernels["floating"].items())
             integer = ", ".join(f"{count} {name}" for name, count in kernels["integer"].items()) or "none"
             notes.append(
-                f"{row['stage']}: some layers run on floating-point kernels, which are slower (integer: {integer}; "
+                f"{row['stage']}: some layers run on slower floating-point kernels (integer: {integer}; "
                 f"floating point: {floating}). A layer runs on integer kernels if its input and its output are "
                 "quantized; see docs/own_model.md"
             )

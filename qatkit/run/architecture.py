@@ -82,11 +82,11 @@ def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] 
         architecture = Architecture(FactoryConfig(start.model.factory, start.model.args | arguments()))
     else:
         raise QatkitError(
-            f"{type(model).__name__} has neither a transformers config nor a method arguments(), so its changed sizes "
-            "cannot be recorded",
+            f"{type(model).__name__} has neither a transformers config nor an arguments() method, so its changed "
+            "sizes cannot be recorded",
             key="model",
-            advice=f"add def arguments(self) -> dict that returns arguments of {start.model.factory} for a model of "
-            "its size",
+            advice=f"add a method arguments(self) -> dict that returns the {start.model.factory} arguments for a "
+            "model of this size",
         )
     with torch.device("meta"):
         again = build_architecture(architecture, allow)
@@ -117,7 +117,7 @@ def meta_model(config: FactoryConfig, allow: Sequence[str] = (), key: str = "mod
         raise QatkitError(
             f"'{config.factory}' fails on torch's meta device ({reason[:300]})",
             key=f"{key}.factory",
-            advice="build the model without reading the values of its weights",
+            advice="build the model without reading weight values",
         ) from error
     return _module(model, config, key)
 

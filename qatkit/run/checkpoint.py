@@ -65,7 +65,7 @@ def find_checkpoint(folder: Path) -> Path | None:
             if sha256_of(path) in known:
                 if damaged:
                     warnings.warn(
-                        f"{damaged[0]} is damaged; resuming from {path}, the checkpoint before it",
+                        f"{damaged[0]} is damaged; resuming from the previous checkpoint, {path}",
                         QatkitWarning,
                         stacklevel=2,
                     )
@@ -120,5 +120,5 @@ def _link(path: Path, other: Path) -> None:
 def _damaged(path: Path) -> QatkitError:
     return QatkitError(
         f"{path} or {_sidecar(path).name} is damaged or incomplete",
-        advice=f"delete {path.parent}, or use --force, to train the stage again",
+        advice=f"delete {path.parent}, or use --force, to retrain the stage",
     )

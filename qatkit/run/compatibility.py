@@ -36,7 +36,7 @@ def check_data(model: nn.Module, data: Any) -> None:
         raise QatkitError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {known}",
             key="data",
-            advice="use the tokenizer that the model was trained with",
+            advice="use the model's tokenizer",
         )
     classes = getattr(data, "classes", None)
     if classes is not None and config.num_labels != len(classes):
@@ -51,8 +51,7 @@ def check_data(model: nn.Module, data: Any) -> None:
             f"it pads with token {padding}, but the model expects token {theirs}: it reads the class from the last "
             "token before the padding",
             key="data.args.tokenizer",
-            advice="use the tokenizer that the model was trained with, or set "
-            f"pad_token_id: {padding} in the model's config.json",
+            advice=f"use the model's tokenizer, or set pad_token_id: {padding} in the model's config.json",
         )
     context = getattr(data, "context", None)
     longest = positions_of(model)

@@ -81,8 +81,8 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
     if changes:
         listed = "\n  ".join(changes[:10])
         raise QatkitError(
-            f"stage '{stage}' in {out} was {state} with other values:\n  {listed}",
-            advice="use --force to run it and the stages after it again, or use another --out",
+            f"stage '{stage}' in {out} was {state} with different values:\n  {listed}",
+            advice="use --force to rerun this stage and all later stages, or use another --out",
         )
 
 

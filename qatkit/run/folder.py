@@ -145,7 +145,7 @@ class Run:
         if record is None:
             raise QatkitError(
                 f"stage '{stage}' of {self.out} is not finished: {self.folder(stage) / 'stage.json'} does not exist",
-                advice="use `qatkit run` to finish it",
+                advice="use `qatkit run` to finish the stage",
             )
         return record
 

@@ -145,14 +145,18 @@ def _named_holder(folder: Path) -> Holder | None:
 
 def _refusal(folder: Path, holder: Holder | None) -> QatkitError:
     if holder is None:
-        return QatkitError("another process is using it", key=str(folder), advice="wait for it, or use another --out")
-    problem = f"process {holder.pid} on host {holder.host} has been using it since {holder.since}: {holder.command}"
+        return QatkitError(
+            "another process is using this folder",
+            key=str(folder),
+            advice="wait until that process ends, or use another --out",
+        )
+    problem = f"process {holder.pid} on host {holder.host} has used this folder since {holder.since}: {holder.command}"
     if holder.host == socket.gethostname():
-        advice = f"wait for it to end, stop it with `kill {holder.pid}`, or use another --out"
+        advice = f"wait until that process ends, stop it with `kill {holder.pid}`, or use another --out"
     elif holder.is_local:
-        advice = "wait for it to end, or use another --out"
+        advice = "wait until that process ends, or use another --out"
     else:
-        advice = f"wait for it to end, or use another --out; if it has already ended, delete {folder / NAME}"
+        advice = f"wait until that process ends, or use another --out; if it has already ended, delete {folder / NAME}"
     return QatkitError(problem, key=str(folder), advice=advice)
 
 

@@ -1,7 +1,8 @@
 """The records of a stage: ``stage.json`` of a finished one, ``started.json`` of one that is being trained.
 
-Both hold their schema version and a digest of their own content. A damaged record, or one of a
-different schema, is refused. ``stage.json`` also holds the digests of the stage's files; see `qatkit.run.stage_files`.
+Both contain their schema version and a digest of their own content. A damaged record, or one of a
+different schema, raises an error. ``stage.json`` also contains the digests of the stage's files; see
+`qatkit.run.stage_files`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Started:
     """Number of training processes; None until the first process knows it."""
 
 
-_AGAIN = "use --force to run the stage again"
+_AGAIN = "use --force to rerun the stage"
 
 
 def write_record(folder: Path, record: StageRecord) -> None:

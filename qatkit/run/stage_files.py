@@ -4,7 +4,7 @@ stage/model/model.safetensors   plain weights under plain names
 stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
 stage/adapter/                  LoRA's adapters in peft's format, if there are any
 stage/logs/*/metrics.csv        training curves of every attempt
-stage/stage.json                written last: a stage with this file is finished; it holds the digests of the others
+stage/stage.json                written last: a stage with this file is finished; it contains the digests of the others
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check_files(folder: Path, record: StageRecord) -> None:
         if name.startswith(_LOGS):
             continue
         path = folder / name
-        advice = "restore it, or use `qatkit run --force` to run the stage again"
+        advice = "restore the file, or use `qatkit run --force` to rerun the stage"
         if not path.is_file():
             raise QatkitError(f"{path} is missing", advice=advice)
         if sha256_of(path) != digest:
@@ -93,7 +93,7 @@ def check_logs(folder: Path, record: StageRecord) -> None:
         elif sha256_of(path) != digest:
             raise QatkitError(
                 f"{path} has changed since stage '{record.name}' was finished",
-                advice="restore it, or delete it to leave its curves out of the report",
+                advice="restore the file, or delete it to omit its curves from the report",
             )
 
 
@@ -141,13 +141,13 @@ def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
     except RuntimeError as error:
         raise QatkitError(
             f"the weights in {folder / 'model'} do not match the recipe's model: {error}",
-            advice="use --force to run the stage again",
+            advice="use --force to rerun the stage",
         ) from error
     if (zeros := count_zeros(model, record.zeros)) != record.zeros:
         name = next(name for name in zeros if zeros[name] != record.zeros[name])
         raise QatkitError(
             f"layer '{name}' in {folder / 'model'} has {zeros[name]} zeros, but {record.zeros[name]} were recorded",
-            advice="restore the file, or use --force to run the stage again",
+            advice="restore the file, or use --force to rerun the stage",
         )
     if quantizers and "quantizers.safetensors" in record.files:
         load_quantizers(model, folder / "quantizers.safetensors")
@@ -160,7 +160,7 @@ def _finished(folder: Path) -> StageRecord:
     if record is None:
         raise QatkitError(
             f"stage '{folder.name}' is not finished: {folder / 'stage.json'} does not exist",
-            advice="use `qatkit run` to finish it",
+            advice="use `qatkit run` to finish the stage",
         )
     check_files(folder, record)
     return record

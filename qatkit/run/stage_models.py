@@ -71,7 +71,7 @@ class StageModels:
         return self._models[stage]
 
     def teacher(self, stage: str) -> nn.Module:
-        """The model that teaches a stage."""
+        """A stage's teacher model."""
         return self[self.recipe.teacher_of(stage)]
 
     def _build(self, stage: str | None) -> nn.Module:

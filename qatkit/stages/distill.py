@@ -69,7 +69,7 @@ def check(
     ):
         if not used and getattr(config, key) != default:
             warnings.warn(
-                f"distill.{key}: {getattr(config, key)} has no effect with loss '{config.loss}'; remove it",
+                f"distill.{key}: {getattr(config, key)} has no effect with loss '{config.loss}'; remove the key",
                 QatkitWarning,
                 stacklevel=2,
             )
@@ -91,12 +91,12 @@ def check(
             raise QatkitError(
                 f"the teacher has no plain linear layer to quantize to {config.teacher_bits} bits",
                 key="teacher_bits",
-                advice="remove it",
+                advice="remove teacher_bits",
             )
         try:
             check_backend(torch.device(config.teacher_device or device_type(trainer.accelerator)))
         except QatkitError as error:
-            advice = "remove it, or set teacher_device to a device that bitsandbytes supports"
+            advice = "remove the key, or set teacher_device to a device that bitsandbytes supports"
             raise error.with_fields(key="teacher_bits", advice=advice) from error
     resolved(config, student, teacher)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 STUDENT = "model"
-"""The attribute of `qatkit.pipeline.module.CompressionModule` that holds the model."""
+"""The attribute of `qatkit.pipeline.module.CompressionModule` that contains the model."""
 
 
 def inside(patterns: Sequence[str]) -> list[str]:

@@ -38,7 +38,9 @@ def check(config: LoraConfig, stage: StageConfig, trainer: TrainerConfig, model:
     if config.bits is not None:
         if not base_layers(model):
             raise QatkitError(
-                f"the model has no plain linear layer to quantize to {config.bits} bits", key="bits", advice="remove it"
+                f"the model has no plain linear layer to quantize to {config.bits} bits",
+                key="bits",
+                advice="remove bits",
             )
         check_backend(torch.device(device_type(trainer.accelerator)))
     return names

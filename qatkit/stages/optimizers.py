@@ -27,7 +27,7 @@ SMALL, PAGED_FROM, BLOCK = 4096, 100_000, 256
 
 
 def learned_scales(model: nn.Module) -> set[int]:
-    """The ids of the scales that fake quantizers learn, and with LSQ+ of the offsets."""
+    """The ids of learned quantizer scales and, with LSQ+, learned offsets."""
     quantizers = (module for module in model.modules() if isinstance(module, FakeQuantize))
     return {id(learned) for module in quantizers for learned in module.parameters(recurse=False)}
 
@@ -37,7 +37,7 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
 
     Args:
         name: "adamw" is torch's; the others are bitsandbytes'.
-        model: The model with the parameters; it determines which moments keep 32 bits.
+        model: The model with the parameters; it determines which moments have 32 bits.
         groups: Parameter groups with "lr" and "weight_decay".
 
     Raises:
@@ -61,7 +61,7 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
 
 
 def full_moments(model: nn.Module) -> set[int]:
-    """The ids of the parameters whose moments keep 32 bits regardless of their size."""
+    """The ids of parameters with 32-bit moments, regardless of parameter size."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return learned_scales(model) | {id(module.weight) for module in embeddings}
 
@@ -110,7 +110,7 @@ class MomentMemory:
 
 
 def moment_memory(name: OptimizerName, model: nn.Module, device: str = "cpu") -> MomentMemory:
-    """Predict the memory of an optimizer for the trained parameters of a model.
+    """Predict an optimizer's memory use for a model's trained parameters.
 
     Args:
         name: The optimizer.

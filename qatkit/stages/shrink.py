@@ -35,13 +35,13 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
     if config.channels is not None:
         if not callable(getattr(model, "arguments", None)):
             raise QatkitError(
-                f"{type(model).__name__} has no method arguments(), so its new sizes could not be recorded",
+                f"{type(model).__name__} has no arguments() method, so its new sizes cannot be recorded",
                 key="channels",
-                advice="add a method arguments() that returns the factory arguments, as in qatkit.models.vision",
+                advice="add an arguments() method that returns the factory arguments, as in qatkit.models.vision",
             )
         check_channels(model, config.exclude, 1 - config.channels)
         if find_spec("torch_pruning") is None:
-            raise QatkitError("it needs Torch-Pruning", key="channels", advice="install torch-pruning")
+            raise QatkitError("channel pruning needs Torch-Pruning", key="channels", advice="install torch-pruning")
         return model
     with torch.device("meta"), _argument_keys_dropped():
         smaller = _fewer_layers(config, model)
@@ -121,7 +121,7 @@ def _fewer_layers(config: ShrinkConfig, model: Model) -> Model:
     try:
         depth = depth_of(model)
     except QatkitError as error:
-        raise error.with_fields(key=key, advice="give the stage a model of its own instead") from None
+        raise error.with_fields(key=key, advice="set the stage's own model instead") from None
     if config.keep_layers is not None:
         kept = config.keep_layers
         if not kept or kept != sorted({*kept} & {*range(depth)}):
@@ -185,7 +185,7 @@ def _fewer_channels(
     batch = batches[0]
     if isinstance(batch, Mapping):
         raise QatkitError(
-            f"it needs a model with a single input, but a batch has {', '.join(sorted(batch))}",
+            f"channel pruning needs a model with a single input, but a batch has {', '.join(sorted(batch))}",
             key="channels",
             advice="use layers, heads, neurons or hidden for a transformer",
         )

@@ -1,7 +1,7 @@
 """Tasks: the loss, the predictions and the metrics of a model on a batch; see `qatkit.tasks.table`.
 
-A pair ``(inputs, labels)`` is a classification batch unless the data declares another task. A mapping, as models of
-transformers take it, has
+A pair ``(inputs, labels)`` is treated as a classification batch unless the data declares another task. A mapping, as
+models of transformers take it, has
 
 - one label per text ``[batch]`` for text classification;
 - one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,

@@ -42,7 +42,7 @@ def to_logits(output: Any) -> Tensor:
         return torch.stack(ends, dim=1)
     if not isinstance(logits, Tensor):
         raise QatkitError(
-            f"it returned {type(output).__name__} without logits",
+            f"the model returned {type(output).__name__} without logits",
             key="model",
             advice="return a tensor, or an object with .logits",
         )
@@ -122,7 +122,7 @@ def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
         ours: Rows as `answers` returns them.
         theirs: The rows of the other model.
         labels: As `answers` returns them.
-        task: Its kind decides what is the same: the class, the side of 0, or the value to 1%.
+        task: Its kind decides what counts as the same answer: the class, the side of 0, or the value within 1%.
     """
     if task.kind == "values":
         return torch.isclose(theirs, ours, rtol=1e-2, atol=1e-6).sum()

@@ -34,4 +34,4 @@ def _likely(logits: Tensor, labels: Tensor) -> str:
         return "regression or multilabel"
     if logits.dim() > 2 and labels.shape == logits.shape[:-1]:
         return "token_classification, or segmentation with the classes in dimension 1"
-    return "segmentation" if logits.dim() > 2 else "one of the table in qatkit.tasks"
+    return "segmentation" if logits.dim() > 2 else "one of the tasks in qatkit.tasks.TASKS"

@@ -1,4 +1,4 @@
-"""NaN and infinite values in batches: found by batch and tensor, and said."""
+"""Find NaN and infinite values in batches, and report the batch and the tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatkit.errors import QatkitWarning
 
 
 def non_finite_parts(batch: Any) -> dict[str, Tensor]:
-    """Whether the floating-point tensors of a batch hold NaN or infinite values: 0-d flags, on the tensors' device.
+    """Whether the floating-point tensors of a batch contain NaN or infinite values: 0-d flags, on the tensors' device.
 
     Args:
         batch: A pair, whose parts are called "inputs" and "labels", a longer sequence, or a mapping. A mask may hold
@@ -38,14 +38,14 @@ def non_finite_parts(batch: Any) -> dict[str, Tensor]:
 
 
 class InputCheck:
-    """Finds the batches of a split that hold NaN or infinite values; reads the device once, when it reports.
+    """Finds the batches of a split that contain NaN or infinite values; reads the device once, when it reports.
 
     Example:
         >>> check = InputCheck()
         >>> check.add((torch.tensor([1.0]), torch.tensor([0])))
         >>> check.add((torch.tensor([torch.inf]), torch.tensor([0])))
         >>> check.found("test")
-        "'inputs' of test batch 2 of 2 holds NaN or infinite values"
+        "'inputs' of test batch 2 of 2 contains NaN or infinite values"
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class InputCheck:
         self._flags.append(non_finite_parts(batch))
 
     def found(self, split: str = "") -> str | None:
-        """Describe the first bad batch and count the others; None if all values are finite.
+        """Describe the first non-finite batch and count the others; None if all values are finite.
 
         Args:
             split: The split that the batches are of.
@@ -72,13 +72,14 @@ class InputCheck:
         others = len({batch for batch, _ in bad}) - 1
         more = f" (and of {others} more)" if others else ""
         batch = f"{split} batch" if split else "batch"
-        return f"'{name}' of {batch} {number} of {len(self._flags)}{more} holds NaN or infinite values"
+        return f"'{name}' of {batch} {number} of {len(self._flags)}{more} contains NaN or infinite values"
 
     def warn(self, split: str) -> None:
-        """Warn if a batch of an evaluated split holds NaN or infinite values."""
+        """Warn if a batch of an evaluated split contains NaN or infinite values."""
         if (found := self.found(split)) is not None:
             warnings.warn(
-                f"data: {found}, and the metrics count the predictions for them; remove these samples from the data",
+                f"data: {found}, and the metrics count the predictions for them; remove the non-finite samples from "
+                "the data",
                 QatkitWarning,
                 stacklevel=1,  # a caller in Lightning would be silenced together with Lightning's own warnings
             )

@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = {"ignore_index": IGNORED, "validate_args": False, "syn
 
 
 def accuracy(task: Task, rows: Tensor) -> Metric:
-    """The fraction of rows whose class is right, or of labels that are rightly on or off."""
+    """The fraction of rows, or of binary labels, that are predicted correctly."""
     from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 
     if task.kind == "labels":

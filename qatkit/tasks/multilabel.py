@@ -1,4 +1,4 @@
-"""Multilabel classification: any number of labels per sample, each on or off."""
+"""Multilabel classification: any number of binary labels per sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qatkit.tasks.labels import check_same_shape, labels_of
 
 
 def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return logits ``[batch, labels]`` and targets of the same shape: 1 on, 0 off, or `IGNORED`."""
+    """Return logits ``[batch, labels]`` and targets of the same shape: 1, 0 or `IGNORED`."""
     targets = labels_of(batch)
     check_same_shape(logits, targets, "one target per label")
     return logits, targets

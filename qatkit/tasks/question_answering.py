@@ -23,7 +23,7 @@ def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         raise QatkitError(
             f"a batch has the keys {sorted(batch)}, but no {' and no '.join(map(repr, missing))}",
             key="data",
-            advice="add the position of the first and of the last token of each answer",
+            advice="add the positions of each answer's first and last token",
         )
     positions = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
     return logits.flatten(0, 1), positions.flatten()

@@ -93,9 +93,11 @@ class Scores:
         if self.count == 0:
             if task.per_token or self._metrics:
                 raise QatkitError(
-                    f"every label is {IGNORED}, so there is nothing to score",
+                    f"every label is {IGNORED}, so no metric can be computed",
                     key="data",
-                    advice="label the tokens to predict" if task.per_token else "label the test data",
+                    advice="label the tokens that the model should predict"
+                    if task.per_token
+                    else "label the test data",
                 )
             return dict.fromkeys(task.metrics, 0.0)
         loss = self.loss / self.count
@@ -118,7 +120,7 @@ def evaluate(
         model: The model; it is called as in `call`.
         batches: Batches of one task.
         declared: The task that the data declares; see `task_of`.
-        split: The split that the batches are of, for the warning if they hold NaN or infinite values.
+        split: The split that the batches are of, for the warning if they contain NaN or infinite values.
     """
     scores, inputs = Scores(declared), InputCheck()
     for batch in batches:

@@ -6,7 +6,7 @@ A data factory declares its task by name, and so may a data module or a batch::
 
     my_data.task = "classification"
 
-Data that declares nothing keeps working: a pair ``(inputs, labels)`` is a classification; a mapping is text
+If the data declares no task, a pair ``(inputs, labels)`` is treated as classification; a mapping is treated as text
 classification if it has one label per sample, and causal language modeling otherwise.
 """
 
@@ -41,10 +41,10 @@ class Task:
     """The counted unit, in the plural."""
     kind: Kind = "classes"
     """"classes": one of several classes per row, ``[rows, classes]`` and ``[rows]``, trained with cross-entropy.
-    "labels": labels that are on or off, ``[rows, labels]`` twice, binary cross-entropy. "values": numbers, ``[values]``
+    "labels": binary labels, ``[rows, labels]`` twice, binary cross-entropy. "values": numbers, ``[values]``
     twice, mean squared error."""
     class_dim: int = -1
-    """The dimension of the outputs that holds the classes."""
+    """The class dimension of the outputs."""
     outputs: tuple[str, ...] = ()
     """Names of the outputs, if the model returns several; `call` stacks them."""
     embeds: bool = False
@@ -76,12 +76,12 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="multilabel",
-            description="any number of labels per sample, each on or off",
+            description="any number of binary labels per sample",
             answers="qatkit.tasks.multilabel:answers",
             metrics=("loss", "accuracy", "f1"),
             metric="f1",
             agreement="answer",
-            counted="labels of test samples",
+            counted="test labels",
             kind="labels",
         ),
         Task(
@@ -90,13 +90,13 @@ TASKS: Table[Task] = Table(
             answers="qatkit.tasks.regression:answers",
             metrics=("loss", "rmse", "mae"),
             metric="rmse",
-            agreement="value (to 1%)",
+            agreement="value (within 1%)",
             counted="test values",
             kind="values",
         ),
         Task(
             name="segmentation",
-            description="one class per pixel; dimension 1 of the logits holds the classes",
+            description="one class per pixel; dimension 1 of the logits is the class dimension",
             answers="qatkit.tasks.segmentation:answers",
             metrics=("loss", "accuracy", "iou"),
             metric="iou",
@@ -127,12 +127,12 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="question_answering",
-            description="the first and the last token of the answer in a text",
+            description="the first and last token of the answer in a text",
             answers="qatkit.tasks.question_answering:answers",
             metrics=("loss", "accuracy"),
             metric="accuracy",
             agreement="position",
-            counted="ends of test answers",
+            counted="test answer boundaries",
             named_inputs=True,
             outputs=("start_logits", "end_logits"),
         ),
@@ -150,7 +150,7 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="seq2seq",
-            description="each token of an output text, from an input text and the output tokens before it",
+            description="each token of an output text, from an input text and the preceding output tokens",
             answers="qatkit.tasks.seq2seq:answers",
             metrics=("loss", "perplexity", "accuracy"),
             metric="perplexity",
@@ -166,7 +166,7 @@ TASKS: Table[Task] = Table(
             metrics=("loss", "perplexity", "accuracy"),
             metric="perplexity",
             agreement="masked token",
-            counted="hidden test tokens",
+            counted="masked test tokens",
             per_token=True,
             named_inputs=True,
         ),

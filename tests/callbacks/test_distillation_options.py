@@ -177,7 +177,7 @@ def test_self_distillation_teaches_with_the_model_as_it_was_before_quantization(
     from_self = fit(KnowledgeDistillation("self", alpha=1.0), quantization())
     given = fit(KnowledgeDistillation(original, alpha=1.0, student="net"), quantization())
     assert all(torch.equal(value, given[key]) for key, value in from_self.items())
-    with pytest.raises(QatkitError, match=r"'self' is quantized already .* put KnowledgeDistillation before"):
+    with pytest.raises(QatkitError, match=r"the module is already quantized, .* put KnowledgeDistillation before"):
         fit(quantization(), KnowledgeDistillation("self"))
 
 
@@ -263,7 +263,7 @@ def test_nan_in_teacher_outputs_names_the_batch() -> None:
             self.calls += 1
             return self.net(x) * (torch.nan if self.calls == 4 else 1)
 
-    with pytest.raises(QatkitError, match="its outputs for training batch 3, counted from 0, contain NaN"):
+    with pytest.raises(QatkitError, match="the teacher's outputs for training batch 3, counted from 0, contain NaN"):
         trainer(KnowledgeDistillation(Sometimes())).fit(Classifier(), batches())
 
 
@@ -274,11 +274,11 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW([*self.parameters(), *model.parameters()])
 
-    with pytest.raises(QatkitError, match=r"teacher: the optimizer trains its parameter '0.weight'"):
+    with pytest.raises(QatkitError, match=r"teacher: the optimizer trains the teacher's parameter '0.weight'"):
         trainer(KnowledgeDistillation(model)).fit(Both(), batches())
     tied = teacher(16)
     tied[0].weight = (module := Classifier()).net[0].weight
-    with pytest.raises(QatkitError, match=r"teacher: the optimizer trains its parameter '0.weight'"):
+    with pytest.raises(QatkitError, match=r"teacher: the optimizer trains the teacher's parameter '0.weight'"):
         trainer(KnowledgeDistillation(tied)).fit(module, batches())
 
 
@@ -293,7 +293,7 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
         ),
         (lambda: KnowledgeDistillation("model"), "teacher: 'model' is not a model; .* or 'self'"),
         (lambda: KnowledgeDistillation(teacher(), outputs="logits"), r"use \['logits'\]"),
-        (lambda: KnowledgeDistillation(teacher(), outputs=[]), "outputs: it names no output"),
+        (lambda: KnowledgeDistillation(teacher(), outputs=[]), "outputs: the list is empty"),
         (lambda: KnowledgeDistillation(teacher(), outputs={"a": -1.0}), "outputs: the weight of 'a' is -1.0"),
         (lambda: KnowledgeDistillation(teacher(), ramp=2.0), "ramp: 2.0 is out of range"),
         (

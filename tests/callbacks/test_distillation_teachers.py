@@ -110,7 +110,7 @@ def test_a_cache_of_a_classifier_holds_the_hidden_states_that_a_glob_names(tmp_p
         (lambda: KnowledgeDistillation(lambda x: x), "teacher: function is not a model"),  # type: ignore[arg-type]
         (
             lambda: KnowledgeDistillation(nn.Linear(5, 3)),
-            r"teacher: it fails on the student's inputs \(float32 \[16, 8\]\): .*the same task",
+            r"teacher: the teacher fails on the student's inputs \(float32 \[16, 8\]\): .*the same task",
         ),
         (
             lambda: KnowledgeDistillation(Stack(1, 2), hidden=HiddenMatch({"net.0": "layers.0"}, widths=(12, 8))),
@@ -139,7 +139,7 @@ def test_a_mistake_is_refused_with_advice(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (torch.ones(2, 5, 4), r"layer 'a' returns \[2, 5, 4\] for logits \[2, 3\], but a cache holds one vector"),
+        (torch.ones(2, 5, 4), r"layer 'a' returns \[2, 5, 4\] for logits \[2, 3\], but a cache stores one vector"),
         (torch.full((2, 4), 1e6), r"layer 'a' returns values up to 1e\+06, but a cache stores float16"),
     ],
 )

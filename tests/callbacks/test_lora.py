@@ -162,7 +162,7 @@ def test_what_cannot_work_is_refused_with_the_reason() -> None:
     assert refused(lora(targets=["net.1"])).startswith("targets[0]: 'net.1' matches no linear layer; did you mean")
     assert "QuantizationAwareTraining must swap layers before" in refused(lora(), qat)
     assert "ConstantPruning prunes weights that LoRA freezes" in refused(ConstantPruning(), lora())
-    assert "cannot be fake-quantized as well" in refused(QuantizationAwareTraining(QuantSpec(4)), lora(bits=4))
+    assert "cannot also be fake-quantized" in refused(QuantizationAwareTraining(QuantSpec(4)), lora(bits=4))
     assert "dora: True is not supported for a layer" in refused(
         QuantizationAwareTraining(QuantSpec(4)), lora(dora=True)
     )
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_with_the_reason() -> None:
     fit = trainer(callback, strategy=sharded, devices=1)
     with pytest.raises(QatkitError, match=r"bits: ModelParallelStrategy shards parameters.*use strategy ddp"):
         callback.setup(fit, Classifier(), "fit")
-    with pytest.raises(QatkitError, match="bits: weights in 4 bits cannot keep a sparsity mask"):
+    with pytest.raises(QatkitError, match="bits: 4-bit weights do not support a sparsity mask"):
         lora(bits=4, held=["net.0"])
 
 

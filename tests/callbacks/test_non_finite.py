@@ -97,11 +97,9 @@ def test_weights_that_were_non_finite_before_are_named_and_no_checkpoint_is_prai
     with pytest.raises(QatkitError) as caught:
         trainer(NonFiniteSteps(limit=2), kept, enable_checkpointing=True).fit(Spoiled(), batches())
     message = str(caught.value)
-    assert "'bias' of layer 'net.2' was already non-finite before them" in message
+    assert "'bias' of layer 'net.2' was already non-finite before these steps" in message
     assert "no weight changed" not in message
-    assert (
-        f"the last checkpoint, {tmp_path / 'last.ckpt'}, may contain it too, so resume from an earlier one" in message
-    )
+    assert f"the last checkpoint, {tmp_path / 'last.ckpt'}, may contain it too; resume from an earlier one" in message
 
 
 def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no_mistake() -> None:
@@ -138,15 +136,15 @@ def test_a_skipped_step_names_the_batch_and_the_tensor_that_hold_nan() -> None:
         trainer(NonFiniteSteps()).fit(Classifier(), spoiled_batches(40, 41, 100))
     ours = [str(each.message) for each in told if each.category is QatkitWarning]
     assert ours == [
-        "training: step 3 was skipped, because its loss was NaN or infinite: 'inputs' of batch 1 of 1 holds NaN or "
-        "infinite values; remove these samples from the data",
+        "training: step 3 was skipped, because its loss was NaN or infinite: 'inputs' of batch 1 of 1 contains NaN or "
+        "infinite values; remove the non-finite samples from the data",
         "training: 2 steps up to step 8 were skipped, because their loss or gradient was NaN or infinite",
     ]
 
 
 def test_of_accumulated_batches_the_bad_one_is_named() -> None:
     accumulating = trainer(NonFiniteSteps(), accumulate_grad_batches=4, max_steps=2)
-    with pytest.warns(QatkitWarning, match="step 2 was skipped.*: 'inputs' of batch 3 of 4 holds NaN"):
+    with pytest.warns(QatkitWarning, match="step 2 was skipped.*: 'inputs' of batch 3 of 4 contains NaN"):
         accumulating.fit(Classifier(), spoiled_batches(100))
 
 
@@ -156,5 +154,5 @@ def test_a_skipped_step_on_good_data_says_no_more_than_that() -> None:
 
 
 def test_the_error_after_too_many_steps_names_the_data_too() -> None:
-    with pytest.raises(QatkitError, match=r"the loss \('inputs' of batch 1 of 1 holds NaN .*\) was NaN or infinite"):
+    with pytest.raises(QatkitError, match=r"the loss \('inputs' of batch 1 of 1 contains NaN .*\) was NaN or infinite"):
         trainer(NonFiniteSteps(limit=2)).fit(Classifier(), spoiled_batches(0, 16))

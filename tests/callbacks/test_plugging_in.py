@@ -69,7 +69,7 @@ def test_load_quantized_says_when_a_checkpoint_holds_no_quantizers(tmp_path: Pat
     fit = trainer()
     fit.fit(module := Classifier(), batches())
     fit.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(QatkitError, match=r"plain\.ckpt: .* no quantized layers; load it with load_from_checkpoint"):
+    with pytest.raises(QatkitError, match=r"plain\.ckpt: .* no quantized layers; load the checkpoint with load_from"):
         load_quantized(module, tmp_path / "plain.ckpt")
 
 

@@ -147,7 +147,7 @@ class Attention(LightningModule):
 def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
     with pytest.raises(
         QatkitError,
-        match=r"never calls the forward of .* \['unused'\]; .* add them to exclude",
+        match=r"never calls the forward of .* \['unused'\]; .* add these layers to exclude",
     ):
         trainer(QuantizationAwareTraining(W4, include=["unused", "head"])).fit(Attention(), batches())
     with pytest.raises(QatkitError, match="layer 'unused' never ran during calibration, so its input has no range"):

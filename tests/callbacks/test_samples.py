@@ -119,5 +119,7 @@ def test_a_text_with_other_line_ends_is_one_sample_and_a_line_that_is_no_sample_
     assert _rows(path) == [row, row]
     for line in ("[1]", "null", '{"step": true}', "{}"):
         path.write_text(line + "\n")
-        with pytest.raises(QatkitError, match=r"samples\.jsonl holds a line that is no sample .*; delete it"):
+        with pytest.raises(
+            QatkitError, match=r"samples\.jsonl contains a line that is not a sample .*; delete the line"
+        ):
             _rows(path)

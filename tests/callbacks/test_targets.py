@@ -41,7 +41,7 @@ def convolutional() -> nn.Module:
 def test_a_layer_that_the_format_cannot_hold_is_refused_before_a_layer_changes() -> None:
     module = Classifier(convolutional())
     with pytest.raises(
-        QatkitError, match=r"^target: layer 'net\.1': a quantized Conv1d has no ONNX form; exclude it, or use export"
+        QatkitError, match=r"^target: layer 'net\.1': ONNX export does not support a quantized Conv1d; exclude the"
     ):
         trainer(QuantizationAwareTraining(W8, target="onnx")).fit(module, batches())
     assert type(module.net[1]) is nn.Conv1d
@@ -92,5 +92,5 @@ def test_a_model_from_prepare_qat_is_checked_without_training_too() -> None:
     w8a8 = scheme("W8A8")
     prepare_qat(model, w8a8.weight, w8a8.activation)
     FORMATS["dense"].check_model(model)
-    with pytest.raises(QatkitError, match=r"^layer '0': dynamic activation quantization .*token"):
+    with pytest.raises(QatkitError, match=r"^layer '0': ONNX QDQ does not support dynamic .*token"):
         FORMATS["onnx"].check_model(model)

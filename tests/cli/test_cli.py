@@ -120,9 +120,9 @@ def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) 
         (("run", "vision/digits_int4", "model.factory=qatkit.cli.main:subprocess.run"), "model.factory"),
         (("run", "vision/digits_int4", "model.factory=os:system"), "model.factory"),
         (("validate", "vision/digits_int4", "seed=${oc.env:HOME}"), "seed"),
-        (("run", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits reads no records"),
-        (("validate", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits reads no records"),
-        (("verify", "nowhere"), "nowhere: not a run folder"),
+        (("run", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits does not read records"),
+        (("validate", "vision/digits_int4", "--skip-bad"), "--skip-bad: qatkit.data:digits does not read records"),
+        (("verify", "nowhere"), "nowhere: is not a run folder"),
         (("show", "vision/digits"), "vision/digits"),
         (("plan", "vision/digits_int4"), "has no config with the number of layers and heads"),
     ],
@@ -152,7 +152,7 @@ def test_skip_bad_trains_on_the_records_that_can_be_used_and_says_how_many_were_
     assert qatkit("validate", "texts.yaml", "--skip-bad", cwd=tmp_path).returncode == 0
     done = qatkit("run", "texts.yaml", "--skip-bad", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"1 of {len(SENTENCES) + 1} records were skipped, the first: texts.jsonl:1: is not JSON" in done.stderr
+    assert f"skipped 1 of {len(SENTENCES) + 1} records; first: texts.jsonl:1: is not JSON" in done.stderr
     again = qatkit("run", "texts.yaml", "data.args.source.skip_bad=true", "--out", "run", cwd=tmp_path)
     assert "stage dense: already finished" in again.stdout, "the override is the same recipe"
 

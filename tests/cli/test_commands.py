@@ -66,10 +66,10 @@ def test_the_list_shows_every_recipe_with_a_complete_sentence(tmp_path: Path) ->
     ("failure", "code", "message"),
     [
         ("mistake", 2, "error: size: 48 is odd; use 48.5\n"),
-        ("file", 2, "error: /etc/shadow: Permission denied; check the path, its permissions and the free space\n"),
+        ("file", 2, "error: /etc/shadow: Permission denied; check the path, its permissions and the free disk space\n"),
         ("system", 2, "error: Network is down; set QATKIT_DEBUG=1 to see where it happened\n"),
         ("nameless", 2, "error: No such file or directory; set QATKIT_DEBUG=1 to see where it happened\n"),
-        ("memory", 2, "error: out of memory; use a smaller batch_size or model (4 GB)\n"),
+        ("memory", 2, "error: out of memory; use a smaller batch_size or a smaller model (4 GB)\n"),
         ("interrupt", 130, "interrupted\n"),
     ],
 )
@@ -103,7 +103,7 @@ def test_an_exception_in_code_of_the_user_names_its_file_and_is_no_bug_in_qatkit
 )
 def test_no_memory_is_no_bug(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert explain(error) == 2
-    assert "out of memory; use a smaller batch_size or model" in capsys.readouterr().err
+    assert "out of memory; use a smaller batch_size or a smaller model" in capsys.readouterr().err
 
 
 def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -82,7 +82,7 @@ def test_a_write_that_fails_names_its_file(size: int, command: tuple[str, ...], 
     with largest_file(size):
         done = qatkit(*command, "--allow", "tests", cwd=copied)
     assert f"{name}: " in refused(done)
-    assert "check the path, its permissions and the free space" in done.err
+    assert "check the path, its permissions and the free disk space" in done.err
 
 
 @pytest.mark.parametrize(

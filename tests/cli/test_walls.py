@@ -51,9 +51,7 @@ def test_no_command_follows_a_link_out_of_the_run(command: str, copied: Path) ->
     before = content_of(copied.parent)
     done = qatkit(*COMMANDS[command], "--allow", "tests", cwd=copied)
     assert done.code == 2
-    assert (
-        f"error: run/stages/qat: this link leads to {other}, outside run; remove it, or pass --allow-write" in done.err
-    )
+    assert f"error: run/stages/qat: this link leads to {other}, outside run; remove the link, or pass" in done.err
     assert content_of(copied.parent) == before
 
 
@@ -77,7 +75,7 @@ def test_a_recipe_writes_its_cache_outside_the_run_only_if_that_is_allowed(folde
         done = qatkit(*command, cwd=copied)
         assert done.code == 2
         assert "stages.qat.distill.cache.folder: '" in done.err
-        assert "would be written outside the run's folder run; remove the key, or pass --allow-write" in done.err
+        assert "would be written outside the run folder run; remove the key, or pass --allow-write" in done.err
     assert content_of(copied.parent) == before
     assert "--allow-write" in qatkit("validate", "recipe.yaml", override, "--allow", "tests", cwd=copied).out
     allowed = qatkit(*arguments, "--allow-write", str(target), cwd=copied)

@@ -74,7 +74,7 @@ def test_a_field_that_does_not_fit_is_named(change: dict[str, Any], reason: str,
 )
 def test_a_torn_file_is_refused_by_its_path(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_bytes(content)
-    with pytest.raises(QatkitError, match=rf"{tmp_path}/record\.json .*; (restore it, or )?again"):
+    with pytest.raises(QatkitError, match=rf"{tmp_path}/record\.json .*; (restore the file, or )?again"):
         read_signed(tmp_path / "record.json", Kind, 1, "again")
 
 
@@ -84,5 +84,5 @@ def test_an_edit_without_a_new_digest_is_refused(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["digest"] == content_digest(content)
     path.write_text(json.dumps(content | {"name": "b"}))
-    with pytest.raises(QatkitError, match="its digest does not match its content"):
+    with pytest.raises(QatkitError, match="the digest does not match the content"):
         read_signed(path, Kind, 1, "again")

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_link_that_leaves_the_folder_is_refused_by_its_name(target: str, folder: Path) -> None:
     (folder / "link").symlink_to(target)
     with pytest.raises(
-        QatkitError, match=r"run/link: this link leads to /.*, outside .*run; remove it, or pass --allow"
+        QatkitError, match=r"run/link: this link leads to /.*, outside .*run; remove the link, or pass --allow"
     ):
         check_links(folder)
 

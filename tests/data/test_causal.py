@@ -199,9 +199,9 @@ def test_tokens_are_made_once_and_again_when_the_file_changes(
     ("line", "reason"),
     [
         ('{"text": "a"', r"is not JSON \(Expecting ',' delimiter.*\); fix the record"),
-        ("[1]", r"is not a JSON object; write one \{\.\.\.\} per line"),
+        ("[1]", r"is not a JSON object; write one JSON object per line"),
         ('{"txt": "a"}', r"has no column 'text', only \['txt'\]; fix the record"),
-        ('{"text": 5}', r"column 'text' holds int, not text; fix the record"),
+        ('{"text": 5}', r"column 'text' contains int, not text; fix the record"),
     ],
 )
 def test_a_bad_record_is_named_by_file_and_line_and_can_be_left_out_and_counted(
@@ -215,7 +215,7 @@ def test_a_bad_record_is_named_by_file_and_line_and_can_be_left_out_and_counted(
     assert list(cache.iterdir()) == [], "nothing half made stays"
     skipping = Source(str(file), val_fraction=0.2, test_fraction=0.2, skip_bad=True)
     data = causal_text(skipping, tokenizer, context=16)
-    with pytest.warns(QatkitWarning, match=rf"2 of {len(SENTENCES) + 2} records were skipped, the first: .*:7: "):
+    with pytest.warns(QatkitWarning, match=rf"skipped 2 of {len(SENTENCES) + 2} records; first: .*:7: "):
         data.prepare_data()
 
 
@@ -240,6 +240,6 @@ def test_bad_records_of_a_stream_are_named_or_counted_too(tmp_path: Path, tokeni
     with pytest.raises(QatkitError, match=r"train\.jsonl:2: is not JSON"):
         next(iter(causal_text(Source(*paths, streaming=True), tokenizer, context=16).train_dataloader()))
     loader = causal_text(Source(*paths, streaming=True, skip_bad=True), tokenizer, context=16).train_dataloader()
-    with pytest.warns(QatkitWarning, match=r"1 of 32 records were skipped so far, the last: .*train\.jsonl:2"):
+    with pytest.warns(QatkitWarning, match=r"skipped 1 of 32 records so far; most recent: .*train\.jsonl:2"):
         next(iter(loader))
     assert loader.bad == 1  # type: ignore[attr-defined]

@@ -111,9 +111,9 @@ def test_a_batch_learns_the_answers_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": TALK[:1]}, "has no assistant turn, so there is nothing to learn"),
+        ({"messages": TALK[:1]}, "has no assistant turn, so no token has a label"),
         ({"text": "a"}, r"has none of 'messages', 'conversations', 'prompt' and 'instruction', only \['text'\]"),
-        ({"messages": "hello"}, r"its messages are not a list of"),
+        ({"messages": "hello"}, r"messages is not a list of"),
         ({"prompt": "a", "completion": None}, "'prompt' and 'completion' are not both text"),
         (
             {"conversations": [{"from": "robot", "value": "a"}]},
@@ -133,7 +133,7 @@ def test_a_record_that_teaches_nothing_or_does_not_fit_is_named_by_its_line(
     shares = {"val_fraction": 0.2, "test_fraction": 0.2}
     with pytest.raises(QatkitError, match=rf"chat\.jsonl:61: .*{reason}"):
         chat(Source(file, **shares), tokenizer, context=100).prepare_data()
-    with pytest.warns(QatkitWarning, match=r"1 of 61 records were skipped, the first: .*chat\.jsonl:61"):
+    with pytest.warns(QatkitWarning, match=r"skipped 1 of 61 records; first: .*chat\.jsonl:61"):
         chat(Source(file, **shares, skip_bad=True), tokenizer, context=100).prepare_data()
 
 
@@ -141,7 +141,7 @@ def test_all_labels_masked_after_truncation_is_an_error(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
     file = write_lines(tmp_path / "chat.jsonl", [{"messages": TALK}])
     source = Source(str(file), str(file), str(file))
-    with pytest.raises(QatkitError, match=r"chat\.jsonl:1: has no assistant token to learn"):
+    with pytest.raises(QatkitError, match=r"chat\.jsonl:1: has no assistant token with a label"):
         chat(source, tokenizer, context=8, truncate=True).prepare_data()
     chat(source, tokenizer, context=150, truncate=True).prepare_data()
 
@@ -204,7 +204,8 @@ def test_a_template_that_never_ends_is_stopped_and_the_tokenizer_named(
         data.prepare_data()
     assert str(stopped.value) == (
         f"chat_template: the template of tokenizer '{tokenizer}' was stopped after 50000 steps for one conversation, "
-        "because it may never end; set it to a file whose template ends, or fix the template of the tokenizer"
+        "because it probably never ends; set chat_template to a file whose template ends, or fix the "
+        "tokenizer's template"
     )
 
 

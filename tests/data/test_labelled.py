@@ -54,7 +54,7 @@ def test_a_classifier_of_transformers_has_the_loss_and_sklearn_the_scores(tmp_pa
 def test_a_record_of_no_class_and_classes_that_are_none_are_named(tmp_path: Path, tokenizer: str) -> None:
     records = [{"text": text, "label": "a"} for text in SENTENCES]
     made = source(tmp_path, [*records, {"text": "x", "label": "z"}])
-    with pytest.raises(QatkitError, match=r"records\.jsonl:81: its label \"z\" is neither one of \['a', 'b'\]"):
+    with pytest.raises(QatkitError, match=r"records\.jsonl:81: label \"z\" is neither one of \['a', 'b'\]"):
         text_classification(made, tokenizer, ["a", "b"]).prepare_data()
     with pytest.raises(QatkitError, match=r"classes: \['a', 'a'\] is not a list of two or more different names"):
         text_classification(made, tokenizer, ["a", "a"])
@@ -114,7 +114,7 @@ def test_a_pass_over_training_texts_hides_other_tokens_and_evaluation_always_the
 
 def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path) -> None:
     plain = save_tokenizer(tmp_path / "plain")
-    with pytest.raises(QatkitError, match=r"has no mask token; use the tokenizer of a masked language model"):
+    with pytest.raises(QatkitError, match=r"has no mask token; use a masked language model's tokenizer"):
         masked_text(source(tmp_path, [{"text": t} for t in SENTENCES]), plain).prepare_data()
 
 

@@ -82,7 +82,7 @@ def test_a_byte_of_another_encoding_costs_its_own_row_of_a_table_alone(tmp_path:
     with pytest.raises(QatkitError, match=r"texts\.csv:502: is not UTF-8 \(.* byte 0xe9 .*\); fix the record, or"):
         causal_text(Source(str(path), **SHARES), tokenizer, context=16).prepare_data()
     skipping = causal_text(Source(str(path), **SHARES, skip_bad=True), tokenizer, context=16)
-    with pytest.warns(QatkitWarning, match=r"1 of 600 records were skipped, the first: .*texts\.csv:502: is not UTF-8"):
+    with pytest.warns(QatkitWarning, match=r"skipped 1 of 600 records; first: .*texts\.csv:502: is not UTF-8"):
         skipping.prepare_data()
 
 

@@ -136,5 +136,5 @@ def test_of_two_processes_that_write_the_same_folder_the_first_wins(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(QatkitError, match=r"tokens cannot be cached there .*; set XDG_CACHE_HOME to a writable folder"):
+    with pytest.raises(QatkitError, match=r"cannot be cached in this folder .*; set XDG_CACHE_HOME to a writable"):
         cached_folder({}, lambda folder: None)

@@ -185,7 +185,9 @@ def test_no_flipped_bit_of_the_outputs_is_silent(written: Path) -> None:
         whole = path.read_bytes()
         for position in range(0, len(whole), len(whole) // 11):
             flip(path, position)
-            with pytest.raises(QatkitError, match=rf"{path} has changed since it was written; restore it, or delete"):
+            with pytest.raises(
+                QatkitError, match=rf"{path} has changed since it was written; restore the file, or delete"
+            ):
                 CachedTeacher(written, FINGERPRINT)
             path.write_bytes(whole)
         path.write_bytes(whole[:-1])

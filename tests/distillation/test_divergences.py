@@ -129,7 +129,7 @@ def test_a_divergence_with_a_row_kernel_is_fused_through_its_row(l1: Path, monke
 
 def test_an_option_that_the_divergence_does_not_use_is_warned_about(l1: Path) -> None:
     recipe = load_recipe(l1 / "recipe.yaml", ["stages.qat.distill.temperature=4"])
-    with pytest.warns(QatkitWarning, match=r"distill\.temperature: 4\.0 has no effect with loss 'l1'; remove it"):
+    with pytest.warns(QatkitWarning, match=r"distill\.temperature: 4\.0 has no effect with loss 'l1'; remove the key"):
         validate_recipe(recipe)
 
 

@@ -63,7 +63,7 @@ def test_a_changed_config_generation_config_or_tokenizer_is_named(model: Any, tm
     assert compare_companions(names, model, Words("a c"), tmp_path) == [
         'config.json: \'hidden_act\' is "gelu", and "silu" in the trained model',
         "generation_config.json: 'eos_token_id' is 7, and 2 in the trained model",
-        "words.txt: its content differs from the trained model's",
+        "words.txt: the content differs from the trained model's",
     ]
     (tmp_path / "words.txt").unlink()
     assert "words.txt: not in the folder" in compare_companions(names, model, Words("a b"), tmp_path)

@@ -196,7 +196,7 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantize", "message"),
     [
-        (Scheme(QuantSpec(2, type="ternary", observer="absmean")), r"no ternary codes; set weight: \{num_bits: 2\}"),
+        (Scheme(QuantSpec(2, type="ternary", observer="absmean")), r"ternary codes; set weight: \{num_bits: 2\}"),
         (specs("Q4_0"), r"GGUF format with negative scales; set scheme: W4A16"),
         (specs("W4A16_ASYM"), r"zero points; set weight: \{symmetric: true\}"),
         (specs("W3A16"), r"pack 3 bits differently; set weight: \{num_bits: 4\}"),
@@ -204,7 +204,7 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
         (specs("MXFP8A16"), r"float8_e8m0fnu scales are loaded only in bfloat16"),
         (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), r"127\.5.*set scheme: W8A8"),
         (Scheme(QuantSpec(8), QuantSpec(8, symmetric=False, strategy="tensor")), r"activation: \{symmetric: true\}"),
-        (Scheme(None, QuantSpec(8, strategy="token")), r"an unquantized weight; quantize its weight too"),
+        (Scheme(None, QuantSpec(8, strategy="token")), r"an unquantized weight; quantize the layer's weight too"),
     ],
 )  # fmt: skip
 def test_what_the_format_cannot_hold_is_refused_with_what_to_write(
@@ -219,12 +219,12 @@ def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tm
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
     prepare_qat(gpt2, QuantSpec(4), exclude=["lm_head"])
     with pytest.raises(
-        QatkitError, match=r"layer 'transformer\.h\.0\.attn\.c_attn': .*this is a QATConv1D; exclude it"
+        QatkitError, match=r"layer 'transformer\.h\.0\.attn\.c_attn': .*this is a QATConv1D; exclude the layer"
     ):
         export_compressed(gpt2, tmp_path / "out")
     tied = llama(300, 32, 1, 2, 1, 48, 16)
     prepare_qat(tied, QuantSpec(4))
-    with pytest.raises(QatkitError, match=r"layer 'lm_head': its weight is tied to 'model\.embed_tokens'"):
+    with pytest.raises(QatkitError, match=r"layer 'lm_head': the weight is tied to 'model\.embed_tokens'"):
         export_compressed(tied, tmp_path / "out")
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 1, "num_local_experts": 2}

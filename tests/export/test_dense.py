@@ -77,7 +77,7 @@ def test_tied_dense_weights_are_written_once_per_name_and_refused_where_they_wou
     plain.load_state_dict(tensors)
     assert torch.equal(plain[0].weight, both[0].fake_quantized_weight())
     prepare_qat(one, QuantSpec(4), include=["2"])
-    with pytest.raises(QatkitError, match=r"'0.weight' and '2.weight' are one tied weight"):
+    with pytest.raises(QatkitError, match=r"'0.weight' and '2.weight' share one tied weight"):
         export_dense(one, tmp_path / "one.safetensors")
     assert not (tmp_path / "one.safetensors").exists()
 

@@ -92,7 +92,7 @@ def test_a_path_that_fits_two_formats_needs_the_name_of_one(tmp_path: Path, monk
 
 
 def test_a_folder_of_no_format_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match="its content matches no export format"):
+    with pytest.raises(QatkitError, match="the content matches no export format"):
         format_of_path(tmp_path)
     with pytest.raises(QatkitError, match=r"format: unknown export format 'onix'; did you mean 'onnx'\?"):
         format_of_path(tmp_path, "onix")

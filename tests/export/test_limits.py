@@ -17,9 +17,12 @@ INT8 = "stages={dense: {max_steps: 1}, qat: {max_steps: 1, quantize: {weight: {n
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Conv1d(4, 4, 3), r"a quantized Conv1d has no ONNX form; exclude it, or use export: \{format: dense\}"),
-        (nn.Embedding(4, 4), "a quantized Embedding has no ONNX form"),
-        (nn.Linear(4, 4, dtype=torch.bfloat16), r"its weight is bfloat16, .*; train in float32"),
+        (
+            nn.Conv1d(4, 4, 3),
+            r"ONNX export does not support a quantized Conv1d; exclude the layer, or use export: \{format: dense\}",
+        ),
+        (nn.Embedding(4, 4), "ONNX export does not support a quantized Embedding"),
+        (nn.Linear(4, 4, dtype=torch.bfloat16), r"the weight is bfloat16, .*; train in float32"),
     ],
 )
 def test_layers_that_onnx_cannot_hold_are_refused_before_training(layer: nn.Module, message: str) -> None:
@@ -33,7 +36,7 @@ def test_layers_that_onnx_cannot_hold_are_refused_before_training(layer: nn.Modu
 
 def test_dynamic_activations_are_refused_for_onnx_before_training() -> None:
     dynamic = "stages.qat.quantize.layers={classifier: {scheme: W8A8}}"
-    with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': dynamic activation quantization .*token"):
+    with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': ONNX QDQ does not support .*token"):
         validate_recipe(load_recipe("vision/digits_int4", [dynamic]))
 
 

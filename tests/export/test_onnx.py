@@ -165,7 +165,7 @@ def test_a_bias_too_large_for_32_bits_stays_exact_and_is_named_in_a_warning(kind
         model[0].bias[1] = 2.0
     prepare_qat(model, QuantSpec(), UINT8)
     calibrate(model, [x])
-    with pytest.warns(QatkitWarning, match=r"layer .0.: its bias is too large .*channel 1: bias 2\)") as seen:
+    with pytest.warns(QatkitWarning, match=r"layer .0.: the bias is too large .*channel 1: bias 2\)") as seen:
         path = exported(model, x, tmp_path)
     assert len(seen) == 1
     assert seen[0].filename == __file__
@@ -284,7 +284,7 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     ("weight", "activation", "message"),
     [
         (QuantSpec(), QuantSpec(strategy="token"), r"layer '0': .*strategy: token.* set activation: .*tensor"),
-        (None, UINT8, r"layer '0': its input is quantized but its weight is not, .*; set weight"),
+        (None, UINT8, r"layer '0': the input is quantized but the weight is not, .*; set weight"),
         (QuantSpec(), UINT8, r"layer '0': its activation scale was never set; call qatkit.calibrate"),
     ],
 )
@@ -302,7 +302,7 @@ def test_what_cannot_be_written_is_refused_with_what_to_write_instead(
 def test_other_weight_dtypes_are_refused(tmp_path: Path) -> None:
     model = two_layers().bfloat16()
     prepare_qat(model, QuantSpec())
-    with pytest.raises(QatkitError, match="layer '0': its weight is bfloat16"):
+    with pytest.raises(QatkitError, match="layer '0': the weight is bfloat16"):
         exported(model, torch.rand(4, 16).bfloat16(), tmp_path)
 
 

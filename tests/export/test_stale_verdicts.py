@@ -38,7 +38,7 @@ def test_a_verdict_about_another_file_is_refused_by_that_files_name(changed: str
     tensors = load_file(path)
     tensors["conv1.weight"].view(-1)[0] += 1
     save_file(tensors, path)
-    with pytest.raises(QatkitError, match=rf"{changed}: it changed after it was verified; run `qatkit export"):
+    with pytest.raises(QatkitError, match=rf"{changed}: the file changed after verification; run `qatkit export"):
         read_verification(run, "qat")
     path.write_bytes(content)
     assert read_verification(run, "qat")["passed"]
@@ -51,7 +51,9 @@ def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, t
     with pytest.raises(QatkitError, match="stage 'dense' was not verified; run `qatkit verify"):
         read_verification(run, "dense")
     path.write_text(content[:100])
-    with pytest.raises(QatkitError, match=r"verification\.json is damaged \(.*\); restore it, or run `qatkit verify"):
+    with pytest.raises(
+        QatkitError, match=r"verification\.json is damaged \(.*\); restore the file, or run `qatkit verify"
+    ):
         read_verification(run, "dense")
     path.write_text(content)
 

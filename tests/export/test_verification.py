@@ -268,7 +268,7 @@ def with_a_renamed_bias() -> tuple[nn.Module, torch.Tensor]:
     return model, x
 
 
-@pytest.mark.filterwarnings("ignore:layer '0'. its bias is too large")
+@pytest.mark.filterwarnings("ignore:layer '0'. the bias is too large")
 def test_a_constant_is_found_whatever_the_optimizer_called_it(tmp_path: Path) -> None:
     model, x = with_a_renamed_bias()
     export_onnx(model, x, tmp_path / "model.onnx")

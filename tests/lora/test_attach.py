@@ -155,7 +155,7 @@ def test_a_model_with_an_adapter_of_its_own_is_refused(method: str) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
     peft.inject_adapter_in_model(getattr(peft, method)(target_modules=["0"], **options), model, adapter_name="old")
     for refused in (lambda: target_layers(model), lambda: attach(model, ["1"], Adapter(2))):
-        with pytest.raises(QatkitError, match=r"^model: layer '0' already has an adapter; merge it first"):
+        with pytest.raises(QatkitError, match=r"^model: layer '0' already has an adapter; merge the adapter first"):
             refused()  # type: ignore[no-untyped-call]
 
 

@@ -90,7 +90,7 @@ def test_on_the_meta_device_no_weight_is_read(saved: Path) -> None:
 
 def test_what_cannot_be_loaded_is_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        QatkitError, match=r"name_or_path: '.*/nothing' is not a folder; use a folder that holds config\.json"
+        QatkitError, match=r"name_or_path: '.*/nothing' is not a folder; use a folder that contains config\.json"
     ):
         causal_lm(str(tmp_path / "nothing"))
     with pytest.raises(QatkitError, match=r"name_or_path: .* has no readable config\.json"):
@@ -100,7 +100,7 @@ def test_what_cannot_be_loaded_is_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=r"name_or_path: .* cannot be loaded as a causal language model"):
         causal_lm(str(saved))
     (saved / "model.safetensors").unlink()
-    with pytest.raises(QatkitError, match=r"name_or_path: .* holds no \.safetensors file"):
+    with pytest.raises(QatkitError, match=r"name_or_path: .* contains no \.safetensors file"):
         causal_lm(str(saved))
     (saved / "config.json").write_text("{}")
     with pytest.raises(QatkitError, match=r"config\.json has no model_type"):
@@ -121,4 +121,4 @@ def test_without_a_network_a_cached_model_of_the_hub_is_loaded_and_another_is_re
     assert "LlamaForCausalLM" in result.stdout
     said = result.stderr.strip().splitlines()[-1]
     assert "name_or_path: 'some/other' is not a folder, and the request to the hub failed" in said
-    assert "while the network is up" in said
+    assert "when the network is available" in said

@@ -139,7 +139,7 @@ def test_a_damaged_folder_is_named_with_what_is_wrong_in_it(tmp_path: Path) -> N
     plain, whole = json.loads(config.read_text()), weights.read_bytes()
     tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # not mapped from the file
     for content, problem in (
-        ([], "no readable config.json .it contains a list, not an object"),
+        ([], "no readable config.json .the file contains a list, not an object"),
         (plain | {"model_type": ["llama"]}, "has no model_type"),
         (plain | {"hidden_size": "x"}, "cannot be loaded as a causal language model .*hidden_size"),
         (plain | {"hidden_act": [1]}, "cannot be loaded as a causal language model"),
@@ -165,12 +165,12 @@ def test_a_damaged_folder_is_named_with_what_is_wrong_in_it(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("index", "problem"),
     [
-        ({"weight_map": {"a": "../outside.safetensors"}}, r"names '\.\./outside\.safetensors', which is not a file of"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, r"names '\.\./outside\.safetensors', which is not a file in"),
         ({"weight_map": {"a": "/outside.safetensors"}}, "names '/outside"),
-        ({"weight_map": {"a": None}}, "is no index of weights"),
-        ({"weight_map": []}, "is no index of weights"),
-        ({}, "is no index of weights"),
-        ([], "is no index of weights"),
+        ({"weight_map": {"a": None}}, "is not a weight index"),
+        ({"weight_map": []}, "is not a weight index"),
+        ({}, "is not a weight index"),
+        ([], "is not a weight index"),
     ],
 )
 def test_an_index_names_files_of_its_folder_only(index: Any, problem: str, tmp_path: Path) -> None:

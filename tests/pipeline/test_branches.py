@@ -115,7 +115,7 @@ def test_a_change_runs_those_stages_again_that_depend_on_it(
     [
         ("beside.start=after", "beside.start", "'after' is not an earlier stage; use one of dense, sparse"),
         ("beside.start=beside", "beside.start", "'beside' is not an earlier stage"),
-        ("wide.start=dense", "wide.start", "'dense' and a model are both given"),
+        ("wide.start=dense", "wide.start", "'dense' and a model are both set"),
     ],
 )
 def test_a_start_that_cannot_be_is_refused_by_its_key(tmp_path: Path, override: str, key: str, said: str) -> None:

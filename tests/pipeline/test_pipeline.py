@@ -124,7 +124,7 @@ def test_a_started_stage_that_changed_is_refused_too(tmp_path: Path) -> None:
 
     write_started(run.folder("dense"), Started({**stage_inputs(run.recipe, "dense"), "stages.dense.lr": 0.5}, "x"))
     (run.folder("dense") / "last.ckpt").touch()
-    with pytest.raises(QatkitError, match=r"was started with other values:\n  stages\.dense\.lr: was 0\.5"):
+    with pytest.raises(QatkitError, match=r"was started with different values:\n  stages\.dense\.lr: was 0\.5"):
         run_stages(run)
     (run.folder("dense") / "last.ckpt").unlink()  # it ended before its first checkpoint: a mistake that is mended now
     assert run_stages(run, until="dense") == ["dense"]

@@ -53,7 +53,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
 
 def test_a_run_that_is_stopped_during_export_keeps_its_stages(tmp_path: Path) -> None:
     done = run(tmp_path, "stages.dense.max_steps=1", STOP_AT="test:3")
-    message = "terminated by SIGTERM: all stages are trained; run the same command again for the rest\n"
+    message = "terminated by SIGTERM: all stages are trained; run the same command again to finish the run\n"
     assert (done.returncode, done.stderr) == (143, message)
     before = (tmp_path / "run" / "stages" / "dense" / "stage.json").stat().st_mtime_ns
     assert run(tmp_path, "stages.dense.max_steps=1").returncode == 0

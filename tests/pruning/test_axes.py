@@ -74,11 +74,11 @@ def test_a_llama_that_differs_from_its_config_is_refused_with_the_difference() -
         prefix_of(wide)
     short = llama()
     del short.model.layers[0]
-    with pytest.raises(QatkitError, match="it has 1 layers, but its config says 2"):
+    with pytest.raises(QatkitError, match="the model has 1 layers, but the config specifies 2"):
         prefix_of(short)
     silent = llama()
     del silent.config.num_key_value_heads
-    with pytest.raises(QatkitError, match="its config has no integer num_key_value_heads"):
+    with pytest.raises(QatkitError, match="the config has no integer num_key_value_heads"):
         prefix_of(silent)
-    with pytest.raises(QatkitError, match="Linear is not a Llama-like transformer: it has no config"):
+    with pytest.raises(QatkitError, match="Linear is not a Llama-like transformer: the model has no config"):
         prefix_of(nn.Linear(2, 2))

@@ -121,7 +121,7 @@ def test_a_model_without_attention_and_an_attention_that_cannot_be_wrapped_are_r
     with pytest.raises(QatkitError, match="kv_cache: Sequential has no transformers attention module"):
         prepare_qat(nn.Sequential(nn.Linear(2, 2)), kv_cache=TOKEN)
     with pytest.raises(
-        QatkitError, match="computes attention with 'eager', which qatkit cannot replace; load the model"
+        QatkitError, match="computes attention with 'eager', which qatkit does not support; load the model"
     ):
         prepare_qat(llama(attn_implementation="eager"), kv_cache=TOKEN)
     with pytest.raises(
@@ -184,9 +184,9 @@ def test_a_cache_is_verified_as_inputs_are_and_refused_by_onnx(tmp_path: Any) ->
     checked = verify(model, tmp_path / "model.safetensors", [{"input_ids": TOKENS, "labels": TOKENS}])
     assert checked.quantization_error is not None
     assert checked.quantization_error > 0
-    with pytest.raises(QatkitError, match="quantized keys and values have no ONNX form"):
+    with pytest.raises(QatkitError, match="ONNX does not support quantized keys and values"):
         export_onnx(model, TOKENS, tmp_path / "model.onnx")
     model = mixtral()
     prepare_qat(model, W4, include=["*.experts"])
-    with pytest.raises(QatkitError, match="quantized fused experts have no ONNX form"):
+    with pytest.raises(QatkitError, match="ONNX does not support quantized fused experts"):
         export_onnx(model, TOKENS, tmp_path / "model.onnx")

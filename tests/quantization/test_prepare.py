@@ -152,7 +152,7 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
         ({"include": ["norm"]}, r"'norm' selects 'norm', a LayerNorm, which cannot be quantized"),
         ({"include": "head"}, r"include: 'head' is not a list of globs; pass \['head'\]"),
         ({"weight": "W4A16"}, r"weight: 'W4A16' is not a QuantSpec; pass QuantSpec\(num_bits=8\)"),
-        ({"weight": scheme("W8A8")}, r"weight: a scheme holds two specs; pass weight=w8a8.weight, activation="),
+        ({"weight": scheme("W8A8")}, r"weight: a scheme contains two specs; pass weight=w8a8.weight, activation="),
         ({"layers": {"head": W4}}, r"layers\['head'\]: QuantSpec\(.*\) is not a Scheme; pass scheme\('W8A16'\)"),
         ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is for activations"),
         ({"weight": QuantSpec(observer="kl")}, "weight.observer: 'kl' is for activations; use minmax, mse or lsq"),
@@ -163,7 +163,7 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
         ),
         (
             {"include": ["*", "embedding"], "activation": QuantSpec(strategy="token")},
-            "activation: only the weight of layer 'embedding' can be quantized: its inputs are integers",
+            "activation: only the weight of layer 'embedding' can be quantized, because the inputs are integers",
         ),
         (
             {"layers": {"*ead": Scheme(W4), "block.*": Scheme(LSQ), "hea": Scheme(LSQ)}},
@@ -212,7 +212,9 @@ def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:
             "norm": nn.LayerNorm(8),
         }
     )
-    missed = r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose3d\), rnn \(LSTM\); they hold"
+    missed = (
+        r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose3d\), rnn \(LSTM\); these modules contain"
+    )
     with pytest.warns(QatkitWarning, match=missed):
         assert prepare_qat(model, W4) == ["head"]
     strip_qat(model)
@@ -222,7 +224,7 @@ def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:
 def test_a_second_preparation_and_a_weight_that_is_not_finite_are_refused() -> None:
     whole = nn.Sequential(nn.Linear(4, 4))
     prepare_qat(whole, W4)
-    with pytest.raises(QatkitError, match="layer '0' is already fake-quantized; exclude it, or call strip_qat"):
+    with pytest.raises(QatkitError, match="layer '0' is already fake-quantized; exclude the layer, or call strip_qat"):
         prepare_qat(whole, W4)
     model = Tied()
     prepare_qat(model, W4, include=["head"])

@@ -256,7 +256,7 @@ def test_arguments_that_fit_are_taken(mine: None, name: str, args: dict[str, Any
     [
         ("net", {"widht": 3}, "model.args.widht", "net has no such argument; did you mean 'width'?"),
         ("net", {"width": 3, "q": 1}, "model.args.q", "use one of width, depth, rate, act"),
-        ("net", {}, "model.args.width", "is missing, and net requires it; give it a value"),
+        ("net", {}, "model.args.width", "is missing, and net requires it; set the argument"),
         ("net", {"width": "abc"}, "model.args.width", "'abc' is not an integer"),
         ("net", {"width": True}, "model.args.width", "true is not an integer"),
         ("net", {"width": 3.5}, "model.args.width", "3.5 is not an integer"),
@@ -289,7 +289,8 @@ def test_arguments_that_qatkit_passes_must_exist_and_stay_its_own(mine: None) ->
     fn = resolve("mine.nets:picky", "data.factory", ["mine"])
     assert check_arguments(fn, {"channels": [1]}, "data.args", ["batch_size"]) == {"channels": [1]}
     with pytest.raises(
-        QatkitError, match=r"data\.args\.batch_size: 4 would be overwritten, because qatkit sets .*; remove it"
+        QatkitError,
+        match=r"data\.args\.batch_size: 4 would be overwritten, because qatkit sets .*; remove the argument",
     ):
         check_arguments(fn, {"channels": [1], "batch_size": 4}, "data.args", ["batch_size"])
     with pytest.raises(QatkitError, match=r"data\.args: picky has no argument 'seed', which qatkit passes"):

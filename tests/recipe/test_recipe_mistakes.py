@@ -117,7 +117,7 @@ def test_an_override_whose_value_is_no_yaml_is_refused(recipe_file: Path, overri
         ("seed: 7", "sede: 7", "sede", ["did you mean 'seed'?"]),
         ("max_steps: 5\n", "lr: 0.1\n", "stages.qat.max_steps", ["is missing"]),
         ("num_bits: 4", "num_bits: 9", "stages.qat.quantize.weight.num_bits", ["9 is out of range"]),
-        ("seed: 7", "seed: 7\nseed: 8", "seed", ["duplicates the key on line 2; remove one", "line 3"]),
+        ("seed: 7", "seed: 7\nseed: 8", "seed", ["duplicates the key on line 2; remove one of the two keys", "line 3"]),
         ("    max_steps: 5", "    max_steps: 5\n    max_steps: 6", "stages.qat.max_steps", ["line 10", "line 11"]),
         ("distill: {temperature: 4, alpha: 0.7}", "distill:", "stages.qat.distill", ["no value", "line 11", "{}"]),
         ("seed: 7", "seed: 7\n1: 2", "1", ["the key 1 is not text"]),
@@ -169,7 +169,7 @@ def test_a_file_that_is_not_a_recipe_is_refused(recipe_file: Path, content: byte
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_recipe() -> None:
-    with pytest.raises(QatkitError, match=r"'vision/digit_int4': no such file.* 'vision/digits_int4'\?"):
+    with pytest.raises(QatkitError, match=r"'vision/digit_int4': no file and no built-in.* 'vision/digits_int4'\?"):
         load_recipe("vision/digit_int4")
 
 

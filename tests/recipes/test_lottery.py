@@ -196,7 +196,7 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
         ("stages.ticket.lottery.rewind=start", r"lottery\.rewind: 'start' is unknown; use init, learning_rate or a"),
         ("stages.ticket.lottery.rewind=0", r"lottery\.rewind: 0 is out of range; use init, or a number of steps"),
         ("stages.ticket.lottery.rewind=60", r"lottery\.rewind: 60 is not below max_steps=60"),
-        ("stages.ticket.prune={sparsity: 0.5}", r"stages\.ticket\.prune: it cannot be combined with lottery"),
+        ("stages.ticket.prune={sparsity: 0.5}", r"stages\.ticket\.prune: prune cannot be combined with lottery"),
         ("stages.after={max_steps: 5}", r"reinit: the next stage would continue from the control 'ticket_reinit'"),
         (
             "stages={ticket_1: {max_steps: 1}, ticket: {max_steps: 9, lottery: {rounds: 1}}}",

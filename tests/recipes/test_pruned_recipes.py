@@ -204,13 +204,13 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ("stages.prune.prune={sparsity: 0.5, layers: {'9': 0.5}}", r"prune\.layers\['9'\]: '9' matches no linear"),
         (
             "stages.prune.prune={nm: [2, 4], layers: {'1': 0.1}}",
-            r"prune\.layers: .* because an N:M pattern does not use it",
+            r"prune\.layers: .* because an N:M pattern does not support it",
         ),
         ("stages.prune.prune={nm: [2, 4], scope: model}", r"prune\.scope: model has no effect, because an N:M pattern"),
-        ("stages.prune.prune={nm: [2, 4], block: [2, 2]}", r"prune\.block: .* because an N:M pattern does not use it"),
+        ("stages.prune.prune={nm: [2, 4], block: [2, 2]}", r"prune\.block: .* an N:M pattern does not support it"),
         (
             "stages.prune.prune={method: wanda, sparsity: 0.5, scope: model}",
-            r"prune\.scope: model has no effect, because method wanda does not use it",
+            r"prune\.scope: model has no effect, because method wanda does not support it",
         ),
         (
             "stages.prune.prune={method: wanda, ramp: {final: 0.5}}",
@@ -222,8 +222,8 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
             r"prune\.ramp\.start: start=0\.0 with initial=0\.0 prune",
         ),
         ("stages.prune.prune={method: srste, sparsity: 0.5}", r"prune\.sparsity: .*; use nm: \[2, 4\]"),
-        ("stages.prune={max_steps: 0, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: it prunes while training, but max"),
-        ("stages.prune={max_steps: 0, prune: {method: srste, nm: [2, 4]}}", r"prune\.method: it prunes while training"),
+        ("stages.prune={max_steps: 0, prune: {ramp: {final: 0.5}}}", r"prune\.ramp: the stage prunes during training"),
+        ("stages.prune={max_steps: 0, prune: {method: srste, nm: [2, 4]}}", r"prune\.method: the stage prunes during"),
         (
             "stages.prune.prune={method: taylor, sparsity: 0.5, calibration_batches: 0}",
             r"calibration_batches: 0 is out",

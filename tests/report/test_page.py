@@ -157,7 +157,7 @@ def test_the_page_holds_the_whole_run(folder: Path, open_page: OpenPage) -> None
         assert f"{name}\n{number}" in facts
     weights = sum(layer["weights"] for layer in report["rows"][2]["layers"])
     parity = page.locator("ul.parity li").nth(2).inner_text()
-    assert f"All {weights:,} integer weights in 3 layers of the file equal the trained ones." in parity
+    assert f"All {weights:,} integer weights in the file's 3 layers equal the trained ones." in parity
 
 
 CONTRASTS = """() => {
@@ -301,7 +301,7 @@ def test_runs_without_a_report_and_runs_named_twice_are_refused(folder: Path, ch
         write_page([old], Path("never.html"))
     edited = changed("edited")
     (edited / "report.json").write_text((edited / "report.json").read_text().replace('"passed": true', '"passed": 1'))
-    with pytest.raises(QatkitError, match=r"report\.json is damaged \(its digest .*; restore it, or run"):
+    with pytest.raises(QatkitError, match=r"report\.json is damaged \(the digest .*; restore the file, or run"):
         write_page([edited], Path("never.html"))
 
 

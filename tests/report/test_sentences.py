@@ -31,9 +31,8 @@ def test_parity_in_plain_words() -> None:
     said = parity(CHECK)
     assert said["headline"] == "ONNX Runtime computes what training computed."
     assert said["sentences"] == [
-        "All 15,248 integer weights in 4 layers of the file equal the trained ones.",
-        "Outputs differ by 0.000040 on average, 1/80 of the effect of quantization itself "
-        "(0.0032; the limit is 0.0035).",
+        "All 15,248 integer weights in the file's 4 layers equal the trained ones.",
+        "Outputs differ by 0.000040 on average, 1/80 of the quantization effect itself (0.0032; the limit is 0.0035).",
         "Both models give the same class for 359 of 360 test samples.",
     ]
 
@@ -41,12 +40,12 @@ def test_parity_in_plain_words() -> None:
 def test_equal_outputs_noise_and_formats_without_a_bound_are_said_as_they_are() -> None:
     dense = {**CHECK, "format": "dense", "mean_error": 0.0, "allowed_error": 0.0}
     assert parity(dense)["sentences"][:2] == [
-        "All 15,248 weights in 4 layers of the file equal the trained ones.",
-        "Outputs are equal to the last bit.",
+        "All 15,248 weights in the file's 4 layers equal the trained ones.",
+        "Outputs are bit-identical.",
     ]
     noise = {**CHECK, "layers": 0, "quantization_error": 0.0, "mean_error": 8.4e-7, "agreement": 1.0}
     assert parity(noise)["sentences"] == [
-        "Outputs differ by 8.4e-7 on average: rounding noise of floating-point sums in a different order "
+        "Outputs differ by 8.4e-7 on average: floating-point rounding noise from a different summation order "
         "(the limit is 0.0035).",
         "Both models give the same class for all 360 test samples.",
     ]

@@ -179,5 +179,5 @@ def test_a_model_says_its_new_arguments_or_is_refused_by_name() -> None:
     assert architecture_of(Sized(5), start, allow).model.args == {"width": 5}
     with pytest.raises(QatkitError, match=r"Sized, rebuilt from .*, has '0\.weight' of shape \[6, 4\] instead of"):
         architecture_of(Sized(5, says=6), start, allow)
-    with pytest.raises(QatkitError, match=r"Sequential has neither a transformers config nor a method arguments"):
+    with pytest.raises(QatkitError, match=r"Sequential has neither a transformers config nor an arguments"):
         architecture_of(nn.Sequential(*copy.deepcopy(list(Sized(5)))), start, allow)

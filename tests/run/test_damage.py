@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_file_and_mended_with_force(
     path = copied.folder(stage) / file
     flip(path, path.stat().st_size // 2)
     with pytest.raises(
-        QatkitError, match=r"has changed since stage .*; restore it, or use `qatkit run --force`"
+        QatkitError, match=r"has changed since stage .*; restore the file, or use `qatkit run --force`"
     ) as one:
         copied.load_model(stage)
     with pytest.raises(QatkitError) as two:
@@ -91,7 +91,7 @@ def test_a_changed_log_stops_only_the_report_and_a_missing_one_is_a_warning(copi
     text = log.read_text()
     position = text.index("4,") if "4," in text else text.index(",")
     log.write_text(text[:position] + "9" + text[position + 1 :])
-    with pytest.raises(QatkitError, match=rf"{LOG} has changed since stage 'only' .*delete it to leave its curves out"):
+    with pytest.raises(QatkitError, match=rf"{LOG} has changed since stage 'only' .*delete it to omit its curves"):
         check_logs(folder, record)
     assert run_stages(copied) == []
     copied.load_model("only")

@@ -47,7 +47,7 @@ def leave(folder: Path, **changes: object) -> None:
 def test_a_second_process_is_refused_by_host_and_id_and_enters_when_the_first_has_ended(tmp_path: Path) -> None:
     process = hold(tmp_path)
     refused = (
-        rf"process {process.pid} on host {lock.socket.gethostname()} has been using it since .*; wait for it to end, "
+        rf"process {process.pid} on host {lock.socket.gethostname()} has used this folder since .*; wait until that "
         rf"stop it with `kill {process.pid}`, or use another --out"
     )
     with pytest.raises(QatkitError, match=refused) as caught, locked(tmp_path):

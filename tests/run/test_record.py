@@ -50,7 +50,7 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
     [
         (without("schema"), r"has schema None, .* reads schema 1; use --force .*, or use qatkit 0\.1, which wrote it"),
         (lambda content: content | {"schema": 2}, "has schema 2"),
-        (without("fingerprint"), r"is damaged \(fingerprint is missing\); restore it, or use --force"),
+        (without("fingerprint"), r"is damaged \(fingerprint is missing\); restore the file, or use --force"),
         (lambda content: content | {"metrics": {"test/loss": "low"}}, r"is damaged \(metrics.test/loss is a str\)"),
         (lambda content: content | {"inputs": 3}, r"is damaged \(inputs is a int\)"),
         (lambda content: content | {"colour": "red"}, r"is damaged \(unknown field colour\)"),
@@ -58,7 +58,7 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
         (lambda content: content | {"seconds": True}, r"is damaged \(seconds is a bool\)"),
         (lambda content: content | {"folds": [["conv"]]}, r"is damaged \(folds\[0\] has 1 values instead of 2\)"),
         (lambda content: content | {"architecture": {}}, r"is damaged \(architecture\.config is missing\)"),
-        (lambda content: [content], r"is damaged \(it contains a list, not an object\)"),
+        (lambda content: [content], r"is damaged \(the file contains a list, not an object\)"),
     ],
 )
 def test_another_record_is_refused_by_its_path(change: Any, problem: str, tmp_path: Path) -> None:
@@ -85,6 +85,6 @@ def test_a_stage_of_another_schema_runs_again_with_force(name: str, tmp_path: Pa
     run = Run(load_recipe("vision/digits_int4", ["stages.dense.max_steps=2"]), tmp_path)
     run.folder("dense").mkdir(parents=True)
     (run.folder("dense") / name).write_text('{"schema": 0, "name": "dense"}')
-    with pytest.raises(QatkitError, match="use --force to run the stage again"):
+    with pytest.raises(QatkitError, match="use --force to rerun the stage"):
         run_stages(run, until="dense")
     assert run_stages(run, until="dense", force=True) == ["dense"]

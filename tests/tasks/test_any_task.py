@@ -93,5 +93,5 @@ def test_a_loss_that_does_not_compare_the_outputs_of_the_task_is_refused_before_
 
 def test_a_file_that_cannot_hold_a_weight_tied_to_an_unquantized_one_is_refused_before_training(tmp_path: Path) -> None:
     run = run_of(CASES[5], tmp_path, "stages.qat.quantize.exclude=[]")
-    with pytest.raises(QatkitError, match=r"'shared\.weight' and 'lm_head\.weight' are one tied weight"):
+    with pytest.raises(QatkitError, match=r"'shared\.weight' and 'lm_head\.weight' share one tied weight"):
         validate_recipe(run.recipe, ["tests"])

@@ -83,7 +83,7 @@ def _solve(options: Sequence[Mapping[str, Option]], spare: int) -> list[str]:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
     except ImportError as error:
-        raise QatkitError("allocation needs scipy", advice="install it: pip install 'qatkit[allocation]'") from error
+        raise QatkitError("allocation needs scipy", advice="run: pip install 'qatkit[allocation]'") from error
     smallest = [min(option.bytes for option in choices.values()) for choices in options]
     usable = [
         (row, name, option.bytes - smallest[row], option.cost)

@@ -43,8 +43,8 @@ def measure_sensitivity(
 
     Returns:
         One group for all layers that must have the same format: those that read one input (q/k/v, gate/up) and those
-        that share one weight. A candidate that does not fit a group (if its group size does not divide the inputs) is
-        left out.
+        that share one weight. A candidate that does not fit a group (for example, if its group size does not divide the
+        inputs) is left out.
 
     Raises:
         QatkitError: No candidate fits a group, the loss is non-finite, `loss` never runs a layer, or the model is
@@ -60,11 +60,13 @@ def measure_sensitivity(
         [('0', 48), ('1', 6)]
     """
     if not candidates:
-        raise QatkitError("there are none", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}")
+        raise QatkitError(
+            "no candidates were given", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}"
+        )
     for name, scheme in candidates.items():
         if scheme.weight is None:
             raise QatkitError(
-                f"'{name}' does not quantize the weight, so it saves nothing", key="candidates",
+                f"'{name}' does not quantize the weight, so it saves no memory", key="candidates",
                 advice="add a weight spec",
             )  # fmt: skip
     if quantized := fake_quantizers(model):
@@ -79,7 +81,7 @@ def measure_sensitivity(
         plain = _evaluate(model, loss)
         if not math.isfinite(plain):
             raise QatkitError(
-                f"{plain} for the plain model", key="loss", advice="use a loss that is finite on this model"
+                f"{plain} for the plain model", key="loss", advice="use a loss that is finite for this model"
             )
         measured = [
             _measure(model, layers, fits, loss, plain, left_out) for layers, fits in zip(groups, fitting, strict=True)
@@ -163,8 +165,8 @@ def _measure(
             value = _evaluate(model, loss)
             if idle := [quantizer for quantizer, fake_quant in used if not fake_quant.ran]:
                 raise QatkitError(
-                    f"the loss never runs layer '{idle[0].rpartition('.')[0]}', so nothing can be measured",
-                    advice="exclude it",
+                    f"the loss never runs layer '{idle[0].rpartition('.')[0]}', so its sensitivity cannot be measured",
+                    advice="exclude the layer",
                 )
             # tied weights share their quantizer and are stored once
             stored = {id(fake_quant): (weight, fake_quant.spec) for _, weight, fake_quant in quantized_weights(model)}

@@ -32,7 +32,7 @@ def awq_scales(
         specs: Quantization of each weight. The search does not clip ranges.
         magnitude: Mean magnitude of every input, ``[in]``.
         hessian: Mean outer product of the input rows, ``[in, in]``.
-        grid: Number of steps into which the exponents from 0 to 1 are divided.
+        grid: Number of equal steps in the search for exponents from 0 to 1.
 
     Returns:
         float32 ``[in]``, all positive; ones if no scaling reduces the error.

@@ -202,8 +202,9 @@ class _BatchMethod:
         for block in blocks or [self.model]:
             if qat_layers(block) and not find_folds(block, self.uses):
                 raise QatkitError(
-                    f"{self.method.name} does not know the layer order of {type(block).__name__} in "
-                    f"{type(self.model).__name__}; it knows {', '.join(BLOCKS)} and nn.Sequential of Linear and ReLU",
+                    f"{self.method.name} does not support {type(block).__name__} in {type(self.model).__name__}, "
+                    f"whose layer order is unknown; supported are {', '.join(BLOCKS)} and nn.Sequential of Linear and "
+                    "ReLU",
                     advice="use gptq",
                 )
         return find_folds(self.model, self.uses)
@@ -246,7 +247,7 @@ class _BatchMethod:
             return "embedding" if isinstance(layer, nn.Embedding) else type(layer).__name__.removeprefix("QAT")
         if self.uses[id(layer.weight)] > 1:
             return "shared weight"
-        return "no input reached it" if statistics.rows == 0 else ""
+        return "no input reached the layer" if statistics.rows == 0 else ""
 
     @torch.no_grad()
     def _set(self, layer: QATLayer, fake_quant: FakeQuantize, hessian: Tensor) -> None:

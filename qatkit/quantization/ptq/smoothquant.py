@@ -61,7 +61,7 @@ def smoothquant_search(
         input_specs: Quantization of each layer's input; None if it is not quantized.
         statistics: Statistics of the inputs, with a sample of rows on which output errors are computed.
         weight_absmax: Largest magnitude of every input's weights, over all layers that read it, ``[in]``.
-        grid: Number of steps into which alpha from 0 to 1 is divided; values next to the best one are tried as well.
+        grid: Number of equal steps in the search for alpha from 0 to 1; values around the best one are also tried.
 
     Returns:
         float32 ``[in]``, all positive; ones if no scaling reduces the error.

@@ -259,7 +259,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure_sensitivity(Idle(), CANDIDATES, lambda model: float("nan"))
     with pytest.raises(QatkitError, match="'half' does not quantize the weight"):
         measure_sensitivity(Idle(), {"half": Scheme(None, A8)}, loss)
-    with pytest.raises(QatkitError, match="candidates: there are none"):
+    with pytest.raises(QatkitError, match="candidates: no candidates were given"):
         measure_sensitivity(Idle(), {}, loss)
     model = Idle()
     prepare_qat(model, QuantSpec(), include=["idle"])

@@ -218,7 +218,7 @@ def test_blocks_that_do_not_run_one_after_the_other_are_treated_together(order: 
     if 1 in order:
         assert apply_ptq(model, "gptq", [x]) == names
         return
-    with pytest.warns(QatkitWarning, match=r"blocks\.1\.1 \(no input reached it\), blocks\.1\.3"):
+    with pytest.warns(QatkitWarning, match=r"blocks\.1\.1 \(no input reached the layer\), blocks\.1\.3"):
         assert apply_ptq(model, "gptq", [x]) == [name for name in names if ".1." not in name]
 
 

@@ -115,9 +115,15 @@ def test_mistakes_are_named_before_anything_runs() -> None:
             cnn(),
             W3_CHANNEL,
             DATA,
-            r"awq does not know the layer order of Sequential in Sequential; .* use gptq",
+            r"awq does not support Sequential in Sequential, .* use gptq",
         ),
-        ("smoothquant", encoder, QuantSpec(8), DATA, "layer order of TransformerEncoderLayer in TransformerEncoder; "),
+        (
+            "smoothquant",
+            encoder,
+            QuantSpec(8),
+            DATA,
+            "TransformerEncoderLayer in TransformerEncoder, whose layer order",
+        ),
     ]
     for method, model, spec, batches, message in cases:
         prepare_qat(model, weight=spec, exclude=["*.self_attn*"] if model is encoder else [])
