@@ -47,7 +47,7 @@ def _tied(first: str, second: str) -> QatkitError:
     return QatkitError(
         f"'{first}' and '{second}' share one tied weight but quantize it differently, and a plain model cannot store "
         "both results",
-        advice="quantize both with the same spec, or exclude both",
+        advice="quantize both layers with the same spec, or exclude both",
     )
 
 

@@ -62,7 +62,7 @@ def prunable_layers(
         if id(layer.weight) in excluded:
             raise QatkitError(
                 f"layer '{name}' shares its weight with '{excluded[id(layer.weight)]}', which is excluded",
-                advice="exclude both, or neither",
+                advice="exclude both layers, or neither",
             )
         seen.add(id(layer.weight))
         chosen[name] = layer

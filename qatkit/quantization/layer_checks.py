@@ -73,7 +73,7 @@ def check_ties(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
             raise QatkitError(
                 f"layers '{first}' and '{name}' share one weight, but the outputs of one are the inputs of the other, "
                 "so their scales differ",
-                advice="exclude both, or untie the weight",
+                advice="exclude both layers, or untie the weight",
             )
         if schemes[first].weight != schemes[name].weight:
             raise QatkitError(
@@ -98,7 +98,7 @@ def _check_ties_of_parts(model: nn.Module, schemes: Mapping[str, Scheme]) -> Non
                 raise QatkitError(
                     f"'{part}' of layer '{name}' is tied to '{others[0]}', but tied weights of {kind.kind} cannot be "
                     "quantized",
-                    advice="exclude both, or untie the weight",
+                    advice="exclude both layers, or untie the weight",
                 )
 
 

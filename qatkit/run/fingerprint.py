@@ -98,9 +98,9 @@ def refuse_other_recipe(stage: str, recorded: dict[str, Any], recipe: Recipe, pa
     plain = [{key: value for key, value in each.items() if not key.endswith(_CONTENT)} for each in (recorded, current)]
     if changes := changed_keys(*plain):
         raise QatkitError(
-            f"it was changed after stage '{stage}' was finished:\n  " + "\n  ".join(changes[:10]),
+            f"the file was changed after stage '{stage}' was finished:\n  " + "\n  ".join(changes[:10]),
             key=str(path),
-            advice="restore it: repeat the command of `qatkit run`",
+            advice="rerun the same `qatkit run` command to restore the file",
         )
 
 
