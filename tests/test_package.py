@@ -119,6 +119,7 @@ def interpreter_of(version: str) -> str | None:
     return str(Path(prefix) / "bin" / f"python{version}") if prefix else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.12", "3.13"])
 def test_recipes_are_read_on_newer_pythons(built: dict[str, Path], version: str, tmp_path: Path) -> None:
     found = interpreter_of(version)

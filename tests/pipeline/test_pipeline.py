@@ -187,6 +187,7 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(tmp_path: Path, wh
     assert files(out) == files(whole[0]), kills
 
 
+@pytest.mark.slow
 def test_a_stage_killed_in_the_middle_continues_at_its_checkpoint(tmp_path: Path, whole: tuple[Path, float]) -> None:
     process = launch(tmp_path)
     checkpoint = tmp_path / "stages" / "qat" / "last.ckpt"
