@@ -216,6 +216,6 @@ def _matrices(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
 
 def _has_weight_matrix(module: nn.Module) -> bool:
     """Whether a module belongs to the types that hold most weights of a model."""
-    kinds = (*SWAPS, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+    kinds = (*SWAPS, *PARTS, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
     # experts that transformers does not mark have one matrix each, unlike embeddings of tokens or positions
     return isinstance(module, kinds) or any(min(weight.shape) > 1 for _, weight in expert_weights(module))

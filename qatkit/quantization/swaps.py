@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from qatkit.quantization.attention import QATMultiheadAttention
 from qatkit.quantization.experts import expert_weights, experts_class, is_experts
 from qatkit.quantization.parts import QATParts
+from qatkit.quantization.recurrent import QATGRU, QATLSTM, QATRNN
 
-PARTS: dict[type[nn.Module], type[QATParts]] = {nn.MultiheadAttention: QATMultiheadAttention}
+PARTS: dict[type[nn.Module], type[QATParts]] = {
+    nn.MultiheadAttention: QATMultiheadAttention, nn.LSTM: QATLSTM, nn.GRU: QATGRU, nn.RNN: QATRNN
+}  # fmt: skip
 """Modules with several weights, by exact type; fused experts are found by their attributes."""
 
 

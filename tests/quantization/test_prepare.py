@@ -192,8 +192,8 @@ def test_a_module_without_a_weight_of_its_own_is_named_when_a_pattern_selects_it
     class Own(nn.MultiheadAttention):
         pass
 
-    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "attention": Own(8, 2), "head": nn.Linear(8, 8)})
-    with pytest.raises(QatkitError, match="'rnn' selects 'rnn', a LSTM, which cannot be quantized"):
+    model = nn.ModuleDict({"rnn": nn.LSTMCell(8, 8), "attention": Own(8, 2), "head": nn.Linear(8, 8)})
+    with pytest.raises(QatkitError, match="'rnn' selects 'rnn', a LSTMCell, which cannot be quantized"):
         prepare_qat(model, W4, include=["rnn"])
     with pytest.raises(QatkitError, match=r"'att\*n' selects 'attention', a Own, which cannot"):
         prepare_qat(model, W4, include=["att*n"])
@@ -207,13 +207,14 @@ def test_layers_that_a_glob_passes_over_are_named_in_a_warning() -> None:
         {
             "experts": Llama4TextExperts(config),  # transformers does not mark these as fused experts
             "up": nn.ConvTranspose3d(2, 2, 1),
-            "rnn": nn.LSTM(8, 8),
+            "rnn": nn.GRUCell(8, 8),
             "head": nn.Linear(8, 8),
             "norm": nn.LayerNorm(8),
         }
     )
     missed = (
-        r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose3d\), rnn \(LSTM\); these modules contain"
+        r"not quantized.*: experts \(Llama4TextExperts\), up \(ConvTranspose3d\), rnn \(GRUCell\); these modules "
+        "contain"
     )
     with pytest.warns(QatkitWarning, match=missed):
         assert prepare_qat(model, W4) == ["head"]
