@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not in its __all__
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
 from qatkit.callbacks.launchers import refuse_spawn
@@ -23,6 +24,7 @@ from typing_extensions import override
 from qatkit.errors import QatkitError
 from qatkit.export.formats import FORMATS
 from qatkit.quantization.calibration import calibrate
+from qatkit.quantization.coverage import coverage
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
@@ -133,6 +135,7 @@ class QuantizationAwareTraining(Callback):
             check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
         self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
+        rank_zero_info(str(coverage(pl_module)))
         pl_module.register_load_state_dict_pre_hook(_drop_mark)  # type: ignore[no-untyped-call]
         self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
         self._module = weakref.ref(pl_module)

@@ -11,9 +11,6 @@ from qatkit.cli.inputs import load
 from qatkit.cli.memory import print_training
 from qatkit.cli.output import echo
 
-_LISTED = 6
-"""Layers that are listed by name."""
-
 
 def command(
     recipe: RecipeArgument,
@@ -33,11 +30,10 @@ def command(
     loaded = load(recipe, overrides, skip_bad)  # a mistake in it is reported before torch is imported
     from qatkit.pipeline.validation import validate_recipe
 
-    layers = validate_recipe(loaded, allow or [])
+    found = validate_recipe(loaded, allow or [])
     echo(f"{loaded.name}: valid, stages {', '.join(loaded.stages)}")
-    for stage, names in layers.items():
-        listed = ", ".join(names[:_LISTED]) + (", ..." if names[_LISTED:] else "")
-        echo(f"  {stage}: quantizes {len(names)} {'layer' if len(names) == 1 else 'layers'}: {listed}")
+    for stage, coverage in found.items():
+        echo(f"  {stage}: {coverage}")
     for key, path in loaded.written_paths.items():
         echo(f"  {key}: if this path is outside the run folder, `qatkit run` needs --allow-write {path}")
     print_training(loaded, allow or [], force)

@@ -15,6 +15,7 @@ from qatkit.common.device import device_type
 from qatkit.errors import QatkitError, QatkitWarning, under
 from qatkit.pipeline.export import check_export, exported_stages
 from qatkit.pipeline.logger_check import check_logger
+from qatkit.quantization.coverage import Coverage
 from qatkit.recipe import DistillConfig, EvaluateConfig, Recipe
 from qatkit.recipe.factories import check_arguments, resolve
 from qatkit.report.language import check_harness, next_token_only
@@ -27,7 +28,7 @@ DATA_ARGUMENTS = ("batch_size", "seed")
 """The arguments that the pipeline passes to a data factory in addition to those of the recipe."""
 
 
-def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list[str]]:
+def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, Coverage]:
     """Check a recipe against the code it names, on models without memory; no data is read.
 
     Args:
@@ -35,7 +36,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
         allow: Packages, in addition to qatkit's factories, whose code the recipe may use.
 
     Returns:
-        For every stage with a `quantize` block, the names of the layers that it quantizes.
+        For every stage with a `quantize` block, the layers that it quantizes and those that it does not.
 
     Raises:
         QatkitError: an argument is not valid for its factory, a glob matches no layer, a layer cannot be quantized as
@@ -43,7 +44,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, list
 
     Example:
         >>> from qatkit.recipe.loading import load_recipe
-        >>> validate_recipe(load_recipe("vision/digits_int4"))["qat"]
+        >>> validate_recipe(load_recipe("vision/digits_int4"))["qat"].quantized
         ['conv1', 'conv2', 'conv3', 'classifier']
     """
     check_logger(recipe.trainer)

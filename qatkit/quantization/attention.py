@@ -27,6 +27,7 @@ class QATMultiheadAttention(QATParts, nn.MultiheadAttention):
     """
 
     kind = "multi-head attention"
+    in_proj_bias: Tensor | None  # type: ignore[assignment]  # torch declares it as always present
 
     def part_names(self) -> tuple[str, ...]:
         return PROJECTIONS

@@ -22,9 +22,12 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         scheme: Its quantization.
     """
     kind = parts_class(layer)
+    weights: list[tuple[str, Tensor | None, int]]
+    dims = 2
     if kind is None:
         assert isinstance(layer.weight, Tensor)
         weights = [(name, layer.weight, layer.weight.shape[0] if _is_transposed(layer) else layer.weight.shape[1])]
+        dims = layer.weight.dim()
     else:
         weights = [(f"{name}.{part}", w, matrix.shape[1]) for part, w, matrix in plain_parts(layer, kind)]
     for own, weight, inputs in weights:
@@ -37,7 +40,6 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"only the weight of layer '{name}' can be quantized, because {reason}", key="activation",
             advice="give the layer a weight-only entry in layers, or exclude the layer",
         )  # fmt: skip
-    dims = 2 if kind is not None else weights[0][1].dim()
     if scheme.activation.strategy == "token" and dims != 2:
         raise QatkitError(
             f"'token' is for linear layers, whose last dimension belongs to one token, but layer '{name}' is a "

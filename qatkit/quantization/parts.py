@@ -54,4 +54,5 @@ class QATParts(nn.Module):
 
     def plain_class(self) -> type[nn.Module]:
         """Return the class that the module had before it was swapped."""
-        return next(kind for kind in type(self).__mro__ if not issubclass(kind, QATParts))
+        kinds = type(self).__mro__
+        return next(kind for kind in kinds if issubclass(kind, nn.Module) and not issubclass(kind, QATParts))

@@ -84,7 +84,7 @@ def set_fast_paths(model: nn.Module) -> None:
     tensors that `nn.TransformerEncoder` makes of padded inputs for it.
     """
     for module in model.modules():
-        if type(module) is nn.MultiheadAttention and isinstance(module.out_proj, QATLayer):
+        if type(module) is nn.MultiheadAttention and isinstance(cast(nn.Module, module.out_proj), QATLayer):
             swap_layer(module, None, None)
         if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
             continue
@@ -113,8 +113,8 @@ def strip_qat(model: nn.Module) -> list[str]:
         layer = model.get_submodule(name)
         if isinstance(layer, QATParts):
             for part in layer.part_names():
-                if (fake_quant := layer.input_quantizer(part)) is not None and fake_quant.shared:
-                    fake_quant.unshare(layer)
+                if (inputs := layer.input_quantizer(part)) is not None and inputs.shared:
+                    inputs.unshare(layer)
                 for own in (f"{part}_fake_quant", f"{part}_input_fake_quant"):
                     layer._modules.pop(own, None)  # missing after an interrupted swap
             layer.__class__ = cast("type[QATParts]", layer.plain_class())

@@ -56,7 +56,7 @@ class QATRecurrent(QATParts, nn.RNNBase):
             for name in self._flat_weights_names
         ]
         try:
-            return super().forward(input, hx)  # type: ignore[misc]  # the class that was swapped comes next
+            return super().forward(input, hx)  # the class that was swapped comes next
         finally:
             self._flat_weights = latent
 

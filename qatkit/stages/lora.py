@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def check(config: LoraConfig, stage: StageConfig, trainer: TrainerConfig, model: nn.Module) -> list[str]:
     """Check the block against the model, and return the layers that get adapters."""
     names = target_layers(model, config.targets)
-    if stage.quantize is not None and set(names) & set(quantize.check(stage.quantize, model)):
+    if stage.quantize is not None and set(names) & set(quantize.check(stage.quantize, model).quantized):
         check_inside({name: model.get_submodule(name) for name in names}, _adapter(config), held=False)
     if config.bits is not None:
         if not base_layers(model):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qatkit.errors import under
+from qatkit.quantization.coverage import Coverage, coverage
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.quantization.ptq.runner import check_method
 from qatkit.recipe import QuantizeConfig
@@ -16,16 +17,16 @@ if TYPE_CHECKING:
     from qatkit.callbacks import QuantizationAwareTraining
 
 
-def check(config: QuantizeConfig, model: nn.Module) -> list[str]:
-    """Check the block against a model and return the names of the layers to quantize."""
-    names = prepare_qat(model, **config.arguments)
+def check(config: QuantizeConfig, model: nn.Module) -> Coverage:
+    """Check the block against a model and return the layers to quantize."""
+    prepare_qat(model, **config.arguments)
     try:
         if config.init is not None:
             with under("init"):
                 check_method(model, config.init)
+        return coverage(model)
     finally:
         strip_qat(model)
-    return names
 
 
 def callback(config: QuantizeConfig) -> QuantizationAwareTraining:
