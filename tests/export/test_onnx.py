@@ -285,7 +285,7 @@ def test_a_failed_export_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     [
         (QuantSpec(), QuantSpec(strategy="token"), r"layer '0': .*strategy: token.* set activation: .*tensor"),
         (None, UINT8, r"layer '0': the input is quantized but the weight is not, .*; set weight"),
-        (QuantSpec(), UINT8, r"layer '0': its activation scale was never set; call qatkit.calibrate"),
+        (QuantSpec(), UINT8, r"layer '0': the activation scale was never set; call qatkit.calibrate"),
     ],
 )
 def test_what_cannot_be_written_is_refused_with_what_to_write_instead(

@@ -48,6 +48,7 @@ def test_a_second_process_is_refused_by_host_and_id_and_enters_when_the_first_ha
     process = hold(tmp_path)
     refused = (
         rf"process {process.pid} on host {lock.socket.gethostname()} has used this folder since .*; wait until that "
+        r"process ends, "
         rf"stop it with `kill {process.pid}`, or use another --out"
     )
     with pytest.raises(QatkitError, match=refused) as caught, locked(tmp_path):
