@@ -39,9 +39,9 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None, task
         logits = call(model, batch)
         with torch.no_grad():
             teacher_logits = call(teacher.eval(), batch) if teacher is not None else torch.zeros_like(logits)
-        outputs = logits, teacher_logits
+        outputs = [logits, teacher_logits]
         if task is not None and task.embeds:
-            outputs = tuple(pooled(hidden, batch["attention_mask"], batch["pooling"]) for hidden in outputs)
+            outputs = [pooled(hidden, batch["attention_mask"], batch["pooling"]) for hidden in outputs]
         divergence: Tensor = DIVERGENCES[distill.loss].loss(
             *outputs, temperature=distill.temperature, beta=distill.beta
         )
