@@ -91,7 +91,7 @@ def untrained_model(
     """
     _check_head(head)
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     if family not in CONFIG_MAPPING_NAMES:
         raise QatkitError(
