@@ -111,6 +111,8 @@ class Damaged:
             expected = {key: value for key, value in expected.items() if key.partition(":")[0] != damage.file}
             del after[damage.file]
         wrong = differing(after, expected)
+        if damage.file == "recipe.yaml":  # the report holds a copy of its text
+            wrong = [name for name in wrong if name != "report.json:.recipe"]
         return f"silent: {', '.join(wrong[:4])}" if wrong else "harmless"
 
     def _do(self, command: str, folder: Path, damage: Damage | None = None) -> tuple[Ended, dict[str, str]]:
