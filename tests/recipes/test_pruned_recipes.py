@@ -195,7 +195,7 @@ def test_zeros_may_grow_again_where_the_recipe_says_so(tmp_path: Path) -> None:
         ),
         (
             "stages.prune.prune={sparsity: 0.5, calibration_batches: 4}",
-            r"prune\.calibration_batches: 4 has no effect, .* only wanda, sparsegpt, taylor can; remove",
+            r"prune\.calibration_batches: 4 has no effect, .* only wanda, sparsegpt, taylor do; remove",
         ),
         ("stages.prune.prune={sparsity: -0.5}", r"prune\.sparsity: -0\.5 is out of range"),
         ("stages.prune.prune={ramp: {final: 1.5}}", r"prune\.ramp\.final: 1\.5 is out of range"),
