@@ -26,6 +26,7 @@ from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, Measured, PlannedExport, ReadBack
 from qatkit.export.onnx_graph import name_after_layers, save, trace
 from qatkit.export.onnx_weights import compare_onnx_weights
+from qatkit.export.output_tensors import kinds
 from qatkit.export.qdq import QDQ, to_qdq
 from qatkit.export.runtime import load_runtime
 from qatkit.quantization.layers import QATLayer, swap_of
@@ -114,7 +115,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
 
     Raises:
         QatkitError: ONNX is not installed, QDQ does not support a layer's quantization, a layer is not calibrated, a
-            weight is not float32, or PyTorch cannot trace the model.
+            weight is not float32, the example is not a tensor, or PyTorch cannot trace the model.
 
     Example:
         >>> import tempfile, torch
@@ -136,6 +137,10 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in qat_layers(plain):
         to_qdq(name, layer)
+    if not isinstance(example, Tensor):
+        raise QatkitError(
+            f"'onnx' exports models with one input tensor, but this one takes {kinds(example)}", advice=_INSTEAD
+        )
     example = example.detach().cpu()
     if len(example) == 1:  # torch.export may treat a batch size of one as a constant
         example = torch.cat([example, example])

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.output_tensors import tensors
 from qatkit.export.qdq import QDQ
+from qatkit.export.runtime import ONLY_OUTPUT
 
 
 def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
@@ -60,7 +62,7 @@ def trace(model: nn.Module, example: Tensor, opset: int) -> Any:
                 (example,),
                 dynamo=True,
                 input_names=["input"],
-                output_names=["output"],
+                output_names=[name or ONLY_OUTPUT for name in tensors(model(example))],
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                 custom_translation_table=_translations(opset),
                 opset_version=opset,

@@ -29,6 +29,23 @@ def tensors(outputs: Any) -> dict[str, Tensor]:
     return {f"{key}.{name}".rstrip("."): tensor for key, part in entries for name, tensor in tensors(part).items()}
 
 
+def nested(flat: Mapping[str, Any]) -> Any:
+    """Return the outputs of which `tensors` returns these; lists and dataclasses become tuples and dicts.
+
+    Example:
+        >>> nested({"0.boxes": 1, "1": 2}), nested({"": 3})
+        (({'boxes': 1}, 2), 3)
+    """
+    if set(flat) == {""}:
+        return flat[""]
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        first, _, rest = name.partition(".")
+        parts.setdefault(first, {})[rest] = value
+    built = {first: nested(part) for first, part in parts.items()}
+    return tuple(built.values()) if list(built) == [str(index) for index in range(len(built))] else built
+
+
 def kinds(value: Any) -> str:
     """Describe a value by its tensors.
 

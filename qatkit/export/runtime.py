@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
+from qatkit.export.output_tensors import nested
 
 _INTEGER = (
     "QLinearConv",
@@ -25,6 +26,9 @@ _INTEGER = (
     "MatMulNBits",
 )
 _FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
+
+ONLY_OUTPUT = "output"
+"""Name of the output in the file of a model that returns one tensor; others are named as the model names them."""
 
 
 class Runtime:
@@ -40,9 +44,12 @@ class Runtime:
         self._session = session
         self._input: str = session.get_inputs()[0].name
 
-    def __call__(self, x: Tensor) -> Tensor:
-        (output,) = self._session.run(None, {self._input: x.detach().cpu().numpy()})
-        return torch.from_numpy(output)
+    def __call__(self, x: Tensor) -> Any:
+        """The output of the model; several are returned in dicts and tuples, as the model returns them."""
+        names = [output.name for output in self._session.get_outputs()]
+        values = map(torch.from_numpy, self._session.run(None, {self._input: x.detach().cpu().numpy()}))
+        flat = dict(zip(names, values, strict=True))
+        return flat[ONLY_OUTPUT] if names == [ONLY_OUTPUT] else nested(flat)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.export.dense import export_dense
+from qatkit.export.onnx import export_onnx
 from qatkit.export.verification import Verification, verify
 from tests.tasks import sets
 
@@ -54,6 +55,13 @@ class BestScore(torchmetrics.Metric):
 
     def compute(self) -> Any:
         return self.best
+
+
+class TwiceTheBoxes(BestScore):
+    """Looks its output up by name and position."""
+
+    def update(self, found: Any, labels: Tensor) -> None:
+        self.best += found["heads"][1]["twice"].abs().sum()
 
 
 class Precision(BestScore):
@@ -174,6 +182,29 @@ def test_what_cannot_be_scored_is_an_error_that_names_it(
 ) -> None:
     with pytest.raises(QatkitError, match=f"^{message}"):
         checked(model, [batch], tmp_path, **{"forward": on_first, "metric": ERROR} | options)
+
+
+class Scales(nn.Module):
+    """Returns nested outputs from one tensor, in an order that is not the alphabet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.boxes = nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"scores": self.scores(x), "heads": (self.boxes(x), {"twice": 2 * self.boxes(x)})}
+
+
+def test_an_onnx_file_returns_the_outputs_as_the_model_names_them(tmp_path: Path) -> None:
+    model = Scales()
+    prepare_qat(model, QuantSpec(4))
+    export_onnx(model, X, tmp_path / "model.onnx")
+    result = verify(model, tmp_path / "model.onnx", [(X, VALUES)], forward=on_first, metric=TwiceTheBoxes())
+    assert result.passed, result.failures
+    assert result.samples == 16 * (3 + 4 + 4)
+    assert result.trained_metric == pytest.approx(result.runtime_metric)
+    with pytest.raises(QatkitError, match=r"exports models with one input tensor, but this one takes list with '0' \["):
+        export_onnx(Detector(), IMAGES, tmp_path / "model.onnx")  # type: ignore[arg-type]
 
 
 def test_no_batch_is_an_error(tmp_path: Path) -> None:
