@@ -77,7 +77,7 @@ def test_a_mapping_with_a_label_per_sample_is_a_classification_too() -> None:
 def test_logits_are_found_in_what_models_return() -> None:
     logits = torch.zeros(1)
     assert to_logits(logits) is to_logits({"logits": logits}) is to_logits(SimpleNamespace(logits=logits))
-    message = r"model: it returned dict without logits; return a tensor, or an object with \.logits"
+    message = r"model: the model returned dict without logits; return a tensor, or an object with \.logits"
     with pytest.raises(QatkitError, match=message):
         to_logits({"loss": logits})
 
