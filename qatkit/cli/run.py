@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Train, export, verify, measure and report.
 
-    Run the same command again to resume an interrupted run. SIGTERM saves a checkpoint first.
+    Run the same command again to resume an interrupted run. On SIGTERM, the run saves a checkpoint before it exits.
 
     Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
     """

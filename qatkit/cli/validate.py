@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """Check a recipe and predict its memory use, without data or training.
 
-    Keys, values, factories, layer names and missing packages are checked.
+    Checks keys, values, factories and layer names, and whether the required packages are installed.
 
     Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
     """

@@ -40,9 +40,9 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         content = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise QatkitError(
-            f"a batch has {content}, but no 'input_ids' [rows, tokens]",
+            f"a batch contains {content}, but no 'input_ids' of shape [rows, tokens]",
             key="prompt",
-            advice="use text data; the model can continue only texts",
+            advice="use text data, because only text can be generated",
         )
     if extra := sorted(set(batch) - KEYS):
         raise QatkitError(

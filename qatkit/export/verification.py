@@ -107,8 +107,8 @@ def verify(
         forward: ``(model, batch) -> outputs``, for models that are called in another way: a tensor, or tensors in
             dicts, lists, tuples and dataclasses. The file is called in the same way. With a task, they are logits, or
             have the entries that its transformers models return.
-        metric: A metric of torchmetrics that replaces the task's: it is updated with the outputs, and with the
-            ``labels`` or the second part of the batch. It computes one number.
+        metric: A torchmetrics metric to use instead of the task's. It is updated with the outputs and the labels: the
+            batch's ``labels`` or its second element. It computes one number.
         class_dim: With `metric`, the class dimension of the outputs; without it, outputs agree if
             their values do.
 

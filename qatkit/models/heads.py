@@ -32,8 +32,8 @@ def pretrained_model(
     Args:
         name_or_path: A folder or a name on the hub, as for `causal_lm`.
         head: The end of the name of an ``AutoModelFor`` class, such as "TokenClassification", "QuestionAnswering",
-            "Seq2SeqLM", "ImageClassification", "SemanticSegmentation" or "SpeechSeq2Seq"; "Model" for no head, which is
-            also the class of dual encoders such as CLIP.
+            "Seq2SeqLM", "ImageClassification", "SemanticSegmentation" or "SpeechSeq2Seq". "Model" loads
+            the model without a head; use it for dual encoders such as CLIP too.
         num_classes: Number of classes of a classification head; by default that of the files.
         dtype: Dtype of the weights.
         attn_implementation: Attention implementation of transformers; by default its own choice for the family.

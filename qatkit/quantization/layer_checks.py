@@ -42,7 +42,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )  # fmt: skip
     if scheme.activation.strategy == "token" and dims != 2:
         raise QatkitError(
-            f"'token' is for linear layers, whose last dimension belongs to one token, but layer '{name}' is a "
+            f"'token' is supported only for linear layers, but layer '{name}' is a "
             f"{type(layer).__name__}", key="activation.strategy", advice="use tensor, or exclude the layer",
         )  # fmt: skip
     size = scheme.activation.group_size

@@ -73,8 +73,8 @@ class LoraConfig:
         for name in ("dora", "dropout", "bits"):
             if zeros and (value := getattr(self, name)):
                 raise QatkitError(
-                    f"{value} is not supported with the sparsity mask of an earlier stage, because the update is "
-                    "masked inside the weight",
+                    f"{value} is not supported with the sparsity mask of an earlier stage, because the mask is "
+                    "applied to the low-rank update of the weight",
                     key=f"{key}.lora.{name}",
                     advice="remove the key, or set hold_sparsity: false",
                 )

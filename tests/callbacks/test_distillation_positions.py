@@ -137,7 +137,7 @@ class Segmenter(Classifier):
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 def test_dense_prediction_without_its_class_dimension_is_refused(loss: str) -> None:
     data = DataLoader([[torch.randn(4, 1, 5, 7), torch.randint(0, 3, (4, 5, 7))]], batch_size=None)
-    message = r"class_dim: logits have shape \[4, 3, 5, 7\], labels \[4, 5, 7\], so dimension 1 holds.*class_dim=1"
+    message = r"class_dim: logits have shape \[4, 3, 5, 7\], labels \[4, 5, 7\], so dimension 1 is .*class_dim=1"
     distil = KnowledgeDistillation(nn.Conv2d(1, 3, 1), student="net", loss=loss)
     with pytest.raises(QatkitError, match=message):
         trainer(distil, max_steps=1).fit(Segmenter(nn.Conv2d(1, 3, 1)), data)

@@ -292,7 +292,7 @@ def test_averaged_weights_keep_the_zeros_and_a_wrong_order_is_refused() -> None:
     average = EMAWeightAveraging(decay=0.5)
     trainer(MagnitudePruning(0.5), average).fit(module, batches())
     assert zeros(module) == 64
-    with pytest.raises(QatkitError, match="put MagnitudePruning before it"):
+    with pytest.raises(QatkitError, match="put MagnitudePruning before EMAWeightAveraging"):
         trainer(EMAWeightAveraging(), MagnitudePruning(0.5)).fit(Classifier(), batches())
     with pytest.raises(QatkitError, match="averages weights from before and after pruning"):
         trainer(MagnitudePruning(ramp=Ramp(0.5)), EMAWeightAveraging()).fit(Classifier(), batches())

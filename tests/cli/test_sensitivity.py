@@ -75,7 +75,7 @@ stages:
     quantize = loaded.stages["qat"].quantize
     assert quantize is not None
     assert quantize.arguments["layers"] == allocated_layers(found, chosen)
-    assert validate_recipe(loaded)["qat"] == ["conv1", "conv2", "classifier"]
+    assert validate_recipe(loaded)["qat"].quantized == ["conv1", "conv2", "classifier"]
     as_json = json.loads(qatkit("allocate", "run/sensitivity.json", "--bytes", str(size), "--json", cwd=folder).out)
     assert (as_json["bytes"], as_json["increase"]) == (size, increase)
 

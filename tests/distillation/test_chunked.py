@@ -209,7 +209,7 @@ def test_a_second_backward_is_refused_as_the_gradients_are_used_up() -> None:
     [
         ({"teacher_weight": torch.zeros(303, 12)}, r"\[301, 16\]\] \(student\) and \[\[50, 12\], \[303, 12\]\].*trim"),
         ({"kind": "mse"}, "kind: 'mse' has no row kernel; compute it from full logits"),
-        ({"labels": None}, "labels: missing, but alpha=0.5 includes the cross-entropy; pass labels"),
+        ({"labels": None}, "labels: the labels are missing, but alpha=0.5 includes the cross-entropy; pass labels"),
         ({"temperature": 0.0}, "temperature: 0.0 is out of range"),
         ({"alpha": 2.0}, "alpha: 2.0 is out of range"),
         ({"beta": 1.0}, "beta: 1.0 is out of range"),

@@ -36,7 +36,7 @@ def test_prompts_end_where_the_labels_begin() -> None:
         (
             {"input_ids": WORDS, "position_ids": WORDS},
             2,
-            r"holds \['position_ids'\], which generated texts do not have",
+            r"contains \['position_ids'\], which generated texts do not have",
         ),
         ({"input_ids": WORDS}, None, r"no 'labels'.*set a prompt length, such as prompt: 32"),
         ({"input_ids": WORDS, "labels": WORDS}, None, r"no tokens before its first label.*prompt: 32"),

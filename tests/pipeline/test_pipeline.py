@@ -210,7 +210,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_an_earlier_stage_is_trai
     run = start(tmp_path, "stages.qat.batch_size=2000")
     with pytest.raises(
         QatkitError,
-        match=r"^stages\.qat\.batch_size: 2000 is more than the 1257 training samples, .*; use 1257 or less",
+        match=r"^stages\.qat\.batch_size: 2000 is more than the 1257 training samples, .*at most 1257",
     ):
         run_stages(run)
     assert not (tmp_path / "stages").exists()

@@ -176,7 +176,7 @@ def test_experts_with_transposed_weights_are_scaled_by_output() -> None:
 def test_experts_can_have_no_quantized_inputs_and_the_error_says_what_to_do() -> None:
     with pytest.raises(
         QatkitError,
-        match=r"activation: only the weight of layer 'model.layers.0.mlp.experts' can be quantized: fused experts",
+        match=r"activation: only the weight of layer 'model.layers.0.mlp.experts' can be quantized, because fused",
     ):
         prepare_qat(mixtral(), W4, TOKEN, exclude=["lm_head"])
     names = prepare_qat(mixtral(), W4, TOKEN, exclude=["lm_head"], layers={"*.experts": Scheme(W4)})

@@ -50,7 +50,8 @@ def run_of(folder: Path, *overrides: str) -> Run:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = run_of(tmp_path_factory.mktemp("student"))
-    assert validate_recipe(run.recipe) == {"qat": ["1", "3", "5"]}
+    (coverage,) = validate_recipe(run.recipe).values()
+    assert coverage.quantized == ["1", "3", "5"]
     run_stages(run)
     return run
 

@@ -80,7 +80,7 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_file_and_mended_with_force(
 @pytest.mark.parametrize(("stage", "file"), PAIRS)
 def test_a_missing_file_is_named(stage: str, file: str, copied: Run) -> None:
     (copied.folder(stage) / file).unlink()
-    with pytest.raises(QatkitError, match=rf"{file} is missing; restore it"):
+    with pytest.raises(QatkitError, match=rf"{file} is missing; restore the file"):
         copied.load_model(stage)
 
 

@@ -126,7 +126,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_although_another_one_has_its_i
 def test_a_lock_of_another_host_is_refused_with_the_file_to_delete(tmp_path: Path) -> None:
     leave(tmp_path, host="far", boot="other")
     with (
-        pytest.raises(QatkitError, match=r"on host far has been .* if it has already ended, delete .*run\.lock"),
+        pytest.raises(QatkitError, match=r"on host far has .* if it has already ended, delete .*run\.lock"),
         locked(tmp_path),
     ):
         pass
