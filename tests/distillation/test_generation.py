@@ -31,8 +31,8 @@ def test_prompts_end_where_the_labels_begin() -> None:
 @pytest.mark.parametrize(
     ("batch", "length", "message"),
     [
-        ({"pixels": WORDS}, 2, r"prompt: a batch has \['pixels'\], but no 'input_ids'"),
-        ([WORDS, WORDS], 2, "prompt: a batch has list, but no"),
+        ({"pixels": WORDS}, 2, r"prompt: a batch contains \['pixels'\], but no 'input_ids'"),
+        ([WORDS, WORDS], 2, "prompt: a batch contains list, but no"),
         (
             {"input_ids": WORDS, "position_ids": WORDS},
             2,
