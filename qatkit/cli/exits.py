@@ -95,6 +95,11 @@ def _message(error: BaseException) -> tuple[int, str]:
         return USER_MISTAKE, f"error: out of memory; use a smaller batch_size or a smaller model ({_first_line(error)})"
     if isinstance(error, OSError) and (explained := _os_error(error)):
         return USER_MISTAKE, explained
+    if _lost_process(error):
+        return USER_MISTAKE, (
+            "error: another process of this run has ended or cannot be reached; its own output says why. Run the same "
+            f"command again to resume ({_first_line(error)})"
+        )
     what = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__
     if (place := _users_code(error)) is not None:
         return USER_MISTAKE, f"error: {place} raised {what}; fix that code, or set QATKIT_DEBUG=1 to see the traceback"
@@ -102,6 +107,13 @@ def _message(error: BaseException) -> tuple[int, str]:
         f"error: this is a bug in qatkit: {what}\n"
         f"please report it with the recipe and the output of: QATKIT_DEBUG=1 qatkit {shlex.join(sys.argv[1:])}"
     )
+
+
+def _lost_process(error: BaseException) -> bool:
+    """Whether gloo or NCCL, which are not imported for this, lost the connection to another process."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    return "gloo" in (text := str(error)) and "onnection" in text
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 import qatkit as package
 from qatkit.cli.commands import COMMANDS, Command
-from qatkit.cli.exits import explain
+from qatkit.cli.exits import USER_MISTAKE, explain
 from qatkit.common.tables import implementation
 from qatkit.recipe.loading import list_recipes
 from tests.cli.in_process import qatkit
@@ -127,3 +127,15 @@ def test_a_closed_pipe_ends_the_command_in_silence() -> None:
     done = process("list", stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:27011",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]: Connection reset by peer",
+    ],
+)
+def test_a_lost_process_of_a_distributed_run_is_no_bug(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain(RuntimeError(text)) == USER_MISTAKE
+    assert capsys.readouterr().err.startswith("error: another process of this run has ended")
