@@ -41,12 +41,13 @@ def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: 
     (_, logger) = tracking.loggers("dense")
     logger.log_metrics({"loss": 1.0}, step=0)
     tracking.close()
-    assert wandb.run is theirs
+    theirs.log({"loss": 2.0})  # raises if the run was finished
     theirs.finish()
     (own,) = run_files(tmp_path)
     assert [row["dense/loss"] for row in Records(own).history()] == [1.0]
     (other,) = run_files(tmp_path / "theirs")
     assert b"dense/loss" not in other.read_bytes()
+    assert [row["loss"] for row in Records(other).history()] == [2.0]
 
 
 @pytest.mark.usefixtures("nobody")
