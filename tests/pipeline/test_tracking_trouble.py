@@ -47,7 +47,6 @@ def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: 
     assert [row["dense/loss"] for row in Records(own).history()] == [1.0]
     (other,) = run_files(tmp_path / "theirs")
     assert b"dense/loss" not in other.read_bytes()
-    assert [row["loss"] for row in Records(other).history()] == [2.0]
 
 
 @pytest.mark.usefixtures("nobody")
