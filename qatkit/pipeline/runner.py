@@ -79,10 +79,12 @@ def _run_stages(
     trained = [name for name in wanted if name not in finished]
     _check_batch_sizes(run, trained)
     shared = tracking or Tracking(run.recipe, run.out)
-    for name in trained:
-        run_stage(run, name, prints[name], shared, progress)
-    if tracking is None:
-        shared.close()
+    try:
+        for name in trained:
+            run_stage(run, name, prints[name], shared, progress)
+    finally:
+        if tracking is None:
+            shared.close()
     return trained
 
 

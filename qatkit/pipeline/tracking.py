@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,10 @@ class Tracking:
                 QatkitWarning,
                 stacklevel=1,  # higher, it would count as Lightning's, whose warnings are silenced in training
             )
-        self._lost, self._run = True, None
+        run, self._lost, self._run = self._run, True, None
+        if run is not None:
+            with suppress(Exception):  # it may have no process to talk to any more
+                run.finish()  # otherwise the user's next wandb.init in this process would return this run
 
     def _opened(self) -> Any:
         """The W&B run, opened on first use; None if W&B is disabled or has failed."""

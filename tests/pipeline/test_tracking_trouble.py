@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import wandb
 
 from qatkit import QatkitError
 from qatkit.errors import QatkitWarning
+from qatkit.pipeline import runner
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.validation import validate_recipe
@@ -41,11 +43,13 @@ def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: 
     (_, logger) = tracking.loggers("dense")
     logger.log_metrics({"loss": 1.0}, step=0)
     tracking.close()
-    theirs.log({"loss": 2.0})  # raises if the run was finished
+    assert wandb.run is theirs
     theirs.finish()
     (own,) = run_files(tmp_path)
     assert [row["dense/loss"] for row in Records(own).history()] == [1.0]
     (other,) = run_files(tmp_path / "theirs")
+    while b"theirs" not in other.read_bytes():  # W&B may write the file of a finished run a little later
+        time.sleep(0.05)
     assert b"dense/loss" not in other.read_bytes()
 
 
@@ -100,6 +104,26 @@ def test_training_goes_on_where_wandb_dies_in_the_middle(tmp_path: Path, monkeyp
         run_stages(Run(recipe("wandb"), tmp_path), until="ptq")
     assert len([warning for warning in caught if issubclass(warning.category, QatkitWarning)]) == 1
     assert trained(tmp_path)
+    assert new_run_is_new(tmp_path)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_stage_that_fails_leaves_no_run_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(run: Run, name: str, stage_print: Any, tracking: Tracking, progress: Any) -> None:
+        tracking.loggers(name)
+        raise QatkitError("diverged")
+
+    monkeypatch.setattr(runner, "run_stage", fails)
+    with pytest.raises(QatkitError, match="diverged"):
+        run_stages(Run(recipe("wandb"), tmp_path), until="ptq")
+    assert new_run_is_new(tmp_path)
+
+
+def new_run_is_new(folder: Path) -> bool:
+    """Whether `wandb.init` starts a run of the user's, and does not return one that qatkit left open."""
+    run = wandb.init(mode="offline", dir=folder / "user", id="user")
+    run.finish()
+    return run.id == "user"
 
 
 @pytest.mark.parametrize("start", [validate_recipe, lambda recipe: run_stages(Run(recipe, Path("never")))])
