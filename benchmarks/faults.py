@@ -1,7 +1,7 @@
 """Faults found by trial: kills, signals, damaged files and mutated recipes, against what qatkit promises for each.
 
 Run: python benchmarks/faults.py [--quick] [--jobs 2] [--only PART]
-The full mode takes about half an hour on two cores; --quick tries a few of each kind and writes no results. --only runs
+The full mode takes long; --quick tries a few of each kind and writes no results. --only runs
 one part and keeps the results of the others.
 
 kills    A run is killed (SIGKILL) before each kind of operation on each kind of file, at times spread over the run,

@@ -122,7 +122,7 @@ class QATLinear(QATLayer, nn.Linear):
 class QATOutputProjection(QATLayer, NonDynamicallyQuantizableLinear):
     """The ``out_proj`` of `nn.MultiheadAttention` with a fake-quantized weight and input."""
 
-    bias: Tensor | None  # type: ignore[assignment]
+    bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(*self.operands(input))

@@ -167,3 +167,20 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _flat(result: Any) -> list[Any]:
     return [tensor.tolist() for tensor in _tensors(result)]
+
+
+def test_smoothquant_names_the_weights_that_it_leaves_alone() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(8, 8)
+            self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tags: Tensor = self.head(self.rnn(x)[0])
+            return tags
+
+    model = Tagger()
+    prepare_qat(model, QuantSpec(8), TOKEN)
+    with pytest.warns(QatkitWarning, match=r"^smoothquant: these layers keep their scales: rnn\.weight_ih_l0 "):
+        assert apply_ptq(model, "smoothquant", [torch.randn(3, 2, 8)]) == ["head.2"]

@@ -67,14 +67,16 @@ def test_every_token_but_the_first_is_predicted_once(length: int, context: int, 
 def test_agreement_and_kl_are_those_of_float64() -> None:
     dense, rounded = tiny_llama().eval(), tiny_llama().eval()
     prepare_qat(rounded, QuantSpec(2), exclude=["lm_head"])
+    with torch.no_grad():  # a distance that float32 gives to four digits on every processor
+        rounded.lm_head.weight.mul_(30)
     labels = TEXT.clone()
     labels[10:20] = IGNORED
     found = score(rounded, dense, [(TEXT[:16], labels[:16])], context=16, stride=8)
     with torch.no_grad():
         p, q = (model(TEXT[None, :16]).logits[0, :9].double().log_softmax(-1) for model in (dense, rounded))
     assert found.tokens == 9
-    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
-    assert found.kl > 0
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found.kl > 0.05
     assert found.agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert found.loss == pytest.approx(float(-q[range(9), TEXT[1:10]].mean()), rel=1e-5)
 

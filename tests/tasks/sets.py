@@ -54,6 +54,7 @@ def tokens() -> Tensor:
 def labels(batch_size: int, seed: int) -> SplitDataModule:
     """Which of three corners of an image are bright."""
     x = images()
+    x[:, 0, [0, 0, 5], [0, 5, 0]] *= 4
     return split(Pairs, {"x": x, "y": (x[:, 0, [0, 0, 5], [0, 5, 0]] > 0).float()}, "multilabel", batch_size, seed)
 
 
@@ -86,11 +87,12 @@ def spans(batch_size: int, seed: int) -> SplitDataModule:
     return split(Rows, columns, "question_answering", batch_size, seed)
 
 
-def copies(batch_size: int, seed: int) -> SplitDataModule:
-    """The text itself as the output text."""
+def counts(batch_size: int, seed: int) -> SplitDataModule:
+    """Numbers that count on from the first token of the text."""
     ids = tokens()
-    shifted = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], dim=1)
-    columns = {"input_ids": ids, "decoder_input_ids": shifted, "labels": ids}
+    output = (ids[:, :1] + torch.arange(TOKENS)) % WORDS
+    shifted = torch.cat([torch.zeros_like(output[:, :1]), output[:, :-1]], dim=1)
+    columns = {"input_ids": ids, "decoder_input_ids": shifted, "labels": output}
     return split(Rows, columns, "seq2seq", batch_size, seed)
 
 
@@ -113,7 +115,7 @@ def partners(batch_size: int, seed: int) -> SplitDataModule:
 
 
 TASKS = {labels: "multilabel", values: "regression", pixels: "segmentation", words: "token_classification",
-         spans: "question_answering", copies: "seq2seq", partners: "pairs"}  # fmt: skip
+         spans: "question_answering", counts: "seq2seq", partners: "pairs"}  # fmt: skip
 for factory, name in TASKS.items():
     factory.task = name  # type: ignore[attr-defined]  # as a user declares it
 

@@ -35,12 +35,12 @@ export: {{format: dense}}
 """
 Case = tuple[str, str, str, str, float]
 CASES: list[Case] = [  # model, its arguments, data, loss, and how good the dense model must become
-    ("dense_net", "{outputs: 3}", "labels", "binary_kl", 0.6),
+    ("dense_net", "{outputs: 3}", "labels", "binary_kl", 0.8),
     ("dense_net", "{outputs: 2}", "values", "mse", 0.5),
     ("pixel_net", "{}", "pixels", "kl", 0.8),
     ("bert", "{head: ForTokenClassification}", "words", "kl", 0.9),
     ("bert", "{head: ForQuestionAnswering}", "spans", "kl", 0.9),
-    ("t5", "{}", "copies", "jsd", 17.0),
+    ("t5", "{}", "counts", "jsd", 3.0),
     ("bert", "{head: Model}", "partners", "cosine", 0.9),
     ("bert", "{head: Model}", "partners", "similarity", 0.9),
 ]

@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Iterable[Batch]], L
         heads("ForQuestionAnswering"), lambda: rows(sets.spans), own_loss, {"outputs": ["start_logits", "end_logits"]},
     ),
     "causal": (lambda: llama(20, 32, 1, 2, 1, 32, tie_embeddings=False), tokens, own_loss, {}),
-    "seq2seq": (sets.t5, lambda: rows(sets.copies), own_loss, {"loss": "jsd"}),
+    "seq2seq": (sets.t5, lambda: rows(sets.counts), own_loss, {"loss": "jsd"}),
     "masked": (heads("ForMaskedLM"), lambda: map(masked, tokens()), own_loss, {}),
     "pairs": (heads("Model"), lambda: rows(sets.partners), matched, {"loss": "cosine"}),
 }  # fmt: skip

@@ -175,7 +175,7 @@ class _BatchMethod:
             rest = [layer for layer in layers if layer not in processed]
             if rest:
                 self._process(rest, folds, lambda: (forward(batch) for batch in batches))
-        if self.skipped and self.method.from_inputs:
+        if self.skipped:
             names = ", ".join(f"{name} ({reason})" for name, reason in self.skipped.items())
             warnings.warn(f"{self.method.name}: these layers keep their scales: {names}", QatkitWarning, stacklevel=3)
         return self.done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -181,15 +182,20 @@ def test_at_equal_bytes_an_allocation_loses_less_than_one_format_for_all(
     same = uniform(found, candidate)
     budget, _ = totals(found, same)
     chosen = allocate(found, budget_bytes=budget)
-    if chosen == same:  # on some processors the network is trained to weights for which one format is best
-        return
+    names = [group.name for group in found.groups]
+    every = [dict(zip(names, each, strict=True)) for each in product(CANDIDATES, repeat=len(names))]
+    within = [totals(found, each)[1] for each in every if totals(found, each)[0] <= budget]
+    assert totals(found, chosen)[0] <= budget
+    assert totals(found, chosen)[1] == pytest.approx(min(within))  # the best of all by what was measured
     with torch.no_grad():
-        assert totals(found, chosen)[1] < totals(found, same)[1]  # what is measured layer by layer
+        # on some processors the network is trained to weights for which one format is the best allocation
+        assert totals(found, chosen)[1] < totals(found, same)[1] or chosen == same
         # together, and on images that the formats were not chosen by; at 3 bits what layers lose does not simply add up
         slack = 1.25 if candidate == "int3" else 1.0
         for judge in (loss, test):
             uniformly = applied_loss(digits_model, found, same, judge)
-            assert applied_loss(digits_model, found, chosen, judge) < slack * uniformly
+            allocated = applied_loss(digits_model, found, chosen, judge)
+            assert allocated < slack * uniformly or (chosen == same and allocated == uniformly)
         prepare_qat(digits_model, layers=allocated_layers(found, chosen))
         assert sum(weight.numel() for _, weight, _ in quantized_weights(digits_model)) == found.weights
         strip_qat(digits_model)
