@@ -16,6 +16,9 @@ from qatkit.cli.memory import print_training
 from qatkit.cli.output import echo
 from qatkit.cli.report import present
 from qatkit.common.termination import termination
+from qatkit.recipe.factories import resolve
+from qatkit.tasks.metrics import METRICS
+from qatkit.tasks.table import Task, declared_task
 
 if TYPE_CHECKING:
     from qatkit.pipeline.progress import Style
@@ -89,6 +92,7 @@ def _progress(quiet: bool, as_json: bool) -> list[Style]:
 
 
 def _print_stages(this: Run, trained: list[str]) -> None:
+    task = declared_task(resolve(this.recipe.data.factory, "data.factory", this.allow))
     for name in this.recipe.stages:
         if (record := this.find(name)) is None:
             continue
@@ -96,13 +100,14 @@ def _print_stages(this: Run, trained: list[str]) -> None:
         if (early := record.early_stopping) is not None:
             stopped = f"stopped after {early['steps']} steps" if early["stopped"] else "not stopped early"
             state += f", {stopped}, best at step {early['best_step']}"
-        echo(f"stage {name}: {state}, {_metric(record.metrics)}")
+        echo(f"stage {name}: {state}, {_metric(record.metrics, task)}")
 
 
-def _metric(metrics: dict[str, float]) -> str:
-    if "test/perplexity" in metrics:
-        return f"test perplexity {metrics['test/perplexity']:.3f}"
-    return f"test accuracy {metrics['test/accuracy']:.2%}"
+def _metric(metrics: dict[str, float], task: Task | None) -> str:
+    """The metric that the stage is judged by; data that declare no task have a perplexity, or an accuracy."""
+    undeclared = "perplexity" if "test/perplexity" in metrics else "accuracy"
+    metric = METRICS[undeclared if task is None else task.metric]
+    return f"test {metric.name} {metric.show(metrics[f'test/{metric.name}'])}"
 
 
 def _finish(this: Run, tracking: Tracking, quiet: bool, as_json: bool) -> None:

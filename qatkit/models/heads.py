@@ -91,6 +91,7 @@ def untrained_model(
     """
     _check_head(head)
     import transformers
+
     # the name is in the module, but not in its __all__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from qatkit.tasks.metrics import METRICS
+
 Style = Literal["bar", "lines"]
 """A bar on standard error, or lines on standard output."""
 EVERY = 10
@@ -116,7 +118,8 @@ class ProgressLines(Callback):
 
 
 def _metrics(trainer: Trainer) -> list[str]:
-    values = {key: trainer.callback_metrics.get(key) for key in ("train/loss", "val/perplexity", "val/accuracy")}
+    keys = ["train/loss", *(f"val/{name}" for name in METRICS if name != "loss")]
+    values = {key: trainer.callback_metrics.get(key) for key in keys}
     return [f"{key} {float(value):.4f}" for key, value in values.items() if value is not None]
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from qatkit.report.curves import Curve, Curves
 from qatkit.report.svg import CARD, MARKERS, MUTED, SERIES, canvas, to_svg
-from qatkit.tasks.metrics import Metric
+from qatkit.tasks.metrics import METRICS, Metric
 
 WIDTH = 370
 
@@ -138,14 +138,10 @@ def _overlap(a: _Box, b: _Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-GROUPS = {
-    "loss": "Loss",
-    "perplexity": "Perplexity",
-    "accuracy": "Accuracy (%)",
-    "quant": "Quantization (%)",
-}
+GROUPS = {row.name: f"{row.title} (%)" if row.percent else row.title for row in METRICS.values()}
+GROUPS["quant"] = "Quantization (%)"
 """Titles of the training figures, in their order."""
-_ENDS = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "agreement": "accuracy"}
+_ENDS = {**{name: name for name in METRICS}, "agreement": "accuracy"}
 
 
 def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
@@ -171,7 +167,7 @@ def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], r
         resumed_at: Steps at which a killed run was resumed.
     """
     marks = {}
-    percent = 100 if kind in ("accuracy", "quant") else 1
+    percent = METRICS[kind].scale if kind in METRICS else 100 if kind == "quant" else 1
     with canvas(WIDTH, 240) as (figure, (axes,)):
         for index, (name, curve) in enumerate(curves.items()):
             values = [percent * value for value in curve["values"]]

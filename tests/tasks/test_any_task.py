@@ -15,6 +15,7 @@ from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
 from qatkit.tasks import METRICS, TASKS
+from tests.cli.in_process import qatkit
 from tests.support.matrix import representatives
 
 RECIPE = """
@@ -95,3 +96,15 @@ def test_a_file_that_cannot_hold_a_weight_tied_to_an_unquantized_one_is_refused_
     run = run_of(CASES[5], tmp_path, "stages.qat.quantize.exclude=[]")
     with pytest.raises(QatkitError, match=r"'shared\.weight' and 'lm_head\.weight' share one tied weight"):
         validate_recipe(run.recipe, ["tests"])
+
+
+@pytest.mark.parametrize(("case", "metric"), [(CASES[0], "f1"), (CASES[1], "rmse")])
+def test_the_command_judges_by_the_metric_of_the_task(case: Case, metric: str, tmp_path: Path) -> None:
+    run = run_of(case, tmp_path)
+    short = ["stages.dense.max_steps=6", "stages.qat.max_steps=6"]
+    done = qatkit("run", "any.yaml", *short, "--out", "run", "--allow", "tests", cwd=tmp_path)
+    assert done.code == 0, done.err
+    value = METRICS[metric].show(run.record("qat").metrics[f"test/{metric}"])
+    assert f", test {metric} {value}\n" in done.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{METRICS[metric].title} against size" in page
