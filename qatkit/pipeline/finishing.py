@@ -12,6 +12,7 @@ from torch import nn
 
 from qatkit.advise.cost import macs, parameters
 from qatkit.callbacks.non_finite import non_finite
+from qatkit.errors import QatkitError
 from qatkit.pipeline.training import Trained, refuse_non_finite
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.measure import layer_table
@@ -50,7 +51,7 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     """Measure a finished stage on validation and test data, save it, and delete its checkpoints.
 
     Raises:
-        QatkitError: a weight is NaN or infinite; the stage stays unfinished.
+        QatkitError: a weight is NaN or infinite, or the test data have no batch; the stage stays unfinished.
     """
     if (place := non_finite(model)) is not None:
         shutil.rmtree(folder / "adapter", ignore_errors=True)  # was merged into the model
@@ -64,7 +65,14 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     }
     data.setup("test")
     metrics |= {f"test/{name}": value for name, value in evaluate(model, data.test_dataloader(), task, "test").items()}
-    sample = one_sample(next(iter(data.test_dataloader())))
+    batch = next(iter(data.test_dataloader()), None)
+    if batch is None:
+        raise QatkitError(
+            f"the test data have no batch, so stage '{record.name}' cannot be measured",
+            key="data",
+            advice="hold out test data, then run the same command again",
+        )
+    sample = one_sample(batch)
     cost = {"parameters": parameters(model), "macs": macs(lambda: call(model, sample))}
     layers = [asdict(row) for row in layer_table(model)]
     zeros = count_zeros(model, record.zeros)

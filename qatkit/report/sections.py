@@ -137,7 +137,8 @@ def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]
             f"{key}-{stage['stage']}-{kind}", stage["stage"], kind, curves, stage["curves"]["resumed_at"]
         )
         pictures.append(Picture(GROUPS.get(kind, kind), "", svg))
-    measured = f"validation {metric.name} {metric.show(stage['metrics'][f'val/{metric.name}'])}"
+    value = stage["metrics"].get(f"val/{metric.name}")
+    measured = "no validation data" if value is None else f"validation {metric.name} {metric.show(value)}"
     return {**stage, "pictures": pictures, "measured": measured}
 
 

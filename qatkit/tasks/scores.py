@@ -15,7 +15,7 @@ from qatkit.errors import QatkitError
 from qatkit.tasks.batches import answers, call, row_loss
 from qatkit.tasks.inputs import InputCheck
 from qatkit.tasks.metrics import METRICS
-from qatkit.tasks.table import TASKS, Task, task_of
+from qatkit.tasks.table import Task, task_of
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -35,7 +35,8 @@ class Scores:
     """
 
     def __init__(self, task: Task | None = None) -> None:
-        self.task = task
+        self.task: Task | None = None
+        """The task of the batches so far; None without a batch."""
         self.count = 0
         self.loss = 0.0
         """The sum of the losses of all counted labels."""
@@ -82,24 +83,24 @@ class Scores:
             metric.sync()
 
     def metrics(self) -> dict[str, float]:
-        """Return the task's metrics by name: fractions from 0 to 1, the loss per label in nats or as squared error.
+        """Return the task's metrics by name; empty without a batch.
+
+        Fractions are from 0 to 1, the loss is per label, in nats or as squared error.
 
         Perplexity is ``exp(loss)``. The others are those of torchmetrics, see `qatkit.tasks.measures`.
 
         Raises:
             QatkitError: there were batches, but all of their labels are -100.
         """
-        task = self.task or TASKS["classification"]  # as long as there was no batch
+        task = self.task
+        if task is None:
+            return {}
         if self.count == 0:
-            if task.per_token or self._metrics:
-                raise QatkitError(
-                    f"every label is {IGNORED}, so no metric can be computed",
-                    key="data",
-                    advice="label the tokens that the model should predict"
-                    if task.per_token
-                    else "label the test data",
-                )
-            return dict.fromkeys(task.metrics, 0.0)
+            raise QatkitError(
+                f"every label is {IGNORED}, so no metric can be computed",
+                key="data",
+                advice="label the tokens that the model should predict" if task.per_token else "label the test data",
+            )
         loss = self.loss / self.count
         own = {"loss": loss, "perplexity": perplexity(loss)}
         return {name: own[name] if name in own else float(self._metrics[name].compute()) for name in task.metrics}
