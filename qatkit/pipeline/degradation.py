@@ -22,8 +22,8 @@ from qatkit.tasks import METRICS, Scores, Task, call
 NOISE = 1.5
 """Accuracy and F1 must fall by more than this, divided by the root of the number of samples: at least three standard
 errors, whatever the accuracy."""
-RISE = 1.05
-"""Loss and perplexity must rise by more than this factor."""
+FACTOR = 1.05
+"""Other metrics, such as loss, perplexity, RMSE and mean IoU, must get worse by more than this factor."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Before:
     metric: str
     value: float
     count: int
-    """Samples or tokens that it was measured on."""
+    """Samples, pixels or tokens that it was measured on."""
 
     def is_better_than(self, after: float) -> bool:
         """Whether a later value is worse by more than noise.
@@ -45,9 +45,12 @@ class Before:
             >>> Before("perplexity", 10.0, count=180).is_better_than(10.6)
             True
         """
-        if METRICS[self.metric].higher_is_better:
+        metric = METRICS[self.metric]
+        if metric.counts:
             return self.value - after > NOISE / math.sqrt(self.count)
-        return not after <= self.value * RISE  # NaN is worse too
+        if metric.higher_is_better:
+            return not after * FACTOR >= self.value  # NaN is worse too
+        return not after <= self.value * FACTOR
 
 
 class StartMetric(Callback):

@@ -17,6 +17,9 @@ class Metric:
     higher_is_better: bool
     percent: bool = False
     """Whether it is shown in percent."""
+    counts: bool = False
+    """Whether it is a fraction of predictions that are right, so that its noise follows from their number. Pixels of
+    one image are right or wrong together."""
     compute: str = ""
     """``module:function(task, rows)`` that returns a `torchmetrics.Metric`; empty for those that follow from the loss.
     """
@@ -58,8 +61,8 @@ METRICS: Table[Metric] = Table(
     [
         Metric("loss", higher_is_better=False),
         Metric("perplexity", higher_is_better=False),
-        Metric("accuracy", higher_is_better=True, percent=True, compute="qatkit.tasks.measures:accuracy"),
-        Metric("f1", higher_is_better=True, compute="qatkit.tasks.measures:f1"),
+        Metric("accuracy", higher_is_better=True, percent=True, counts=True, compute="qatkit.tasks.measures:accuracy"),
+        Metric("f1", higher_is_better=True, counts=True, compute="qatkit.tasks.measures:f1"),
         Metric("iou", higher_is_better=True, compute="qatkit.tasks.measures:iou"),
         Metric("rmse", higher_is_better=False, compute="qatkit.tasks.measures:rmse"),
         Metric("mae", higher_is_better=False, compute="qatkit.tasks.measures:mae"),

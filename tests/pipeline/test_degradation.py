@@ -87,6 +87,11 @@ def test_validation_and_test_data_with_nan_are_named(tmp_path: Path) -> None:
         ("perplexity", 10.0, 11.0, 5000, True),
         ("perplexity", 10.0, 2.0, 5000, False),
         ("loss", 1.0, math.nan, 5000, True),
+        ("rmse", 1.0, 1.1, 5000, True),
+        ("iou", 0.80, 0.79, 1_000_000, False),  # pixels of one image are not independent samples
+        ("iou", 0.80, 0.70, 1_000_000, True),
+        ("iou", 0.70, 0.80, 1_000_000, False),
+        ("iou", 0.80, math.nan, 1_000_000, True),
     ],
 )
 def test_worse_is_beyond_noise_in_the_direction_of_the_metric(

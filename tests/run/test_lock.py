@@ -23,7 +23,7 @@ import os, sys
 from pathlib import Path
 from qatkit.run.lock import locked
 with locked(Path(sys.argv[1])):
-    if "fork" not in sys.argv or os.fork():
+    if "fork" not in sys.argv or not os.fork():  # the forked process says it, once it has closed its copy of the lock
         print("held", flush=True)
     sys.stdin.read()
 """
