@@ -77,5 +77,10 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     layers = [asdict(row) for row in layer_table(model)]
     zeros = count_zeros(model, record.zeros)
     save_stage(folder, model, dataclasses.replace(record, zeros=zeros, metrics=metrics, cost=cost, layers=layers))
+    delete_training_files(folder)
+
+
+def delete_training_files(folder: Path) -> None:
+    """Delete what only an unfinished stage needs: its checkpoints and the record of its start."""
     delete_checkpoints(folder)
     (folder / "started.json").unlink(missing_ok=True)

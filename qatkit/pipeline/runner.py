@@ -12,6 +12,7 @@ from qatkit.common.files import write_atomically
 from qatkit.data.datamodule import SplitDataModule
 from qatkit.data.streaming import StreamingDataModule
 from qatkit.errors import QatkitError, QatkitWarning, did_you_mean
+from qatkit.pipeline.finishing import delete_training_files
 from qatkit.pipeline.logger_check import check_logger
 from qatkit.pipeline.processes import end_with_parent, is_first_process
 from qatkit.pipeline.progress import Style
@@ -77,6 +78,9 @@ def _run_stages(
         name for name in wanted if (record := run.find(name)) and record.fingerprint == prints[name].fingerprint
     }
     trained = [name for name in wanted if name not in finished]
+    if is_first_process():
+        for name in finished:  # a process that was killed after it finished the stage left them
+            delete_training_files(run.folder(name))
     _check_batch_sizes(run, trained)
     shared = tracking or Tracking(run.recipe, run.out)
     try:

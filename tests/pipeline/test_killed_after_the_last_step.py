@@ -103,3 +103,21 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_no_bit(tmp_path: Path, monkeypa
     one, two = (load_file(run.folder("after") / "model" / "model.safetensors") for run in (whole, damaged))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not list(damaged.folder("tried").glob("*.ckpt*"))
+
+
+def test_the_rerun_deletes_the_checkpoints_of_a_stage_that_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path / "run", BLOCKS["quantization"])
+
+    def die(folder: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finishing, "delete_checkpoints", die)
+        with pytest.raises(Killed):
+            run_stages(run, until="dense")
+    left = {"last.ckpt", "started.json"}
+    assert left <= {path.name for path in run.folder("dense").iterdir()}
+    assert run_stages(run, until="dense") == []
+    assert not left & {path.name for path in run.folder("dense").iterdir()}
