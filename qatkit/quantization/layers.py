@@ -26,6 +26,8 @@ class QATLayer(nn.Module):
     input_fake_quant: FakeQuantize | None
     transposed = False
     """Whether the weight is ``[in, out, ...]``; scales always refer to ``[out, in, ...]``."""
+    input_on_grid = False
+    """Whether the input is quantized where it is made, by ``input_fake_quant``, so that only its scale is read here."""
 
     @property
     def matrix(self) -> Tensor:
@@ -64,7 +66,12 @@ class QATLayer(nn.Module):
         return x, weight, self._rounded_bias(weight_scale, input_scale)
 
     def _quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (x, None) if self.input_fake_quant is None else self.input_fake_quant.with_scale(x)
+        inputs = self.input_fake_quant
+        if inputs is None:
+            return x, None
+        if self.input_on_grid:
+            return x, None if inputs.observer is not None or not inputs.ready else inputs.qparams(x)[0]
+        return inputs.with_scale(x)
 
     def shipped(self) -> dict[str, Tensor]:
         """Weight and bias that the forward pass uses, by parameter name, for a plain layer."""

@@ -13,6 +13,7 @@ from qatkit.quantization.kv_cache import attention_modules, quantize_kv, strip_k
 from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.parts import QATParts
+from qatkit.quantization.placement.points import unplace
 from qatkit.quantization.selection import select
 from qatkit.quantization.slices import scale_shape
 from qatkit.quantization.swaps import parts_class
@@ -105,6 +106,7 @@ def strip_qat(model: nn.Module) -> list[str]:
     Returns:
         The names of the layers that changed.
     """
+    unplace(model)
     attention = [name for name, module in attention_modules(model) if hasattr(module, KV_PARTS[0])]
     for name in attention:
         strip_kv(model.get_submodule(name))

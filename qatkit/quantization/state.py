@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qatkit.quantization.kv_cache import add_kv_quantizers
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.parts import QATParts
+from qatkit.quantization.placement.points import Placement, place, placement_of, point_parts
 from qatkit.quantization.prepare import set_fast_paths, share_quantizers, swap_layer
 from qatkit.spec import QuantSpec
 
@@ -51,14 +53,18 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
 def layer_specs(model: nn.Module) -> Specs:
     """Return the specs of a prepared model as plain data, ``{layer}: {part: fields}``."""
     specs = {
-        name: {part: asdict(fake_quant.spec) for part, fake_quant in _parts(module).items()}
+        name: {
+            part: asdict(fake_quant.spec)
+            for part, fake_quant in _parts(module).items()
+            if part not in point_parts(module)
+        }
         for name, module in model.named_modules()
     }
     return {name: parts for name, parts in specs.items() if parts}
 
 
-def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
-    """Prepare a plain model in place from the specs of `layer_specs`, without scales."""
+def prepare_from_specs(model: nn.Module, specs: Specs, placement: Mapping[str, Any] | None = None) -> None:
+    """Prepare a plain model in place from its `layer_specs` and, as a dict, its `placement_of`, without scales."""
     for name, parts in specs.items():
         by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
         if "key" in by_part:
@@ -68,6 +74,8 @@ def prepare_from_specs(model: nn.Module, specs: Specs) -> None:
         weight = next((spec for part, spec in by_part.items() if not part.endswith("input")), None)
         swap_layer(model.get_submodule(name), weight, inputs)
     share_quantizers(model, list(specs), static=False)
+    if placement is not None:
+        place(model, Placement.from_dict(placement))
     set_fast_paths(model)
 
 
@@ -98,7 +106,10 @@ def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
 def save_quantizers(model: nn.Module, path: Path) -> None:
     """Write the quantizers of a prepared model to a safetensors file, specs as metadata."""
     tensors, specs = quantizer_state(model)
-    save_file(tensors, path, metadata={"specs": json.dumps(specs)})
+    metadata = {"specs": json.dumps(specs)}
+    if (placement := placement_of(model)).points:
+        metadata["placement"] = json.dumps(placement.as_dict())
+    save_file(tensors, path, metadata=metadata)
 
 
 def load_quantizers(model: nn.Module, path: Path) -> list[str]:
@@ -112,10 +123,11 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
             other weights.
     """
     with safe_open(path, framework="pt") as file:
-        specs = json.loads(file.metadata()["specs"])
+        specs, placement = (json.loads(file.metadata().get(key, "null")) for key in ("specs", "placement"))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    prepare_from_specs(model, specs)
-    for name in specs:
+    prepare_from_specs(model, specs, placement)
+    points = [point["module"] for point in (placement or {}).get("points", [])]
+    for name in dict.fromkeys([*specs, *points]):
         module = model.get_submodule(name)
         for part, fake_quant in _parts(module).items():
             kept = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "tensor_scale")}

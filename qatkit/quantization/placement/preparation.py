@@ -1,0 +1,90 @@
+"""Prepare a model for a runtime: layers, and the results that its integer kernels read or write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from qatkit.quantization.folding import fold_batchnorm
+from qatkit.quantization.placement.points import Placement, place
+from qatkit.quantization.placement.recorder import record
+from qatkit.quantization.placement.rules import decide
+from qatkit.quantization.prepare import prepare_qat
+from qatkit.quantization.selection import select
+from qatkit.quantization.targets import TARGETS
+from qatkit.schemes import Scheme
+from qatkit.spec import QuantSpec
+
+
+def find_placement(
+    model: nn.Module, forward: Callable[[], object], schemes: Mapping[str, Scheme], activation: QuantSpec
+) -> Placement:
+    """Return the results to quantize in a plain model with folded BatchNorm; nothing is changed.
+
+    Args:
+        model: The model.
+        forward: Runs the model on one batch.
+        schemes: The planned quantization by layer name.
+        activation: Quantization of the results; layers whose input has another one are not counted as readers.
+    """
+    layers = [name for name, each in schemes.items() if each.weight is not None and each.activation == activation]
+    return decide(record(model, forward), layers, activation)
+
+
+def prepare_for_target(
+    model: nn.Module,
+    target: str,
+    example: Any,
+    weight: QuantSpec | None = None,
+    activation: QuantSpec | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    layers: Mapping[str, Scheme] | None = None,
+) -> list[str]:
+    """Fake-quantize a model where a runtime computes with integers, in place.
+
+    BatchNorm is folded, layers are fake-quantized as by `prepare_qat`, and so are the results that integer kernels
+    write: those of convolutions, and the residual additions, concatenations and poolings between them.
+
+    Args:
+        model: Any module.
+        target: A row of `qatkit.quantization.TARGETS`, such as "onnxruntime".
+        example: One input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        weight: Quantization of weights, instead of the target's.
+        activation: Quantization of activations, instead of the target's; static, per tensor.
+        include: Globs over layer names; every glob must match a layer.
+        exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
+        layers: Quantization by glob; the last matching glob wins.
+
+    Returns:
+        The names of the fake-quantized layers in model order.
+
+    Raises:
+        QatkitError: The target is unknown, or see `prepare_qat`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        >>> prepare_for_target(model, "onnxruntime", torch.zeros(1, 1, 8, 8))
+        ['0', '3']
+        >>> [f"{point.module}: {point.part}" for point in placement_of(model).points]
+        ['2: output', '3: output']
+    """
+    row = TARGETS.row(target, "target")
+    how = (weight or row.weight, activation or row.activation, include, exclude, layers)
+    select(model, *how)  # a mistake leaves the model as it was
+    fold_batchnorm(model)
+    placement = find_placement(model, lambda: call(model, example), select(model, *how), how[1])
+    names = prepare_qat(model, *how)
+    place(model, placement)
+    return names
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Call a model with a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)

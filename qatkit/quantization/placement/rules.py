@@ -1,0 +1,150 @@
+"""Which results are quantized, so that ONNX Runtime computes with integers.
+
+A convolution runs with integers only if its output is quantized, too, and an addition, multiplication, concatenation
+or pooling only if all its inputs and its output are. Every result has one quantizer, behind the ReLU that the integer
+kernel absorbs, and all its readers share the scale. A linear layer computes with integers and returns floating-point
+values, so its output stays unquantized, and so do additions that read one: the residual stream of a transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qatkit.quantization.placement.operations import (
+    ACTIVATION, ADD, CONV, INTEGER, LINEAR, MUL, RELU, RESIZE, SAME, SIGMOID
+)  # fmt: skip
+from qatkit.quantization.placement.points import INPUTS, OUTPUT, Placement, Point
+from qatkit.quantization.placement.recorder import Call, Recording
+from qatkit.spec import QuantSpec
+
+Place = tuple[str, str]
+"""A module and its part that holds a quantizer."""
+_KEEPS = (SAME, RESIZE)
+
+
+def decide(recording: Recording, layers: Iterable[str], spec: QuantSpec) -> Placement:
+    """Return the results to quantize besides the inputs of layers.
+
+    Args:
+        recording: One forward pass of the model.
+        layers: Names of the layers whose weight and input will be quantized.
+        spec: Quantization of the results, with ``strategy: tensor``.
+    """
+    return _Rules(recording, set(layers)).placement(spec)
+
+
+class _Rules:
+    def __init__(self, recording: Recording, layers: set[str]) -> None:
+        self.recording = recording
+        self.layers = layers
+        self.source = recording.calls[0]
+        self._integer: dict[Call, bool] = {}
+        for call in recording.calls:  # in order, so that the inputs of a call are known
+            self._integer[call] = self._is_integer(call)
+
+    def placement(self, spec: QuantSpec) -> Placement:
+        points: dict[Call, Place] = {}
+        again: dict[Call, Call] = {}
+        for call in self.recording.calls[1:]:
+            place = self._place(call)
+            if place is not None and self._is_quantized(call):
+                points[call] = place
+            elif place is not None and call.kind == RESIZE and self._feeds(call) and self._origin(call) in points:
+                points[call], again[call] = place, self._origin(call)
+        readers: dict[Place, list[str]] = {}
+        for layer, origin in self._sources(points).items():
+            if origin is not None:
+                readers.setdefault(origin, []).append(layer)
+        inputs = self._input_places()
+        made = {place: Point(*place, (), _name(inputs[0]) if place != inputs[0] else "") for place in inputs}
+        for call, place in points.items():
+            if place not in made:  # a layer that is called twice has one quantizer
+                repeats = _name(points[again[call]]) if call in again else ""
+                made[place] = Point(*place, tuple(readers.get(place, [])), repeats)
+        calls = {
+            module: {kind: count for kind, count in self.recording.counts[module].items() if kind in kinds}
+            for module, kinds in _kinds(made).items()
+        }
+        return Placement(tuple(made.values()), calls, spec)
+
+    def _is_integer(self, call: Call) -> bool:
+        """Whether a call can run with integers: everything that it reads comes from such a call, or is an input."""
+        if call is self.source:
+            return True
+        if call.kind == CONV:
+            return call.module in self.layers
+        if call.kind in (*_KEEPS, RELU, ACTIVATION, SIGMOID):
+            return bool(call.inputs) and self._integer[call.inputs[0]]
+        if call.kind in INTEGER and not call.constant and self._place(call) is not None:
+            return bool(call.inputs) and all(self._integer[each] for each in call.inputs)
+        return False
+
+    def _is_quantized(self, call: Call) -> bool:
+        if not self._integer[call] or call.kind in _KEEPS:
+            return False
+        users = list(_users(call))
+        operators = [user for user in users if user.kind in INTEGER and self._integer[user]]
+        if call.kind in (ACTIVATION, SIGMOID):  # in floating point: layers that read it quantize their input
+            return bool(operators)
+        if call.kind == RELU:
+            return self._feeds(call) or any(self._origin(each).kind in (CONV, ADD, MUL) for each in call.inputs)
+        absorbed = len(users) == 1 == len(call.users) and users[0].kind == RELU
+        return not absorbed and (call.kind == CONV or self._feeds(call))
+
+    def _feeds(self, call: Call) -> bool:
+        """Whether an integer kernel reads a result."""
+        return any(
+            (user.kind in (CONV, LINEAR) and user.module in self.layers)
+            or (user.kind in INTEGER and self._integer[user])
+            or (user.kind == ACTIVATION and self._integer[user])
+            for user in _users(call)
+        )
+
+    def _place(self, call: Call) -> Place | None:
+        """Return the module and the part of it that can quantize the result, or None if none can."""
+        module, times = call.module, self.recording.times
+        if module is not None and (module in self.layers or times[module] == 1 or call.owner in self.recording.sequential):
+            return module, OUTPUT
+        return None if call.owner in self.recording.irregular else (call.owner, f"{call.kind}_{call.index}")
+
+    def _input_places(self) -> list[Place]:
+        """Return where the model's inputs are quantized for operations; layers quantize what they read themselves."""
+        users = [user for user in _users(self.source) if user.kind in INTEGER and self._integer[user]]
+        return list(dict.fromkeys((user.owner, INPUTS) for user in users))
+
+    def _sources(self, points: dict[Call, Place]) -> dict[str, Place | None]:
+        """Return the point whose values a layer reads; None if it reads other values as well."""
+        found: dict[str, Place | None] = {}
+        for call in self.recording.calls:
+            if call.module in self.layers and call.inputs:
+                place = points.get(self._origin(call.inputs[0], points))
+                found[call.module] = place if found.get(call.module, place) == place else None
+        return found
+
+    def _origin(self, call: Call, points: Iterable[Call] = ()) -> Call:
+        """Return the call that made the values that a result holds."""
+        while call.kind in _KEEPS and call.inputs and call not in points:
+            call = call.inputs[0]
+        return call
+
+
+def _users(call: Call) -> Iterable[Call]:
+    """Yield the calls that read a result, also behind calls that keep its values."""
+    for user in call.users:
+        if user.kind in _KEEPS:
+            yield from _users(user)
+        else:
+            yield user
+
+
+def _name(place: Place) -> str:
+    return ".".join(filter(None, place))
+
+
+def _kinds(points: Iterable[Place]) -> dict[str, set[str]]:
+    """Return the kinds of operations that have points, by module."""
+    kinds: dict[str, set[str]] = {}
+    for module, part in points:
+        if part not in (OUTPUT, INPUTS):
+            kinds.setdefault(module, set()).add(part.rpartition("_")[0])
+    return kinds

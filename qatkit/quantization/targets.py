@@ -1,0 +1,43 @@
+"""The table of targets: runtimes, with the quantization that makes them compute with integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qatkit.common.tables import Table
+from qatkit.spec import QuantSpec
+
+_WEIGHT7, _WEIGHT8 = QuantSpec(num_bits=7), QuantSpec(num_bits=8)
+_INPUT = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime on a kind of processor."""
+
+    name: str
+    """The name in ``quantize: {target: NAME}`` and ``QuantizationAwareTraining(target=NAME)``."""
+    description: str
+    """One-line description for help texts and docs."""
+    format: str
+    """The export format that it loads."""
+    weight: QuantSpec
+    """Quantization of weights, unless another one is given."""
+    activation: QuantSpec
+    """Quantization of the inputs of layers, and of the results that the runtime's integer kernels read or write."""
+
+
+TARGETS = Table(
+    "target",
+    [
+        Target(
+            "onnxruntime",
+            "ONNX Runtime on any CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
+            "onnx", _WEIGHT7, _INPUT,
+        ),
+        Target(
+            "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", "onnx", _WEIGHT8, _INPUT
+        ),
+        Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT),
+    ],
+)  # fmt: skip
