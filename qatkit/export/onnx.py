@@ -25,6 +25,7 @@ from qatkit.errors import QatkitError
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, Measured, PlannedExport, ReadBack
 from qatkit.export.onnx_graph import name_after_layers, save, trace
+from qatkit.export.onnx_points import name_points, to_qdq_points
 from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.output_tensors import kinds
 from qatkit.export.qdq import QDQ, to_qdq
@@ -137,6 +138,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for name, layer in qat_layers(plain):
         to_qdq(name, layer)
+    to_qdq_points(plain)
     if not isinstance(example, Tensor):
         raise QatkitError(
             f"'onnx' exports models with one input tensor, but this one takes {kinds(example)}", advice=_INSTEAD
@@ -147,6 +149,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path | str) -> None:
     grouped = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = trace(plain, example, opset=21 if grouped else 20)
     name_after_layers(program.model, plain)
+    name_points(program.model, plain)
     with atomic_path(Path(path)) as temporary:
         save(program, specs, temporary)
 

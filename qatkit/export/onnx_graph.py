@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.onnx_points import pool_globally
 from qatkit.export.output_tensors import tensors
 from qatkit.export.qdq import QDQ
 from qatkit.export.runtime import ONLY_OUTPUT
@@ -106,6 +107,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
             optimizer.fold_constants(model)
             model = rewriter.rewrite(model)
             optimizer.remove_unused_nodes(model)
+        pool_globally(model)
         ClearMetadataAndDocStringPass()(model)  # source lines and paths of the exporting machine
         for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
             value.metadata_props.clear()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from qatkit.errors import QatkitWarning
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATConv2d, QATLayer, QATLinear
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.spec import QuantSpec
 
 _INT32_MAX = 2**31 - 1
@@ -60,8 +61,8 @@ class _Codes(nn.Module):
         return out
 
 
-class _InputQuantizer(nn.Module):
-    """QuantizeLinear and DequantizeLinear of a per-tensor quantized activation."""
+class InputQuantizer(nn.Module):
+    """The QuantizeLinear and DequantizeLinear nodes of a per-tensor quantized activation."""
 
     scale: Tensor
     zero_point: Tensor
@@ -71,6 +72,13 @@ class _InputQuantizer(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.qmin, self.qmax = spec.qmin, spec.qmax
+
+    @classmethod
+    def of(cls, fake_quant: FakeQuantize) -> InputQuantizer:
+        """The nodes of a static activation quantizer."""
+        scale, zero_point = fake_quant.qparams(torch.empty(0))  # stored: dynamic scales were refused
+        dtype = torch.int8 if fake_quant.spec.symmetric else torch.uint8
+        return cls(scale.view(()), zero_point.view(()).to(dtype), fake_quant.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         codes = torch.ops.qatkit.quantize_linear(x, self.scale, self.zero_point, self.qmin, self.qmax)
@@ -104,9 +112,9 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     quantizer: Any = layer.input
     weight, bias = (part() if isinstance(part, _Codes) else part for part in (layer.weight, layer.bias))
     weight, bias = cast(Tensor, weight), cast("Tensor | None", bias)
-    if quantizer is None:
-        return x, weight, bias, None
-    return (quantizer(x), weight, bias, None) if isinstance(layer.bias, _Codes) else (quantizer(x), weight, None, bias)
+    x = x if quantizer is None else quantizer(x)
+    late = layer.__dict__["quantized_input"] and not isinstance(layer.bias, _Codes)
+    return (x, weight, None, bias) if late else (x, weight, bias, None)
 
 
 @torch.no_grad()
@@ -117,9 +125,7 @@ def to_qdq(name: str, layer: QATLayer) -> None:
     bias: _Codes | Tensor | None = trained_bias
     quantizer = None
     if (fake_quant := layer.input_fake_quant) is not None:
-        scale, zero_point = fake_quant.qparams(torch.empty(0))  # stored: dynamic scales were refused
-        dtype = torch.int8 if fake_quant.spec.symmetric else torch.uint8
-        quantizer = _InputQuantizer(scale.view(()), zero_point.view(()).to(dtype), fake_quant.spec)
+        quantizer = InputQuantizer.of(fake_quant)
     if (fake_quant := layer.weight_fake_quant) is not None:
         spec = fake_quant.spec
         scale, zero_point = fake_quant.qparams(layer.weight)
@@ -128,13 +134,15 @@ def to_qdq(name: str, layer: QATLayer) -> None:
         weight = _Codes(codes, scale.reshape(shape), zero_point.reshape(shape).to(codes.dtype), spec.group_size or 0)
         if trained_bias is not None and quantizer is not None and spec.group_size is None:
             bias = _integer_bias(name, trained_bias, weight, quantizer)
+    own = None if layer.input_on_grid else quantizer
     del layer.weight, layer.bias, layer.weight_fake_quant, layer.input_fake_quant
     layer.__class__ = cast("type[QATLayer]", QDQ[type(layer)])
-    for part, value in (("weight", weight), ("bias", bias), ("input", quantizer)):
+    layer.__dict__["quantized_input"] = quantizer is not None
+    for part, value in (("weight", weight), ("bias", bias), ("input", own)):
         setattr(layer, part, value)
 
 
-def _integer_bias(name: str, bias: Tensor, weight: _Codes, quantizer: _InputQuantizer) -> _Codes | Tensor:
+def _integer_bias(name: str, bias: Tensor, weight: _Codes, quantizer: InputQuantizer) -> _Codes | Tensor:
     """The bias as int32 codes with scale weight scale x input scale, as integer kernels need it.
 
     The largest sum that a channel can reach plus its bias must fit into 32 bits, which a tiny scale with a large bias

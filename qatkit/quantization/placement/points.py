@@ -26,7 +26,7 @@ from qatkit.quantization.placement.operations import KINDS, kind_of
 from qatkit.spec import QuantSpec
 
 OUTPUT, INPUTS = "output", "inputs"
-_SUFFIX = "_fake_quant"
+SUFFIX = "_fake_quant"
 _STATE = "_placed"
 """Attribute of a module with points: the `_State`."""
 
@@ -91,7 +91,7 @@ def place(model: nn.Module, placement: Placement) -> None:
         device = next((tensor.device for tensor in model.parameters()), None)
         fake_quant = first or FakeQuantize(spec, "activation", (1,), device)
         made[f"{point.module}.{point.part}".removeprefix(".")] = fake_quant
-        module.register_module(point.part + _SUFFIX, fake_quant)
+        module.register_module(point.part + SUFFIX, fake_quant)
         state = module.__dict__.setdefault(_STATE, _State())
         state.parts.append(point.part)
         if point.part == OUTPUT:
@@ -124,7 +124,7 @@ def unplace(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         if (state := module.__dict__.pop(_STATE, None)) is not None:
             for part in state.parts:
-                module._modules.pop(part + _SUFFIX, None)
+                module._modules.pop(part + SUFFIX, None)
         if isinstance(module, _Counting):
             module.__class__ = cast("type[_Counting]", type(module).plain)
         if isinstance(module, QATLayer):
@@ -144,7 +144,7 @@ def placement_of(model: nn.Module) -> Placement:
     for name, module in model.named_modules():
         state = module.__dict__.get(_STATE)
         for part in [] if state is None else state.parts:
-            fake_quant = cast(FakeQuantize, module._modules[part + _SUFFIX])
+            fake_quant = cast(FakeQuantize, module._modules[part + SUFFIX])
             specs.append(fake_quant.spec)
             full = f"{name}.{part}".removeprefix(".")
             again = first.setdefault(id(fake_quant), full)
@@ -181,7 +181,7 @@ class _Counter(TorchFunctionMode):
         kind = kind_of(func)
         if kind not in self.calls:
             return out
-        part = f"{kind}_{self.counted[kind]}{_SUFFIX}"
+        part = f"{kind}_{self.counted[kind]}{SUFFIX}"
         self.counted[kind] += 1
         fake_quant = self.module._modules.get(part)
         return out if fake_quant is None else _quantized(fake_quant, out)
@@ -255,9 +255,9 @@ def _quantized(fake_quant: nn.Module, value: Any) -> Any:
 
 
 def _quantize_output(module: nn.Module, args: Any, out: Any) -> Any:
-    return _quantized(cast(nn.Module, module._modules[OUTPUT + _SUFFIX]), out)
+    return _quantized(cast(nn.Module, module._modules[OUTPUT + SUFFIX]), out)
 
 
 def _quantize_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    fake_quant = cast(nn.Module, module._modules[INPUTS + _SUFFIX])
+    fake_quant = cast(nn.Module, module._modules[INPUTS + SUFFIX])
     return _quantized(fake_quant, args), _quantized(fake_quant, kwargs)

@@ -1,0 +1,68 @@
+"""Results that integer kernels write, in an ONNX graph: their QDQ nodes, names, pooling, and comparison."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qatkit.export.qdq import InputQuantizer
+from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.placement.points import SUFFIX, point_parts
+
+
+@torch.no_grad()
+def to_qdq_points(model: nn.Module) -> None:
+    """Turn the quantizers of results into QDQ nodes, in place."""
+    made: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        for part in point_parts(module):
+            fake_quant = cast(FakeQuantize, module._modules[part + SUFFIX])
+            if id(fake_quant) not in made:
+                made[id(fake_quant)] = InputQuantizer.of(fake_quant)
+            module._modules[part + SUFFIX] = made[id(fake_quant)]
+
+
+def points_of(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Return the quantizers of results by their name in the file, ``{module}.{part}``; a shared one once."""
+    found: dict[int, tuple[str, FakeQuantize]] = {}
+    for name, module in model.named_modules():
+        for part in point_parts(module):
+            fake_quant = cast(FakeQuantize, module._modules[part + SUFFIX])
+            found.setdefault(id(fake_quant), (f"{name}.{part}".removeprefix("."), fake_quant))
+    return dict(found.values())
+
+
+def name_points(graph_model: Any, model: nn.Module) -> None:
+    """Name the constants of results ``{module}.{part}.scale`` and ``.zero_point``."""
+    initializers = graph_model.graph.initializers
+    for name, module in model.named_modules(remove_duplicate=False):
+        for part in point_parts(module):
+            prefix = f"{name}.{part}".removeprefix(".")
+            for key in ("scale", "zero_point"):
+                if (value := initializers.pop(f"{prefix}{SUFFIX}.{key}", None)) is not None:
+                    value.name = f"{prefix}.{key}"
+                    initializers[value.name] = value
+
+
+def pool_globally(graph_model: Any) -> None:
+    """Turn means over the positions of images into GlobalAveragePool, which has an integer kernel."""
+    from onnxscript import ir
+
+    graph = graph_model.graph
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) != 2 or node.inputs[0].shape is None:
+            continue
+        axes = ir.convenience.get_const_tensor(node.inputs[1])
+        keeps = node.attributes.get("keepdims")
+        rank = len(node.inputs[0].shape)
+        if axes is None or rank != 4 or {int(axis) % rank for axis in axes.numpy().reshape(-1)} != {2, 3}:
+            continue
+        pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
+        added = [pooled]
+        if keeps is not None and not keeps.as_int():
+            added.append(ir.node("Flatten", pooled.outputs, attributes={"axis": 1}))
+        last = added[-1].outputs[0]
+        last.name, last.shape, last.dtype = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype
+        ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, [last])
