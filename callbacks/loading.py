@@ -13,6 +13,7 @@ from qatkit.callbacks.quantization import QUANTIZED
 from qatkit.errors import QatkitError
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.placement.points import Placement
 from qatkit.quantization.state import prepare_from_specs
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -66,7 +67,8 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
 
     for state in states:
         replay_folds(module, [(own(one), own(other)) for one, other in state["folds"]])
-        prepare_from_specs(module, {own(name): spec for name, spec in state["specs"].items()})
+        placement = Placement.from_dict(state["placement"]).renamed(own)
+        prepare_from_specs(module, {own(name): spec for name, spec in state["specs"].items()}, placement)
     content["state_dict"].pop(QUANTIZED, None)
     keys = {_plain(key): key for key in module.state_dict()}
     module.load_state_dict({keys.get(_plain(key), key): value for key, value in content["state_dict"].items()})

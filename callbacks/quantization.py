@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from lightning.pytorch.utilities.seed import isolate_rng
 from qatkit.callbacks.batches import as_training_does, first_batches, module_forward, on_every_process
 from qatkit.callbacks.launchers import refuse_spawn
+from qatkit.callbacks.placement import module_placement
 from qatkit.callbacks.targets import check_target
 from qatkit.callbacks.weight_decay import DecayExemption
 from torch import distributed as dist
@@ -21,17 +22,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from qatkit.errors import QatkitError
-from qatkit.export.formats import FORMATS
+from qatkit.errors import QatkitError, did_you_mean
+from qatkit.export.formats import FORMATS, ExportFormat
 from qatkit.quantization.calibration import calibrate
 from qatkit.quantization.coverage import coverage
 from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.placement.points import Placement, place
 from qatkit.quantization.prepare import fake_quantizers, prepare_qat
 from qatkit.quantization.ptq.methods import METHODS
 from qatkit.quantization.ptq.runner import apply_ptq
 from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
+from qatkit.quantization.targets import TARGETS, Target, check_placed
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -62,8 +65,10 @@ class QuantizationAwareTraining(Callback):
         calibration_batches: Number of training batches for static ranges and for `init`.
         calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
-        target: Name of the export format of the trained model, such as "onnx" (a row of `qatkit.export.FORMATS`): a
-            model that it cannot hold is refused before training.
+        target: Name of the runtime that will run the trained model, such as "onnxruntime" (a row of
+            `qatkit.quantization.TARGETS`), or of its export format, such as "onnx" (a row of `qatkit.export.FORMATS`).
+            A model that the format cannot hold is refused before training. A runtime also sets `weight` and
+            `activation` where they are not given, and results that its integer kernels read or write are quantized.
 
     Raises:
         QatkitError: a pattern matches nothing, a selected layer cannot be quantized or exported or never runs, or the
@@ -90,6 +95,10 @@ class QuantizationAwareTraining(Callback):
         calibration_forward: Callable[[LightningModule, Any], object] | None = None,
         target: str | None = None,
     ) -> None:
+        runtime = TARGETS.get(target) if target is not None else None
+        if runtime is not None:
+            weight, activation = weight or runtime.weight, activation or runtime.activation
+            check_placed(activation)
         check_arguments(weight, activation, include, exclude, layers or {}, kv_cache)
         if init is not None:
             METHODS.row(init, "init")
@@ -99,7 +108,8 @@ class QuantizationAwareTraining(Callback):
                 key="calibration_batches",
                 advice="use an integer of at least 1",
             )
-        self.target = None if target is None else FORMATS.row(target, "target")
+        self.target = _format_of(target, runtime)
+        self.places = runtime is not None
         self.weight = weight
         self.activation = activation
         self.include = list(include)
@@ -114,6 +124,8 @@ class QuantizationAwareTraining(Callback):
         """Names of the swapped layers, once `setup` has run."""
         self.folds: list[Fold] = []
         """Folded (convolution, BatchNorm) pairs."""
+        self.placement = Placement()
+        """The results that are quantized besides the inputs of layers."""
         self._module: weakref.ref[LightningModule] | None = None
         self._frozen: list[_BatchNorm] = []  # BatchNorm that could not be folded keeps its statistics
         self._ptq_done = False
@@ -134,7 +146,12 @@ class QuantizationAwareTraining(Callback):
         if self.target is not None:
             check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
         self.folds = fold_batchnorm(pl_module)
+        if self.places and self.activation is not None:
+            schemes = select(pl_module, *how)  # a folded convolution is another layer than before
+            forward = self.calibration_forward
+            self.placement = module_placement(trainer, pl_module, forward, schemes, self.activation)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
+        place(pl_module, self.placement)
         rank_zero_info(str(coverage(pl_module)))
         pl_module.register_load_state_dict_pre_hook(_drop_mark)  # type: ignore[no-untyped-call]
         self._frozen = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
@@ -202,7 +219,8 @@ class QuantizationAwareTraining(Callback):
         """Return what `load_quantized` needs to rebuild the module; scales are in the module's own state dict."""
         module = self._module() if self._module is not None else None
         specs = {} if module is None else layer_specs(module)
-        return {"folds": self.folds, "specs": {name: specs[name] for name in self.layers if name in specs}}
+        own = {name: specs[name] for name in self.layers if name in specs}
+        return {"folds": self.folds, "specs": own, "placement": self.placement.as_dict()}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -273,8 +291,21 @@ class QuantizationAwareTraining(Callback):
 
     def _own(self, pl_module: LightningModule) -> list[tuple[str, FakeQuantize]]:
         """Return the fake quantizers of this callback; a Trainer may hold several such callbacks."""
-        own = set(self.layers)
+        own = {*self.layers, *(point.module for point in self.placement.points)}
         return [(name, fq) for name, fq in fake_quantizers(pl_module) if name.rpartition(".")[0] in own]
+
+
+def _format_of(target: str | None, runtime: Target | None) -> ExportFormat | None:
+    if target is None:
+        return None
+    if runtime is not None:
+        return FORMATS[runtime.format]
+    if target not in FORMATS:
+        known = [*TARGETS, *FORMATS]
+        raise QatkitError(
+            f"there is no runtime or export format '{target}'", key="target", advice=did_you_mean(target, known)
+        )
+    return FORMATS[target]
 
 
 def _drop_mark(module: LightningModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -55,14 +55,38 @@ def pool_globally(graph_model: Any) -> None:
         if node.op_type != "ReduceMean" or len(node.inputs) != 2 or node.inputs[0].shape is None:
             continue
         axes = ir.convenience.get_const_tensor(node.inputs[1])
-        keeps = node.attributes.get("keepdims")
         rank = len(node.inputs[0].shape)
         if axes is None or rank != 4 or {int(axis) % rank for axis in axes.numpy().reshape(-1)} != {2, 3}:
             continue
         pooled = ir.node("GlobalAveragePool", [node.inputs[0]])
         added = [pooled]
+        keeps = node.attributes.get("keepdims")
         if keeps is not None and not keeps.as_int():
-            added.append(ir.node("Flatten", pooled.outputs, attributes={"axis": 1}))
+            added.append(ir.node("Squeeze", [*pooled.outputs, node.inputs[1]]))
         last = added[-1].outputs[0]
         last.name, last.shape, last.dtype = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype
         ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, [last])
+        if len(added) == 2:
+            _squeeze_behind_quantizer(graph, pooled, added[1])
+
+
+def _squeeze_behind_quantizer(graph: Any, pooled: Any, squeeze: Any) -> None:
+    """Move a Squeeze node behind the quantizer that reads it: between them, the pooling would not be fused."""
+    from onnxscript import ir
+
+    encoder = _only_reader(squeeze.outputs[0], "QuantizeLinear")
+    decoder = encoder and _only_reader(encoder.outputs[0], "DequantizeLinear")
+    if not decoder:
+        return
+    encoder.replace_input_with(0, pooled.outputs[0])
+    encoder.outputs[0].shape = decoder.outputs[0].shape = None
+    graph.remove(squeeze)
+    ir.convenience.replace_all_uses_with(decoder.outputs[0], squeeze.outputs[0])
+    squeeze.replace_input_with(0, decoder.outputs[0])
+    graph.insert_after(decoder, squeeze)
+
+
+def _only_reader(value: Any, kind: str) -> Any:
+    readers = {id(use.node): use.node for use in value.uses()}
+    reader = next(iter(readers.values()), None)
+    return reader if len(readers) == 1 and reader is not None and reader.op_type == kind else None

@@ -12,6 +12,7 @@ from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.companions import save_companions
 from qatkit.export.formats import FORMATS, ExportFormat
 from qatkit.quantization.selection import select
+from qatkit.quantization.targets import TARGETS
 from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.run.folder import Run
 from qatkit.schemes import Scheme
@@ -41,8 +42,14 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
     if recipe.export is None:
         return
     row = FORMATS.row(recipe.export.format, "export.format")
+    config = recipe.stages[stage].quantize
+    if config is not None and config.target is not None and TARGETS[config.target].format != row.name:
+        raise QatkitError(
+            f"'{row.name}' is not the format of target '{config.target}' in stage '{stage}'",
+            key="export.format",
+            advice=f"use {TARGETS[config.target].format}, or remove quantize.target",
+        )
     try:
-        config = recipe.stages[stage].quantize
         row.check_model(model, _schemes(config, model), config is not None and config.kv_cache is not None, task)
         row.check_packages()
     except QatkitError as error:

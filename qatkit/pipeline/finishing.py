@@ -16,6 +16,7 @@ from qatkit.errors import QatkitError
 from qatkit.pipeline.training import Trained, refuse_non_finite
 from qatkit.quantization.folding import replay_folds
 from qatkit.quantization.measure import layer_table
+from qatkit.quantization.placement.points import place
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.run.checkpoint import delete_checkpoints
 from qatkit.run.record import StageRecord
@@ -38,6 +39,7 @@ def finished_model(model: nn.Module, trained: Trained, folder: Path, original: b
     replay_folds(model, trained.folds)
     if trained.quantize is not None:
         prepare_qat(model, **trained.quantize.arguments)
+        place(model, trained.placement)
     if trained.lora is not None:
         lora.attach_to(model, trained.lora, trained.held)
     model.load_state_dict(trained.weights, strict=True)

@@ -27,6 +27,7 @@ from qatkit.pipeline.progress import Style, progress_callbacks
 from qatkit.pipeline.teachers import TeacherSpec
 from qatkit.pipeline.trainer import build_trainer, checkpoints, fit
 from qatkit.quantization.folding import Fold
+from qatkit.quantization.placement.points import Placement
 from qatkit.recipe import LoraConfig, QuantizeConfig, Recipe
 from qatkit.run.record import EarlyStopped, read_started, write_started
 from qatkit.stages.layer_names import outside
@@ -41,6 +42,8 @@ class Trained:
     weights: dict[str, Tensor]
     """The full state dict on the CPU; if the model was sharded, empty on all ranks but the first."""
     folds: list[Fold]
+    placement: Placement
+    """The results that are quantized besides the inputs of layers."""
     held: list[str]
     """Layers whose pruned weights stay zero."""
     quantize: QuantizeConfig | None
@@ -122,11 +125,12 @@ def train(
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(module.model, options=gathered))
     folds = [(outside(first), outside(second)) for first, second in quantize.folds] if quantize else []
+    placement = quantize.placement.renamed(outside) if quantize else Placement()
     zeros = list(dict.fromkeys(outside(layer) for each in pruning for layer in each.layers))
     zeros = zeros or (list(held) if lora else [])
     record = stopping.record(trainer) if stopping is not None else None
     before = start.before if start is not None else None
-    return Trained(trainer, weights, folds, zeros, stage.quantize, stage.lora, monitor, record, before)
+    return Trained(trainer, weights, folds, placement, zeros, stage.quantize, stage.lora, monitor, record, before)
 
 
 def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity as measure_sensitivity
     from qatkit.quantization.modules import FakeQuantize as FakeQuantize
     from qatkit.quantization.observers import OBSERVERS as OBSERVERS
+    from qatkit.quantization.placement.preparation import prepare_for_target as prepare_for_target
     from qatkit.quantization.prepare import fake_quantizers as fake_quantizers
     from qatkit.quantization.prepare import prepare_qat as prepare_qat
     from qatkit.quantization.prepare import qat_layers as qat_layers
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from qatkit.quantization.slices import value_range as value_range
     from qatkit.quantization.state import load_quantizers as load_quantizers
     from qatkit.quantization.state import save_quantizers as save_quantizers
+    from qatkit.quantization.targets import TARGETS as TARGETS
 
 _HOMES = {
     "qatkit.quantization.arithmetic": ["dequantize", "fake_quantize", "quantize"],
@@ -59,6 +61,7 @@ _HOMES = {
     "qatkit.quantization.mixed.sensitivity": ["measure_sensitivity"],
     "qatkit.quantization.modules": ["FakeQuantize"],
     "qatkit.quantization.observers": ["OBSERVERS"],
+    "qatkit.quantization.placement.preparation": ["prepare_for_target"],
     "qatkit.quantization.prepare": ["fake_quantizers", "prepare_qat", "qat_layers", "quantized_weights", "strip_qat"],
     "qatkit.quantization.ptq.awq": ["awq_clip", "awq_scales"],
     "qatkit.quantization.ptq.gptq": ["gptq"],
@@ -68,5 +71,6 @@ _HOMES = {
     "qatkit.quantization.scales": ["choose_qparams"],
     "qatkit.quantization.slices": ["value_range"],
     "qatkit.quantization.state": ["load_quantizers", "save_quantizers"],
+    "qatkit.quantization.targets": ["TARGETS"],
 }
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

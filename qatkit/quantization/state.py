@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from qatkit.spec import QuantSpec
 
 Specs = dict[str, dict[str, dict[str, Any]]]
 _SUFFIX = "_fake_quant"
+_NOWHERE = Placement()
 
 
 def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
@@ -63,8 +63,8 @@ def layer_specs(model: nn.Module) -> Specs:
     return {name: parts for name, parts in specs.items() if parts}
 
 
-def prepare_from_specs(model: nn.Module, specs: Specs, placement: Mapping[str, Any] | None = None) -> None:
-    """Prepare a plain model in place from its `layer_specs` and, as a dict, its `placement_of`, without scales."""
+def prepare_from_specs(model: nn.Module, specs: Specs, placement: Placement = _NOWHERE) -> None:
+    """Prepare a plain model in place from its `layer_specs` and its `placement_of`, without scales."""
     for name, parts in specs.items():
         by_part = {part: QuantSpec(**fields) for part, fields in parts.items()}
         if "key" in by_part:
@@ -74,8 +74,7 @@ def prepare_from_specs(model: nn.Module, specs: Specs, placement: Mapping[str, A
         weight = next((spec for part, spec in by_part.items() if not part.endswith("input")), None)
         swap_layer(model.get_submodule(name), weight, inputs)
     share_quantizers(model, list(specs), static=False)
-    if placement is not None:
-        place(model, Placement.from_dict(placement))
+    place(model, placement)
     set_fast_paths(model)
 
 
@@ -123,11 +122,12 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
             other weights.
     """
     with safe_open(path, framework="pt") as file:
-        specs, placement = (json.loads(file.metadata().get(key, "null")) for key in ("specs", "placement"))
+        specs = json.loads(file.metadata()["specs"])
+        placed = file.metadata().get("placement")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    placement = Placement() if placed is None else Placement.from_dict(json.loads(placed))
     prepare_from_specs(model, specs, placement)
-    points = [point["module"] for point in (placement or {}).get("points", [])]
-    for name in dict.fromkeys([*specs, *points]):
+    for name in dict.fromkeys([*specs, *(point.module for point in placement.points)]):
         module = model.get_submodule(name)
         for part, fake_quant in _parts(module).items():
             kept = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "tensor_scale")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qatkit.common.tables import Table
+from qatkit.errors import QatkitError
 from qatkit.spec import QuantSpec
 
 _WEIGHT7, _WEIGHT8 = QuantSpec(num_bits=7), QuantSpec(num_bits=8)
@@ -41,3 +42,17 @@ TARGETS = Table(
         Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT),
     ],
 )  # fmt: skip
+
+
+def check_placed(activation: QuantSpec) -> None:
+    """Reject a quantization of activations that no integer kernel reads.
+
+    Raises:
+        QatkitError: the scale is not static, per tensor.
+    """
+    if activation.strategy != "tensor" or activation.is_float:
+        raise QatkitError(
+            f"'{activation.strategy}' is not supported with target: results of integer kernels have one static scale",
+            key="activation.strategy",
+            advice="use strategy: tensor and type: int, or remove target",
+        )

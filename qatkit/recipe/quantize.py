@@ -9,6 +9,7 @@ from qatkit.common.ranges import Count, check_ranges
 from qatkit.errors import QatkitError
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.ptq.methods import METHODS
+from qatkit.quantization.targets import TARGETS, check_placed
 from qatkit.schemes import Scheme, check_kv_cache, scheme
 from qatkit.spec import QuantSpec
 
@@ -51,6 +52,9 @@ class LayerConfig:
 class QuantizeConfig(LayerConfig):
     """Fake-quantize the layers that the globs select."""
 
+    target: str | None = None
+    """Runtime that will run the model, such as onnxruntime: sets weight and activation where they are not given, and
+    also quantizes the results that the runtime's integer kernels read or write."""
     layers: dict[str, LayerConfig] = field(default_factory=dict)
     """Quantization by glob over layer names, instead of the default above; the last matching glob wins."""
     kv_cache: QuantSpec | None = None
@@ -68,6 +72,14 @@ class QuantizeConfig(LayerConfig):
     """Number of training batches that set the static ranges, at least 1."""
 
     def __post_init__(self) -> None:
+        if self.target is not None:
+            row = TARGETS.row(self.target, "target")
+            if self.scheme is None:
+                for name in ("weight", "activation"):
+                    if getattr(self, name) is None:
+                        object.__setattr__(self, name, getattr(row, name))
+            if self.specs.activation is not None:
+                check_placed(self.specs.activation)
         if self.specs == Scheme() and not self.layers and self.kv_cache is None:
             raise QatkitError(
                 "neither weight nor activation is given", key="weight", advice="set weight: {num_bits: 8}"

@@ -36,4 +36,6 @@ def callback(config: QuantizeConfig) -> QuantizationAwareTraining:
     arguments = config.arguments
     arguments |= {key: inside(arguments[key]) for key in ("include", "exclude")}
     arguments |= {"layers": inside_keys(arguments["layers"])}
-    return QuantizationAwareTraining(**arguments, init=config.init, calibration_batches=config.calibration_batches)
+    return QuantizationAwareTraining(
+        **arguments, init=config.init, calibration_batches=config.calibration_batches, target=config.target
+    )

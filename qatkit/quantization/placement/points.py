@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -59,6 +59,18 @@ class Placement:
         """The placement for a checkpoint or a JSON file."""
         return asdict(self)
 
+    def renamed(self, name: Callable[[str], str]) -> Placement:
+        """The placement in a model whose modules have other names."""
+
+        def part(full: str) -> str:
+            module, _, last = full.rpartition(".")
+            return _full(name(module), last) if full else ""
+
+        points = (
+            Point(name(p.module), p.part, tuple(map(name, p.readers)), part(p.repeats)) for p in self.points
+        )
+        return Placement(tuple(points), {name(module): each for module, each in self.calls.items()}, self.spec)
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Placement:
         """The inverse of `as_dict`."""
@@ -90,7 +102,7 @@ def place(model: nn.Module, placement: Placement) -> None:
         first = made.get(point.repeats) if point.repeats else None
         device = next((tensor.device for tensor in model.parameters()), None)
         fake_quant = first or FakeQuantize(spec, "activation", (1,), device)
-        made[f"{point.module}.{point.part}".removeprefix(".")] = fake_quant
+        made[_full(point.module, point.part)] = fake_quant
         module.register_module(point.part + SUFFIX, fake_quant)
         state = module.__dict__.setdefault(_STATE, _State())
         state.parts.append(point.part)
@@ -146,13 +158,17 @@ def placement_of(model: nn.Module) -> Placement:
         for part in [] if state is None else state.parts:
             fake_quant = cast(FakeQuantize, module._modules[part + SUFFIX])
             specs.append(fake_quant.spec)
-            full = f"{name}.{part}".removeprefix(".")
+            full = _full(name, part)
             again = first.setdefault(id(fake_quant), full)
             read = () if again != full else tuple(readers.get(id(fake_quant), []))
             points.append(Point(name, part, read, "" if again == full else again))
         if state is not None and state.calls:
             calls[name] = dict(state.calls)
     return Placement(tuple(points), calls, specs[0]) if specs else Placement()
+
+
+def _full(module: str, part: str) -> str:
+    return f"{module}.{part}" if module else part
 
 
 def point_parts(module: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qatkit.quantization.placement.operations import (
-    ACTIVATION, ADD, CONV, INTEGER, LINEAR, MUL, RELU, RESIZE, SAME, SIGMOID
+    ACTIVATION, CONV, INTEGER, LINEAR, RELU, RESIZE, SAME
 )  # fmt: skip
 from qatkit.quantization.placement.points import INPUTS, OUTPUT, Placement, Point
 from qatkit.quantization.placement.recorder import Call, Recording
@@ -38,9 +38,12 @@ class _Rules:
         self.recording = recording
         self.layers = layers
         self.source = recording.calls[0]
-        self._integer: dict[Call, bool] = {}
+        self._able: dict[Call, bool] = {}
         for call in recording.calls:  # in order, so that the inputs of a call are known
-            self._integer[call] = self._is_integer(call)
+            self._able[call] = self._is_able(call)
+        self._needed: dict[Call, bool] = {}
+        for call in reversed(recording.calls):
+            self._needed[call] = any(self._needs(user) for user in _users(call))
 
     def placement(self, spec: QuantSpec) -> Placement:
         points: dict[Call, Place] = {}
@@ -49,7 +52,7 @@ class _Rules:
             place = self._place(call)
             if place is not None and self._is_quantized(call):
                 points[call] = place
-            elif place is not None and call.kind == RESIZE and self._feeds(call) and self._origin(call) in points:
+            elif place is not None and call.kind == RESIZE and self._needed[call] and self._origin(call) in points:
                 points[call], again[call] = place, self._origin(call)
         readers: dict[Place, list[str]] = {}
         for layer, origin in self._sources(points).items():
@@ -67,38 +70,34 @@ class _Rules:
         }
         return Placement(tuple(made.values()), calls, spec)
 
-    def _is_integer(self, call: Call) -> bool:
+    def _is_able(self, call: Call) -> bool:
         """Whether a call can run with integers: everything that it reads comes from such a call, or is an input."""
         if call is self.source:
             return True
         if call.kind == CONV:
             return call.module in self.layers
-        if call.kind in (*_KEEPS, RELU, ACTIVATION, SIGMOID):
-            return bool(call.inputs) and self._integer[call.inputs[0]]
+        if call.kind in (*_KEEPS, RELU, ACTIVATION):
+            return bool(call.inputs) and self._able[call.inputs[0]]
         if call.kind in INTEGER and not call.constant and self._place(call) is not None:
-            return bool(call.inputs) and all(self._integer[each] for each in call.inputs)
+            return bool(call.inputs) and all(self._able[each] for each in call.inputs)
         return False
 
-    def _is_quantized(self, call: Call) -> bool:
-        if not self._integer[call] or call.kind in _KEEPS:
-            return False
-        users = list(_users(call))
-        operators = [user for user in users if user.kind in INTEGER and self._integer[user]]
-        if call.kind in (ACTIVATION, SIGMOID):  # in floating point: layers that read it quantize their input
-            return bool(operators)
-        if call.kind == RELU:
-            return self._feeds(call) or any(self._origin(each).kind in (CONV, ADD, MUL) for each in call.inputs)
-        absorbed = len(users) == 1 == len(call.users) and users[0].kind == RELU
-        return not absorbed and (call.kind == CONV or self._feeds(call))
+    def _needs(self, user: Call) -> bool:
+        """Whether a call reads codes: then the result that it reads has to be quantized."""
+        if user.kind in (CONV, LINEAR):
+            return user.module in self.layers
+        return self._able[user] and (user.kind == ACTIVATION or (user.kind in (RELU, *INTEGER) and self._needed[user]))
 
-    def _feeds(self, call: Call) -> bool:
-        """Whether an integer kernel reads a result."""
-        return any(
-            (user.kind in (CONV, LINEAR) and user.module in self.layers)
-            or (user.kind in INTEGER and self._integer[user])
-            or (user.kind == ACTIVATION and self._integer[user])
-            for user in _users(call)
-        )
+    def _is_quantized(self, call: Call) -> bool:
+        if not self._able[call] or call.kind in _KEEPS:
+            return False
+        if call.kind == ACTIVATION:  # in floating point: layers that read it quantize their input
+            return any(user.kind in INTEGER and self._needs(user) for user in _users(call))
+        if call.kind == RELU:
+            return self._needed[call] or any(self._origin(each).kind == CONV for each in call.inputs)
+        users = list(_users(call))
+        absorbed = len(users) == 1 == len(call.users) and users[0].kind == RELU and self._place(users[0]) is not None
+        return not absorbed and (call.kind == CONV or self._needed[call])
 
     def _place(self, call: Call) -> Place | None:
         """Return the module and the part of it that can quantize the result, or None if none can."""
@@ -109,7 +108,7 @@ class _Rules:
 
     def _input_places(self) -> list[Place]:
         """Return where the model's inputs are quantized for operations; layers quantize what they read themselves."""
-        users = [user for user in _users(self.source) if user.kind in INTEGER and self._integer[user]]
+        users = [user for user in _users(self.source) if user.kind in INTEGER and self._needs(user)]
         return list(dict.fromkeys((user.owner, INPUTS) for user in users))
 
     def _sources(self, points: dict[Call, Place]) -> dict[str, Place | None]:
