@@ -1,1 +1,1 @@
-"""Where activations are quantized, so that a runtime computes with integers: found from one forward pass, and placed."""
+"""Which activations are quantized, so that a runtime computes with integers: found in one forward pass, and placed."""

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_map
 from qatkit.errors import QatkitError
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.placement.operations import KINDS, kind_of
+from qatkit.quantization.placement.operations import kind_of
 from qatkit.spec import QuantSpec
 
 OUTPUT, INPUTS = "output", "inputs"
@@ -66,9 +65,7 @@ class Placement:
             module, _, last = full.rpartition(".")
             return _full(name(module), last) if full else ""
 
-        points = (
-            Point(name(p.module), p.part, tuple(map(name, p.readers)), part(p.repeats)) for p in self.points
-        )
+        points = (Point(name(p.module), p.part, tuple(map(name, p.readers)), part(p.repeats)) for p in self.points)
         return Placement(tuple(points), {name(module): each for module, each in self.calls.items()}, self.spec)
 
     @classmethod
@@ -112,7 +109,11 @@ def place(model: nn.Module, placement: Placement) -> None:
             module.register_forward_pre_hook(_quantize_inputs, with_kwargs=True)
         for name in point.readers:
             layer = model.get_submodule(name)
-            if isinstance(layer, QATLayer) and layer.input_fake_quant is not None and layer.input_fake_quant.spec == spec:
+            if (
+                isinstance(layer, QATLayer)
+                and layer.input_fake_quant is not None
+                and layer.input_fake_quant.spec == spec
+            ):
                 layer.input_fake_quant = fake_quant
                 layer.input_on_grid = True
     for name, calls in placement.calls.items():
@@ -120,7 +121,11 @@ def place(model: nn.Module, placement: Placement) -> None:
         module.__dict__[_STATE].calls = dict(calls)
         module.__class__ = _counting(type(module))
         for part in module.modules():
-            if part is not module and next(part.children(), None) is not None and _enter not in part._forward_pre_hooks.values():
+            if (
+                part is not module
+                and next(part.children(), None) is not None
+                and _enter not in part._forward_pre_hooks.values()
+            ):
                 part.register_forward_pre_hook(_enter)
                 part.register_forward_hook(_leave, always_call=True)
 
@@ -185,7 +190,7 @@ class _Counter(TorchFunctionMode):
     """Counts the operations of a module's `forward` and quantizes the results that have a point."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.module = module
         self.calls: dict[str, int] = module.__dict__[_STATE].calls
         self.counted: Counter[str] = Counter()
@@ -238,7 +243,9 @@ def _counting(kind: type[nn.Module]) -> type[_Counting]:
                 )
             return out
 
-        made = type(kind.__name__, (_Counting, kind), {"forward": forward, "plain": kind, "__module__": kind.__module__})
+        made = type(
+            kind.__name__, (_Counting, kind), {"forward": forward, "plain": kind, "__module__": kind.__module__}
+        )
         _CLASSES[kind] = made
     return _CLASSES[kind]
 

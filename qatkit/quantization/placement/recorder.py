@@ -94,7 +94,7 @@ def record(model: nn.Module, forward: Callable[[], object]) -> Recording:
 
 class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.source = Call(OTHER, "", 0, None)
         self.calls: list[Call] = []
         self.counts: dict[str, dict[str, int]] = {}
@@ -155,7 +155,7 @@ class _Recorder(TorchFunctionMode):
             self._owners.append((name, Counter()))
 
         def leave(*_: Any) -> None:
-            _, counted = self._owners.pop()
+            counted = self._owners.pop()[1]
             if self.counts.setdefault(name, dict(counted)) != counted:
                 self.irregular.add(name)
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qatkit.quantization.placement.operations import (
-    ACTIVATION, CONV, INTEGER, LINEAR, RELU, RESIZE, SAME
-)  # fmt: skip
+from qatkit.quantization.placement.operations import ACTIVATION, CONV, INTEGER, LINEAR, RELU, RESIZE, SAME  # fmt: skip
 from qatkit.quantization.placement.points import INPUTS, OUTPUT, Placement, Point
 from qatkit.quantization.placement.recorder import Call, Recording
 from qatkit.spec import QuantSpec
@@ -102,7 +100,9 @@ class _Rules:
     def _place(self, call: Call) -> Place | None:
         """Return the module and the part of it that can quantize the result, or None if none can."""
         module, times = call.module, self.recording.times
-        if module is not None and (module in self.layers or times[module] == 1 or call.owner in self.recording.sequential):
+        if module is not None and (
+            module in self.layers or times[module] == 1 or call.owner in self.recording.sequential
+        ):
             return module, OUTPUT
         return None if call.owner in self.recording.irregular else (call.owner, f"{call.kind}_{call.index}")
 

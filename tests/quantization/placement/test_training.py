@@ -11,13 +11,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from qatkit.callbacks import QuantizationAwareTraining, load_quantized
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from qatkit import QatkitError
-from qatkit.callbacks import QuantizationAwareTraining, load_quantized
 from qatkit.quantization import calibrate, load_quantizers, prepare_for_target, save_quantizers, strip_qat
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.placement.points import placement_of
@@ -102,8 +102,7 @@ def test_a_forward_that_runs_other_operations_is_named() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(self.conv(x))
-            x = self.again(x if self.calm else F.relu(x))
-            return x
+            return self.again(x if self.calm else F.relu(x))
 
     model, x = prepared(Moody())
     model.calm = False  # type: ignore[assignment]
