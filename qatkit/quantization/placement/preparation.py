@@ -67,6 +67,7 @@ def prepare_for_target(
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from qatkit.quantization.placement.points import placement_of
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
         >>> prepare_for_target(model, "onnxruntime", torch.zeros(1, 1, 8, 8))
         ['0', '3']
