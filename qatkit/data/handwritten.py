@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from qatkit.data.source import check_fractions
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
 
 
 def digits(
-    val_fraction: float = 0.1, test_fraction: float = 0.2, split_seed: int = 0, batch_size: int = 64, seed: int = 0
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+    size: int = 8,
+    batch_size: int = 64,
+    seed: int = 0,
 ) -> SplitDataModule:
-    """Load the digits as ``[1, 8, 8]`` images in [0, 1], with stratified training, validation and test splits.
+    """Load the digits as ``[1, size, size]`` images in [0, 1], with stratified training, validation and test splits.
 
     Args:
         val_fraction: Fraction of all images that is held out for validation.
         test_fraction: Fraction of all images that is held out for the reported metrics.
         split_seed: Determines the split of each image.
+        size: Height and width in pixels; images larger than the original 8 are interpolated.
         batch_size: Samples per device and step.
         seed: Determines the training order.
 
@@ -46,6 +53,8 @@ def digits(
     fraction = val_fraction / (1 - test_fraction)
     train, val = train_test_split(rest, test_size=fraction, stratify=labels[rest], random_state=split_seed)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    if size != 8:
+        x = functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
     y = torch.tensor(labels, dtype=torch.long)
 
     def pick(rows: Any) -> TensorDataset:

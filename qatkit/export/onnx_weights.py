@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qatkit.export.onnx_points import points_of
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
@@ -41,15 +42,20 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
         return 0, [f"{path.name} is not an ONNX file: {error}"]
     compared, names = 0, set()
     failures: list[str] = []
+    points = points_of(model)
+    grids = {id(fake_quant): name for name, fake_quant in points.items()}
     for name, layer in qat_layers(model):
         prefix = f"{name}." if name else ""
         if layer.weight_fake_quant is not None:
             names.add(f"{prefix}weight.codes")
             compared += layer.weight.numel()
             failures += file.check_weight(name, prefix, layer, layer.weight_fake_quant)
-        if layer.input_fake_quant is not None:
-            failures += file.check_input(name, prefix, layer.input_fake_quant)
-        failures += file.check_bias(name, prefix, layer)
+        if layer.input_fake_quant is not None and not layer.input_on_grid:
+            failures += file.check_quantizer(f"layer '{name}': input", f"{prefix}input", layer.input_fake_quant)
+        grid = grids[id(layer.input_fake_quant)] if layer.input_on_grid else f"{prefix}input"
+        failures += file.check_bias(name, prefix, layer, grid)
+    for name, fake_quant in points.items():
+        failures += file.check_quantizer(f"result '{name}'", name, fake_quant)
     for extra in sorted(key for key in file.tensors if key.endswith("weight.codes") and key not in names):
         failures.append(f"'{extra}' is in the file, but the model quantizes no such layer")
     return compared, failures
@@ -93,17 +99,17 @@ class _File:
             return [*failures, f"layer '{name}': the runtime cannot decode the weight: {error}"]
         return failures + _differences(f"layer '{name}': weights as the runtime decodes them", decoded, used)
 
-    def check_input(self, name: str, prefix: str, fake_quant: FakeQuantize) -> list[str]:
+    def check_quantizer(self, what: str, prefix: str, fake_quant: FakeQuantize) -> list[str]:
         scale, zero_point = fake_quant.qparams(torch.empty(0))
-        keys = (f"{prefix}input.scale", f"{prefix}input.zero_point")
-        failures = self._compare(f"layer '{name}': scale of the input", keys[0], scale)
-        failures += self._compare(f"layer '{name}': zero point of the input", keys[1], zero_point)
+        keys = (f"{prefix}.scale", f"{prefix}.zero_point")
+        failures = self._compare(f"{what}: scale", keys[0], scale)
+        failures += self._compare(f"{what}: zero point", keys[1], zero_point)
         decoders = {keys_read[1:] for keys_read in self.decoders}
         if not failures and not (keys in self.encoders and keys in decoders):
-            failures.append(f"layer '{name}': no QuantizeLinear node quantizes the input with its scale and zero point")
+            failures.append(f"{what}: no QuantizeLinear node uses its scale and zero point")
         return failures
 
-    def check_bias(self, name: str, prefix: str, layer: QATLayer) -> list[str]:
+    def check_bias(self, name: str, prefix: str, layer: QATLayer, grid: str) -> list[str]:
         bias = layer.operands(torch.zeros(1))[2]
         codes, scale = (self.tensors.get(f"{prefix}bias.{part}") for part in ("codes", "scale"))
         what = f"layer '{name}': the bias"
@@ -118,7 +124,7 @@ class _File:
                 stored = self._added_to(output, bias.numel())
                 failures += _differences(what, stored if stored is None else stored.reshape(-1), bias)
             return failures
-        weight_scale, input_scale = (self.tensors.get(f"{prefix}{part}.scale") for part in ("weight", "input"))
+        weight_scale, input_scale = (self.tensors.get(f"{part}.scale") for part in (f"{prefix}weight", grid))
         if scale is None or weight_scale is None or input_scale is None:
             return [f"{what}: its scale, or a factor of its scale (weight scale, input scale), is not in the file"]
         if codes.shape != tuple(bias.shape) or codes.dtype != np.int32:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qatkit.models.pretrained import sequence_classifier as sequence_classifier
     from qatkit.models.registries import timm_model as timm_model
     from qatkit.models.registries import torchvision_model as torchvision_model
+    from qatkit.models.residual import resnet as resnet
     from qatkit.models.vision import cnn as cnn
     from qatkit.models.vision import mlp as mlp
 
@@ -24,6 +25,7 @@ _HOMES = {
     "qatkit.models.language": ["llama"],
     "qatkit.models.pretrained": ["causal_lm", "embedding_model", "masked_lm", "sequence_classifier"],
     "qatkit.models.registries": ["timm_model", "torchvision_model"],
+    "qatkit.models.residual": ["resnet"],
     "qatkit.models.vision": ["cnn", "mlp"],
 }
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

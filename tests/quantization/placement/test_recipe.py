@@ -1,0 +1,73 @@
+"""A recipe that names its runtime: trained, exported and verified with the quantizers of the results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from qatkit.export.runtime import integer_kernels
+from qatkit.quantization.placement.points import placement_of
+from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
+from tests.cli.in_process import qatkit
+
+RECIPE = """
+name: placed
+model: {factory: "qatkit.models:resnet", args: {channels: [4, 8]}}
+data: {factory: "qatkit.data:digits", args: {val_fraction: 0.1, test_fraction: 0.1}}
+trainer: {accelerator: cpu}
+stages:
+  dense: {max_steps: 20, batch_size: 32, lr: 1.0e-2}
+  int7:
+    max_steps: 10
+    batch_size: 32
+    lr: 1.0e-3
+    distill: {temperature: 2.0}
+    quantize: {target: onnxruntime}
+export: {format: onnx}
+"""
+
+
+def test_the_run_is_verified_and_every_product_is_an_integer_product(tmp_path: Path) -> None:
+    (tmp_path / "placed.yaml").write_text(RECIPE)
+    done = qatkit("run", "placed.yaml", "--out", "run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    run = Run(load_recipe(tmp_path / "placed.yaml"), tmp_path / "run", [])
+    model = run.load_model("int7")
+    assert [point.part for point in placement_of(model).points].count(
+        "output"
+    ) == 15  # of 3 x 4 in blocks, stem, shortcut and pooling
+    file = tmp_path / "run" / "export" / "int7" / "model.onnx"
+    assert integer_kernels(file).floating == {}
+    kinds = Counter(node.op_type for node in onnx.load(file).graph.node)
+    assert kinds["GlobalAveragePool"] == 1
+    assert qatkit("verify", "run", cwd=tmp_path).code == 0
+
+    changed = onnx.load(file)
+    scale = next(tensor for tensor in changed.graph.initializer if tensor.name == "1.0.relu2.output.scale")
+    value = torch.tensor([1.0])
+    value[0] = torch.frombuffer(bytearray(scale.raw_data), dtype=torch.float32)[0] * (1 + 2**-22)
+    scale.raw_data = value.numpy().tobytes()
+    onnx.save(changed, file)
+    done = qatkit("verify", "run", "--json", cwd=tmp_path)
+    assert done.code == 1
+    assert "result '1.0.relu2.output': scale" in done.out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("target: onnxruntime", "target: onnxruntim", "did you mean 'onnxruntime'"),
+        ("{format: onnx}", "{format: dense}", "'dense' is not the format of target 'onnxruntime' in stage 'int7'"),
+        ("onnxruntime}", "onnxruntime, activation: {strategy: token}}", "activation.strategy: 'token' is not supp"),
+    ],
+)
+def test_mistakes_are_answered_by_validate(old: str, new: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "placed.yaml").write_text(RECIPE.replace(old, new))
+    done = qatkit("validate", "placed.yaml", cwd=tmp_path)
+    assert done.code == 2
+    assert words in done.err
