@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qatkit.data.source import Source as Source
     from qatkit.data.stdlib import stdlib_text as stdlib_text
     from qatkit.data.stdlib import text_windows as text_windows
+    from qatkit.data.table import table_classification as table_classification
+    from qatkit.data.table import table_regression as table_regression
     from qatkit.data.text_datamodule import TextDataModule as TextDataModule
     from qatkit.data.token_datamodule import TokenDataModule as TokenDataModule
 
@@ -30,6 +32,7 @@ _HOMES = {
     "qatkit.data.pairs": ["text_pairs"],
     "qatkit.data.source": ["Source"],
     "qatkit.data.stdlib": ["stdlib_text", "text_windows"],
+    "qatkit.data.table": ["table_classification", "table_regression"],
     "qatkit.data.text_datamodule": ["TextDataModule"],
     "qatkit.data.token_datamodule": ["TokenDataModule"],
 }

@@ -56,12 +56,7 @@ def text_classification(
     from qatkit.data.token_datamodule import TokenDataModule
 
     refuse_stream(source)
-    if len(set(classes)) < max(2, len(classes)):
-        raise QatkitError(
-            f"{list(classes)} is not a list of two or more different names",
-            key="classes",
-            advice="name each class once, in the order of the model's outputs",
-        )
+    check_classes(classes)
     columns = [column] if partner is None else [column, partner]
 
     def encode_one(loaded: Any, record: Mapping[str, Any]) -> Encoded:
@@ -69,7 +64,7 @@ def text_classification(
         for bad in texts:
             if isinstance(bad, BadRecord):
                 return bad
-        number = _class_of(record, label, classes)
+        number = class_of(record, label, classes)
         if isinstance(number, BadRecord):
             return number
         cut = {"truncation": True, "max_length": context} if truncate else {}
@@ -103,7 +98,27 @@ def text_classification(
     return data
 
 
-def _class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise unless there are two or more different class names.
+
+    Raises:
+        QatkitError: there are fewer, or one occurs twice.
+    """
+    if len(set(classes)) < max(2, len(classes)):
+        raise QatkitError(
+            f"{list(classes)} is not a list of two or more different names",
+            key="classes",
+            advice="name each class once, in the order of the model's outputs",
+        )
+
+
+def class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:
+    """Return the index of a record's class, or the reason why it has none.
+
+    Example:
+        >>> class_of({"label": "dog"}, "label", ["cat", "dog"]), class_of({"label": 0}, "label", ["cat", "dog"])
+        (1, 0)
+    """
     if column not in record:
         return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
     value = record[column]

@@ -77,6 +77,7 @@ class ResumableLoader(DataLoader[Any]):
         sampler: The order of samples.
         collate: Combines samples into a batch; by default torch's collation.
         limit: Returns the maximum number of batches per epoch, once training has started.
+        workers: Processes that read samples; 0 reads them in this one.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class ResumableLoader(DataLoader[Any]):
         sampler: SlicedSampler,
         collate: Collate | None = None,
         limit: Callable[[], float] = lambda: math.inf,
+        workers: int = 0,
     ) -> None:
-        super().__init__(dataset, batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
+        super().__init__(dataset, batch_size, sampler=sampler, drop_last=True, collate_fn=collate, num_workers=workers)
         self.limit = limit
         self._served = self._skip = 0
 
@@ -160,6 +162,10 @@ class SplitDataModule(LightningDataModule):
         epoch_batches: Maximum number of batches per epoch, see `SlicedSampler`; None uses the whole training set.
         collate: Combines samples into a batch; by default torch's collation.
         task: Name of a row of `qatkit.tasks.TASKS`; None leaves the default of `qatkit.tasks.task_of`.
+        workers: Processes that read samples; 0 reads them in the training process.
+
+    Raises:
+        QatkitError: `workers` is negative; or, when training starts, the training set does not fill a batch.
     """
 
     def __init__(
@@ -172,9 +178,13 @@ class SplitDataModule(LightningDataModule):
         epoch_batches: int | None = None,
         collate: Collate | None = None,
         task: str | None = None,
+        workers: int = 0,
     ) -> None:
         super().__init__()
+        if workers < 0:
+            raise QatkitError(f"{workers} is out of range", key="workers", advice="use 0 or more")
         self.task = task
+        self.workers = workers
         self.train, self.val, self.test = train, val, test
         self.batch_size = batch_size
         self.seed = seed
@@ -185,14 +195,21 @@ class SplitDataModule(LightningDataModule):
         world, rank = world_and_rank()
         size = self.epoch_batches * self.batch_size if self.epoch_batches else None
         sampler = SlicedSampler(self.train, world, rank, self.seed, size)
-        return ResumableLoader(self.train, self.batch_size, sampler, self.collate, self.batches_taken)
+        loader = ResumableLoader(self.train, self.batch_size, sampler, self.collate, self.batches_taken, self.workers)
+        if not len(loader):  # Lightning would train on nothing, and warn
+            raise QatkitError(
+                f"{self.batch_size} is more than the {len(sampler)} training samples of a process",
+                key="batch_size",
+                advice="use a smaller batch_size, or more data",
+            )
+        return loader
 
     def batches_taken(self) -> float:
         """Return the trainer's maximum number of batches per epoch (`limit_train_batches`), or infinity."""
         return math.inf if self.trainer is None else self.trainer.num_training_batches
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.val, self.batch_size, collate_fn=self.collate)
+        return DataLoader(self.val, self.batch_size, collate_fn=self.collate, num_workers=self.workers)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.test, self.batch_size, collate_fn=self.collate)
+        return DataLoader(self.test, self.batch_size, collate_fn=self.collate, num_workers=self.workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qatkit.data.files import is_local, local_files, read_file
@@ -11,7 +11,7 @@ from qatkit.data.hub_records import hub_parts
 from qatkit.data.source import Part, Record, Source
 
 
-def open_parts(source: Source) -> dict[str, Part]:
+def open_parts(source: Source, media: Sequence[str] = ()) -> dict[str, Part]:
     """Return the splits of a source: always "train", and "val" and "test" unless they are taken from it.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Tokenize records once into the user's cache, and memory-map them from there.
+"""Encode records once into the user's cache, and memory-map them from there.
 
 split/NAME.bin    one value per token ("input_ids", "trained") or per record ("labels"), record after record
-split/ends.bin    the end of each record, in tokens
+split/ends.bin    the end of each record, in tokens (or bytes of an image, or values of a table)
 meta.json         dtypes, and the numbers of used and skipped records
 """
 
@@ -29,7 +29,7 @@ CHUNK = 500
 """Records per tokenizer call; the tokenizer uses several threads."""
 
 Row = dict[str, Any]
-"""An encoded record: lists with one number per token, and plain numbers for the whole record."""
+"""An encoded record: lists or arrays with one number per token, and plain numbers for the whole record."""
 Encoded = list[Row] | BadRecord
 """The rows of one record, or the reason why it cannot be used; no rows if there is nothing to learn."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
@@ -80,25 +80,26 @@ class Rows:
         }
 
 
-def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Encode) -> Path:
-    """Return the cached folder with the tokens of all splits (validation and test for a stream); create it if needed.
+def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Encode, media: Sequence[str] = ()) -> Path:
+    """Return the cached folder with the rows of all splits (validation and test for a stream); create it if needed.
 
     Args:
         source: The records.
-        tokenizer: The tokenizer of `encode`.
+        tokenizer: The tokenizer of `encode`; None if the records are not texts.
         options: Everything else that determines the content; plain data.
         encode: Encodes records as rows; a record that cannot be used becomes a `BadRecord` with the reason.
+        media: Columns with paths of files; see `open_parts`.
 
     Raises:
         QatkitError: a record cannot be used and `source.skip_bad` is off, or a split would be empty.
     """
-    parts = open_parts(source)
+    parts = open_parts(source, media)
     key = {
         "parts": {split: part.key for split, part in parts.items()},
         "shares": [source.val_fraction, source.test_fraction],
         "skip_bad": source.skip_bad,
         "streaming": source.streaming,
-        "tokenizer": fingerprint(tokenizer),
+        "tokenizer": None if tokenizer is None else fingerprint(tokenizer),
         "options": options,
         "layout": 3,
     }
@@ -167,11 +168,11 @@ def _write(folder: Path, parts: dict[str, Part], source: Source, tokenizer: Any,
                     for name, values in row.items():
                         if name not in files:
                             files[name] = opened.enter_context((folder / split / f"{name}.bin").open("wb"))
-                            meta["dtypes"][name] = _dtype(name, len(tokenizer))
-                            if not isinstance(values, list) and name not in meta["per_record"]:
+                            meta["dtypes"][name] = _dtype(name, values, tokenizer)
+                            if not isinstance(values, list | np.ndarray) and name not in meta["per_record"]:
                                 meta["per_record"].append(name)
                         np.asarray(values, meta["dtypes"][name]).tofile(files[name])
-                    total += len(row["input_ids"])
+                    total += next(len(values) for values in row.values() if isinstance(values, list | np.ndarray))
                     ends.append(total)
                 meta["records"][split] = meta["records"].get(split, 0) + 1
         if not ends:
@@ -186,16 +187,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     Raises:
         QatkitError: it is missing or damaged.
     """
-    advice = f"delete {folder} to tokenize again"
+    advice = f"delete {folder} to create it again"
     meta = read_signed(folder / "meta.json", _Meta, SCHEMA, advice)
     if meta is None:
-        raise QatkitError(f"{folder} has no meta.json", key="cached tokens", advice=advice)
+        raise QatkitError(f"{folder} has no meta.json", key="cached data", advice=advice)
     return meta
 
 
-def _dtype(name: str, vocabulary: int) -> str:
+def _dtype(name: str, values: Any, tokenizer: Any) -> str:
+    if isinstance(values, np.ndarray):
+        return str(values.dtype)
     if name == "input_ids":
-        return "uint16" if vocabulary <= 2**16 else "uint32"
+        return "uint16" if len(tokenizer) <= 2**16 else "uint32"
     return "int64" if name == "labels" else "uint8"
 
 
