@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,3 +31,10 @@ def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
         if not path.is_file() or file_digest(path) != digest:
             return path
     return None
+
+
+def listing_digest(folder: Path) -> str:
+    """A hash of the names and sizes of all files in a folder, at any depth; their content is not read."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

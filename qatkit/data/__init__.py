@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from qatkit.data.conversations import chat as chat
     from qatkit.data.datamodule import SplitDataModule as SplitDataModule
     from qatkit.data.handwritten import digits as digits
+    from qatkit.data.images import image_classification as image_classification
+    from qatkit.data.images import image_multilabel as image_multilabel
+    from qatkit.data.images import image_segmentation as image_segmentation
     from qatkit.data.masked import masked_text as masked_text
     from qatkit.data.pairs import text_pairs as text_pairs
+    from qatkit.data.recordings import audio_classification as audio_classification
     from qatkit.data.source import Source as Source
     from qatkit.data.stdlib import stdlib_text as stdlib_text
     from qatkit.data.stdlib import text_windows as text_windows
@@ -28,8 +32,10 @@ _HOMES = {
     "qatkit.data.classification": ["text_classification"],
     "qatkit.data.datamodule": ["SplitDataModule"],
     "qatkit.data.handwritten": ["digits"],
+    "qatkit.data.images": ["image_classification", "image_multilabel", "image_segmentation"],
     "qatkit.data.masked": ["masked_text"],
     "qatkit.data.pairs": ["text_pairs"],
+    "qatkit.data.recordings": ["audio_classification"],
     "qatkit.data.source": ["Source"],
     "qatkit.data.stdlib": ["stdlib_text", "text_windows"],
     "qatkit.data.table": ["table_classification", "table_regression"],

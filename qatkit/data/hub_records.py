@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qatkit.data.source import Part, Record, Source
@@ -95,6 +96,10 @@ def _loaded(source: Source, split: str) -> Dataset:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source.path, source.subset, split=split, revision=source.revision)
+        data = load_dataset(source.path, source.subset, split=split, revision=source.revision)
     except Exception as error:  # the library passes on errors of its dependencies
         raise _cannot_read(error, source) from error
+    for name, feature in data.features.items():
+        if getattr(feature, "decode", False):  # images and recordings: the factory that uses them decodes them
+            data = data.cast_column(name, replace(feature, decode=False))
+    return data

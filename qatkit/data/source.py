@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qatkit.errors import QatkitError
@@ -28,6 +29,26 @@ class BadRecord(Exception):
         self.advice = advice
 
 
+class FilePath(str):
+    """A path as a record gives it, which decides the split of the record, and the folder that it is relative to.
+
+    Args:
+        path: The path.
+        folder: The folder.
+    """
+
+    folder: Path
+
+    def __new__(cls, path: str, folder: Path) -> FilePath:
+        made = super().__new__(cls, path)
+        made.folder = folder
+        return made
+
+    def resolved(self) -> Path:
+        """The path to open."""
+        return self.folder / self
+
+
 @dataclass(frozen=True)
 class Source:
     """Records for training, validation and test; a split that is not given is taken from the training records.
@@ -39,7 +60,8 @@ class Source:
     """
 
     path: str
-    """A file or a glob (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a data set on the hub."""
+    """A file or a glob (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a data set on the hub. For images and
+    recordings with one class each, also a folder with one folder per class."""
     val: str | None = None
     """Like `train`, for validation. On the hub, the name of a split; by default "validation" if it exists."""
     test: str | None = None

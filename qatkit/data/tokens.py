@@ -80,7 +80,14 @@ class Rows:
         }
 
 
-def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Encode, media: Sequence[str] = ()) -> Path:
+def prepare(
+    source: Source,
+    tokenizer: Any,
+    options: dict[str, Any],
+    encode: Encode,
+    media: Sequence[str] = (),
+    folder_label: str | None = None,
+) -> Path:
     """Return the cached folder with the rows of all splits (validation and test for a stream); create it if needed.
 
     Args:
@@ -89,11 +96,12 @@ def prepare(source: Source, tokenizer: Any, options: dict[str, Any], encode: Enc
         options: Everything else that determines the content; plain data.
         encode: Encodes records as rows; a record that cannot be used becomes a `BadRecord` with the reason.
         media: Columns with paths of files; see `open_parts`.
+        folder_label: See `open_parts`.
 
     Raises:
         QatkitError: a record cannot be used and `source.skip_bad` is off, or a split would be empty.
     """
-    parts = open_parts(source, media)
+    parts = open_parts(source, media, folder_label)
     key = {
         "parts": {split: part.key for split, part in parts.items()},
         "shares": [source.val_fraction, source.test_fraction],

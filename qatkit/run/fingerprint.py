@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qatkit.common.digests import listing_digest
 from qatkit.common.files import sha256_of
 from qatkit.errors import QatkitError
 from qatkit.recipe import FactoryConfig, Recipe
@@ -32,7 +33,8 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The values by dotted key that the result of a stage depends on, excluding the stages before it.
 
     If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, its content is
-    included, not only its name; see `_folder_digest`.
+    included, not only its name; see `_folder_digest`. For a folder of images or recordings, the names and sizes of its
+    files are included.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
@@ -45,7 +47,7 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
         factories[f"stages.{stage}.model"] = own
     for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
-            inputs[f"{name}{_CONTENT}"] = _folder_digest(path) if path.is_dir() else sha256_of(path)
+            inputs[f"{name}{_CONTENT}"] = _digest(path)
     return inputs
 
 
@@ -116,7 +118,7 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
         for match in sorted(glob.glob(value, recursive=True)):
             if Path(match).is_file():
                 yield f"{name} {match}", Path(match)
-    elif isinstance(value, str) and value and _is_model_folder(value):
+    elif isinstance(value, str) and value and (_is_model_folder(value) or _is_data_folder(name, value)):
         yield name, Path(value).expanduser()
     elif isinstance(value, str) and (Path(value).suffix or len(Path(value).parts) > 1):
         with suppress(OSError):  # too long for a name, or not readable
@@ -128,6 +130,19 @@ def _is_model_folder(value: str) -> bool:
     with suppress(OSError, RuntimeError):  # too long for a name, or of an unknown user
         return any((Path(value).expanduser() / marker).is_file() for marker in _MARKERS)
     return False
+
+
+def _is_data_folder(name: str, value: str) -> bool:
+    """Whether an argument of a `qatkit.data.Source` names a folder; elsewhere a word may be one by chance."""
+    with suppress(OSError, RuntimeError):  # as above
+        return name.rpartition(".")[2] in ("path", "val", "test") and Path(value).expanduser().is_dir()
+    return False
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        return _folder_digest(path) if _is_model_folder(str(path)) else listing_digest(path)
+    return sha256_of(path)
 
 
 def _folder_digest(folder: Path) -> str:

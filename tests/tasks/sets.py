@@ -124,8 +124,8 @@ def dense_net(outputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, outputs))
 
 
-def pixel_net() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+def pixel_net(classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1))
 
 
 def bert(head: str) -> nn.Module:

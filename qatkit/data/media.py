@@ -1,0 +1,201 @@
+"""Images and recordings in the cache, as encoded bytes or paths, together with the values that belong to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from qatkit.data.source import BadRecord, FilePath, Source
+from qatkit.data.tokens import Encoded, Rows, prepare, refuse_stream
+from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from qatkit.data.datamodule import Collate
+    from qatkit.data.record_datamodule import RecordDataModule
+
+Sample = dict[str, Any]
+"""The values of a record; those of media columns are bytes, or the path of a file."""
+HEAD = 4
+"""Bytes that hold the length of the head."""
+
+
+def pack(sample: Sample) -> NDArray[np.uint8]:
+    """Return a sample as bytes: a JSON head, then the bytes of its media.
+
+    Example:
+        >>> unpack(pack({"image": b"GIF89a", "label": 3}))
+        {'image': b'GIF89a', 'label': 3}
+    """
+    sizes = {name: len(value) for name, value in sample.items() if isinstance(value, bytes)}
+    head = json.dumps([{**sample, **sizes}, list(sizes)]).encode()
+    return np.frombuffer(b"".join([len(head).to_bytes(HEAD, "little"), head, *(sample[name] for name in sizes)]), "u1")
+
+
+def unpack(packed: NDArray[np.uint8]) -> Sample:
+    """Return the sample that `pack` packed."""
+    start = HEAD + int.from_bytes(packed[:HEAD].tobytes(), "little")
+    sample, names = json.loads(packed[HEAD:start].tobytes())
+    for name in names:
+        size = sample[name]
+        sample[name] = packed[start : start + size].tobytes()
+        start += size
+    return dict(sample)
+
+
+def media_in(record: Mapping[str, Any], column: str) -> bytes | str | BadRecord:
+    """Return the content of an image or audio column, or the path of its file, or the reason why it has none.
+
+    Args:
+        record: A record whose column holds a path, bytes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores them.
+        column: The name of the column.
+    """
+    if column not in record:
+        return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
+    value = record[column]
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        return BadRecord(f"column '{column}' is empty")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        return BadRecord(f"column '{column}' contains {type(value).__name__}, not a file")
+    path = value.resolved() if isinstance(value, FilePath) else Path(value)
+    if not path.is_file():
+        return BadRecord(f"column '{column}': there is no file {path}")
+    return str(path)
+
+
+def content_of(media: bytes | str) -> bytes:
+    """Return the bytes of a media column.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return media if isinstance(media, bytes) else Path(media).read_bytes()
+
+
+def encode_samples(
+    records: Sequence[Mapping[str, Any]], sample_of: Callable[[Mapping[str, Any]], Sample | BadRecord]
+) -> list[Encoded]:
+    """Encode records in several threads, because decoding their media takes most of the time."""
+
+    def encode(record: Mapping[str, Any]) -> Encoded:
+        try:
+            sample = sample_of(record)
+        except BadRecord as reason:
+            return reason
+        return sample if isinstance(sample, BadRecord) else [{"packed": pack(sample)}]
+
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(encode, records))
+
+
+class MediaRecords(Dataset[Any]):
+    """Samples that are decoded when they are read.
+
+    Args:
+        open_rows: Opens the split.
+        decode: Makes a sample from its stored values and a generator for random changes.
+        seed: Determines the random changes, together with the pass and the index of the sample.
+        moving: Change samples differently in each pass.
+    """
+
+    def __init__(
+        self,
+        open_rows: Callable[[], Rows],
+        decode: Callable[[Sample, torch.Generator], Any],
+        seed: int,
+        moving: bool,
+    ) -> None:
+        self.open_rows = open_rows
+        self.decode = decode
+        self.seed = seed
+        self.moving = moving
+        self._pass = 0
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The split."""
+        return self.open_rows()
+
+    def set_pass(self, number: int) -> None:
+        """Start a pass over the data."""
+        self._pass = number if self.moving else 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = unpack(self.rows.row(index)["packed"])
+        generator = torch.Generator().manual_seed(hash((self.seed, self._pass, index)) % 2**63)
+        try:
+            return self.decode(sample, generator)
+        except (OSError, BadRecord) as error:  # the file has changed since the data were prepared
+            files = [value for value in sample.values() if isinstance(value, str)]
+            raise QatkitError(
+                f"sample {index} can no longer be read ({error})",
+                key=", ".join(files) or "data",
+                advice="restore the file, or remove it from the data and run again",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How samples are read."""
+
+    workers: int
+    batch_size: int
+    seed: int
+
+
+def media_module(
+    source: Source,
+    options: dict[str, Any],
+    media: Sequence[str],
+    sample_of: Callable[[Mapping[str, Any]], Sample | BadRecord],
+    decode: Callable[[Sample, torch.Generator, bool], Any],
+    task: str,
+    classes: Sequence[str],
+    loading: Loading,
+    folder_label: str | None = None,
+    collate: Collate | None = None,
+) -> RecordDataModule:
+    """Make the data module of a factory whose samples are decoded from columns of media.
+
+    Args:
+        source: The records.
+        options: Everything besides the source that determines the stored samples; plain data.
+        media: Names of the columns.
+        sample_of: Returns the values to store of a record, or the reason why it cannot be used.
+        decode: Makes a sample from stored values, a generator for random changes, and whether to make them.
+        task: Name of a row of `qatkit.tasks.TASKS`.
+        classes: Class names in the order of the model's outputs.
+        loading: How samples are read.
+        folder_label: See `qatkit.data.parts.open_parts`.
+        collate: Combines samples into a batch; by default torch's collation.
+    """
+    from qatkit.data.record_datamodule import RecordDataModule
+
+    refuse_stream(source)
+
+    def folder() -> Path:
+        return prepare(source, None, options, partial(encode_samples, sample_of=sample_of), media, folder_label)
+
+    def dataset(rows: Callable[[], Rows], split: str) -> MediaRecords:
+        training = split == "train"
+        return MediaRecords(rows, lambda sample, draw: decode(sample, draw, training), loading.seed, moving=training)
+
+    return RecordDataModule(
+        folder, dataset, loading.batch_size, loading.seed, task, classes, collate, workers=loading.workers
+    )

@@ -1,0 +1,183 @@
+"""Decode images with Pillow, crop and resize them, and make normalized tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qatkit.data.source import BadRecord
+from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom, in pixels."""
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""Ranges of a random crop: fraction of the image's area, and width divided by height (Szegedy et al. 2014, "Going
+Deeper with Convolutions", section 6)."""
+CENTER = 224 / 256
+"""Fraction of the shorter side that evaluation keeps."""
+KINDS = {"I": "32", "I;16": "16", "I;16B": "16", "I;16L": "16", "F": "32"}
+"""Modes of Pillow with more than 8 bits per pixel, which it would clip to 255."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How images become tensors ``[channels, size, size]``."""
+
+    size: int = 224
+    """Height and width."""
+    grayscale: bool = False
+    """One channel instead of red, green and blue."""
+    augment: bool = True
+    """Crop training images at random and flip half of them."""
+    mean: list[float] | None = None
+    """Subtracted from each channel in [0, 1]; by default that of ImageNet, or 0.5 for grayscale images."""
+    std: list[float] | None = None
+    """Divides each channel; by default that of ImageNet, or 0.5 for grayscale images."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise QatkitError(f"{self.size} is out of range", key="size", advice="use 1 or more")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise QatkitError(
+                    f"{values} has {len(values)} values, but the images have {self.channels} channels",
+                    key=key,
+                    advice=f"use {self.channels}",
+                )
+        if self.std is not None and min(self.std) <= 0:
+            raise QatkitError(f"{self.std} is out of range", key="std", advice="use numbers above 0")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return 1 if self.grayscale else 3
+
+    def tensor(self, image: Image, box: Box, flip: bool) -> Tensor:
+        """Return the part of an image as a normalized tensor ``[channels, size, size]``, float32.
+
+        Args:
+            image: The result of `decoded`.
+            box: The part.
+            flip: Whether to flip it from left to right.
+        """
+        from PIL.Image import Resampling
+
+        pixels = torch.from_numpy(np.array(image.resize((self.size, self.size), Resampling.BILINEAR, box)))
+        values = pixels.view(self.size, self.size, self.channels).permute(2, 0, 1).float() / 255
+        mean = self.mean or ([0.5] if self.grayscale else [0.485, 0.456, 0.406])
+        std = self.std or ([0.5] if self.grayscale else [0.229, 0.224, 0.225])
+        made = (values - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        return made.flip(-1) if flip else made
+
+    def classes(self, mask: Image, box: Box, flip: bool) -> Tensor:
+        """Return the same part of a mask ``[size, size]``, int64, without mixing neighboring classes."""
+        from PIL.Image import Resampling
+
+        values = np.array(mask.resize((self.size, self.size), Resampling.NEAREST, box)).astype(np.int64)
+        made = torch.from_numpy(values)
+        return made.flip(-1) if flip else made
+
+
+def decoded(content: bytes, column: str, grayscale: bool) -> Image:
+    """Decode an image with 8 bits per channel, upright as its camera held it.
+
+    Raises:
+        BadRecord: it cannot be decoded, or its channels have more bits.
+    """
+    ops = _pillow().ImageOps
+    with _opened(content, column) as opened:
+        if opened.mode in KINDS:
+            raise BadRecord(
+                f"column '{column}' is an image with {KINDS[opened.mode]} bits per channel", "convert it to 8 bits"
+            )
+        try:
+            upright: Image = ops.exif_transpose(opened).convert("L" if grayscale else "RGB")
+        except Exception as error:  # Pillow's decoders fail in any way on damaged data
+            raise _not_decodable(column, error) from error
+    return upright
+
+
+def decoded_mask(content: bytes, column: str, classes: int, ignored: int) -> Image:
+    """Decode a mask: an image with one channel, whose pixels are class indices.
+
+    Raises:
+        BadRecord: it cannot be decoded, has several channels, or a pixel has no class.
+    """
+    with _opened(content, column) as opened:
+        try:
+            opened.load()
+        except Exception as error:  # as above
+            raise _not_decodable(column, error) from error
+        if opened.mode not in ("1", "L", "P"):
+            raise BadRecord(
+                f"column '{column}' is an image of mode {opened.mode}, not class indices",
+                "use an image with one channel of 8 bits",
+            )
+        mask: Image = opened.copy()
+    unknown = sorted(set(np.unique(np.array(mask)).tolist()) - {*range(classes), ignored})
+    if unknown:
+        raise BadRecord(f"column '{column}' has pixels of class {int(unknown[0])}, but there are {classes} classes")
+    return mask
+
+
+def center_box(width: int, height: int) -> Box:
+    """Return the square in the center of an image that evaluation sees."""
+    side = min(width, height) * CENTER
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def random_box(width: int, height: int, generator: torch.Generator) -> Box:
+    """Return a random part of an image, as torchvision's ``RandomResizedCrop`` chooses it."""
+    for _ in range(10):
+        area = _between(*AREA, generator) * width * height
+        ratio = math.exp(_between(math.log(RATIO[0]), math.log(RATIO[1]), generator))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = _between(0, width - w, generator), _between(0, height - h, generator)
+            return left, top, left + w, top + h
+    w, h = min(width, height * RATIO[1]), min(height, width / RATIO[0])
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def random_flip(generator: torch.Generator) -> bool:
+    """Decide whether to flip an image."""
+    return bool(torch.rand((), generator=generator) < 0.5)
+
+
+def _between(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _opened(content: bytes, column: str) -> Image:
+    try:
+        opened: Image = _pillow().Image.open(BytesIO(content))
+    except Exception as error:  # Pillow's decoders fail in any way on damaged data
+        raise _not_decodable(column, error) from error
+    return opened
+
+
+def _not_decodable(column: str, error: Exception) -> BadRecord:
+    return BadRecord(f"column '{column}' cannot be decoded as an image ({' '.join(str(error).split())[:100]})")
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError as error:
+        raise QatkitError(
+            "Pillow, which decodes images, is not installed",
+            key="data.factory",
+            advice="run: pip install 'qatkit[images]'",
+        ) from error
+    return PIL
