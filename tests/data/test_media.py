@@ -26,7 +26,7 @@ from qatkit.data import (
     image_segmentation,
 )
 from qatkit.data.hub_records import _loaded
-from qatkit.data.media import MediaRecords
+from qatkit.data.media import MediaRecords, content_of, media_in
 from qatkit.data.pictures import ImageFormat, center_box, random_box
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.fingerprint import stage_inputs
@@ -258,4 +258,4 @@ def test_a_data_set_of_the_hub_yields_encoded_images(tmp_path: Path) -> None:
     made = Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
     made.to_parquet(tmp_path / "set" / "train.parquet")
     (record,) = _loaded(Source(str(tmp_path / "set")), "train")
-    assert record["image"]["bytes"] == path.read_bytes()
+    assert content_of(media_in(record, "image")) == path.read_bytes()  # type: ignore[arg-type]  # no BadRecord
