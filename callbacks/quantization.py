@@ -197,9 +197,16 @@ class QuantizationAwareTraining(Callback):
         trainer.callbacks = [*others[:own], *finders, *others[own:]]  # type: ignore[attr-defined]
 
     def _check_precision(self, trainer: Trainer) -> None:
-        """Raise an error if learned float32 scales would be sharded together with half-precision weights."""
+        """Raise an error if learned scales cannot be sharded: float32 with half precision, or shared by layers."""
         specs = [self.weight, self.activation, *(spec for s in self.overrides.values() for spec in vars(s).values())]
         sharded = isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy)
+        if sharded and self.places and self.activation is not None and self.activation.learned:
+            raise QatkitError(
+                f"'{self.activation.observer}' is not supported with target on {type(trainer.strategy).__name__}: "
+                "layers of several shards would share a learned scale",
+                key="activation.observer",
+                advice="use minmax or mse for activations",
+            )
         if sharded and str(trainer.precision).endswith("16-true") and any(spec and spec.learned for spec in specs):
             raise QatkitError(
                 f"'{trainer.precision}' is not supported with learned scales on {type(trainer.strategy).__name__}: it "

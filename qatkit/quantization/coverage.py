@@ -9,6 +9,7 @@ from torch import nn
 
 from qatkit.quantization.kv_cache import PARTS as KV_PARTS
 from qatkit.quantization.modules import FakeQuantize
+from qatkit.quantization.placement.points import placement_of
 from qatkit.quantization.prepare import qat_weights
 
 _LISTED = 8
@@ -30,10 +31,13 @@ class Coverage:
     """Fraction of the weights of all layers that is quantized."""
     caches: int = 0
     """Attention modules whose keys and values are quantized."""
+    results: int = 0
+    """Results of layers and operations that are quantized besides the inputs of layers."""
 
     def __str__(self) -> str:
         total = len(self.quantized) + len(self.unquantized)
         text = f"quantized: {len(self.quantized)} of {total} layers, {100 * self.weights:.1f} % of the weights"
+        text += f", {self.results} results" if self.results else ""
         text += f", keys and values of {self.caches} attention modules" if self.caches else ""
         if not self.unquantized:
             return text
@@ -72,7 +76,7 @@ def coverage(model: nn.Module) -> Coverage:
     total = sum(size for size, _ in sizes.values())
     done = sum(size for size, is_rounded in sizes.values() if is_rounded)
     caches = sum(KV_PARTS[0] in module._modules for module in model.modules())
-    return Coverage(quantized, unquantized, done / max(total, 1), caches)
+    return Coverage(quantized, unquantized, done / max(total, 1), caches, len(placement_of(model).points))
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

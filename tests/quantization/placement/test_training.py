@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from qatkit import QatkitError
 from qatkit.quantization import calibrate, load_quantizers, prepare_for_target, save_quantizers, strip_qat
+from qatkit.quantization.coverage import coverage
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.placement.points import placement_of
 from qatkit.spec import QuantSpec
@@ -189,3 +190,8 @@ def test_a_module_without_training_data_is_told_what_to_do(tmp_path: Path) -> No
         trainer(tmp_path, 1, callbacks=[QuantizationAwareTraining(target="onnxruntime")]).predict(
             module, DataLoader(torch.randn(8, 3, 16, 16))
         )
+
+
+def test_the_line_about_coverage_counts_the_results() -> None:
+    model, _ = prepared(ResNet())
+    assert str(coverage(model)) == "quantized: 7 of 7 layers, 100.0 % of the weights, 9 results"
