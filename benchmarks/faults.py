@@ -1,8 +1,8 @@
 """Faults found by trial: kills, signals, damaged files and mutated recipes, against what qatkit promises for each.
 
-Run: python benchmarks/faults.py [--quick] [--jobs 2] [--only PART]
-The full mode takes long; --quick tries a few of each kind and writes no results. --only runs
-one part and keeps the results of the others.
+Run: python benchmarks/faults.py [--quick] [--jobs 2] [--only PART] [--resume]
+The full mode takes long; --quick tries a few of each kind and writes no results. --only runs one part and keeps the
+results of the others; --resume skips what a stopped run of the same code has already tried.
 
 kills    A run is killed (SIGKILL) before each kind of operation on each kind of file, at times spread over the run,
          and between the last step of a stage and its record. The same command then runs to its end: every tensor and
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,16 @@ def row(kind: str, recipe: str, strategy: str, wrong: Sequence[Sequence[str]]) -
     return {"kind": kind, "recipe": recipe, "strategy": strategy, **counts, "failed": failed[:SHOWN]}
 
 
-def kills(size: Size, folder: Path, workers: int) -> list[Row]:
+Tried = Callable[[str, Callable[[], list[Row]]], None]
+"""``(name, trials)``: run the trials, unless their rows are already known."""
+
+
+def kills(size: Size, folder: Path, workers: int, tried: Tried) -> None:
     """Kill runs."""
-    rows: list[Row] = []
     covered: set[str] = set()
-    for index, (recipe, strategy, *counts) in enumerate(size.kills):
+
+    def trials(index: int, recipe: str, strategy: str, counts: Sequence[int]) -> list[Row]:
+        rows = []
         if strategy != "single":
             warm.with_peers()
         here = folder / f"{recipe}_{strategy}"
@@ -103,13 +109,16 @@ def kills(size: Size, folder: Path, workers: int) -> list[Row]:
                 wrong = [[f"{kill.place}: {', '.join(wrong)}"] if wrong else [] for kill, wrong in pairs]
                 rows.append(row(kind, recipe, strategy, wrong))
         shutil.rmtree(here)
-    return rows
+        return rows
+
+    for index, (recipe, strategy, *counts) in enumerate(size.kills):
+        tried(f"kills {recipe} {strategy}", partial(trials, index, recipe, strategy, counts))
 
 
-def signals(size: Size, folder: Path, workers: int) -> list[Row]:
+def signals(size: Size, folder: Path, workers: int, tried: Tried) -> None:
     """Send SIGTERM to runs."""
-    rows = []
-    for index, (strategy, count) in enumerate(size.stops):
+
+    def trials(index: int, strategy: str, count: int) -> list[Row]:
         if strategy != "single":
             warm.with_peers()
         expected = whole(folder / f"{strategy}_whole", strategy)
@@ -119,14 +128,17 @@ def signals(size: Size, folder: Path, workers: int) -> list[Row]:
             [f"process {stop.process} after {stop.after:.2f} s: {', '.join(wrong)}"] if wrong else []
             for stop, wrong in zip(stops, found, strict=True)
         ]
-        rows.append(row("SIGTERM in training", RECIPE, strategy, wrong))
-    return rows
+        return [row("SIGTERM in training", RECIPE, strategy, wrong)]
+
+    for index, (strategy, count) in enumerate(size.stops):
+        tried(f"signals {strategy}", partial(trials, index, strategy, count))
 
 
-def files(size: Size, folder: Path, workers: int) -> list[Row]:
+def files(size: Size, folder: Path, workers: int, tried: Tried) -> None:
     """Damage the files of finished runs."""
-    rows = []
-    for index, (recipe, count) in enumerate(size.damages):
+
+    def trials(index: int, recipe: str, count: int) -> list[Row]:
+        rows = []
         here = folder / recipe
         ended = do(here, *run_arguments(here, recipe))
         if ended.code:
@@ -141,11 +153,19 @@ def files(size: Size, folder: Path, workers: int) -> list[Row]:
                 for damage, outcomes in zip(damages, found, strict=True)
             ]
             rows.append(row(f"damaged file, then `{command}`", recipe, "single", wrong))
-    return rows
+        return rows
+
+    for index, (recipe, count) in enumerate(size.damages):
+        tried(f"files {recipe}", partial(trials, index, recipe, count))
 
 
-def recipes(size: Size, folder: Path, workers: int) -> list[Row]:
+def recipes(size: Size, folder: Path, workers: int, tried: Tried) -> None:
     """Mutate the shipped recipes."""
+    tried("recipes", lambda: mutated_recipes(size, folder, workers))
+
+
+def mutated_recipes(size: Size, folder: Path, workers: int) -> list[Row]:
+    """Validate mutated recipes, and run some of those that are valid."""
     changed = mutations(bases(), size.mutated, seed=0)
     ended = validate(changed, folder / "recipes", workers)
     pairs = list(zip(changed, ended, strict=True))
@@ -196,7 +216,7 @@ def _shorten(value: Any) -> None:
         _shorten(part)
 
 
-PARTS: dict[str, Callable[[Size, Path, int], list[Row]]] = {
+PARTS: dict[str, Callable[[Size, Path, int, Tried], None]] = {
     "kills": kills,
     "signals": signals,
     "files": files,
@@ -220,17 +240,26 @@ def claims_of(rows: dict[str, list[Row]]) -> list[Claim]:
     return claims
 
 
-def main(quick: bool, workers: int, only: str | None) -> None:
+def main(quick: bool, workers: int, only: str | None, resume: bool) -> None:
     size = QUICK if quick else FULL
     path = RESULTS / "faults.json"
-    parts = json.loads(path.read_text())["parts"] if only and path.exists() and not quick else {}
+    stored = json.loads(path.read_text())["trials"] if path.exists() and not quick else {}
+    chosen = [part for part in PARTS if only in (None, part)]
+    trials: dict[str, list[Row]] = {
+        name: rows for name, rows in stored.items() if resume or name.partition(" ")[0] not in chosen
+    }
+
+    def tried(name: str, work: Callable[[], list[Row]]) -> None:
+        if name not in trials:
+            trials[name] = work()
+            if not quick:  # so that a run that is stopped here continues with the next
+                path.write_text(json.dumps({"trials": trials}, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
-        for part, work in PARTS.items():
-            if only in (None, part):
-                parts[part] = work(size, Path(folder) / part, workers)
-    rows = [
-        {key: value for key, value in each.items() if key != "failed"} for part in PARTS for each in parts.get(part, [])
-    ]
+        for part in chosen:
+            PARTS[part](size, Path(folder) / part, workers, tried)
+    parts = {part: [row for name in trials if name.partition(" ")[0] == part for row in trials[name]] for part in PARTS}
+    rows = [{key: value for key, value in each.items() if key != "failed"} for part in PARTS for each in parts[part]]
     if quick:
         for each in rows:
             print(" | ".join(map(str, each.values())))
@@ -238,10 +267,7 @@ def main(quick: bool, workers: int, only: str | None) -> None:
     try:
         finish("faults", rows, claims_of(parts))
     finally:
-        content = json.loads(path.read_text())
-        path.write_text(
-            json.dumps(content | {"parts": {part: parts[part] for part in PARTS if part in parts}}, indent=1) + "\n"
-        )
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"trials": trials}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -249,5 +275,6 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="a few of each kind, nothing written")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
     parser.add_argument("--only", choices=PARTS, help="run one part, and keep the results of the others")
+    parser.add_argument("--resume", action="store_true", help="keep the trials of a run that was stopped")
     arguments = parser.parse_args()
-    main(arguments.quick, arguments.jobs, arguments.only)
+    main(arguments.quick, arguments.jobs, arguments.only, arguments.resume)
