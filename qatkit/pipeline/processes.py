@@ -6,14 +6,25 @@ import os
 import threading
 import time
 
+from qatkit.common.processes import process_exists
+
 
 def is_first_process() -> bool:
     """Whether this process writes files; decided by the launchers' environment variables."""
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+LAUNCHER = "QATKIT_LAUNCHER"
+"""Environment variable with the id of the process that launches the others."""
+
+
+def name_launcher() -> None:
+    """Tell the processes that this one launches who launched them."""
+    os.environ[LAUNCHER] = str(os.getpid())
+
+
 def end_with_parent(seconds: float = 1.0) -> None:
-    """End this process soon after the one that launched it has ended, however that ended.
+    """End this process soon after the one that launched it has ended, however and whenever that ended.
 
     A launched process whose launcher was killed would otherwise wait for the others until a timeout of half an hour.
 
@@ -21,9 +32,10 @@ def end_with_parent(seconds: float = 1.0) -> None:
         seconds: Time between two looks.
     """
     parent = os.getppid()
+    launcher = int(os.environ.get(LAUNCHER, parent))  # it may have ended before this process came here
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and process_exists(launcher):
             time.sleep(seconds)
         os._exit(1)
 

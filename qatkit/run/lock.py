@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qatkit.common.processes import process_exists
 from qatkit.common.records import misfit
 from qatkit.errors import QatkitError
 
@@ -57,7 +58,7 @@ class Holder:
         """Whether a local process still runs."""
         if self.host != socket.gethostname():  # another container, whose process ids mean nothing here
             return True
-        return _exists(self.pid) and self.started in ("", _started(self.pid))
+        return process_exists(self.pid) and self.started in ("", _started(self.pid))
 
 
 @contextmanager
@@ -185,18 +186,6 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _exists(pid: int) -> bool:
-    if sys.platform == "win32":  # where kill(pid, 0) ends the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _started(pid: int) -> str:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from qatkit.pipeline.processes import LAUNCHER
+
 CHILD = """
 import time
 from qatkit.pipeline.processes import end_with_parent
@@ -32,6 +34,14 @@ def test_a_process_ends_when_its_launcher_is_killed() -> None:
     parent.wait()
     while exists(child):  # the timeout of the suite ends a test that hangs
         time.sleep(0.05)
+
+
+def test_a_process_whose_launcher_was_killed_before_it_started_to_watch_ends() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    launcher.wait()
+    environment = os.environ | {LAUNCHER: str(launcher.pid)}
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, env=environment)
+    assert child.wait() == 1
 
 
 def exists(process: int) -> bool:
