@@ -83,7 +83,7 @@ def test_quantized_keys_and_values_and_the_task_of_the_data_are_asked_too() -> N
 
 
 def test_an_unknown_format_is_refused_when_the_callback_is_made() -> None:
-    with pytest.raises(QatkitError, match=r"target: unknown export format 'onx'; did you mean 'onnx'\?"):
+    with pytest.raises(QatkitError, match=r"target: there is no runtime or export format 'onx'; did you mean 'onnx'\?"):
         QuantizationAwareTraining(W8, target="onx")
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from qatkit import QatkitError
 from qatkit.data import digits
@@ -222,9 +223,10 @@ class OwnLoaders(LightningDataModule):
     def __init__(self, batch_size: int, seed: int) -> None:
         super().__init__()
         self.data = digits(batch_size=batch_size, seed=seed)
+        self.batch_size = batch_size
 
     def train_dataloader(self) -> Any:
-        return self.data.train_dataloader()
+        return DataLoader(self.data.train, batch_size=self.batch_size, drop_last=True)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Any:
         return self.data.val_dataloader()
