@@ -28,8 +28,9 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
             f"the training data loader is a {type(loader).__name__} of {len(loader)} loaders, so the calibration "
             "batches are ambiguous",
             key="calibration",
-            advice="call prepare_qat and qatkit.calibrate(module, batches, forward) yourself, or use dynamic "
-            "activations (strategy='token')",
+            advice="for a list of batches, pass DataLoader(batches, batch_size=None); for several loaders, call "
+            "prepare_qat and qatkit.calibrate(module, batches, forward) yourself, or use dynamic activations "
+            "(strategy='token')",
         )
     sources = [getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None)]
     generators = [source for source in sources if isinstance(source, torch.Generator)]

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from qatkit.callbacks import CompressionMonitor, QuantizationAwareTraining
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from qatkit import QatkitError, QatkitWarning, QATLinear, QuantSpec
 from qatkit.quantization.prepare import fake_quantizers
@@ -235,6 +236,15 @@ def test_a_mistake_in_a_pattern_leaves_batchnorm_unfolded() -> None:
 def test_several_loaders_are_refused_for_calibration_with_what_to_do() -> None:
     with pytest.raises(QatkitError, match=r"a dict of 2 loaders, .*qatkit\.calibrate"):
         trainer(QuantizationAwareTraining(W4, A8)).fit(Classifier(), {"a": batches(), "b": batches()})
+
+
+def test_a_list_of_batches_is_refused_with_the_loader_that_takes_it() -> None:
+    listed = list(batches())
+    with pytest.raises(QatkitError, match=r"pass DataLoader\(batches, batch_size=None\)"):
+        trainer(QuantizationAwareTraining(W4, A8)).fit(Classifier(), listed)
+    module = Classifier()
+    trainer(QuantizationAwareTraining(W4, A8)).fit(module, DataLoader(listed, batch_size=None))
+    assert float(module.net[0].input_fake_quant.scale) != 1.0
 
 
 def test_half_precision_modules_train_with_float32_arithmetic() -> None:
