@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 def first_batches(loader: Any, count: int) -> Iterator[Any]:
     """Yield the first `count` batches of a loader, then restore its position.
 
-    The random states that determine the training order are restored. So is the state of a stateful loader.
+    The random states that determine the training order are restored, and so is the state of a stateful loader.
 
     Raises:
         QatkitError: the module trains on several loaders at once.

@@ -53,8 +53,8 @@ class KnowledgeDistillation(Callback):
         outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
             averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. "heads.0" is the first
             part of "heads". By default the output itself, or its "logits".
-        class_dim: The class dimension of the logits: 1 for segmentation, ``[N, C, H, W]``. By default
-            the last; logits whose classes are not there are rejected if the shape of the labels shows it.
+        class_dim: The class dimension of the logits: 1 for segmentation, ``[N, C, H, W]``. By default the last; labels
+            whose shape shows that it is another dimension raise an error.
         pooling: Pool hidden states into embeddings before they are compared: "mean", "cls" or "last"; by default the
             ``pooling`` of the batch, if it has one.
         hidden: Add a loss between hidden states.
@@ -65,7 +65,7 @@ class KnowledgeDistillation(Callback):
         on_policy: Let the student continue the texts of some batches; these are trained with the distillation term
             only (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
         sequence_level: Let the teacher continue the texts of some batches, and train on the result as on data (Kim and
-            Rush 2016, https://arxiv.org/abs/1606.07947); with alpha 0, the teacher is used for nothing else.
+            Rush 2016, https://arxiv.org/abs/1606.07947); with alpha 0, this is the only use of the teacher.
         fused: Compute the loss of a causal language model of transformers together with the distillation term, a few
             rows of logits at a time. `training_step` must call the model by keywords, with labels, and use its
             ``loss``; its ``logits`` are None. Logits are materialized if the output layer is quantized or the loss is

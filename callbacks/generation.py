@@ -31,7 +31,7 @@ class Generation:
     eos: Sequence[int] | None = None
     """Tokens that end a text; by default from the model's generation config, or from the data's tokenizer."""
     seed: int = 0
-    """Decides which batches are generated, and the sampling."""
+    """Determines which batches are generated, and the sampled tokens."""
 
     def __post_init__(self) -> None:
         if not callable(self.fraction) and not 0 <= self.fraction <= 1:

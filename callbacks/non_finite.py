@@ -117,7 +117,7 @@ class NonFiniteSteps(Callback):
         weight = non_finite_anywhere(trainer, module)
         weights = "no weight changed in these steps"
         if weight is not None:
-            weights = f"{weight} was already non-finite before these steps, perhaps since a step whose loss was finite"
+            weights = f"{weight} was already non-finite before these steps"
         checkpoint = f"training continues from the last checkpoint, {path}"
         if not Path(path).is_file():
             checkpoint = "there is no checkpoint yet"
@@ -141,8 +141,8 @@ class FiniteCheckpoint(ModelCheckpoint):
     """Saves a checkpoint at the end of an epoch, unless training could not resume from it.
 
     Args:
-        steps: `NonFiniteSteps` callback. Nothing is saved while it skips steps, or while a weight is non-finite: the
-            step that caused it may have had a finite loss.
+        steps: The `NonFiniteSteps` callback. Nothing is saved while it skips steps, or while a weight is non-finite:
+            the step that caused it may have had a finite loss.
         **options: Options of `ModelCheckpoint`.
     """
 
@@ -169,7 +169,7 @@ def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
 
 
 def non_finite(module: nn.Module) -> str | None:
-    """Describe the first parameter that is not finite, or buffer with a NaN; infinity in a buffer may be a mask.
+    """Describe the first non-finite parameter, or buffer with NaN; Inf in a buffer may be a mask.
 
     Example:
         >>> layer = nn.Linear(2, 1)

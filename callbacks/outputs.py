@@ -23,7 +23,7 @@ class ComparedOutputs:
     weights: tuple[float, ...]
     """Weight of each output's loss."""
     class_dim: int | None
-    """The class dimension; None for the last one, which the shape of the labels may contradict."""
+    """The class dimension; None for the last one, which is checked against the shape of the labels."""
     pooling: str | None = None
     """How hidden states are pooled into embeddings; None for the ``pooling`` of the batch, if it has one."""
 

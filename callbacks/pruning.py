@@ -32,7 +32,7 @@ from qatkit.pruning.schedule import Ramp
 from qatkit.pruning.shards import total_counts
 
 UPDATES = 100
-"""Number of pruning steps in a ramp; between two of them, training recovers from the first."""
+"""Number of pruning steps in a ramp; between two of them, training recovers the accuracy."""
 
 
 class MagnitudePruning(PruningCallback):
@@ -200,7 +200,7 @@ class MagnitudePruning(PruningCallback):
         if self.nm is None and self._level < UPDATES:
             warnings.warn(
                 f"ramp: training ended at {self._sparsity_at(max(self._level, 0)):.1%} of {self.ramp.final:.1%} "
-                f"sparsity; let the ramp end before training may stop, such as Ramp({self.ramp.final}, end=0.5)",
+                f"sparsity; end the ramp earlier, for example with Ramp({self.ramp.final}, end=0.5)",
                 QatkitWarning,
                 stacklevel=2,
             )

@@ -39,7 +39,7 @@ from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 QUANTIZED = "(quantized: load it with qatkit.callbacks.load_quantized)"
-"""Key in the state dict of a checkpoint, for the error of a plain module that tries to load it."""
+"""Key in a checkpoint's state dict; a plain module that loads the checkpoint names it in its error."""
 
 
 class QuantizationAwareTraining(Callback):
@@ -67,7 +67,7 @@ class QuantizationAwareTraining(Callback):
             the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
         target: Name of the runtime that will run the trained model, such as "onnxruntime" (a row of
             `qatkit.quantization.TARGETS`), or of its export format, such as "onnx" (a row of `qatkit.export.FORMATS`).
-            A model that the format cannot hold is refused before training. A runtime also sets `weight` and
+            An unsupported model raises an error before training. A runtime also sets `weight` and
             `activation` where they are not given, and results that its integer kernels read or write are quantized.
 
     Raises:

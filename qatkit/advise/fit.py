@@ -23,8 +23,7 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
     """Reject a stage that needs more memory than its device has.
 
     Raises:
-        QatkitError: a stage does not fit; the error gives its predicted memory, and changes that would fit with their
-            memory.
+        QatkitError: a stage does not fit; the error gives its predicted memory, and the changes that would make it fit.
     """
     device = device_of(recipe.trainer)
     for plan in plans:
@@ -36,7 +35,7 @@ def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] =
             for words, size in _options(recipe, plan.stage, setting, device, allow)
             if size <= device.memory
         ]
-        advice = f"set {'; or '.join(fitting)}" if fitting else "use a smaller model: no known change makes it fit"
+        advice = f"set {'; or '.join(fitting)}" if fitting else "use a smaller model; no other change makes it fit"
         raise QatkitError(
             f"training needs {format_bytes(plan.on_each)} per device, but {device.name} has "
             f"{format_bytes(device.memory)}",

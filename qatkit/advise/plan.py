@@ -77,7 +77,7 @@ class Setting:
     """Everything that the memory of a stage depends on."""
 
     model: nn.Module
-    """With plain layers, on the meta device."""
+    """The model with plain layers, on the meta device."""
     teacher: nn.Module | None
     stage: StageConfig
     context: int | None

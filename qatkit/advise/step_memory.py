@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.stages.optimizers import MomentMemory, moment_memory
@@ -89,7 +89,7 @@ def step_memory(
         bits: Bits per element, by name, of frozen parameters that are stored in fewer bits than their dtype has; one
             at a time is dequantized for its product.
         teacher_bits: The same for the teacher.
-        moments: Memory of the optimizer; by default of torch's AdamW.
+        moments: Memory of the optimizer; by default that of torch's AdamW.
 
     Raises:
         Exception: any exception of the model, if its shapes depend on values.
@@ -217,9 +217,7 @@ def _grouped_product(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: An
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    tree_map_only(Tensor, tensors.append, tree)
-    return tensors
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _make_fake(module: nn.Module | None) -> None:

@@ -59,7 +59,7 @@ def batch_for(model: nn.Module, batch_size: int, context: int, task: Task | None
     """A batch of full-length texts with labels.
 
     Args:
-        model: Decides what the labels are, if no task is declared: one class per text, pairs of texts if it has no
+        model: Determines the labels if no task is declared: one class per text, pairs of texts if it has no
             output head, and otherwise the texts themselves.
         batch_size: Texts, or pairs of texts.
         context: Tokens per text.

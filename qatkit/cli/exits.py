@@ -31,7 +31,7 @@ CODES = (
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same command; an exception in it becomes one message and an exit code."""
+    """Wrap a command: an exception becomes one message and an exit code."""
 
     @functools.wraps(command)
     def call(*args: Any, **options: Any) -> Any:
@@ -97,8 +97,8 @@ def _message(error: BaseException) -> tuple[int, str]:
         return USER_MISTAKE, explained
     if _lost_process(error):
         return USER_MISTAKE, (
-            "error: another process of this run has ended or cannot be reached; its own output says why. Run the same "
-            f"command again to resume ({_first_line(error)})"
+            "error: another process of this run has ended or cannot be reached; see its output for the reason. Run the "
+            f"same command again to resume ({_first_line(error)})"
         )
     what = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__
     if (place := _users_code(error)) is not None:

@@ -61,7 +61,7 @@ class Termination:
         self.follows, self._leader = True, leader
 
     def defer(self, deferred: bool) -> None:
-        """Keep the main thread running after the signal, because it checks `received` itself; or end that."""
+        """Set whether the main thread keeps running after the signal, because it checks `received` itself."""
         self._deferred = deferred
         if self.received and not deferred:
             self._deadline = time.monotonic() + END_LIMIT

@@ -19,9 +19,9 @@ from qatkit.errors import QatkitError
 class PackedWindows(Dataset[dict[str, Tensor]]):
     """A split's tokens in windows: ``input_ids``, ``labels`` and ``position_ids``, each ``[context]`` int64.
 
-    Positions restart at 0 with each document and each window; transformers models derive from them that a token
-    attends only to earlier tokens of its own document. The first token of a document cannot be predicted, so its label
-    does not count. Tokens at the end of the stream that do not fill a window are dropped.
+    Positions restart at 0 with each document and each window; transformers models derive the attention mask from them:
+    a token attends only to earlier tokens of its own document. The first token of a document cannot be predicted, so
+    its label does not count. Tokens at the end of the stream that do not fill a window are dropped.
 
     Args:
         open_rows: Function that opens the split; called when the first window is read.

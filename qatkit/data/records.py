@@ -81,7 +81,7 @@ def pad(samples: Sequence[dict[str, Tensor]], padding: int, context: int) -> dic
 
 
 def fitting(row: Row, context: int) -> Encoded:
-    """Return a list of the one row, or the reason why it is too long."""
+    """Return the row in a list, or the reason why it is too long."""
     if (tokens := len(row["input_ids"])) > context:
         return BadRecord(f"has {tokens} tokens, but context is {context}", "use a larger context, or truncate: true")
     return [row]

@@ -22,8 +22,8 @@ def limited(render: Callable[[], Result], tokenizer: str) -> Result:
     """Call a function that renders a chat template, and stop it after too many steps.
 
     Jinja's sandbox limits neither loops nor recursion over several macros. Python's tracing counts the steps of
-    this thread alone, so it works in threads and in workers of a data loader, where a signal does not arrive, and
-    a template needs no second process to run in. One operation on a huge number is one step.
+    this thread alone, so it works in threads and in workers of a data loader, where signals do not arrive, and needs no
+    second process. One operation on a huge number is one step.
 
     Args:
         render: Renders a conversation once.

@@ -83,7 +83,7 @@ class Divergence:
             )
 
     def check_kind(self, kind: str, key: str = "loss") -> None:
-        """Reject outputs of another kind than the divergence compares.
+        """Reject outputs of a kind that the divergence does not compare.
 
         Args:
             kind: The kind of the outputs; see `kinds`.

@@ -1,7 +1,7 @@
 """Sample keys: a hash of the model inputs identifies each sample of a batch, so data sets need no numbering.
 
-A key does not depend on the order of the data, the batch, the process or the padding. For example, a sample that a
-random augmentation changed gets a different key, because its teacher outputs differ.
+A key does not depend on the order of the data, the batch, the process or the padding. A sample that a random
+augmentation changed gets a different key, because its teacher outputs differ.
 """
 
 from __future__ import annotations

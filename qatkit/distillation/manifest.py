@@ -31,7 +31,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``cache.json``. It is written again after each file, so that a killed process can be resumed."""
+    """The content of ``cache.json``. It is rewritten after each file, so that a killed process can resume."""
 
     fingerprint: dict[str, str]
     settings: Settings

@@ -1,4 +1,4 @@
-"""Score the outputs of a model over batches: by a task of the table, or by a metric of the user's."""
+"""Score the outputs of a model over batches: by a task of the table, or by a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Judge(Protocol):
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """The names of the task and of its metric, and what was scored."""
+        """The names of the task and of its metric, and the noun for the scored predictions."""
 
 
 class TaskJudge:
@@ -79,7 +79,7 @@ class TaskJudge:
 
 
 class MetricJudge:
-    """Scores outputs by a metric of the user's.
+    """Scores outputs by a torchmetrics metric.
 
     Args:
         metric: Updated with the outputs, and with the labels of the batch.

@@ -130,7 +130,7 @@ class _File:
         if codes.shape != tuple(bias.shape) or codes.dtype != np.int32:
             return [f"{what}: {codes.dtype} of shape {list(codes.shape)} in the file, not int32 {list(bias.shape)}"]
         product = torch.from_numpy(np.asarray(weight_scale * input_scale)).reshape(scale.shape)
-        failures = _differences(f"{what}'s scale, against weight scale x input scale", scale, product)
+        failures = _differences(f"{what}'s scale (weight scale x input scale)", scale, product)
         step = np.broadcast_to(scale.astype(np.float64), codes.shape)
         value = bias.double().numpy()
         wrong = np.abs(codes * step - value) > 2.0**-22 * np.abs(value)  # the error of two float32 roundings

@@ -30,7 +30,7 @@ def tensors(outputs: Any) -> dict[str, Tensor]:
 
 
 def nested(flat: Mapping[str, Any]) -> Any:
-    """Return the outputs of which `tensors` returns these; lists and dataclasses become tuples and dicts.
+    """Rebuild outputs from the result of `tensors`; lists and dataclasses become tuples and dicts.
 
     Example:
         >>> nested({"0.boxes": 1, "1": 2}), nested({"": 3})
@@ -53,8 +53,11 @@ def kinds(value: Any) -> str:
         >>> kinds((torch.zeros(2, 3), {"boxes": torch.zeros(4)}))
         "tuple with '0' [2, 3], '1.boxes' [4]"
     """
-    parts = [f"'{name}' {list(tensor.shape)}".replace("'' ", "") for name, tensor in tensors(value).items()]
-    return " with ".join([type(value).__name__, ", ".join(parts)] if parts else [type(value).__name__])
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"{kind} {list(value.shape)}"
+    parts = [f"'{name}' {list(tensor.shape)}" for name, tensor in tensors(value).items()]
+    return f"{kind} with {', '.join(parts)}" if parts else kind
 
 
 def distance(expected: Any, computed: Any) -> tuple[float, float]:

@@ -25,7 +25,7 @@ class Outputs:
     samples: int
     """Predictions that were scored."""
     counted: str
-    """What was scored, in the plural."""
+    """The plural noun for the scored predictions."""
     task: str
     metric: str
     trained_metric: float
@@ -56,9 +56,9 @@ def compare_outputs(
         floating: The same weights without fake quantization; None if nothing is quantized.
         runtime: The file in its runtime, called as the model is; None if it cannot be loaded.
         batches: The batches of `verify`.
-        failures: Appended to.
-        judges: They score the trained model and the runtime.
-        forward: How a model is called with a batch.
+        failures: The list to which differences are added.
+        judges: One for the trained model, and one for the runtime.
+        forward: Calls a model with a batch.
 
     Raises:
         QatkitError: there is no batch.
@@ -89,9 +89,7 @@ def compare_outputs(
             computed = forward(runtime, batch)
             total, most = distance(expected, computed)
         except Exception as reason:  # the runtime's exceptions share no base class
-            failures.append(
-                f"outputs: the runtime fails on batch {number}, whose outputs are {kinds(expected)}: {reason}"
-            )
+            failures.append(f"outputs: the runtime fails on batch {number} (expected: {kinds(expected)}): {reason}")
             runtime = None
             continue
         error += total
@@ -102,7 +100,7 @@ def compare_outputs(
         raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one batch")
     if judge.count == 0:
         raise QatkitError(
-            f"no prediction of {number} batches can be scored: the model returns none, or no label counts",
+            "no prediction can be scored: the model returns none, or every label is ignored",
             key="batches",
             advice="pass batches with predictions and labels",
         )

@@ -99,18 +99,17 @@ def verify(
         model: The exported model: plain, or prepared and calibrated. Left unchanged.
         path: The exported file or folder.
         batches: Pairs of inputs and labels, or mappings as transformers models take them, with ``labels``; see
-            `qatkit.tasks`. With `forward`, anything that it takes.
+            `qatkit.tasks`. With `forward`, anything that it accepts.
         format: The export format's name; by default it is inferred from the file name and content.
         threads: Threads of the runtime; None leaves the choice to it.
         task: A task of `qatkit.tasks.TASKS` or its name, such as "segmentation"; by default it is inferred from the
             batches, see `qatkit.tasks.task_of`.
-        forward: ``(model, batch) -> outputs``, for models that are called in another way: a tensor, or tensors in
-            dicts, lists, tuples and dataclasses. The file is called in the same way. With a task, they are logits, or
-            have the entries that its transformers models return.
+        forward: ``(model, batch) -> outputs``, for models that are called in another way. The outputs are a tensor, or
+            tensors in dicts, lists, tuples and dataclasses; with a task, they are logits, or the outputs of a
+            transformers model for that task. The file is called in the same way.
         metric: A torchmetrics metric to use instead of the task's. It is updated with the outputs and the labels: the
-            batch's ``labels`` or its second element. It computes one number.
-        class_dim: With `metric`, the class dimension of the outputs; without it, outputs agree if
-            their values do.
+            batch's ``labels`` or its second element. It must compute one number.
+        class_dim: With `metric`, the class dimension of the outputs; without it, their values are compared.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.
@@ -158,8 +157,8 @@ def verify(
     error, limit = outputs.mean_error, bound.limit
     if error is not None and limit is not None and not error <= limit:  # NaN fails too
         failures.append(
-            f"outputs: the mean difference from the trained model is {error:.3g}, and {bound.text} is {limit:.3g} "
-            f"(largest difference {outputs.max_error:.3g}, over {outputs.samples} samples)"
+            f"outputs: the mean difference from the trained model is {error:.3g}, but {bound.text} is "
+            f"{limit:.3g} (largest difference {outputs.max_error:.3g}, over {outputs.samples} samples)"
         )
     layers = len(quantized_weights(trained))
     return Verification(

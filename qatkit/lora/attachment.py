@@ -198,7 +198,7 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
     for name, layer in layers.items():
         if kind_of(layer) is not None:
             raise QatkitError(
-                f"the weight of layer '{name}' is frozen in {kind_of(layer)} bits, so it cannot be a layer {why}",
+                f"layer '{name}' is frozen in {kind_of(layer)} bits, which is not supported for a layer {why}",
                 key="bits",
                 advice="set bits: null, or merge the adapters in an earlier stage",
             )

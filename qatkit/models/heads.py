@@ -71,8 +71,8 @@ def untrained_model(
     Args:
         family: The ``model_type`` of a config, such as "bert", "vit", "whisper" or "clip".
         head: As for `pretrained_model`.
-        config: Entries of the family's config that differ from its defaults, such as ``{"hidden_size": 64}``; those of
-            a part of the model are in a mapping of their own, such as ``{"text_config": {"hidden_size": 64}}``.
+        config: Entries of the family's config that differ from its defaults, such as ``{"hidden_size": 64}``; entries
+            of a submodel are nested, such as ``{"text_config": {"hidden_size": 64}}``.
         num_classes: Number of classes of a classification head; by default that of the config.
         dtype: Dtype of the weights.
         attn_implementation: Attention implementation of transformers; by default its own choice for the family.

@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "SemanticSegmentation", "ForCTC")
-"""Ends of the names of classes whose head a user trains: a model without it gets one with random weights."""
+"""Endings of the class names whose head may be new: a model without it gets one with random weights."""
 
 
 def causal_lm(

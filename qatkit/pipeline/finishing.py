@@ -53,7 +53,7 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     """Measure a finished stage on validation and test data, save it, and delete its checkpoints.
 
     Raises:
-        QatkitError: a weight is NaN or infinite, or the test data have no batch; the stage stays unfinished.
+        QatkitError: a weight is NaN or infinite, or the test data has no batches; the stage stays unfinished.
     """
     if (place := non_finite(model)) is not None:
         shutil.rmtree(folder / "adapter", ignore_errors=True)  # was merged into the model
@@ -70,7 +70,7 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     batch = next(iter(data.test_dataloader()), None)
     if batch is None:
         raise QatkitError(
-            f"the test data have no batch, so stage '{record.name}' cannot be measured",
+            f"the test data has no batches, so stage '{record.name}' cannot be measured",
             key="data",
             advice="hold out test data, then run the same command again",
         )

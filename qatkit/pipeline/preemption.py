@@ -1,8 +1,8 @@
 """SIGTERM during training: all processes agree on a step, save a checkpoint there, and end.
 
 Lightning's own handler is replaced. It takes part in collectives from inside the handler, which deadlocks when another
-process is in one, and each process leaves its loop alone. What it does with `received_sigterm` is used: the loops raise
-`SIGTERMException` after the metrics of the step are logged.
+process is in one, and each process leaves its loop on its own. Its flag `received_sigterm` is still used: the loops
+then raise `SIGTERMException` after the metrics of the step are logged.
 """
 
 from __future__ import annotations

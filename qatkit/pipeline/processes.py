@@ -24,12 +24,12 @@ def name_launcher() -> None:
 
 
 def end_with_parent(seconds: float = 1.0) -> None:
-    """End this process soon after the one that launched it has ended, however and whenever that ended.
+    """End this process soon after its launcher has ended, for whatever reason and at whatever time.
 
     A launched process whose launcher was killed would otherwise wait for the others until a timeout of half an hour.
 
     Args:
-        seconds: Time between two looks.
+        seconds: Time between two checks.
     """
     parent = os.getppid()
     launcher = int(os.environ.get(LAUNCHER, parent))  # it may have ended before this process came here

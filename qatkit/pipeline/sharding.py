@@ -55,7 +55,7 @@ def share_buffers(model: nn.Module) -> None:
     """Give every process the buffers of the first, such as the running statistics of BatchNorm, in place.
 
     FSDP2 shards parameters only, so each process has buffers of its own, and a checkpoint holds those of the first:
-    a validation loss over all processes would be another after resuming.
+    the validation loss over all processes would change after a resume.
     """
     for buffer in model.buffers():
         torch.distributed.broadcast(buffer, 0)

@@ -62,7 +62,7 @@ class Tracking:
         Args:
             stage: Its name.
             metrics: Metrics by name, such as "test/accuracy".
-            codes: The histogram of its integer weights from the lowest code to the highest; empty without any.
+            codes: The histogram of its integer weights from the lowest code to the highest; empty if it has none.
             steps: Number of training steps.
         """
         if self.recipe.trainer.logger == "tensorboard":

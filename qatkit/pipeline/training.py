@@ -153,7 +153,7 @@ def refuse_non_finite(name: str, place: str | None) -> None:
     """Raise if a weight is NaN or infinite; `place` names it."""
     if place is not None:
         raise QatkitError(
-            f"the stage ended with {place} NaN or infinite; only the checkpoint before it is kept, if there is one",
+            f"{place} was NaN or infinite at the end of the stage; an earlier checkpoint is kept, if there is one",
             key=f"stages.{name}",
             advice="use a smaller lr, a warmup, gradient_clip: 1.0, or model.args.dtype: float32",
         )

@@ -32,9 +32,9 @@ def prune_one_shot(
 ) -> list[str]:
     """Prune the linear layers of `model` in place, block by block.
 
-    A block is the layers that share the first number in their names, such as ``model.layers.3``. Its inputs come from
-    the pruned blocks before it, so all batches run once per block. The model runs in eval mode without gradients;
-    train/eval modes and random states are restored. It must be on one process.
+    A block consists of the layers that share the first number in their names, such as ``model.layers.3``. Its inputs
+    come from the pruned blocks before it, so all batches run once per block. The model runs in eval mode without
+    gradients; train/eval modes and random states are restored. It must be on one process.
 
     Args:
         model: A trained model.

@@ -23,7 +23,8 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
 
     Args:
         model: A model on a GPU of compute capability 8.0 or higher, in float16 or bfloat16.
-        include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are used.
+        include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are
+            compressed.
         exclude: Globs over layer names to exclude.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Which layers of a prepared model are quantized, which are not, and how many of the weights that makes."""
+"""The quantized and the other layers of a prepared model, and the fraction of its weights that is quantized."""
 
 from __future__ import annotations
 

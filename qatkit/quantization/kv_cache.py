@@ -1,8 +1,8 @@
 """KV-cache quantization: fake-quantize keys and values as a quantized cache stores them.
 
-transformers looks up attention functions by name. We register a function under its own name that fake-quantizes
-keys and values (after rotary positions) and calls the model's original function. This works for every architecture that
-uses the lookup, in training, in evaluation and with a cache.
+transformers looks up attention functions by name. qatkit registers a function of its own, which fake-quantizes keys and
+values (after rotary positions) and calls the model's original function. This works for every architecture that uses the
+lookup, in training, in evaluation and with a cache.
 """
 
 from __future__ import annotations

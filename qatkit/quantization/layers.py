@@ -92,7 +92,7 @@ def rounded_bias(
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
 ) -> Tensor | None:
-    """Round a bias ``[out]`` to multiples of weight scale times input scale, if integer kernels add it so."""
+    """Round a bias ``[out]`` to multiples of weight scale times input scale, if integer kernels add it in this form."""
     if bias is None or weight_scale is None or input_scale is None:
         return bias
     if weight_scale.shape not in ((1,), (len(bias), 1)):  # several scales per output: added in floating point

@@ -81,8 +81,8 @@ def prepare_qat(
 def set_fast_paths(model: nn.Module) -> None:
     """Disable torch's fused code that reads the raw weights of quantized layers.
 
-    That is `nn.MultiheadAttention` around a quantized ``out_proj``, `nn.TransformerEncoderLayer`, and the nested
-    tensors that `nn.TransformerEncoder` makes of padded inputs for it.
+    It is part of `nn.MultiheadAttention` around a quantized ``out_proj`` and of `nn.TransformerEncoderLayer`; for the
+    latter, `nn.TransformerEncoder` converts padded inputs to nested tensors.
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and isinstance(cast(nn.Module, module.out_proj), QATLayer):

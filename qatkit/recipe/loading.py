@@ -197,7 +197,8 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
             problem, advice = "refers to a missing value", "set the value"
         raise QatkitError(f"{show(text)} {problem}", key=path, advice=advice) from None
     for path, text in _interpolations(resolved, ""):
-        raise QatkitError(f"becomes {show(text)}, another reference", key=path, advice="use the value itself")
+        problem = f"resolves to {show(text)}, which is another reference"
+        raise QatkitError(problem, key=path, advice="use the value itself")
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 

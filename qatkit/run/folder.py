@@ -55,7 +55,7 @@ class Run:
         check_links(self.out, self.allow_write)
 
     def check_recipe(self) -> None:
-        """Refuse a recipe that finished stages were not trained with: their files would be read for another one.
+        """Refuse a recipe that finished stages were not trained with, because their files belong to a different one.
 
         Raises:
             QatkitError: a value differs.

@@ -1,8 +1,8 @@
 """The lock of a run folder: one process writes there at a time.
 
 ``RUN/run.lock`` is locked through the operating system, which releases it however the process ends, and names its
-holder. The name alone decides where the file system has no locks, and about a holder on another machine, whose locks
-may be invisible here.
+holder. Only the name counts on a file system without locks, and for a holder on another machine, whose locks may be
+invisible here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Holder:
 
     host: str
     boot: str
-    """Identifies the running system: containers on one machine have one, whatever their host names."""
+    """Identifies the running system: containers on one machine share it, whatever their host names."""
     pid: int
     started: str
     """Distinguishes the process from a later one with the same id; empty where the system does not tell."""
@@ -44,7 +44,7 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        """The holder that this process is."""
+        """The entry for this process."""
         since, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         return cls(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()), since, command)
 

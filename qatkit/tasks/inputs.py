@@ -78,7 +78,7 @@ class InputCheck:
         """Warn if a batch of an evaluated split contains NaN or infinite values."""
         if (found := self.found(split)) is not None:
             warnings.warn(
-                f"data: {found}, and the metrics count the predictions for them; remove the non-finite samples from "
+                f"data: {found}, and the metrics include the predictions for them; remove the non-finite samples from "
                 "the data",
                 QatkitWarning,
                 stacklevel=1,  # a caller in Lightning would be silenced together with Lightning's own warnings

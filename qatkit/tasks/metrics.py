@@ -18,8 +18,8 @@ class Metric:
     percent: bool = False
     """Whether it is shown in percent."""
     counts: bool = False
-    """Whether it is a fraction of predictions that are right, so that its noise follows from their number. Pixels of
-    one image are right or wrong together."""
+    """Whether it is a fraction of independent predictions, so that its noise follows from their number. Pixels of one
+    image are not independent."""
     compute: str = ""
     """``module:function(task, rows)`` that returns a `torchmetrics.Metric`; empty for those that follow from the loss.
     """

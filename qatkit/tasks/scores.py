@@ -72,7 +72,7 @@ class Scores:
         Args:
             mean: The mean of a tensor over all processes.
             processes: Number of processes.
-            device: The device that they communicate from.
+            device: The device that the processes communicate from.
         """
         if processes == 1:
             return

@@ -142,7 +142,7 @@ def test_a_stage_that_cannot_fit_is_refused_with_the_number_and_what_would_fit(
     assert "stages.dense.batch_size=1 stages.dense.accumulate=64 (" in message
     assert message.endswith("; or use --force")
     monkeypatch.setattr(planner_fit, "device_of", lambda trainer: planner_fit.Device("a toy", 1000, 1))
-    with pytest.raises(QatkitError, match=r"no known change makes it fit"):
+    with pytest.raises(QatkitError, match=r"use a smaller model; no other change makes it fit"):
         check_fit(loaded, plans)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ class Sample(NamedTuple):
 
 
 def checked(model: nn.Module, batches: Sequence[Any], folder: Path, **options: Any) -> Verification:
+    model = copy.deepcopy(model)  # parameters of tests are shared
     prepare_qat(model, QuantSpec(4))
     export_dense(model, folder / "model.safetensors")
     return verify(model, folder / "model.safetensors", batches, **options)
@@ -172,7 +174,7 @@ def test_a_model_is_called_in_its_own_way(
         (Detector(), (IMAGES, [{}] * 3), {"metric": Precision()}, r"metric: Precision computes dict with 'map'"),
         (
             Detector(99.0), (IMAGES, torch.zeros(0)), {"forward": lambda m, b: m(b[0])[0]["scores"]},
-            r"batches: no prediction of 1 batches can be scored: the model returns none, or no label counts",
+            r"batches: no prediction can be scored: the model returns none, or every label is ignored",
         ),
     ],
     ids=["no labels", "no pair", "wrong outputs", "no dimension", "no tensor", "several numbers", "no prediction"],

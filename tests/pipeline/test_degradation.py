@@ -70,7 +70,7 @@ def test_validation_and_test_data_with_nan_are_named(tmp_path: Path) -> None:
         "predictions for them; remove the non-finite samples from the data",
         "data: 'inputs' of validation batch 2 of 3 contains NaN or infinite values, and the metrics count the "
         "predictions for them; remove the non-finite samples from the data",
-        "data: 'inputs' of test batch 1 of 6 contains NaN or infinite values, and the metrics count the predictions "
+        "data: 'inputs' of test batch 1 of 6 contains NaN or infinite values, and the metrics include the predictions "
         "for them; remove the non-finite samples from the data",
     ]
 

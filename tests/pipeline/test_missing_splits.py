@@ -52,6 +52,6 @@ def test_a_metric_of_a_split_without_data_is_left_out_and_not_zero(tmp_path: Pat
 
 def test_a_stage_without_test_data_says_what_to_do(tmp_path: Path) -> None:
     run = run_of(tmp_path, "data.args.without=test")
-    with pytest.raises(QatkitError, match=r"^data: the test data have no batch, so stage 'dense' cannot be measured"):
+    with pytest.raises(QatkitError, match=r"^data: the test data has no batches, so stage 'dense' cannot be measured"):
         run_stages(run)
     assert run.find("dense") is None

@@ -81,7 +81,7 @@ def measure_sensitivity(
         plain = _evaluate(model, loss)
         if not math.isfinite(plain):
             raise QatkitError(
-                f"{plain} for the plain model", key="loss", advice="use a loss that is finite for this model"
+                f"the plain model has a loss of {plain}", key="loss", advice="use a loss that is finite for this model"
             )
         measured = [
             _measure(model, layers, fits, loss, plain, left_out) for layers, fits in zip(groups, fitting, strict=True)
