@@ -15,8 +15,8 @@ from qatkit.quantization.prepare import fake_quantizers
 class DecayExemption:
     """Moves learned scales and offsets out of decaying parameter groups for the duration of one optimizer step.
 
-    Weight decay would pull the scale toward zero and so move the whole grid. Before and after each step the groups are
-    as the user made them, so learning-rate schedulers and optimizer checkpoints are not affected.
+    Weight decay would pull the scale toward zero and so move the whole grid. Between steps the groups are unchanged, so
+    learning-rate schedulers and optimizer checkpoints are not affected.
     """
 
     def __init__(self) -> None:

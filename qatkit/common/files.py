@@ -53,7 +53,7 @@ def remove_temporary(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path`; when the block ends without an error, its file replaces `path`.
+    """A temporary path next to `path`; when the block ends without an error, the file there replaces `path`.
 
     The file is flushed to disk before the rename, and the folder after it, so not even a power failure leaves a
     partial file.

@@ -86,7 +86,7 @@ class Termination:
             self._saving = False
 
     def release_children(self) -> None:
-        """Remove this process's child processes from the lists of the code that watches them."""
+        """Stop other code from watching the child processes of this process."""
         for children in self.children:
             started = children()
             self._ending += started

@@ -43,7 +43,7 @@ def llama(
     """
     if hidden % heads or (hidden // heads) % 2:
         raise QatkitError(
-            f"{heads} does not divide hidden={hidden} into heads of equal, even width",
+            f"{heads} does not divide hidden={hidden} into heads of an even width",
             key="heads",
             advice="use a divisor of hidden / 2",
         )

@@ -57,9 +57,9 @@ class QATLayer(nn.Module):
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias that the forward pass uses.
 
-        Integer kernels add the bias to sums of products of codes, where it is an integer multiple of weight scale
-        times input scale. Training rounds it the same way: with 4-bit weights that step is large enough to change the
-        output. Without a static input scale, or with several scales per output, runtimes add it in floating point.
+        Integer kernels add the bias to sums of products of codes, as an integer multiple of weight scale times input
+        scale. Training rounds it the same way: with 4-bit weights that step is large enough to change the output.
+        Without a static input scale, or with several scales per output, runtimes add it in floating point.
         """
         weight, weight_scale = self._weight_and_scale()
         x, input_scale = self._quantized_input(x)

@@ -201,8 +201,8 @@ def _warn_of_skipped(
     )
     warnings.warn(
         f"not quantized, because these types are not supported: {', '.join(names[:8])}"
-        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; these modules contain "
-        f"{100 * left / max(total, 1):.1f}% of the model's weights; add the modules to exclude to silence this warning",
+        f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; they contain "
+        f"{100 * left / max(total, 1):.1f}% of the model's weights; to silence this warning, add them to exclude",
         QatkitWarning,
         stacklevel=4,
     )

@@ -43,7 +43,7 @@ class StageRecord:
     """``parameters``, and ``macs``: multiply-adds for one sample of the test split."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
-    """The architecture of the model, if it is not the recipe's model."""
+    """The architecture of the model, if it differs from the recipe's model."""
     early_stopping: EarlyStopped | None = None
     """The effect of early stopping, if the stage has such a block."""
     files: dict[str, str] = field(default_factory=dict)

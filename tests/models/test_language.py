@@ -48,7 +48,7 @@ def test_plain_transformers_loads_what_it_saves(tmp_path: Path) -> None:
 
 
 def test_heads_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(QatkitError, match=r"heads: 5 does not divide hidden=192 into heads of equal, even width"):
+    with pytest.raises(QatkitError, match=r"heads: 5 does not divide hidden=192 into heads of an even width"):
         llama(heads=5, kv_heads=1)
     with pytest.raises(QatkitError, match=r"kv_heads: 4 does not divide heads=6; use a divisor of 6"):
         llama(kv_heads=4)

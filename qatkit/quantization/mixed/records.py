@@ -18,8 +18,8 @@ _SCALE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "
 def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """Compute the bytes of a quantized weight: packed codes, scales and zero points.
 
-    Codes and zero points are packed at `num_bits` without gaps; scales have their dtype, and two-level scales one
-    float32 in addition. The header and the alignment of a file are not included.
+    Codes and zero points are packed at `num_bits` without gaps; scales are stored in their dtype, and two-level scales
+    add one float32. The header and the alignment of a file are not included.
 
     Args:
         shape: Shape of the weight, ``[out, in, ...]``.
