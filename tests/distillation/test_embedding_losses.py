@@ -88,6 +88,20 @@ def test_a_loss_names_itself_where_the_numbers_of_rows_differ(loss: Any) -> None
         loss(values(0), values(1)[:4])
 
 
-def test_similarities_need_rows_in_any_number_of_dimensions() -> None:
-    folded = similarity_loss(values(0).view(2, 3, 5), values(1).view(2, 3, 5))
-    assert folded == similarity_loss(values(0), values(1))
+@pytest.mark.parametrize("loss", [binary_kl_loss, cosine_loss, similarity_loss])
+def test_rows_may_have_several_dimensions(loss: Any) -> None:
+    torch.testing.assert_close(
+        loss(values(0).view(2, 3, 5), values(1).view(2, 3, 5), mask=ROWS.view(2, 3)),
+        loss(values(0), values(1), mask=ROWS),
+    )
+
+
+@pytest.mark.parametrize("loss", [binary_kl_loss, cosine_loss, similarity_loss])
+def test_nan_in_an_ignored_row_of_either_model_changes_nothing(loss: Any) -> None:
+    student, teacher = (part.masked_fill(~ROWS[:, None], torch.nan) for part in (values(0), values(1)))
+    student.requires_grad_()
+    found = loss(student, teacher, mask=ROWS)
+    found.backward()
+    torch.testing.assert_close(found, loss(values(0), values(1), mask=ROWS))
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
