@@ -28,6 +28,12 @@ def test_with_a_class_dimension_the_largest_entry_is_the_answer(class_dim: int) 
     assert judge.agreements(ours, theirs, BATCH) == 2
 
 
+def test_neighboring_classes_are_different_answers_however_many_there_are() -> None:
+    judge = MetricJudge(torchmetrics.MeanSquaredError(), -1)
+    ours, theirs = torch.eye(200)[[100, 150]], torch.eye(200)[[101, 150]]  # within 1% as numbers
+    assert judge.agreements(ours, theirs, BATCH) == 1
+
+
 @pytest.mark.parametrize("class_dim", [2, -3])
 def test_a_class_dimension_outside_the_output_is_an_error(class_dim: int) -> None:
     with pytest.raises(QatkitError, match=f"has no dimension {class_dim}"):
@@ -45,6 +51,7 @@ def test_the_declared_task_decides_what_an_answer_is() -> None:
     batch = (torch.zeros(1), torch.tensor([[1.0, 0.0]]))
     assert TaskJudge(TASKS["multilabel"]).agreements(ours, theirs, batch) == 2  # the signs are equal
     assert TaskJudge(TASKS["regression"]).agreements(ours, theirs, batch) == 0  # the values are not
+    assert TaskJudge(None).agreements(ours, theirs, {"labels": batch[1], "task": "multilabel"}) == 2
 
 
 def test_the_error_for_an_unsuitable_metric_names_outputs_and_labels() -> None:
