@@ -51,7 +51,6 @@ def test_the_declared_task_decides_what_an_answer_is() -> None:
     batch = (torch.zeros(1), torch.tensor([[1.0, 0.0]]))
     assert TaskJudge(TASKS["multilabel"]).agreements(ours, theirs, batch) == 2  # the signs are equal
     assert TaskJudge(TASKS["regression"]).agreements(ours, theirs, batch) == 0  # the values are not
-    assert TaskJudge(None).agreements(ours, theirs, {"labels": batch[1], "task": "multilabel"}) == 2
 
 
 def test_the_error_for_an_unsuitable_metric_names_outputs_and_labels() -> None:
