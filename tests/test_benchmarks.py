@@ -96,3 +96,13 @@ def test_the_encoder_benchmark_compares_every_format_before_and_after_training_i
     cosine = {(form, method): float(mean.split()[0]) for form, method, split, _, mean, *_ in rows if split != "tuning"}
     assert cosine["W8A8 per token", "rtn"] > cosine["W4 g128", "rtn"] > cosine["W2 g32", "rtn"]
     assert any(split == "tuning" for _, _, split, *_ in rows)
+
+
+def test_the_serving_benchmark_measures_four_files_of_a_family_in_its_quick_mode() -> None:
+    command = [warm.python(), str(ROOT / "benchmarks" / "serve.py"), "--quick", "--only", "MLP"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = {cells[1]: cells for line in out.splitlines() if len(cells := line.split(" | ")) == 9}
+    assert set(rows) == {"fp32", "static", "dynamic", "qatkit"}
+    assert rows["fp32"][4] == "0 of 3"
+    assert rows["qatkit"][4] == rows["static"][4] == "3 of 3"
+    assert float(rows["qatkit"][3]) < 0.3 * float(rows["fp32"][3]), "7-bit codes take a byte each"
