@@ -151,7 +151,7 @@ def losses_of(
         vocab_size: See `DistillationLoss`.
 
     Raises:
-        QatkitError: a loss is unknown, or `loss` names other outputs than `keys`.
+        QatkitError: a loss is unknown, or `loss` does not name exactly the outputs in `keys`.
     """
     if isinstance(loss, Mapping) and set(loss) != set(keys or ()):
         raise QatkitError(

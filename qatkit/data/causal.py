@@ -29,7 +29,7 @@ def causal_text(
     """Pack documents, each followed by an end-of-text token, into windows; no document attends to another.
 
     Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and rebuilt when files, tokenizer or
-    options change. With `source.streaming`, training records are tokenized while training instead.
+    options change. With `source.streaming`, training records are tokenized during training instead.
 
     Args:
         source: The documents.

@@ -201,7 +201,7 @@ def similarity_loss(
     if student.shape[:-1] != teacher.shape[:-1]:
         raise QatkitError(
             f"similarity_loss got embeddings of shape {list(student.shape)} and {list(teacher.shape)}",
-            advice="pass [..., width] twice, with equal numbers of rows",
+            advice="pass two tensors whose shapes agree in all dimensions except the last",
         )
     counted = counted_mask(mask, labels)
     if counted is not None:

@@ -1,6 +1,6 @@
 """The arithmetic of `qatkit.kernels.kd_rows_torch` for GPUs, as one Triton kernel.
 
-Eager torch passes over the logits of a row a dozen times, in float32. The kernel moves less memory: it reads both rows
+Eager torch passes over the logits of a row a dozen times, in float32. The kernel moves less data: it reads both rows
 for their maxima and sums (twice for the Jensen-Shannon divergence), reads them again, and writes one, all in the dtype
 of the logits. On a GPU, memory traffic decides whether the loss takes longer than its matrix products.
 """

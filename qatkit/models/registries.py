@@ -18,7 +18,7 @@ def timm_model(name: str, num_classes: int = 1000, in_channels: int = 3, weights
     Nothing is downloaded: without `weights`, they are random.
 
     Args:
-        name: A name of ``timm.list_models()``.
+        name: A name from ``timm.list_models()``.
         num_classes: Number of outputs; 0 returns features.
         in_channels: Channels of the image.
         weights: A ``.safetensors`` file with the state dict of this model.
@@ -39,7 +39,7 @@ def torchvision_model(name: str, num_classes: int = 1000, weights: str | None = 
     Nothing is downloaded: without `weights`, they are random.
 
     Args:
-        name: A name of ``torchvision.models.list_models()``.
+        name: A name from ``torchvision.models.list_models()``.
         num_classes: Number of outputs.
         weights: A ``.safetensors`` file with the state dict of this model.
 

@@ -45,7 +45,7 @@ class ExportConfig:
     """The export format of the results."""
 
     format: str = MISSING
-    """A name of `qatkit.export.formats.FORMATS`, such as onnx."""
+    """A name in `qatkit.export.formats.FORMATS`, such as onnx."""
 
     def __post_init__(self) -> None:
         if self.format != MISSING:

@@ -23,7 +23,7 @@ Kind = Literal["classes", "labels", "values"]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: how a model is called, how its answers are scored, and the terms for it."""
+    """A task: how a model is called, how its answers are scored, and the words that report the result."""
 
     name: str
     """The name that the data declares."""

@@ -236,10 +236,10 @@ def _counting(kind: type[nn.Module]) -> type[_Counting]:
                 _running.pop()
             if counter.counted != counter.calls:
                 raise QatkitError(
-                    f"{kind.__name__}.forward ran {dict(counter.counted)} where it ran {counter.calls} when the "
-                    "quantizers of its results were placed",
+                    f"{kind.__name__}.forward ran the operations {dict(counter.counted)}, but it ran {counter.calls} "
+                    "when the quantizers of its results were placed",
                     key="target",
-                    advice="make its forward run the same operations in every call, or exclude its layers",
+                    advice="make forward run the same operations on every call, or exclude the layers of this module",
                 )
             return out
 

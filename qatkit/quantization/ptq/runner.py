@@ -52,7 +52,7 @@ def apply_ptq(
 
     Args:
         model: A model from `prepare_qat`.
-        method: A name of `METHODS`.
+        method: A name in `METHODS`.
         batches: Inputs of `forward`. All batches stay in memory, plus one activation per batch for the current block.
         forward: Runs the model on one batch; `model(batch)` by default.
 

@@ -107,7 +107,7 @@ def test_a_forward_that_runs_other_operations_is_named() -> None:
 
     model, x = prepared(Moody())
     model.calm = False  # type: ignore[assignment]
-    with pytest.raises(QatkitError, match=r"Moody\.forward ran \{'relu': 2\} where it ran \{'relu': 1\}"):
+    with pytest.raises(QatkitError, match=r"Moody\.forward ran the operations \{'relu': 2\}, but it ran \{'relu': 1\}"):
         model(x)
 
 
