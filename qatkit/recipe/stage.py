@@ -73,7 +73,7 @@ class StageConfig:
             )
         if self.part is not None and self.part.start + self.max_steps > self.part.of:
             raise QatkitError(
-                f"{self.part.of} is less than the {self.part.start} steps before the stage plus its own {self.max_steps}",
+                f"{self.part.of} is less than the {self.part.start} steps before it plus its own {self.max_steps}",
                 key="part.of",
                 advice=f"use at least {self.part.start + self.max_steps}",
             )
