@@ -28,6 +28,7 @@ from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers, strip_qat
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
+from qatkit.tasks.table import Task
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
@@ -60,7 +61,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     check_layers(model, planned.schemes)
 
 
-def write(model: nn.Module, path: Path, batch: Any) -> None:
+def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
     """Write the folder; `batch` is not used."""
     export_compressed(model, path)
 

@@ -22,6 +22,7 @@ from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import quantized_weights, strip_qat
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 from qatkit.spec import QuantSpec
+from qatkit.tasks.table import Task
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
@@ -51,7 +52,7 @@ def _tied(first: str, second: str) -> QatkitError:
     )
 
 
-def write(model: nn.Module, path: Path, batch: Any) -> None:
+def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
     """Write a dense file; `batch` is not used."""
     export_dense(model, path)
 

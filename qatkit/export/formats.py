@@ -29,7 +29,8 @@ class ExportFormat:
     check: str
     """``(model, planned)``: reject an unsupported model; called before training and before writing."""
     write: str
-    """``(model, path, batch)``: write the model; `batch` is one test batch, for formats that trace."""
+    """``(model, path, batch, task)``: write the model; `batch` is one test batch and `task` the task that the data
+    declares or None, for formats that trace."""
     read_back: str
     """``(model, path, threads)``: compare the file's weights with the model's, and load it for verification."""
     bound: str
@@ -50,6 +51,9 @@ class ExportFormat:
     """``(path, threads)``: a callable whose latency the report measures; empty if none is measured."""
     kernels: str = ""
     """``(path)``: the kernels that the runtime chose; empty if unknown."""
+    other_sums: bool = False
+    """Whether the runtime adds in another order than PyTorch, so that verification measures the effect of rounding if
+    inputs are quantized."""
     dense_bytes: str = ""
     """``(path)``: bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -137,6 +141,7 @@ FORMATS = Table(
             packages=("onnx", "onnxscript", "onnxruntime"),
             benchmark="qatkit.export.runtime:load_runtime",
             kernels="qatkit.export.runtime:integer_kernels",
+            other_sums=True,
         ),
         ExportFormat(
             name="dense",

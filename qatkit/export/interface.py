@@ -52,6 +52,8 @@ class ReadBack:
     """Every difference, as text."""
     runtime: Callable[..., Any] | None
     """The file in its runtime, called as the model is; None if it cannot be loaded."""
+    after: Callable[[], list[str]] | None = None
+    """What the calls of the runtime have shown to be wrong, asked for after the last one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Measured:
     """Mean of ``|trained - the same weights without fake quantization|`` over all outputs."""
     mean_output: float
     """Mean of ``|trained|`` over all outputs."""
+    rounding_error: float = 0.0
+    """Mean of ``|trained - the same computed in float64|``, if the format's row asks for it: rounding moves values
+    across rounding borders."""
 
 
 @dataclass(frozen=True)

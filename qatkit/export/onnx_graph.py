@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
 from qatkit.export.output_tensors import tensors
 from qatkit.export.qdq import QDQ
@@ -45,26 +47,63 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
     return {ops.quantize_linear.default: quantize_linear, ops.dequantize_linear.default: dequantize_linear}
 
 
-def trace(model: nn.Module, example: Tensor, opset: int) -> Any:
-    """The model as an ONNX program with a dynamic batch dimension.
+def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
+    """The model as an ONNX program whose batch dimension, and the task's other dimensions where possible, are dynamic.
 
     Args:
-        model: A model whose quantized layers are QDQ layers.
-        example: ``[batch, ...]`` with at least two samples.
+        model: A copy of the model, whose quantized layers are QDQ layers; `forward` is replaced by one that returns the
+            list of its tensors.
+        inputs: One call.
         opset: The ONNX operator set.
 
     Raises:
         QatkitError: PyTorch cannot trace the model.
     """
+    with _quiet(), torch.no_grad():
+        names = [name or ONLY_OUTPUT for name in tensors(model(**inputs.tensors))]
+    if both := inputs.tensors.keys() & set(names):
+        raise QatkitError(
+            f"'{min(both)}' is the name of an input and of an output", advice="rename the output of the model"
+        )
+    _return_tensors(model)
+    fixed = sorted({name for axes in inputs.axes.values() for axis, name in axes.items() if axis > 0})
+    try:
+        return _traced(model, inputs.tensors, names, inputs.axes, opset)
+    except _NotTraceable as error:
+        problem = error
+    try:
+        program = _traced(model, inputs.tensors, names, inputs.batch_only, opset) if fixed else None
+    except _NotTraceable:
+        program = None
+    if program is None:
+        raise QatkitError(
+            f"PyTorch cannot export this model with a dynamic batch: {problem}",
+            advice="make `forward` traceable by torch.export, or use export: {format: dense}",
+        ) from problem
+    warnings.warn(
+        f"{' and '.join(fixed)} cannot vary in the exported file and have the sizes of the example, because PyTorch "
+        f"cannot export the model with dynamic ones: {problem}",
+        QatkitWarning,
+        stacklevel=3,
+    )
+    return program
+
+
+class _NotTraceable(Exception):
+    """The reason why PyTorch cannot trace a model."""
+
+
+def _traced(model: nn.Module, kwargs: dict[str, Tensor], outputs: list[str], axes: Axes, opset: int) -> Any:
     try:
         with _quiet(), torch.no_grad():
             return torch.onnx.export(
                 model,
-                (example,),
+                (),
+                kwargs=kwargs,
                 dynamo=True,
-                input_names=["input"],
-                output_names=[name or ONLY_OUTPUT for name in tensors(model(example))],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                input_names=list(kwargs),
+                output_names=outputs,
+                dynamic_shapes=axes,
                 custom_translation_table=_translations(opset),
                 opset_version=opset,
                 optimize=False,  # it merges equal tensors and so loses layer names; `save` simplifies instead
@@ -72,10 +111,18 @@ def trace(model: nn.Module, example: Tensor, opset: int) -> Any:
             )
     except Exception as error:  # torch.onnx wraps whatever a forward raises during tracing
         reason = str(error.__cause__ or error).strip().splitlines()
-        raise QatkitError(
-            f"PyTorch cannot export this model with a dynamic batch: {reason[0] if reason else type(error).__name__}",
-            advice="make `forward` traceable by torch.export, or use export: {format: dense}",
-        ) from error
+        raise _NotTraceable(reason[0] if reason else type(error).__name__) from error
+
+
+def _return_tensors(model: nn.Module) -> None:
+    """Let a model return the list of its output tensors: torch.export does not know every container."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def listed(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return list(tensors(forward(*args, **kwargs)).values())
+
+    model.forward = listed
 
 
 def name_after_layers(graph_model: Any, model: nn.Module) -> None:

@@ -6,6 +6,7 @@ optimizers fold and rename such constants: it is found through the graph, as the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.export.onnx_points import points_of
+from qatkit.export.saturation import layers_at_risk
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
@@ -21,8 +23,20 @@ from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.slices import value_range
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The integers of an ONNX file, compared with the model's."""
+
+    weights: int
+    """Number of codes that were compared."""
+    failures: list[str]
+    """Every difference, as text."""
+    at_risk: list[str]
+    """Layers with which some processors' kernels may saturate; see `qatkit.export.saturation`."""
+
+
 @torch.no_grad()
-def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
+def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
     """Compare every code, scale, zero point and bias in an ONNX file with a model's own.
 
     A scale may differ only where all its codes represent zero, because it then changes no weight.
@@ -32,15 +46,16 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
         path: The ``.onnx`` file.
 
     Returns:
-        The number of codes that were compared, and the differences as text.
+        The differences, and the layers with which some processors' kernels may saturate.
     """
     import onnx
 
     try:
         file = _File(onnx.load(path))
     except Exception as error:  # protobuf's and onnx's exceptions share no base class
-        return 0, [f"{path.name} is not an ONNX file: {error}"]
+        return Comparison(0, [f"{path.name} is not an ONNX file: {error}"], [])
     compared, names = 0, set()
+    integer: dict[str, np.ndarray[Any, Any]] = {}
     failures: list[str] = []
     points = points_of(model)
     grids = {id(fake_quant): name for name, fake_quant in points.items()}
@@ -54,11 +69,13 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> tuple[int, list[str]]:
             failures += file.check_quantizer(f"layer '{name}': input", f"{prefix}input", layer.input_fake_quant)
         grid = grids[id(layer.input_fake_quant)] if layer.input_on_grid else f"{prefix}input"
         failures += file.check_bias(name, prefix, layer, grid)
+        if layer.input_fake_quant is not None and (codes := file.tensors.get(f"{prefix}weight.codes")) is not None:
+            integer[name] = codes
     for name, fake_quant in points.items():
         failures += file.check_quantizer(f"result '{name}'", name, fake_quant)
     for extra in sorted(key for key in file.tensors if key.endswith("weight.codes") and key not in names):
         failures.append(f"'{extra}' is in the file, but the model quantizes no such layer")
-    return compared, failures
+    return Comparison(compared, failures, layers_at_risk(integer))
 
 
 class _File:
@@ -81,6 +98,9 @@ class _File:
         codes = quantize(layer.weight, scale, zero_point, spec)
         used = layer.fake_quantized_weight()
         keys = tuple(f"{prefix}weight.{part}" for part in ("codes", "scale", "zero_point"))
+        stored = self.tensors.get(keys[0])
+        if stored is not None and stored.dtype == np.uint8 and spec.symmetric:  # signed codes as unsigned ones
+            codes, zero_point = codes.int() + 128, zero_point + 128
         failures = self._compare(f"layer '{name}': codes of the weight", keys[0], codes)
         low, high = value_range(used, spec)
         stored = self.tensors.get(keys[1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.judges import Judge
@@ -33,6 +33,8 @@ class Outputs:
     quantization_error: float
     """Mean of ``|trained - the same weights without fake quantization|``, over outputs of the same shape: the number of
     detected boxes may differ."""
+    rounding_error: float = 0.0
+    """Mean of ``|trained - the same in float64|``."""
     mean_error: float | None = None
     max_error: float | None = None
     agreement: float | None = None
@@ -48,6 +50,7 @@ def compare_outputs(
     failures: list[str],
     judges: tuple[Judge, Judge],
     forward: Forward = call,
+    precise: nn.Module | None = None,
 ) -> Outputs:
     """Run the three models on all batches; an exception in the runtime counts as a failure.
 
@@ -59,13 +62,14 @@ def compare_outputs(
         failures: The list to which differences are added.
         judges: One for the trained model, and one for the runtime.
         forward: Calls a model with a batch.
+        precise: The trained model in float64; None if the effect of rounding is not measured.
 
     Raises:
         QatkitError: there is no batch.
     """
     judge, runtime_judge = judges
     number, elements, measured_elements, same = 0, 0, 0, 0
-    outputs, quantization, error, largest = 0.0, 0.0, 0.0, 0.0
+    outputs, quantization, rounding, error, largest = 0.0, 0.0, 0.0, 0.0, 0.0
     for number, batch in enumerate(map(_on_cpu, batches), 1):
         expected = forward(trained, batch)
         found = tensors(expected)
@@ -83,6 +87,11 @@ def compare_outputs(
             alike = {name for name in found.keys() & plain.keys() if found[name].shape == plain[name].shape}
             quantization += sum(difference(found[name], plain[name])[0] for name in alike)
             measured_elements += sum(found[name].numel() for name in alike)
+        if precise is not None:
+            try:
+                rounding += distance(tensors(forward(precise, _in_float64(batch))), found)[0]
+            except (RuntimeError, ValueError):  # it makes float32 tensors of its own: no effect of rounding is allowed
+                precise, rounding = None, 0.0
         if runtime is None:
             continue
         try:
@@ -113,6 +122,7 @@ def compare_outputs(
         trained_metric=judge.value(),
         mean_output=outputs / elements,
         quantization_error=quantization / max(measured_elements, 1),
+        rounding_error=rounding / elements,
     )
     if runtime is None:
         return measured
@@ -123,6 +133,12 @@ def compare_outputs(
         agreement=same / judge.count,
         runtime_metric=runtime_judge.value(),
     )
+
+
+def _in_float64(batch: Any) -> Any:
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
 def _on_cpu(batch: Any) -> Any:

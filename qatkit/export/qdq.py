@@ -131,7 +131,10 @@ def to_qdq(name: str, layer: QATLayer) -> None:
         scale, zero_point = fake_quant.qparams(layer.weight)
         codes = quantize(layer.weight, scale, zero_point, spec)
         shape = {"tensor": (), "channel": (-1,)}.get(spec.strategy, tuple(scale.shape))
-        weight = _Codes(codes, scale.reshape(shape), zero_point.reshape(shape).to(codes.dtype), spec.group_size or 0)
+        zero_point = zero_point.reshape(shape).to(codes.dtype)
+        if spec.symmetric and spec.num_bits == 8 and quantizer is not None:
+            codes, zero_point = _unsigned(codes), _unsigned(zero_point)
+        weight = _Codes(codes, scale.reshape(shape), zero_point, spec.group_size or 0)
         if trained_bias is not None and quantizer is not None and spec.group_size is None:
             bias = _integer_bias(name, trained_bias, weight, quantizer)
     own = None if layer.input_on_grid else quantizer
@@ -140,6 +143,11 @@ def to_qdq(name: str, layer: QATLayer) -> None:
     layer.__dict__["quantized_input"] = quantizer is not None
     for part, value in (("weight", weight), ("bias", bias), ("input", own)):
         setattr(layer, part, value)
+
+
+def _unsigned(codes: Tensor) -> Tensor:
+    """int8 as uint8: ONNX Runtime's kernels for unsigned weights never saturate, whatever the processor."""
+    return (codes.to(torch.int16) + 128).to(torch.uint8)
 
 
 def _integer_bias(name: str, bias: Tensor, weight: _Codes, quantizer: InputQuantizer) -> _Codes | Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -32,23 +31,35 @@ ONLY_OUTPUT = "output"
 
 
 class Runtime:
-    """A loaded ONNX file; call it with one batch.
+    """A loaded ONNX file; call it with one batch, as the model is called.
 
     Args:
-        session: An ONNX Runtime session with one input.
+        session: An ONNX Runtime session.
         threads: Threads per call; None leaves the choice to ONNX Runtime.
     """
 
     def __init__(self, session: Any, threads: int | None) -> None:
         self.threads = threads
         self._session = session
-        self._input: str = session.get_inputs()[0].name
+        self._inputs = [value.name for value in session.get_inputs()]
 
-    def __call__(self, x: Tensor) -> Any:
-        """The output of the model; several are returned in dicts and tuples, as the model returns them."""
+    def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
+        """The output of the model; several are returned in dicts and tuples, as the model returns them.
+
+        Raises:
+            QatkitError: an input is missing, or the file has no such input.
+        """
+        given = dict(zip(self._inputs, args, strict=False)) | kwargs
+        tensors = {name: value for name, value in given.items() if value is not None}
+        if len(args) > len(self._inputs) or tensors.keys() != set(self._inputs):
+            raise QatkitError(
+                f"the file takes {', '.join(self._inputs)}, but {', '.join(tensors) or 'nothing'} was passed"
+                + (f" in {len(args)} positional arguments" if len(args) > len(self._inputs) else ""),
+                advice="pass the inputs of the example that the model was exported with",
+            )
+        feed = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
         names = [output.name for output in self._session.get_outputs()]
-        values = map(torch.from_numpy, self._session.run(None, {self._input: x.detach().cpu().numpy()}))
-        flat = dict(zip(names, values, strict=True))
+        flat = dict(zip(names, map(torch.from_numpy, self._session.run(None, feed)), strict=True))
         return flat[ONLY_OUTPUT] if names == [ONLY_OUTPUT] else nested(flat)
 
 
@@ -62,12 +73,10 @@ class Kernels:
     """Floating-point kernels, such as ``{"Conv": 1}``; empty if every product is an integer product."""
 
 
-def load_runtime(path: Path, threads: int | None = None) -> Runtime:
+def load_runtime(path: Path | str, threads: int | None = None) -> Runtime:
     """Load a ``.onnx`` file into ONNX Runtime on the CPU.
 
-    On x86 processors without VNNI, integer kernels may saturate between two products. The session selects exact
-    kernels there (``session.x64quantprecision``), and so should the session that serves the model. On other processors
-    the integer kernels are exact, and the option would only halve their speed.
+    The session has no options that change results: it computes what a plain ``InferenceSession(path)`` computes.
 
     Args:
         path: The file.
@@ -85,7 +94,7 @@ def load_runtime(path: Path, threads: int | None = None) -> Runtime:
         ...     load_runtime(Path(folder) / "model.onnx", threads=1)(x).shape
         torch.Size([3, 4])
     """
-    return Runtime(_session(path, threads), threads)
+    return Runtime(open_session(Path(path), threads), threads)
 
 
 def integer_kernels(path: Path) -> Kernels:
@@ -96,7 +105,7 @@ def integer_kernels(path: Path) -> Kernels:
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        _session(path, 1, optimized)
+        open_session(path, 1, optimized)
         import onnx
 
         counts = Counter(node.op_type for node in onnx.load(optimized).graph.node)
@@ -106,18 +115,20 @@ def integer_kernels(path: Path) -> Kernels:
     )
 
 
-def _saturates() -> bool:
-    """Whether fast 8-bit products of this processor may overflow 16 bits: x86 without VNNI, or unknown."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return True
-    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+def open_session(
+    path: Path, threads: int | None, optimized: Path | None = None, entries: dict[str, str] | None = None
+) -> Any:
+    """Open an ONNX Runtime session on the CPU.
 
+    Args:
+        path: The ``.onnx`` file.
+        threads: Threads per call; None leaves the choice to ONNX Runtime.
+        optimized: Where the optimized graph is written; None writes none.
+        entries: Session config entries that differ from the defaults.
 
-def _session(path: Path, threads: int | None, optimized: Path | None = None) -> Any:
+    Raises:
+        QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.
+    """
     if path.suffix != ".onnx":
         raise QatkitError(
             f"ONNX Runtime does not load '{path.suffix}' files", key=str(path), advice="pass a .onnx file"
@@ -127,31 +138,16 @@ def _session(path: Path, threads: int | None, optimized: Path | None = None) -> 
     except ImportError as error:
         raise QatkitError("onnxruntime is not installed", advice="run: pip install 'qatkit[onnx]'") from error
     options = onnxruntime.SessionOptions()
-    # errors only: it warns that an optimized graph is only for this machine
-    options.log_severity_level = 3
-    # by default it quantizes the inputs of weight-only products to 8 bits, which training did not do
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    exact = _saturates()
-    if exact:
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        options.log_severity_level = 4  # the first attempt may fail
+    options.log_severity_level = 3  # errors only: it warns that an optimized graph is only for this machine
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
 
-    def load() -> Any:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
     try:
-        try:
-            return load()
-        except Exception:
-            if not exact:
-                raise
-            # with exact kernels, ONNX Runtime fails where two calls share a weight; unfused, the graph is exact too
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            return load()
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise QatkitError(f"ONNX Runtime cannot load it: {error}", key=str(path)) from error

@@ -12,9 +12,10 @@ from qatkit.common.files import atomic_path
 from qatkit.export.dense import dense_state, load_and_compare, metadata
 from qatkit.export.interface import ReadBack
 from qatkit.pruning.storage import load_sparse, save_sparse
+from qatkit.tasks.table import Task
 
 
-def write(model: nn.Module, path: Path, batch: Any) -> None:
+def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
     """Write a sparse file; `batch` is not used."""
     export_sparse(model, path)
 

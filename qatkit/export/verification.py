@@ -134,6 +134,8 @@ def verify(
     floating = copy.deepcopy(trained)
     strip_qat(floating)
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
+    quantizes_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
+    precise = copy.deepcopy(trained).double() if row.other_sums and quantizes_inputs else None
     file: ReadBack = row.call("read_back", trained, path, threads)
     failures = list(file.failures)
     outputs = compare_outputs(
@@ -144,14 +146,18 @@ def verify(
         failures,
         (_judge(task, metric, class_dim), _judge(task, metric, class_dim)),
         forward or call,
+        precise,
     )
+    if file.after is not None:
+        failures += file.after()
     bound: Bound = row.call(
         "bound",
         Measured(
-            quantizes_inputs=any(fake_quant.role == "activation" for fake_quant in quantizers),
+            quantizes_inputs=quantizes_inputs,
             half_precision=any(p.dtype in (torch.float16, torch.bfloat16) for p in trained.parameters()),
             quantization_error=outputs.quantization_error,
             mean_output=outputs.mean_output,
+            rounding_error=outputs.rounding_error,
         ),
     )
     error, limit = outputs.mean_error, bound.limit

@@ -16,7 +16,7 @@ from qatkit.quantization.targets import TARGETS
 from qatkit.recipe import QuantizeConfig, Recipe
 from qatkit.run.folder import Run
 from qatkit.schemes import Scheme
-from qatkit.tasks.table import Task
+from qatkit.tasks.table import Task, declared_task
 
 if TYPE_CHECKING:  # `qatkit validate` imports this module
     from lightning.pytorch import LightningDataModule
@@ -85,7 +85,7 @@ def export_run(run: Run) -> list[Path]:
         path = exported_path(run, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         model = run.load_model(stage).eval()
-        row.call("write", model, path, batch)
+        row.call("write", model, path, batch, declared_task(data))
         save_companions(row.companions, model, getattr(data, "tokenizer", None), run.out / "export" / stage)
         paths.append(path)
     return paths

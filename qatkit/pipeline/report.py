@@ -12,11 +12,11 @@ from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.pipeline.export import exported_path, first_batch, format_of, held_out_data
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.verify import read_verification
-from qatkit.report.bench import compare, side_by_side
+from qatkit.report.bench import Example, compare, side_by_side
 from qatkit.report.content import Measurements, report_content, write_report
 from qatkit.report.tables import markdown
 from qatkit.run.folder import Run
-from qatkit.tasks import call, one_sample
+from qatkit.tasks import call, model_inputs, one_sample
 
 
 def report_run(run: Run) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def report_run(run: Run) -> dict[str, Any]:
     verifications = {stage: read_verification(run, stage) for stage in run.rows}
     measured = Measurements(
         verification=verifications,
-        latency=compare(paths, first_batch(data)[0], format=row.name) if row.benchmark else {},
+        latency=compare(paths, _example(first_batch(data)), format=row.name) if row.benchmark else {},
         cost=_torch_latencies(run),
         language=evaluate_run(run, data) if run.recipe.evaluate else {},
     )
@@ -44,6 +44,11 @@ def report_run(run: Run) -> dict[str, Any]:
     write_report(run.out, content)
     write_atomically(run.out / "report.md", markdown(content))
     return content
+
+
+def _example(batch: Any) -> Example:
+    args, tensors = model_inputs(batch)
+    return args[0] if args else {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:

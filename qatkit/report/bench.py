@@ -15,6 +15,9 @@ from torch import Tensor
 from qatkit.errors import QatkitError
 from qatkit.export.formats import format_of_path
 
+Example = Tensor | Mapping[str, Tensor]
+"""One input batch."""
+
 
 class Latency(TypedDict):
     """Latency of one call at one batch size; a plain dict, as in ``report.json``."""
@@ -31,13 +34,14 @@ class Latency(TypedDict):
 
 
 def bench(
-    path: Path, example: Tensor, batch_sizes: Sequence[int] = (1, 64), threads: int = 1, repeats: int = 30
+    path: Path, example: Example, batch_sizes: Sequence[int] = (1, 64), threads: int = 1, repeats: int = 30
 ) -> list[Latency]:
     """Measure the latency of one file in its runtime.
 
     Args:
         path: A ``.onnx`` file.
-        example: One input batch, ``[batch, ...]``; repeated or truncated to each batch size.
+        example: One input batch: a tensor ``[batch, ...]``, or tensors by input name; repeated or truncated to each
+            batch size.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Timed blocks per batch size.
@@ -59,7 +63,7 @@ def bench(
 
 def compare(
     paths: Mapping[str, Path],
-    example: Tensor,
+    example: Example,
     batch_sizes: Sequence[int] = (1, 64),
     threads: int = 1,
     repeats: int = 30,
@@ -69,7 +73,7 @@ def compare(
 
     Args:
         paths: Files by name.
-        example: One input batch that all files accept, ``[batch, ...]``.
+        example: One input batch that all files accept: a tensor ``[batch, ...]``, or tensors by input name.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Rounds; each times every file once, over as many calls as fill 2 ms.
@@ -87,8 +91,8 @@ def compare(
     runtimes = {name: _load(path, threads, format) for name, path in paths.items()}
     rows: dict[str, list[Latency]] = {name: [] for name in paths}
     for size in batch_sizes:
-        x = _batch(example, size)
-        measured = side_by_side({name: partial(runtime, x) for name, runtime in runtimes.items()}, repeats)
+        calls = {name: _call(runtime, example, size) for name, runtime in runtimes.items()}
+        measured = side_by_side(calls, repeats)
         for name, (low, median, high) in measured.items():
             rows[name].append(
                 Latency(
@@ -125,12 +129,18 @@ def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -
     return quartiles
 
 
-def _load(path: Path, threads: int, format: str | None) -> Callable[[Tensor], object]:
+def _load(path: Path, threads: int, format: str | None) -> Callable[..., object]:
     row = format_of_path(path, format)
     if not row.benchmark:
         raise QatkitError(f"the latency of '{row.name}' exports is not measured", key=str(path))
-    load: Callable[[Tensor], object] = row.call("benchmark", path, threads)
+    load: Callable[..., object] = row.call("benchmark", path, threads)
     return load
+
+
+def _call(runtime: Callable[..., object], example: Example, size: int) -> Callable[[], object]:
+    if isinstance(example, Tensor):
+        return partial(runtime, _batch(example, size))
+    return partial(runtime, **{name: _batch(tensor, size) for name, tensor in example.items()})
 
 
 def _batch(example: Tensor, size: int) -> Tensor:

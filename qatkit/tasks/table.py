@@ -13,7 +13,7 @@ classification if it has one label per sample, and causal language modeling othe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qatkit.common.tables import Table
@@ -55,12 +55,17 @@ class Task:
     """Batches are mappings of named inputs, not pairs ``(inputs, labels)``."""
     next_token: bool = False
     """Each token is predicted from those before it, so sliding-window perplexity and text generation apply."""
+    free_dims: Mapping[int, str] = field(default_factory=dict, hash=False)
+    """Names of the dimensions of an input, other than the batch, whose size may vary in an exported file: of tokens in
+    a text, of pixels in an image."""
 
     @property
     def compared(self) -> str:
         """The kind of the outputs that distillation compares: that of the rows, or "embeddings"."""
         return "embeddings" if self.embeds else self.kind
 
+
+_TEXT = {1: "sequence"}
 
 TASKS: Table[Task] = Table(
     "task",
@@ -103,6 +108,7 @@ TASKS: Table[Task] = Table(
             agreement="class",
             counted="test pixels",
             class_dim=1,
+            free_dims={2: "height", 3: "width"},
         ),
         Task(
             name="text_classification",
@@ -113,6 +119,7 @@ TASKS: Table[Task] = Table(
             agreement="class",
             counted="test texts",
             named_inputs=True,
+            free_dims=_TEXT,
         ),
         Task(
             name="token_classification",
@@ -124,6 +131,7 @@ TASKS: Table[Task] = Table(
             counted="test tokens",
             per_token=True,
             named_inputs=True,
+            free_dims=_TEXT,
         ),
         Task(
             name="question_answering",
@@ -134,6 +142,7 @@ TASKS: Table[Task] = Table(
             agreement="position",
             counted="test answer boundaries",
             named_inputs=True,
+            free_dims=_TEXT,
             outputs=("start_logits", "end_logits"),
         ),
         Task(
@@ -147,6 +156,7 @@ TASKS: Table[Task] = Table(
             per_token=True,
             next_token=True,
             named_inputs=True,
+            free_dims=_TEXT,
         ),
         Task(
             name="seq2seq",
@@ -158,6 +168,7 @@ TASKS: Table[Task] = Table(
             counted="test tokens",
             per_token=True,
             named_inputs=True,
+            free_dims=_TEXT,
         ),
         Task(
             name="masked",
@@ -169,6 +180,7 @@ TASKS: Table[Task] = Table(
             counted="masked test tokens",
             per_token=True,
             named_inputs=True,
+            free_dims=_TEXT,
         ),
         Task(
             name="pairs",
@@ -180,6 +192,7 @@ TASKS: Table[Task] = Table(
             counted="test pairs",
             embeds=True,
             named_inputs=True,
+            free_dims=_TEXT,
         ),
     ],
 )

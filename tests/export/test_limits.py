@@ -38,10 +38,3 @@ def test_dynamic_activations_are_refused_for_onnx_before_training() -> None:
     dynamic = "stages.qat.quantize.layers={classifier: {scheme: W8A8}}"
     with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': ONNX QDQ does not support .*token"):
         validate_recipe(load_recipe("vision/digits_int4", [dynamic]))
-
-
-def test_text_models_are_refused_for_onnx_by_their_task() -> None:
-    with pytest.raises(
-        QatkitError, match=r"export\.format: stage .* one input tensor, but models for the task 'causal'"
-    ):
-        validate_recipe(load_recipe("llm/int4_qat", ["export.format=onnx"]))

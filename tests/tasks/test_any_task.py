@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
 from qatkit import QatkitError
@@ -73,6 +74,37 @@ def test_a_task_is_trained_distilled_exported_and_verified(case: Case, tmp_path:
         assert (value > case[4]) == metric.higher_is_better, f"{name}: {value}"
     report_run(run)
     assert f"test {metric.name}" in (run.out / "report.md").read_text()
+
+
+INT8 = "quantize={weight: {num_bits: 8}, activation: {num_bits: 8, symmetric: false, strategy: tensor}, exclude: %s}"
+ONNX = [
+    (CASES[2], "[]", ["batch", 1, "height", "width"]),
+    (CASES[3], "['*embeddings*']", ["batch", "sequence"]),
+    (CASES[4], "['*embeddings*']", ["batch", "sequence"]),
+    (CASES[5], "[shared, '*embed_tokens', '*relative_attention_bias', lm_head]", ["batch", "sequence"]),
+    (CASES[6], "['*embeddings*']", ["batch", "sequence"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "exclude", "dims"), representatives([pytest.param(*c, id=c[0][2]) for c in ONNX], {1})
+)
+def test_a_task_is_exported_to_onnx_with_named_inputs_and_dynamic_sizes(
+    case: Case, exclude: str, dims: list[object], tmp_path: Path
+) -> None:
+    short = ["export.format=onnx", "stages.dense.max_steps=30", f"stages.qat.{INT8 % exclude}"]
+    run = run_of(case, tmp_path, *short)
+    validate_recipe(run.recipe, ["tests"])
+    run_stages(run)
+    for path in export_run(run):
+        inputs = onnx.load(path).graph.input
+        assert [dim.dim_param or dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] == dims
+    for name, checked in verify_run(run).items():
+        assert checked.passed, checked.summary()
+        assert checked.weights > 0 or name == "dense"
+    report_run(run)
+    kernel = "MatMulIntegerToFloat" if "sequence" in dims else "QLinearConv"
+    assert kernel in (run.out / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""The named inputs of an ONNX file: tensors for one call of the model, and the dimensions that may vary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.export.output_tensors import kinds
+from qatkit.tasks.table import TASKS, Task
+
+Axes = dict[str, dict[int, str]]
+"""Names of the dynamic dimensions of every input, such as ``{"input_ids": {0: "batch", 1: "sequence"}}``."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The keyword arguments of one call, and the names of the dimensions that may vary from call to call."""
+
+    tensors: dict[str, Tensor]
+    """On the CPU, in the order of the parameters of `forward`, with at least two samples."""
+    axes: Axes
+
+    @property
+    def batch_only(self) -> Axes:
+        """The axes if only the number of samples may vary."""
+        return {name: {0: axes[0]} if 0 in axes else {} for name, axes in self.axes.items()}
+
+
+def inputs_of(model: nn.Module, example: Any, task: Task | None) -> Inputs:
+    """Name the tensors of an example after the parameters of the model's `forward`.
+
+    The first dimension is the batch wherever it has the size that it has in the first tensor. The task adds others.
+
+    Args:
+        model: The model.
+        example: A tensor; a tuple of positional arguments; or a mapping of keyword arguments. None is passed on to the
+            model and is no input of the file.
+        task: The task, whose `Task.free_dims` may vary; None treats integers ``[batch, tokens]`` in a mapping as text.
+
+    Raises:
+        QatkitError: the example has another type or holds something else than tensors, or does not fit the parameters
+            of `forward`.
+    """
+    tensors = _by_name(model, example)
+    first = next(iter(tensors.values()))
+    names = {0: "batch"}
+    if task is not None:
+        names |= task.free_dims
+    elif isinstance(example, Mapping) and any(_is_text(tensor) for tensor in tensors.values()):
+        names |= TASKS["text_classification"].free_dims
+    axes: Axes = {}
+    for name, tensor in tensors.items():
+        in_batch = tensor.dim() > 0 and len(tensor) == len(first)
+        prefix = "decoder_" if name.startswith("decoder_") else ""
+        axes[name] = {
+            axis: word if axis == 0 else prefix + word
+            for axis, word in names.items()
+            if in_batch and axis < tensor.dim()
+        }
+        if in_batch and len(first) == 1:  # torch.export may treat a batch size of one as a constant
+            tensors[name] = torch.cat([tensor, tensor])
+    return Inputs(tensors, axes)
+
+
+def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:
+    positional = (example,) if isinstance(example, Tensor) else example
+    args, kwargs = ((), positional) if isinstance(positional, Mapping) else (positional, {})
+    if not isinstance(args, tuple):
+        raise QatkitError(
+            f"'onnx' exports models that take tensors, and this example is {kinds(example)}",
+            advice="pass a tensor, a tuple of positional arguments, or a mapping of keyword arguments",
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise QatkitError(
+            f"the example does not fit the parameters of {type(model).__name__}.forward: {error}",
+            advice="pass one tensor for each required parameter of forward",
+        ) from None
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise QatkitError(
+                f"{type(model).__name__}.forward takes '*{name}', and inputs of an ONNX file have names",
+                advice="name the parameters of forward",
+            )
+        else:
+            given[name] = value
+    tensors = {name: value.detach().cpu() for name, value in given.items() if isinstance(value, Tensor)}
+    for name, value in given.items():
+        if value is not None and name not in tensors:
+            raise QatkitError(
+                f"input '{name}' is {kinds(value)}, and every input of an ONNX file is one tensor",
+                advice="leave options at their defaults, and pass the tensors of a nested input one by one",
+            )
+    if not tensors:
+        raise QatkitError("the example has no tensor", advice="pass the inputs of one call of the model")
+    return tensors
+
+
+def _is_text(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and not tensor.is_floating_point()

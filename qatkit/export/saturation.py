@@ -1,0 +1,87 @@
+"""Find out whether a processor's 8-bit kernels saturate for an ONNX file.
+
+On x86 processors without VNNI, ONNX Runtime adds pairs of products of unsigned inputs and signed weights in 16 bits. A
+pair of weights whose magnitudes add up to more than 128 may exceed them (255 * 129 > 32767), and the sum is clipped
+without notice. Weights of 7 bits never do, and unsigned weights use exact kernels.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qatkit.export.output_tensors import distance
+from qatkit.export.runtime import Runtime, open_session
+
+_LARGEST_PAIR = 32767 // 255
+
+
+def saturates() -> bool:
+    """Whether 8-bit products of this processor may saturate: x86 without VNNI, or unknown."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+
+
+def layers_at_risk(codes: dict[str, np.ndarray[Any, Any]]) -> list[str]:
+    """Names of the weights with which 8-bit kernels may saturate.
+
+    Args:
+        codes: Codes ``[out, ...]`` of weights whose inputs are quantized, by layer name.
+
+    Example:
+        >>> layers_at_risk({"a": np.array([[64, -64, 3]], np.int8), "b": np.array([[127, 2, 3]], np.int8)})
+        ['b']
+    """
+    found = []
+    for name, values in codes.items():
+        if values.dtype == np.int8 and values.size:
+            sizes = np.sort(np.abs(values.astype(np.int16)).reshape(len(values), -1))[:, -2:].sum(axis=1)
+            if sizes.max() > _LARGEST_PAIR:
+                found.append(name)
+    return found
+
+
+class SaturationCheck:
+    """A file in a default session, and in one with exact kernels; both run on every call.
+
+    Args:
+        runtime: The default session.
+        path: The file.
+        layers: Names of the layers whose kernels may saturate.
+    """
+
+    def __init__(self, runtime: Runtime, path: Path, layers: list[str]) -> None:
+        exact = open_session(path, runtime.threads, entries={"session.x64quantprecision": "1"})
+        self._runtime, self._exact, self._layers = runtime, Runtime(exact, runtime.threads), layers
+        self._largest = 0.0
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
+        """The outputs of the default session."""
+        outputs = self._runtime(*args, **kwargs)
+        with torch.no_grad():
+            self._largest = max(self._largest, distance(self._exact(*args, **kwargs), outputs)[1])
+        return outputs
+
+    def failures(self) -> list[str]:
+        """What differed, and what to do about it; empty if nothing saturated in any call."""
+        if self._largest < 1e-5:
+            return []
+        named = ", ".join(f"'{name}'" for name in self._layers[:3])
+        more = f" and {len(self._layers) - 3} more" if len(self._layers) > 3 else ""
+        return [
+            "outputs: this processor's 8-bit kernels saturate for the signed 8-bit weights of "
+            f"{named}{more} (x86 without VNNI): a default session differs from exact kernels by up to "
+            f"{self._largest:.3g}. Train with weight: {{num_bits: 7}}, which cannot saturate; export again, which "
+            "writes 8-bit weights as unsigned and is exact but slower; or serve the file with the session option "
+            "session.x64quantprecision=1"
+        ]
