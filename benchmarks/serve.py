@@ -102,8 +102,9 @@ def train(model: nn.Module, steps: int, lr: float, callbacks: list[Any]) -> None
 class Images(ort.CalibrationDataReader):  # type: ignore[misc]  # it has no types
     """The training images, for the free quantization."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.batches = iter([{"input": part.numpy()} for part in images.split(64)])
+    def __init__(self, images: Tensor, path: Path) -> None:
+        name = input_of(open_session(path, 1))
+        self.batches = iter([{name: part.numpy()} for part in images.split(64)])
 
     def get_next(self) -> Any:
         return next(self.batches, None)
@@ -119,7 +120,7 @@ def write(name: str, folder: Path, steps: int, images: Tensor) -> nn.Module:
     export_onnx(dense, images[:2], paths["fp32"])
     ort.shape_inference.quant_pre_process(paths["fp32"], folder / "prepared.onnx")
     ort.quantize_static(
-        folder / "prepared.onnx", paths["static"], Images(images[:256]), quant_format=ort.QuantFormat.QDQ,
+        folder / "prepared.onnx", paths["static"], Images(images[:256], paths["fp32"]), quant_format=ort.QuantFormat.QDQ,
         per_channel=True, activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
     )  # fmt: skip
     ort.quantize_dynamic(folder / "prepared.onnx", paths["dynamic"])
@@ -148,14 +149,21 @@ def kernels(path: Path, folder: Path) -> tuple[Counter[str], str]:
     return counts, f"{integer} of {integer + floating}"
 
 
+def input_of(session: Any) -> str:
+    """The name of a file's only input."""
+    name: str = session.get_inputs()[0].name
+    return name
+
+
 def seconds(sessions: dict[str, Any], batch: int, rounds: int) -> dict[str, np.ndarray[Any, Any]]:
     """Latencies of interleaved calls by file, after a tenth of the rounds to warm up."""
     x = np.random.default_rng(0).random((batch, 1, 32, 32), dtype=np.float32)
     found: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(rounds + rounds // 10):
         for name, session in sessions.items():
+            feed = {input_of(session): x}
             began = time.perf_counter()
-            session.run(None, {"input": x})
+            session.run(None, feed)
             found[name].append(time.perf_counter() - began)
     return {name: np.array(values[rounds // 10 :]) for name, values in found.items()}
 
@@ -171,7 +179,8 @@ def ratio(slow: np.ndarray[Any, Any], fast: np.ndarray[Any, Any]) -> tuple[float
 @torch.no_grad()
 def outputs(session: Any, x: Tensor) -> Tensor:
     """What a file computes."""
-    return torch.from_numpy(np.concatenate([session.run(None, {"input": part.numpy()})[0] for part in x.split(64)]))
+    name = input_of(session)
+    return torch.from_numpy(np.concatenate([session.run(None, {name: part.numpy()})[0] for part in x.split(64)]))
 
 
 @torch.no_grad()
