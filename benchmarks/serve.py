@@ -121,7 +121,8 @@ def write(name: str, folder: Path, steps: int, images: Tensor) -> nn.Module:
     ort.shape_inference.quant_pre_process(paths["fp32"], folder / "prepared.onnx")
     ort.quantize_static(
         folder / "prepared.onnx", paths["static"], Images(images[:256], paths["fp32"]),
-        quant_format=ort.QuantFormat.QDQ, per_channel=True, activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+        quant_format=ort.QuantFormat.QDQ, per_channel=True, activation_type=ort.QuantType.QUInt8,
+        weight_type=ort.QuantType.QInt8,
     )  # fmt: skip
     ort.quantize_dynamic(folder / "prepared.onnx", paths["dynamic"])
     quantize = QuantizationAwareTraining(target="onnxruntime", weight=QuantSpec(7, observer="lsq"))
