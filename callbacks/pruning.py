@@ -294,6 +294,8 @@ class ConstantPruning(PruningCallback):
         >>> trainer = Trainer(callbacks=[ConstantPruning()])
     """
 
+    prunes = False
+
     def __init__(self, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> None:
         super().__init__(include, exclude)
 

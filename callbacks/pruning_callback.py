@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from qatkit.errors import QatkitError
-from qatkit.pruning.layers import prunable_layers
+from qatkit.pruning.layers import prunable_layers, warn_of_unprunable
 from qatkit.pruning.masks import apply_masks, count_zeros, nonzeros
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
@@ -36,6 +36,9 @@ class PruningCallback(Callback):
         include: Globs over layer names of the LightningModule; every one must match a layer.
         exclude: Globs over layer names to exclude.
     """
+
+    prunes = True
+    """Whether it prunes weights, rather than only keeping zeros."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         for key, patterns in (("include", include), ("exclude", exclude)):
@@ -68,6 +71,8 @@ class PruningCallback(Callback):
                     key="callbacks",
                     advice=f"put {type(self).__name__} before {type(earlier).__name__}",
                 )
+        if self.prunes:
+            warn_of_unprunable(pl_module, self.include, self.exclude)
         self.layers, self._recorded, self._step = [], None, None
         self._module = weakref.ref(pl_module)
 

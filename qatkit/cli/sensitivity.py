@@ -181,7 +181,7 @@ def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callab
 
 def _mean_loss(model: nn.Module, batches: Sequence[Any], task: Task | None) -> float:
     """Mean loss over every sample, or every token, of the batches once."""
-    from qatkit.tasks import answers, call, row_loss, task_of
+    from qatkit.tasks import counted_loss
 
-    losses = [row_loss(*answers(call(model, batch), batch, task), task_of(batch, task)) for batch in batches]
+    losses = [counted_loss(model, batch, task) for batch in batches]
     return sum(float(loss) * int(count) for loss, count in losses) / max(sum(int(count) for _, count in losses), 1)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qatkit.data.classification import text_classification as text_classification
     from qatkit.data.conversations import chat as chat
     from qatkit.data.datamodule import SplitDataModule as SplitDataModule
+    from qatkit.data.detection import image_detection as image_detection
     from qatkit.data.handwritten import digits as digits
     from qatkit.data.images import image_classification as image_classification
     from qatkit.data.images import image_multilabel as image_multilabel
@@ -31,6 +32,7 @@ _HOMES = {
     "qatkit.data.conversations": ["chat"],
     "qatkit.data.classification": ["text_classification"],
     "qatkit.data.datamodule": ["SplitDataModule"],
+    "qatkit.data.detection": ["image_detection"],
     "qatkit.data.handwritten": ["digits"],
     "qatkit.data.images": ["image_classification", "image_multilabel", "image_segmentation"],
     "qatkit.data.masked": ["masked_text"],

@@ -17,6 +17,7 @@ from qatkit.pipeline.token_weighting import TokenWeighting
 from qatkit.recipe import StageConfig
 from qatkit.stages.optimizers import build_optimizer
 from qatkit.tasks import InputCheck, Scores, Task, answers, model_inputs, row_loss, task_of, to_logits
+from qatkit.tasks.detection import own_loss
 
 
 class CompressionModule(LightningModule):
@@ -65,11 +66,15 @@ class CompressionModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        task = task_of(batch, self.task)
+        if task.kind == "boxes":
+            loss = own_loss(self.model, batch)[1]
+            self.log("train/loss", loss.detach(), prog_bar=True)
+            return loss
         args, kwargs = model_inputs(batch)
         output = self(*args, **kwargs)
-        task = task_of(batch, self.task)
         if task.next_token and getattr(output, "logits", output) is None:  # a callback computed the loss without them
-            loss: Tensor = output.loss
+            loss = output.loss
             count = (batch["labels"][:, 1:] != IGNORED).sum()
         else:
             loss, count = row_loss(*answers(to_logits(output), batch, self.task), task)

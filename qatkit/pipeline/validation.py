@@ -23,6 +23,7 @@ from qatkit.run.compatibility import positions_of, with_tokenizer
 from qatkit.run.stage_models import StageModels
 from qatkit.stages.optimizers import check_optimizer
 from qatkit.tasks import declared_task
+from qatkit.tasks.detection import check_model as check_detector
 
 DATA_ARGUMENTS = ("batch_size", "seed")
 """The arguments that the pipeline passes to a data factory in addition to those of the recipe."""
@@ -67,6 +68,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, Cove
     layers = {}
     for name, stage in recipe.stages.items():
         model = models[name]
+        if task is not None and task.kind == "boxes":
+            check_detector(model)
         if recipe.evaluate is not None:
             with under("evaluate"):
                 _check_windows(recipe.evaluate, recipe.data.args, data, model)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from qatkit.errors import QatkitError, did_you_mean
+from qatkit.errors import QatkitError, QatkitWarning, did_you_mean
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Prunable layer types. Subclasses such as fake-quantized layers count too: pruning only needs their weight."""
+
+
+LISTED = 8
+"""Layers that a warning lists by name."""
 
 
 def prunable_layers(
@@ -39,8 +44,10 @@ def prunable_layers(
     for key, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise QatkitError(f"'{patterns}' is not a list of patterns", key=key, advice=f"use ['{patterns}']")
+        # a layer that cannot be pruned may be excluded, which silences `warn_of_unprunable`
+        known = [*layers, *_unprunable(model)] if key == "exclude" else list(layers)
         for index, pattern in enumerate(patterns):
-            check_pattern(f"{key}[{index}]", pattern, list(layers))
+            check_pattern(f"{key}[{index}]", pattern, known)
     elsewhere = {
         id(parameter): name
         for name, module in model.named_modules()
@@ -71,6 +78,61 @@ def prunable_layers(
             f"include={list(include)} and exclude={list(exclude)} select no layer", advice="exclude fewer layers"
         )
     return chosen
+
+
+def warn_of_unprunable(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> None:
+    """Warn of layers that the patterns select but pruning leaves dense, because it does not support their type.
+
+    These are ConvTranspose, recurrent layers, the input projections of `nn.MultiheadAttention`, and the Conv1D and
+    fused experts of transformers. Embeddings and normalization are never pruned, so they are not named.
+
+    Args:
+        model: Any module.
+        include: Globs over layer names, as for `prunable_layers`.
+        exclude: Globs over layer names to exclude.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn_of_unprunable(nn.Sequential(nn.Linear(4, 4, bias=False), nn.ConvTranspose2d(4, 3, 2, bias=False)))
+        >>> str(caught[0].message).partition(";")[0]
+        'not pruned, because these types are not supported: 1 (ConvTranspose2d), 75.0% of the weights'
+    """
+    skipped = {
+        name: parameters
+        for name, parameters in _unprunable(model).items()
+        if matches(name, include) and not matches(name, exclude)
+    }
+    if not skipped:
+        return
+    modules = dict(model.named_modules())
+    names = [f"{name} ({type(modules[name]).__name__})" for name in skipped]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    left = sum({id(each): each.numel() for part in skipped.values() for each in part}.values())
+    total = sum({id(each): each.numel() for each in model.parameters() if each.dim() >= 2}.values())
+    warnings.warn(
+        f"not pruned, because these types are not supported: {', '.join(names[:LISTED])}{more}, "
+        f"{left / total:.1%} of the weights; add the layers to exclude to silence this warning",
+        QatkitWarning,
+        stacklevel=2,
+    )
+
+
+def _unprunable(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The weight matrices of layers that are neither prunable nor embeddings, by name of the layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (*PRUNABLE, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm)):
+            continue
+        own = [
+            parameter
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() >= 2 and ("weight" in key or key.endswith("_proj"))  # scales and positions do not count
+        ]
+        if own:
+            found[name] = own
+    return found
 
 
 def _weight(layer: nn.Module) -> object:

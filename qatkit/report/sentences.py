@@ -116,7 +116,8 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
     samples, task = last["verification"]["samples"], task_of_report(report)
     note = f"each of the {samples:,} {task.counted} counts for {1 / samples:.2%}"
     if not metric.percent:
-        note = f"over {samples:,} {task.counted}, mean loss {last['test_loss']:.3f}"
+        loss = f", mean loss {last['test_loss']:.3f}" if "loss" in task.metrics else ""
+        note = f"over {samples:,} {task.counted}{loss}"
     if not single:
         note = f"{_change(metric, metric.of(first), metric.of(last))} {first['stage']}; {note}"
     shown = [

@@ -45,7 +45,7 @@ def check_data(model: nn.Module, data: Any) -> None:
             key="data.args.classes",
             advice=f"set model.args.num_classes: {len(classes)}",
         )
-    padding, theirs = getattr(data, "padding", None), config.get_text_config().pad_token_id
+    padding, theirs = getattr(data, "padding", None), getattr(config.get_text_config(), "pad_token_id", None)
     if classes is not None and padding is not None and padding != theirs and reads_last_token(config.model_type):
         raise QatkitError(
             f"it pads with token {padding}, but the model expects token {theirs}: it reads the class from the last "

@@ -86,6 +86,12 @@ def check(
             key="cache.top_k",
             advice=f"use an integer from 1 to {classes - 1}",
         )
+    if config.cache is not None and task is not None and task.value_outputs:
+        raise QatkitError(
+            f"a cache stores classes only, but the task '{task.name}' also has {', '.join(task.value_outputs)}",
+            key="cache",
+            advice="remove the key",
+        )
     if config.teacher_bits is not None:
         if not base_layers(teacher):
             raise QatkitError(
@@ -146,7 +152,7 @@ def callback(
         config.temperature,
         config.alpha,
         student=STUDENT,
-        loss=config.loss,
+        loss=_losses(config, task),
         beta=config.beta,
         hidden=_hidden(config),
         attention=_attention(config),
@@ -158,6 +164,13 @@ def callback(
         on_policy=_generation(config.on_policy, seed),
         sequence_level=_generation(config.sequence_level, seed),
     )
+
+
+def _losses(config: DistillConfig, task: Task | None) -> str | dict[str | int, str]:
+    """The loss of the block, except for outputs that are values."""
+    if task is None or not task.value_outputs:
+        return config.loss
+    return {name: "mse" if name in task.value_outputs else config.loss for name in task.outputs}
 
 
 def _hidden(config: DistillConfig) -> HiddenMatch | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
-from qatkit.pruning.layers import check_pattern, prunable_layers, sparsity_of
+from qatkit.pruning.layers import check_pattern, prunable_layers, sparsity_of, warn_of_unprunable
 from qatkit.pruning.masks import check_block, check_floor, check_nm
 from qatkit.pruning.one_shot import check_linear
 from qatkit.pruning.schedule import Ramp
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check(config: PruneConfig, model: nn.Module) -> list[str]:
-    """Run the checks of the block that are possible before training.
+    """Run the checks of the block that are possible before training, and warn of layers that it cannot prune.
 
     Args:
         config: The block.
@@ -44,6 +44,7 @@ def check(config: PruneConfig, model: nn.Module) -> list[str]:
             check_nm(layer, weight, config.nm[0], config.nm[1])
         if config.block is not None:
             check_block(layer, weight, (config.block[0], config.block[1]))
+    warn_of_unprunable(model, config.include, config.exclude)
     if config.nm is None:
         _check_sparsity(config, {layer: cast(Tensor, module.weight) for layer, module in chosen.items()})
     return list(chosen)

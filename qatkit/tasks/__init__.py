@@ -6,6 +6,7 @@ models of transformers take it, has
 - one label per text ``[batch]`` for text classification;
 - one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,
   with ``"task": "masked"``, the masked tokens;
+- one mapping of boxes per image for object detection;
 - ``"task": "pairs"`` for embeddings: each text is trained to be closer to its own partner than to the others.
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qatkit.tasks.batches import agree as agree
     from qatkit.tasks.batches import answers as answers
     from qatkit.tasks.batches import call as call
+    from qatkit.tasks.batches import counted_loss as counted_loss
     from qatkit.tasks.batches import mean_loss as mean_loss
     from qatkit.tasks.batches import model_inputs as model_inputs
     from qatkit.tasks.batches import one_sample as one_sample
@@ -41,6 +43,7 @@ _HOMES = {
         "agree",
         "answers",
         "call",
+        "counted_loss",
         "mean_loss",
         "model_inputs",
         "one_sample",

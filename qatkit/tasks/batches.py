@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from qatkit.common.labels import IGNORED
 from qatkit.common.tables import implementation
 from qatkit.errors import QatkitError
+from qatkit.tasks.detection import own_loss
 from qatkit.tasks.table import Task, task_of
 
 NOT_INPUTS = ("labels", "task", "pooling", "start_positions", "end_positions")
@@ -29,7 +30,8 @@ def to_logits(output: Any) -> Tensor:
     """Return the logits of a model's output: a tensor, or the ``logits`` of a mapping or an object.
 
     For an encoder without a head, return its last hidden states; for extractive question answering, the logits of
-    starts and ends, ``[batch, 2, tokens]``.
+    starts and ends, ``[batch, 2, tokens]``; for object detection, the logits and the boxes of each query,
+    ``[batch, queries, classes + 4]``.
 
     Raises:
         QatkitError: the output has none of them.
@@ -40,6 +42,8 @@ def to_logits(output: Any) -> Tensor:
     ends = [_entry(output, name, None) for name in ("start_logits", "end_logits")]
     if all(isinstance(end, Tensor) for end in ends):
         return torch.stack(ends, dim=1)
+    if isinstance(logits, Tensor) and isinstance(boxes := _entry(output, "pred_boxes", None), Tensor):
+        return torch.cat([logits, boxes], dim=-1)
     if not isinstance(logits, Tensor):
         raise QatkitError(
             f"the model returned {type(output).__name__} without logits",
@@ -92,8 +96,19 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
 
 
 def mean_loss(model: Callable[..., Any], batch: Any, declared: Task | None = None) -> Tensor:
-    """Return the loss of a batch with its graph: the mean over its samples or tokens; see `row_loss`."""
-    return row_loss(*answers(call(model, batch), batch, declared), task_of(batch, declared))[0]
+    """Return the loss of a batch with its graph: the mean over its samples or tokens; see `counted_loss`."""
+    return counted_loss(model, batch, declared)[0]
+
+
+def counted_loss(model: Callable[..., Any], batch: Any, declared: Task | None = None) -> tuple[Tensor, Tensor]:
+    """Return the loss of a batch with its graph, and the number of labels it is the mean of.
+
+    The loss is `row_loss`, or the model's own if the task is object detection.
+    """
+    task = task_of(batch, declared)
+    if task.kind == "boxes":
+        return own_loss(model, batch)[1], torch.tensor(len(batch["labels"]))
+    return row_loss(*answers(call(model, batch), batch, declared), task)
 
 
 def row_loss(rows: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
@@ -102,8 +117,11 @@ def row_loss(rows: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     Args:
         rows: As `answers` returns them.
         labels: As `answers` returns them.
-        task: Its kind decides the loss: cross-entropy, binary cross-entropy or mean squared error.
+        task: Its kind decides the loss: cross-entropy, binary cross-entropy or mean squared error. For boxes, whose
+            loss the model computes, it is 0, and their number is that of the queries.
     """
+    if task.kind == "boxes":
+        return rows.new_zeros(()), torch.tensor(rows.shape[:2].numel())
     if task.kind == "values":
         return F.mse_loss(rows.float(), labels.float()), torch.tensor(labels.numel())
     if task.kind == "labels":
@@ -122,10 +140,13 @@ def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
         ours: Rows as `answers` returns them.
         theirs: The rows of the other model.
         labels: As `answers` returns them.
-        task: Its kind decides what counts as the same answer: the class, the side of 0, or the value within 1%.
+        task: Its kind decides what counts as the same answer: the class, the side of 0, or the value within 1%. Of
+            boxes, only the classes are compared.
     """
     if task.kind == "values":
         return torch.isclose(theirs, ours, rtol=1e-2, atol=1e-6).sum()
+    if task.kind == "boxes":
+        return (ours[..., :-4].argmax(-1) == theirs[..., :-4].argmax(-1)).sum()
     same = (ours > 0) == (theirs > 0) if task.kind == "labels" else ours.argmax(-1) == theirs.argmax(-1)
     return (same & (labels != IGNORED)).sum()
 

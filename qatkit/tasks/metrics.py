@@ -26,6 +26,8 @@ class Metric:
 
     @property
     def title(self) -> str:
+        if self.name == "map":
+            return "mAP"
         return self.name.upper() if self.name in ("iou", "rmse", "mae", "f1") else self.name.capitalize()
 
     @property
@@ -64,6 +66,7 @@ METRICS: Table[Metric] = Table(
         Metric("accuracy", higher_is_better=True, percent=True, counts=True, compute="qatkit.tasks.measures:accuracy"),
         Metric("f1", higher_is_better=True, counts=True, compute="qatkit.tasks.measures:f1"),
         Metric("iou", higher_is_better=True, compute="qatkit.tasks.measures:iou"),
+        Metric("map", higher_is_better=True, compute="qatkit.tasks.mean_precision:mean_precision"),
         Metric("rmse", higher_is_better=False, compute="qatkit.tasks.measures:rmse"),
         Metric("mae", higher_is_better=False, compute="qatkit.tasks.measures:mae"),
     ],

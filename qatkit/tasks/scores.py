@@ -64,7 +64,7 @@ class Scores:
                 if row.compute
             }
         for metric in self._metrics.values():
-            metric.update(rows.float(), labels if task.kind == "values" else labels.long())
+            metric.update(rows.float(), labels if task.kind in ("values", "boxes") else labels.long())
 
     def reduce(self, mean: Callable[[Tensor], Tensor], processes: int, device: torch.device) -> None:
         """Join the counts of all processes.

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qatkit.common.tables import Table
 
-Kind = Literal["classes", "labels", "values"]
+Kind = Literal["classes", "labels", "values", "boxes"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Task:
     kind: Kind = "classes"
     """"classes": one of several classes per row, ``[rows, classes]`` and ``[rows]``, trained with cross-entropy.
     "labels": binary labels, ``[rows, labels]`` twice, binary cross-entropy. "values": numbers, ``[values]``
-    twice, mean squared error."""
+    twice, mean squared error. "boxes": see `qatkit.tasks.detection`; the model computes the loss."""
     class_dim: int = -1
     """The class dimension of the outputs."""
     outputs: tuple[str, ...] = ()
-    """Names of the outputs, if the model returns several; `call` stacks them."""
+    """Names of the outputs, if the model returns several; `call` joins them."""
+    value_outputs: tuple[str, ...] = ()
+    """Those of `outputs` that are values rather than classes; distillation compares them with ``mse``."""
     embeds: bool = False
     """The outputs are hidden states, which the batch's ``pooling`` pools into one embedding per row."""
     per_token: bool = False
@@ -62,7 +64,7 @@ class Task:
     @property
     def compared(self) -> str:
         """The kind of the outputs that distillation compares: that of the rows, or "embeddings"."""
-        return "embeddings" if self.embeds else self.kind
+        return "embeddings" if self.embeds else "classes" if self.kind == "boxes" else self.kind
 
 
 _TEXT = {1: "sequence"}
@@ -109,6 +111,19 @@ TASKS: Table[Task] = Table(
             counted="test pixels",
             class_dim=1,
             free_dims={2: "height", 3: "width"},
+        ),
+        Task(
+            name="detection",
+            description="boxes with a class each, by a transformers model that computes its own loss",
+            answers="qatkit.tasks.detection:answers",
+            metrics=("map",),
+            metric="map",
+            agreement="class",
+            counted="predicted boxes",
+            kind="boxes",
+            outputs=("logits", "pred_boxes"),
+            value_outputs=("pred_boxes",),
+            named_inputs=True,
         ),
         Task(
             name="text_classification",

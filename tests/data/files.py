@@ -82,3 +82,19 @@ def write_tones(folder: Path, pitches: Mapping[str, float], each: int = 24, rate
                 file.setframerate(rate)
                 file.writeframes((samples * 32767).astype("<i2").tobytes())
     return folder
+
+
+def write_boxes(folder: Path, count: int = 60, size: int = 16) -> Path:
+    """Dark images with one bright rectangle each, red or blue, and a table with their boxes."""
+    folder.mkdir()
+    lines = []
+    for index in range(count):
+        draw = np.random.default_rng(index)
+        x, y = (8 * int(number) for number in draw.integers(0, 2, 2))
+        pixels = draw.integers(0, 60, (size, size, 3), dtype=np.uint8)
+        pixels[y : y + 8, x : x + 8, 2 * (index % 2)] = 250
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        objects = {"bbox": [[x, y, 8, 8]], "category": [["red", "blue"][index % 2]]}
+        lines.append(json.dumps({"image": f"{index}.png", "objects": objects}))
+    (folder / "boxes.jsonl").write_text("\n".join(lines))
+    return folder / "boxes.jsonl"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from qatkit.callbacks import ConstantPruning, MagnitudePruning
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from qatkit import QatkitError, QuantSpec, prepare_qat
-from qatkit.pruning.layers import prunable_layers
+from qatkit import QatkitError, QatkitWarning, QuantSpec, prepare_qat
+from qatkit.models import untrained_model
+from qatkit.pruning.layers import prunable_layers, warn_of_unprunable
+from qatkit.recipe import PruneConfig
+from qatkit.stages.prune import check
 
 
 def network() -> nn.Sequential:
@@ -92,3 +99,49 @@ def test_models_quantized_by_other_libraries_are_refused() -> None:
     four = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64))
     with pytest.raises(QatkitError, match=r"the weight of layer '0' is already quantized"):
         prunable_layers(four)
+
+
+def test_weights_that_pruning_leaves_dense_are_named_with_their_share_of_the_weights() -> None:
+    config = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 10, "n_positions": 8}
+    gpt2 = untrained_model("gpt2", "CausalLM", config)
+    # 3 + 1 + 4 + 4 squares of 8 x 8, next to 10 + 8 embeddings (the output layer is tied to them)
+    line = (
+        r"^not pruned, because these types are not supported: transformer\.h\.0\.attn\.c_attn \(Conv1D\), .*"
+        r"mlp\.c_proj \(Conv1D\), 84\.2% of the weights; add the layers to exclude to silence this warning$"
+    )
+    with pytest.warns(QatkitWarning, match=line):
+        warn_of_unprunable(gpt2)
+    experts = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixtral = untrained_model("mixtral", "CausalLM", experts | {"num_key_value_heads": 2, "vocab_size": 10})
+    with pytest.warns(QatkitWarning, match=r"model\.layers\.0\.mlp\.experts \(MixtralExperts\)"):
+        warn_of_unprunable(mixtral)
+    with pytest.warns(QatkitWarning, match=r"0 \(LSTM\), 1 \(ConvTranspose2d\), 2 \(MultiheadAttention\), "):
+        warn_of_unprunable(
+            nn.Sequential(nn.LSTM(4, 4), nn.ConvTranspose2d(2, 2, 2), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+        )
+
+
+def test_the_warning_is_silent_where_everything_is_pruned_or_excluded() -> None:
+    warn_of_unprunable(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm([2, 2]), network()))
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Linear(4, 4))
+    warn_of_unprunable(model, exclude=["0"])
+    warn_of_unprunable(model, include=["1"])
+    assert list(prunable_layers(model, exclude=["0"])) == ["1"]
+    with pytest.raises(QatkitError, match=r"^include\[0\]: '0' matches no linear or convolutional layer"):
+        prunable_layers(model, include=["0"])
+
+
+def test_validate_and_the_callback_warn() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Linear(4, 4))
+    with pytest.warns(QatkitWarning, match=r"^not pruned, .*: 0 \(ConvTranspose2d\), 50\.0% of the weights"):
+        check(PruneConfig(sparsity=0.5), model)
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+    for callback, warns in ((MagnitudePruning(0.5), True), (ConstantPruning(), False)):
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
+        with pytest.warns(QatkitWarning, match=r": net\.0 ") if warns else nullcontext():
+            callback.setup(trainer, Module(), "fit")

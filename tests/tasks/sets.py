@@ -145,3 +145,19 @@ def t5() -> nn.Module:
         vocab_size=WORDS, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config)
+
+
+def detector() -> nn.Module:
+    import transformers
+
+    config = transformers.YolosConfig(
+        image_size=[16, 16], patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_detection_tokens=3, num_labels=2,
+    )  # fmt: skip
+    return transformers.YolosForObjectDetection(config)
+
+
+def boxes() -> list[dict[str, Any]]:
+    """Two batches of images with one box each."""
+    label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]])}
+    return [{"pixel_values": torch.randn(4, 3, 16, 16), "labels": [label] * 4} for _ in range(2)]

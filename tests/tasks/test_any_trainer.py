@@ -100,6 +100,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Iterable[Batch]], L
         lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), {"loss": "mse"},
     ),
     "segmentation": (sets.pixel_net, lambda: rows(sets.pixels), cross_entropy, {"class_dim": 1}),
+    "detection": (
+        sets.detector, sets.boxes, own_loss,
+        {"outputs": ["logits", "pred_boxes"], "loss": {"logits": "kl", "pred_boxes": "mse"}},
+    ),
     "text_classification": (heads("ForSequenceClassification"), texts, own_loss, {}),
     "token_classification": (heads("ForTokenClassification"), lambda: rows(sets.words), own_loss, {}),
     "question_answering": (

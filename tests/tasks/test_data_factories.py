@@ -12,7 +12,7 @@ from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
 from qatkit.tasks import METRICS, TASKS
 from tests.cli.in_process import qatkit
-from tests.data.files import houses, write_csv, write_images, write_masks, write_tones
+from tests.data.files import houses, write_boxes, write_csv, write_images, write_masks, write_tones
 from tests.support.matrix import representatives
 
 RECIPE = """
@@ -81,13 +81,23 @@ CASES: dict[str, Case] = {  # files, model, data, loss, steps of the dense stage
         "sampling_rate: 8000}",
         "kl", 40, 0.8,
     ),
+    "image_detection": (
+        lambda folder: write_boxes(folder / "boxes"),
+        '"qatkit.models:untrained_model", args: {family: yolos, head: ObjectDetection, num_classes: 2, config: {'
+        "image_size: [16, 16], patch_size: 8, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+        "intermediate_size: 64, num_detection_tokens: 3}}",
+        f'"qatkit.data:image_detection", args: {{source: {{path: boxes/boxes.jsonl, {HALF}}}, classes: [red, blue], '
+        "images: {size: 16, augment: false}}",
+        "kl", 300, 0.1,
+    ),
 }  # fmt: skip
 
 
+DETECTOR = ["stages.dense.lr=3.0e-3", "stages.qat.lr=1.0e-5"]  # a transformer with two losses
 EXCLUDED = {"audio_classification": "[wav2vec2.encoder.pos_conv_embed*]"}  # weight_norm computes its weight
 
 
-@pytest.mark.parametrize("name", representatives([pytest.param(name, id=name) for name in CASES], {0, 4, 5}))
+@pytest.mark.parametrize("name", representatives([pytest.param(name, id=name) for name in CASES], {0, 5, 6}))
 def test_a_recipe_trains_distils_exports_and_verifies_files(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,9 +106,10 @@ def test_a_recipe_trains_distils_exports_and_verifies_files(
     write(tmp_path)
     (tmp_path / "any.yaml").write_text(RECIPE.format(model=model, data=data, loss=loss, steps=steps))
     excluded = f"stages.qat.quantize.exclude={EXCLUDED.get(name, '[]')}"
-    done = qatkit("run", "any.yaml", excluded, "--out", "run", "--allow", "tests", cwd=tmp_path)
+    overrides = [excluded, *DETECTOR] if name == "image_detection" else [excluded]
+    done = qatkit("run", "any.yaml", *overrides, "--out", "run", "--allow", "tests", cwd=tmp_path)
     assert done.code == 0, done.err
-    run = Run(load_recipe(tmp_path / "any.yaml", [excluded]), tmp_path / "run", ["tests"])
+    run = Run(load_recipe(tmp_path / "any.yaml", overrides), tmp_path / "run", ["tests"])
     monkeypatch.chdir(tmp_path)
     task = TASKS[run.build_data(16).task]
     for stage in ("dense", "qat"):

@@ -1,0 +1,92 @@
+"""Detection: the mean average precision, batches that are refused, and models whose outputs mean something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qatkit import QatkitError
+from qatkit.data import Source, image_detection
+from qatkit.data.pictures import ImageFormat
+from qatkit.models import untrained_model
+from qatkit.tasks import TASKS, Scores
+from qatkit.tasks.detection import check_model
+from tests.data.files import write_boxes
+
+BOX = [0.5, 0.5, 0.4, 0.4]
+
+
+def scored(logits: list[list[list[float]]], boxes: list[list[list[float]]], truth: list[list[int]]) -> float:
+    """The precision of queries; each image has `BOX` once for each of its true classes."""
+    scores = Scores(TASKS["detection"])
+    labels = [
+        {"class_labels": torch.tensor(each), "boxes": torch.tensor([BOX] * len(each)).view(-1, 4)} for each in truth
+    ]
+    outputs = torch.cat([torch.tensor(logits), torch.tensor(boxes)], dim=-1)
+    scores.add(outputs, {"labels": labels})
+    return scores.metrics()["map"]
+
+
+def test_the_precision_is_that_of_coco() -> None:
+    first, none = [9.0, 0.0, 0.0], [0.0, 0.0, 9.0]
+    off = [0.5, 0.5, 0.4, 0.3]  # IoU 0.75: right for 6 of the 10 thresholds
+    assert scored([[first, none]], [[BOX, BOX]], [[0]]) == pytest.approx(1.0)
+    assert scored([[first, none]], [[off, [0.1, 0.1, 0.1, 0.1]]], [[0]]) == pytest.approx(0.6)
+    assert scored([[first, none]], [[BOX, BOX]], [[1]]) == 0.0
+    # the second image has another class, which the model finds with a box elsewhere
+    found = scored([[first], [[0.0, 9.0, 0.0]]], [[BOX], [[0.1, 0.1, 0.1, 0.1]]], [[0], [1]])
+    assert found == pytest.approx(0.5)
+    with pytest.raises(QatkitError, match="no image has a box"):
+        scored([[first]], [[BOX]], [[]])
+
+
+def batches(folder: Path, objects: Any = None) -> Any:
+    path = write_boxes(folder / "boxes")
+    if objects is not None:
+        path.write_text(f"{path.read_text()}\n{json.dumps({'image': '0.png', 'objects': objects})}")
+    source = Source(str(path), val_fraction=0.2, test_fraction=0.2)
+    return image_detection(source, ["red", "blue"], images=ImageFormat(size=16), batch_size=40)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_boxes_are_relative_and_flipped_with_their_image(tmp_path: Path) -> None:
+    batch = next(iter(batches(tmp_path).train_dataloader()))
+    centers = set()
+    for image, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+        (x, y, w, h), color = label["boxes"][0].tolist(), 2 * int(label["class_labels"][0])
+        assert (w, h) == (0.5, 0.5)
+        channel: Tensor = image[color]
+        assert channel[int(16 * y), int(16 * x)] > channel.mean() + 0.5
+        centers.add((x, y))
+    assert len(centers) == 4
+
+
+@pytest.mark.parametrize(
+    ("objects", "problem"),
+    [
+        ([[1, 2, 3, 4]], "column 'objects' has no lists 'bbox' and 'category' of equal length"),
+        ({"bbox": [[1, 2, 3, 4]], "category": []}, "column 'objects' has no lists 'bbox' and 'category'"),
+        ({"bbox": [[1, 2, 3, 4]], "category": ["green"]}, "box 1 of column 'objects': category \"green\" is neither"),
+        ({"bbox": [[1, 2, 0, 4]], "category": [0]}, r"box 1 of column 'objects' is \[1, 2, 0, 4\], which is empty or"),
+        ({"bbox": [[1, 2, 3, 44]], "category": [0]}, "box 1 of .* outside the image of 16 x 16 pixels"),
+    ],
+)
+def test_a_bad_box_is_named(objects: Any, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(QatkitError, match=rf"^.*boxes\.jsonl:61: {problem}"):
+        batches(tmp_path, objects).prepare_data()
+
+
+def test_a_model_without_no_object_is_refused() -> None:
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    with pytest.raises(QatkitError, match=r"^model: 'vit' models are not supported by the task 'detection'; use"):
+        check_model(untrained_model("vit", "ImageClassification", small))
+    check_model(torch.nn.Linear(1, 1))  # a user's own model declares nothing
