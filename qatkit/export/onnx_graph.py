@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export.onnx_constants import decode_when_loaded
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
 from qatkit.export.output_tensors import tensors
@@ -155,12 +156,22 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
             model = rewriter.rewrite(model)
             optimizer.remove_unused_nodes(model)
         pool_globally(model)
+        decode_when_loaded(model, _weights_alone(specs))
         ClearMetadataAndDocStringPass()(model)  # source lines and paths of the exporting machine
         for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
             value.metadata_props.clear()
         model.producer_name = "qatkit"
         model.metadata_props["qatkit.specs"] = json.dumps(specs)
         ir.save(model, path)
+
+
+def _weights_alone(specs: dict[str, Any]) -> set[str]:
+    """Names of the codes of layers whose weight is quantized, not in groups, and whose input is not."""
+    return {
+        f"{name}.weight.codes".removeprefix(".")
+        for name, parts in specs.items()
+        if "weight" in parts and "input" not in parts and parts["weight"]["group_size"] is None
+    }
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qatkit.export.onnx_constants import decoding_nodes
 from qatkit.export.onnx_points import points_of
 from qatkit.export.saturation import layers_at_risk
 from qatkit.quantization.arithmetic import quantize
@@ -79,7 +80,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
 
 
 class _File:
-    """The constants of an ONNX file, and its QuantizeLinear and DequantizeLinear nodes by the tensors they read."""
+    """The constants of an ONNX file, and its nodes that quantize and decode, by the tensors that they read."""
 
     def __init__(self, proto: Any) -> None:
         from onnx import numpy_helper
@@ -88,9 +89,8 @@ class _File:
         self.tensors: dict[str, np.ndarray[Any, Any]] = {
             tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer
         }
-        nodes = [node for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-        self.decoders = {tuple(node.input): node for node in nodes if node.op_type == "DequantizeLinear"}
-        self.encoders = {tuple(node.input)[1:] for node in nodes if node.op_type == "QuantizeLinear"}
+        self.decoders = decoding_nodes(proto.graph, self.tensors)
+        self.encoders = {tuple(node.input)[1:] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
 
     def check_weight(self, name: str, prefix: str, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
         spec = fake_quant.spec
@@ -112,7 +112,7 @@ class _File:
         if any(key not in self.tensors for key in keys):
             return failures
         if keys not in self.decoders:
-            return [*failures, f"layer '{name}': no DequantizeLinear reads the codes with their scale and zero point"]
+            return [*failures, f"layer '{name}': no node decodes the codes with their scale and zero point"]
         try:
             decoded = self._decode(keys)
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -166,7 +166,7 @@ class _File:
     def _outputs_of(self, prefix: str) -> list[str]:
         """The outputs of the matrix products and convolutions that use a layer's dequantized weight."""
         codes = f"{prefix}weight.codes"
-        weights = {node.output[0] for inputs, node in self.decoders.items() if inputs[0] == codes}
+        weights = {nodes[-1].output[0] for inputs, nodes in self.decoders.items() if inputs[0] == codes}
         outputs = []
         for node in self.proto.graph.node:  # in topological order
             if node.op_type in _LAYOUT and weights & set(node.input):
@@ -195,17 +195,18 @@ class _File:
         return _differences(what, stored, expected)
 
     def _decode(self, keys: tuple[str, ...]) -> np.ndarray[Any, Any]:
-        """Decode one weight with ONNX Runtime: the file's own DequantizeLinear node as the only one in a graph."""
+        """Decode one weight with ONNX Runtime: the file's own nodes that decode it, alone in a graph."""
         import onnxruntime
         from onnx import TensorProto, helper
 
-        node = self.decoders[keys]
+        nodes = self.decoders[keys]
+        read = {name for node in nodes for name in node.input}
         graph = helper.make_graph(
-            [node],
+            nodes,
             "decode",
             [],
-            [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
-            [tensor for tensor in self.proto.graph.initializer if tensor.name in keys],
+            [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
+            [tensor for tensor in self.proto.graph.initializer if tensor.name in read],
         )
         single = helper.make_model(graph, opset_imports=self.proto.opset_import, ir_version=self.proto.ir_version)
         options = onnxruntime.SessionOptions()

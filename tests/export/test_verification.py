@@ -189,7 +189,7 @@ def constant_is_gone(graph: Any) -> None:
         (bias_scale, r"layer 'conv2': the bias's scale \(weight scale x input scale\): 1 of 32 differ"),
         (input_scale, r"layer 'conv2': input: scale: 1 of 1 differ"),
         (input_zero_point, r"layer 'conv2': input: zero point: 1 of 1 differ"),
-        (other_codes_are_decoded, r"layer 'conv2': no DequantizeLinear reads the codes"),
+        (other_codes_are_decoded, r"layer 'conv2': no node decodes the codes"),
         (decoded_along_another_axis, r"layer 'conv2': .*(decode|differ)"),
         (layer_in_floating_point, r"layer 'conv2': codes of the weight: not in the file"),
         (input_is_not_rounded, r"layer 'conv2': input: no QuantizeLinear node uses its scale"),

@@ -1,0 +1,89 @@
+"""Weights of layers whose inputs are not quantized, in an ONNX graph.
+
+ONNX Runtime fuses DequantizeLinear and a MatMul into a kernel that quantizes the input to 8 bits, which training did
+not do. Written as Cast, Sub and Mul, the same weight is decoded when the file is loaded, and the product is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+_LAYOUT = ("Transpose", "Reshape", "Cast", "Identity")
+
+
+def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
+    """Replace the DequantizeLinear nodes of weights that a MatMul reads.
+
+    Args:
+        graph_model: The graph, after constants were folded.
+        weights: Names of the codes, with one scale per weight or per output channel.
+    """
+    from onnxscript import ir
+
+    graph = graph_model.graph
+    axes = None
+    for node in list(graph):
+        codes = node.inputs[0].name if node.inputs and node.inputs[0] is not None else None
+        if node.op_type != "DequantizeLinear" or codes not in weights or not _reaches_matmul(node.outputs[0]):
+            continue
+        _, scale, zero_point = node.inputs
+        cast = [
+            ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}) for value in (node.inputs[0], zero_point)
+        ]
+        added = [*cast]
+        values = [scale, cast[1].outputs[0]]
+        if len(scale.shape):
+            if axes is None:
+                axes = ir.Value(name="qatkit.axis", const_value=ir.tensor([1], name="qatkit.axis"))
+                axes.shape, axes.dtype = ir.Shape([1]), ir.DataType.INT64
+                graph.register_initializer(axes)
+            rows = [ir.node("Unsqueeze", [value, axes]) for value in values]
+            added += rows
+            values = [row.outputs[0] for row in rows]
+        centred = ir.node("Sub", [cast[0].outputs[0], values[1]])
+        weight = ir.node("Mul", [centred.outputs[0], values[0]])
+        added += [centred, weight]
+        out = node.outputs[0]
+        weight.outputs[0].name, weight.outputs[0].shape, weight.outputs[0].dtype = out.name, out.shape, out.dtype
+        ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, weight.outputs)
+
+
+def _reaches_matmul(value: Any) -> bool:
+    return any(
+        use.node.op_type == "MatMul" or (use.node.op_type in _LAYOUT and _reaches_matmul(use.node.outputs[0]))
+        for use in value.uses()
+    )
+
+
+def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ...], list[Any]]:
+    """Return the nodes that decode each weight, in order, by the names of its codes, scale and zero point.
+
+    Args:
+        proto: A graph that was read from a file.
+        constants: Names of its initializers.
+    """
+    makers = {output: node for node in proto.node for output in node.output}
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for node in proto.node:
+        if node.op_type == "DequantizeLinear":
+            found[tuple(node.input)] = [node]
+        elif node.op_type == "Mul":
+            nodes: list[Any] = []
+            leaves = _leaves(node, makers, nodes)
+            codes = next((leaf for leaf in leaves if leaf.endswith("weight.codes")), None)
+            if codes is not None and leaves <= set(constants):
+                prefix = codes.removesuffix("codes")
+                found[codes, f"{prefix}scale", f"{prefix}zero_point"] = nodes
+    return found
+
+
+def _leaves(node: Any, makers: dict[str, Any], nodes: list[Any]) -> set[str]:
+    """The values that a node and those before it read but do not make; the nodes are appended in order."""
+    leaves: set[str] = set()
+    for name in node.input:
+        maker = makers.get(name)
+        leaves |= {name} if maker is None else _leaves(maker, makers, nodes)
+    if node not in nodes:
+        nodes.append(node)
+    return leaves
