@@ -44,6 +44,7 @@ def outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 KEPT = {0, 1, 7, 8, 12, 13, 19, 22}  # layers of every kind; the others in `make slow`
 
 
+@pytest.mark.filterwarnings("ignore:not pruned, because")  # its own tests are in tests/pruning
 @pytest.mark.parametrize("architecture", representatives([pytest.param(a, id=a.name) for a in ARCHITECTURES], KEPT))
 def test_an_architecture_is_quantized_pruned_distilled_and_loaded_by_plain_code(
     architecture: Architecture, tmp_path: Path

@@ -156,7 +156,7 @@ def test_a_reference_put_together_from_parts_is_refused_not_evaluated(recipe_fil
     message = refusal(
         recipe_file, "model.args.a=$", "model.args.b='{oc.env:HOME}'", "name='${model.args.a}${model.args.b}'"
     )
-    assert_says(message, "name", "becomes '${oc.env:HOME}'")
+    assert_says(message, "name", "resolves to '${oc.env:HOME}'")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qatkit import QatkitError
 from qatkit.common.labels import IGNORED
 from qatkit.pipeline.export import export_run
 from qatkit.pipeline.module import CompressionModule
@@ -193,11 +192,3 @@ def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finish
         "transformers, reading the compressed folder, computes what training computed"
         in (tmp_path / "page.html").read_text()
     )
-
-
-def test_onnx_is_refused_before_anything_is_written(finished: Run) -> None:
-    run = Run(load_recipe("llm/int4_qat", [*DENSE, "export.format=onnx"]), finished.out)
-    with pytest.raises(
-        QatkitError, match=r"export\.format: 'onnx' exports models with one input tensor.*format: dense"
-    ):
-        export_run(run)
