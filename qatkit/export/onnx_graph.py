@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qatkit.export.onnx_points import pool_globally
 from qatkit.export.output_tensors import tensors
 from qatkit.export.qdq import QDQ
 from qatkit.export.runtime import ONLY_OUTPUT
+from qatkit.spec import QuantSpec
 
 
 def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
@@ -146,6 +148,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
         specs: Quantization by layer, stored in the file's metadata.
         path: The file.
     """
+    import onnx
     from onnxscript import ir, optimizer, rewriter
     from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -161,8 +164,24 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
         for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
             value.metadata_props.clear()
         model.producer_name = "qatkit"
-        model.metadata_props["qatkit.specs"] = json.dumps(specs)
-        ir.save(model, path)
+        model.metadata_props["qatkit.specs"] = json.dumps(_compact(specs), separators=(",", ":"))
+        proto = ir.to_proto(model)
+        del proto.graph.value_info[:]  # runtimes infer shapes, and small files are smaller
+        onnx.save(proto, path)
+
+
+def _compact(specs: dict[str, Any]) -> dict[str, Any]:
+    """Return every spec once, without its defaults, and the number of the spec of each layer's parts."""
+    defaults = asdict(QuantSpec())
+    distinct: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, int]] = {}
+    for name, parts in specs.items():
+        for part, fields in parts.items():
+            short = {key: value for key, value in fields.items() if value != defaults[key]}
+            if short not in distinct:
+                distinct.append(short)
+            layers.setdefault(name, {})[part] = distinct.index(short)
+    return {"specs": distinct, "layers": layers}
 
 
 def _weights_alone(specs: dict[str, Any]) -> set[str]:
