@@ -84,20 +84,6 @@ def test_the_gpu_benchmark_measures_every_method_in_its_quick_mode() -> None:
     assert all(float(milliseconds) > 0 for _, _, milliseconds, _ in rows)
 
 
-def test_the_encoder_benchmark_compares_every_format_before_and_after_training_in_its_quick_mode() -> None:
-    command = [warm.python(), str(ROOT / "benchmarks" / "encoder.py"), "--quick", "--jobs", "2"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 7]
-    seen = {(form, method): seeds for form, method, split, *_, seeds in rows if split == "held-out"}
-    for form in ("W8A8 static", "W4 g128", "W3 g32", "W2 g32"):
-        assert {(form, method) for method in ("rtn", "gptq", "QAT + KD")} <= set(seen)
-        assert seen[form, "QAT + KD"] == "3"
-    assert seen["3 of 6 layers", "KD"] == "3"
-    cosine = {(form, method): float(mean.split()[0]) for form, method, split, _, mean, *_ in rows if split != "tuning"}
-    assert cosine["W8A8 per token", "rtn"] > cosine["W4 g128", "rtn"] > cosine["W2 g32", "rtn"]
-    assert any(split == "tuning" for _, _, split, *_ in rows)
-
-
 def test_the_serving_benchmark_measures_four_files_of_a_family_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "serve.py"), "--quick", "--only", "MLP"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
