@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qatkit.errors import QatkitError
+from qatkit.quantization.folding import Fold
 from qatkit.quantization.placement.points import Placement
-from qatkit.quantization.placement.preparation import call, find_placement
+from qatkit.quantization.placement.preparation import call, fold_and_find
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -24,20 +25,20 @@ def module_placement(
     forward: Callable[[LightningModule, Any], object],
     schemes: Mapping[str, Scheme],
     activation: QuantSpec,
-) -> Placement:
-    """Return the results of a module to quantize, from one forward pass in eval mode on the CPU or on meta tensors.
+) -> tuple[list[Fold], Placement]:
+    """Fold BatchNorm, and return the folded pairs and the results to quantize, from a forward pass in eval mode.
 
     The input is the module's ``example_input_array`` if it has one, and otherwise the first training batch.
 
     Args:
         trainer: The Trainer, before its strategy moves the module.
-        pl_module: The module, with folded BatchNorm and plain layers.
+        pl_module: The module, with plain layers, on the CPU or the meta device.
         forward: Runs the module on a batch.
         schemes: The planned quantization by layer name.
         activation: Quantization of the results.
 
     Raises:
-        QatkitError: the module has no example and the Trainer no training data.
+        QatkitError: the module has no example and the Trainer no training data; the module is unchanged.
     """
     example = pl_module.example_input_array
     batch = example if example is not None else _first_batch(trainer)
@@ -49,11 +50,11 @@ def module_placement(
             converted = trainer.precision_plugin.convert_input(batch)
             return call(pl_module, converted) if example is not None else forward(pl_module, converted)
 
-    return find_placement(pl_module, run, schemes, activation)
+    return fold_and_find(pl_module, run, schemes, activation)
 
 
 def _first_batch(trainer: Trainer) -> Any:
-    source = trainer.fit_loop._data_source
+    source = trainer.fit_loop._data_source  # Lightning sets up the loader itself only after the optimizers
     with isolate_rng():
         loader = source.dataloader() if source.is_defined() else None
         for batch in [] if loader is None else first_batches(loader, 1):

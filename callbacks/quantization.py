@@ -145,11 +145,11 @@ class QuantizationAwareTraining(Callback):
         schemes = select(pl_module, *how)
         if self.target is not None:
             check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
-        self.folds = fold_batchnorm(pl_module)
         if self.places and self.activation is not None:
-            schemes = select(pl_module, *how)  # a folded convolution is another layer than before
             forward = self.calibration_forward
-            self.placement = module_placement(trainer, pl_module, forward, schemes, self.activation)
+            self.folds, self.placement = module_placement(trainer, pl_module, forward, schemes, self.activation)
+        else:
+            self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)
         place(pl_module, self.placement)
         rank_zero_info(str(coverage(pl_module)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qatkit.common.processes import process_exists
 
@@ -18,9 +20,18 @@ LAUNCHER = "QATKIT_LAUNCHER"
 """Environment variable with the id of the process that launches the others."""
 
 
-def name_launcher() -> None:
-    """Tell the processes that this one launches who launched them."""
+@contextmanager
+def as_launcher() -> Iterator[None]:
+    """Tell the processes that this one launches inside the block who launched them."""
+    before = os.environ.get(LAUNCHER)
     os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LAUNCHER]
+        else:
+            os.environ[LAUNCHER] = before
 
 
 def end_with_parent(seconds: float = 1.0) -> None:

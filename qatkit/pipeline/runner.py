@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from qatkit.common.device import check_accelerator, device_count
 from qatkit.common.files import write_atomically
@@ -14,7 +13,7 @@ from qatkit.data.streaming import StreamingDataModule
 from qatkit.errors import QatkitError, QatkitWarning, did_you_mean
 from qatkit.pipeline.finishing import delete_training_files
 from qatkit.pipeline.logger_check import check_logger
-from qatkit.pipeline.processes import end_with_parent, is_first_process, name_launcher
+from qatkit.pipeline.processes import as_launcher, end_with_parent, is_first_process
 from qatkit.pipeline.progress import Style
 from qatkit.pipeline.stage import StagePrint, run_stage
 from qatkit.pipeline.tracking import Tracking
@@ -54,11 +53,10 @@ def run_stages(
             process is using the folder, or something would be written outside it.
     """
     run.check_writes(training=True)
-    if is_first_process():
-        name_launcher()
-    else:
+    if not is_first_process():
         end_with_parent()
-    with locked(run.out) if is_first_process() else nullcontext():
+        return _run_stages(run, until, force, progress, tracking)
+    with as_launcher(), locked(run.out):
         return _run_stages(run, until, force, progress, tracking)
 
 

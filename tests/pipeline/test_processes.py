@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
-from qatkit.pipeline.processes import LAUNCHER
+import pytest
+
+from qatkit.pipeline.processes import LAUNCHER, as_launcher
 
 CHILD = """
 import time
@@ -42,6 +44,13 @@ def test_a_process_whose_launcher_was_killed_before_it_started_to_watch_ends() -
     environment = os.environ | {LAUNCHER: str(launcher.pid)}
     child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, env=environment)
     assert child.wait() == 1
+
+
+def test_only_processes_that_a_run_launches_learn_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    with as_launcher():
+        assert os.environ[LAUNCHER] == str(os.getpid())
+    assert LAUNCHER not in os.environ, "a later process of the user's would end with this one"
 
 
 def exists(process: int) -> bool:

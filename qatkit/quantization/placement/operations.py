@@ -15,7 +15,8 @@ CONV, LINEAR, ADD, MUL, CAT, POOL, RELU, SIGMOID, ACTIVATION, RESIZE, SAME, OTHE
     "conv", "linear", "add", "mul", "cat", "pool", "relu", "sigmoid", "activation", "resize", "same", "other"
 )  # fmt: skip
 """Kinds. ADD to POOL and SIGMOID have integer kernels if inputs and output are quantized; RELU is absorbed by the
-integer kernel before it; ACTIVATION is elementwise and stays in floating point; RESIZE and SAME keep the values."""
+integer kernel before it; ACTIVATION is elementwise and stays in floating point; SAME keeps the values, and RESIZE may
+interpolate between them."""
 
 _OF: dict[str, list[Any]] = {
     ADD: [torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__],
@@ -28,13 +29,13 @@ _OF: dict[str, list[Any]] = {
         F.hardswish, F.hardsigmoid, F.silu, F.gelu, F.leaky_relu, F.elu, F.selu, F.mish, F.softplus, F.prelu,
         torch.prelu, torch.tanh, Tensor.tanh, F.tanh,
     ],
-    RESIZE: [F.interpolate, F.pixel_shuffle, torch.pixel_shuffle],
+    RESIZE: [F.interpolate],
     SAME: [
-        F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, F.pad, torch.flatten, Tensor.flatten, torch.reshape,
-        Tensor.reshape, Tensor.view, Tensor.permute, torch.permute, Tensor.transpose, torch.transpose, Tensor.squeeze,
-        torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
-        Tensor.unbind, torch.unbind, Tensor.expand, Tensor.contiguous, Tensor.detach, Tensor.to, Tensor.float,
-        Tensor.__getitem__,
+        F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, F.pad, F.pixel_shuffle, torch.pixel_shuffle,
+        torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view, Tensor.permute, torch.permute,
+        Tensor.transpose, torch.transpose, Tensor.squeeze, torch.squeeze, Tensor.unsqueeze, torch.unsqueeze,
+        Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.unbind, torch.unbind, Tensor.expand,
+        Tensor.contiguous, Tensor.detach, Tensor.to, Tensor.float, Tensor.__getitem__,
     ],
 }  # fmt: skip
 KINDS: dict[Function, str] = {function: kind for kind, functions in _OF.items() for function in functions}

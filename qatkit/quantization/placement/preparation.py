@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qatkit.quantization.folding import fold_batchnorm
+from qatkit.quantization.folding import Fold, fold_batchnorm
 from qatkit.quantization.placement.points import Placement, place
 from qatkit.quantization.placement.recorder import record
 from qatkit.quantization.placement.rules import decide
@@ -18,19 +18,24 @@ from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 
-def find_placement(
+def fold_and_find(
     model: nn.Module, forward: Callable[[], object], schemes: Mapping[str, Scheme], activation: QuantSpec
-) -> Placement:
-    """Return the results to quantize in a plain model with folded BatchNorm; nothing is changed.
+) -> tuple[list[Fold], Placement]:
+    """Fold BatchNorm in place, and return the folded pairs and the results to quantize.
+
+    A forward pass that fails leaves the model as it was.
 
     Args:
-        model: The model.
+        model: The model, with plain layers.
         forward: Runs the model on one batch.
         schemes: The planned quantization by layer name.
         activation: Quantization of the results; layers whose input has another one are not counted as readers.
     """
     layers = [name for name, each in schemes.items() if each.weight is not None and each.activation == activation]
-    return decide(record(model, forward), layers, activation)
+    recording = record(model, forward)
+    if folds := fold_batchnorm(model):
+        recording = record(model, forward)
+    return folds, decide(recording, layers, activation)
 
 
 def prepare_for_target(
@@ -76,9 +81,7 @@ def prepare_for_target(
     """
     row = TARGETS.row(target, "target")
     how = (weight or row.weight, activation or row.activation, include, exclude, layers)
-    select(model, *how)  # a mistake leaves the model as it was
-    fold_batchnorm(model)
-    placement = find_placement(model, lambda: call(model, example), select(model, *how), how[1])
+    placement = fold_and_find(model, lambda: call(model, example), select(model, *how), how[1])[1]
     names = prepare_qat(model, *how)
     place(model, placement)
     return names

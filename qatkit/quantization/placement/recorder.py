@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +53,8 @@ class Recording:
     """Number of calls by simple module or layer."""
     sequential: set[str]
     """Names of `nn.Sequential` modules, which would run an added quantizer as a layer."""
+    single_input: set[str]
+    """Modules that are called with one floating-point tensor."""
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -89,7 +92,7 @@ def record(model: nn.Module, forward: Callable[[], object]) -> Recording:
             module.training = mode
     sequential = {name for name, module in model.named_modules() if isinstance(module, nn.Sequential)}
     calls = [recorder.source, *recorder.calls]
-    return Recording(calls, recorder.counts, recorder.irregular, recorder.times, sequential)
+    return Recording(calls, recorder.counts, recorder.irregular, recorder.times, sequential, recorder.single_input)
 
 
 class _Recorder(TorchFunctionMode):
@@ -100,6 +103,7 @@ class _Recorder(TorchFunctionMode):
         self.counts: dict[str, dict[str, int]] = {}
         self.irregular: set[str] = set()
         self.times: Counter[str] = Counter()
+        self.single_input: set[str] = set()
         self._made: dict[int, Call] = {}
         self._kept: list[object] = []  # a freed tensor's identity would be used again
         self._owners: list[tuple[str, Counter[str]]] = []
@@ -148,8 +152,10 @@ class _Recorder(TorchFunctionMode):
 
     def _owner_hooks(self, name: str) -> tuple[Any, Any]:
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            if sum(value.is_floating_point() for value in given) == 1:
+                self.single_input.add(name)
             if not self._owners:  # the outermost module: what it is given are the inputs of the model
-                given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
                 self._made |= {id(value): self.source for value in given}
                 self._kept += given
             self._owners.append((name, Counter()))
@@ -166,7 +172,7 @@ class _Recorder(TorchFunctionMode):
         if self._layer is not None or not self._owners:
             return out
         kind = kind_of(func)
-        if kind == POOL and not _is_pooling(args[0], out):
+        if (kind == POOL and not _is_pooling(args, kwargs, out)) or (func is F.pad and not _pads_zeros(args, kwargs)):
             kind = OTHER
         follows = any(id(value) in self._made for value in tree_leaves((args, kwargs)))
         floating = any(isinstance(value, Tensor) and value.is_floating_point() for value in tree_leaves(out))
@@ -193,9 +199,15 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(call)
 
 
-def _is_pooling(x: Tensor, out: Tensor) -> bool:
+def _is_pooling(args: Any, kwargs: Any, out: Tensor) -> bool:
     """Whether images were averaged over their positions, and not, for example, tokens over a sequence."""
+    x = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
     return x.dim() == 4 and out.shape[:2] == x.shape[:2] and out.dim() in (2, 4)
+
+
+def _pads_zeros(args: Any, kwargs: Any) -> bool:
+    """Whether padding adds zeros, which every grid has, or repeats values; other constants are not on the grid."""
+    return not (args[3] if len(args) > 3 else (kwargs or {}).get("value"))
 
 
 def _kind_of_layer(layer: nn.Module) -> str:

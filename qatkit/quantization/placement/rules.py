@@ -8,7 +8,7 @@ values, so its output stays unquantized, and so do additions that read one: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from qatkit.quantization.placement.operations import ACTIVATION, CONV, INTEGER, LINEAR, RELU, RESIZE, SAME  # fmt: skip
 from qatkit.quantization.placement.points import INPUTS, OUTPUT, Placement, Point
@@ -36,6 +36,7 @@ class _Rules:
         self.recording = recording
         self.layers = layers
         self.source = recording.calls[0]
+        self._resized = {call for call in recording.calls if call.kind == RESIZE}  # values that may be interpolated
         self._able: dict[Call, bool] = {}
         for call in recording.calls:  # in order, so that the inputs of a call are known
             self._able[call] = self._is_able(call)
@@ -77,8 +78,14 @@ class _Rules:
         if call.kind in (*_KEEPS, RELU, ACTIVATION):
             return bool(call.inputs) and self._able[call.inputs[0]]
         if call.kind in INTEGER and not call.constant and self._place(call) is not None:
-            return bool(call.inputs) and all(self._able[each] for each in call.inputs)
+            return bool(call.inputs) and all(self._able[each] and self._can_read(call, each) for each in call.inputs)
         return False
+
+    def _can_read(self, call: Call, value: Call) -> bool:
+        """Whether an operation can read a value as codes; inputs are quantized where their module is called."""
+        if self._origin(value) is not self.source:
+            return True
+        return call.owner in self.recording.single_input - self.recording.sequential
 
     def _needs(self, user: Call) -> bool:
         """Whether a call reads codes: then the result that it reads has to be quantized."""
@@ -116,13 +123,13 @@ class _Rules:
         found: dict[str, Place | None] = {}
         for call in self.recording.calls:
             if call.module in self.layers and call.inputs:
-                place = points.get(self._origin(call.inputs[0], points))
+                place = points.get(self._origin(call.inputs[0], stop=(*points, *self._resized)))
                 found[call.module] = place if found.get(call.module, place) == place else None
         return found
 
-    def _origin(self, call: Call, points: Iterable[Call] = ()) -> Call:
-        """Return the call that made the values that a result holds."""
-        while call.kind in _KEEPS and call.inputs and call not in points:
+    def _origin(self, call: Call, stop: Collection[Call] = ()) -> Call:
+        """Return the call that made the values that a result holds, or the first one in `stop` on the way."""
+        while call.kind in _KEEPS and call.inputs and call not in stop:
             call = call.inputs[0]
         return call
 
