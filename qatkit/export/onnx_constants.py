@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 _LAYOUT = ("Transpose", "Reshape", "Cast", "Identity")
+_DECODING = ("Cast", "Unsqueeze", "Sub")
 
 
 def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
@@ -79,11 +80,11 @@ def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ..
 
 
 def _leaves(node: Any, makers: dict[str, Any], nodes: list[Any]) -> set[str]:
-    """The values that a node and those before it read but do not make; the nodes are appended in order."""
+    """The values that a node, and the decoding nodes before it, read but do not make; the nodes are appended."""
     leaves: set[str] = set()
     for name in node.input:
         maker = makers.get(name)
-        leaves |= {name} if maker is None else _leaves(maker, makers, nodes)
-    if node not in nodes:
-        nodes.append(node)
+        decodes = maker is not None and maker.op_type in _DECODING
+        leaves |= _leaves(maker, makers, nodes) if decodes else {name}
+    nodes.append(node)
     return leaves

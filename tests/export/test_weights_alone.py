@@ -72,3 +72,25 @@ def test_a_changed_constant_is_named(part: str, tmp_path: Path) -> None:
     assert any(failure.startswith("layer 'up': ") and "of the weight: 1 of " in failure for failure in failures), (
         failures
     )
+
+
+class Gated(nn.Module):
+    """Many products and sums of the same values: the number of paths through them doubles with every layer."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate in self.gates:
+            x = x + x * torch.sigmoid(gate(x))
+        return x
+
+
+def test_a_deep_network_is_compared_in_time(tmp_path: Path) -> None:
+    model, x = Gated(24).eval(), torch.randn(2, 3, 8) * 1e-3
+    prepare_qat(model, QuantSpec(8))
+    export_onnx(model, x, tmp_path / "model.onnx")
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(2, 3, 8))], task="regression")
+    assert result.passed, result.summary()
+    assert result.layers == 24
