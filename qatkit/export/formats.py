@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from qatkit.common.packages import check_packages
 from qatkit.common.tables import Table, implementation
 from qatkit.errors import QatkitError
 
@@ -111,13 +112,7 @@ class ExportFormat:
         Raises:
             QatkitError: a package is missing; the error names the command that installs it.
         """
-        missing = [name for name in self.packages if find_spec(name) is None]
-        if missing:
-            raise QatkitError(
-                f"format '{self.name}' needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-                "installed",
-                advice=f"run: pip install 'qatkit[{self.extra}]'",
-            )
+        check_packages(f"format '{self.name}'", self.packages, self.extra)
 
     def versions(self) -> dict[str, str]:
         """Versions of the installed packages that the format needs, by import name."""

@@ -81,8 +81,8 @@ def bound(measured: Measured) -> Bound:
     """1% of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding border, which changes one code of the next input.
-    Where such flips spread (LayerNorm, softmax), two models that are equally far from the exact result differ by at most
-    twice that distance: the bound is twice the difference between training and float64, and at most half of the
+    Where such flips spread (LayerNorm, softmax), two models that are equally far from the exact result differ by at
+    most twice that distance: the bound is twice the difference between training and float64, and at most half of the
     quantization error.
     """
     if not measured.quantizes_inputs:

@@ -62,6 +62,8 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, Cove
     data = resolve(recipe.data.factory, "data.factory", allow)
     check_arguments(data, with_tokenizer(recipe.data, recipe.model, allow).args, "data.args", DATA_ARGUMENTS)
     task = declared_task(data, "data.factory")
+    if task is not None:
+        task.check_packages()
     if recipe.evaluate is not None and task is not None and not task.next_token:
         raise next_token_only(task)
     models = StageModels(recipe, allow)
@@ -73,6 +75,12 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, Cove
         if recipe.evaluate is not None:
             with under("evaluate"):
                 _check_windows(recipe.evaluate, recipe.data.args, data, model)
+        if stage.early_stopping is not None and task is not None and "loss" not in task.metrics:
+            raise QatkitError(
+                f"models for the task '{task.name}' report no validation loss, which early stopping monitors",
+                key=f"stages.{name}.early_stopping",
+                advice="remove the block, and set max_steps",
+            )
         if stage.max_steps:
             if stage.lora is None:
                 _check_dtype(name, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -45,7 +45,7 @@ def prunable_layers(
         if isinstance(patterns, str):
             raise QatkitError(f"'{patterns}' is not a list of patterns", key=key, advice=f"use ['{patterns}']")
         # a layer that cannot be pruned may be excluded, which silences `warn_of_unprunable`
-        known = [*layers, *_unprunable(model)] if key == "exclude" else list(layers)
+        known = [*layers, *_unprunable(model)] if key == "exclude" and patterns else list(layers)
         for index, pattern in enumerate(patterns):
             check_pattern(f"{key}[{index}]", pattern, known)
     elsewhere = {
@@ -83,8 +83,9 @@ def prunable_layers(
 def warn_of_unprunable(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> None:
     """Warn of layers that the patterns select but pruning leaves dense, because it does not support their type.
 
-    These are ConvTranspose, recurrent layers, the input projections of `nn.MultiheadAttention`, and the Conv1D and
-    fused experts of transformers. Embeddings and normalization are never pruned, so they are not named.
+    They are found by the names of their parameters, which contain ``weight`` or end with ``_proj``: for example,
+    ConvTranspose, recurrent layers, the input projections of `nn.MultiheadAttention`, and the Conv1D and fused experts
+    of transformers. Embeddings and normalization are never pruned, so they are not named.
 
     Args:
         model: Any module.
@@ -110,7 +111,7 @@ def warn_of_unprunable(model: nn.Module, include: Sequence[str] = ("*",), exclud
     names = [f"{name} ({type(modules[name]).__name__})" for name in skipped]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     left = sum({id(each): each.numel() for part in skipped.values() for each in part}.values())
-    total = sum({id(each): each.numel() for each in model.parameters() if each.dim() >= 2}.values())
+    total = sum({id(each): each.numel() for each in _initialized(model.parameters()) if each.dim() >= 2}.values())
     warnings.warn(
         f"not pruned, because these types are not supported: {', '.join(names[:LISTED])}{more}, "
         f"{left / total:.1%} of the weights; add the layers to exclude to silence this warning",
@@ -128,11 +129,18 @@ def _unprunable(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         own = [
             parameter
             for key, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() >= 2 and ("weight" in key or key.endswith("_proj"))  # scales and positions do not count
+            if not isinstance(parameter, UninitializedParameter)  # a lazy layer has no dimensions yet
+            and parameter.dim() >= 2
+            and ("weight" in key or key.endswith("_proj"))  # scales and positions do not count
         ]
         if own:
             found[name] = own
     return found
+
+
+def _initialized(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+    """Yield the parameters that have a shape; those of lazy layers have none before the first batch."""
+    return (parameter for parameter in parameters if not isinstance(parameter, UninitializedParameter))
 
 
 def _weight(layer: nn.Module) -> object:

@@ -140,13 +140,14 @@ def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
         ours: Rows as `answers` returns them.
         theirs: The rows of the other model.
         labels: As `answers` returns them.
-        task: Its kind decides what counts as the same answer: the class, the side of 0, or the value within 1%. Of
-            boxes, only the classes are compared.
+        task: Its kind decides what counts as the same answer: the class, the side of 0, or the value within 1%. A box
+            has the same class, and sides within 1% of the image.
     """
     if task.kind == "values":
         return torch.isclose(theirs, ours, rtol=1e-2, atol=1e-6).sum()
     if task.kind == "boxes":
-        return (ours[..., :-4].argmax(-1) == theirs[..., :-4].argmax(-1)).sum()
+        near = ((theirs[..., -4:] - ours[..., -4:]).abs() <= 1e-2).all(-1)
+        return (near & (ours[..., :-4].argmax(-1) == theirs[..., :-4].argmax(-1))).sum()
     same = (ours > 0) == (theirs > 0) if task.kind == "labels" else ours.argmax(-1) == theirs.argmax(-1)
     return (same & (labels != IGNORED)).sum()
 

@@ -32,15 +32,19 @@ class MeanPrecision(Metric):
     found: list[Tensor]
     truth: list[Tensor]
     images: Tensor
+    finite: Tensor
+    """1 if all outputs so far are finite, otherwise 0."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_state("found", default=[], dist_reduce_fx="cat")
         self.add_state("truth", default=[], dist_reduce_fx="cat")
         self.add_state("images", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("finite", default=torch.tensor(1), dist_reduce_fx="min")
 
     def update(self, rows: Tensor, labels: Tensor) -> None:
         """Count the boxes of a batch; both arguments are those of `qatkit.tasks.detection.answers`."""
+        self.finite = self.finite * rows.isfinite().all()
         world, rank = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
         ids = (int(self.images) + torch.arange(len(rows), device=rows.device)) * world + rank
         self.images += len(rows)
@@ -52,7 +56,7 @@ class MeanPrecision(Metric):
         self.truth.append(boxes[labels[..., 0] != IGNORED])
 
     def compute(self) -> Tensor:
-        """Return the mean average precision, 0 to 1.
+        """Return the mean average precision, 0 to 1; NaN if an output is not finite, which COCO's code counts as found.
 
         Raises:
             QatkitError: pycocotools is not installed, or no image has a box.
@@ -66,6 +70,8 @@ class MeanPrecision(Metric):
                 key="data",
                 advice="run: pip install 'qatkit[detection]'",
             ) from error
+        if not self.finite:
+            return torch.tensor(torch.nan)
         found, truth = (torch.cat(part) if isinstance(part, list) else part for part in (self.found, self.truth))
         if not len(truth):
             raise QatkitError("no image has a box, so no metric can be computed", key="data", advice="label the images")

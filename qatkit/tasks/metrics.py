@@ -20,15 +20,15 @@ class Metric:
     counts: bool = False
     """Whether it is a fraction of independent predictions, so that its noise follows from their number. Pixels of one
     image are not independent."""
+    title: str = ""
+    """Its name in the report; capitalized from `name` by default."""
     compute: str = ""
     """``module:function(task, rows)`` that returns a `torchmetrics.Metric`; empty for those that follow from the loss.
     """
 
-    @property
-    def title(self) -> str:
-        if self.name == "map":
-            return "mAP"
-        return self.name.upper() if self.name in ("iou", "rmse", "mae", "f1") else self.name.capitalize()
+    def __post_init__(self) -> None:
+        if not self.title:
+            object.__setattr__(self, "title", self.name.capitalize())
 
     @property
     def better(self) -> str:
@@ -64,10 +64,10 @@ METRICS: Table[Metric] = Table(
         Metric("loss", higher_is_better=False),
         Metric("perplexity", higher_is_better=False),
         Metric("accuracy", higher_is_better=True, percent=True, counts=True, compute="qatkit.tasks.measures:accuracy"),
-        Metric("f1", higher_is_better=True, counts=True, compute="qatkit.tasks.measures:f1"),
-        Metric("iou", higher_is_better=True, compute="qatkit.tasks.measures:iou"),
-        Metric("map", higher_is_better=True, compute="qatkit.tasks.mean_precision:mean_precision"),
-        Metric("rmse", higher_is_better=False, compute="qatkit.tasks.measures:rmse"),
-        Metric("mae", higher_is_better=False, compute="qatkit.tasks.measures:mae"),
+        Metric("f1", title="F1", higher_is_better=True, counts=True, compute="qatkit.tasks.measures:f1"),
+        Metric("iou", title="IOU", higher_is_better=True, compute="qatkit.tasks.measures:iou"),
+        Metric("map", title="mAP", higher_is_better=True, compute="qatkit.tasks.mean_precision:mean_precision"),
+        Metric("rmse", title="RMSE", higher_is_better=False, compute="qatkit.tasks.measures:rmse"),
+        Metric("mae", title="MAE", higher_is_better=False, compute="qatkit.tasks.measures:mae"),
     ],
 )

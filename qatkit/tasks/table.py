@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qatkit.common.packages import check_packages
 from qatkit.common.tables import Table
 
 Kind = Literal["classes", "labels", "values", "boxes"]
@@ -57,9 +58,21 @@ class Task:
     """Batches are mappings of named inputs, not pairs ``(inputs, labels)``."""
     next_token: bool = False
     """Each token is predicted from those before it, so sliding-window perplexity and text generation apply."""
+    packages: tuple[str, ...] = ()
+    """Import names of the optional packages that its loss and metrics need."""
+    extra: str = ""
+    """The optional dependency group that installs them."""
     free_dims: Mapping[int, str] = field(default_factory=dict, hash=False)
     """Names of the dimensions of an input, other than the batch, whose size may vary in an exported file: of tokens in
     a text, of pixels in an image."""
+
+    def check_packages(self) -> None:
+        """Reject the task if a package that it needs is missing.
+
+        Raises:
+            QatkitError: a package is missing; the error names the command that installs it.
+        """
+        check_packages(f"task '{self.name}'", self.packages, self.extra)
 
     @property
     def compared(self) -> str:
@@ -118,9 +131,11 @@ TASKS: Table[Task] = Table(
             answers="qatkit.tasks.detection:answers",
             metrics=("map",),
             metric="map",
-            agreement="class",
+            agreement="class and box (within 1%)",
             counted="predicted boxes",
             kind="boxes",
+            packages=("pycocotools", "scipy"),
+            extra="detection",
             outputs=("logits", "pred_boxes"),
             value_outputs=("pred_boxes",),
             named_inputs=True,

@@ -145,3 +145,9 @@ def test_validate_and_the_callback_warn() -> None:
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
         with pytest.warns(QatkitWarning, match=r": net\.0 ") if warns else nullcontext():
             callback.setup(trainer, Module(), "fit")
+
+
+def test_a_lazy_layer_elsewhere_in_the_model_is_passed_over() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(), nn.LazyConvTranspose1d(4, 2))
+    assert list(prunable_layers(model)) == ["0"]
+    warn_of_unprunable(model)

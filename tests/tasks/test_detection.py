@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import torch
 from torch import Tensor
 
 from qatkit import QatkitError
+from qatkit.common import packages
 from qatkit.data import Source, image_detection
 from qatkit.data.pictures import ImageFormat
 from qatkit.models import untrained_model
-from qatkit.tasks import TASKS, Scores
+from qatkit.pipeline.validation import validate_recipe
+from qatkit.recipe import Recipe
+from qatkit.recipe.loading import load_recipe
+from qatkit.tasks import TASKS, Scores, agree
 from qatkit.tasks.detection import check_model
 from tests.data.files import write_boxes
 
@@ -43,6 +49,52 @@ def test_the_precision_is_that_of_coco() -> None:
     assert found == pytest.approx(0.5)
     with pytest.raises(QatkitError, match="no image has a box"):
         scored([[first]], [[BOX]], [[]])
+
+
+@pytest.mark.parametrize("where", ["logits", "boxes"])
+def test_outputs_that_are_not_finite_have_no_precision(where: str) -> None:
+    """COCO's code counts a NaN box as found, so a diverged model would be perfect."""
+    logits, box = ([nan] * 3, BOX) if where == "logits" else ([9.0, 0.0, 0.0], [nan] * 4)
+    assert math.isnan(scored([[logits]], [[box]], [[0]]))
+
+
+def test_models_agree_on_a_box_if_its_class_and_its_sides_agree() -> None:
+    ours = torch.tensor([[[9.0, 0.0, 0.0, *BOX]] * 4])
+    theirs = ours.clone()
+    theirs[0, 1, 1] = 10.0  # another class
+    theirs[0, 2, -1] += 0.02  # 2% of the image
+    theirs[0, 3, -1] += 0.005
+    assert agree(ours, theirs, torch.empty(0), TASKS["detection"]) == 2
+    assert agree(ours, torch.full_like(ours, nan), torch.empty(0), TASKS["detection"]) == 0
+
+
+def detector(folder: Path, stage: str = "") -> Recipe:
+    path = folder / "boxes" / "boxes.jsonl"
+    if not path.exists():
+        assert write_boxes(folder / "boxes") == path
+    (folder / "boxes.yaml").write_text(f"""
+name: boxes
+model:
+  factory: qatkit.models:untrained_model
+  args:
+    family: yolos
+    head: ObjectDetection
+    num_classes: 2
+    config: {{hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8, image_size: [16, 16], patch_size: 8, num_detection_tokens: 3}}
+data: {{factory: "qatkit.data:image_detection", args: {{source: {{path: {path}}}, classes: [red, blue], images: {{size: 16}}}}}}
+stages:
+  dense: {{max_steps: 2, batch_size: 4{stage}}}
+""")  # noqa: E501
+    return load_recipe(folder / "boxes.yaml")
+
+
+def test_what_fails_late_is_refused_by_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate_recipe(detector(tmp_path))
+    with pytest.raises(QatkitError, match=r"^stages\.dense\.early_stopping: models for the task 'detection' report no"):
+        validate_recipe(detector(tmp_path, ", early_stopping: {patience: 1}"))
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(QatkitError, match=r"^task 'detection' needs pycocotools and scipy, .* 'qatkit\[detection\]'"):
+        validate_recipe(detector(tmp_path))
 
 
 def batches(folder: Path, objects: Any = None) -> Any:
