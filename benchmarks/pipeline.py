@@ -1,8 +1,8 @@
 """Measure the loss that llm/sparse24_kd_int4 recovers after one-shot 2:4 magnitude pruning and int4 rounding.
 
 The recipe starts from the dense model of the other benchmarks on this text. "Dense, trained further" uses the steps,
-learning rates and batches of the two trained stages without compression and teacher. The yardstick is the better of
-it and the dense model. recovered = (one-shot - row) / (one-shot - yardstick), by the loss on the test split. Seeds
+learning rates and batches of the two trained stages without compression and teacher. The baseline is the better of
+it and the dense model. recovered = (one-shot - row) / (one-shot - baseline), by the loss on the test split. Seeds
 change the order of the training data. Runs are stored in ``build/pipeline``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/pipeline.py [--quick] [--jobs 2]
@@ -32,11 +32,11 @@ from qatkit.run.folder import Run
 
 SEEDS = (0, 1, 2)
 TRAINED = ("sparse24", "int4")
-YARDSTICK = [f"{stage}_alone" for stage in TRAINED]
+BASELINE = [f"{stage}_alone" for stage in TRAINED]
 """The stages of "dense, trained further", one for each trained stage of the recipe."""
 ROWS = {
     "dense": "dense",
-    YARDSTICK[-1]: "dense, trained further",
+    BASELINE[-1]: "dense, trained further",
     "magnitude24": "2:4 by magnitude, one-shot",
     "one_shot": "2:4 by magnitude and int4 by rounding, one-shot",
     "sparse24": "2:4, trained + KD",
@@ -52,7 +52,7 @@ QUICK = [
 
 
 def recipe_of(seed: int, base: Path | None) -> Recipe:
-    """The recipe with the dense model in a folder (None: a tiny model), and the stages of the yardstick."""
+    """The recipe with the dense model in a folder (None: a tiny model), and the stages of the baseline."""
     from_base = [
         f"model={{factory: 'qatkit.models:causal_lm', args: {{name_or_path: '{base}'}}}}",
         # the split that the dense model was trained on; one validation, at the end of a stage
@@ -62,7 +62,7 @@ def recipe_of(seed: int, base: Path | None) -> Recipe:
     overrides = [f"seed={seed}", "trainer.accelerator=cpu", "trainer.devices=1", *(from_base if base else QUICK)]
     recipe = load_recipe("llm/sparse24_kd_int4", overrides)
     stages, before = dict(recipe.stages), "dense"
-    for stage, alone in zip(TRAINED, YARDSTICK, strict=True):
+    for stage, alone in zip(TRAINED, BASELINE, strict=True):
         stages[alone] = dataclasses.replace(stages[stage], start=before, prune=None, quantize=None, distill=None)
         before = alone
     return dataclasses.replace(recipe, stages=stages)
@@ -79,8 +79,8 @@ def measure(seed: int, base: Path | None, folder: Path) -> dict[str, float]:
 
 def recovered(losses: dict[str, float], stage: str) -> float:
     """The fraction of the one-shot loss that a stage of the same seed recovers."""
-    yardstick = min(losses["dense"], losses[YARDSTICK[-1]])
-    return (losses["one_shot"] - losses[stage]) / (losses["one_shot"] - yardstick)
+    baseline = min(losses["dense"], losses[BASELINE[-1]])
+    return (losses["one_shot"] - losses[stage]) / (losses["one_shot"] - baseline)
 
 
 def rows_of(seeds: list[dict[str, float]]) -> list[dict[str, Any]]:

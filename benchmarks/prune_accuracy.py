@@ -1,7 +1,7 @@
 """Measure the accuracy lost to pruning and recovered by training and a teacher: a digits CNN, and a small Llama.
 
 Every trained row takes the same steps with the same optimizer, "dense trained further" included. For the text,
-recovered = (2:4 magnitude - row) / (2:4 magnitude - yardstick), by the loss on held-out files; the yardstick is the
+recovered = (2:4 magnitude - row) / (2:4 magnitude - baseline), by the loss on held-out files; the baseline is the
 better of the dense model and the dense model trained further. Seeds change the order of the training data, and for the
 CNN its first weights too. Results of jobs are stored in ``results/prune_accuracy_jobs.json``, and a stopped benchmark
 resumes there.
@@ -101,7 +101,7 @@ def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any
             found = [journal.values(f"{key} {sparsity:.0%}", "digits", "lottery") for key in ("zeros", name)]
             rows.append(digits_row(words, *found))
 
-    yardstick, rounded = _text_scale(journal)
+    baseline, rounded = _text_scale(journal)
     methods = [
         ("dense trained further", 0.0),
         *((f"2:4 {start}", 0.0) for start in STARTS),
@@ -113,7 +113,7 @@ def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any
     for method, share in methods:
         losses, zeros = (journal.values(name, "text", method, share) for name in ("loss", "zeros"))
         shown = f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else "")
-        recovered = f"{(rounded - mean(losses)) / (rounded - yardstick) * 100:.1f}%" if "trained" in method else "-"
+        recovered = f"{(rounded - mean(losses)) / (rounded - baseline) * 100:.1f}%" if "trained" in method else "-"
         rows.append(_row("text", method, zeros, shown, recovered if "2:4" in method else "-", len(losses)))
     return rows
 
@@ -147,9 +147,9 @@ def claims_of(journal: Journal) -> list[Claim]:
     seen = f"{spread(ticket)} and {spread(control)}"
     text = "digits: winning ticket against fresh weights at 90%"
     claims.append(Claim(text, "above by more than the spread", seen, mean(ticket) - mean(control) > wide))
-    yardstick, rounded = _text_scale(journal)
+    baseline, rounded = _text_scale(journal)
     for method in TRAINED[1:]:
-        share = (rounded - mean(journal.values("loss", "text", method))) / (rounded - yardstick)
+        share = (rounded - mean(journal.values("loss", "text", method))) / (rounded - baseline)
         claims.append(Claim(f"text: recovered by {method}", ">= 94%", f"{share * 100:.1f}%", share >= 0.94))
     return claims
 

@@ -1,8 +1,8 @@
 """Measure the loss that training recovers after quantization, on a small Llama and real text, in every format.
 
 Every trained row takes the same steps on the same tokens and gets the same sweep of learning rates, including "dense,
-trained further". The yardstick is the better of the dense model and the dense model trained further: recovered = (RTN -
-row) / (RTN - yardstick), by the loss on held-out files. Seeds change the order of the training data. Results of jobs
+trained further". The baseline is the better of the dense model and the dense model trained further: recovered = (RTN -
+row) / (RTN - baseline), by the loss on held-out files. Seeds change the order of the training data. Results of jobs
 are stored in ``results/qat_recovery_jobs.json``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/qat_recovery.py [--quick] [--jobs 2]
@@ -117,49 +117,49 @@ def _started(journal: Journal, form: str, init: str) -> Job:
     return replace(journal.best(form, "QAT + KD"), init=init)  # type: ignore[arg-type]  # each is a Method
 
 
-def _yardstick(journal: Journal) -> float:
+def _baseline(journal: Journal) -> float:
     return min(float(journal.content["dense"]), mean(journal.seeds("dense", "dense trained further")))
 
 
 def rows_of(journal: Journal, formats: list[str]) -> list[dict[str, Any]]:
     """The table: losses, and the fraction of the quantization loss that each row recovers."""
-    yardstick = _yardstick(journal)
-    rows = [_row("dense", "-", [journal.content["dense"]], None, yardstick)]
+    baseline = _baseline(journal)
+    rows = [_row("dense", "-", [journal.content["dense"]], None, baseline)]
     rows += [
-        _row("dense", m, journal.seeds("dense", m), None, yardstick, journal.best("dense", m))
+        _row("dense", m, journal.seeds("dense", m), None, baseline, journal.best("dense", m))
         for m in trained_methods("dense")
     ]
     for form in formats:
         rounded = journal.loss(Job(form, "RTN"))
-        rows.append(_row(form, "RTN", [rounded], rounded, yardstick))
+        rows.append(_row(form, "RTN", [rounded], rounded, baseline))
         for method in ("GPTQ", "AWQ", "SmoothQuant"):
             if _key(Job(form, method)) in journal.content["losses"]:
-                rows.append(_row(form, method, [journal.loss(Job(form, method))], rounded, yardstick))
+                rows.append(_row(form, method, [journal.loss(Job(form, method))], rounded, baseline))
         for method in trained_methods(form):
-            rows.append(_row(form, method, journal.seeds(form, method), rounded, yardstick, journal.best(form, method)))
+            rows.append(_row(form, method, journal.seeds(form, method), rounded, baseline, journal.best(form, method)))
         for job in (_started(journal, form, init) for named, init in STARTS if named == form):
-            rows.append(_row(form, f"QAT + KD from {job.init}", [journal.loss(job)], rounded, yardstick, job))
+            rows.append(_row(form, f"QAT + KD from {job.init}", [journal.loss(job)], rounded, baseline, job))
     rounded = journal.loss(Job("W3 g32", "RTN"))
     mixed = [Job("mixed", "QAT + KD", journal.best("W3 g32", "QAT + KD").lr, seed) for seed in SEEDS]
-    rows.append(_row("mixed, bytes of W3 g32", "RTN", [journal.loss(Job("mixed", "RTN"))], rounded, yardstick))
+    rows.append(_row("mixed, bytes of W3 g32", "RTN", [journal.loss(Job("mixed", "RTN"))], rounded, baseline))
     rows.append(
-        _row("mixed, bytes of W3 g32", "QAT + KD", [journal.loss(job) for job in mixed], rounded, yardstick, mixed[0])
+        _row("mixed, bytes of W3 g32", "QAT + KD", [journal.loss(job) for job in mixed], rounded, baseline, mixed[0])
     )
     return rows
 
 
 def _row(
-    form: str, method: str, losses: list[float], rounded: float | None, yardstick: float, job: Job | None = None
+    form: str, method: str, losses: list[float], rounded: float | None, baseline: float, job: Job | None = None
 ) -> dict[str, Any]:
     value = mean(losses)
-    lost = 0.0 if rounded is None else rounded - yardstick
+    lost = 0.0 if rounded is None else rounded - baseline
     # where rounding costs next to nothing, a share of it says nothing
     recovered = None if rounded is None or method == "RTN" or lost < 0.002 else (rounded - value) / lost
     return {
         "format": form,
         "method": method,
         "held-out loss": f"{value:.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
-        "minus yardstick": f"{value - yardstick:+.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
+        "minus baseline": f"{value - baseline:+.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
         "recovered": "-" if recovered is None else f"{recovered * 100:.1f}%",
         "lr": f"{job.lr:g}" if job else "-",
         "seeds": len(losses),
@@ -168,19 +168,19 @@ def _row(
 
 def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
     """Targets of the project and measured values."""
-    on, yardstick = journal.seeds("dense", "dense trained further"), _yardstick(journal)
+    on, baseline = journal.seeds("dense", "dense trained further"), _baseline(journal)
 
     def recovered(form: str, losses: list[float]) -> float:
         rounded = journal.loss(Job(form, "RTN"))
-        return (rounded - mean(losses)) / (rounded - yardstick)
+        return (rounded - mean(losses)) / (rounded - baseline)
 
     claims = []
     for form in ("W4 channel", "W3 g32"):
         losses = journal.seeds(form, "QAT + KD")
         spread = max(stdev(losses), stdev(on))
-        seen = f"{mean(losses):.4f} and {yardstick:.4f}, spread {spread:.4f}"
-        holds = mean(losses) <= yardstick - spread
-        claims.append(Claim(f"{form}: loss of QAT + KD", "below the yardstick by the spread", seen, holds))
+        seen = f"{mean(losses):.4f} and {baseline:.4f}, spread {spread:.4f}"
+        holds = mean(losses) <= baseline - spread
+        claims.append(Claim(f"{form}: loss of QAT + KD", "below the baseline by the spread", seen, holds))
     for form, target in (("W2 g32", 0.93), ("ternary", 0.85), ("W4A8", 0.97), ("W4A4", 0.85), ("W4A4 g32", 0.85)):
         share = recovered(form, journal.seeds(form, "QAT + KD"))
         claims.append(
