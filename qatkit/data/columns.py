@@ -41,7 +41,7 @@ def encode_texts(
 def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
     """Return the text of a record, which may be blank, or the reason why it has none."""
     if column not in record:
-        return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
+        return missing(record, column)
     text = record[column]
     if not isinstance(text, str):
         return BadRecord(f"column '{column}' contains {type(text).__name__}, not text")
@@ -51,6 +51,11 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
         except UnicodeEncodeError:  # JSON can represent it, but tokenizers cannot read it
             return BadRecord(f"column '{column}' contains a lone surrogate (half a character)")
     return text
+
+
+def missing(record: Mapping[str, Any], column: str) -> BadRecord:
+    """Return the reason why a record without a column cannot be used."""
+    return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
 
 
 def words_in(record: Mapping[str, Any], column: str) -> str | BadRecord:

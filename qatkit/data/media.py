@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from qatkit.data.columns import missing
 from qatkit.data.source import BadRecord, FilePath, Source
 from qatkit.data.tokens import Encoded, Rows, prepare, refuse_stream
 from qatkit.errors import QatkitError
@@ -60,7 +61,7 @@ def media_in(record: Mapping[str, Any], column: str) -> bytes | str | BadRecord:
         column: The name of the column.
     """
     if column not in record:
-        return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
+        return missing(record, column)
     value = record[column]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qatkit.data.classification import check_classes, class_of
+from qatkit.data.classification import check_classes, class_of, position_of
+from qatkit.data.columns import missing
 from qatkit.data.records import once
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokens import Encoded, Rows, prepare, refuse_stream
@@ -22,6 +23,9 @@ from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Models compute in float32, in which a larger number would be infinite."""
 
 
 def table_classification(
@@ -162,16 +166,17 @@ class Inputs:
             value = value_in(record, column)
             if isinstance(value, BadRecord):
                 return value
-            if str(value) not in known:
+            position = position_of(str(value), known)
+            if position is None:
                 return BadRecord(f"column '{column}' contains {str(value)!r}, which is none of {known}")
-            vector += [float(str(value) == each) for each in known]
+            vector += [float(position == index) for index in range(len(known))]
         return vector
 
 
 def value_in(record: Mapping[str, Any], column: str) -> Any:
     """Return the value of a column, or a `BadRecord` if the column is missing or empty."""
     if column not in record:
-        return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
+        return missing(record, column)
     value = record[column]
     return BadRecord(f"column '{column}' is empty") if value is None or value == "" else value
 
@@ -192,7 +197,11 @@ def number_in(record: Mapping[str, Any], column: str) -> float | BadRecord:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    return number if math.isfinite(number) else BadRecord(f"column '{column}' contains {value!r}, not a finite number")
+    except OverflowError:  # JSON integers may have any number of digits
+        return BadRecord(f"column '{column}' contains an integer beyond the range of float32")
+    if not math.isfinite(number):
+        return BadRecord(f"column '{column}' contains {value!r}, not a finite number")
+    return number if abs(number) <= LARGEST else BadRecord(f"column '{column}' contains {value!r}, beyond float32")
 
 
 class TableRows(Dataset[tuple[Tensor, Tensor]]):
@@ -258,8 +267,10 @@ def _module(
     def compute() -> tuple[NDArray[Any], NDArray[Any]]:
         assert isinstance(data.train, TableRows)
         numbers = stored_values(data.train.open_rows())[:, : len(inputs.numeric)]
-        deviation = numbers.std(axis=0)
-        return numbers.mean(axis=0), np.where(deviation > 0, deviation, 1.0)  # a constant column becomes 0
+        # a constant column becomes 0: of many 0.1, neither the mean is 0.1 nor the deviation 0 in floating point
+        constant = numbers.min(axis=0) == numbers.max(axis=0)
+        mean, deviation = numbers.mean(axis=0), numbers.std(axis=0)
+        return np.where(constant, numbers[0], mean), np.where(constant | (deviation == 0), 1.0, deviation)
 
     statistics = once(compute)
     data = RecordDataModule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_a_parquet_file_has_the_same_rows_and_several_targets_keep_their_units(t
         (["nan", 1, "north", 1, 1, "dear"], "column 'size' contains 'nan', not a finite number"),
         (["big", 1, "north", 1, 1, "dear"], "column 'size' contains 'big', not a finite number"),
         ([1, 1, "west", 1, 1, "dear"], r"column 'town' contains 'west', which is none of \['north', 'south'\]"),
+        ([1e39, 1, "north", 1, 1, "dear"], r"column 'size' contains '1e\+39', beyond float32"),
         ([1, 1, "north", 1, 1, "free"], r"label \"free\" is neither one of \['cheap', 'dear'\] nor an index"),
     ],
 )
@@ -67,6 +69,48 @@ def test_a_bad_row_is_named_or_skipped(row: list[object], problem: str, tmp_path
         table_classification(source(path), ["cheap", "dear"], **INPUTS).prepare_data()
     with pytest.warns(QatkitWarning, match=r"skipped 1 of 61 records; first: .*h\.csv:62"):
         table_classification(source(path, skip_bad=True), ["cheap", "dear"], **INPUTS).prepare_data()
+
+
+def test_a_constant_column_becomes_zero(tmp_path: Path) -> None:
+    table = houses() | {"size": [0.1] * 240}  # the standard deviation of 0.1, in floating point, is not 0
+    data = table_regression(source(write_csv(tmp_path / "h.csv", table)), ["price"], numeric=["size", "age"])
+    for split in (data.train, data.val, data.test):
+        assert not split.tensors[0][:, 0].any()  # type: ignore[attr-defined]
+        assert split.tensors[0][:, 1].any()  # type: ignore[attr-defined]
+
+
+def test_numbers_that_name_classes_and_categories_are_the_same_in_every_file_type(tmp_path: Path) -> None:
+    grades = [1 + index % 3 for index in range(240)]
+    columns = {**houses(), "label": grades, "town": [index % 2 for index in range(240)]}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    decimals = [{**row, "label": float(row["label"]), "town": float(row["town"])} for row in rows]  # type: ignore[arg-type]
+    (tmp_path / "integers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "decimals.jsonl").write_text("\n".join(map(json.dumps, decimals)))
+    write_csv(tmp_path / "integers.csv", columns)
+    write_csv(tmp_path / "decimals.csv", {key: [row[key] for row in decimals] for key in columns})
+    for name in ("integers.jsonl", "decimals.jsonl", "integers.csv", "decimals.csv"):
+        data = table_classification(
+            source(tmp_path / name), ["1", "2", "3"], numeric=["size"], categorical={"town": ["0", "1"]}
+        )
+        splits = [split.tensors for split in (data.train, data.val, data.test)]  # type: ignore[attr-defined]
+        inputs, labels = (torch.cat(part) for part in zip(*splits, strict=True))
+        assert labels.bincount().tolist() == [80, 80, 80]
+        assert torch.equal(inputs[:, 1:].sum(1), torch.ones(240))
+    (tmp_path / "zero.jsonl").write_text("\n".join(json.dumps(row | {"label": 0}) for row in rows))
+    with pytest.raises(QatkitError, match=r"label 0 is not one of \['1', '2', '3'\], some of which are numbers"):
+        table_classification(source(tmp_path / "zero.jsonl"), ["1", "2", "3"], numeric=["size"]).prepare_data()
+
+
+def test_an_integer_of_any_length_is_a_bad_record(tmp_path: Path) -> None:
+    huge = "1" + "0" * 400
+    lines = [f'{{"size": {huge}, "label": {huge}, "number": {index}}}' for index in range(20)]
+    (tmp_path / "h.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        QatkitError, match=r"h\.jsonl:\d+: column 'label' contains an integer beyond the range of float32"
+    ):
+        table_regression(source(tmp_path / "h.jsonl"), ["label"], numeric=["size"]).prepare_data()
+    with pytest.raises(QatkitError, match=r"h\.jsonl:\d+: label 10+\.\.\. is neither one of \['a', 'b'\] nor an index"):
+        table_classification(source(tmp_path / "h.jsonl"), ["a", "b"], numeric=["number"]).prepare_data()
 
 
 @pytest.mark.parametrize(
