@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 SLACK = 1.0
 """Pixels by which a box may reach beyond its image."""
+LARGEST = 2.0**31
+"""No image has as many pixels; the sum of larger numbers could overflow."""
 
 
 def image_detection(
@@ -55,8 +56,6 @@ def image_detection(
 
     def sample_of(record: Mapping[str, Any]) -> Sample | BadRecord:
         media = media_in(record, column)
-        if isinstance(media, BadRecord):
-            return media
         size = decoded(content_of(media), column, shape.grayscale).size
         found = boxes_in(record, objects, classes, size)
         return found if isinstance(found, BadRecord) else {"image": media, "objects": found}
@@ -107,10 +106,12 @@ def boxes_in(
 def _inside(box: Any, size: tuple[int, int]) -> bool:
     if not isinstance(box, list) or len(box) != 4:
         return False
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in box):
+    if not all(isinstance(number, int | float) and abs(number) < LARGEST for number in box):  # NaN is not less
         return False
     x, y, w, h = box
-    return bool(min(w, h) > 0 and min(x, y) >= -SLACK and x + w <= size[0] + SLACK and y + h <= size[1] + SLACK)
+    overlaps = x < size[0] and y < size[1] and x + w > 0 and y + h > 0
+    fits = min(x, y) >= -SLACK and x + w <= size[0] + SLACK and y + h <= size[1] + SLACK
+    return bool(min(w, h) > 0 and overlaps and fits)
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor | list[dict[str, Tensor]]]:

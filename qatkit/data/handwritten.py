@@ -19,9 +19,9 @@ def digits(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     split_seed: int = 0,
-    size: int = 8,
     batch_size: int = 64,
     seed: int = 0,
+    size: int = 8,
 ) -> SplitDataModule:
     """Load the digits as ``[1, size, size]`` images in [0, 1], with stratified training, validation and test splits.
 
@@ -29,16 +29,18 @@ def digits(
         val_fraction: Fraction of all images that is held out for validation.
         test_fraction: Fraction of all images that is held out for the reported metrics.
         split_seed: Determines the split of each image.
-        size: Height and width in pixels; images larger than the original 8 are interpolated.
         batch_size: Samples per device and step.
         seed: Determines the training order.
+        size: Height and width in pixels; images of another size than the original 8 are interpolated.
 
     Raises:
-        QatkitError: scikit-learn is not installed, or the fractions leave nothing to train on.
+        QatkitError: scikit-learn is not installed, the fractions leave nothing to train on, or `size` is below 1.
     """
     from qatkit.data.datamodule import SplitDataModule
 
     check_fractions(val_fraction, test_fraction, example=0.2)
+    if size < 1:
+        raise QatkitError(f"{size} is out of range", key="size", advice="use 1 or more")
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -156,8 +156,6 @@ def image_segmentation(
 
     def sample_of(record: Mapping[str, Any]) -> Sample | BadRecord:
         stored = media_in(record, mask)
-        if isinstance(stored, BadRecord):
-            return stored
         sample, (width, height) = _stored(record, column, shape), mask_of(stored).size
         if (width, height) != (size := decoded(content_of(sample["image"]), column, shape.grayscale).size):
             return BadRecord(f"column '{mask}' has {width} x {height} pixels, but the image has {size[0]} x {size[1]}")
@@ -184,8 +182,6 @@ def _stored(record: Mapping[str, Any], column: str, shape: ImageFormat) -> Sampl
         BadRecord: it is missing or cannot be decoded.
     """
     media = media_in(record, column)
-    if isinstance(media, BadRecord):
-        raise media
     decoded(content_of(media), column, shape.grayscale)
     return {"image": media}
 

@@ -53,27 +53,30 @@ def unpack(packed: NDArray[np.uint8]) -> Sample:
     return dict(sample)
 
 
-def media_in(record: Mapping[str, Any], column: str) -> bytes | str | BadRecord:
-    """Return the content of an image or audio column, or the path of its file, or the reason why it has none.
+def media_in(record: Mapping[str, Any], column: str) -> bytes | str:
+    """Return the content of an image or audio column, or the path of its file.
 
     Args:
         record: A record whose column holds a path, bytes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores them.
         column: The name of the column.
+
+    Raises:
+        BadRecord: the column is missing or empty, is no file, or names a file that does not exist.
     """
     if column not in record:
-        return missing(record, column)
+        raise missing(record, column)
     value = record[column]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if not value:
-        return BadRecord(f"column '{column}' is empty")
+    if value is None or value in ("", b""):
+        raise BadRecord(f"column '{column}' is empty")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        return BadRecord(f"column '{column}' contains {type(value).__name__}, not a file")
+        raise BadRecord(f"column '{column}' contains {type(value).__name__}, not a file")
     path = value.resolved() if isinstance(value, FilePath) else Path(value)
     if not path.is_file():
-        return BadRecord(f"column '{column}': there is no file {path}")
+        raise BadRecord(f"column '{column}': there is no file {path}")
     return str(path)
 
 
@@ -96,6 +99,8 @@ def encode_samples(
             sample = sample_of(record)
         except BadRecord as reason:
             return reason
+        except OSError as error:  # it may not be read, or its name is too long for a path
+            return BadRecord(f"a file cannot be read ({error})")
         return sample if isinstance(sample, BadRecord) else [{"packed": pack(sample)}]
 
     with ThreadPoolExecutor() as threads:

@@ -68,8 +68,11 @@ def _local_part(files: list[Path], source: Source, hashed: bool, media: Sequence
 def _with_paths(record: Any, media: Sequence[str], folder: Path) -> Any:
     if isinstance(record, dict):
         for column in media:
-            if isinstance(path := record.get(column), str):
-                record[column] = FilePath(path, folder)
+            value = record.get(column)
+            if isinstance(value, str):
+                record[column] = FilePath(value, folder)
+            elif isinstance(value, dict) and isinstance(value.get("path"), str):  # as `datasets` stores media
+                record[column] = {**value, "path": FilePath(value["path"], folder)}
     return record
 
 

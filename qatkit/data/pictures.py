@@ -24,6 +24,8 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 Deeper with Convolutions", section 6)."""
 CENTER = 224 / 256
 """Fraction of the shorter side that evaluation keeps."""
+SCALED = {"L;2": 85, "L;4": 17}
+"""Pillow multiplies gray values of 2 and 4 bits to fill 8 bits, by these factors."""
 KINDS = {"I": "32", "I;16": "16", "I;16B": "16", "I;16L": "16", "F": "32"}
 """Modes of Pillow with more than 8 bits per pixel, which it would clip to 255."""
 
@@ -53,6 +55,8 @@ class ImageFormat:
                     key=key,
                     advice=f"use {self.channels}",
                 )
+            if values is not None and not all(map(math.isfinite, values)):
+                raise QatkitError(f"{values} is not finite", key=key, advice="use finite numbers")
         if self.std is not None and min(self.std) <= 0:
             raise QatkitError(f"{self.std} is out of range", key="std", advice="use numbers above 0")
 
@@ -107,14 +111,16 @@ def decoded(content: bytes, column: str, grayscale: bool) -> Image:
 
 
 def decoded_mask(content: bytes, column: str, classes: int, ignored: int) -> Image:
-    """Decode a mask: an image with one channel, whose pixels are class indices.
+    """Decode a mask: an image with one channel, whose pixels are class indices; upright, as `decoded` an image.
 
     Raises:
         BadRecord: it cannot be decoded, has several channels, or a pixel has no class.
     """
+    pillow = _pillow()
     with _opened(content, column) as opened:
+        factor = _gray_factor(opened)
         try:
-            opened.load()
+            upright: Image = pillow.ImageOps.exif_transpose(opened)
         except Exception as error:  # as above
             raise _not_decodable(column, error) from error
         if opened.mode not in ("1", "L", "P"):
@@ -122,11 +128,17 @@ def decoded_mask(content: bytes, column: str, classes: int, ignored: int) -> Ima
                 f"column '{column}' is an image of mode {opened.mode}, not class indices",
                 "use an image with one channel of 8 bits",
             )
-        mask: Image = opened.copy()
+        mask = upright.point(lambda value: value // factor) if factor > 1 else upright.copy()
     unknown = sorted(set(np.unique(np.array(mask)).tolist()) - {*range(classes), ignored})
     if unknown:
         raise BadRecord(f"column '{column}' has pixels of class {int(unknown[0])}, but there are {classes} classes")
     return mask
+
+
+def _gray_factor(opened: Image) -> int:
+    tiles = getattr(opened, "tile", [])  # how the decoder reads each pixel, which loading forgets
+    raw = tiles[0][3] if tiles else ""
+    return SCALED.get(str(raw[0] if isinstance(raw, tuple) else raw)[:3], 1)
 
 
 def center_box(width: int, height: int) -> Box:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from math import gcd
@@ -22,6 +23,14 @@ from qatkit.errors import QatkitError
 if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
 
+RATES = 1000, 768000
+"""Sampling rates of recordings; others come from damaged files, and resampling from them would exhaust the memory."""
+LONGEST = 86400.0
+"""Seconds of the longest sample: a day."""
+PADDING = 4096
+"""Samples that encoders of MP3 may add, and decoders may remove."""
+UNKNOWN = 0x7FFF0000
+"""Sizes from here on stand for an unknown length in the header of a recording."""
 QUIET = 1e-7
 """Added to the variance of a recording before it is normalized; silence becomes zeros, as in transformers' feature
 extractor of wav2vec 2.0."""
@@ -66,21 +75,23 @@ def audio_classification(
         classes = class_folders(folder)
     known = list(classes or [])
     check_classes(known)
-    length = round(seconds * sampling_rate)
-    if length < 1 or sampling_rate < 1:
+    lowest, highest = RATES
+    if not lowest <= sampling_rate <= highest:
         raise QatkitError(
-            f"{seconds} seconds at a sampling rate of {sampling_rate} are {length} samples",
-            key="seconds",
-            advice="use numbers above 0",
+            f"{sampling_rate} is out of range",
+            key="sampling_rate",
+            advice=f"use an integer from {lowest} to {highest}",
         )
+    if not 1 / sampling_rate <= seconds <= LONGEST:  # false for NaN
+        raise QatkitError(
+            f"{seconds} is out of range", key="seconds", advice=f"use a number from 1 / sampling_rate to {LONGEST:.0f}"
+        )
+    length = round(seconds * sampling_rate)
 
     def sample_of(record: Mapping[str, Any]) -> Sample | BadRecord:
         number, media = class_of(record, label, known), media_in(record, column)
-        for bad in (number, media):
-            if isinstance(bad, BadRecord):
-                return bad
-        waveform(content_of(media), column, sampling_rate)  # type: ignore[arg-type]  # no BadRecord is left
-        return {"audio": media, "label": number}
+        waveform(content_of(media), column, sampling_rate)
+        return number if isinstance(number, BadRecord) else {"audio": media, "label": number}
 
     def decode(sample: Sample, generator: torch.Generator, random: bool) -> tuple[Tensor, int]:
         wave = torch.from_numpy(waveform(content_of(sample["audio"]), column, sampling_rate)).float()
@@ -100,7 +111,8 @@ def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.floa
     """Decode a recording ``[samples]``, averaged over its channels, at a sampling rate.
 
     Raises:
-        BadRecord: it cannot be decoded, has no samples, or contains NaN or infinite values.
+        BadRecord: it cannot be decoded, is truncated, has no samples or an impossible sampling rate, or contains NaN
+            or infinite values.
         QatkitError: soundfile or SciPy is not installed.
     """
     try:
@@ -113,7 +125,11 @@ def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.floa
             advice="run: pip install 'qatkit[audio]'",
         ) from error
     try:
-        samples, rate = soundfile.read(BytesIO(content), always_2d=True)
+        with soundfile.SoundFile(BytesIO(content)) as opened:
+            rate, announced = opened.samplerate, opened.frames
+            lost = _lost_bytes(opened.extra_info)
+            samples = opened.read(always_2d=True)
+            exact = opened.format != "MP3" or b"Xing" in content or b"Info" in content
     except Exception as error:  # libsndfile's errors, and those of its binding on damaged headers
         raise BadRecord(
             f"column '{column}' cannot be decoded as audio ({' '.join(str(error).split())[:100]})"
@@ -121,6 +137,10 @@ def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.floa
     mono: NDArray[np.float64] = samples.mean(axis=1)
     if not len(mono):
         raise BadRecord(f"column '{column}' has no samples")
+    if lost or (exact and announced - len(mono) > PADDING):
+        raise BadRecord(f"column '{column}' is truncated: its header announces more samples than the {len(mono)} in it")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise BadRecord(f"column '{column}' has a sampling rate of {rate} Hz, not from {RATES[0]} to {RATES[1]}")
     if not np.isfinite(mono).all():
         raise BadRecord(f"column '{column}' contains NaN or infinite samples")
     if rate == sampling_rate:
@@ -128,6 +148,15 @@ def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.floa
     shared = gcd(rate, sampling_rate)
     resampled: NDArray[np.float64] = resample_poly(mono, sampling_rate // shared, rate // shared)
     return resampled
+
+
+def _lost_bytes(log: str) -> bool:
+    """Whether the header of a WAV or AIFF file announces more data than the file has; libsndfile only logs it.
+
+    Programs that write to a pipe announce the largest number that fits, because they cannot know the length.
+    """
+    sizes = re.findall(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", log)
+    return any(int(found) < int(announced) < UNKNOWN for announced, found in sizes)
 
 
 audio_classification.task = "classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

@@ -109,7 +109,7 @@ def prepare(
         "streaming": source.streaming,
         "tokenizer": None if tokenizer is None else fingerprint(tokenizer),
         "options": options,
-        "layout": 3,
+        "layout": 4,
     }
     if source.streaming:
         for split in ("val", "test"):

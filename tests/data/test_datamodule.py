@@ -9,6 +9,8 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DistributedSampler
 
+from qatkit import QatkitError
+from qatkit.data import digits
 from qatkit.data.datamodule import SlicedSampler, SplitDataModule, unsliced
 
 DATA: Any = list(range(103))
@@ -52,3 +54,11 @@ def test_what_is_read_unsliced_does_not_depend_on_whether_the_processes_have_met
         assert first() != alone
     finally:
         distributed.destroy_process_group()
+
+
+def test_digits_have_any_size_from_one() -> None:
+    assert digits(size=16).train[0][0].shape == (1, 16, 16)
+    for size in (0, -8):
+        with pytest.raises(QatkitError, match=f"^size: {size} is out of range; use 1 or more"):
+            digits(size=size)
+    assert digits(0.1, 0.2, 0, 32, 5).batch_size == 32  # `size` was added later, so it comes last

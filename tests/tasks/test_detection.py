@@ -111,15 +111,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_boxes_are_relative_and_flipped_with_their_image(tmp_path: Path) -> None:
-    batch = next(iter(batches(tmp_path).train_dataloader()))
+    train = batches(tmp_path).train
     centers = set()
-    for image, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+    for number in range(8):
+        train.set_pass(number)
+        image, label = train[0]["pixel_values"], train[0]["labels"]
         (x, y, w, h), color = label["boxes"][0].tolist(), 2 * int(label["class_labels"][0])
         assert (w, h) == (0.5, 0.5)
         channel: Tensor = image[color]
         assert channel[int(16 * y), int(16 * x)] > channel.mean() + 0.5
         centers.add((x, y))
-    assert len(centers) == 4
+    (left, y), (right, other_y) = sorted(centers)  # the same image as it is, and flipped
+    assert (left, right) == (0.25, 0.75)
+    assert y == other_y
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,9 @@ def test_boxes_are_relative_and_flipped_with_their_image(tmp_path: Path) -> None
         ({"bbox": [[1, 2, 3, 4]], "category": []}, "column 'objects' has no lists 'bbox' and 'category'"),
         ({"bbox": [[1, 2, 3, 4]], "category": ["green"]}, "box 1 of column 'objects': category \"green\" is neither"),
         ({"bbox": [[1, 2, 0, 4]], "category": [0]}, r"box 1 of column 'objects' is \[1, 2, 0, 4\], which is empty or"),
+        ({"bbox": [[16, 2, 1, 4]], "category": [0]}, r"box 1 of .* is \[16, 2, 1, 4\], which is empty or outside the"),
+        ({"bbox": [[2, -1, 4, 1]], "category": [0]}, r"box 1 of .* is \[2, -1, 4, 1\], which is empty or outside the"),
+        ({"bbox": [[0.5, 2, 10**400, 4]], "category": [0]}, "box 1 of .*, which is empty or outside the image"),
         ({"bbox": [[1, 2, 3, 44]], "category": [0]}, "box 1 of .* outside the image of 16 x 16 pixels"),
     ],
 )
