@@ -227,10 +227,10 @@ PARTS: dict[str, Callable[[Size, Path, int, Tried], None]] = {
 def claims_of(rows: dict[str, list[Row]]) -> list[Claim]:
     """What qatkit promises, and how many trials kept it."""
     texts = {
-        "kills": "a killed run ends with the same bits",
-        "signals": "SIGTERM ends all processes in time, with a checkpoint",
-        "files": "a damaged file is named, or changes nothing",
-        "recipes": "a mutated recipe is valid or refused with its key",
+        "kills": "a resumed run is bit-identical",
+        "signals": "SIGTERM saves a checkpoint and ends all processes in time",
+        "files": "a corrupted file is reported, or changes nothing",
+        "recipes": "a mutated recipe is valid, or an error names its key",
     }
     claims = []
     for part, text in texts.items():

@@ -103,8 +103,8 @@ def masks(size: dict[str, int], device: torch.device) -> list[Row]:
     weight = torch.randn(side, side, device=device)
     one: Methods = {"qatkit": ours, "global_unstructured": torch_prune}
     two: Methods = {"qatkit": lambda: nm_mask(weight, 2, 4), "six patterns": lambda: six_patterns(weight)}
-    rows = measured(f"50% of {size['weights']:,} float32 weights", one, size["turns"], device)
-    return rows + measured(f"2:4 of {side} x {side} float32", two, size["turns"], device)
+    rows = measured(f"prune 50% of {size['weights']:,} float32 weights", one, size["turns"], device)
+    return rows + measured(f"2:4 mask of {side} x {side} float32", two, size["turns"], device)
 
 
 def products(size: dict[str, int], device: torch.device) -> list[Row]:
@@ -124,7 +124,7 @@ def products(size: dict[str, int], device: torch.device) -> list[Row]:
             x = torch.randn(size["tokens"], side, device=device, dtype=torch.bfloat16)
             # each as it is called: both lambdas run before the next side
             methods: Methods = {"dense": lambda: dense(x), "use_sparse_kernels": lambda: sparse(x)}  # noqa: B023
-            what = f"{size['tokens']:,} x {side} x {side}, 2:4 zeros, bfloat16"
+            what = f"{size['tokens']:,} x {side} x {side}, 2:4 sparse, bfloat16"
             rows += measured(what, methods, size["turns"], device, calls=20)
     return rows
 
@@ -146,7 +146,10 @@ def adapters(size: dict[str, int], device: torch.device) -> list[Row]:
         tokens = torch.randint(size["vocabulary"], (size["rows"], size["context"]))
     base = base.bfloat16() if cuda else base
     count = sum(parameter.numel() for parameter in base.parameters()) / 1e6
-    what = f"a step of a Llama of {count:.0f}M weights, {tokens.numel():,} tokens, memory with weights and optimizer"
+    what = (
+        f"training step of a {count:.0f}M-parameter Llama, {tokens.numel():,} tokens "
+        "(memory: with weights and optimizer)"
+    )
     rows = []
     for name in names:
         gc.collect()
@@ -173,17 +176,19 @@ PARTS: tuple[Callable[[dict[str, int], torch.device], list[Row]], ...] = (
 
 def claims_of(rows: list[Row]) -> list[Claim]:
     """Targets on a GPU of the class of an H200."""
-    broken = [f"{row['method']} ({row['what'].split(',')[0]})" for row in rows if row["ms"] == FAILED]
+    broken = [f"{row['method']} ({row['operation'].split(',')[0]})" for row in rows if row["ms"] == FAILED]
     claims = [Claim("methods that ran", "all", f"failed: {', '.join(broken)}" if broken else "all", not broken)]
-    found = {row["method"]: row for row in rows if row["what"].startswith("CE + KL") and row["ms"] != FAILED}
+    found = {row["method"]: row for row in rows if row["operation"].startswith("CE + KL") and row["ms"] != FAILED}
     ours, theirs = found.get("qatkit.linear_kd_loss"), found.get("Liger Kernel")
     if ours:
         time, memory = ours["ms"], ours["extra memory, MB"]
         claims.append(Claim("linear_kd_loss, time", "<= 40 ms", f"{time:.1f} ms", time <= 40))
         claims.append(Claim("linear_kd_loss, memory", "<= 3000 MB", f"{memory} MB", memory <= 3000))
     if ours and theirs:
-        text = f"{ours['ms']:.1f} ms against {theirs['ms']:.1f} ms"
-        claims.append(Claim("linear_kd_loss against Liger Kernel", "not slower", text, ours["ms"] <= theirs["ms"]))
+        text = f"{ours['ms']:.1f} ms and {theirs['ms']:.1f} ms"
+        claims.append(
+            Claim("linear_kd_loss compared with Liger Kernel", "not slower", text, ours["ms"] <= theirs["ms"])
+        )
     return claims + gpu_qat.claims_of(rows)
 
 
@@ -206,7 +211,7 @@ def main(quick: bool) -> None:
             print(" | ".join(str(value) for value in row.values()))
         sys.exit(any(row["ms"] == FAILED for row in rows))
     for row in rows:
-        row["what"] = f"{row['what']}; {torch.cuda.get_device_name()}"
+        row["operation"] = f"{row['operation']}; {torch.cuda.get_device_name()}"
     finish("gpu", rows, claims_of(rows))
 
 

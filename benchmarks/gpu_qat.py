@@ -77,17 +77,21 @@ def _torchao(model: nn.Module, inputs: bool) -> None:
 
 def claims_of(rows: list[Row]) -> list[Claim]:
     """Not slower than torchao, and, compiled, an overhead at most as large as that of torchtune on a whole model."""
-    times = {row["method"]: row["ms"] for row in rows if row["what"].startswith("QAT step") and row["ms"] != FAILED}
+    times = {
+        row["method"]: row["ms"] for row in rows if row["operation"].startswith("QAT step") and row["ms"] != FAILED
+    }
     claims = []
     for mode in ("", ", compiled"):
         plain = times.get(f"plain{mode}")
         for name in FORMATS:
             ours, theirs = (times.get(f"{who} {name}{mode}") for who in ("qatkit", "torchao"))
             if ours is not None and theirs is not None:
-                seen = f"{ours:.2f} ms against {theirs:.2f} ms"
-                claims.append(Claim(f"QAT step, {name}{mode}, against torchao", "not slower", seen, ours <= theirs))
+                seen = f"{ours:.2f} ms and {theirs:.2f} ms"
+                claims.append(
+                    Claim(f"QAT step, {name}{mode}, compared with torchao", "not slower", seen, ours <= theirs)
+                )
             if mode and ours is not None and plain is not None:
                 share = ours / plain
-                text = f"QAT step, {name}{mode}, over a plain one"
+                text = f"QAT step, {name}{mode}, relative to a step without QAT"
                 claims.append(Claim(text, f"<= {TORCHTUNE:.2f}x", f"{share:.2f}x", share <= TORCHTUNE))
     return claims

@@ -50,7 +50,7 @@ def measured(
     return [
         broken.get(name)
         or {
-            "what": what,
+            "operation": what,
             "method": name,
             "ms": round(median(times[name]), 3),
             "extra memory, MB": round(memory[name] / 1e6) if device.type == "cuda" else "",
@@ -65,7 +65,7 @@ def failed(what: str, method: str, error: Exception) -> Row:
     traceback.print_exception(error)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {"what": what, "method": method, "ms": FAILED, "extra memory, MB": type(error).__name__}
+    return {"operation": what, "method": method, "ms": FAILED, "extra memory, MB": type(error).__name__}
 
 
 def _once(method: Callable[[], object], device: torch.device, held: int | None, calls: int) -> tuple[float, int]:

@@ -38,7 +38,7 @@ ROWS = {
     "dense": "dense",
     BASELINE[-1]: "dense, trained further",
     "magnitude24": "2:4 by magnitude, one-shot",
-    "one_shot": "2:4 by magnitude and int4 by rounding, one-shot",
+    "one_shot": "2:4 by magnitude and round-to-nearest int4, one-shot",
     "sparse24": "2:4, trained + KD",
     "int4": "2:4 and int4, trained + KD",
 }
@@ -99,7 +99,7 @@ def claims_of(seeds: list[dict[str, float]]) -> list[Claim]:
     """Targets of the recipe."""
     shares = [recovered(losses, "int4") for losses in seeds]
     seen = f"{mean(shares):.1%} ({', '.join(f'{share:.1%}' for share in shares)})"
-    return [Claim("recovered by 2:4, KD and int4, mean over seeds", ">= 90%", seen, mean(shares) >= 0.9)]
+    return [Claim("loss recovered by 2:4, KD and int4, mean over seeds", ">= 90%", seen, mean(shares) >= 0.9)]
 
 
 def _spread(values: list[float], digits: int) -> str:

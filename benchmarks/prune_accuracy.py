@@ -97,7 +97,7 @@ def rows_of(journal: Journal, sparsities: Iterable[float]) -> list[dict[str, Any
             found = [journal.values(name, "digits", method, share) for name in ("zeros", "accuracy")]
             rows.append(digits_row(method, *found))
     for sparsity, _ in journal.size.rounds:
-        for name, words in (("ticket", "lottery ticket"), ("reinit", "the ticket's mask, fresh weights")):
+        for name, words in (("ticket", "lottery ticket"), ("reinit", "ticket mask, new initialization")):
             found = [journal.values(f"{key} {sparsity:.0%}", "digits", "lottery") for key in ("zeros", name)]
             rows.append(digits_row(words, *found))
 
@@ -131,7 +131,7 @@ def _row(task: str, method: str, zeros: list[float], value: str, against: str, s
         "method": method,
         "zeros": f"{mean(zeros):.1%}",
         "test accuracy, or held-out loss": value,
-        "points against dense, or recovered": against,
+        "difference from dense, or recovered": against,
         "seeds": seeds,
     }
 
@@ -141,16 +141,16 @@ def claims_of(journal: Journal) -> list[Claim]:
     dense = mean(journal.values("accuracy", "digits", "dense"))
     gradual = mean(journal.values("accuracy", "digits", "gradual + KD", 0.9))
     seen = f"{gradual:.2%} and {dense:.2%}"
-    claims = [Claim("digits: gradual + KD at 90% against dense", "within 1 point", seen, dense - gradual <= 0.01)]
+    claims = [Claim("digits: gradual + KD at 90% compared with dense", "within 1 point", seen, dense - gradual <= 0.01)]
     ticket, control = (journal.values(f"{name} 90%", "digits", "lottery") for name in ("ticket", "reinit"))
     wide = max(stdev(ticket), stdev(control))
     seen = f"{spread(ticket)} and {spread(control)}"
-    text = "digits: winning ticket against fresh weights at 90%"
-    claims.append(Claim(text, "above by more than the spread", seen, mean(ticket) - mean(control) > wide))
+    text = "digits: lottery ticket compared with new initialization at 90%"
+    claims.append(Claim(text, "higher by more than the spread", seen, mean(ticket) - mean(control) > wide))
     baseline, rounded = _text_scale(journal)
     for method in TRAINED[1:]:
         share = (rounded - mean(journal.values("loss", "text", method))) / (rounded - baseline)
-        claims.append(Claim(f"text: recovered by {method}", ">= 94%", f"{share * 100:.1f}%", share >= 0.94))
+        claims.append(Claim(f"text: loss recovered by {method}", ">= 94%", f"{share * 100:.1f}%", share >= 0.94))
     return claims
 
 

@@ -118,25 +118,25 @@ def over_the_model(numel: int, turns: int) -> tuple[list[dict[str, object]], lis
         for name, runs in found.items():
             rows.append(
                 {
-                    "what": f"{SPARSITY:.0%} of {numel:,} {dtype} weights",
+                    "operation": f"prune {SPARSITY:.0%} of {numel:,} {dtype} weights",
                     "method": name,
                     "ms": 1000 * seconds[name],
-                    "peak memory over the weights'": f"{memory[name]:.2f}x",
+                    "peak memory / weight memory": f"{memory[name]:.2f}x",
                     "pruned": f"{runs[0][2]:,}",
                 }
             )
         ratio, limit = seconds["qatkit"] / seconds["global_unstructured"], 0.35 if dtype == "float32" else 0.6
         exact = all(run[2] == round(SPARSITY * numel) for run in found["qatkit"])
-        what = f"{numel:,} {dtype} weights over the model"
+        what = f"{numel:,} {dtype} weights, model-wide"
         claims += [
-            Claim(f"time of masks, {what}", "<= 0.25x of global_unstructured", f"{ratio:.3f}x", ratio <= 0.25),
+            Claim(f"time to compute masks, {what}", "<= 0.25x of global_unstructured", f"{ratio:.3f}x", ratio <= 0.25),
             Claim(
-                f"extra memory of masks, {what}",
+                f"extra memory to compute masks, {what}",
                 f"<= {limit}x of the weights",
                 f"{memory['qatkit']:.2f}x",
                 memory["qatkit"] <= limit,
             ),
-            Claim(f"count of masks, {what}", "exact", f"{found['qatkit'][0][2]:,}", exact),
+            Claim(f"number of pruned weights, {what}", "exact", f"{found['qatkit'][0][2]:,}", exact),
         ]
     return rows, claims
 
@@ -164,16 +164,18 @@ def two_of_four(turns: int) -> tuple[list[dict[str, object]], list[Claim]]:
             seconds[name].append(time.perf_counter() - start)
     rows: list[dict[str, object]] = [
         {
-            "what": "2:4 of 4096 x 4096 float32",
+            "operation": "2:4 mask of 4096 x 4096 float32",
             "method": name,
             "ms": 1000 * median(values),
-            "peak memory over the weights'": "",
+            "peak memory / weight memory": "",
             "pruned": f"{int((~masks[name]).sum()):,}",
         }
         for name, values in seconds.items()
     ]
     ratio = median(seconds["qatkit"]) / median(seconds["six patterns"])
-    return rows, [Claim("time of a 2:4 mask, 4096 x 4096", "<= 0.25x of six patterns", f"{ratio:.3f}x", ratio <= 0.25)]
+    return rows, [
+        Claim("time to compute a 2:4 mask, 4096 x 4096", "<= 0.25x of six patterns", f"{ratio:.3f}x", ratio <= 0.25)
+    ]
 
 
 class Held(ConstantPruning):
@@ -239,20 +241,22 @@ def holding(steps: int) -> tuple[list[dict[str, object]], list[Claim]]:
     added = median(held.own[warm_up:]) / (median(held.steps[warm_up:]) - median(held.own[warm_up:]))
     parameters = sum(weight.numel() for weight in weights.values())
     row: dict[str, object] = {
-        "what": f"holding {SPARSITY:.0%} of {parameters:,} weights through a step of 1024 tokens",
+        "operation": f"keep {SPARSITY:.0%} of {parameters:,} weights at zero for a step of 1024 tokens",
         "method": "qatkit",
         "ms": 1000 * median(held.own[warm_up:]),
-        "peak memory over the weights'": "",
+        "peak memory / weight memory": "",
         "pruned": f"{sum(count_zeros(weights).values()):,}",
     }
-    return [row], [Claim("ConstantPruning() adds to a step of 1024 tokens", "<= 2%", f"{added:.2%}", added <= 0.02)]
+    return [row], [
+        Claim("overhead of ConstantPruning() in a step of 1024 tokens", "<= 2%", f"{added:.2%}", added <= 0.02)
+    ]
 
 
 def measured_before() -> tuple[list[dict[str, object]], list[Claim]]:
     """The rows of the results file for masks over a model."""
     content = json.loads((RESULTS / "prune_cost.json").read_text())
-    rows = [row for row in content["rows"] if row["what"].startswith(f"{SPARSITY:.0%} of")]
-    return rows, [Claim(**claim) for claim in content["claims"] if claim["text"].endswith("over the model")]
+    rows = [row for row in content["rows"] if row["operation"].startswith(f"prune {SPARSITY:.0%} of")]
+    return rows, [Claim(**claim) for claim in content["claims"] if claim["text"].endswith("model-wide")]
 
 
 def main(numel: int, turns: int, keep: bool) -> None:

@@ -159,7 +159,7 @@ def _row(
         "format": form,
         "method": method,
         "held-out loss": f"{value:.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
-        "minus baseline": f"{value - baseline:+.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
+        "difference from baseline": f"{value - baseline:+.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
         "recovered": "-" if recovered is None else f"{recovered * 100:.1f}%",
         "lr": f"{job.lr:g}" if job else "-",
         "seeds": len(losses),
@@ -180,26 +180,30 @@ def claims_of(journal: Journal, formats: list[str]) -> list[Claim]:
         spread = max(stdev(losses), stdev(on))
         seen = f"{mean(losses):.4f} and {baseline:.4f}, spread {spread:.4f}"
         holds = mean(losses) <= baseline - spread
-        claims.append(Claim(f"{form}: loss of QAT + KD", "below the baseline by the spread", seen, holds))
+        claims.append(Claim(f"{form}: loss of QAT + KD", "below the baseline by at least the spread", seen, holds))
     for form, target in (("W2 g32", 0.93), ("ternary", 0.85), ("W4A8", 0.97), ("W4A4", 0.85), ("W4A4 g32", 0.85)):
         share = recovered(form, journal.seeds(form, "QAT + KD"))
         claims.append(
-            Claim(f"{form}: recovered by QAT + KD", f">= {target:.0%}", f"{share * 100:.1f}%", share >= target)
+            Claim(f"{form}: loss recovered by QAT + KD", f">= {target:.0%}", f"{share * 100:.1f}%", share >= target)
         )
     for form in formats:
         if FORMATS[form].scheme.weight is not None:
             ours, theirs = mean(journal.seeds(form, "QAT + KD")), journal.loss(Job(form, "GPTQ"))
             claims.append(
-                Claim(f"{form}: QAT + KD against GPTQ", "lower loss", f"{ours:.4f} and {theirs:.4f}", ours < theirs)
+                Claim(
+                    f"{form}: QAT + KD compared with GPTQ", "lower loss", f"{ours:.4f} and {theirs:.4f}", ours < theirs
+                )
             )
     for form in AGAINST_TORCHAO:
         ours, theirs = (recovered(form, journal.seeds(form, m)) for m in ("QAT + KD", "torchao QAT"))
         seen = f"{ours * 100:.1f}% and {theirs * 100:.1f}%"
-        claims.append(Claim(f"{form}: QAT + KD against torchao QAT", "+10 points", seen, ours - theirs >= 0.1))
+        claims.append(Claim(f"{form}: QAT + KD compared with torchao QAT", "+10 points", seen, ours - theirs >= 0.1))
     mixed = mean(journal.loss(Job("mixed", "QAT + KD", journal.best("W3 g32", "QAT + KD").lr, seed)) for seed in SEEDS)
     uniform = mean(journal.seeds("W3 g32", "QAT + KD"))
     seen = f"{mixed:.4f} and {uniform:.4f}; {journal.content['mixed']}"
-    claims.append(Claim("mixed against uniform W3 g32, QAT + KD", "lower loss at equal bytes", seen, mixed < uniform))
+    claims.append(
+        Claim("mixed compared with uniform W3 g32, QAT + KD", "lower loss at equal bytes", seen, mixed < uniform)
+    )
     return claims
 
 

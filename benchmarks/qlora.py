@@ -126,9 +126,9 @@ def main(quick: bool) -> None:
                 "method": method,
                 "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "step, ms": f"{medians[method] * 1000:.0f}",
-                "of LoRA": f"{medians[method] / medians['LoRA']:.2f}x",
+                "relative to LoRA": f"{medians[method] / medians['LoRA']:.2f}x",
                 "weights and optimizer, MB": f"{stays / 1e6:.1f}",
-                "peak of tensors, MB": f"{(stays + peaks[method]) / 1e6:.1f}",
+                "peak tensor memory, MB": f"{(stays + peaks[method]) / 1e6:.1f}",
                 "held-out loss": f"{evaluate(model.eval(), held_out)['loss']:.4f} (before: {start:.4f})",
             }
         )
@@ -137,11 +137,11 @@ def main(quick: bool) -> None:
             print(" | ".join(str(value) for value in row.values()))
         return
     share = medians["QLoRA nf4"] / medians["LoRA"]
-    memory_of = {row["method"]: float(row["peak of tensors, MB"]) for row in table}
+    memory_of = {row["method"]: float(row["peak tensor memory, MB"]) for row in table}
     claims = [
-        Claim("a QLoRA step (nf4) over a LoRA step", "<= 1.35x", f"{share:.2f}x", share <= 1.35),
+        Claim("time of a QLoRA step (nf4) relative to a LoRA step", "<= 1.35x", f"{share:.2f}x", share <= 1.35),
         Claim(
-            "peak memory of tensors: QLoRA below LoRA below full fine-tuning",
+            "peak tensor memory: QLoRA < LoRA < full fine-tuning",
             "in this order",
             " < ".join(f"{memory_of[m]:.0f} MB" for m in ("QLoRA nf4", "LoRA", "full fine-tuning")),
             memory_of["QLoRA nf4"] < memory_of["LoRA"] < memory_of["full fine-tuning"],

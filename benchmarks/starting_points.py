@@ -162,7 +162,7 @@ def main(steps: int, rows: int) -> None:
                 "method": method,
                 "format": form,
                 "scales": observer,
-                "weights rounded to nearest": rtn,
+                "round-to-nearest": rtn,
                 "qatkit": own,
                 "llm-compressor": their,
                 "qatkit / llm-compressor": own / their,

@@ -74,7 +74,7 @@ def recipe_description(name: str) -> str:
 
     Example:
         >>> recipe_description("vision/digits_int8")
-        'Quantize a small CNN to int8 weights and activations, with the dense model as the teacher.'
+        'Train a small CNN with int8 weights and activations and the dense model as the teacher.'
     """
     return recipe_text(name).splitlines()[0].lstrip("# ")
 

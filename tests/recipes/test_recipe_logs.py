@@ -25,7 +25,7 @@ def test_every_recipe_that_is_logged_ships_and_has_its_log() -> None:
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_log_is_named_by_its_recipe_and_of_what_the_recipe_says_now(name: str) -> None:
-    assert f"{name.rpartition('/')[2]}.md beside this file" in header_of(name)
+    assert f"{name.rpartition('/')[2]}.md in this folder" in header_of(name)
     text = (RECIPES / f"{name}.md").read_text()
     if "recipe_logs.py" in text:
         assert text.endswith(f"; recipe {values_of(name)}.\n"), f"run python benchmarks/recipe_logs.py {name}"
