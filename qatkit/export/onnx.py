@@ -111,7 +111,7 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str, task: Task | s
 
     Raises:
         QatkitError: ONNX is not installed, QDQ does not support a layer's quantization, a layer is not calibrated, a
-            weight is not float32, the example does not fit `forward`, or PyTorch cannot trace the model.
+            weight is not float32, `forward` fails on the example or returns no tensor, or PyTorch cannot trace it.
 
     Example:
         >>> import tempfile, torch

@@ -20,9 +20,9 @@ from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.onnx_constants import decode_when_loaded
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
-from qatkit.export.output_tensors import tensors
+from qatkit.export.output_tensors import kinds, tensors
 from qatkit.export.qdq import QDQ
-from qatkit.export.runtime import ONLY_OUTPUT
+from qatkit.export.runtime import NAMED, ONLY_OUTPUT
 from qatkit.spec import QuantSpec
 
 
@@ -60,10 +60,10 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
         opset: The ONNX operator set.
 
     Raises:
-        QatkitError: PyTorch cannot trace the model.
+        QatkitError: the model fails on the example or returns no tensor, or PyTorch cannot trace it.
     """
-    with _quiet(), torch.no_grad():
-        names = [name or ONLY_OUTPUT for name in tensors(model(**inputs.tensors))]
+    found = _outputs_of(model, inputs)
+    names = [name or ONLY_OUTPUT for name in found]
     if both := inputs.tensors.keys() & set(names):
         raise QatkitError(
             f"'{min(both)}' is the name of an input and of an output", advice="rename the output of the model"
@@ -71,7 +71,7 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
     _return_tensors(model)
     fixed = sorted({name for axes in inputs.axes.values() for axis, name in axes.items() if axis > 0})
     try:
-        return _traced(model, inputs.tensors, names, inputs.axes, opset)
+        return _named(_traced(model, inputs.tensors, names, inputs.axes, opset), found)
     except _NotTraceable as error:
         problem = error
     try:
@@ -89,6 +89,38 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
         QatkitWarning,
         stacklevel=3,
     )
+    return _named(program, found)
+
+
+def _outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    try:
+        with _quiet(), torch.no_grad():
+            outputs = model(**inputs.tensors)
+    except Exception as error:  # a forward may raise anything
+        raise QatkitError(
+            f"the model fails on the example: {type(error).__name__}: {error}",
+            advice="pass the inputs of one call; if `forward` computes with the weight of a quantized layer itself, "
+            "exclude that layer",
+        ) from error
+    if not (found := tensors(outputs)):
+        raise QatkitError(
+            f"the model returned {kinds(outputs)}, which contains no tensor",
+            advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
+        )
+    return found
+
+
+def _named(program: Any, outputs: dict[str, Tensor]) -> Any:
+    """Rename constants that have the name of an input or output, and mark a mapping of one output as such."""
+    graph = program.model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        constant = graph.initializers.get(value.name)
+        if constant is not None and constant is not value:
+            del graph.initializers[value.name]
+            constant.name = f"{value.name}.constant"
+            graph.initializers[constant.name] = constant
+    if list(outputs) == [ONLY_OUTPUT]:
+        program.model.metadata_props[NAMED] = "true"
     return program
 
 
@@ -113,17 +145,21 @@ def _traced(model: nn.Module, kwargs: dict[str, Tensor], outputs: list[str], axe
                 verbose=False,
             )
     except Exception as error:  # torch.onnx wraps whatever a forward raises during tracing
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise _NotTraceable(reason[0] if reason else type(error).__name__) from error
+        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        heading = 1 + (len(lines) > 1 and lines[0].endswith(":"))
+        raise _NotTraceable(" ".join(lines[:heading]) or type(error).__name__) from error
 
 
 def _return_tensors(model: nn.Module) -> None:
-    """Let a model return the list of its output tensors: torch.export does not know every container."""
+    """Let a model return the list of its output tensors: torch.export does not know every container.
+
+    They are copies, because a tensor that is an input or is returned twice would keep only its last name.
+    """
     forward = model.forward
 
     @functools.wraps(forward)
     def listed(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return list(tensors(forward(*args, **kwargs)).values())
+        return [tensor.clone() for tensor in tensors(forward(*args, **kwargs)).values()]
 
     model.forward = listed
 

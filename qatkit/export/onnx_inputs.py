@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.output_tensors import kinds
 from qatkit.tasks.table import TASKS, Task
 
@@ -35,7 +37,9 @@ class Inputs:
 def inputs_of(model: nn.Module, example: Any, task: Task | None) -> Inputs:
     """Name the tensors of an example after the parameters of the model's `forward`.
 
-    The first dimension is the batch wherever it has the size that it has in the first tensor. The task adds others.
+    The first dimension is the batch wherever it has its most frequent size; a warning names the other inputs. The task
+    adds further dimensions. Where one of them has another size than in the first input that has it, text has a
+    dimension of its own, and anything else a fixed one.
 
     Args:
         model: The model.
@@ -48,24 +52,46 @@ def inputs_of(model: nn.Module, example: Any, task: Task | None) -> Inputs:
             of `forward`.
     """
     tensors = _by_name(model, example)
-    first = next(iter(tensors.values()))
+    batch = _batch_size(tensors)
     names = {0: "batch"}
     if task is not None:
         names |= task.free_dims
     elif isinstance(example, Mapping) and any(_is_text(tensor) for tensor in tensors.values()):
         names |= TASKS["text_classification"].free_dims
     axes: Axes = {}
+    sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
-        in_batch = tensor.dim() > 0 and len(tensor) == len(first)
+        in_batch = tensor.dim() > 0 and len(tensor) == batch
         prefix = "decoder_" if name.startswith("decoder_") else ""
-        axes[name] = {
-            axis: word if axis == 0 else prefix + word
-            for axis, word in names.items()
-            if in_batch and axis < tensor.dim()
-        }
-        if in_batch and len(first) == 1:  # torch.export may treat a batch size of one as a constant
+        axes[name] = {}
+        for axis, word in names.items() if in_batch else ():
+            if axis < tensor.dim():
+                free = word if axis == 0 else prefix + word
+                if sizes.setdefault(free, tensor.shape[axis]) == tensor.shape[axis]:
+                    axes[name][axis] = free
+                elif _is_text(tensor):
+                    axes[name][axis] = f"{name}_{word}"
+        if in_batch and batch == 1:  # torch.export may treat a batch size of one as a constant
             tensors[name] = torch.cat([tensor, tensor])
     return Inputs(tensors, axes)
+
+
+def _batch_size(tensors: dict[str, Tensor]) -> int:
+    sizes = {name: len(tensor) for name, tensor in tensors.items() if tensor.dim()}
+    if not sizes:
+        raise QatkitError(
+            f"{', '.join(tensors)} of the example has no dimension, and the first one is the batch",
+            advice="pass tensors [batch, ...]",
+        )
+    batch = Counter(sizes.values()).most_common(1)[0][0]
+    if others := [f"'{name}' ({size})" for name, size in sizes.items() if size != batch]:
+        warnings.warn(
+            f"the batch of the example is {batch}, so the first dimension of {', '.join(others)} has a fixed size in "
+            "the exported file",
+            QatkitWarning,
+            stacklevel=4,
+        )
+    return batch
 
 
 def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:

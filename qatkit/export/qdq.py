@@ -56,6 +56,21 @@ class _Codes(nn.Module):
         self.register_buffer("zero_point", zero_point)
         self.block_size = block_size
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the decoded values: a `forward` may convert its input to ``layer.weight.dtype``."""
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As `dtype`."""
+        return self.scale.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """As `dtype`."""
+        return self.codes.shape
+
     def forward(self) -> Tensor:
         out: Tensor = torch.ops.qatkit.dequantize_linear(self.codes, self.scale, self.zero_point, self.block_size)
         return out

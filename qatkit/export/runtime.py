@@ -28,6 +28,8 @@ _FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "
 
 ONLY_OUTPUT = "output"
 """Name of the output in the file of a model that returns one tensor; others are named as the model names them."""
+NAMED = "qatkit.named_output"
+"""Metadata of the file of a model that returns one tensor in a mapping, under the name `ONLY_OUTPUT`."""
 
 
 class Runtime:
@@ -42,6 +44,8 @@ class Runtime:
         self.threads = threads
         self._session = session
         self._inputs = [value.name for value in session.get_inputs()]
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._single = self._outputs == [ONLY_OUTPUT] and NAMED not in session.get_modelmeta().custom_metadata_map
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
         """The output of the model; several are returned in dicts and tuples, as the model returns them.
@@ -58,9 +62,8 @@ class Runtime:
                 advice="pass the inputs of the example that the model was exported with",
             )
         feed = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-        names = [output.name for output in self._session.get_outputs()]
-        flat = dict(zip(names, map(torch.from_numpy, self._session.run(None, feed)), strict=True))
-        return flat[ONLY_OUTPUT] if names == [ONLY_OUTPUT] else nested(flat)
+        flat = dict(zip(self._outputs, map(torch.from_numpy, self._session.run(None, feed)), strict=True))
+        return flat[ONLY_OUTPUT] if self._single else nested(flat)
 
 
 @dataclass(frozen=True)
