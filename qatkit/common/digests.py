@@ -33,8 +33,40 @@ def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
     return None
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files in a folder at any depth, sorted; links are followed, and hidden files and folders do not count."""
+    return _below(folder, frozenset())
+
+
+def _below(folder: Path, above: frozenset[Path]) -> list[Path]:
+    place = folder.resolve()
+    if place in above:  # a link to a folder that holds it
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            found += _below(path, above | {place}) if path.is_dir() else [path]
+    return found
+
+
 def listing_digest(folder: Path) -> str:
-    """A hash of the names and sizes of all files in a folder, at any depth; their content is not read."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in files]
+    """A hash of the names and sizes of the visible files in a folder, at any depth; their content is not read."""
+    return sizes_digest((path.relative_to(folder).as_posix(), path) for path in visible_files(folder))
+
+
+def sizes_digest(files: Iterable[tuple[str, Path]], times: bool = False) -> str:
+    """A hash of names and the sizes of their files, which may not exist; the content is not read.
+
+    Args:
+        files: Names and files.
+        times: Include the time of the last change, which a copy of the file need not keep.
+    """
+    listing: list[list[object]] = []
+    for name, path in files:
+        try:
+            status = path.stat()
+        except OSError:  # a missing file is noticed where it is read
+            listing.append([name])
+        else:
+            listing.append([name, status.st_size, *([status.st_mtime_ns] if times else [])])
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from qatkit.data.columns import missing, words_in
+from qatkit.data.classes import check_classes, class_of
+from qatkit.data.columns import words_in
 from qatkit.data.records import Records, fitting, pad
 from qatkit.data.source import BadRecord, Source
 from qatkit.data.tokenizers import load_tokenizer, padding_id
 from qatkit.data.tokens import Encoded, prepare, refuse_stream
-from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
     from qatkit.data.token_datamodule import TokenDataModule
@@ -98,85 +95,6 @@ def text_classification(
     )
     data.classes = list(classes)
     return data
-
-
-def check_classes(classes: Sequence[str]) -> None:
-    """Raise unless there are two or more different class names.
-
-    Raises:
-        QatkitError: there are fewer, or one occurs twice.
-    """
-    if len(set(classes)) < max(2, len(classes)):
-        raise QatkitError(
-            f"{list(classes)} is not a list of two or more different names",
-            key="classes",
-            advice="name each class once, in the order of the model's outputs",
-        )
-
-
-def class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:
-    """Return the index of a record's class, or the reason why it has none.
-
-    If names of classes are numbers, a number is such a name and never an index.
-
-    Example:
-        >>> class_of({"label": "dog"}, "label", ["cat", "dog"]), class_of({"label": 0}, "label", ["cat", "dog"])
-        (1, 0)
-    """
-    if column not in record:
-        return missing(record, column)
-    value = record[column]
-    position = position_of(value, classes)
-    if position is not None:
-        return position
-    number = _number(value)
-    if _named_numbers(tuple(classes)):
-        return BadRecord(f"{column} {_shown(value)} is not one of {list(classes)}, some of which are numbers")
-    if number is not None and number.is_integer() and 0 <= number < len(classes):
-        return int(number)
-    return BadRecord(f"{column} {_shown(value)} is neither one of {list(classes)} nor an index")
-
-
-def position_of(value: Any, names: Sequence[str]) -> int | None:
-    """Return the position of a value among names; numbers are equal however a file writes them.
-
-    A CSV file gives "1" or "1.0" where JSON lines and Parquet give 1 or 1.0.
-
-    Example:
-        >>> position_of("b", ["a", "b"]), position_of(1.0, ["0", "1"]), position_of("1", ["0.0", "1.0"])
-        (1, 1, 1)
-    """
-    if isinstance(value, str) and value in names:
-        return list(names).index(value)
-    number = _number(value)
-    return None if number is None else _named_numbers(tuple(names)).get(number)
-
-
-@lru_cache(maxsize=64)
-def _named_numbers(names: tuple[str, ...]) -> dict[float, int]:
-    """The positions of the names that are numbers."""
-    found: dict[float, int] = {}
-    for index, name in enumerate(names):
-        if (number := _number(name)) is not None:
-            found.setdefault(number, index)
-    return found
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
-        return None
-    if isinstance(value, str) and "_" in value:  # Python reads 1_0 as ten
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _shown(value: Any) -> str:
-    shown = json.dumps(value, default=str)
-    return shown if len(shown) <= 100 else f"{shown[:100]}..."
 
 
 text_classification.task = "text_classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qatkit.data.source import BadRecord
+from qatkit.data.source import BadRecord, missing
 from qatkit.data.tokens import Encoded, Row
 
 
@@ -51,11 +51,6 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
         except UnicodeEncodeError:  # JSON can represent it, but tokenizers cannot read it
             return BadRecord(f"column '{column}' contains a lone surrogate (half a character)")
     return text
-
-
-def missing(record: Mapping[str, Any], column: str) -> BadRecord:
-    """Return the reason why a record without a column cannot be used."""
-    return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
 
 
 def words_in(record: Mapping[str, Any], column: str) -> str | BadRecord:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qatkit.data.classification import check_classes, class_of
+from qatkit.data.classes import check_classes, class_of
 from qatkit.data.media import Loading, Sample, content_of, media_in, media_module
 from qatkit.data.pictures import ImageFormat, decoded, random_flip
 from qatkit.data.source import BadRecord, Source
@@ -122,3 +122,4 @@ def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor | list[dict[
 
 
 image_detection.task = "detection"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
+image_detection.media = ("column",)  # type: ignore[attr-defined]  # read by `qatkit.run.fingerprint`

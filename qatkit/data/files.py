@@ -35,7 +35,7 @@ def local_files(pattern: str, argument: str) -> list[Path]:
         raise QatkitError(
             f"'{pattern}' {'is a folder' if is_folder else 'matches no file'}",
             key=argument,
-            advice="use a path such as 'texts/*.jsonl'",
+            advice="use the path of an existing file, or a glob such as 'texts/*.jsonl'",
         )
     for file in files:
         if file.suffix not in READERS:

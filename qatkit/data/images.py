@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qatkit.common.labels import IGNORED
-from qatkit.data.classification import check_classes, class_of
+from qatkit.data.classes import check_classes, class_of
+from qatkit.data.folders import classes_of
 from qatkit.data.media import Loading, Sample, content_of, media_in, media_module
-from qatkit.data.parts import class_folders
 from qatkit.data.pictures import Box, ImageFormat, center_box, decoded, decoded_mask, random_box, random_flip
 from qatkit.data.source import BadRecord, Source
 
@@ -52,11 +51,7 @@ def image_classification(
         QatkitError: there are fewer than two classes, an image is missing or cannot be decoded, a record has no known
             class, or a split would be empty.
     """
-    folder = Path(source.path).expanduser()
-    if classes is None and folder.is_dir():
-        classes = class_folders(folder)
-    known = list(classes or [])
-    check_classes(known)
+    known = classes_of(source, classes)
     shape = images or ImageFormat()
 
     def sample_of(record: Mapping[str, Any]) -> Sample | BadRecord:
@@ -193,7 +188,10 @@ def _part(image: Image, shape: ImageFormat, random: bool, generator: torch.Gener
     return center_box(*image.size) if center else (0, 0, *image.size), False
 
 
-# read by `qatkit.tasks.declared_task`
+# read by `qatkit.tasks.declared_task`, and by `qatkit.run.fingerprint`: the arguments that name columns of files
 image_classification.task = "classification"  # type: ignore[attr-defined]
+image_classification.media = ("column",)  # type: ignore[attr-defined]
 image_multilabel.task = "multilabel"  # type: ignore[attr-defined]
+image_multilabel.media = ("column",)  # type: ignore[attr-defined]
 image_segmentation.task = "segmentation"  # type: ignore[attr-defined]
+image_segmentation.media = ("column", "mask")  # type: ignore[attr-defined]

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from qatkit.data.columns import missing
-from qatkit.data.source import BadRecord, FilePath, Source
+from qatkit.data.folders import ClassFolders
+from qatkit.data.source import BadRecord, FilePath, Source, missing
 from qatkit.data.tokens import Encoded, Rows, prepare, refuse_stream
 from qatkit.errors import QatkitError
 
@@ -188,7 +188,7 @@ def media_module(
         task: Name of a row of `qatkit.tasks.TASKS`.
         classes: Class names in the order of the model's outputs.
         loading: How samples are read.
-        folder_label: See `qatkit.data.parts.open_parts`.
+        folder_label: The column for the class of files in folders of classes; None refuses folders.
         collate: Combines samples into a batch; by default torch's collation.
     """
     from qatkit.data.record_datamodule import RecordDataModule
@@ -196,7 +196,8 @@ def media_module(
     refuse_stream(source)
 
     def folder() -> Path:
-        return prepare(source, None, options, partial(encode_samples, sample_of=sample_of), media, folder_label)
+        folders = None if folder_label is None else ClassFolders(media[0], folder_label, classes)
+        return prepare(source, None, options, partial(encode_samples, sample_of=sample_of), media, folders)
 
     def dataset(rows: Callable[[], Rows], split: str) -> MediaRecords:
         training = split == "train"

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qatkit.common.digests import listing_digest
+from qatkit.common.digests import sizes_digest
+from qatkit.common.files import sha256_of
 from qatkit.data.files import is_local, local_files, read_file
+from qatkit.data.folders import ClassFolders, folder_part
 from qatkit.data.hub_records import hub_parts
 from qatkit.data.source import FilePath, Part, Record, Source
-from qatkit.errors import QatkitError
 
 
-def open_parts(source: Source, media: Sequence[str] = (), folder_label: str | None = None) -> dict[str, Part]:
+def open_parts(source: Source, media: Sequence[str] = (), folders: ClassFolders | None = None) -> dict[str, Part]:
     """Return the splits of a source: always "train", and "val" and "test" unless they are taken from it.
 
     Args:
         source: The records.
         media: Columns with paths of files, which are relative to the file that names them.
-        folder_label: The column for the class of files in a folder with one folder per class, whose paths are in the
-            first column of `media`; None refuses folders.
+        folders: How the files in a folder with one folder per class become records; None refuses folders.
 
     Raises:
-        QatkitError: no file matches, a file type is unknown, or the hub does not provide the data set.
+        QatkitError: no file matches, a file type is unknown, a folder has other folders than those of its classes, or
+            the hub does not provide the data set.
     """
     if not is_local(source.path):
         return hub_parts(source)
@@ -33,36 +34,56 @@ def open_parts(source: Source, media: Sequence[str] = (), folder_label: str | No
         if path is None:
             continue
         key = "source.path" if split == "train" else f"source.{split}"
-        if folder_label is not None and (folder := Path(path).expanduser()).is_dir():
-            parts[split] = _folder_part(folder.resolve(), media[0], folder_label, key)
+        if folders is not None and (folder := Path(path).expanduser()).is_dir():
+            parts[split] = folder_part(folder.resolve(), folders, split, key, source.skip_bad)
         else:
             hashed = split != "train" or not source.streaming
             parts[split] = _local_part(local_files(path, key), source, hashed, media)
     return parts
 
 
-def _folder_part(folder: Path, column: str, label: str, key: str) -> Part:
-    if not files_of(folder):
-        raise QatkitError(
-            f"'{folder}' has no folder with files", key=key, advice="put the files of each class in a folder of its own"
-        )
-    return Part(
-        {"folder": str(folder), "listing": listing_digest(folder)}, lambda: folder_records(folder, column, label)
-    )
-
-
 def _local_part(files: list[Path], source: Source, hashed: bool, media: Sequence[str]) -> Part:
-    def read() -> Iterator[Record]:
-        for file in files:
-            for where, record in read_file(file, source.lines):
-                yield where, _with_paths(record, media, file.parent.resolve())
-
     # a stream is not cached, and may be too large to hash
-    hashes = [_sha256(file) for file in files] if hashed else []
+    hashes = [sha256_of(file) for file in files] if hashed else []
     key = {"files": hashes, "types": [file.suffix for file in files], "lines": source.lines}
-    if media:
-        key["folders"] = [str(file.parent.resolve()) for file in files]  # the cache holds paths of their files
-    return Part(key, read)
+    if media:  # the cache holds paths of their files, and what was found in them
+        paths = [path.resolved() for path in named_files(files, source.lines, media)]
+        key["named"] = sizes_digest(((str(path), path) for path in paths), times=True)
+    return Part(key, lambda: _records(files, source.lines, media))
+
+
+def named_files(files: Sequence[Path], lines: bool, media: Sequence[str]) -> list[FilePath]:
+    """Return the paths that tables name in columns of media; an unchanged table is read only once per process.
+
+    Args:
+        files: The tables.
+        lines: As `Source.lines`.
+        media: The columns.
+    """
+    found: list[FilePath] = []
+    for file in files:
+        status = file.stat()
+        found += _named_in(file.resolve(), lines, tuple(media), status.st_mtime_ns, status.st_size, status.st_ino)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _named_in(file: Path, lines: bool, media: Sequence[str], *status: int) -> list[FilePath]:
+    found: dict[str, FilePath] = {}
+    for _, record in _records([file], lines, media):
+        for column in media if isinstance(record, dict) else ():
+            value = record.get(column)
+            if isinstance(value, dict) and not value.get("bytes"):
+                value = value.get("path")
+            if isinstance(value, FilePath):
+                found.setdefault(value, value)
+    return list(found.values())
+
+
+def _records(files: Sequence[Path], lines: bool, media: Sequence[str]) -> Iterator[Record]:
+    for file in files:
+        for where, record in read_file(file, lines):
+            yield where, _with_paths(record, media, file.parent.resolve())
 
 
 def _with_paths(record: Any, media: Sequence[str], folder: Path) -> Any:
@@ -74,32 +95,3 @@ def _with_paths(record: Any, media: Sequence[str], folder: Path) -> Any:
             elif isinstance(value, dict) and isinstance(value.get("path"), str):  # as `datasets` stores media
                 record[column] = {**value, "path": FilePath(value["path"], folder)}
     return record
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def folder_records(folder: Path, column: str, label: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield one record per file in the folders of the classes, with its path and the name of its folder.
-
-    Args:
-        folder: A folder with one folder per class.
-        column: The column of the path.
-        label: The column of the class.
-    """
-    for path in files_of(folder):
-        name = path.relative_to(folder).parts[0]
-        yield str(path), {column: FilePath(str(path.relative_to(folder)), folder), label: name}
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The files in the folders of the classes, sorted; hidden ones do not count."""
-    inside = (path for each in class_folders(folder) for path in (folder / each).rglob("*"))
-    return sorted(path for path in inside if path.is_file() and not path.name.startswith("."))
-
-
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; hidden ones do not count."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from math import gcd
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qatkit.data.classification import check_classes, class_of
+from qatkit.data.classes import class_of
+from qatkit.data.folders import classes_of
 from qatkit.data.media import Loading, Sample, content_of, media_in, media_module
-from qatkit.data.parts import class_folders
 from qatkit.data.source import BadRecord, Source
 from qatkit.errors import QatkitError
 
@@ -70,11 +69,7 @@ def audio_classification(
         QatkitError: there are fewer than two classes; a recording is missing, empty, cannot be decoded or contains
             NaN; a record has no known class; a number is out of range; or a split would be empty.
     """
-    folder = Path(source.path).expanduser()
-    if classes is None and folder.is_dir():
-        classes = class_folders(folder)
-    known = list(classes or [])
-    check_classes(known)
+    known = classes_of(source, classes)
     lowest, highest = RATES
     if not lowest <= sampling_rate <= highest:
         raise QatkitError(
@@ -160,3 +155,4 @@ def _lost_bytes(log: str) -> bool:
 
 
 audio_classification.task = "classification"  # type: ignore[attr-defined]  # read by `qatkit.tasks.declared_task`
+audio_classification.media = ("column",)  # type: ignore[attr-defined]  # read by `qatkit.run.fingerprint`

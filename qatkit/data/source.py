@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ class BadRecord(Exception):
         super().__init__(problem)
         self.problem = problem
         self.advice = advice
+
+
+def missing(record: Mapping[str, Any], column: str) -> BadRecord:
+    """Return the reason why a record without a column cannot be used."""
+    return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
 
 
 class FilePath(str):

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qatkit.data.classification import check_classes, class_of, position_of
-from qatkit.data.columns import missing
+from qatkit.data.classes import check_classes, class_of, position_of
 from qatkit.data.records import once
-from qatkit.data.source import BadRecord, Source
+from qatkit.data.source import BadRecord, Source, missing
 from qatkit.data.tokens import Encoded, Rows, prepare, refuse_stream
 from qatkit.errors import QatkitError
 

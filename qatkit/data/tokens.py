@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatkit.common.records import read_signed, write_signed
+from qatkit.data.folders import ClassFolders
 from qatkit.data.parts import open_parts
 from qatkit.data.source import BadRecord, Part, Record, Source, cut
 from qatkit.data.text import SPLITS, cached_folder
@@ -86,7 +87,7 @@ def prepare(
     options: dict[str, Any],
     encode: Encode,
     media: Sequence[str] = (),
-    folder_label: str | None = None,
+    folders: ClassFolders | None = None,
 ) -> Path:
     """Return the cached folder with the rows of all splits (validation and test for a stream); create it if needed.
 
@@ -96,12 +97,12 @@ def prepare(
         options: Everything else that determines the content; plain data.
         encode: Encodes records as rows; a record that cannot be used becomes a `BadRecord` with the reason.
         media: Columns with paths of files; see `open_parts`.
-        folder_label: See `open_parts`.
+        folders: See `open_parts`.
 
     Raises:
         QatkitError: a record cannot be used and `source.skip_bad` is off, or a split would be empty.
     """
-    parts = open_parts(source, media, folder_label)
+    parts = open_parts(source, media, folders)
     key = {
         "parts": {split: part.key for split, part in parts.items()},
         "shares": [source.val_fraction, source.test_fraction],

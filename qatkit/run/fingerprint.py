@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qatkit.common.digests import listing_digest
+from qatkit.common.digests import listing_digest, sizes_digest
 from qatkit.common.files import sha256_of
+from qatkit.data.files import is_local, local_files
+from qatkit.data.parts import named_files
 from qatkit.errors import QatkitError
 from qatkit.recipe import FactoryConfig, Recipe
+from qatkit.recipe.factories import resolve
 from qatkit.recipe.loading import flatten
 
 _SAMPLE = 2**20
@@ -34,7 +38,7 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, its content is
     included, not only its name; see `_folder_digest`. For a folder of images or recordings, the names and sizes of its
-    files are included.
+    files are included, and for a table of them, the names and sizes of the files that it names.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
@@ -48,7 +52,7 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
     for key, config in factories.items():
         for name, path in _files(config.args, f"{key}.args"):
             inputs[f"{name}{_CONTENT}"] = _digest(path)
-    return inputs
+    return inputs | _named_files(recipe.data)
 
 
 def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
@@ -110,7 +114,8 @@ def _files(value: Any, name: str) -> Iterator[tuple[str, Path]]:
     """Existing files and model folders named anywhere in the arguments; a bare word is not treated as a path."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _files(part, f"{name}.{key}")
+            if not (key in ("val", "test") and _is_on_hub(value)):
+                yield from _files(part, f"{name}.{key}")
     elif isinstance(value, list):
         for index, part in enumerate(value):
             yield from _files(part, f"{name}[{index}]")
@@ -132,11 +137,38 @@ def _is_model_folder(value: str) -> bool:
     return False
 
 
+def _is_on_hub(source: dict[str, Any]) -> bool:
+    """Whether arguments are those of a `qatkit.data.Source` on the hub, whose `val` and `test` name splits."""
+    with suppress(OSError, RuntimeError):  # as below
+        return isinstance(path := source.get("path"), str) and not is_local(path)
+    return False
+
+
 def _is_data_folder(name: str, value: str) -> bool:
     """Whether an argument of a `qatkit.data.Source` names a folder; elsewhere a word may be one by chance."""
     with suppress(OSError, RuntimeError):  # as above
         return name.rpartition(".")[2] in ("path", "val", "test") and Path(value).expanduser().is_dir()
     return False
+
+
+def _named_files(data: FactoryConfig) -> dict[str, str]:
+    """Digests of the names and sizes of the files that the tables of one of qatkit's data factories name."""
+    found: dict[str, str] = {}
+    with suppress(QatkitError):  # a factory of the user's own, whose columns are unknown; or the table is refused later
+        factory, source = resolve(data.factory, "data.factory"), data.args.get("source")
+        defaults = inspect.signature(factory).parameters
+        media = [data.args.get(name, defaults[name].default) for name in getattr(factory, "media", ())]
+        given = source if isinstance(source, dict) else {}
+        tables = {key: given[key] for key in ("path", "val", "test") if isinstance(given.get(key), str)}
+        if not media or _is_on_hub(tables):
+            return found
+        for key, path in tables.items():
+            if not Path(path).expanduser().is_dir():
+                named = named_files(local_files(path, key), False, media)
+                if named:
+                    digest = sizes_digest((str(file), file.resolved()) for file in named)
+                    found[f"data.args.source.{key}, files named there{_CONTENT}"] = digest
+    return found
 
 
 def _digest(path: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from math import inf, nan
@@ -252,15 +254,9 @@ def test_an_impossible_image_format_is_refused(options: dict[str, Any], message:
         ImageFormat(**options)
 
 
-def test_labels_that_are_no_list_and_folders_without_files_are_refused(tmp_path: Path) -> None:
+def test_labels_that_are_no_list_are_refused(tmp_path: Path) -> None:
     with pytest.raises(QatkitError, match=r"colors\.jsonl:1: column 'labels' contains NoneType, not a list of labels"):
         image_multilabel(source(colors(tmp_path)), ["a", "b"], images=SMALL).prepare_data()
-    (tmp_path / "empty" / "cat").mkdir(parents=True)
-    (tmp_path / "empty" / "dog").mkdir()
-    with pytest.raises(QatkitError, match=r"^source\.path: '.*empty' has no folder with files; put the files of each"):
-        image_classification(source(tmp_path / "empty"), images=SMALL).prepare_data()
-    with pytest.raises(QatkitError, match=r"^source\.path: '.*empty' is a folder"):
-        image_segmentation(source(tmp_path / "empty"), ["a", "b"], images=SMALL).prepare_data()
 
 
 def test_a_file_that_disappears_during_training_is_named(tmp_path: Path) -> None:
@@ -283,6 +279,46 @@ def test_a_run_notices_a_changed_folder(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(path / "cat" / "0.png")
     after = stage_inputs(load_recipe(tmp_path / "any.yaml"), "dense")
     assert [key for key in after if after[key] != before[key]] == ["data.args.source.path (content)"]
+    (path / ".ipynb_checkpoints").mkdir()
+    (path / "cat" / ".DS_Store").touch()
+    (path / ".ipynb_checkpoints" / "0.png").touch()
+    assert stage_inputs(load_recipe(tmp_path / "any.yaml"), "dense") == after
+
+
+def test_a_run_notices_a_changed_file_that_a_table_names(tmp_path: Path) -> None:
+    path = write_masks(tmp_path / "scenes")
+    (tmp_path / "any.yaml").write_text(
+        f'name: any\nmodel: {{factory: "qatkit.models:cnn"}}\n'
+        f'data: {{factory: "qatkit.data:image_segmentation", args: {{source: {{path: {path}}}, classes: [a, b]}}}}\n'
+        "stages: {dense: {max_steps: 1}}\n"
+    )
+    before = stage_inputs(load_recipe(tmp_path / "any.yaml"), "dense")
+    for name in ("0.png", "1_mask.png"):
+        Image.fromarray(np.zeros((40, 40), np.uint8)).save(path.parent / name)
+        after = stage_inputs(load_recipe(tmp_path / "any.yaml"), "dense")
+        changed = [key for key in after if after[key] != before[key]]
+        assert changed == ["data.args.source.path, files named there (content)"]
+        before = after
+
+
+@pytest.mark.parametrize("named", ["folder", "table"])
+def test_a_repaired_file_is_used_again(named: str, tmp_path: Path) -> None:
+    if named == "folder":
+        path = write_images(tmp_path / "photos", ["cat", "dog"])
+        file, given, classes = path / "cat" / "0.png", source(path, skip_bad=True), None
+    else:
+        path = colors(tmp_path)
+        file = Path(shutil.copy(tmp_path / "colors.png", tmp_path / "more.png"))
+        path.write_text(f'{path.read_text()}\n{{"image": "more.png", "label": 0}}')
+        given, classes = source(path, skip_bad=True), ["a", "b"]
+    whole = file.read_bytes()
+    file.write_bytes(bytes(len(whole)))  # of the same size
+    with pytest.warns(QatkitWarning, match=r"skipped 1 of \d+ records"):
+        image_classification(given, classes, images=SMALL).prepare_data()
+    file.write_bytes(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image_classification(given, classes, images=SMALL).prepare_data()
 
 
 def test_a_data_set_of_the_hub_yields_encoded_images(tmp_path: Path) -> None:

@@ -90,3 +90,14 @@ def test_an_empty_argument_is_no_folder(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert list(_files({"column": "", "folder": "."}, "data.args")) == [("data.args.folder", Path("."))]
+
+
+def test_a_split_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "test" / "cat" / "0.png").touch()
+    (tmp_path / "photos").symlink_to("test")
+    monkeypatch.chdir(tmp_path)
+    on_hub = {"source": {"path": "owner/photos", "test": "test"}}
+    assert list(_files(on_hub, "data.args")) == []
+    local = {"source": {"path": "photos", "test": "test"}}
+    assert [name for name, _ in _files(local, "data.args")] == ["data.args.source.path", "data.args.source.test"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qatkit import QatkitError
@@ -124,6 +125,16 @@ def test_boxes_are_relative_and_flipped_with_their_image(tmp_path: Path) -> None
     (left, y), (right, other_y) = sorted(centers)  # the same image as it is, and flipped
     assert (left, right) == (0.25, 0.75)
     assert y == other_y
+
+
+def test_a_resized_image_is_noticed(tmp_path: Path) -> None:
+    data = batches(tmp_path)
+    data.prepare_data()
+    for path in (tmp_path / "boxes").glob("*.png"):
+        Image.open(path).resize((8, 8)).save(path)
+    given = Source(str(tmp_path / "boxes" / "boxes.jsonl"), val_fraction=0.2, test_fraction=0.2)
+    with pytest.raises(QatkitError, match="outside the image of 8 x 8 pixels"):
+        image_detection(given, ["red", "blue"], images=ImageFormat(size=16)).prepare_data()
 
 
 @pytest.mark.parametrize(

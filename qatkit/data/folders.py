@@ -1,0 +1,132 @@
+"""Folders with one folder of files per class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qatkit.common.digests import sizes_digest, visible_files
+from qatkit.data.classes import check_classes, class_of
+from qatkit.data.files import READERS
+from qatkit.data.source import BadRecord, FilePath, Part, Source
+from qatkit.errors import QatkitError, QatkitWarning
+
+_HELD_OUT = {"val", "valid", "validation", "dev", "test"}
+_ADVICE = "put the files of each class in a folder of its own"
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """How the files in a folder with one folder per class become records."""
+
+    column: str
+    """The column of the path."""
+    label: str
+    """The column of the class."""
+    classes: Sequence[str]
+    """Class names; a folder has one of them, or its index."""
+
+
+def classes_of(source: Source, classes: Sequence[str] | None) -> list[str]:
+    """Return the class names that are given, or else the names of the folders in the source, sorted.
+
+    Raises:
+        QatkitError: there are fewer than two classes, one is named twice, or nothing names them.
+    """
+    if classes is None:
+        folder = Path(source.path).expanduser()
+        if not folder.is_dir():
+            if any(sign in source.path for sign in "*?[") or Path(source.path).suffix in READERS:
+                raise QatkitError(
+                    f"is not set, and '{source.path}' is a table, not a folder with one folder per class",
+                    key="classes",
+                    advice="list the class names in the order of the model's outputs",
+                )
+            raise QatkitError(
+                f"there is no folder '{source.path}'",
+                key="source.path",
+                advice="use an existing folder with one folder per class, or set classes for a data set on the hub",
+            )
+        classes = class_folders(folder)
+        _refuse_splits(folder, classes, "source.path")
+        if len(classes) < 2:
+            listed = f"only the folder '{classes[0]}'" if classes else "no folder"
+            raise QatkitError(f"'{folder}' has {listed} with a class name", key="source.path", advice=_ADVICE)
+    check_classes(classes)
+    return list(classes)
+
+
+def folder_part(folder: Path, kind: ClassFolders, split: str, key: str, skip_bad: bool) -> Part:
+    """Return the records of a folder: one per file, with its path and the name of its folder.
+
+    Args:
+        folder: The folder.
+        kind: How its files become records.
+        split: Name of the split that it is for; in training, each class needs files.
+        key: Dotted key of the folder in errors.
+        skip_bad: Whether folders of other names may be skipped, file by file.
+
+    Raises:
+        QatkitError: the folder has no files, a folder in it has no class, or a class has no files.
+    """
+    files = files_of(folder)
+    if not files:
+        raise QatkitError(f"'{folder}' has no folder with files", key=key, advice=_ADVICE)
+    names = class_folders(folder)
+    known = {name: class_of({kind.label: name}, kind.label, kind.classes) for name in names}
+    for name, number in known.items():
+        if isinstance(number, BadRecord) and not skip_bad:
+            _refuse_splits(folder, names, key)
+            raise QatkitError(
+                f"'{folder}' has the folder '{name}', which is not one of the classes {list(kind.classes)}",
+                key=key,
+                advice="rename the folder or add the class, or set source.skip_bad: true to skip its files",
+            )
+    filled = {known[path.relative_to(folder).parts[0]] for path in files}
+    empty = [name for index, name in enumerate(kind.classes) if index not in filled]
+    if empty and split == "train":
+        raise QatkitError(
+            f"'{folder}' has no files of the class '{empty[0]}'",
+            key=key,
+            advice=f"add files in the folder '{empty[0]}', or remove it from the classes",
+        )
+    stray = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if stray:
+        warnings.warn(
+            f"{key}: '{folder}' has files beside the folders of classes, which are not used: {len(stray)}, such as "
+            f"'{stray[0]}'",
+            QatkitWarning,
+            stacklevel=2,
+        )
+
+    def read() -> Iterator[tuple[str, dict[str, Any]]]:
+        for path in files:
+            inside = path.relative_to(folder)
+            yield str(path), {kind.column: FilePath(str(inside), folder), kind.label: inside.parts[0]}
+
+    listing = sizes_digest(((path.relative_to(folder).as_posix(), path) for path in files), times=True)
+    return Part({"folder": str(folder), "listing": listing}, read)
+
+
+def _refuse_splits(folder: Path, names: Sequence[str], key: str) -> None:
+    lower = {name.lower() for name in names}
+    if lower and (("train" in lower and lower & _HELD_OUT) or lower <= {"train", *_HELD_OUT}):
+        raise QatkitError(
+            f"'{folder}' has the folders {list(names)}, which are splits, not classes",
+            key=key,
+            advice=f"set source.path: {folder / 'train'}, and source.val and source.test to the other folders; if they "
+            "are classes, name them as classes",
+        )
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files in the folders of the classes, sorted; hidden ones do not count."""
+    return [path for path in visible_files(folder) if path.parent != folder]
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; hidden ones do not count."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
