@@ -35,15 +35,15 @@ def command(
 ) -> None:
     """Choose a format for each layer under a size budget.
 
-    The choice minimizes the predicted loss. The result is printed as a quantize block for a recipe.
+    The selected formats minimize the predicted loss. The result is printed as a `quantize` block for a recipe.
 
     Example: qatkit allocate runs/mine --average-bits 4.5
     """
     if (average_bits is None) == (size is None):
         raise QatkitError(
-            "exactly one is required",
+            "exactly one of the two is required",
             key="--average-bits or --bytes",
-            advice="pass one of the two, such as --average-bits 4.5",
+            advice="pass one of them, such as --average-bits 4.5",
         )
     sensitivity = _read(measured)
     from qatkit.quantization.mixed.allocation import allocate, totals
@@ -57,15 +57,15 @@ def command(
         loss = sensitivity.loss
         echo(json.dumps({"bytes": taken, "average_bits": bits, "loss": loss, "increase": increase, "layers": layers}))
         return
-    echo(f"# {taken:,} bytes, {bits:.3f} bits per weight with scales")
-    echo(f"# loss {sensitivity.loss:.6g} + {increase:.4g}, if the increases of single layers add up")
+    echo(f"# {taken:,} bytes, {bits:.3f} bits per weight including scales")
+    echo(f"# predicted loss: {sensitivity.loss:.6g} + {increase:.4g}, assuming additive increases")
     echo("quantize:\n  layers:")
     for glob, how in layers.items():
         echo(f"    {json.dumps(glob)}: {_flow(how)}")
 
 
 def _flow(value: object) -> str:
-    """Specs on one line of YAML; every text in them is a plain word."""
+    """Format specs as one line of YAML; all strings in them are plain words."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     return value if isinstance(value, str) else json.dumps(value)
@@ -75,12 +75,12 @@ def _read(path: Path) -> Sensitivity:
     file = path / "sensitivity.json" if path.is_dir() else path
     if not file.is_file():
         raise QatkitError(
-            "there is no such file", key=str(file), advice="pass the --out folder of `qatkit sensitivity`"
+            "the file does not exist", key=str(file), advice="pass the --out folder of `qatkit sensitivity`"
         )
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError:
-        raise QatkitError("is not JSON", key=str(file), advice="rerun `qatkit sensitivity`") from None
+        raise QatkitError("the file is not valid JSON", key=str(file), advice="rerun `qatkit sensitivity`") from None
     from qatkit.quantization.mixed.records import Sensitivity
 
     return Sensitivity.from_plain(content)

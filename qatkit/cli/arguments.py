@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by multiple commands."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import typer
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `qatkit list`, or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to override, such as stages.qat.lr=1e-4.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Recipe values to override, such as stages.qat.lr=1e-4."),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, written by `qatkit run`.")]
+Out = Annotated[Path | None, typer.Option(help="The run folder to write to.", show_default="runs/NAME")]
 Allow = Annotated[
     list[str] | None,
     typer.Option("--allow", metavar="PKG", help="An additional package whose code the recipe may use. Repeatable."),
@@ -22,12 +23,12 @@ AllowWrite = Annotated[
     typer.Option(
         "--allow-write",
         metavar="PATH",
-        help="Allow writing to a folder or file outside the run folder, directly or through a link. Repeatable.",
+        help="A file or folder outside the run folder that may be written to, directly or through a link. Repeatable.",
     ),
 ]
 SkipBad = Annotated[
     bool,
-    typer.Option("--skip-bad", help="Skip and count unusable records of data.args.source instead of failing."),
+    typer.Option("--skip-bad", help="Skip and count invalid records in data.args.source instead of failing."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print only the result to standard output, as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else to standard output.")]

@@ -17,8 +17,8 @@ def command(
 ) -> None:
     """Compute and store a recipe's teacher outputs.
 
-    `qatkit run` does so before each stage whose distill block has a cache. This command does it ahead of time, for
-    example on a larger machine. The same command resumes an interrupted run.
+    `qatkit run` does this automatically for stages with `distill.cache`. Use this command to do it ahead of time, for
+    example on a larger machine. If it is interrupted, run it again to resume.
 
     Example: qatkit cache-teacher mine.yaml --out runs/mine
     """

@@ -1,4 +1,4 @@
-"""The table of commands. To add a command, add one line here and a file of the same name, which is imported on use."""
+"""The table of commands. To add a command, add a row here and a file of the same name, which is imported on use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qatkit.common.tables import Table
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the command line."""
+    """A command of the command-line interface."""
 
     name: str
     description: str
     """One sentence for `qatkit --help`, which is also the first line of the function's docstring."""
     implementation: str = ""
-    """The function as ``module:function``; by default ``command`` in the file of this name."""
+    """The function as ``module:function``; by default ``command`` in the file with the command's name."""
 
     def __post_init__(self) -> None:
         if not self.implementation:
@@ -28,14 +28,14 @@ COMMANDS = Table(
     [
         Command("list", "List the built-in recipes."),
         Command("show", "Print a recipe."),
-        Command("validate", "Check a recipe and predict its memory use, without data or training."),
+        Command("validate", "Check a recipe and predict its memory use, without loading data or training."),
         Command("plan", "Predict memory use for training and serving, without loading weights."),
-        Command("run", "Train, export, verify, measure and report."),
+        Command("run", "Run a recipe: train, export, verify, measure and report."),
         Command("cache-teacher", "Compute and store a recipe's teacher outputs."),
         Command("export", "Export a run's finished stages."),
-        Command("verify", "Load the exported files in their runtime and compare them with training."),
-        Command("report", "Measure exported files and write a report, or compare several runs."),
-        Command("sensitivity", "Measure how much the loss grows when each layer is quantized on its own."),
+        Command("verify", "Run exported files in their runtime and compare them with the trained models."),
+        Command("report", "Measure exported files and write a report, or compare multiple runs."),
+        Command("sensitivity", "Measure the loss increase when each layer is quantized on its own."),
         Command("allocate", "Choose a format for each layer under a size budget."),
     ],
 )

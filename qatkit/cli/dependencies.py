@@ -18,7 +18,7 @@ _PACKAGE = str(Path(__file__).parent.parent)
 
 
 def quiet_dependencies() -> None:
-    """Show only warnings from qatkit and the user's own code, and suppress log lines from imported packages.
+    """Show only warnings from qatkit and the user's own code, and suppress log messages from imported packages.
 
     QATKIT_DEBUG=1 shows everything.
     """
@@ -40,5 +40,5 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 
 def _is_installed(file: str) -> bool:
-    """Whether a file belongs to qatkit or a dependency, so that its user can do nothing about a warning."""
+    """Whether a file belongs to qatkit or a dependency, so that a warning from it is not actionable for users."""
     return file.startswith(("<", _PACKAGE)) or "site-packages" in file or "dist-packages" in file

@@ -1,4 +1,4 @@
-"""How a command ends: one message without a traceback, and an exit code for the kind of failure."""
+"""Convert exceptions into an error message without a traceback, and an exit code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ INTERRUPTED = 130  # 128 + SIGINT
 OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 TERMINATED = CODE  # 128 + SIGTERM
 CODES = (
-    "Exit codes: 0 success; 1 a verification failed; 2 a mistake in the recipe, the command or the environment; "
-    "3 a bug in qatkit; 130 interrupted (Ctrl-C); 141 the output was closed; 143 terminated (SIGTERM)."
+    "Exit codes: 0 success; 1 verification failed; 2 error in the recipe, the command or the environment; "
+    "3 bug in qatkit; 130 interrupted (Ctrl-C); 141 output closed; 143 terminated (SIGTERM)."
 )
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a command: an exception becomes one message and an exit code."""
+    """Wrap a command so that an exception becomes an error message and an exit code."""
 
     @functools.wraps(command)
     def call(*args: Any, **options: Any) -> Any:
@@ -46,7 +46,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def explain(error: BaseException) -> int:
-    """Print a message for an exception, and choose the exit code. QATKIT_DEBUG=1 adds the traceback."""
+    """Print a message for an exception and return the exit code. QATKIT_DEBUG=1 also prints the traceback."""
     if isinstance(error, OutputError):
         discard_output()
         if error.closed:
@@ -56,11 +56,13 @@ def explain(error: BaseException) -> int:
     code, message = _message(error)
     ending = termination()
     if ending is not None and ending.received and not isinstance(error, KeyboardInterrupt):
-        if isinstance(error, Terminated) or code == BUG:  # such as a lost connection to a process that ended first
+        if (
+            isinstance(error, Terminated) or code == BUG
+        ):  # such as a lost connection to a process that has already ended
             message = ""
         code, message = TERMINATED, "\n".join(filter(None, [message, terminated(ending.saved)]))
     if ending is not None and ending.follows and code in (INTERRUPTED, TERMINATED):
-        return code  # the first process says it
+        return code  # rank 0 prints it
     with suppress(OutputError):
         echo(message, err=True)
     return code
@@ -70,7 +72,7 @@ def terminated(reason: str) -> str:
     """The message of a command that ends because of SIGTERM.
 
     Args:
-        reason: What was saved, or why nothing was; may be empty.
+        reason: What was saved, or why nothing was saved; may be empty.
     """
     ending = termination()
     hint = ending.hint() if ending is not None else ""
@@ -97,8 +99,8 @@ def _message(error: BaseException) -> tuple[int, str]:
         return USER_MISTAKE, explained
     if _lost_process(error):
         return USER_MISTAKE, (
-            "error: another process of this run has ended or cannot be reached; see its output for the reason. Run the "
-            f"same command again to resume ({_first_line(error)})"
+            "error: another process of this run has ended or cannot be reached; see its output for the reason. Run "
+            f"the same command again to resume ({_first_line(error)})"
         )
     what = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__
     if (place := _users_code(error)) is not None:
@@ -110,14 +112,14 @@ def _message(error: BaseException) -> tuple[int, str]:
 
 
 def _lost_process(error: BaseException) -> bool:
-    """Whether gloo or NCCL, which are not imported for this, lost the connection to another process."""
+    """Whether gloo or NCCL lost the connection to another process; neither is imported here."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     return "gloo" in (text := str(error)) and "onnection" in text
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether torch, which is not imported for this, had no memory: on a GPU, or on the CPU."""
+    """Whether torch ran out of memory on a GPU or on the CPU; it is not imported here."""
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
@@ -137,7 +139,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _users_code(error: BaseException) -> str | None:
-    """The file and line that raised an exception, if that is code of neither qatkit nor an installed package."""
+    """The file and line that raised an exception, unless it is code of qatkit or of an installed package."""
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
               for frame, line in traceback.walk_tb(error.__traceback__)]  # fmt: skip
     installed = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))

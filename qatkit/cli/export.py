@@ -10,7 +10,7 @@ from qatkit.cli.output import echo
 def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None) -> None:
     """Export a run's finished stages.
 
-    The recipe's export block sets the format.
+    The recipe's `export` block sets the format.
 
     Example: qatkit export runs/digits_int4
     """

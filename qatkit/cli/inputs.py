@@ -1,4 +1,4 @@
-"""Load the recipe or open the run that a command works on."""
+"""Load recipes, open run folders and lock them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Re
     """Load a recipe.
 
     Args:
-        recipe: Its name or path.
-        overrides: Values to override.
-        skip_bad: Skip unusable records of its data source.
+        recipe: Name or path.
+        overrides: Values to override, as ``key=value``.
+        skip_bad: Skip invalid records of the data source.
+
+    Raises:
+        QatkitError: the recipe is invalid, or with `skip_bad`, its data has no ``source``.
     """
     from qatkit.recipe.loading import load_recipe
 
@@ -31,7 +34,7 @@ def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Re
         return loaded
     if not isinstance(loaded.data.args.get("source"), dict):
         raise QatkitError(
-            f"{loaded.data.factory} does not read records from data.args.source, so no record can be skipped",
+            f"{loaded.data.factory} has no data.args.source, so there are no records to skip",
             key="--skip-bad",
             advice="remove --skip-bad",
         )
@@ -39,7 +42,7 @@ def load(recipe: str, overrides: list[str] | None, skip_bad: bool = False) -> Re
 
 
 def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None, allow_write: list[Path] | None = None) -> Run:
-    """The run of a recipe in a folder, runs/NAME by default."""
+    """Return the run of a recipe in a folder (default: runs/NAME)."""
     from qatkit.run.folder import Run
 
     if out is not None:
@@ -48,22 +51,22 @@ def new_run(recipe: Recipe, out: Path | None, allow: list[str] | None, allow_wri
 
 
 def check_path_text(path: Path, key: str) -> None:
-    """Reject a path that is empty or not UTF-8: libraries that write into it need text.
+    """Raise an error if a path is not valid UTF-8, which libraries that write to it require.
 
     Args:
-        path: From the command line.
-        key: The option or argument, for errors.
+        path: A path from the command line.
+        key: The option or argument, for error messages.
 
     Raises:
         QatkitError: the path cannot be used.
     """
     shown = os.fsencode(path).decode("utf-8", "backslashreplace")
     if shown != str(path) or "\0" in shown:
-        raise QatkitError(f"'{shown}' is not UTF-8 text", key=key, advice="use another name")
+        raise QatkitError(f"'{shown}' is not valid UTF-8", key=key, advice="use another name")
 
 
 def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | None = None) -> Run:
-    """The run in a folder."""
+    """Open the run in a folder."""
     check_path_text(folder, "RUN")
     if not (folder / "recipe.yaml").is_file():
         raise QatkitError(
@@ -73,7 +76,7 @@ def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | No
         )
     from qatkit.recipe.loading import load_recipe
 
-    recipe = load_recipe(folder / "recipe.yaml")  # a mistake in it is reported before torch is imported
+    recipe = load_recipe(folder / "recipe.yaml")  # errors in it are reported before torch is imported
     from qatkit.run.folder import Run
 
     return Run(recipe, folder, allow or [], allow_write or [])
@@ -81,14 +84,14 @@ def open_run(folder: Path, allow: list[str] | None, allow_write: list[Path] | No
 
 @contextmanager
 def writing(run: Run, quiet: bool = False) -> Iterator[None]:
-    """Hold the lock of a run's folder, and remove temporary files of processes that were killed there.
+    """Hold the lock of a run folder, and remove temporary files left by killed processes.
 
     Args:
         run: The run.
-        quiet: Do not mention the removed files.
+        quiet: Do not report the removed files.
 
     Raises:
-        QatkitError: another process is using the folder, or a link in it leads outside.
+        QatkitError: another process is using the folder, or a link in it points outside.
     """
     from qatkit.common.files import remove_temporary
     from qatkit.run.lock import locked

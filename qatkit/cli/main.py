@@ -1,4 +1,4 @@
-"""The entry point of the command line: options of `qatkit` itself, and commands loaded from their table on use."""
+"""Entry point of the command-line interface: options of `qatkit` itself, and commands that are imported on use."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from qatkit.common.termination import Terminated, terminable
 
 
 class CommandGroup(TyperGroup):
-    """The commands of the table. The help page reads only the table; a command's module is imported when it runs."""
+    """The commands of the table. ``--help`` reads only the table; a command's module is imported when it runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names in the table's order."""
+        """Return the names in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import one command.
 
         Raises:
-            QatkitError: the table has no such command.
+            QatkitError: the command does not exist.
         """
         row = COMMANDS.row(cmd_name)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -35,7 +35,7 @@ class CommandGroup(TyperGroup):
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the list of commands with complete descriptions."""
+        """Write the list of commands with full descriptions."""
         with formatter.section("Commands"):
             formatter.write_dl([(row.name, row.description) for row in COMMANDS.values()])
 
@@ -69,13 +69,13 @@ def options(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command-line interface."""
     prepare_streams()
     quiet_dependencies()
     try:
         with terminable(report_terminated):
             app()
-    except OSError as error:  # commands explain their own, so the help page could not be printed
+    except OSError as error:  # commands handle their own, so this is the help page
         sys.exit(explain(OutputError(error)))
     except Exception as error:  # an unknown command, or one that cannot be imported
         sys.exit(explain(error))

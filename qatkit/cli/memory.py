@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: bool = False) -> None:
-    """Print the predicted memory of every stage that trains.
+    """Print the predicted memory use of every stage that trains.
 
     Args:
         recipe: The recipe.
-        allow: Packages, in addition to qatkit, whose code it may use.
-        force: Accept a stage that does not fit.
+        allow: Additional packages whose code the recipe may use.
+        force: Accept stages that do not fit.
         quiet: Print nothing.
 
     Raises:
@@ -43,7 +43,7 @@ def print_training(recipe: Recipe, allow: Sequence[str], force: bool, quiet: boo
             "activations": memory.activations,
         }
         listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-        unknown = f", activations not predicted: {plan.unknown}" if plan.unknown else ""
+        unknown = f"; activations are not predicted, because {plan.unknown}" if plan.unknown else ""
         trained = f"{memory.trained:,} of {memory.parameters:,} parameters trained"
         echo(f"  {plan.stage}: {format_bytes(plan.on_each)} ({trained}; {listed}{unknown})")
     if not force:

@@ -1,4 +1,4 @@
-"""Writing to standard output, and handling its failures: a closed pipe, a full disk."""
+"""Write to standard output and handle failures such as a closed pipe or a full disk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import typer
 
 WIDTH = 160
-"""Columns of a table when the output is not a terminal."""
+"""Width of a table in characters if the output is not a terminal."""
 
 
 class OutputError(Exception):
-    """Standard output or standard error cannot be written.
+    """Raised when standard output or standard error cannot be written.
 
     Args:
-        error: The failure.
+        error: The underlying error.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -48,17 +48,17 @@ def print_table(table: Any) -> None:
 
 
 def prepare_streams() -> None:
-    """Write log lines immediately instead of buffering, with escapes for characters that cannot be encoded."""
+    """Make standard output and standard error line-buffered, and escape characters that cannot be encoded."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def discard_output() -> None:
-    """Discard the rest of standard output, so that Python does not fail on it again at exit."""
+    """Discard all further standard output, so that flushing it at exit does not fail again."""
     try:
         descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # replaced by something without one
+    except (OSError, ValueError):  # replaced by an object without a file descriptor
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)

@@ -27,22 +27,22 @@ def command(
     kv_bits: Annotated[int, typer.Option(help="Bits per element of the KV cache: 16 or 8.")] = 16,
     device: Annotated[
         list[float] | None,
-        typer.Option(metavar="GB", help="Device memory. Repeatable.", show_default="24, 40, 80 and 141"),
+        typer.Option(metavar="GB", help="Device memory in GB. Repeatable.", show_default="24, 40, 80 and 141"),
     ] = None,
     allow: Allow = None,
 ) -> None:
     """Predict memory use for training and serving, without loading weights.
 
-    Training is predicted for every stage, serving for several quantization schemes.
+    The training prediction covers every stage, and the serving prediction covers multiple quantization schemes.
 
     Example: qatkit plan llm/int4_qat --context 8192 --batch 16 --device 24
     """
     loaded = load(recipe, overrides)
     for name, value in (("--context", context), ("--batch", batch)):
         if value < 1:
-            raise QatkitError(f"{value} is out of range", key=name, advice="use an integer of at least 1")
+            raise QatkitError(f"{value} is out of range", key=name, advice="use a positive integer")
     if kv_bits not in (8, 16):
-        raise QatkitError(f"{kv_bits} is out of range", key="--kv-bits", advice="use 16 or 8")
+        raise QatkitError(f"{kv_bits} is not supported", key="--kv-bits", advice="use 16 or 8")
     print_training(loaded, allow or [], force=True)
     _print_serving(loaded, allow or [], context, batch, kv_bits, device or _DEVICES)
 

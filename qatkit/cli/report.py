@@ -20,7 +20,7 @@ def command(
         typer.Option(
             metavar="FILE",
             help="Path of the HTML page.",
-            show_default="RUN/report.html, or ./report.html for several runs",
+            show_default="RUN/report.html, or ./report.html for multiple runs",
         ),
     ] = None,
     allow: Allow = None,
@@ -28,9 +28,10 @@ def command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure exported files and write a report, or compare several runs.
+    """Measure exported files and write a report, or compare multiple runs.
 
-    For a single run, this writes report.json, report.md and report.html.
+    For a single run, the command writes report.json, report.md and report.html. For multiple runs, it writes only the
+    HTML page.
 
     Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """
@@ -53,12 +54,12 @@ def command(
 
 
 def present(content: dict[str, object], folder: Path, page: Path | None, quiet: bool, as_json: bool) -> None:
-    """Write the page next to the report, and print the comparison.
+    """Write the HTML page and print the comparison.
 
     Args:
         content: The report.
-        folder: The run's folder.
-        page: Path of the page; report.html in the folder by default.
+        folder: The run folder.
+        page: Path of the page (default: report.html in the run folder).
         quiet: Print nothing.
         as_json: Print the report as JSON.
     """

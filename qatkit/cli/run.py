@@ -33,7 +33,7 @@ def command(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Retrain stages whose values have changed, and ignore the memory prediction."),
+        typer.Option("--force", help="Retrain stages whose inputs have changed, and ignore the memory prediction."),
     ] = False,
     allow: Allow = None,
     allow_write: AllowWrite = None,
@@ -41,13 +41,13 @@ def command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, export, verify, measure and report.
+    """Run a recipe: train, export, verify, measure and report.
 
-    Run the same command again to resume an interrupted run. On SIGTERM, the run saves a checkpoint before it exits.
+    To resume an interrupted run, run the same command again. On SIGTERM, the run saves a checkpoint before it exits.
 
     Example: qatkit run vision/digits_int4 stages.qat.max_steps=300 --out runs/mine
     """
-    loaded = load(recipe, overrides, skip_bad)  # a mistake in it is reported before torch is imported
+    loaded = load(recipe, overrides, skip_bad)  # errors in it are reported before torch is imported
     from qatkit.pipeline.validation import validate_recipe
 
     validate_recipe(loaded, allow or [])
@@ -56,7 +56,7 @@ def command(
     from qatkit.pipeline.tracking import Tracking
     from qatkit.run.lock import local_holder
 
-    # Lightning sets its level when it is imported; its start-up messages are for authors of a Trainer
+    # Lightning sets its log level on import; its startup messages are not useful here
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = new_run(loaded, out, allow, allow_write)
     tracking, progress = Tracking(this.recipe, this.out), _progress(quiet, as_json)
@@ -78,11 +78,11 @@ def command(
             _finish(this, tracking, quiet, as_json)
         elif not (quiet or as_json):
             reason = "--until is set" if until else "the recipe has no export block"
-            echo(f"nothing is exported or compared: {reason}")
+            echo(f"export and report are skipped: {reason}")
 
 
 def _progress(quiet: bool, as_json: bool) -> list[Style]:
-    """A bar for whoever watches the terminal, and lines for whoever reads the log."""
+    """A progress bar for a terminal, and lines for a log file."""
     styles: list[Style] = []
     if not quiet and sys.stderr.isatty():
         styles.append("bar")
@@ -99,12 +99,12 @@ def _print_stages(this: Run, trained: list[str]) -> None:
         state = f"trained in {record.seconds:.1f} s" if name in trained else "already finished"
         if (early := record.early_stopping) is not None:
             stopped = f"stopped after {early['steps']} steps" if early["stopped"] else "not stopped early"
-            state += f", {stopped}, best at step {early['best_step']}"
+            state += f", {stopped}, best step {early['best_step']}"
         echo(f"stage {name}: {state}, {_metric(record.metrics, task)}")
 
 
 def _metric(metrics: dict[str, float], task: Task | None) -> str:
-    """The metric that the stage is judged by; data that declare no task have a perplexity, or an accuracy."""
+    """The stage's main metric; without a declared task, it is the perplexity or the accuracy."""
     undeclared = "perplexity" if "test/perplexity" in metrics else "accuracy"
     metric = METRICS[undeclared if task is None else task.metric]
     return f"test {metric.name} {metric.show(metrics[f'test/{metric.name}'])}"

@@ -28,7 +28,7 @@ Candidates = Annotated[
     str,
     typer.Option(
         metavar="NAMES|FILE",
-        help="Scheme names such as W8A16,W4A16, or a YAML file with one NAME: {weight: {...}} block per format.",
+        help="Scheme names, such as W8A16,W4A16, or a YAML file with one NAME: {weight: {...}} block per format.",
     ),
 ]
 Globs = Annotated[
@@ -44,13 +44,13 @@ def command(
     stage: Annotated[
         str | None,
         typer.Option(
-            metavar="STAGE", help="Stage whose model is measured.", show_default="the last one before compression"
+            metavar="STAGE", help="The stage whose model is measured.", show_default="the last one before compression"
         ),
     ] = None,
     include: Globs = None,
     exclude: Excluded = None,
     batches: Annotated[
-        int, typer.Option(min=1, max=2**31 - 1, help="Number of training batches for measuring the loss.")
+        int, typer.Option(min=1, max=2**31 - 1, help="Number of training batches on which the loss is measured.")
     ] = 16,
     out: Out = None,
     allow: Allow = None,
@@ -58,9 +58,10 @@ def command(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how much the loss grows when each layer is quantized on its own.
+    """Measure the loss increase when each layer is quantized on its own.
 
-    Writes sensitivity.json, sensitivity.md and sensitivity.svg to the run's folder; `qatkit allocate` reads them.
+    The command writes sensitivity.json, sensitivity.md and sensitivity.svg to the run folder. `qatkit allocate` reads
+    sensitivity.json.
 
     Example: qatkit sensitivity mine.yaml --candidates W8A16,W4A16 --out runs/mine
     """
@@ -89,12 +90,12 @@ def command(
 
         echo(f"measured {f'stage {measured_stage}' if measured_stage else 'the untrained model'}")
         echo(markdown(measured).split("\n\n", 1)[1], nl=False)
-        echo(f"no sensitivity.svg: {missing}" if missing else f"picture: {this.out / 'sensitivity.svg'}")
-        echo(f"next, choose formats: qatkit allocate {this.out} --average-bits ...")
+        echo(f"sensitivity.svg is skipped: {missing}" if missing else f"figure: {this.out / 'sensitivity.svg'}")
+        echo(f"to select formats, run: qatkit allocate {this.out} --average-bits ...")
 
 
 def _write(out: Path, measured: Sensitivity) -> str | None:
-    """Write the measurement; return advice about packages that the picture needs and that are missing."""
+    """Write the results; if packages for the figure are missing, return a message about them."""
     from qatkit.common.files import write_atomically
     from qatkit.report.page import missing_packages
     from qatkit.report.sensitivity import markdown, picture
@@ -119,7 +120,9 @@ def _formats(candidates: str) -> dict[str, Scheme]:
         return {name: scheme(name) for name in (part.strip() for part in candidates.split(","))}
     if not Path(candidates).is_file():
         raise QatkitError(
-            f"there is no file '{candidates}'", key="--candidates", advice="pass its path, or names such as W8A16,W4A16"
+            f"the file '{candidates}' does not exist",
+            key="--candidates",
+            advice="pass an existing file, or names such as W8A16,W4A16",
         )
     content = parse_yaml(Path(candidates).read_text("utf-8-sig"), candidates)
     configs: dict[str, LayerConfig] = read(dict[str, LayerConfig], content, "candidates")
@@ -127,7 +130,7 @@ def _formats(candidates: str) -> dict[str, Scheme]:
 
 
 def _stage(this: Run, wanted: str | None) -> str | None:
-    """The stage to measure: the given one, else the last before compression if it is finished."""
+    """The stage to measure: the requested one, or the last one before compression if it is finished."""
     from qatkit.run.fingerprint import changed_keys, stage_inputs
 
     stages = this.recipe.stages
@@ -142,8 +145,8 @@ def _stage(this: Run, wanted: str | None) -> str | None:
     inputs = json.loads(json.dumps(stage_inputs(this.recipe, name)))  # through JSON, like the record
     if changes := changed_keys(record.inputs, inputs):
         raise QatkitError(
-            f"stage '{name}' in {this.out} was finished with different values: {'; '.join(changes[:10])}",
-            advice="pass the overrides of the finished stage, or use another --out",
+            f"stage '{name}' in {this.out} was trained with different values: {'; '.join(changes[:10])}",
+            advice="pass the overrides that the stage was trained with, or use another --out",
         )
     return name
 
@@ -161,7 +164,7 @@ def _batches(this: Run, batch_size: int, count: int) -> tuple[list[Any], Task | 
 
 @contextmanager
 def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callable[[nn.Module], float]]:
-    """The same loss function, with a line on the terminal that counts its calls."""
+    """The same loss function, with a status line on the terminal that counts its calls."""
     if not shown:
         yield loss
         return
@@ -180,7 +183,7 @@ def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callab
 
 
 def _mean_loss(model: nn.Module, batches: Sequence[Any], task: Task | None) -> float:
-    """Mean loss over every sample, or every token, of the batches once."""
+    """Mean loss over all samples or tokens of the batches."""
     from qatkit.tasks import counted_loss
 
     losses = [counted_loss(model, batch, task) for batch in batches]

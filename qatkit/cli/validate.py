@@ -16,18 +16,18 @@ def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Do not fail if the predicted memory use exceeds the available memory.")
+        bool, typer.Option("--force", help="Succeed even if the predicted memory use exceeds the available memory.")
     ] = False,
     allow: Allow = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Check a recipe and predict its memory use, without data or training.
+    """Check a recipe and predict its memory use, without loading data or training.
 
-    Checks keys, values, factories and layer names, and whether the required packages are installed.
+    The command checks keys, values, factories and layer names, and whether required packages are installed.
 
     Example: qatkit validate mine.yaml stages.qat.lr=1e-4 --allow my_package
     """
-    loaded = load(recipe, overrides, skip_bad)  # a mistake in it is reported before torch is imported
+    loaded = load(recipe, overrides, skip_bad)  # errors in it are reported before torch is imported
     from qatkit.pipeline.validation import validate_recipe
 
     found = validate_recipe(loaded, allow or [])

@@ -14,9 +14,9 @@ from qatkit.cli.output import echo
 
 
 def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None, as_json: AsJson = False) -> None:
-    """Load the exported files in their runtime and compare them with training.
+    """Run exported files in their runtime and compare them with the trained models.
 
-    Codes, weights and outputs are compared. The exit code is 1 if any stage fails.
+    Codes, weights and outputs are compared. The exit code is 1 if any file fails verification.
 
     Example: qatkit verify runs/digits_int4
     """

@@ -1,4 +1,4 @@
-"""Latency of exported files, measured alternately, so that machine load slows all of them equally."""
+"""Measure the latency of exported files in alternation, so that machine load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Example = Tensor | Mapping[str, Tensor]
 
 
 class Latency(TypedDict):
-    """Latency of one call at one batch size; a plain dict, as in ``report.json``."""
+    """Latency of one call at one batch size, in the layout of ``report.json``."""
 
     batch_size: int
     median_ms: float
@@ -29,7 +29,7 @@ class Latency(TypedDict):
     high_ms: float
     """Third quartile."""
     repeats: int
-    """Timed blocks; each runs for at least 2 ms, so that the clock's resolution does not matter."""
+    """Number of timed blocks; each takes at least 2 ms, so that the clock's resolution does not matter."""
     threads: int
 
 
@@ -47,7 +47,8 @@ def bench(
         repeats: Timed blocks per batch size.
 
     Raises:
-        QatkitError: the format has no runtime to measure, the runtime cannot load the file, or a number is below 1.
+        QatkitError: latency is not measured for the format, the runtime cannot load the file, or an argument is not
+            positive.
 
     Example:
         >>> import tempfile, torch
@@ -69,25 +70,26 @@ def compare(
     repeats: int = 30,
     format: str | None = None,
 ) -> dict[str, list[Latency]]:
-    """Measure the latency of several files in turn (A, B, C, A, B, C), so that machine load slows all of them equally.
+    """Measure the latency of multiple files in alternation, so that machine load affects all of them equally.
 
     Args:
         paths: Files by name.
         example: One input batch that all files accept: a tensor ``[batch, ...]``, or tensors by input name.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
-        repeats: Rounds; each times every file once, over as many calls as fill 2 ms.
-        format: The files' export format; by default it is inferred from their names.
+        repeats: Number of rounds; each round times every file once, with enough calls to take 2 ms.
+        format: The export format of the files; by default it is inferred from their names.
 
     Returns:
-        For each name, one entry per batch size.
+        One entry per batch size, for each name.
 
     Raises:
-        QatkitError: the format has no runtime to measure, the runtime cannot load a file, or a number is below 1.
+        QatkitError: latency is not measured for the format, the runtime cannot load a file, or an argument is not
+            positive.
     """
     for key, value in (("threads", threads), ("repeats", repeats), *(("batch_sizes", size) for size in batch_sizes)):
         if value < 1:
-            raise QatkitError(f"{value} is out of range", key=key, advice="pass 1 or more")
+            raise QatkitError(f"{value} is out of range", key=key, advice="pass a positive integer")
     runtimes = {name: _load(path, threads, format) for name, path in paths.items()}
     rows: dict[str, list[Latency]] = {name: [] for name in paths}
     for size in batch_sizes:
@@ -108,14 +110,14 @@ def compare(
 
 
 def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, tuple[float, float, float]]:
-    """Time functions in turn: A, B, C, A, B, C.
+    """Time functions in alternation: A, B, C, A, B, C.
 
     Args:
         calls: Functions by name.
-        repeats: Rounds; each times every function once, over as many calls as fill 2 ms.
+        repeats: Number of rounds; each round times every function once, with enough calls to take 2 ms.
 
     Returns:
-        First quartile, median and third quartile of one call, in seconds.
+        First quartile, median and third quartile of the time per call in seconds, by name.
     """
     counts = {name: _warm_up(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -149,7 +151,7 @@ def _batch(example: Tensor, size: int) -> Tensor:
 
 
 def _warm_up(call: Callable[[], object], seconds: float = 0.02, block: float = 2e-3) -> int:
-    """Run until caches and memory pools are warm; return the number of calls that fill one timed block."""
+    """Run until caches and memory pools are warm; return the number of calls per timed block."""
     start, count = time.perf_counter(), 0
     while (passed := time.perf_counter() - start) < seconds or count < 3:
         call()

@@ -1,4 +1,4 @@
-"""The content of ``report.json``: assembled from a run folder, written with a schema version, read back."""
+"""Assemble, write and read ``report.json``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qatkit.run.folder import Run
 from qatkit.run.stage_files import check_logs, measured_zeros
 
 SCHEMA = 1
-"""Schema version of ``report.json``; raised when a key changes its meaning or is removed."""
+"""Schema version of ``report.json``; incremented when the meaning of a key changes or a key is removed."""
 
 
 class _Report(TypedDict):
@@ -46,12 +46,12 @@ class _Report(TypedDict):
 
 @dataclass(frozen=True)
 class Measurements:
-    """Numbers that are measured for every report, by stage."""
+    """Measured values of a report, by stage."""
 
     verification: Mapping[str, dict[str, Any]]
     """The fields of a `Verification`."""
     latency: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Latency of the exported file in its runtime, one entry per batch size; empty if none is measured."""
+    """Latency of the exported file in its runtime, one entry per batch size; empty if it is not measured."""
     cost: Mapping[str, dict[str, float]] = field(default_factory=dict)
     """Latency of the plain model in PyTorch, if the stages have different models."""
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -62,9 +62,9 @@ def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[
     """Assemble the report of a run.
 
     Args:
-        run: The run; its stages are finished and exported.
-        row: Its export format.
-        measured: Results by stage.
+        run: The run, with all stages finished and exported.
+        row: The export format.
+        measured: Measured values.
     """
     machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()}
     versions = {name: version(name) for name in ("qatkit", "torch", "lightning")}
@@ -82,7 +82,7 @@ def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[
 
 
 def write_report(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``report.json`` into a run folder, indented, with every list of plain numbers on one line."""
+    """Write ``report.json`` to a run folder, indented, with each list of numbers on one line."""
     write_signed(folder / "report.json", content, SCHEMA, _text)
 
 
@@ -90,13 +90,13 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Read the ``report.json`` of a run folder.
 
     Raises:
-        QatkitError: there is no report, it is damaged, or it was written by a different version of qatkit.
+        QatkitError: the report does not exist, is corrupted, or was written by an incompatible version of qatkit.
     """
     path = folder / "report.json"
     command = f"run `qatkit report {folder}`"
     content = read_signed(path, _Report, SCHEMA, f"{command} to rewrite it")
     if content is None:
-        raise QatkitError("there is no such file", key=str(path), advice=f"{command} first")
+        raise QatkitError("the file does not exist", key=str(path), advice=f"{command} first")
     return {"schema": SCHEMA} | content
 
 
@@ -142,7 +142,7 @@ def _training(run: Run, stage: str) -> dict[str, Any]:
 
 
 def _histograms(run: Run, stage: str) -> dict[str, dict[str, Any]]:
-    """Weight histograms by layer, before the stage's first step (None if it has no step) and after its last."""
+    """Weight histograms by layer, before the stage's first step (None if it has no steps) and after its last."""
     config = run.recipe.stages[stage]
     after = weight_histograms(run.load_model(stage))
     comparable = config.shrink is None  # a shrunk model starts with weights that differ from those of the parent stage

@@ -1,4 +1,4 @@
-"""Training curves of a stage, read from the files of its CSV logger."""
+"""Read the training curves of a stage from its CSV logs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TypedDict
 from qatkit.errors import QatkitError
 
 POINTS = 400
-"""Points per curve in a report; a page could not show more."""
+"""Maximum number of points per curve in a report; more would not be visible."""
 
 
 class Curve(TypedDict):
-    """One logged metric over the optimizer steps of a stage."""
+    """A logged metric by optimizer step of a stage."""
 
     steps: list[int]
     values: list[float]
@@ -31,14 +31,14 @@ class Curves(TypedDict):
 def read_curves(logs: Path) -> Curves:
     """Join the attempts of a stage into one curve per metric.
 
-    A killed attempt may have passed the checkpoint from which the next one resumed: if two attempts logged the same
-    steps, the later one counts.
+    A killed attempt may have continued past the checkpoint from which the next attempt resumed. If two attempts logged
+    the same step, the later attempt takes precedence.
 
     Args:
-        logs: A stage's ``logs`` folder with ``attempt_N/metrics.csv``; without them the curves are empty.
+        logs: A stage's ``logs`` folder with ``attempt_N/metrics.csv``; without such files, the curves are empty.
 
     Raises:
-        QatkitError: a file is damaged.
+        QatkitError: a file is corrupted.
     """
     by_name: dict[str, dict[int, float]] = {}
     resumed_at = []
@@ -65,9 +65,9 @@ def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
             for name, number in row.items():
                 if name not in ("epoch", "step") and number and row.get("step"):
                     yield int(row["step"]), name, float(number)
-    except (ValueError, TypeError, csv.Error) as error:  # a TypeError: a row is longer than the header
+    except (ValueError, TypeError, csv.Error) as error:  # TypeError: a row is longer than the header
         raise QatkitError(
-            f"{path} is damaged ({error})",
+            f"{path} is corrupted ({error})",
             advice="restore the file, or delete it to omit this attempt's curves from the report",
         ) from error
 

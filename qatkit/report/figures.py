@@ -1,4 +1,4 @@
-"""Figures of runs: the metric against size or latency, and training curves."""
+"""Figures of a run: metric versus size or latency, and training curves."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ WIDTH = 370
 
 @dataclass(frozen=True)
 class Point:
-    """One exported file in a figure of its metric against its cost."""
+    """One exported file in a figure of metric versus cost."""
 
     label: str
-    """The label of the mark: the stage's name, or the run's number."""
+    """The label of the marker: the stage's name, or the number of the run."""
     words: str
-    """Stage and run, for the tooltip."""
+    """The stage and the run, for the tooltip."""
     kind: str
-    """dense, post-training or trained."""
+    """One of "dense", "post-training" and "trained"."""
     colour: str
     cost: float
     low: float
-    """First quartile of the cost; the cost itself if there is no spread."""
+    """First quartile of the cost; equal to the cost if there is no spread."""
     high: float
     value: float
-    """The value of the metric; an accuracy is between 0 and 1."""
+    """The value of the metric; accuracies are between 0 and 1."""
     samples: int
     """The number of test samples or tokens."""
 
 
 def tradeoff(key: str, points: Sequence[Point], metric: Metric, cost: str, unit: str) -> str:
-    """Draw a metric against size or latency, with confidence intervals and the quartiles of the measured latency.
+    """Draw a metric versus size or latency, with confidence intervals and quartiles of the measured latency.
 
     Args:
-        key: Prefix of the figure's ids.
+        key: Prefix of the figure's IDs.
         points: The files.
         metric: The metric on the vertical axis; only accuracies have a confidence interval.
         cost: The quantity on the horizontal axis, such as "size".
-        unit: Its unit.
+        unit: The unit of `cost`.
     """
     marks = {}
     with canvas(WIDTH, 290) as (figure, (axes,)):
@@ -65,15 +65,15 @@ def tradeoff(key: str, points: Sequence[Point], metric: Metric, cost: str, unit:
                 markeredgewidth=1.2, gid=f"mark-{index}", zorder=3,
             )  # fmt: skip
             marks[f"mark-{index}"] = f"{point.words}: {metric.show(point.value)} at {point.cost:.4g} {unit}"
-        figure.draw_without_rendering()  # positions are known from here on
+        figure.draw_without_rendering()  # computes the positions
         _place_labels(axes, points, metric)
         axes.set_xlabel(f"{cost} ({unit})")
         axes.set_ylabel(f"test {metric.name} ({metric.unit})" if metric.unit else f"test {metric.name}")
-        return to_svg(figure, key, f"{metric.title} against {cost}. {'; '.join(marks.values())}", marks)
+        return to_svg(figure, key, f"{metric.title} versus {cost}. {'; '.join(marks.values())}", marks)
 
 
 def interval(accuracy: float, samples: int) -> tuple[float, float]:
-    """The 95% confidence interval of a measured accuracy (Wilson's score interval)."""
+    """The 95% confidence interval of a measured accuracy (Wilson score interval)."""
     if samples == 0:
         return accuracy, accuracy
     z2 = 1.96**2 / samples
@@ -82,7 +82,7 @@ def interval(accuracy: float, samples: int) -> tuple[float, float]:
 
 
 def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
-    """Leave room around the values; use a logarithmic axis if the best value would touch the edge."""
+    """Leave space around the values; use a logarithmic axis if the best value would touch the edge."""
     if not metric.percent and top > 20 * bottom:
         axes.set_yscale("log")
         axes.set_ylim(bottom / 1.6, top * 1.6)
@@ -93,7 +93,7 @@ def _metric_axis(axes: Axes, metric: Metric, bottom: float, top: float) -> None:
 
 
 def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
-    """Start at zero, so that lengths compare; use a logarithmic axis if the smallest value would touch the edge."""
+    """Start at zero, so that lengths are comparable; use a log axis if the smallest value would touch the edge."""
     small, large = min(point.low for point in points), max(point.high for point in points)
     typical = max(point.cost for point in points)
     if typical > 20 * min(point.cost for point in points):
@@ -101,13 +101,13 @@ def _cost_axis(axes: Axes, points: Sequence[Point]) -> None:
         axes.set_xlim(small / 1.6, large * 1.6)
         _plain_log_ticks(axes.xaxis, small / 1.6, large * 1.6)
     else:
-        # an extreme quartile, from a busy machine, may leave the figure
+        # an extreme quartile, measured on a busy machine, may be cut off
         axes.set_xlim(0, min(large, 2 * typical) * 1.12)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _place_labels(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
-    """Place each label next to its mark, at the position with the least overlap with marks and other labels."""
+    """Place each label next to its marker, at the position with the least overlap with markers and other labels."""
     spots = [axes.transData.transform((point.cost, metric.scale * point.value)) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
     places = [(side * dx, dy) for dx, dy in ((9, 9), (9, -9), (11, 0), (9, 22), (9, -22)) for side in (1, -1)]
@@ -140,12 +140,12 @@ def _overlap(a: _Box, b: _Box) -> float:
 
 GROUPS = {row.name: f"{row.title} (%)" if row.percent else row.title for row in METRICS.values()}
 GROUPS["quant"] = "Quantization (%)"
-"""Titles of the training figures, in their order."""
+"""Titles of the training figures, in display order."""
 _ENDS = {**{name: name for name in METRICS}, "agreement": "accuracy"}
 
 
 def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
-    """Group the curves that share a figure, by group name, without the duplicate label loss of a distilled stage."""
+    """Group the curves that share a figure by group name; omit a loss that duplicates the label loss."""
     metrics = {name: curve for name, curve in curves["metrics"].items() if len(curve["steps"]) > 1}
     if metrics.get("train/label_loss") == metrics.get("train/loss"):
         metrics.pop("train/loss", None)
@@ -157,10 +157,10 @@ def curve_groups(curves: Curves) -> dict[str, dict[str, Curve]]:
 
 
 def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], resumed_at: Sequence[int]) -> str:
-    """Draw the curves of one group over a stage's optimizer steps.
+    """Draw the curves of one group by optimizer step of a stage.
 
     Args:
-        key: Prefix of the figure's ids.
+        key: Prefix of the figure's IDs.
         stage: The stage's name.
         kind: The group's name.
         curves: The curves by metric.
@@ -194,7 +194,7 @@ def training_curves(key: str, stage: str, kind: str, curves: dict[str, Curve], r
 
 
 def _at_least(axes: Axes, span: float) -> None:
-    """Show at least `span` points of accuracy: at a larger zoom, single samples of the split look like progress."""
+    """Show a range of at least `span` percentage points, so that changes on single samples do not look large."""
     low, high = axes.dataLim.intervaly
     room = max(0.05 * (high - low), (span - (high - low)) / 2)
     top = min(high + room, 100.3)
@@ -202,7 +202,7 @@ def _at_least(axes: Axes, span: float) -> None:
 
 
 def _plain_log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Ticks at 1, 10, 100 (and at 2 and 5 if there are few), written as plain numbers."""
+    """Place ticks at 1, 10, 100 (and at 2 and 5 if there are few) and label them with plain numbers."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if len(decades) <= 3 else (1,)
     axis.set_major_locator(FixedLocator([step * 10.0**decade for decade in decades for step in steps]))

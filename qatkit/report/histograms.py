@@ -1,7 +1,7 @@
 """Histograms of weights on their quantization grid.
 
-Every channel or group has its own scale, so weights are counted in units of their scale: ``w / scale + zero_point``. On
-that axis all grids are the same, the integers from qmin to qmax, and weights beyond them are clipped.
+Every channel or group has its own scale, so weights are divided by it: ``w / scale + zero_point``. In these units, all
+grids consist of the integers from qmin to qmax, and weights beyond them are clipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qatkit.quantization.prepare import quantized_weights
 from qatkit.quantization.slices import aligned, to_slices
 
 INSIDE = 64
-"""Bins over the range of the codes; a power of two, so that borders between codes are borders of bins (2 to 6 bits)."""
+"""Bins over the range of the codes: a power of two, so that code boundaries are bin boundaries (2 to 6 bits)."""
 OUTSIDE = 4
 """Bins on either side of the range; the outermost ones also count everything beyond them."""
 
@@ -27,11 +27,11 @@ class Histogram(TypedDict):
     bits: int
     qmin: float
     qmax: float
-    """The codes are ``qmin .. qmax``; the bins inside run from ``qmin - 0.5`` to ``qmax + 0.5``."""
+    """The codes are ``qmin .. qmax``; the inner bins cover ``qmin - 0.5`` to ``qmax + 0.5``."""
     integer: bool
-    """Whether the codes are all integers from `qmin` to `qmax`, rather than small floats."""
+    """Whether the codes are the integers from `qmin` to `qmax`, rather than small floats."""
     counts: list[int]
-    """`OUTSIDE` bins below the range, `INSIDE` within, `OUTSIDE` above, all of equal width."""
+    """`OUTSIDE` bins below the range, `INSIDE` bins within it and `OUTSIDE` bins above it, all of equal width."""
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
     """Count the latent weights of every layer with a quantized weight, one layer at a time.
 
     Args:
-        model: A model from `prepare_qat`, with its scales set.
+        model: A model from `prepare_qat` with initialized scales.
     """
     histograms = {}
     for name, sharded, fake_quant in quantized_weights(model):

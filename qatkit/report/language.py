@@ -1,4 +1,4 @@
-"""Evaluate a language model on held-out text: perplexity, and agreement with its dense reference model."""
+"""Evaluate a language model on held-out text: perplexity, and agreement with the dense model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from qatkit.errors import QatkitError
 from qatkit.tasks import Task, call, perplexity, task_of
 
 Text = tuple[Tensor, Tensor]
-"""Token ids and labels, ``[tokens]`` each."""
+"""Token IDs and labels, ``[tokens]`` each."""
 
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """Metrics of a model on held-out text; every token is predicted once."""
+    """Metrics of a language model on held-out text; every token is predicted once."""
 
     context: int
-    """The largest number of tokens in a window, including the predicted one."""
+    """Maximum number of tokens in a window, including the predicted token."""
     stride: int
-    """Tokens between the starts of two windows; after the first window, a token has at least ``context - stride``
-    predecessors."""
+    """Tokens between the starts of two windows; after the first window, a token is predicted from at least
+    ``context - stride`` tokens."""
     tokens: int
     loss: float
     """Per token, in nats."""
@@ -40,7 +40,7 @@ class LanguageScore:
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Overlapping windows over a text: begin, end, and the first token that no earlier window predicted.
+    """Yield overlapping windows over a text: start, end, and the first token that no earlier window predicted.
 
     Example:
         >>> list(windows(10, context=6, stride=2))
@@ -70,9 +70,9 @@ def score(
     Args:
         model: The model in eval mode; called with ``input_ids``.
         dense: The reference model; None if `model` is the dense model itself.
-        texts: Token ids and labels; a label of -100 is ignored.
+        texts: Token IDs and labels; labels of -100 are ignored.
         context: Tokens per window.
-        stride: Tokens between the starts of two windows, at most `context`; half of it is customary.
+        stride: Tokens between the starts of two windows, at most `context`; usually half of it.
         batch_size: Windows per batch.
 
     Raises:
@@ -82,7 +82,7 @@ def score(
         raise QatkitError(
             f"{stride} with context {context} is out of range",
             key="evaluate.stride",
-            advice="set a context of at least 2 and a stride from 1 to the context",
+            advice="set context to at least 2, and stride to a value from 1 to context",
         )
     loss = kl = 0.0
     count = same = 0
@@ -101,16 +101,16 @@ def score(
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     if count == 0:
         raise QatkitError(
-            "every label in the test texts is -100, so no metric can be measured",
+            "all labels in the test split are -100, so no metric can be measured",
             key="evaluate",
-            advice="use texts with labels other than -100",
+            advice="use data with labels other than -100",
         )
     mean = loss / count
     return LanguageScore(context, stride, count, mean, perplexity(mean), same / count, kl / count)
 
 
 def _batches(texts: Sequence[Text], context: int, stride: int, size: int) -> Iterator[Text]:
-    """Batches of windows of equal length; labels of tokens that were already predicted are ignored."""
+    """Yield batches of windows of equal length; labels of tokens that were already predicted are ignored."""
     waiting: dict[int, list[Text]] = {}
     for tokens, labels in texts:
         for begin, end, new in windows(len(tokens), context, stride):
@@ -130,13 +130,14 @@ def _stacked(group: Sequence[Text]) -> Text:
 
 
 def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]:
-    """The held-out texts of a test split; a single text if the batches are windows of one token stream.
+    """Return the texts of a test split, or a single text if the batches are windows of one token stream.
 
-    The batches are such windows if every token is a label and nothing marks the end of a row. Otherwise every row is a
-    text, without its padding. A packed row, in which positions restart, gives one text per document.
+    The batches are such windows if the labels equal the tokens and there is no attention mask and no position IDs.
+    Otherwise, every row is a text, without its padding. A packed row, in which positions restart, is split into one
+    text per document.
 
     Raises:
-        QatkitError: the task of the batches is not next-token prediction.
+        QatkitError: the task is not next-token prediction.
     """
     rows: list[Text] = []
     stream = True
@@ -156,9 +157,9 @@ def texts_of(batches: Iterable[Any], declared: Task | None = None) -> list[Text]
 
 
 def next_token_only(task: Task) -> QatkitError:
-    """Return the error for data of a task other than next-token prediction."""
+    """Return the error for a task other than next-token prediction."""
     return QatkitError(
-        f"evaluation needs next-token prediction, but the data's task is {task.name} ({task.description})",
+        f"evaluation is supported only for next-token prediction, but the task is {task.name} ({task.description})",
         key="evaluate",
         advice="remove evaluate; the report always contains the test metrics",
     )
@@ -167,12 +168,12 @@ def next_token_only(task: Task) -> QatkitError:
 def check_harness(tasks: Sequence[str], allow: Sequence[str]) -> None:
     """Check that lm-evaluation-harness is installed, and that the recipe may run its tasks.
 
-    A task's YAML file may call Python code beside it (``!function``), so files need permission; names are those of the
-    installed package.
+    A task's YAML file may call Python code in its folder (``!function``), so files need permission. Names refer to
+    tasks in the installed package.
 
     Args:
         tasks: The tasks of the recipe.
-        allow: Packages, in addition to qatkit's factories, whose code the recipe may use.
+        allow: Additional packages whose code the recipe may use.
 
     Raises:
         QatkitError: lm-evaluation-harness is not installed, or a task is a file and "lm_eval" is not allowed.
@@ -197,7 +198,7 @@ def harness(
         model: The model in eval mode.
         tokenizer: A transformers tokenizer.
         tasks: Names from ``lm_eval ls tasks``, or YAML files with custom tasks.
-        limit: Samples per task; all by default.
+        limit: Samples per task (default: all).
         batch_size: Samples per batch.
 
     Returns:

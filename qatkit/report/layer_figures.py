@@ -1,4 +1,4 @@
-"""Figures of a model's layers: weights on the quantization grid, and statistics of their quantization."""
+"""Figures of a model's layers: weights on the quantization grid, and quantization statistics."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ WIDTH, HEIGHT = 300, 165
 
 
 def weight_histogram(key: str, layer: str, before: Histogram | None, after: Histogram, kind: str) -> str:
-    """Draw one layer's weights over the codes of its grid, at the stage's start (dashed) and at its end (filled).
+    """Draw a histogram of one layer's weights over its codes, at the stage's start (dashed) and end (filled).
 
     Up to 4 bits, a dot at every code shows the number of weights that are rounded to it, on the same axis.
 
     Args:
-        key: Prefix of the figure's ids.
+        key: Prefix of the figure's IDs.
         layer: The layer's name.
-        before: The histogram at the stage's start; None if nothing was trained.
-        after: The histogram at its end.
-        kind: post-training or trained; sets the color.
+        before: The histogram at the stage's start; None if the stage did not train.
+        after: The histogram at the stage's end.
+        kind: "post-training" or "trained"; sets the color.
     """
     colour = KINDS[kind]
     low, high = after["qmin"] - 0.5, after["qmax"] + 0.5
@@ -65,7 +65,7 @@ def _density(histogram: Histogram, merged: int) -> tuple[list[float], list[float
 
 
 def _per_code(histogram: Histogram) -> list[float]:
-    """The fraction of weights that round to each code; clipped weights count for the two outer codes."""
+    """The fraction of weights that round to each code; clipped weights count towards the outermost codes."""
     counts, total = histogram["counts"], max(sum(histogram["counts"]), 1)
     per = INSIDE >> histogram["bits"]
     fractions = [sum(counts[index : index + per]) / total for index in range(OUTSIDE, OUTSIDE + INSIDE, per)]
@@ -75,7 +75,7 @@ def _per_code(histogram: Histogram) -> list[float]:
 
 
 def clipped_fraction(histogram: Histogram) -> float:
-    """The fraction of weights outside the range of codes, 0 to 1."""
+    """The fraction (0 to 1) of weights outside the range of the codes."""
     counts = histogram["counts"]
     return (sum(counts[:OUTSIDE]) + sum(counts[-OUTSIDE:])) / max(sum(counts), 1)
 
@@ -98,10 +98,10 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
     """Draw bits, fraction of the size, rounding error, clipped weights and zeros per layer, with a bar per stage.
 
     Args:
-        key: Prefix of the figure's ids.
-        stages: ``stage``, ``kind`` and ``layers`` of the compressed rows of a report.
-        count: The number of layers to draw; the largest are chosen.
-        wide: The five panels side by side; otherwise stacked, for phones.
+        key: Prefix of the figure's IDs.
+        stages: ``stage``, ``kind`` and ``layers`` of the quantized rows of a report.
+        count: The number of layers to draw; the largest are selected.
+        wide: Draw the five panels side by side; otherwise, stack them for narrow screens.
     """
     names = largest([layer["name"] for row in stages for layer in row["layers"]], stages, count)
     thickness = 0.78 / len(stages)
@@ -135,16 +135,16 @@ def layer_picture(key: str, stages: Sequence[Mapping[str, Any]], count: int, wid
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=axes.get_xlim()[1] > 3))
         titles = ", ".join(title for title, _, _ in _PANELS)
         stage_names = ", ".join(row["stage"] for row in stages)
-        return to_svg(figure, key, f"Every layer in {stage_names}: {titles}. The numbers are in the tables.", marks)
+        return to_svg(figure, key, f"Layers of {stage_names}: {titles}. The tables contain all values.", marks)
 
 
 def _short(name: str) -> str:
-    """The end of a long name, which distinguishes layers; the tooltip of a bar has the full name."""
+    """Shorten a long name to its end, which distinguishes layers; tooltips contain the full name."""
     return name if len(name) <= 26 else f"…{name[-25:]}"
 
 
 def largest(names: Sequence[str], stages: Sequence[Mapping[str, Any]], count: int) -> list[str]:
-    """The `count` layers with the most weights, in the model's order."""
+    """Return the `count` layers with the most weights, in the order of the model."""
     weights = {layer["name"]: layer["weights"] for row in stages for layer in row["layers"]}
     chosen = set(sorted(weights, key=lambda name: -weights[name])[:count])
     return [name for name in dict.fromkeys(names) if name in chosen]

@@ -1,4 +1,4 @@
-"""The metric that a run is judged by, such as accuracy or perplexity."""
+"""The main metric of a run, such as accuracy or perplexity."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PERPLEXITY = METRICS["perplexity"]
 
 
 def task_of_report(report: dict[str, Any]) -> Task:
-    """The task of a run."""
+    """Return the task of a run."""
     return TASKS.row(report["rows"][0]["verification"]["task"], "report.json")
 
 
 def metric_of(report: dict[str, Any]) -> Metric:
-    """The metric that the rows of a report are judged by."""
+    """Return the main metric of a report."""
     return METRICS[task_of_report(report).metric]

@@ -1,4 +1,4 @@
-"""The report page: one or more runs as one self-contained HTML file without scripts or network access."""
+"""Render one or more runs as a self-contained HTML page without scripts or network access."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ NEEDS = ("matplotlib", "jinja2")
 
 
 def missing_packages() -> str | None:
-    """The missing packages that a page needs, with the command to install them; None if all are installed."""
+    """Return a message about missing packages that the page needs, or None if all are installed."""
     absent = [name for name in NEEDS if find_spec(name) is None]
-    return f"{' and '.join(absent)} not installed; run: pip install 'qatkit[report]'" if absent else None
+    verb = "are" if len(absent) > 1 else "is"
+    return f"{' and '.join(absent)} {verb} not installed; run: pip install 'qatkit[report]'" if absent else None
 
 
 def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
-    """Render the page of one run, or of several runs with a comparison above them.
+    """Render the page of one run, or of multiple runs with a comparison at the top.
 
     Args:
         reports: The content of each ``report.json``.
-        folders: The run folder of each; distinguishes runs with the same name.
+        folders: The run folder of each report; they distinguish runs with the same name.
 
     Raises:
         QatkitError: matplotlib or jinja2 is not installed.
@@ -56,7 +57,7 @@ def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
 
 
 def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The recipes' names; equal names are prefixed with enough of their folders to distinguish them.
+    """Return the names of the runs; to distinguish equal names, the end of the folder's path is appended.
 
     Example:
         >>> run_names(["a", "b", "b"], [Path("r/1"), Path("r/2"), Path("r/3")])
@@ -76,10 +77,10 @@ def write_page(folders: Sequence[Path], page: Path) -> None:
     """Render the ``report.json`` of one or more runs as one HTML file.
 
     Raises:
-        QatkitError: a folder has no report that this version of qatkit reads, or matplotlib or jinja2 is not installed.
+        QatkitError: a folder has no readable report, or matplotlib or jinja2 is not installed.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise QatkitError("the same run folder is given twice", advice="pass each run folder once")
+        raise QatkitError("the same run folder was passed twice", advice="pass each run folder only once")
     reports = [read_report(folder) for folder in folders]
     text = render(reports, folders)
     page.parent.mkdir(parents=True, exist_ok=True)

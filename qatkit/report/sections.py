@@ -1,4 +1,4 @@
-"""The values of the page template: figures, tables and sentences of each run."""
+"""Values for the page template: figures, tables and sentences for each run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qatkit.report.tables import comparison, headers, model_table, sparse_notes,
 from qatkit.tasks.metrics import Metric
 
 HISTOGRAMS, BARS = 12, 24
-"""The number of layers drawn as histograms and as bars; fewer if several runs share the page."""
+"""The number of layers drawn as histograms and as bars; fewer if the page contains multiple runs."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Picture:
 
 
 def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str, Any]:
-    """Everything that the page shows about one run.
+    """Return everything that the page shows about one run.
 
     Args:
-        key: Prefix of the ids of its figures.
+        key: Prefix of the IDs of the figures.
         report: The content of ``report.json``.
         name: The run's name on the page.
         runs: The number of runs on the page.
@@ -61,7 +61,7 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
 
 
 def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """The comparison above several runs: one table and common axes for all of them."""
+    """Return the comparison of multiple runs: one table, and figures with common axes."""
     columns, rows = merged_table(reports)
     owners = [index for index, report in enumerate(reports) for _ in report["rows"]]
     entries: dict[Metric, list[_Entry]] = {}
@@ -85,7 +85,7 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
 
 
 def merged_table(reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """The comparison of all runs under common headers; each cell is a value and its remark in parentheses."""
+    """Return a table of all runs with common headers; each cell is a value and the remark that follows it."""
     columns = list(dict.fromkeys(header for report in reports for header in headers(report)))
     columns.append(columns.pop(columns.index("parity")))
     rows = []
@@ -105,7 +105,7 @@ _Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, 
 
 
 def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Picture]:
-    """The metric against size, and against the latency of each batch size."""
+    """Draw the metric versus size, and versus latency for each batch size."""
 
     def point(entry: _Entry, cost: float, low: float, high: float) -> Point:
         row, label, words, colour = entry
@@ -116,7 +116,7 @@ def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Pict
     divisor, unit = (1e6, "MB") if mega else (1e3, "kB")
     sizes = [point(entry, *[entry[0]["bytes"] / divisor] * 3) for entry in entries]
     pictures = [
-        Picture(f"{metric.title} against size", "", tradeoff(f"{key}-size", sizes, metric, "size on disk", unit))
+        Picture(f"{metric.title} versus size", "", tradeoff(f"{key}-size", sizes, metric, "size on disk", unit))
     ]
     for batch in dict.fromkeys(latency["batch_size"] for row, *_ in entries for latency in row["latency"]):
         points = [
@@ -126,7 +126,7 @@ def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Pict
             if latency["batch_size"] == batch
         ]
         svg = tradeoff(f"{key}-latency{batch}", points, metric, f"latency, batch of {batch}", "ms")
-        pictures.append(Picture(f"{metric.title} against latency, batch of {batch}", "", svg))
+        pictures.append(Picture(f"{metric.title} versus latency, batch of {batch}", "", svg))
     return pictures
 
 
@@ -143,7 +143,7 @@ def _training(key: str, metric: Metric, stage: dict[str, Any]) -> dict[str, Any]
 
 
 def _histograms(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> list[dict[str, Any]]:
-    """Histograms of every stage that trained quantized weights; of other stages only if none did."""
+    """Draw histograms for stages that trained quantized weights, or for all quantized stages if none did."""
     with_weights = [row for row in rows if row["histograms"]]
     trained = [row for row in with_weights if row["kind"] == "trained"]
     return [_stage_histograms(key, row, drawn) for row in trained or with_weights]
@@ -170,5 +170,5 @@ def _layers(key: str, rows: Sequence[dict[str, Any]], drawn: int) -> dict[str, A
         "rows": rows,
         "wide": layer_picture(f"{key}-layers-wide", rows, drawn, wide=True),
         "tall": layer_picture(f"{key}-layers-tall", rows, drawn, wide=False),
-        "note": f"The {drawn} largest of {count} layers are drawn." if count > drawn else "",
+        "note": f"Only the {drawn} largest of {count} layers are shown." if count > drawn else "",
     }

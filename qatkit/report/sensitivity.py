@@ -1,4 +1,4 @@
-"""The sensitivity of each layer to each candidate scheme, as a Markdown table and as a figure."""
+"""Show the sensitivity of each layer to each candidate scheme as a Markdown table and as a figure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qatkit.quantization.mixed.records import Sensitivity
 
 
 def markdown(sensitivity: Sensitivity) -> str:
-    """A Markdown table with one row per layer group: loss increase and bits per weight of every candidate."""
+    """Return a Markdown table with one row per layer group: loss increase and bits per weight of every candidate."""
     names = list(sensitivity.candidates)
     lines = [
         "# Sensitivity",
         "",
-        f"Loss without quantization: {sensitivity.loss:.6g}. Each cell shows the loss increase when only these layers "
-        "are quantized, and the bits per weight, including scales and zero points.",
+        f"Loss without quantization: {sensitivity.loss:.6g}. Each cell shows the loss increase when only the layers of "
+        "the row are quantized, and the bits per weight, including scales and zero points.",
         "",
         f"| layers | weights | {' | '.join(names)} |",
         f"| --- | ---: | {' | '.join('---:' for _ in names)} |",
@@ -36,9 +36,9 @@ def _cell(name: str) -> str:
 
 
 def picture(sensitivity: Sensitivity) -> str:
-    """A standalone SVG with one line per layer group, one mark per candidate, and a logarithmic axis.
+    """Return a standalone SVG with one row per layer group, one marker per candidate, and a logarithmic axis.
 
-    Increases that are negative, zero or too small to distinguish are drawn at the left edge.
+    Increases that are negative, zero or very small are drawn at the left edge.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -71,6 +71,6 @@ def picture(sensitivity: Sensitivity) -> str:
 
 
 def _short(layers: tuple[str, ...]) -> str:
-    """The first layer's name, shortened to its end if it is long, and the number of further layers."""
+    """Return the end of the first layer's name, and the number of additional layers."""
     name = layers[0] if len(layers[0]) <= 40 else f"…{layers[0][-39:]}"
     return name if len(layers) == 1 else f"{name} +{len(layers) - 1}"

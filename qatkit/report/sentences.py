@@ -1,4 +1,4 @@
-"""Sentences of a report: the result of a run, and the verification of each file."""
+"""Sentences for a report: the result of a run, and the verification of each file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatkit.tasks.table import TASKS
 
 
 class Parity(TypedDict):
-    """The verification of one file, in sentences."""
+    """Sentences about the verification of one file."""
 
     passed: bool
     headline: str
@@ -21,17 +21,17 @@ class Parity(TypedDict):
 
 
 class Tile(TypedDict):
-    """One of the numbers at the top of a run's page."""
+    """A number at the top of a run's page."""
 
     label: str
     value: str
     note: str
     state: str
-    """good, bad, or empty."""
+    """Either "good" or "bad", or empty."""
 
 
 def parity(check: dict[str, Any]) -> Parity:
-    """The verification of one file, in terms that need no background.
+    """Describe the verification of one file in terms that require no background.
 
     Args:
         check: The ``verification`` of a row of the report.
@@ -45,13 +45,13 @@ def parity(check: dict[str, Any]) -> Parity:
         )
     sentences = []
     if check["layers"]:
-        weights = f"{check['weights']:,} {row.weights} in the file's {check['layers']} layers"
+        weights = f"{check['weights']:,} {row.weights} in the file's {check['layers']} quantized layers"
         sentences.append(f"All {weights} equal the trained ones.")
     sentences.append(_difference(check))
     task = TASKS.row(check["task"], "report.json")
     samples, same = check["samples"], round(check["agreement"] * check["samples"])
     count = f"all {samples:,}" if same == samples else f"{same:,} of {samples:,}"
-    sentences.append(f"Both models give the same {task.agreement} for {count} {task.counted}.")
+    sentences.append(f"Both models predict the same {task.agreement} for {count} {task.counted}.")
     return Parity(passed=True, headline=f"{row.runtime} computes what training computed.", sentences=sentences)
 
 
@@ -61,11 +61,11 @@ def _difference(check: dict[str, Any]) -> str:
         return "Outputs are bit-identical."
     text = f"Outputs differ by {plain(error)} on average"
     if check["allowed_error"] is None:
-        return f"{text}, because this format does not quantize activations; no bound applies."
+        return f"{text}. No limit applies, because this format does not quantize activations."
     limit = f"the limit is {plain(check['allowed_error'])}"
     if effect == 0:
-        return f"{text}: floating-point rounding noise from a different summation order ({limit})."
-    return f"{text}, {_part(error / effect)} of the quantization effect itself ({plain(effect)}; {limit})."
+        return f"{text}, because of a different floating-point summation order ({limit})."
+    return f"{text}, {_part(error / effect)} of the change due to quantization ({plain(effect)}; {limit})."
 
 
 def _part(ratio: float) -> str:
@@ -76,7 +76,7 @@ def _part(ratio: float) -> str:
 
 
 def plain(number: float) -> str:
-    """A number with two significant digits: 0.000036, and 8e-7 if there would be more zeros.
+    """Format a number with two significant digits, such as 0.000036, or 8e-7 if there would be more zeros.
 
     Example:
         >>> plain(3.6e-05), plain(0.346)
@@ -93,7 +93,7 @@ def plain(number: float) -> str:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The result of a run in one sentence: its last row compared with its first."""
+    """Summarize a run in one sentence: its last row compared with its first."""
     first, last, metric = report["rows"][0], report["rows"][-1], metric_of(report)
     was, now = metric.show(metric.of(first)), metric.show(metric.of(last))
     if last is first:
@@ -110,7 +110,7 @@ def headline(report: dict[str, Any]) -> str:
 
 
 def tiles(report: dict[str, Any]) -> list[Tile]:
-    """The numbers at the top of a run's page: the last row compared with the first, and the parity of all rows."""
+    """Return the numbers at the top of a run's page: the last row compared with the first, and parity of all rows."""
     first, last = report["rows"][0], report["rows"][-1]
     single, metric = last is first, metric_of(report)
     samples, task = last["verification"]["samples"], task_of_report(report)
@@ -144,7 +144,7 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
         Tile(
             label="parity of training and runtime",
             value="FAILED" if failed else "verified",
-            note=f"{', '.join(failed)}: see below"
+            note=f"see below: {', '.join(failed)}"
             if failed
             else f"all {len(report['rows'])} files, reloaded from disk",
             state="bad" if failed else "good",
@@ -155,5 +155,6 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
 
 def _change(metric: Metric, was: float, now: float) -> str:
     if now == was:
-        return "the same as"
-    return f"{100 * (now - was):+.2f} points from" if metric.percent else f"{now / was - 1:+.2%} from"
+        return "the same as for"
+    change = f"{100 * (now - was):+.2f} points" if metric.percent else f"{now / was - 1:+.2%}"
+    return f"{change} compared with"

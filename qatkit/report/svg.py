@@ -1,7 +1,7 @@
 """Convert matplotlib figures to inline SVG that follows the style of the page.
 
-Colors become CSS variables of the page, so one figure serves the light and the dark theme; text stays text in the
-page's font; ids get a prefix, because all figures of a page share one namespace.
+Colors become CSS variables of the page, so the same figure works in the light and the dark theme. Text remains text in
+the page's font. IDs are prefixed, because all figures of a page share one namespace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# it warns that the first start on a machine takes a while, which needs no action
+# suppress the warning that building the font cache takes a while
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 INK, MUTED, LINE, CARD, BAD = "#18202b", "#566173", "#dde2ea", "#fffffe", "#b3261f"
@@ -72,14 +72,14 @@ _STYLE: dict[Any, Any] = {
 def canvas(
     width: int, height: int, rows: int = 1, columns: int = 1, share_y: bool = False
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure in the page's style and its axes, row by row; draw and call `to_svg` inside the block.
+    """Create a figure in the page's style, and its axes row by row; draw and call `to_svg` inside the ``with`` block.
 
     Args:
-        width: Width in CSS pixels; at this width the text is as large as the page's text.
+        width: Width in CSS pixels; at this width, the text has the size of the page's text.
         height: Height in CSS pixels.
         rows: Rows of axes.
         columns: Columns of axes.
-        share_y: Whether all axes share the vertical scale.
+        share_y: Whether all axes share the y-axis.
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -93,12 +93,12 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
 
     Args:
         figure: A figure from `canvas`.
-        key: Prefix of the ids; must be unique on the page.
-        label: A description of the figure, for screen readers.
-        marks: Tooltips by the gid of an artist.
+        key: Prefix of the IDs; must be unique on the page.
+        label: A description of the figure for screen readers.
+        marks: Tooltips by the gid of their artist.
     """
     buffer = io.StringIO()
-    figure.canvas.print_svg(buffer)  # type: ignore[attr-defined]  # savefig would draw once more, only for the layout
+    figure.canvas.print_svg(buffer)  # type: ignore[attr-defined]  # savefig would draw twice
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -117,7 +117,7 @@ def to_svg(figure: Figure, key: str, label: str, marks: Mapping[str, str]) -> st
 
 
 def _lean(text: str, marks: set[str]) -> str:
-    """Remove unreferenced ids, and groups that are then empty: together half of the file."""
+    """Remove unreferenced IDs and groups that are then empty, which make up half of the file."""
     used = marks | set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)

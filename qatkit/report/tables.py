@@ -1,4 +1,4 @@
-"""The comparison of a run's stages, as a table for the terminal and as Markdown."""
+"""Compare the stages of a run in a table for the terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def headers(report: dict[str, Any]) -> list[str]:
-    """The columns of the comparison, including one for each measured batch size."""
+    """Return the columns of the comparison, including one for each measured batch size."""
     sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
     judged = f"test {metric_of(report).name}"
     speed = [f"batch of {n}" for n in sizes]
@@ -38,7 +38,7 @@ def _language_cells(row: dict[str, Any]) -> list[str]:
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
-    """The cells of the comparison, one list per row in the order of `headers`; ratios are to the first row."""
+    """Return the cells of the comparison, row by row, in the order of `headers`; ratios are to the first row."""
     first, metric = report["rows"][0], metric_of(report)
     rows = []
     for row in report["rows"]:
@@ -64,7 +64,7 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
 
 
 def kernel_notes(report: dict[str, Any]) -> list[str]:
-    """A sentence for every quantized stage for which the runtime computes some products in floating point."""
+    """Return a sentence for every quantized stage with layers that the runtime computes in floating point."""
     notes = []
     for row in report["rows"]:
         kernels = row.get("kernels")
@@ -73,14 +73,14 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
             integer = ", ".join(f"{count} {name}" for name, count in kernels["integer"].items()) or "none"
             notes.append(
                 f"{row['stage']}: some layers run on slower floating-point kernels (integer: {integer}; "
-                f"floating point: {floating}). A layer runs on integer kernels if its input and its output are "
-                "quantized; see docs/own_model.md"
+                f"floating point: {floating}). A layer runs on integer kernels only if its input and output are "
+                "quantized; see docs/runtimes.md"
             )
     return notes
 
 
 def model_table(report: dict[str, Any]) -> list[list[str]]:
-    """A header and one row per stage: the cost of its model and the ratio to the first; empty if all are equal."""
+    """Return a header and one row per stage with the cost of its model; empty if all models have the same size."""
     rows = report["rows"]
     if not all("torch_ms" in row.get("cost", {}) for row in rows):
         return []
@@ -100,7 +100,7 @@ def model_table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def zeros_table(report: dict[str, Any]) -> list[list[str]]:
-    """A header, the total, and one row per pruned layer whose mask a stage keeps; empty if there are no such layers."""
+    """Return a header, the total, and one row per layer with a mask; empty if there are no such layers."""
     rows = [row for row in report["rows"] if row.get("zeros")]
     layers = dict.fromkeys(layer for row in rows for layer in row["zeros"])
     if not layers:
@@ -118,26 +118,26 @@ def zeros_table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def sparse_notes(report: dict[str, Any]) -> list[str]:
-    """A sentence for every sparse file: its size compared with the dense weights."""
+    """Return a sentence for every sparse file that compares its size with dense storage."""
     return [
-        f"{row['stage']}: {row['bytes'] / 1000:.1f} kB without zeros, {row['bytes'] / row['dense_bytes']:.1%} of the "
-        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights need in dense storage"
+        f"{row['stage']}: the file takes {row['bytes'] / 1000:.1f} kB, {row['bytes'] / row['dense_bytes']:.1%} of the "
+        f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take in dense storage"
         for row in report["rows"]
         if row.get("dense_bytes")
     ]
 
 
 def split_note(report: dict[str, Any]) -> str:
-    """The data that the metrics were measured on, in a sentence."""
+    """Return a sentence about the data on which the metrics were measured."""
     if metric_of(report).percent:
         return "Accuracy is measured on the held-out test split."
     note = "Perplexity and loss (nats per token) are measured on the held-out test split; lower is better."
     if measured := report["rows"][0].get("language"):
         note += (
             f" Context {measured['context']}, stride {measured['stride']}: windows of {measured['context']} tokens "
-            f"advance by {measured['stride']}, so that each token is predicted once, from at least "
-            f"{measured['context'] - measured['stride']} preceding tokens where the text has them. Agreement is the "
-            "fraction of tokens with the same top-1 prediction. KL is KL(dense || row) in nats per token."
+            f"advance by {measured['stride']} tokens. Each token is predicted once, from at least "
+            f"{measured['context'] - measured['stride']} preceding tokens if the text contains that many. Agreement is "
+            "the fraction of tokens with the same top-1 prediction. KL is KL(dense || row) in nats per token."
         )
     return note
 
@@ -147,7 +147,7 @@ def _ratio(ratio: float, word: str, itself: bool) -> str:
 
 
 def terminal_table(report: dict[str, Any]) -> Table:
-    """The comparison as a `rich` table."""
+    """Return the comparison as a `rich` table."""
     from rich.table import Table
 
     table = Table(title=f"{report['name']} ({report['format']})")
@@ -159,7 +159,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The complete report as Markdown: comparison, verification, and every layer."""
+    """Return the complete report as Markdown: comparison, verification, and all layers."""
     lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
     lines += [f"{split_note(report)} Size is the size of the exported file on disk.", "", "## Parity", ""]
     for row in report["rows"]:
@@ -201,7 +201,8 @@ def markdown(report: dict[str, Any]) -> str:
                 ],
             )
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    return "\n".join([*lines, "", f"Made with {versions}, {report['machine']['threads']} threads.", ""])
+    threads = report["machine"]["threads"]
+    return "\n".join([*lines, "", f"Generated with {versions}; {threads} thread{'s' * (threads != 1)}.", ""])
 
 
 def _table(headers: list[str], rows: list[list[str]]) -> list[str]:

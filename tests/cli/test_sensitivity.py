@@ -60,7 +60,7 @@ def test_the_printed_block_is_part_of_a_recipe_that_quantizes_exactly_so(folder:
     found = Sensitivity.from_plain(json.loads((folder / "run" / "sensitivity.json").read_text()))
     chosen = allocate(found, average_bits=5)
     size, increase = totals(found, chosen)
-    assert done.out.startswith(f"# {size:,} bytes, {8 * size / found.weights:.3f} bits per weight with scales\n")
+    assert done.out.startswith(f"# {size:,} bytes, {8 * size / found.weights:.3f} bits per weight including scales\n")
     block = "".join(f"      {line}\n" for line in done.out.splitlines())
     recipe = f"""\
 name: mixed
@@ -95,15 +95,15 @@ def test_a_folder_without_the_dense_stage_is_measured_on_the_model_as_its_factor
     ("arguments", "message"),
     [
         (("allocate", "run", "--average-bits", "2"), "average_bits: 2.0 is too small: the smallest formats take"),
-        (("allocate", "run"), "--average-bits or --bytes: exactly one is required"),
-        (("allocate", "nowhere", "--bytes", "9"), "there is no such file; pass the --out folder"),
-        (("allocate", "formats.yaml", "--bytes", "9"), "formats.yaml: is not JSON"),
+        (("allocate", "run"), "--average-bits or --bytes: exactly one of the two is required"),
+        (("allocate", "nowhere", "--bytes", "9"), "the file does not exist; pass the --out folder"),
+        (("allocate", "formats.yaml", "--bytes", "9"), "formats.yaml: the file is not valid JSON"),
         (("allocate", "run/stages/dense/stage.json", "--bytes", "9"), "not written by `qatkit sensitivity`"),
         (("sensitivity", "vision/digits_int4", "--out", "run"), "max_steps: was 30, is now 1000"),
         (("sensitivity", "vision/digits_int4", "--stage", "qat", "--out", "run"), "stage 'qat' of run is not finished"),
         (("sensitivity", "vision/digits_int4", "--stage", "end", "--out", "run"), "--stage: 'end' is not a stage"),
         (("sensitivity", "vision/digits_int4", "--candidates", "W4A17"), "scheme: unknown scheme 'W4A17'"),
-        (("sensitivity", "vision/digits_int4", "--candidates", "none.yaml"), "there is no file 'none.yaml'"),
+        (("sensitivity", "vision/digits_int4", "--candidates", "none.yaml"), "the file 'none.yaml' does not exist"),
         (("sensitivity", "vision/digits_int4", "--candidates", "bad.yaml"), "candidates.int4.weight.bits: unknown key"),
         (("sensitivity", "vision/digits_int4", "--exclude", "norm9"), "exclude[0]: 'norm9' matches no layer"),
     ],

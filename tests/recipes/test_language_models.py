@@ -115,7 +115,7 @@ def test_the_report_judges_by_perplexity(finished: Run, tmp_path: Path) -> None:
     assert "Perplexity against size" in page
     assert "Down and to the left is better." in page
     assert "validation perplexity " in page
-    assert "Both models give the same next token for all" in page
+    assert "Both models predict the same next token for all" in page
     for words in ("test accuracy", "Accuracies", "test samples", "kernels"):
         assert words not in page, words
     curves = {stage["stage"]: stage["curves"]["metrics"] for stage in report["stages"]}

@@ -90,7 +90,7 @@ def test_windows_of_a_stream_are_one_text_and_padded_rows_are_texts_of_their_own
     mask[1, 5:] = 0
     padded = texts_of([{"input_ids": rows, "labels": rows, "attention_mask": mask}])
     assert [len(tokens) for tokens, _ in padded] == [8, 5, 8, 8, 8]
-    with pytest.raises(QatkitError, match=r"evaluate: .* the data's task is classification"):
+    with pytest.raises(QatkitError, match=r"evaluate: .* the task is classification"):
         texts_of([(torch.rand(2, 3), torch.zeros(2))])
     with pytest.raises(QatkitError, match=r"evaluate: .* the data's task is masked \(.*\); remove evaluate"):
         texts_of([{"input_ids": rows, "labels": rows, "task": "masked"}])
@@ -110,7 +110,7 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(QatkitError, match=r"evaluate\.stride: 9 with context 8 is out of range"):
         score(tiny_llama(), None, [(TEXT, TEXT)], context=8, stride=9)
     nothing = torch.full_like(TEXT, IGNORED)
-    with pytest.raises(QatkitError, match="every label in the test texts is -100, so no metric"):
+    with pytest.raises(QatkitError, match="all labels in the test split are -100, so no metric"):
         score(tiny_llama().eval(), None, [(TEXT, nothing)], context=16, stride=8)
 
 

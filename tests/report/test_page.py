@@ -157,7 +157,7 @@ def test_the_page_holds_the_whole_run(folder: Path, open_page: OpenPage) -> None
         assert f"{name}\n{number}" in facts
     weights = sum(layer["weights"] for layer in report["rows"][2]["layers"])
     parity = page.locator("ul.parity li").nth(2).inner_text()
-    assert f"All {weights:,} integer weights in the file's 3 layers equal the trained ones." in parity
+    assert f"All {weights:,} integer weights in the file's 3 quantized layers equal the trained ones." in parity
 
 
 CONTRASTS = """() => {
@@ -255,7 +255,7 @@ def test_layers_of_a_large_model_are_drawn_in_part_and_listed_in_full(
     assert page.said == []  # type: ignore[attr-defined]
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator("[data-figure^=run1-qat-weights]").count() == 4
-    assert "The 4 largest of 60 layers are drawn" in page.locator("#run1").inner_text()
+    assert "Only the 4 largest of 60 layers are shown" in page.locator("#run1").inner_text()
     assert page.locator("#run1 table.layers").nth(1).locator("tbody tr").count() == 60
     assert "model.layers.59.self_attn.q_proj$<&>" in page.locator("#run1 table.layers").nth(1).inner_text()
 
@@ -291,10 +291,10 @@ def test_several_runs_are_compared_in_one_page(
 
 def test_runs_without_a_report_and_runs_named_twice_are_refused(folder: Path, changed: Callable[..., Path]) -> None:
     with pytest.raises(
-        QatkitError, match=r"nowhere/report.json: there is no such file; run `qatkit report nowhere` first"
+        QatkitError, match=r"nowhere/report.json: the file does not exist; run `qatkit report nowhere` first"
     ):
         write_page([folder, Path("nowhere")], Path("never.html"))
-    with pytest.raises(QatkitError, match="the same run folder is given twice"):
+    with pytest.raises(QatkitError, match="the same run folder was passed twice"):
         write_page([folder, folder / ".." / folder.name], Path("never.html"))
     old = changed("old", lambda report: report.update(schema=0))
     with pytest.raises(QatkitError, match=r"report\.json has schema 0, .*; run `qatkit report .*old` to rewrite"):
@@ -309,10 +309,10 @@ def test_without_matplotlib_the_page_is_refused_and_a_report_goes_on_without_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_module, "NEEDS", ("matplotlib", "no_such_package"))
-    with pytest.raises(QatkitError, match=r"no_such_package not installed; run: pip install 'qatkit\[report\]'"):
+    with pytest.raises(QatkitError, match=r"no_such_package is not installed; run: pip install 'qatkit\[report\]'"):
         write_page([folder], Path("never.html"))
     result = CliRunner().invoke(app, ["report", str(folder)])
     assert result.exit_code == 0, result.output
     last = result.output.splitlines()[-1]
-    install = "no_such_package not installed; run: pip install 'qatkit[report]'"
+    install = "no_such_package is not installed; run: pip install 'qatkit[report]'"
     assert last == f"no report.html: {install}, then run: qatkit report {folder}"

@@ -31,26 +31,26 @@ def test_parity_in_plain_words() -> None:
     said = parity(CHECK)
     assert said["headline"] == "ONNX Runtime computes what training computed."
     assert said["sentences"] == [
-        "All 15,248 integer weights in the file's 4 layers equal the trained ones.",
-        "Outputs differ by 0.000040 on average, 1/80 of the quantization effect itself (0.0032; the limit is 0.0035).",
-        "Both models give the same class for 359 of 360 test samples.",
+        "All 15,248 integer weights in the file's 4 quantized layers equal the trained ones.",
+        "Outputs differ by 0.000040 on average, 1/80 of the change due to quantization (0.0032; the limit is 0.0035).",
+        "Both models predict the same class for 359 of 360 test samples.",
     ]
 
 
 def test_equal_outputs_noise_and_formats_without_a_bound_are_said_as_they_are() -> None:
     dense = {**CHECK, "format": "dense", "mean_error": 0.0, "allowed_error": 0.0}
     assert parity(dense)["sentences"][:2] == [
-        "All 15,248 weights in the file's 4 layers equal the trained ones.",
+        "All 15,248 weights in the file's 4 quantized layers equal the trained ones.",
         "Outputs are bit-identical.",
     ]
     noise = {**CHECK, "layers": 0, "quantization_error": 0.0, "mean_error": 8.4e-7, "agreement": 1.0}
     assert parity(noise)["sentences"] == [
-        "Outputs differ by 8.4e-7 on average: floating-point rounding noise from a different summation order "
+        "Outputs differ by 8.4e-7 on average, because of a different floating-point summation order "
         "(the limit is 0.0035).",
-        "Both models give the same class for all 360 test samples.",
+        "Both models predict the same class for all 360 test samples.",
     ]
     unbounded = parity({**CHECK, "allowed_error": None})["sentences"][1]
-    assert unbounded.endswith("because this format does not quantize activations; no bound applies.")
+    assert unbounded.endswith("No limit applies, because this format does not quantize activations.")
 
 
 def test_a_failure_is_told_with_every_difference_and_without_numbers_that_may_be_missing() -> None:
@@ -99,10 +99,10 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
     first, size, agree = tiles(report)
     assert (first["label"], first["value"]) == ("perplexity of qat", "8.166")
     # exp(0.1) - 1
-    assert first["note"] == "+10.52% from dense; over 92,000 test tokens, mean loss 2.100"
+    assert first["note"] == "+10.52% compared with dense; over 92,000 test tokens, mean loss 2.100"
     assert (size["value"], agree["value"]) == ("4.00x", "verified")
     same = parity(report["rows"][0]["verification"])["sentences"][-1]
-    assert same == "Both models give the same next token for 91,744 of 92,000 test tokens."
+    assert same == "Both models predict the same next token for 91,744 of 92,000 test tokens."
 
 
 def test_wilson_interval_of_the_literature() -> None:
