@@ -221,7 +221,7 @@ def test_texts_whose_next_token_nobody_predicts_are_not_evaluated(recipe_file: P
     own = ", classes: [a, b]" if factory == "text_classification" else ""
     assert validate(recipe_file, data % own)
     task = {"masked_text": "masked", "text_pairs": "pairs"}.get(factory, factory)
-    with pytest.raises(QatkitError, match=rf"evaluate: .*the data's task is {task} .*; remove evaluate"):
+    with pytest.raises(QatkitError, match=rf"evaluate: .*the task is {task} .*; remove evaluate"):
         validate(recipe_file, data % own, "evaluate={}")
 
 

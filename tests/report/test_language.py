@@ -92,7 +92,7 @@ def test_windows_of_a_stream_are_one_text_and_padded_rows_are_texts_of_their_own
     assert [len(tokens) for tokens, _ in padded] == [8, 5, 8, 8, 8]
     with pytest.raises(QatkitError, match=r"evaluate: .* the task is classification"):
         texts_of([(torch.rand(2, 3), torch.zeros(2))])
-    with pytest.raises(QatkitError, match=r"evaluate: .* the data's task is masked \(.*\); remove evaluate"):
+    with pytest.raises(QatkitError, match=r"evaluate: .* the task is masked \(.*\); remove evaluate"):
         texts_of([{"input_ids": rows, "labels": rows, "task": "masked"}])
 
 
