@@ -109,7 +109,7 @@ class QuantizationAwareTraining(Callback):
                 advice="use an integer of at least 1",
             )
         self.target = _format_of(target, runtime)
-        self.places = runtime is not None
+        self.places = runtime is not None and activation is not None and not activation.dynamic
         self.weight = weight
         self.activation = activation
         self.include = list(include)

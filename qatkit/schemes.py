@@ -30,6 +30,8 @@ class Scheme:
             raise QatkitError(
                 f"'{weight.observer}' is for activations", key="weight.observer", advice="use minmax, mse or lsq"
             )
+        if weight is not None and weight.dynamic:
+            raise QatkitError("true is supported only for activations", key="weight.dynamic", advice="remove dynamic")
         if self.activation is not None:
             check_activation("activation", self.activation)
 
@@ -39,7 +41,7 @@ def check_activation(key: str, spec: QuantSpec) -> None:
     if spec.strategy in ("channel", "block"):
         raise QatkitError(
             f"'{spec.strategy}' is for weights", key=f"{key}.strategy",
-            advice="use tensor (static, calibrated), or token or group (dynamic)",
+            advice="use tensor (calibrated, or dynamic: true), or token or group (always dynamic)",
         )  # fmt: skip
     if spec.strategy == "group" and not OBSERVERS[spec.observer].dynamic:
         raise QatkitError(
@@ -56,6 +58,11 @@ def check_kv_cache(spec: QuantSpec) -> None:
         raise QatkitError(
             f"'{spec.strategy}' is not supported for caches", key="kv_cache.strategy", advice="use tensor or token"
         )
+    if spec.dynamic:
+        raise QatkitError(
+            "true is not supported for caches, because the scale would change between steps", key="kv_cache.dynamic",
+            advice="remove dynamic, or use strategy: token",
+        )  # fmt: skip
     check_activation("kv_cache", spec)
 
 

@@ -62,14 +62,18 @@ class QuantSpec:
     """Divisor of the largest magnitude: the largest code (qmax, 127 with 8 bits); half the range of codes (range,
     127.5, as compressed-tensors); or, for a signed magnitude, the smallest code (signed, -8 with 4 bits, as GGUF's
     Q4_0)."""
+    dynamic: bool = False
+    """Compute the scale of an activation with ``strategy: tensor`` from each batch instead of calibrating it, as ONNX
+    Runtime's DynamicQuantizeLinear does. Scales per token and per group are always computed."""
 
     def __post_init__(self) -> None:
         if type(self.num_bits) is not int:
             raise QatkitError(
                 f"{self.num_bits!r} is not an integer", key="num_bits", advice="use an integer from 2 to 8"
             )
-        if type(self.symmetric) is not bool:
-            raise QatkitError(f"{self.symmetric!r} is not a boolean", key="symmetric", advice="use true or false")
+        for name in ("symmetric", "dynamic"):
+            if type(value := getattr(self, name)) is not bool:
+                raise QatkitError(f"{value!r} is not a boolean", key=name, advice="use true or false")
         if self.group_size is not None and type(self.group_size) is not int:
             raise QatkitError(
                 f"{self.group_size!r} is not an integer", key="group_size", advice="use an integer such as 32"
@@ -130,6 +134,11 @@ class QuantSpec:
             for name, known in OBSERVERS.items()
             if known.general and (self.element.asymmetric or not known.learned_offset)
         )
+        if self.dynamic and not row.dynamic:
+            raise QatkitError(
+                f"'{self.observer}' is not supported with dynamic: true, which computes scales from each batch",
+                key="observer", advice="use minmax, or remove dynamic",
+            )  # fmt: skip
         if self.strategy == "token" and not row.dynamic:
             raise QatkitError(
                 f"'{self.observer}' is not supported with strategy 'token', whose scales are computed per token",
@@ -191,6 +200,11 @@ class QuantSpec:
     def learned(self) -> bool:
         """Whether the scale is a Parameter."""
         return OBSERVERS[self.observer].learned
+
+    @property
+    def scaled_per_batch(self) -> bool:
+        """Whether scales of an activation are computed on every forward pass, and never stored."""
+        return self.dynamic or self.strategy in ("token", "group")
 
     @property
     def two_level(self) -> bool:

@@ -98,6 +98,8 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
         return "vLLM and transformers agree only on symmetric inputs", "set activation: {symmetric: true}"
     if not spec.is_float and spec.num_bits not in (4, 8):
         return f"no kernel supports {spec.num_bits}-bit inputs", "set activation: {num_bits: 8}"
+    if spec.dynamic:
+        return "per-tensor inputs need a calibrated scale", "remove dynamic, or set activation: {strategy: token}"
     if not spec.is_float and spec.strategy == "group":
         return "per-group inputs are supported only with fp8", "set activation: {strategy: token}"
     if spec.strategy == "token" and not spec.is_float and spec.scale_rule != "range":

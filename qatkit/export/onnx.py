@@ -13,6 +13,7 @@ to 8 bits are all stored in 8 bits. Group-wise weights are exact but run in floa
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from qatkit.export.onnx_graph import name_after_layers, save, trace
 from qatkit.export.onnx_inputs import inputs_of
 from qatkit.export.onnx_points import name_points, to_qdq_points
 from qatkit.export.onnx_weights import compare_onnx_weights
-from qatkit.export.qdq import QDQ, to_qdq
+from qatkit.export.qdq import DYNAMIC, QDQ, to_qdq
 from qatkit.export.runtime import load_runtime
 from qatkit.export.saturation import SaturationCheck, saturates
 from qatkit.quantization.layers import QATLayer, swap_of
@@ -166,11 +167,10 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
         )
     inputs = scheme.activation
-    if inputs is not None and inputs.strategy in ("token", "group"):
-        raise QatkitError(
-            f"layer '{name}': ONNX QDQ does not support dynamic activation quantization ({_words(inputs)})",
-            advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor}, or choose another format",
-        )
+    if inputs is not None and inputs.scaled_per_batch:
+        _check_dynamic(name, layer, inputs)
+    if isinstance(layer, nn.Embedding):
+        _check_embedding(name, layer, scheme)
     if inputs is not None and scheme.weight is None:
         raise QatkitError(
             f"layer '{name}': the input is quantized but the weight is not, and ONNX Runtime would quantize the "
@@ -183,6 +183,34 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
                 f"layer '{name}': ONNX integer QDQ does not support {role} quantization with {_words(spec)}",
                 advice="set type: int with strategy tensor, channel or group, or choose another format",
             )
+
+
+def _check_dynamic(name: str, layer: nn.Module, spec: QuantSpec) -> None:
+    if replace(spec, observer="minmax") != DYNAMIC:
+        raise QatkitError(
+            f"layer '{name}': ONNX Runtime does not support dynamic activation quantization with {_words(spec)}",
+            advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor, dynamic: true}, or remove "
+            "dynamic and calibrate the scale, or choose another format",
+        )
+    if not isinstance(layer, nn.Linear):
+        raise QatkitError(
+            f"layer '{name}': ONNX Runtime runs a {_plain_name(layer)} with dynamic activations in floating point",
+            advice="set target: onnxruntime, whose activations are static, or exclude the layer",
+        )
+
+
+def _check_embedding(name: str, layer: nn.Embedding, scheme: Scheme) -> None:
+    if scheme.weight is not None and scheme.weight.strategy == "group":
+        raise QatkitError(
+            f"layer '{name}': ONNX export does not support an Embedding with scales per group",
+            advice="set strategy: channel (one scale per row), or exclude the layer",
+        )
+    if layer.max_norm is not None:
+        raise QatkitError(
+            f"layer '{name}': ONNX export does not support max_norm={layer.max_norm} of an Embedding, which changes "
+            "the weight during inference",
+            advice="set max_norm=None, or exclude the layer",
+        )
 
 
 def _check_ready(name: str, layer: QATLayer) -> None:

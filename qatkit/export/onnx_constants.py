@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 _LAYOUT = ("Transpose", "Reshape", "Cast", "Identity")
-_DECODING = ("Cast", "Unsqueeze", "Sub")
+_DECODING = ("Cast", "Unsqueeze", "Sub", "Gather")
 
 
 def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
@@ -60,6 +60,8 @@ def _reaches_matmul(value: Any) -> bool:
 def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ...], list[Any]]:
     """Return the nodes that decode each weight, in order, by the names of its codes, scale and zero point.
 
+    Those of an embedding gather rows first, and read one more value: the row numbers.
+
     Args:
         proto: A graph that was read from a file.
         constants: Names of its initializers.
@@ -73,7 +75,8 @@ def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ..
             nodes: list[Any] = []
             leaves = _leaves(node, makers, nodes)
             codes = next((leaf for leaf in leaves if leaf.endswith("weight.codes")), None)
-            if codes is not None and leaves <= set(constants):
+            gathered = {each.input[1] for each in nodes if each.op_type == "Gather"}
+            if codes is not None and leaves - gathered <= set(constants) and len(gathered) < 2:
                 prefix = codes.removesuffix("codes")
                 found[codes, f"{prefix}scale", f"{prefix}zero_point"] = nodes
     return found
@@ -82,9 +85,10 @@ def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ..
 def _leaves(node: Any, makers: dict[str, Any], nodes: list[Any]) -> set[str]:
     """The values that a node, and the decoding nodes before it, read but do not make; the nodes are appended."""
     leaves: set[str] = set()
-    for name in node.input:
+    for index, name in enumerate(node.input):
         maker = makers.get(name)
-        decodes = maker is not None and maker.op_type in _DECODING
+        is_index = node.op_type == "Gather" and index == 1
+        decodes = maker is not None and maker.op_type in _DECODING and not is_index
         leaves |= _leaves(maker, makers, nodes) if decodes else {name}
     nodes.append(node)
     return leaves

@@ -27,7 +27,7 @@ from qatkit.spec import QuantSpec
 
 
 def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
-    """The ONNX nodes of the two QDQ operators."""
+    """The ONNX nodes of the QDQ operators."""
     import onnxscript
 
     op: Any = getattr(onnxscript, f"opset{opset}")
@@ -46,8 +46,15 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
             return op.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=block_size)
         return op.DequantizeLinear(codes, scale, zero_point, axis=0)
 
+    def dynamic_quantize_linear(x: Any) -> Any:
+        return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
+
     ops = torch.ops.qatkit
-    return {ops.quantize_linear.default: quantize_linear, ops.dequantize_linear.default: dequantize_linear}
+    return {
+        ops.quantize_linear.default: quantize_linear,
+        ops.dequantize_linear.default: dequantize_linear,
+        ops.dynamic_quantize_linear.default: dynamic_quantize_linear,
+    }
 
 
 def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
@@ -191,7 +198,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
     with _quiet():
         model = program.model
         for _ in range(2):  # rewriting exposes constants to fold, and folding exposes patterns to rewrite
-            optimizer.fold_constants(model)
+            optimizer.fold_constants(model, should_fold=_keep_tables)
             model = rewriter.rewrite(model)
             optimizer.remove_unused_nodes(model)
         pool_globally(model)
@@ -204,6 +211,12 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
         proto = ir.to_proto(model)
         del proto.graph.value_info[:]  # runtimes infer shapes, and small files are smaller
         onnx.save(proto, path)
+
+
+def _keep_tables(node: Any) -> bool | None:
+    """False for rows of codes at constant positions, which would become floats without a name; None by default."""
+    table = node.inputs[0].name if node.op_type == "Gather" and node.inputs[0] is not None else None
+    return False if table is not None and table.endswith((".codes", ".scale", ".zero_point")) else None
 
 
 def _compact(specs: dict[str, Any]) -> dict[str, Any]:

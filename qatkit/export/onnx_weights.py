@@ -18,7 +18,7 @@ from qatkit.export.onnx_constants import decoding_nodes
 from qatkit.export.onnx_points import points_of
 from qatkit.export.saturation import layers_at_risk
 from qatkit.quantization.arithmetic import quantize
-from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.layers import QATEmbedding, QATLayer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.slices import value_range
@@ -66,7 +66,9 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
             names.add(f"{prefix}weight.codes")
             compared += layer.weight.numel()
             failures += file.check_weight(name, prefix, layer, layer.weight_fake_quant)
-        if layer.input_fake_quant is not None and not layer.input_on_grid:
+        if layer.input_fake_quant is not None and layer.input_fake_quant.dynamic:
+            failures += file.check_dynamic(name, prefix)
+        elif layer.input_fake_quant is not None and not layer.input_on_grid:
             failures += file.check_quantizer(f"layer '{name}': input", f"{prefix}input", layer.input_fake_quant)
         grid = grids[id(layer.input_fake_quant)] if layer.input_on_grid else f"{prefix}input"
         failures += file.check_bias(name, prefix, layer, grid)
@@ -108,8 +110,10 @@ class _File:
             free = (low == 0) & (high == 0)
             scale = torch.where(free, torch.from_numpy(stored.copy()).view(scale.shape), scale)
         failures += self._compare(f"layer '{name}': scales of the weight", keys[1], scale)
-        failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)
-        if any(key not in self.tensors for key in keys):
+        gathered = isinstance(layer, QATEmbedding) and spec.symmetric  # signed codes need no zero point there
+        if not gathered:
+            failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)
+        if any(key not in self.tensors for key in keys[: 2 if gathered else 3]):
             return failures
         if keys not in self.decoders:
             return [*failures, f"layer '{name}': no node decodes the codes with their scale and zero point"]
@@ -127,6 +131,21 @@ class _File:
         decoders = {keys_read[1:] for keys_read in self.decoders}
         if not failures and not (keys in self.encoders and keys in decoders):
             failures.append(f"{what}: no QuantizeLinear node uses its scale and zero point")
+        return failures
+
+    def check_dynamic(self, name: str, prefix: str) -> list[str]:
+        """Whether every product of a layer's weight reads an input that DynamicQuantizeLinear made."""
+        makers = {output: node for node in self.proto.graph.node for output in node.output}
+        failures = []
+        for output in self._outputs_of(prefix):
+            reader = makers.get(makers[output].input[0])
+            while reader is not None and reader.op_type in _LAYOUT:
+                reader = makers.get(reader.input[0])
+            decoded = reader is not None and reader.op_type == "DequantizeLinear"
+            source = makers.get(reader.input[0]) if decoded else None
+            whole = source is not None and source.op_type == "DynamicQuantizeLinear"
+            if not (whole and list(reader.input) == list(source.output)):
+                failures.append(f"layer '{name}': input: no DynamicQuantizeLinear node quantizes it")
         return failures
 
     def check_bias(self, name: str, prefix: str, layer: QATLayer, grid: str) -> list[str]:
@@ -195,16 +214,20 @@ class _File:
         return _differences(what, stored, expected)
 
     def _decode(self, keys: tuple[str, ...]) -> np.ndarray[Any, Any]:
-        """Decode one weight with ONNX Runtime: the file's own nodes that decode it, alone in a graph."""
+        """Decode one weight with ONNX Runtime: the file's own nodes that decode it, alone in a graph.
+
+        The nodes of an embedding are asked for every row.
+        """
         import onnxruntime
         from onnx import TensorProto, helper
 
         nodes = self.decoders[keys]
         read = {name for node in nodes for name in node.input}
+        rows = {node.input[1] for node in nodes if node.op_type == "Gather"}
         graph = helper.make_graph(
             nodes,
             "decode",
-            [],
+            [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in rows],
             [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
             [tensor for tensor in self.proto.graph.initializer if tensor.name in read],
         )
@@ -213,7 +236,8 @@ class _File:
         options.log_severity_level = 4
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        decoded: np.ndarray[Any, Any] = session.run(None, {})[0]
+        every = np.arange(len(self.tensors[keys[0]]))
+        decoded: np.ndarray[Any, Any] = session.run(None, dict.fromkeys(rows, every))[0]
         return decoded
 
 

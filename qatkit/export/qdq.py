@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatkit.errors import QatkitWarning
-from qatkit.quantization.arithmetic import quantize
-from qatkit.quantization.layers import QATConv2d, QATLayer, QATLinear
+from qatkit.quantization.arithmetic import fake_quantize, quantize
+from qatkit.quantization.estimators import computed_qparams
+from qatkit.quantization.layers import QATConv2d, QATEmbedding, QATLayer, QATLinear
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.spec import QuantSpec
 
 _INT32_MAX = 2**31 - 1
+DYNAMIC = QuantSpec(8, symmetric=False, strategy="tensor", dynamic=True)
+"""What DynamicQuantizeLinear computes."""
 
 
 @torch.library.custom_op("qatkit::quantize_linear", mutates_args=())
@@ -40,6 +43,16 @@ def _dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, 
 @_dequantize_linear.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
+
+
+@torch.library.custom_op("qatkit::dynamic_quantize_linear", mutates_args=())
+def _dynamic_quantize_linear(x: Tensor) -> Tensor:
+    return fake_quantize(x, *computed_qparams(x, DYNAMIC), DYNAMIC)
+
+
+@_dynamic_quantize_linear.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 class _Codes(nn.Module):
@@ -101,6 +114,14 @@ class InputQuantizer(nn.Module):
         return out
 
 
+class _DynamicInputQuantizer(nn.Module):
+    """The DynamicQuantizeLinear node of an activation, and the DequantizeLinear node that reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.qatkit.dynamic_quantize_linear(x)
+        return out
+
+
 class _QDQLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x, weight, bias, late = _operands(self, input)
@@ -115,7 +136,27 @@ class _QDQConv2d(nn.Conv2d):
         return out if late is None else out + late.view(-1, 1, 1)
 
 
-QDQ: dict[type[QATLayer], type[nn.Module]] = {QATLinear: _QDQLinear, QATConv2d: _QDQConv2d}
+class _QDQEmbedding(nn.Embedding):
+    """Rows of codes, which are decoded after they are gathered; the table stays in integers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = cast(_Codes, self.weight)
+        rows = F.embedding(input, table.codes).float()
+        if table.zero_point is not None:
+            rows = rows - _rows(input, table.zero_point).float()
+        return rows * _rows(input, table.scale)
+
+
+def _rows(input: Tensor, values: Tensor) -> Tensor:
+    """The values ``[rows, 1]`` of the gathered rows, or the value ``[]`` of all rows."""
+    return F.embedding(input, values) if values.dim() else values
+
+
+QDQ: dict[type[QATLayer], type[nn.Module]] = {
+    QATLinear: _QDQLinear,
+    QATConv2d: _QDQConv2d,
+    QATEmbedding: _QDQEmbedding,
+}
 
 
 def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -138,9 +179,9 @@ def to_qdq(name: str, layer: QATLayer) -> None:
     weight: _Codes | Tensor = layer.weight
     trained_bias = layer.operands(torch.zeros(1))[2]
     bias: _Codes | Tensor | None = trained_bias
-    quantizer = None
+    quantizer: InputQuantizer | _DynamicInputQuantizer | None = None
     if (fake_quant := layer.input_fake_quant) is not None:
-        quantizer = InputQuantizer.of(fake_quant)
+        quantizer = _DynamicInputQuantizer() if fake_quant.dynamic else InputQuantizer.of(fake_quant)
     if (fake_quant := layer.weight_fake_quant) is not None:
         spec = fake_quant.spec
         scale, zero_point = fake_quant.qparams(layer.weight)
@@ -150,14 +191,27 @@ def to_qdq(name: str, layer: QATLayer) -> None:
         if spec.symmetric and spec.num_bits == 8 and quantizer is not None:
             codes, zero_point = _unsigned(codes), _unsigned(zero_point)
         weight = _Codes(codes, scale.reshape(shape), zero_point, spec.group_size or 0)
-        if trained_bias is not None and quantizer is not None and spec.group_size is None:
+        if isinstance(layer, QATEmbedding):
+            weight = _table(weight, spec)
+        if trained_bias is not None and isinstance(quantizer, InputQuantizer) and spec.group_size is None:
             bias = _integer_bias(name, trained_bias, weight, quantizer)
     own = None if layer.input_on_grid else quantizer
-    del layer.weight, layer.bias, layer.weight_fake_quant, layer.input_fake_quant
+    del layer.weight, layer.weight_fake_quant, layer.input_fake_quant
+    layer._parameters.pop("bias", None)  # an embedding has none
     layer.__class__ = cast("type[QATLayer]", QDQ[type(layer)])
     layer.__dict__["quantized_input"] = quantizer is not None
     for part, value in (("weight", weight), ("bias", bias), ("input", own)):
         setattr(layer, part, value)
+
+
+def _table(weight: _Codes, spec: QuantSpec) -> _Codes:
+    """The codes of an embedding, with scales ``[rows, 1]`` that are gathered like rows."""
+    assert weight.zero_point is not None
+    zero_point = None if spec.symmetric else weight.zero_point
+    per_row = weight.scale.dim() > 0
+    if per_row and zero_point is not None:
+        zero_point = zero_point.view(-1, 1)
+    return _Codes(weight.codes, weight.scale.view(-1, 1) if per_row else weight.scale, zero_point)
 
 
 def _unsigned(codes: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class FakeQuantize(nn.Module):
         self.role = role
         self.ran = False  # set by the first forward pass; stays False for a layer that never runs
         self.observer: RangeObserver | None = None
-        self.dynamic = role == "activation" and spec.strategy in ("token", "group")
+        self.dynamic = role == "activation" and spec.scaled_per_batch
         self.computed = self.dynamic or (role == "weight" and OBSERVERS[spec.observer].computed)
         self.shared = False  # True if several layers of one module read the same input through this quantizer
         self._inside = False  # True while that module runs: the last result is cached

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qatkit.common.tables import Table
 from qatkit.errors import QatkitError
@@ -10,6 +10,7 @@ from qatkit.spec import QuantSpec
 
 _WEIGHT7, _WEIGHT8 = QuantSpec(num_bits=7), QuantSpec(num_bits=8)
 _INPUT = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
+_BATCH = replace(_INPUT, dynamic=True)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ TARGETS = Table(
         Target(
             "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", "onnx", _WEIGHT8, _INPUT
         ),
+        Target(
+            "onnxruntime-dynamic",
+            "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as quantize_dynamic",
+            "onnx", _WEIGHT7, _BATCH,
+        ),
         Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT),
     ],
 )  # fmt: skip
@@ -48,11 +54,11 @@ def check_placed(activation: QuantSpec) -> None:
     """Reject a quantization of activations that no integer kernel reads.
 
     Raises:
-        QatkitError: the scale is not static, per tensor.
+        QatkitError: there is not one scale per tensor.
     """
     if activation.strategy != "tensor" or activation.is_float:
         raise QatkitError(
-            f"'{activation.strategy}' is not supported with target: results of integer kernels have one static scale",
+            f"'{activation.strategy}' is not supported with target: integer kernels read one scale per tensor",
             key="activation.strategy",
             advice="use strategy: tensor and type: int, or remove target",
         )

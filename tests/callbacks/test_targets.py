@@ -86,5 +86,5 @@ def test_a_model_from_prepare_qat_is_checked_without_training_too() -> None:
     w8a8 = scheme("W8A8")
     prepare_qat(model, w8a8.weight, w8a8.activation)
     FORMATS["dense"].check_model(model)
-    with pytest.raises(QatkitError, match=r"^layer '0': ONNX QDQ does not support dynamic .*token"):
+    with pytest.raises(QatkitError, match=r"^layer '0': ONNX Runtime does not support dynamic .*token"):
         FORMATS["onnx"].check_model(model)

@@ -36,5 +36,5 @@ def test_layers_that_onnx_cannot_hold_are_refused_before_training(layer: nn.Modu
 
 def test_dynamic_activations_are_refused_for_onnx_before_training() -> None:
     dynamic = "stages.qat.quantize.layers={classifier: {scheme: W8A8}}"
-    with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': ONNX QDQ does not support .*token"):
+    with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': ONNX Runtime does not support .*token"):
         validate_recipe(load_recipe("vision/digits_int4", [dynamic]))

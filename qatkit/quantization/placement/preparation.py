@@ -58,7 +58,8 @@ def prepare_for_target(
         target: A row of `qatkit.quantization.TARGETS`, such as "onnxruntime".
         example: One input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments.
         weight: Quantization of weights, instead of the target's.
-        activation: Quantization of activations, instead of the target's; static, per tensor.
+        activation: Quantization of activations, instead of the target's; one scale per tensor. If it is dynamic, only
+            the inputs of layers are quantized.
         include: Globs over layer names; every glob must match a layer.
         exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
         layers: Quantization by glob; the last matching glob wins.
@@ -81,6 +82,9 @@ def prepare_for_target(
     """
     row = TARGETS.row(target, "target")
     how = (weight or row.weight, activation or row.activation, include, exclude, layers)
+    if how[1].dynamic:
+        fold_batchnorm(model)
+        return prepare_qat(model, *how)
     placement = fold_and_find(model, lambda: call(model, example), select(model, *how), how[1])[1]
     names = prepare_qat(model, *how)
     place(model, placement)
