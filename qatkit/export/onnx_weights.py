@@ -136,15 +136,13 @@ class _File:
     def check_dynamic(self, name: str, prefix: str) -> list[str]:
         """Whether every product of a layer's weight reads an input that DynamicQuantizeLinear made."""
         makers = {output: node for node in self.proto.graph.node for output in node.output}
+        dynamic = {tuple(node.output) for node in self.proto.graph.node if node.op_type == "DynamicQuantizeLinear"}
         failures = []
         for output in self._outputs_of(prefix):
             reader = makers.get(makers[output].input[0])
             while reader is not None and reader.op_type in _LAYOUT:
                 reader = makers.get(reader.input[0])
-            decoded = reader is not None and reader.op_type == "DequantizeLinear"
-            source = makers.get(reader.input[0]) if decoded else None
-            whole = source is not None and source.op_type == "DynamicQuantizeLinear"
-            if not (whole and list(reader.input) == list(source.output)):
+            if reader is None or reader.op_type != "DequantizeLinear" or tuple(reader.input) not in dynamic:
                 failures.append(f"layer '{name}': input: no DynamicQuantizeLinear node quantizes it")
         return failures
 

@@ -21,7 +21,7 @@ INT8 = "stages={dense: {max_steps: 1}, qat: {max_steps: 1, quantize: {weight: {n
             nn.Conv1d(4, 4, 3),
             r"ONNX export does not support a quantized Conv1d; exclude the layer, or use export: \{format: dense\}",
         ),
-        (nn.Embedding(4, 4), "ONNX export does not support a quantized Embedding"),
+        (nn.EmbeddingBag(4, 4), "ONNX export does not support a quantized EmbeddingBag"),
         (nn.Linear(4, 4, dtype=torch.bfloat16), r"the weight is bfloat16, .*; train in float32"),
     ],
 )
