@@ -69,7 +69,7 @@ def explain(error: BaseException) -> int:
 
 
 def terminated(reason: str) -> str:
-    """The message of a command that ends because of SIGTERM.
+    """Return the message of a command that is terminated by SIGTERM.
 
     Args:
         reason: What was saved, or why nothing was saved; may be empty.

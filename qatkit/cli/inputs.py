@@ -58,7 +58,7 @@ def check_path_text(path: Path, key: str) -> None:
         key: The option or argument, for error messages.
 
     Raises:
-        QatkitError: the path cannot be used.
+        QatkitError: the path is not valid UTF-8.
     """
     shown = os.fsencode(path).decode("utf-8", "backslashreplace")
     if shown != str(path) or "\0" in shown:

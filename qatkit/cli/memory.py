@@ -1,4 +1,4 @@
-"""The memory prediction that `validate`, `run` and `plan` print."""
+"""Print the memory prediction for `validate`, `run` and `plan`."""
 
 from __future__ import annotations
 
