@@ -1,4 +1,4 @@
-"""Read the first training batches without changing the batches that training gets."""
+"""Read the first training batches without changing the batches that training receives."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 def first_batches(loader: Any, count: int) -> Iterator[Any]:
     """Yield the first `count` batches of a loader, then restore its position.
 
-    The random states that determine the training order are restored, and so is the state of a stateful loader.
+    The random states that determine the training order and the state of a stateful loader are restored.
 
     Raises:
-        QatkitError: the module trains on several loaders at once.
+        QatkitError: the module trains on multiple loaders at once.
     """
     if isinstance(loader, (list, tuple, dict)):
         raise QatkitError(
@@ -49,9 +49,9 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
 def as_training_does(
     trainer: Trainer, module: LightningModule, forward: Callable[[LightningModule, Any], Result]
 ) -> Callable[[Any], Result]:
-    """Return a function that runs `forward` on a batch on the device and in the precision of training.
+    """Return a function that runs `forward` on a batch with the device and precision of training.
 
-    Weights that FSDP2 gathered for it are sharded again.
+    Weights that FSDP2 gathers for the forward pass are sharded again afterwards.
     """
 
     def run(batch: Any) -> Result:
@@ -76,7 +76,7 @@ def _reshard(module: LightningModule) -> None:
 
 
 def on_every_process(work: Callable[[], object]) -> None:
-    """Run `work` on every process, and raise on all of them if it fails on one.
+    """Run `work` on every process, and raise an error on all processes if it fails on one.
 
     Without this, the other processes would hang in their next collective.
 
@@ -102,10 +102,10 @@ def on_every_process(work: Callable[[], object]) -> None:
 
 
 def module_forward(module: LightningModule, batch: Any) -> object:
-    """Call the module on a batch: with a mapping's items as keywords, or with the first element of a tuple or list.
+    """Call the module with a mapping batch as keyword arguments, or with the first element of a tuple or list.
 
     Raises:
-        QatkitError: the module takes different arguments.
+        QatkitError: the module does not accept these arguments.
     """
     try:
         if isinstance(batch, Mapping):

@@ -30,51 +30,53 @@ logger = logging.getLogger(__name__)
 class KnowledgeDistillation(Callback):
     """Add a distillation term to the training loss: ``alpha * distillation + (1 - alpha) * loss``.
 
-    The student's logits are recorded in the forward pass of `training_step`; the teacher gets the same
-    inputs. The teacher belongs to the callback: it is not registered in the LightningModule, trained or saved.
+    The student's logits are recorded in the forward pass of `training_step`; the teacher receives the same inputs. The
+    teacher belongs to the callback: it is not registered in the LightningModule, trained or saved.
 
     Positions where the label is -100 or the attention mask is 0 are ignored. They are looked up as "labels" and
     "attention_mask" in the student's call, then in the batch; if the batch is a tuple, the labels are its second
-    element. The mask of an encoder-decoder's outputs is "decoder_attention_mask". For a causal language model of
-    transformers, whose logits predict the next label, both are shifted. Outputs at ignored positions, NaN and Inf
-    included, affect neither loss nor gradient.
+    element. For encoder-decoder models, the mask is "decoder_attention_mask". For a transformers causal language model,
+    whose logits predict the next label, labels and mask are shifted. Outputs at ignored positions, even non-finite
+    ones, affect neither the loss nor the gradients.
 
     Args:
-        teacher: Called with the student's inputs: a module, a `Teacher` with its own device or dtype, or a
-            `CachedTeacher`, which identifies samples by the student's inputs. "self" copies the student before other
+        teacher: A module, a `Teacher` with its own device or dtype, or a `CachedTeacher`, which identifies samples by
+            the student's inputs. It is called with the student's inputs. "self" copies the student before other
             callbacks quantize it.
-        temperature: Divides both sets of logits; above 0. Not used by "mse".
+        temperature: Positive number that divides both sets of logits. Not used by "mse".
         alpha: Weight of the distillation term, 0 to 1; the loss that `training_step` returns has weight ``1 - alpha``.
-        student: Name of the submodule whose output is distilled, such as "model"; by default the LightningModule.
-        loss: A row of `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" over logits,
-            "binary_kl" over logits of binary labels, "mse" over logits or values, "cosine" or "similarity"
-            over embeddings. A mapping such as ``{"boxes": "mse", "scores": "kl"}`` names one for each of `outputs`.
+        student: Name of the submodule whose output is distilled, such as "model". The default is the LightningModule
+            itself.
+        loss: A name in `qatkit.distillation.divergences.DIVERGENCES`: "kl", "reverse_kl" or "jsd" for logits,
+            "binary_kl" for logits of binary labels, "mse" for logits or values, "cosine" or "similarity" for
+            embeddings. A mapping such as ``{"boxes": "mse", "scores": "kl"}`` sets one loss for each of `outputs`.
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         outputs: Keys or indices of the outputs to compare, such as ``["start_logits", "end_logits"]``; their losses are
             averaged. A mapping such as ``{"boxes": 0.2, "scores": 1.0}`` weights and adds them. "heads.0" is the first
-            part of "heads". By default the output itself, or its "logits".
-        class_dim: The class dimension of the logits: 1 for segmentation, ``[N, C, H, W]``. By default the last; labels
-            whose shape shows that it is another dimension raise an error.
-        pooling: Pool hidden states into embeddings before they are compared: "mean", "cls" or "last"; by default the
-            ``pooling`` of the batch, if it has one.
+            element of "heads". The default is the output itself, or its "logits".
+        class_dim: The class dimension of the logits: 1 for segmentation, ``[N, C, H, W]``. The default is the last
+            dimension; labels whose shape contradicts it raise an error.
+        pooling: Pool hidden states into embeddings before they are compared: "mean", "cls" or "last". The default is
+            the ``pooling`` of the batch, if it has one.
         hidden: Add a loss between hidden states.
         attention: Add a loss between attention maps or relations.
         ramp: Fraction of training over which `alpha` and the weights of `hidden` and `attention` rise from 0.
-        vocab_size: Number of tokens in the shared tokenizer; needed if student and teacher pad their logits
+        vocab_size: Number of tokens in the shared tokenizer. Required if student and teacher pad their logits
             differently.
-        on_policy: Let the student continue the texts of some batches; these are trained with the distillation term
+        on_policy: Let the student generate continuations in some batches, which are trained with the distillation term
             only (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649).
-        sequence_level: Let the teacher continue the texts of some batches, and train on the result as on data (Kim and
-            Rush 2016, https://arxiv.org/abs/1606.07947); with alpha 0, this is the only use of the teacher.
-        fused: Compute the loss of a causal language model of transformers together with the distillation term, a few
-            rows of logits at a time. `training_step` must call the model by keywords, with labels, and use its
-            ``loss``; its ``logits`` are None. Logits are materialized if the output layer is quantized or the loss is
-            "mse".
+        sequence_level: Let the teacher generate continuations in some batches, and train on them as on ordinary data
+            (Kim and Rush 2016, https://arxiv.org/abs/1606.07947); with ``alpha=0``, this is the only use of the
+            teacher.
+        fused: Compute the loss of a transformers causal language model together with the distillation term, a few rows
+            of logits at a time. `training_step` must call the model with keyword arguments, including the labels, and
+            use its ``loss``; its ``logits`` are None. Logits are materialized if the output layer is quantized or the
+            loss is "mse".
 
     Raises:
-        QatkitError: the teacher is the student or is trained with it, its outputs contain NaN or have a different
-            shape, the classes are not in `class_dim`, `student` names no submodule or is not called in
-            `training_step`, or `training_step` returns no loss.
+        QatkitError: the teacher is the student or is trained with it; its outputs contain NaN or have a different
+            shape; the classes are not in `class_dim`; `student` is not the name of a submodule or is not called in
+            `training_step`; or `training_step` returns no loss.
 
     Example:
         >>> from torch import nn

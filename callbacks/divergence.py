@@ -17,20 +17,20 @@ from qatkit.distillation.vocabulary import trim_to_vocabulary
 from qatkit.errors import QatkitError
 
 EVERY = 50
-"""Optimizer steps between checks for NaN on devices where each check waits for the device."""
+"""Optimizer steps between checks for NaN on devices where a check forces a synchronization."""
 PADDED_ALIKE = "pass vocab_size=len(tokenizer) if both use the same tokenizer but pad their logits differently"
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """A divergence with its settings."""
+    """A distillation loss and its settings."""
 
     loss: str
-    """A row of `DIVERGENCES`."""
+    """A name in `DIVERGENCES`."""
     temperature: float
     beta: float
     vocab_size: int | None
-    """Number of tokens in the shared tokenizer; needed if student and teacher pad their logits differently."""
+    """Number of tokens in the shared tokenizer. Required if student and teacher pad their logits differently."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -82,10 +82,10 @@ class DistillationLoss:
         return loss
 
     def from_cache(self, student: Tensor, targets: Targets, mask: Tensor | None) -> Tensor:
-        """The mean over the included positions, from cached teacher outputs.
+        """Return the mean loss over the included positions, computed from cached teacher outputs.
 
         Args:
-            student: Logits as `fitted` returns them.
+            student: Logits in the layout returned by `fitted`.
             targets: Cached outputs for the same positions.
             mask: True at positions to include.
         """
@@ -100,7 +100,7 @@ class DistillationLoss:
         Args:
             student: Logits ``[samples, length, classes]`` or ``[samples, classes]``.
             targets: Cached outputs of the same samples.
-            cache: The cache that the outputs come from.
+            cache: The cache that contains the outputs.
 
         Raises:
             QatkitError: their shapes differ.
@@ -120,7 +120,7 @@ class DistillationLoss:
         return student, targets
 
     def check_cache(self, cache: CachedTeacher) -> None:
-        """Reject a cache that is not compatible with the loss.
+        """Raise an error if a cache is not compatible with the loss.
 
         Raises:
             QatkitError: the loss needs full teacher outputs, or the temperatures differ.
@@ -144,14 +144,14 @@ def losses_of(
     """Return the loss of each compared output.
 
     Args:
-        loss: The name of the loss of all outputs, or names by output.
-        keys: Keys or indices of the compared outputs; None compares one.
+        loss: Name of the loss for all outputs, or a mapping from outputs to loss names.
+        keys: Keys or indices of the compared outputs; None compares a single output.
         temperature: See `DistillationLoss`.
         beta: See `DistillationLoss`.
         vocab_size: See `DistillationLoss`.
 
     Raises:
-        QatkitError: a loss is unknown, or `loss` does not name exactly the outputs in `keys`.
+        QatkitError: a loss is unknown, or the keys of `loss` are not exactly those in `keys`.
     """
     if isinstance(loss, Mapping) and set(loss) != set(keys or ()):
         raise QatkitError(
@@ -175,10 +175,10 @@ class NanWatch:
         self._first: Tensor | None = None
 
     def note(self, trainer: Trainer, output: Tensor, mask: Tensor | None) -> None:
-        """Record whether an output contains NaN, on its device: reading the result would stall every step.
+        """Record on the output's device whether it contains NaN; reading the result would stall every step.
 
         Args:
-            trainer: The Trainer, which provides the batch number.
+            trainer: The Trainer, which provides the batch index.
             output: Teacher output ``[..., size]``.
             mask: True at positions to include ``[...]``; None includes all.
 
@@ -203,10 +203,10 @@ class NanWatch:
             self.check()
 
     def check(self) -> None:
-        """Raise if an output contained NaN.
+        """Raise an error if an output contained NaN.
 
         Raises:
-            QatkitError: the teacher returned NaN; the message names the batch.
+            QatkitError: the teacher returned NaN; the message identifies the batch.
         """
         if self._first is not None and self._first >= 0:
             batch, self._first = int(self._first), None

@@ -1,4 +1,4 @@
-"""Feature distillation: hooks record features of student and teacher, and losses compare them."""
+"""Feature distillation: hooks record student and teacher features, and losses compare them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ Masks = Callable[[str], Tensor | None]
 
 @dataclass(frozen=True)
 class HiddenMatch:
-    """Match the student's hidden states to those of the teacher."""
+    """Match the student's hidden states to the teacher's."""
 
     layers: Mapping[str, str]
-    """Student submodules, each with its teacher submodule: names, or globs such as ``{"layers.*": "layers.*"}``. Their
-    outputs ``[..., width]`` are compared."""
+    """Maps student submodules to teacher submodules, by names or globs such as ``{"layers.*": "layers.*"}``. Their
+    outputs ``[..., width]`` are compared.
+    """
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss."""
     loss: str = "mse"
     """Either "mse" or "cosine"."""
     widths: tuple[int, int] | None = None
-    """Student width and teacher width, if they differ: each pair of layers then learns a linear map."""
+    """Student and teacher width, if they differ. Each pair of layers then learns a linear projection."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """If a glob matches more teacher layers than student layers: "uniform" spreads the pairs over the teacher and ends
-    with its last layer, "last" takes its last layers."""
+    """How to pair layers if a glob matches more teacher layers than student layers: "uniform" spaces them evenly up to
+    the teacher's last layer, and "last" uses the teacher's last layers.
+    """
 
     def __post_init__(self) -> None:
         _check("hidden", self.layers, self.weight)
@@ -45,11 +47,12 @@ class HiddenMatch:
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """Match the student's attention to that of the teacher."""
+    """Match the student's attention to the teacher's."""
 
     layers: Mapping[str, str]
-    """Student submodules, each with its teacher submodule: convolutions, or the projections that compute queries, keys
-    or values."""
+    """Maps student submodules to teacher submodules: convolutions, or the projections that compute queries, keys or
+    values.
+    """
     weight: float = 1.0
     """Weight of the mean over the layers, added to the loss."""
     heads: int | None = None
@@ -83,11 +86,11 @@ class FeatureMatch:
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def attach(self, student: nn.Module, teacher: nn.Module | Sequence[str]) -> list[Callable[[], None]]:
-        """Register hooks on the layers; returns the functions that remove them.
+        """Register hooks on the layers, and return the functions that remove them.
 
         Args:
             student: The student.
-            teacher: The teacher; or the names of its layers, if their states come from a cache.
+            teacher: The teacher, or the names of its layers if their hidden states come from a cache.
 
         Raises:
             QatkitError: a name or glob matches no submodule.
@@ -114,7 +117,7 @@ class FeatureMatch:
         return undo
 
     def train_projections(self, trainer: Trainer, module: LightningModule) -> None:
-        """Add the learned maps to the module's optimizer.
+        """Add the learned projections to the module's optimizer.
 
         Raises:
             QatkitError: the module's weights are sharded.
@@ -134,7 +137,7 @@ class FeatureMatch:
         trainer.optimizers[0].param_groups[0]["params"] += list(self.projections.parameters())
 
     def average_gradients(self, trainer: Trainer) -> None:
-        """Average the learned maps' gradients over processes; they are outside the module that the strategy wraps."""
+        """Average the gradients of the learned projections, which the strategy does not wrap, over processes."""
         if self.projections is None or trainer.world_size == 1:
             return
         for weight in self.projections.parameters():
@@ -144,18 +147,18 @@ class FeatureMatch:
                 weight.grad = reduced
 
     def take(self, side: Literal[0, 1]) -> dict[str, Tensor]:
-        """Features of the student (0) or the teacher (1) recorded since the last call."""
+        """Return the features of the student (0) or the teacher (1) recorded since the last call."""
         seen = dict(self._seen[side])
         self._seen[side].clear()
         return seen
 
     def loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], mask_of: Masks) -> Tensor | None:
-        """The weighted sum of both comparisons; None if there are none.
+        """Return the weighted sum of the hidden and attention losses, or None if there are none.
 
         Args:
             student: Features of the student from `take`.
             teacher: Features of the teacher from `take`.
-            mask_of: Returns the mask of a student layer: true at tokens to include, ``[batch, length]``.
+            mask_of: Returns the mask of a student layer, ``[batch, length]``: true at tokens to include.
         """
         terms = []
         if self.hidden is not None:

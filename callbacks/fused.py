@@ -1,6 +1,6 @@
 """Fused cross-entropy and distillation of a causal language model, without materializing its logits.
 
-During a training step the student's output layer returns its input, so that "logits" are hidden states. A hook computes
+During a training step, the student's output layer returns its input, so the "logits" are hidden states. A hook computes
 both losses from these and the layer's weight, a few rows at a time, and replaces the loss that the model would have
 computed. The teacher's output layer is bypassed in the same way.
 """
@@ -29,13 +29,13 @@ from qatkit.distillation.vocabulary import log_trimmed
 from qatkit.errors import QatkitError
 
 ROWS = 256
-"""Number of rows of logits computed at a time if only the argmax is needed."""
+"""Number of logit rows computed at a time if only the argmax is needed."""
 UNSUPPORTED = {"num_items_in_batch", "shift_labels", "logits_to_keep"}
 """Call arguments that make transformers models compute a different loss or fewer logits."""
 
 
 def returns_logits_of(model: nn.Module, layer: nn.Linear) -> bool:
-    """Whether the model returns the layer's output as logits: some models scale or cap it."""
+    """Whether the model returns the layer's output unchanged as logits; some models scale or cap it."""
     seen: list[Tensor] = []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
@@ -53,10 +53,10 @@ def fused(
     loss: DistillationLoss,
     compared: ComparedOutputs,
 ) -> Fused | str:
-    """The fused loss for student and teacher, or the reason why logits must be materialized.
+    """Return the fused loss for student and teacher, or the reason why logits must be materialized.
 
     Args:
-        student: The model that training calls.
+        student: The model that is called in training.
         teacher: A live or cached teacher.
         loss: The distillation loss.
         compared: The outputs to compare.
@@ -90,7 +90,7 @@ class LiveHead:
 
     Args:
         teacher: A causal language model.
-        layer: Its output layer, see `output_layer`.
+        layer: Its output layer; see `output_layer`.
         classes: Number of classes without padding.
     """
 
@@ -101,7 +101,7 @@ class LiveHead:
         self._last: tuple[Tensor, Tensor | None] | None = None
 
     def head_for(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Head:
-        """The teacher's head for a call of the student, on the student's device."""
+        """Return the teacher's head for one student call, on the student's device."""
         self.layer.forward = _identity  # type: ignore[assignment, method-assign]  # on the instance
         try:
             hidden = call_teacher(self.teacher, tuple(args), dict(kwargs)).logits
@@ -120,7 +120,7 @@ class Fused:
     """Compute the loss of student calls without materializing logits.
 
     Args:
-        layer: The student's output layer, see `output_layer`.
+        layer: The student's output layer; see `output_layer`.
         teacher: A live or cached teacher.
         loss: The distillation loss.
     """
@@ -135,7 +135,7 @@ class Fused:
         self._checked = False
 
     def begin(self, args: Sequence[Any], kwargs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any] | None:
-        """Prepare a call and return its new arguments, or None if it must return logits."""
+        """Prepare a call and return its new arguments, or None if the call must return logits."""
         tokens = kwargs.get("input_ids")
         usual = kwargs.get("return_dict") is not False and not UNSUPPORTED & set(kwargs) and not args
         if not usual or labels is None or not isinstance(tokens, Tensor) or labels.shape != tokens.shape:
@@ -157,11 +157,11 @@ class Fused:
     def finish(
         self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any], present: Tensor | None, alpha: float
     ) -> TeacherOutputs:
-        """Finish a call: set the output's loss, and its logits to None.
+        """Finish a call by setting the output's loss and replacing its logits by None.
 
-        The value of the loss is the cross-entropy. ``(1 - alpha)`` times the loss has the gradient of
-        ``alpha * divergence + (1 - alpha) * cross_entropy``, so that terms which a training step adds keep their
-        weight. With alpha 1 the loss itself has that gradient.
+        The value of the loss is the cross-entropy. ``(1 - alpha)`` times the loss has the gradient of ``alpha *
+        divergence + (1 - alpha) * cross_entropy``, so terms that a training step adds keep their weight. With
+        ``alpha=1``, the loss itself has that gradient.
 
         Args:
             output: The student's output; its logits are hidden states.
@@ -201,15 +201,15 @@ class Fused:
         return TeacherOutputs([soft], [lambda: _agreement(student, teacher)], outputs, states, terms)
 
     def total(self, calls: Sequence[Call], loss: Tensor, alpha: float) -> Tensor:
-        """The training loss: the loss that a training step returned, with the distillation term.
+        """Return the training loss: the loss that a training step returned, combined with the distillation term.
 
         Args:
-            calls: Calls of the student in this step.
+            calls: Student calls in this step.
             loss: The loss that the step returned.
             alpha: Current weight of the divergence.
 
         Raises:
-            QatkitError: the step called the student several times, or multiplied its loss.
+            QatkitError: the step called the student more than once, or scaled its loss.
         """
         outputs = calls[-1].teacher_outputs
         if outputs is None or outputs.fused is None or len(calls) > 1:

@@ -1,4 +1,4 @@
-"""Generated training batches: the seed and the step determine which model generates and which tokens it samples."""
+"""Generate training batches; the seed and the step determine which model generates and which tokens it samples."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Role = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Generation:
-    """Train on generated continuations of the batch's texts instead of the texts themselves."""
+    """Train on generated continuations of a batch's sequences instead of the original sequences."""
 
     fraction: float | Callable[[float], float] = 1.0
-    """Fraction of the batches, 0 to 1; or a function of training progress in [0, 1]."""
+    """Fraction of batches to generate, 0 to 1, or a function that returns it for training progress in [0, 1]."""
     prompt: int | None = None
-    """Prompt length in tokens; None cuts each text before its first label."""
+    """Prompt length in tokens; None truncates each sequence before its first label."""
     new_tokens: int = 32
     """Maximum number of generated tokens."""
     temperature: float = 1.0
     """Divides the logits before sampling; 0 always picks the most probable token."""
     eos: Sequence[int] | None = None
-    """Tokens that end a text; by default from the model's generation config, or from the data's tokenizer."""
+    """End-of-sequence tokens. The default comes from the model's generation config or the data's tokenizer."""
     seed: int = 0
-    """Determines which batches are generated, and the sampled tokens."""
+    """Determines which batches are generated and which tokens are sampled."""
 
     def __post_init__(self) -> None:
         if not callable(self.fraction) and not 0 <= self.fraction <= 1:
@@ -45,12 +45,12 @@ class Generation:
             )
 
     def fraction_at(self, progress: float) -> float:
-        """The fraction of generated batches at a given training progress."""
+        """Return the fraction of generated batches at a given training progress."""
         return self.fraction(progress) if callable(self.fraction) else self.fraction
 
 
 class Generators:
-    """Decide for each training batch whether student or teacher generates its texts, and generate them.
+    """Decide for each training batch whether student or teacher generates its sequences, and generate them.
 
     Args:
         on_policy: The student's generation.
@@ -84,12 +84,12 @@ class Generators:
         student: nn.Module,
         teacher: nn.Module,
     ) -> tuple[Any, ...]:
-        """The arguments of a training step, with generated texts in the batch if a model is chosen to generate them.
+        """Return the arguments of a training step, with a generated batch if a model is chosen to generate it.
 
         Args:
-            args: The batch and its number.
+            args: The batch and its index.
             trainer: The Trainer, which provides step, rank and tokenizer.
-            progress: Returns the progress of training in [0, 1].
+            progress: Returns the training progress in [0, 1].
             student: The student.
             teacher: The teacher.
         """
@@ -108,7 +108,7 @@ class Generators:
         return (batch, *args[1:])
 
     def choose(self, progress: float, step: int, batch_idx: int) -> Role | None:
-        """The model that generates a batch; the same on every process, because sharded models must run together."""
+        """Choose the model that generates a batch, the same on all processes, because sharded models run together."""
         seed = next(iter(self.plans.values())).seed
         drawn = torch.rand((), generator=torch.Generator().manual_seed(_seed(seed, step, batch_idx))).item()
         below = 0.0
@@ -120,7 +120,7 @@ class Generators:
 
 
 def check_no_generation(on_policy: Generation | None, sequence_level: Generation | None) -> None:
-    """Reject generated texts with a cached teacher.
+    """Raise an error if a cached teacher is used with generated text.
 
     Raises:
         QatkitError: `on_policy` or `sequence_level` is set.
@@ -135,12 +135,12 @@ def check_no_generation(on_policy: Generation | None, sequence_level: Generation
 
 
 def tokenizer_of(trainer: Trainer) -> Any:
-    """The tokenizer of the data module; None if it has none."""
+    """Return the tokenizer of the data module; None if it has none."""
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 
 def eos_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """End-of-text tokens from a model's generation config, or from the tokenizer."""
+    """Return the end-of-sequence tokens from a model's generation config, or from the tokenizer."""
     tokens = model.generation_config.eos_token_id
     if tokens is None:
         tokens = getattr(tokenizer, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Strategies whose processes do not share the trained module with the user's process."""
+"""Check for strategies whose processes do not share the trained module with the user's process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from qatkit.errors import QatkitError
 
 
 def refuse_spawn(trainer: Trainer, callback: str) -> None:
-    """Raise if the Trainer starts its processes with Python's `multiprocessing`.
+    """Raise an error if the Trainer starts its processes with Python's `multiprocessing`.
 
-    Such a process swaps the layers of its copy of the module. Lightning then loads the weights of the copy into the
-    untouched module with ``strict=False``, which drops adapters and scales without an error.
+    Such a process replaces layers in its own copy of the module. Lightning then loads the copy's weights into the
+    original module with ``strict=False``, which drops adapters and scales without an error.
 
     Args:
         trainer: Any Trainer.

@@ -1,4 +1,4 @@
-"""Load a module from a Lightning checkpoint, with the quantization it was trained with."""
+"""Load a module from a Lightning checkpoint with the quantization used in training."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Module = TypeVar("Module", bound=LightningModule)
 def load_quantized(module: Module, checkpoint: Path | str) -> Module:
     """Quantize a new module as recorded in a checkpoint, and load the checkpoint's weights and scales.
 
-    Lightning's own ``load_from_checkpoint`` does not handle quantized layers: it fails on the scales, and with
+    Lightning's own ``load_from_checkpoint`` does not handle quantized layers: it fails because of the scales, and with
     ``strict=False`` it returns the module without quantization.
 
-    A module that was compiled with `torch.compile`, as a whole or in part, loads into a compiled or an uncompiled
-    module.
+    A checkpoint of a module compiled with `torch.compile`, as a whole or in part, loads into a compiled or an
+    uncompiled module.
 
     Args:
         module: A new module of the same architecture; changed in place.
-        checkpoint: A checkpoint that a Trainer with `QuantizationAwareTraining` saved.
+        checkpoint: A checkpoint saved by a Trainer with `QuantizationAwareTraining`.
 
     Returns:
         The module.

@@ -26,25 +26,26 @@ COMPUTE = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed"
 
 
 class LoRA(Callback):
-    """Freezes the module and trains low-rank updates of some of its linear layers.
+    """Freeze the module and train low-rank updates of some of its linear layers.
 
     The adapters are peft's. After `QuantizationAwareTraining`, and in layers with a sparsity mask, the update is part
-    of the weight instead: ``W + alpha / rank * B A`` is quantized or masked, so merging changes nothing. Give the
-    optimizer all parameters, or those that require gradients: ``(p for p in self.parameters() if p.requires_grad)``.
-    After training, `qatkit.lora.merge` merges the adapters, and `qatkit.lora.save_adapter` saves them.
+    of the weight instead: ``W + alpha / rank * B A`` is quantized or masked, so merging does not change the outputs.
+    Pass the optimizer all parameters, or those that require gradients: ``(p for p in self.parameters() if
+    p.requires_grad)``. After training, `qatkit.lora.merge` merges the adapters, and `qatkit.lora.save_adapter` saves
+    them.
 
     Args:
-        rank: Rows of A and columns of B.
+        rank: Rank of the update, which is the number of rows of A and columns of B.
         alpha: The update is multiplied by ``alpha / rank``.
         dropout: Dropout probability of the inputs of A during training.
-        targets: Globs over names of linear layers; each must match. The output layer of a language model must be named
+        targets: Globs over names of linear layers; each must match. The output layer of a language model must be listed
             explicitly.
-        dora: Train the magnitude of each output's weights separately from their direction.
+        dora: Use DoRA: train the magnitude of each output's weights separately from their direction.
         bits: Bit width, 4 or 8, to which bitsandbytes quantizes the frozen linear layers, except the output layer.
-        quant_type: The 4-bit data type.
+        quant_type: The bitsandbytes 4-bit data type.
         double_quant: Quantize the scales of 4-bit blocks to 8 bits.
         held: Names of layers whose pruned weights stay zero.
-        seed: Seed of the initial values of A.
+        seed: Seed for the initial values of A.
 
     Raises:
         QatkitError: a pattern matches nothing, options contradict each other, a layer cannot have an adapter, or the

@@ -1,4 +1,4 @@
-"""Monitor compression during training: a few curves, and a table with one row per layer."""
+"""Monitor compression during training: log a few curves, and a table with one row per layer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ from qatkit.quantization.monitoring import BINS, NUMBERS, LayerWatch, observed_l
 from qatkit.quantization.prepare import QATWeight
 
 COMPARISONS = 10
-"""Comparisons of the student with its teacher between observations."""
+"""Number of student-teacher comparisons between observations."""
 
 
 @dataclass(frozen=True)
 class MonitorRow:
-    """The last observation of one layer. None means that the value does not exist for this layer, or is not available
-    yet."""
+    """The last observation of one layer; None marks values that do not exist or are not yet available."""
 
     name: str
     weights: int
@@ -42,7 +41,7 @@ class MonitorRow:
     sparsity: float
     """Fraction of weights that are zero after quantization."""
     oscillation: float | None
-    """Fraction of codes that reversed their direction since the previous observation."""
+    """Fraction of codes that have reversed direction since the previous observation."""
     weight_scale_drift: float | None
     """Relative change of the mean weight scale since the start of the stage."""
     input_scale_drift: float | None
@@ -50,7 +49,7 @@ class MonitorRow:
 
 
 class CompressionMonitor(Callback):
-    """Observes the quantized layers of any LightningModule, and logs summaries over all of them.
+    """Observe the quantized layers of any LightningModule, and log summaries over all layers.
 
     It observes at the start, every `every` optimizer steps, and at the end. Except at the start, it logs:
 
@@ -58,18 +57,18 @@ class CompressionMonitor(Callback):
     - ``quant/scale_drift``: mean relative change of the scales that moved, since the start;
     - ``quant/oscillation``: fraction of codes that reversed direction, from the third observation on; see `LayerWatch`;
     - ``distill/teacher_agreement``, with `KnowledgeDistillation`: fraction of training samples (tokens of a language
-      model) on which student and teacher agree, in 10 of the steps since the previous observation.
+      model) on which student and teacher agree, measured in 10 of the steps since the previous observation.
 
-    `table` contains the layers of the last observation. At the end it is written next to the metrics: as ``layers.csv``
-    by CSVLogger, as a table by WandbLogger, as text by TensorBoardLogger. A module without quantized layers gets the
-    table with the sparsity of its weights, but no curves.
+    `table` contains the layers of the last observation. At the end it is logged next to the metrics: as ``layers.csv``
+    by CSVLogger, as a table by WandbLogger, and as text by TensorBoardLogger. For a module without quantized layers,
+    the table contains only the sparsity of its weights, and no curves are logged.
 
     Training synchronizes with the device once per observation. In a process group all processes observe, and samples
-    are counted over all of them. A checkpoint contains the scales at the start, one number each; the oscillation
-    measurement restarts after a resume.
+    are counted across all processes. A checkpoint contains the mean of each scale at the start of training; the
+    oscillation measurement restarts after a resume.
 
     Args:
-        every: Optimizer steps between observations, at least 1.
+        every: Number of optimizer steps between observations, at least 1.
 
     Raises:
         QatkitError: `every` is out of range.

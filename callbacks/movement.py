@@ -1,4 +1,4 @@
-"""Movement pruning: weights are ranked by how fine-tuning changes them."""
+"""Movement pruning: rank weights by how fine-tuning changes them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from qatkit.pruning.shards import local, rows_here, total_counts
 
 
 class MovementPruning(MagnitudePruning):
-    """Prunes the weights that fine-tuning moves towards 0, regardless of magnitude, along a ramp.
+    """Prune the weights that fine-tuning moves towards 0, regardless of magnitude, along a sparsity ramp.
 
-    Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683): the score of a weight is the sum over steps of
-    ``-w * g``. Unlike in the paper, a pruned weight stays pruned, as with the other pruning callbacks. Scores take 4
-    bytes per weight, and are saved in checkpoints.
+    The score of a weight is the sum over steps of ``-w * g`` (Sanh, Wolf and Rush 2020,
+    https://arxiv.org/abs/2005.07683). Unlike in the paper, a pruned weight stays pruned, as with the other pruning
+    callbacks. Scores take 4 bytes per weight, and are saved in checkpoints.
 
     Args:
-        ramp: Sparsity as a function of training progress; it must start from 0 and after the first step, when scores
-            exist.
-        scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
-        include: Globs over layer names of the LightningModule; every one must match a layer.
+        ramp: Sparsity as a function of training progress. It must start at sparsity 0 and after the first step, because
+            there are no scores before.
+        scope: "layer" prunes every layer to the same sparsity; "model" ranks the weights of all layers together.
+        include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names to exclude.
 
     Raises:
-        QatkitError: for the same reasons as `MagnitudePruning`, or the ramp prunes before scores exist.
+        QatkitError: for the same reasons as in `MagnitudePruning`, or if the ramp prunes before scores exist.
 
     Example:
         >>> from lightning.pytorch import Trainer

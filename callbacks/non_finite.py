@@ -21,19 +21,19 @@ from qatkit.tasks.inputs import InputCheck
 
 
 class NonFiniteSteps(Callback):
-    """Skips optimizer steps whose loss or gradient is NaN or infinite, on all processes alike.
+    """Skip optimizer steps with a non-finite loss or gradient, on all processes at once.
 
-    A bad batch then costs one step instead of making every weight NaN. A warning names the first skipped step and, if
-    its data contains NaN or infinite values, the batch and the tensor; another one at the end of training gives the
-    number of skipped steps. With ``precision="16-mixed"`` gradients are not checked: the gradient scaler overflows on
-    purpose and skips those steps itself. Put this callback before those that read gradients.
+    A bad batch then costs one step instead of making every weight NaN. A warning identifies the first skipped step and,
+    if its data contains non-finite values, the batch and the tensor. Another warning at the end of training reports the
+    number of skipped steps. With ``precision="16-mixed"``, gradients are not checked: the gradient scaler causes
+    overflows by design and skips those steps itself. Place this callback before all callbacks that read gradients.
 
     Args:
         limit: Number of consecutive bad steps that stops training.
 
     Raises:
-        QatkitError: `limit` was reached; the error names the step, the last checkpoint and any non-finite weight, which
-            the skipped steps have not changed.
+        QatkitError: `limit` was reached. The error lists the step, the last checkpoint and any non-finite weight; the
+            skipped steps did not change the weights.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -138,11 +138,11 @@ def _warn(problem: str) -> None:
 
 
 class FiniteCheckpoint(ModelCheckpoint):
-    """Saves a checkpoint at the end of an epoch, unless training could not resume from it.
+    """Save a checkpoint at the end of an epoch, unless training could not resume from it.
 
     Args:
-        steps: The `NonFiniteSteps` callback. Nothing is saved while it skips steps, or while a weight is non-finite:
-            the step that caused it may have had a finite loss.
+        steps: The `NonFiniteSteps` callback. No checkpoint is saved while it skips steps or while a weight is
+            non-finite; the step that made the weight non-finite may have had a finite loss.
         **options: Options of `ModelCheckpoint`.
     """
 
@@ -151,7 +151,7 @@ class FiniteCheckpoint(ModelCheckpoint):
         self.steps = steps
 
     def may_save(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether training could resume from a checkpoint that is saved now; all processes must call it."""
+        """Whether training could resume from a checkpoint saved now. Must be called on all processes."""
         return self.steps.in_a_row == 0 and non_finite_anywhere(trainer, pl_module) is None
 
     @override
@@ -161,7 +161,7 @@ class FiniteCheckpoint(ModelCheckpoint):
 
 
 def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
-    """Return the first non-finite tensor on any process, as `non_finite` does; all processes must call it."""
+    """Describe the first non-finite tensor on any process; see `non_finite`. Must be called on all processes."""
     tensor = non_finite(module)
     if not trainer.strategy.reduce_boolean_decision(tensor is not None, all=False):
         return None
@@ -169,7 +169,7 @@ def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
 
 
 def non_finite(module: nn.Module) -> str | None:
-    """Describe the first non-finite parameter, or buffer with NaN; Inf in a buffer may be a mask.
+    """Describe the first non-finite parameter or buffer with NaN. Inf in a buffer is allowed: it may be a mask.
 
     Example:
         >>> layer = nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""One-shot pruning from calibration batches, before training recovers the accuracy."""
+"""One-shot pruning with calibration batches, before training recovers the accuracy."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from qatkit.pruning.one_shot import check_linear, prune_one_shot
 
 
 class OneShotPruning(PruningCallback):
-    """Prunes before training, calibrated on the first training batches, and keeps the mask during training.
+    """Prune before training, calibrated on the first training batches, and keep the mask during training.
 
-    Under DDP every process uses the weights that the first process pruned. For sharded weights use `MagnitudePruning`.
+    Under DDP, every process uses the weights that rank 0 pruned. For sharded weights, use `MagnitudePruning`.
 
     Args:
-        method: "wanda" and "sparsegpt" prune linear layers, see `qatkit.pruning.one_shot.prune_one_shot`; "taylor"
-            prunes by ``(w * g) ** 2`` summed over batches, see `qatkit.pruning.gradient.prune_by_gradient`.
-        sparsity: Fraction of pruned weights, above 0 and below 1; give either this or `nm`.
+        method: "wanda" and "sparsegpt" prune linear layers (see `qatkit.pruning.one_shot.prune_one_shot`); "taylor"
+            prunes by ``(w * g) ** 2`` summed over batches (see `qatkit.pruning.gradient.prune_by_gradient`).
+        sparsity: Fraction of pruned weights, between 0 and 1 (exclusive). Set exactly one of `sparsity` and `nm`.
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
         scope: With "taylor" and `sparsity`, "model" ranks the weights of all layers together.
-        include: Globs over layer names of the LightningModule; every one must match a layer.
+        include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names to exclude.
         calibration_batches: Number of training batches for calibration.
-        calibration_forward: Runs the LightningModule on one batch; ``module(*inputs)`` by default, as in
-            `QuantizationAwareTraining`. "taylor" requires it, and it must return the loss of the batch.
+        calibration_forward: Runs the LightningModule on one batch. The default is ``module(*inputs)``, as in
+            `QuantizationAwareTraining`. Required for "taylor", where it must return the loss of the batch.
 
     Raises:
-        QatkitError: the method is unknown; settings conflict; a pattern matches nothing; the method or `nm` does not
-            fit a layer; a layer would lose all its weights; or a resumed layer has a different number of zeros than
-            when it was saved.
+        QatkitError: the method is unknown; settings conflict; a pattern matches nothing; the method or `nm` cannot be
+            applied to a layer; a layer would lose all its weights; or a resumed layer has a different number of zeros
+            than when it was saved.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -1,4 +1,4 @@
-"""Find the logits in a model's output of any type, with the classes in the last dimension."""
+"""Find the logits in a model output of any type, with the classes in the last dimension."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ComparedOutputs:
     weights: tuple[float, ...]
     """Weight of each output's loss."""
     class_dim: int | None
-    """The class dimension; None for the last one, which is checked against the shape of the labels."""
+    """The class dimension. None selects the last one, which is checked against the shape of the labels."""
     pooling: str | None = None
-    """How hidden states are pooled into embeddings; None for the ``pooling`` of the batch, if it has one."""
+    """How hidden states are pooled into embeddings. None uses the ``pooling`` of the batch, if it has one."""
 
     @classmethod
     def of(
@@ -34,15 +34,15 @@ class ComparedOutputs:
         class_dim: int | None,
         pooling: str | None,
     ) -> ComparedOutputs:
-        """Read the arguments of `KnowledgeDistillation`.
+        """Create from the arguments of `KnowledgeDistillation`.
 
         Args:
-            outputs: Keys or indices, whose losses are averaged, or a mapping from these to weights.
+            outputs: Keys or indices of outputs whose losses are averaged, or a mapping from these to weights.
             class_dim: The class dimension.
             pooling: How hidden states are pooled.
 
         Raises:
-            QatkitError: `outputs` is a string or empty, a weight is negative or not finite, or the pooling is unknown.
+            QatkitError: `outputs` is a string or empty, a weight is negative or non-finite, or the pooling is unknown.
         """
         if pooling is not None and pooling not in POOLINGS:
             raise QatkitError(f"unknown pooling '{pooling}'", key="pooling", advice=did_you_mean(pooling, POOLINGS))
@@ -62,15 +62,15 @@ class ComparedOutputs:
         return cls(tuple(outputs), tuple(outputs.values()), class_dim, pooling)
 
     def select(self, output: Any, batch: Any, present: Tensor | None) -> list[Tensor]:
-        """The compared tensors of a model's output: ``[..., classes]``, or embeddings ``[rows, width]``.
+        """Return the compared tensors of a model's output: ``[..., classes]``, or embeddings ``[rows, width]``.
 
         Args:
             output: The output.
-            batch: The batch, whose ``pooling`` is used if none was given.
+            batch: The batch; its ``pooling`` is used if none is set.
             present: The attention mask, for pooling.
 
         Raises:
-            QatkitError: a key does not name a tensor, a tensor has no dimension `class_dim`, or there is no mask.
+            QatkitError: a key does not refer to a tensor, a tensor has no dimension `class_dim`, or there is no mask.
         """
         pooling = self.pooling or (batch.get("pooling") if isinstance(batch, Mapping) else None)
         if pooling is None:
@@ -85,15 +85,15 @@ class ComparedOutputs:
         return [pooled(hidden, present.to(hidden.device), pooling) for hidden in logits_of(output, keys)]
 
     def fit_labels(self, labels: Tensor | None, logits: Tensor, compares_classes: bool) -> Tensor | None:
-        """Return the labels without a class dimension of size 1, such as ``[N, H, W]`` of ``[N, 1, H, W]``.
+        """Remove a class dimension of size 1 from the labels: ``[N, 1, H, W]`` becomes ``[N, H, W]``.
 
         Args:
             labels: The labels of the batch, if there are any.
-            logits: The student's logits as `select` returns them.
-            compares_classes: Whether the loss compares probabilities of classes.
+            logits: The student's logits in the layout returned by `select`.
+            compares_classes: Whether the loss compares class probabilities.
 
         Raises:
-            QatkitError: `class_dim` was not given, and the labels show that the classes are not in the last dimension.
+            QatkitError: `class_dim` is not set, and the labels show that the classes are not in the last dimension.
         """
         if self.class_dim is None:
             check_class_dimension(logits, labels, compares_classes)
@@ -115,14 +115,15 @@ class ComparedOutputs:
 
 
 def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:
-    """The logits in a model's output.
+    """Return the logits in a model's output.
 
     Args:
         output: A tensor, or a dict, tuple or object with tensors, such as a `ModelOutput`.
-        keys: Keys or indices of the tensors, or paths such as "heads.0"; None for the output itself, or its "logits".
+        keys: Keys or indices of the tensors, or paths such as "heads.0". None selects the output itself, or its
+            "logits".
 
     Raises:
-        QatkitError: a key does not name a tensor.
+        QatkitError: a key does not refer to a tensor.
     """
     if keys is None:
         tensors = [output if isinstance(output, Tensor) else _entry(output, "logits")]

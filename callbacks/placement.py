@@ -1,4 +1,4 @@
-"""Find the results that a runtime's integer kernels write, in the forward pass of a LightningModule."""
+"""Find the outputs that a runtime's integer kernels write in the forward pass of a LightningModule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def module_placement(
     schemes: Mapping[str, Scheme],
     activation: QuantSpec,
 ) -> tuple[list[Fold], Placement]:
-    """Fold BatchNorm, and return the folded pairs and the results to quantize, from a forward pass in eval mode.
+    """Fold BatchNorm, and return the folded pairs and the outputs to quantize, found by a forward pass in eval mode.
 
     The input is the module's ``example_input_array`` if it has one, and otherwise the first training batch.
 
@@ -35,10 +35,10 @@ def module_placement(
         pl_module: The module, with plain layers, on the CPU or the meta device.
         forward: Runs the module on a batch.
         schemes: The planned quantization by layer name.
-        activation: Quantization of the results.
+        activation: Quantization of the outputs.
 
     Raises:
-        QatkitError: the module has no example and the Trainer no training data; the module is unchanged.
+        QatkitError: the module has no example input and the Trainer has no training data. The module is left unchanged.
     """
     example = pl_module.example_input_array
     batch = example if example is not None else _first_batch(trainer)

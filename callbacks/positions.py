@@ -12,7 +12,7 @@ from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""Class name endings of transformers models whose logits at one position predict the token at the next."""
+"""Class name suffixes of transformers models whose logits at one position predict the token at the next."""
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -21,14 +21,14 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model, or a submodule, is a transformers model that encodes one text and decodes another."""
+    """Whether the model, or a submodule, is a transformers encoder-decoder model."""
     return any(getattr(getattr(part, "config", None), "is_encoder_decoder", False) for part in model.modules())
 
 
 def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) -> Tensor | None:
     """Look up a tensor by name in the arguments of a call, then in the batch.
 
-    The labels of a batch that is a tuple or list are its second element.
+    If the batch is a tuple or list, its second element is the labels.
     """
     for source in (kwargs, *args, batch):
         if isinstance(source, Mapping) and isinstance(source.get(name), Tensor):
@@ -42,13 +42,14 @@ def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch
 def counted_positions(
     logits: Tensor, labels: Tensor | None, attention_mask: Tensor | None, causal: bool
 ) -> Tensor | None:
-    """True at positions to include: the label is not -100 and the token is not padding; None if all are included.
+    """Return a mask that is True where the label is not -100 and the token is not padding; None includes all positions.
 
     Args:
         logits: ``[..., classes]``.
         labels: Used if they are integers ``[...]``.
         attention_mask: Used if its shape is ``[...]``.
-        causal: Logits at one position predict the label at the next, so those at the last position are ignored.
+        causal: Whether logits at one position predict the label at the next; if so, those at the last position are
+            ignored.
     """
     places = logits.shape[:-1]
     mask: Tensor | None = None
@@ -66,13 +67,13 @@ def counted_positions(
 
 
 def check_class_dimension(logits: Tensor, labels: Tensor | None, compares_classes: bool) -> None:
-    """Reject dense predictions such as ``[N, C, H, W]``, whose classes are not in the last dimension.
+    """Raise an error for dense predictions such as ``[N, C, H, W]``, whose classes are not in the last dimension.
 
     Args:
         logits: The student's logits, ``[..., classes]`` if they are supported.
-        labels: Labels, which reveal the class dimension if they are integers with the shape of the logits minus one
+        labels: The labels. They reveal the class dimension if they are integers with the shape of the logits minus one
             dimension.
-        compares_classes: Whether the loss compares probabilities of classes.
+        compares_classes: Whether the loss compares class probabilities.
 
     Raises:
         QatkitError: the labels show that the classes are in a different dimension, or the logits are four-dimensional

@@ -32,30 +32,31 @@ from qatkit.pruning.schedule import Ramp
 from qatkit.pruning.shards import total_counts
 
 UPDATES = 100
-"""Number of pruning steps in a ramp; between two of them, training recovers the accuracy."""
+"""Number of pruning steps in a ramp; training between them recovers the accuracy."""
 
 
 class MagnitudePruning(PruningCallback):
-    """Sets the smallest weights to zero, in one step or along a ramp, and keeps them at zero.
+    """Set the smallest weights to zero, in one step or along a ramp, and keep them at zero.
 
-    Without a ramp the weights are pruned once before training, which then recovers the accuracy. Masks are exact:
-    ``round(sparsity * n)`` of ``n`` weights are zero, the same ones on any number of processes. Put it before
-    `QuantizationAwareTraining`, so that quantization ranges are calibrated on the pruned model.
+    Without a ramp, the weights are pruned once before training, which then recovers the accuracy. Masks are exact:
+    ``round(sparsity * n)`` of ``n`` weights are zero, the same ones on any number of processes. Place this callback
+    before `QuantizationAwareTraining`, so that quantization ranges are calibrated on the pruned model.
 
     Args:
-        sparsity: Fraction of pruned weights, above 0 and below 1. Give one of `sparsity`, `ramp` and `nm`.
-        scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
+        sparsity: Fraction of pruned weights, between 0 and 1 (exclusive). Set exactly one of `sparsity`, `ramp` and
+            `nm`.
+        scope: "layer" prunes every layer to the same sparsity; "model" ranks the weights of all layers together.
         nm: ``(N, M)`` keeps N of every M consecutive inputs, such as ``(2, 4)``.
-        block: Rows and columns of the blocks that are pruned as a whole.
+        block: Size of the blocks that are pruned as a whole, in rows and columns.
         ramp: Sparsity as a function of training progress.
-        include: Globs over layer names of the LightningModule; every one must match a layer.
-        exclude: Globs over layer names to leave out.
-        layers: Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob wins, and 0
-            leaves a layer dense.
+        include: Globs over layer names of the LightningModule; each must match a layer.
+        exclude: Globs over layer names to exclude.
+        layers: Sparsity by glob over layer names, which overrides `sparsity`. The last matching glob wins; 0 leaves a
+            layer dense.
 
     Raises:
-        QatkitError: settings conflict; a pattern matches nothing; `nm` or `block` does not fit a layer; a layer would
-            lose all its weights; or a resumed layer has a different number of zeros than when it was saved.
+        QatkitError: settings conflict; a pattern matches nothing; `nm` or `block` cannot be applied to a layer; a layer
+            would lose all its weights; or a resumed layer has a different number of zeros than when it was saved.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -278,10 +279,10 @@ class MagnitudePruning(PruningCallback):
 
 
 class ConstantPruning(PruningCallback):
-    """Keeps existing zeros, such as those pruned in an earlier stage, and prunes nothing more.
+    """Keep existing zeros, such as those pruned in an earlier stage, without further pruning.
 
     Args:
-        include: Globs over layer names of the LightningModule; every one must match a layer.
+        include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names to exclude.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The base class of all pruning callbacks: it keeps pruned weights at zero through every optimizer step."""
+"""The base class of all pruning callbacks, which keeps pruned weights at zero through every optimizer step."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from qatkit.pruning.layers import prunable_layers, warn_of_unprunable
 from qatkit.pruning.masks import apply_masks, count_zeros, nonzeros
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
-"""Callbacks whose averages are zero only where a weight was zero all along."""
+"""Weight-averaging callbacks: an average is zero only where the weight has been zero throughout."""
 
 
 class PruningCallback(Callback):
-    """Keeps the pruned weights of some layers at zero through every optimizer step.
+    """Keep the pruned weights of some layers at zero through every optimizer step.
 
     The zeros are the mask. Before a step, the mask is read from the weights and applied to their gradients, so that
-    clipping and momentum ignore pruned weights. After the step it is applied to the weights, which momentum from an
-    earlier step may have moved. No mask is stored between steps and no module is replaced, so checkpoints are plain.
-    The callback's state records the number of zeros in every pruned layer, counted in the saved weights; on resume, the
-    loaded weights must have the same numbers.
+    clipping and momentum ignore pruned weights. After the step, the mask is applied to the weights, which momentum from
+    an earlier step may have moved. No mask is stored between steps and no module is replaced, so checkpoints have the
+    usual format. The callback's state records the number of zeros in every pruned layer, counted in the saved weights;
+    on resume, the loaded weights must have the same numbers of zeros.
 
     Args:
-        include: Globs over layer names of the LightningModule; every one must match a layer.
+        include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names to exclude.
     """
 
     prunes = True
-    """Whether it prunes weights, rather than only keeping zeros."""
+    """Whether the callback prunes weights, rather than only keeping zeros."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         for key, patterns in (("include", include), ("exclude", exclude)):
@@ -105,7 +105,7 @@ class PruningCallback(Callback):
         raise NotImplementedError
 
     def check_not_empty(self, layers: Mapping[str, nn.Module]) -> None:
-        """Raise if a weight is all zeros, like the initial B of LoRA: it could not be ranked and would never train."""
+        """Raise an error if a weight is all zeros, like LoRA's initial B: it cannot be ranked and would never train."""
         weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
         for name, zeros in count_zeros(weights).items():
             if zeros == weights[name].numel():
@@ -115,7 +115,7 @@ class PruningCallback(Callback):
                 )
 
     def resume(self, pl_module: LightningModule, recorded: dict[str, int]) -> None:
-        """Continue with the mask that the loaded weights have."""
+        """Continue with the mask of the loaded weights."""
         self.layers, self._checked = list(recorded), True
         weights = self.weights(pl_module)
         for name, zeros in count_zeros(weights).items():
@@ -171,7 +171,7 @@ class PruningCallback(Callback):
         self.reapply(pl_module)  # a checkpoint may be saved in the middle of a step
 
     def reapply(self, pl_module: LightningModule) -> None:
-        """Apply the masks again after an optimizer step; without a step, do nothing."""
+        """Apply the masks again after an optimizer step; do nothing if there was no step."""
         if self._step is not None:
             # in reverse order: the optimizer ended with the last layers, which may still be in the cache
             apply_masks(reversed(self._step))

@@ -39,17 +39,17 @@ from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 QUANTIZED = "(quantized: load it with qatkit.callbacks.load_quantized)"
-"""Key in a checkpoint's state dict; a plain module that loads the checkpoint names it in its error."""
+"""Key in a checkpoint's state dict; it appears in the error if a plain module loads the checkpoint."""
 
 
 class QuantizationAwareTraining(Callback):
-    """Trains with fake-quantized weights and activations.
+    """Train with fake-quantized weights and activations.
 
     Before training, BatchNorm is folded into the preceding convolutions (BatchNorm that cannot be folded keeps its
-    statistics frozen), the selected layers are swapped, and static activation ranges are calibrated on the first
+    statistics frozen). The selected layers are replaced, and static activation ranges are calibrated on the first
     training batches. Each fake quantizer must run in the first training step. Learned scales are exempt from weight
-    decay. A checkpoint contains the same weights under the same names, plus the scales; a resumed run continues
-    with those scales.
+    decay. A checkpoint contains the same weights under the same names, plus the scales; a resumed run continues with
+    those scales.
 
     Args:
         weight: Quantization of weights; None leaves them in full precision.
@@ -57,22 +57,23 @@ class QuantizationAwareTraining(Callback):
         include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names that are not quantized.
         layers: Overrides by glob; the last matching glob wins.
-        kv_cache: Quantization of the attention keys and values of a transformers model.
-        share_inputs: Give layers with the same input (q/k/v, gate/up) one static scale.
-        init: Starting point of weights and scales: "gptq", "awq" or "smoothquant" on the calibration batches, "rtn" or
-            "mse" from the weights only. By default, learned and static weight scales
-            start where the squared error is smallest.
+        kv_cache: Quantization of the KV cache of a transformers model.
+        share_inputs: Share one static input scale between layers with the same input (q/k/v, gate/up).
+        init: Starting point of weights and scales: "gptq", "awq" or "smoothquant" use the calibration batches; "rtn" or
+            "mse" use only the weights. By default, learned and static weight scales start where the squared error is
+            smallest.
         calibration_batches: Number of training batches for static ranges and for `init`.
-        calibration_forward: Runs the LightningModule on one batch. By default ``module(*inputs)``, where the inputs are
-            the batch, its first element if it is a tuple or list, or its items as keywords if it is a dict.
+        calibration_forward: Runs the LightningModule on one batch. The default is ``module(*inputs)``, where the inputs
+            are the batch, its first element if it is a tuple or list, or its items as keyword arguments if it is a
+            dict.
         target: Name of the runtime that will run the trained model, such as "onnxruntime" (a row of
             `qatkit.quantization.TARGETS`), or of its export format, such as "onnx" (a row of `qatkit.export.FORMATS`).
-            An unsupported model raises an error before training. A runtime also sets `weight` and
-            `activation` where they are not given, and results that its integer kernels read or write are quantized.
+            An unsupported model raises an error before training. A runtime also provides the defaults of `weight` and
+            `activation`, and tensors that its integer kernels read or write are quantized.
 
     Raises:
-        QatkitError: a pattern matches nothing, a selected layer cannot be quantized or exported or never runs, or the
-            strategy loses the trained weights.
+        QatkitError: a pattern matches nothing; a selected layer cannot be quantized or exported, or never runs; or the
+            strategy would lose the trained weights.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -223,7 +224,7 @@ class QuantizationAwareTraining(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_quantized` needs to rebuild the module; scales are in the module's own state dict."""
+        """Return the settings with which `load_quantized` rebuilds the module, whose state dict contains the scales."""
         module = self._module() if self._module is not None else None
         specs = {} if module is None else layer_specs(module)
         own = {name: specs[name] for name in self.layers if name in specs}

@@ -16,20 +16,20 @@ from qatkit.pruning.shards import local, rows_here, total_counts
 
 
 class WeightRewinding(Callback):
-    """Starts training from earlier weights, under the mask of the pruning callbacks before it.
+    """Start training from earlier weights, under the mask of the preceding pruning callbacks.
 
-    This is the step between two rounds of iterative magnitude pruning: Frankle and Carbin (2019,
-    https://arxiv.org/abs/1803.03635) rewind to the initial weights, Frankle et al. (2020,
-    https://arxiv.org/abs/1912.05671) to those of an early step. The whole state is restored, including biases and
-    BatchNorm statistics; only pruned weights stay zero. The optimizer starts without state. A fit that resumes from a
-    checkpoint does not rewind again.
+    This is the step between two rounds of iterative magnitude pruning. Frankle and Carbin (2019,
+    https://arxiv.org/abs/1803.03635) rewind to the initial weights; Frankle et al. (2020,
+    https://arxiv.org/abs/1912.05671) rewind to the weights of an early step. All parameters and buffers are restored,
+    including biases and BatchNorm statistics; only pruned weights stay zero. The optimizer starts with an empty state.
+    A training run that resumes from a checkpoint does not rewind again.
 
     Args:
-        earlier: The unsharded state dict of the LightningModule at an earlier time, on any device.
+        earlier: The unsharded state dict of the LightningModule at an earlier step, on any device.
 
     Raises:
-        QatkitError: there is no pruning callback before it; the weights do not match the module; or an unpruned weight
-            would become 0 and so be indistinguishable from a pruned one.
+        QatkitError: no pruning callback precedes it; the weights do not match the module; or an unpruned weight would
+            become 0 and thus be indistinguishable from a pruned one.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -1,4 +1,4 @@
-"""Generate sample texts with a language model while it trains."""
+"""Generate text samples with a language model while it trains."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from qatkit.errors import QatkitError
 
 
 class TextSamples(Callback):
-    """Completes prompts with the model, and records the texts in a file and as a table on W&B or TensorBoard.
+    """Complete prompts with the model, and record the completions in a file and as a table on W&B or TensorBoard.
 
-    Decoding is greedy, in eval mode and with isolated random numbers, so training results are bit-identical with and
-    without it. A resumed run removes samples that were written after its checkpoint.
+    Decoding is greedy, in eval mode and with isolated random state, so training results are bit-identical with and
+    without this callback. A resumed run removes samples written after its checkpoint.
 
     Args:
-        every: Optimizer steps between samples.
-        prompts: Texts to complete.
-        path: A file of JSON lines, each with "step", "prompt" and "text".
+        every: Number of optimizer steps between samples.
+        prompts: Prompts to complete.
+        path: A JSON Lines file; each line has "step", "prompt" and "text".
         max_new_tokens: Maximum number of generated tokens.
-        tokenizer: A transformers tokenizer; by default the attribute ``tokenizer`` of the data module.
+        tokenizer: A transformers tokenizer. The default is the ``tokenizer`` attribute of the data module.
 
     Raises:
-        QatkitError: there is no tokenizer, the model cannot generate text, or a text is longer than the model's
-            position range.
+        QatkitError: there is no tokenizer, the model cannot generate text, or a sample would exceed the model's maximum
+            sequence length.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -19,23 +19,23 @@ from qatkit.pruning.shards import local, rows_here
 
 
 class SparseRefinedSTE(PruningCallback):
-    """Trains dense weights and uses their N:M sparse part in the forward pass (SR-STE).
+    """Train dense weights, and use only their N:M sparse part in the forward pass (SR-STE).
 
-    Zhou et al. (2021, https://arxiv.org/abs/2102.04010): ``w <- w - lr * (g(mask * w) + decay * (1 - mask) * w)``, with
-    the mask recomputed from ``w`` in every step. It is the only pruning callback with dense gradients: pruned weights
-    keep training, and are used again if they become larger than their neighbors. Between steps the module has the
-    sparse weights, so validation and saved weights are N:M sparse. The callback keeps the pruned values, which takes as
-    much memory as the layers' weights, and saves them in checkpoints.
+    The update is ``w <- w - lr * (g(mask * w) + decay * (1 - mask) * w)``, with the mask recomputed from ``w`` in every
+    step (Zhou et al. 2021, https://arxiv.org/abs/2102.04010). This is the only pruning callback with dense gradients:
+    pruned weights keep training, and are used again if they become larger than their neighbors. Between steps, the
+    module holds the sparse weights, so validation and checkpoints use N:M sparse weights. The callback stores the
+    pruned values, which takes as much memory as the layers' weights, and saves them in checkpoints.
 
     Args:
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
-        decay: Weight decay of pruned weights, which makes the mask change less; 0 is a plain straight-through
+        decay: Weight decay of pruned weights, which makes the mask more stable; 0 is a plain straight-through
             estimator.
-        include: Globs over layer names of the LightningModule; every one must match a layer.
+        include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names to exclude.
 
     Raises:
-        QatkitError: a pattern matches nothing, or N:M does not fit a layer.
+        QatkitError: a pattern matches nothing, or `nm` cannot be applied to a layer.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -1,4 +1,4 @@
-"""Ask an export format, before training, whether it supports the model that a LightningModule trains."""
+"""Check before training whether an export format supports the model that a LightningModule trains."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from qatkit.tasks.table import TASKS
 def check_target(
     target: ExportFormat, trainer: Trainer, pl_module: LightningModule, schemes: Mapping[str, Scheme], kv_cache: bool
 ) -> None:
-    """Reject a module whose quantized layers the export format does not support.
+    """Raise an error if the export format does not support the quantized layers of a module.
 
     Args:
         target: The format.
         trainer: The Trainer, whose data module may declare the task.
         pl_module: The module, with plain layers.
         schemes: The planned quantization by layer name.
-        kv_cache: Whether keys and values will be quantized.
+        kv_cache: Whether the KV cache will be quantized.
 
     Raises:
-        QatkitError: the format does not support the trained model, as `qatkit validate` reports it. Layers of a
-            transformers model are named as in that model.
+        QatkitError: the format does not support the trained model. The message is the same as from `qatkit validate`;
+            layer names are relative to the transformers model, if there is one.
     """
     prefix, model = exported_part(pl_module, list(schemes))
     task = TASKS.get(str(getattr(getattr(trainer, "datamodule", None), "task", None)))
@@ -36,7 +36,7 @@ def check_target(
 
 
 def exported_part(pl_module: nn.Module, layers: Sequence[str]) -> tuple[str, nn.Module]:
-    """Return the transformers model that contains all quantized layers, or the module itself, and its prefix in names.
+    """Return the transformers model that contains all quantized layers, or the module itself, and its name prefix.
 
     A LightningModule is not a transformers model; it usually has one as an attribute, and that model is exported.
 

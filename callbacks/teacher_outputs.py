@@ -1,4 +1,4 @@
-"""Teacher outputs for one call of the student: from a live teacher, or from a cache."""
+"""Teacher outputs for one student call, from a live teacher or from a cache."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from qatkit.errors import QatkitError
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """Teacher outputs for one call of the student, compared with the student's."""
+    """Teacher outputs for one student call, compared with the student's outputs."""
 
     losses: list[Tensor]
     """The weighted distillation loss of each compared output; their sum is the loss of the call."""
     agreements: list[Callable[[], Tensor]]
-    """Functions that return True where student and teacher predict the same class."""
+    """Functions that return a tensor that is True where student and teacher predict the same class."""
     outputs: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    """Outputs of a live teacher ``[..., size]`` and the positions to include, to be checked for NaN."""
+    """Outputs of a live teacher ``[..., size]`` with the positions to include, for the check for NaN."""
     states: Mapping[str, Tensor] = field(default_factory=dict)
     """Cached hidden states by layer name."""
     fused: Terms | None = None
-    """The terms of a loss that was computed without logits."""
+    """The terms of a loss computed without materializing logits."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the student in a training step."""
+    """One student call in a training step."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -45,27 +45,27 @@ class Call:
     """The student's recorded features by layer name."""
     labels: Tensor | None
     present: Tensor | None
-    """The attention mask of the text that logits are predicted for."""
+    """The attention mask of the sequence that the logits belong to."""
     read: Tensor | None
-    """The attention mask of the text that is read: `present`, unless an encoder reads another text."""
+    """The attention mask of the model's input: `present`, unless the model is an encoder-decoder."""
     batch: Any = None
     """The batch of the step."""
     teacher_outputs: TeacherOutputs | None = None
-    """Teacher outputs that were computed during the call."""
+    """Teacher outputs computed during the call."""
 
     def present_in(self, layer: str) -> Tensor | None:
-        """The attention mask of the tokens of a layer."""
+        """Return the attention mask of the tokens that a layer processes."""
         return self.read if "encoder" in layer.split(".") else self.present
 
 
 def live_teacher_outputs(
     teacher: Teacher, call: Call, losses: Sequence[DistillationLoss], compared: ComparedOutputs, causal: bool
 ) -> TeacherOutputs:
-    """Call the teacher and compare its outputs with the student's.
+    """Call the teacher, and compare its outputs with the student's.
 
     Args:
-        teacher: The teacher; called with the inputs of the student.
-        call: The call of the student.
+        teacher: The teacher, called with the inputs of the student.
+        call: The student call.
         losses: The distillation loss of each compared output.
         compared: The outputs to compare.
         causal: Whether logits predict the next label.
@@ -89,7 +89,7 @@ def live_teacher_outputs(
 def cached_teacher_outputs(
     cache: CachedTeacher, call: Call, loss: DistillationLoss, compared: ComparedOutputs, causal: bool
 ) -> TeacherOutputs:
-    """Look up teacher outputs and compare them with the student's, by one loss; see `live_teacher_outputs`.
+    """Look up teacher outputs and compare them with the student's using one loss; see `live_teacher_outputs`.
 
     Raises:
         QatkitError: a sample is not in the cache, or the shapes of the outputs do not match.

@@ -1,4 +1,4 @@
-"""Teachers of `KnowledgeDistillation`: accepted types, checks against the student, and the call."""
+"""Teachers for `KnowledgeDistillation`: accepted types, checks against the student, and the teacher call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qatkit.quantization.prepare import fake_quantizers
 
 
 def live_teacher(teacher: Any) -> Teacher | None:
-    """Wrap a module as a `Teacher`; None for "self", which is copied later, and for a cached teacher.
+    """Wrap a module as a `Teacher`. Return None for "self", which is copied later, and for a cached teacher.
 
     Raises:
         QatkitError: the teacher is not a model.
@@ -55,7 +55,7 @@ def frozen_copy(student: nn.Module, trainer: Trainer) -> nn.Module:
 
 
 def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
-    """Reject a teacher that is a submodule of the LightningModule.
+    """Raise an error if the teacher is a submodule of the LightningModule.
 
     Raises:
         QatkitError: the teacher is a submodule.
@@ -69,10 +69,10 @@ def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
 
 
 def check_not_trained(teacher: nn.Module, trainer: Trainer) -> None:
-    """Reject a teacher with a parameter that an optimizer trains.
+    """Raise an error if an optimizer trains a parameter of the teacher.
 
     Raises:
-        QatkitError: an optimizer trains a parameter, which the message names.
+        QatkitError: an optimizer trains a parameter; the message includes its name.
     """
     trained = {id(weight) for optimizer in trainer.optimizers for weight in _weights(optimizer)}
     for name, weight in teacher.named_parameters():

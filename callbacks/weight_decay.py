@@ -13,10 +13,10 @@ from qatkit.quantization.prepare import fake_quantizers
 
 
 class DecayExemption:
-    """Moves learned scales and offsets out of decaying parameter groups for the duration of one optimizer step.
+    """Move learned scales and offsets out of parameter groups with weight decay during one optimizer step.
 
-    Weight decay would pull the scale toward zero and so move the whole grid. Between steps the groups are unchanged, so
-    learning-rate schedulers and optimizer checkpoints are not affected.
+    Weight decay would pull scales toward zero and thereby shrink the quantization range. Between steps, the groups are
+    unchanged, so learning-rate schedulers and optimizer checkpoints are not affected.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class DecayExemption:
     def split(self, optimizer: Optimizer, module: LightningModule) -> None:
         """Move the scales of `module` into groups without decay; call it before the step.
 
-        The first callback to call it moves the scales of all callbacks; later calls do nothing.
+        The first call moves the scales of all callbacks; later calls do nothing.
         """
         self.join()
         decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
@@ -47,7 +47,7 @@ class DecayExemption:
             self._hook = optimizer.register_step_post_hook(lambda *_: self.join())
 
     def join(self) -> None:
-        """Restore the groups after the step, or if it was skipped. Calling it again does nothing."""
+        """Restore the groups after the step, even if the step was skipped. Further calls do nothing."""
         if self._optimizer is None:
             return
         for group, parameters in self._whole:

@@ -1,7 +1,7 @@
 """qatkit: training-time compression of PyTorch models. What you train is what you ship.
 
-Importing it loads nothing heavy: each name below loads its module on first use, so a recipe can be checked without
-importing torch.
+Importing qatkit is cheap: each name below loads its module on first use, so a recipe can be checked without importing
+torch.
 """
 
 from __future__ import annotations

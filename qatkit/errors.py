@@ -1,4 +1,4 @@
-"""qatkit's error for user mistakes, its warning, and the suggestions in their messages."""
+"""The error that qatkit raises for user mistakes, its warning category, and the suggestions in messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 
 class QatkitError(ValueError):
-    """A user mistake as fields; rendered as ``key: problem; advice (origin)`` here and nowhere else.
+    """A user mistake, stored as separate fields and rendered as ``key: problem; advice (origin)``.
 
     Args:
-        problem: What is wrong, with the value seen.
-        key: Where it is: a recipe key, an argument or a file. Empty if the problem itself names the place.
-        advice: How to fix it.
-        origin: The file or override that the value comes from.
+        problem: The problem, with the value seen.
+        key: The location: a recipe key, an argument or a file. Empty if the problem itself states the location.
+        advice: How to fix the problem.
+        origin: The file or override with the value.
 
     Example:
         >>> print(QatkitError("48 does not divide in_features=64", key="group_size", advice="use 16, 32 or 64"))
@@ -34,7 +34,7 @@ class QatkitError(ValueError):
         return f"{text} ({self.origin})" if self.origin else text
 
     def under(self, prefix: str) -> QatkitError:
-        """The same error with `prefix` put before its key.
+        """Return the same error with `prefix` added before its key.
 
         Example:
             >>> QatkitError("48 is odd", key="group_size").under("stages.qat.quantize").key
@@ -50,7 +50,7 @@ class QatkitError(ValueError):
         advice: str | None = None,
         origin: str | None = None,
     ) -> QatkitError:
-        """The same error with some fields replaced."""
+        """Return the same error with some fields replaced."""
         error = type(self)(
             self.problem if problem is None else problem,
             key=self.key if key is None else key,
@@ -62,11 +62,11 @@ class QatkitError(ValueError):
 
 
 class QatkitWarning(UserWarning):
-    """A requested setting has no effect, or is slower or less accurate than expected."""
+    """The warning that a requested setting has no effect, or is slower or less accurate than expected."""
 
 
 def join_key(prefix: str, key: str) -> str:
-    """The dotted key of `key` inside `prefix`; either may be empty.
+    """Join `prefix` and `key` to a dotted key; either may be empty.
 
     Example:
         >>> join_key("stages.qat", "lr"), join_key("include", "[0]"), join_key("", "lr")
@@ -79,7 +79,7 @@ def join_key(prefix: str, key: str) -> str:
 
 @contextmanager
 def under(prefix: str) -> Iterator[None]:
-    """Put `prefix` before the key of every `QatkitError` raised inside."""
+    """Add `prefix` before the key of every `QatkitError` raised inside the block."""
     try:
         yield
     except QatkitError as error:
@@ -87,7 +87,7 @@ def under(prefix: str) -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Advice about an unknown name: the nearest known name, or a few known names.
+    """Return advice about an unknown name: the nearest known name, or a few known names.
 
     Example:
         >>> did_you_mean("mgnitude", ["magnitude", "wanda"])

@@ -1,4 +1,4 @@
-"""Resolve names of local folders or Hugging Face hub repositories, with errors that explain failures."""
+"""Resolve names of local folders or Hugging Face Hub repositories, with errors that explain failures."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Literal
 from qatkit.errors import QatkitError
 
 TIMEOUT = 10.0
-"""Timeout in seconds of a request to the hub; without it, the hub libraries would retry for minutes."""
+"""Timeout of a request to the hub in seconds; without it, the hub libraries would retry for minutes."""
 
 
 def locate(
     name: str, argument: str, holds: str, marker: str | None, kind: Literal["model", "dataset"] = "model"
 ) -> tuple[str, bool]:
-    """Resolve a name to a local folder, or to itself if it names a repository on the hub.
+    """Resolve a name to a local folder, or return it unchanged if it is a repository on the hub.
 
     Args:
         name: A folder, or the name of a repository on the hub; an existing folder takes precedence.
         argument: Name of the argument, for errors.
         holds: The expected content of the folder, for errors.
-        marker: A file that a cached model must have; None for a data set.
+        marker: A file that a cached model must have; None for a dataset.
         kind: The type of the repository.
 
     Returns:
         The folder or name, and whether only the local cache may be used because the hub cannot be reached.
 
     Raises:
-        QatkitError: the folder does not exist, or the hub does not know the name, denies access or does not respond.
+        QatkitError: the folder does not exist, the repository is not on the hub, access is denied, or the hub does not
+            respond.
     """
     local = Path(name).expanduser()
     if local.is_dir():
@@ -42,11 +43,11 @@ def cannot_load(error: BaseException, argument: str, name: str, advice: str, des
     """Return a one-line error for a folder or hub repository that cannot be loaded.
 
     Args:
-        error: What the library raised.
+        error: The exception that the library raised.
         argument: Name of the argument, for the error.
         name: The folder or repository.
-        advice: What to do; a gated repository gets its own advice.
-        described: Kind of object that it was loaded as, such as "causal language model".
+        advice: The fix; a gated repository has its own advice.
+        described: The kind of object to load, such as "causal language model".
     """
     if _is_gated(error):
         return QatkitError(
@@ -59,9 +60,9 @@ def cannot_load(error: BaseException, argument: str, name: str, advice: str, des
 
 
 def holds_tokenizer(name: str) -> bool:
-    """Whether a folder contains a tokenizer, without which transformers creates an untrained one.
+    """Whether a folder contains a tokenizer; without one, transformers would create an untrained tokenizer.
 
-    A name on the hub is assumed to have one.
+    A repository on the hub is assumed to have one.
     """
     folder = Path(name).expanduser()
     return not folder.is_dir() or any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))

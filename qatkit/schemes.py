@@ -1,4 +1,4 @@
-"""Named quantization schemes: compressed-tensors presets and GGUF's integer formats."""
+"""Named quantization schemes: compressed-tensors presets and GGUF integer formats."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qatkit.spec import QuantSpec
 
 @dataclass(frozen=True)
 class Scheme:
-    """Quantization of a layer's weight and of its input; None leaves either unquantized.
+    """Quantization of a layer's weight and input; None leaves either unquantized.
 
     Raises:
-        QatkitError: A spec is not supported for its role, weight or activation.
+        QatkitError: A spec is not supported for its role (weight or activation).
     """
 
     weight: QuantSpec | None = None
@@ -37,7 +37,7 @@ class Scheme:
 
 
 def check_activation(key: str, spec: QuantSpec) -> None:
-    """Raise an error about `key` if only weights can be quantized with this spec."""
+    """Raise an error for `key` if this spec is supported only for weights."""
     if spec.strategy in ("channel", "block"):
         raise QatkitError(
             f"'{spec.strategy}' is for weights", key=f"{key}.strategy",
@@ -53,7 +53,7 @@ def check_activation(key: str, spec: QuantSpec) -> None:
 
 
 def check_kv_cache(spec: QuantSpec) -> None:
-    """Raise an error if a KV cache, which is stored per tensor or per token, does not support this spec."""
+    """Raise an error if this spec is not supported for a KV cache, whose scales are per-tensor or per-token."""
     if spec.strategy not in ("tensor", "token"):
         raise QatkitError(
             f"'{spec.strategy}' is not supported for caches", key="kv_cache.strategy", advice="use tensor or token"
@@ -115,15 +115,15 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def scheme(name: str, observer: str | None = None) -> Scheme:
-    """Return the scheme with this name in compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
+    """Return the scheme with a name from compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
 
-    The GGUF schemes are the exact formats: blocks of 32 weights, float16 scales and GGUF's scale rule. Converting a
-    model trained with one of them is therefore lossless.
+    The GGUF schemes match the formats exactly: blocks of 32 weights, float16 scales and GGUF's scale rule. Converting a
+    model trained with such a scheme is therefore lossless.
 
     Args:
-        name: Name of the scheme; case does not matter.
-        observer: Observer of the weight's scale, such as "lsq"; minmax by default, because scheme names do not specify
-            one.
+        name: Name of the scheme, case-insensitive.
+        observer: Observer of the weight's scale, such as "lsq". The default is "minmax", because scheme names do not
+            specify an observer.
 
     Raises:
         QatkitError: The name is unknown, or the observer is not supported.

@@ -21,14 +21,14 @@ ScaleRule = Literal["qmax", "range", "signed"]
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one tensor is quantized, in the vocabulary of compressed-tensors.
+    """The quantization of one tensor, in the terms of compressed-tensors.
 
     Symmetric integers are signed, in ``[-2**(b-1), 2**(b-1) - 1]``, with zero point 0. Asymmetric integers are
-    unsigned, in ``[0, 2**b - 1]``; their range always includes zero, so zero stays exactly zero. Ternary codes are -1,
-    0 and 1.
+    unsigned, in ``[0, 2**b - 1]``; their range always includes zero, so zero is represented exactly. Ternary codes are
+    -1, 0 and 1.
 
     Raises:
-        QatkitError: A field is out of range or conflicts with another.
+        QatkitError: A field is out of range or conflicts with another field.
 
     Example:
         >>> QuantSpec(num_bits=4, strategy="group", group_size=32).qmax
@@ -36,35 +36,42 @@ class QuantSpec:
     """
 
     num_bits: int = 8
-    """Bits of a code: 2 to 8 for int, 2 for ternary, 4, 6 or 8 for float."""
+    """Bits per code: 2 to 8 for int, 2 for ternary, and 4, 6 or 8 for float."""
     symmetric: bool = True
     """Use signed codes around zero (True), or unsigned integers with a zero point (False)."""
     strategy: Strategy = "channel"
     """Granularity of the scales: per tensor, per output channel, per group of inputs, per block of outputs and inputs,
-    or (activations) per token."""
+    or (for activations) per token.
+    """
     group_size: int | None = None
-    """Inputs per scale, for ``strategy: group`` only. Activations in groups are scaled dynamically, like tokens."""
+    """Inputs per scale, only for ``strategy: group``. Per-group scales of activations are dynamic, like per-token
+    scales.
+    """
     observer: str = "minmax"
-    """Method that chooses the scale: from the range (minmax); from the mean magnitude (absmean, ternary weights); by
-    least squared error over clipped ranges (mse); from calibration batches, as the mean range (moving_average), a
-    percentile (percentile) or the range with the smallest KL divergence (kl); or learned, without the zero point (lsq)
-    or with it (lsq_plus)."""
+    """Method that chooses the scale. minmax uses the range, absmean (ternary weights) the mean magnitude, and mse the
+    clipped range with the smallest squared error. From calibration batches, moving_average uses the mean range,
+    percentile a percentile, and kl the range with the smallest KL divergence. lsq learns the scale, and lsq_plus also
+    learns the zero point.
+    """
     scale_dtype: ScaleDtype = "float32"
-    """The dtype that scales are rounded to, in training as in the exported file. float8_e8m0fnu scales are powers of
-    two (the MX formats); float8_e4m3fn scales have one float32 scale per tensor above them (NVFP4)."""
+    """The dtype to which scales are rounded, both in training and in the exported file. float8_e8m0fnu scales are
+    powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4).
+    """
     type: str = "int"
     """Element type of a code: int, ternary (-1, 0, 1), float (e2m1, e2m3 or e4m3, by number of bits) or float_e5m2."""
     block_structure: tuple[int, int] | None = None
-    """Outputs and inputs per scale, for ``strategy: block`` only."""
+    """Outputs and inputs per scale, only for ``strategy: block``."""
     percentile: float = 99.99
     """Percentage of the values that ``observer: percentile`` keeps inside the range."""
     scale_rule: ScaleRule = "qmax"
     """Divisor of the largest magnitude: the largest code (qmax, 127 with 8 bits); half the range of codes (range,
-    127.5, as compressed-tensors); or, for a signed magnitude, the smallest code (signed, -8 with 4 bits, as GGUF's
-    Q4_0)."""
+    127.5, as in compressed-tensors); or the smallest code, for the largest magnitude with its sign (signed, -8 with 4
+    bits, as in GGUF's Q4_0).
+    """
     dynamic: bool = False
-    """Compute the scale of an activation with ``strategy: tensor`` from each batch instead of calibrating it, as ONNX
-    Runtime's DynamicQuantizeLinear does. Scales per token and per group are always computed."""
+    """Compute the scale of an activation with ``strategy: tensor`` from each batch instead of calibrating it, as in
+    ONNX Runtime's DynamicQuantizeLinear. Per-token and per-group scales are always computed.
+    """
 
     def __post_init__(self) -> None:
         if type(self.num_bits) is not int:
@@ -198,17 +205,17 @@ class QuantSpec:
 
     @property
     def learned(self) -> bool:
-        """Whether the scale is a Parameter."""
+        """Whether the scale is a learned Parameter."""
         return OBSERVERS[self.observer].learned
 
     @property
     def scaled_per_batch(self) -> bool:
-        """Whether scales of an activation are computed on every forward pass, and never stored."""
+        """Whether activation scales are computed in every forward pass and never stored."""
         return self.dynamic or self.strategy in ("token", "group")
 
     @property
     def two_level(self) -> bool:
-        """Whether scales are small floats under one float32 scale per tensor (NVFP4)."""
+        """Whether scales are small floats combined with one float32 scale per tensor (NVFP4)."""
         return self.scale_dtype == "float8_e4m3fn"
 
 

@@ -1,4 +1,4 @@
-"""The cost of a model: parameters, and multiply-accumulate operations (MACs) for one input."""
+"""The cost of a model: number of parameters, and multiply-accumulate operations (MACs) for one input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatkit.quantization.state import quantizer_prefixes
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of parameters; tied parameters count once, and those of fake quantizers are excluded.
+    """Count the parameters of a model; tied parameters are counted once, and fake quantizers are excluded.
 
     Example:
         >>> parameters(nn.Linear(4, 2))
@@ -24,7 +24,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def macs(call: Callable[[], object]) -> int:
-    """MACs of the matrix products, convolutions and attention in one call, from torch's FLOP counter.
+    """Count the MACs of matrix products, convolutions and attention in one call, with torch's FLOP counter.
 
     Args:
         call: Runs a model once.

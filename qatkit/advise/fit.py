@@ -20,10 +20,11 @@ from qatkit.run.architecture import meta_model
 
 
 def check_fit(recipe: Recipe, plans: Sequence[StagePlan], allow: Sequence[str] = ()) -> None:
-    """Reject a stage that needs more memory than its device has.
+    """Raise an error if a stage needs more memory than its device has.
 
     Raises:
-        QatkitError: a stage does not fit; the error gives its predicted memory, and the changes that would make it fit.
+        QatkitError: a stage does not fit; the error lists its predicted memory use and the changes that would make it
+            fit.
     """
     device = device_of(recipe.trainer)
     for plan in plans:

@@ -30,7 +30,7 @@ BITS = {4: 4.127, 8: 8.0}
 
 @dataclass(frozen=True)
 class Device:
-    """The devices that a recipe trains on."""
+    """The devices that a recipe uses for training."""
 
     name: str
     memory: int | None
@@ -47,11 +47,11 @@ class StagePlan:
     on_each: int
     """Peak bytes per device."""
     unknown: str
-    """Why activations are not predicted; empty if they are predicted."""
+    """The reason why activations are not predicted; empty if they are."""
 
 
 def device_of(trainer: TrainerConfig) -> Device:
-    """The devices that Lightning will choose, and the memory of each."""
+    """Return the devices that Lightning will choose, and the memory of each."""
     kind, count = device_type(trainer.accelerator), device_count(trainer.accelerator, trainer.devices)
     if kind == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -74,14 +74,14 @@ def plan_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> list[StagePlan]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that the memory of a stage depends on."""
+    """Everything that the memory use of a stage depends on."""
 
     model: nn.Module
     """The model with plain layers, on the meta device."""
     teacher: nn.Module | None
     stage: StageConfig
     context: int | None
-    """Tokens per sample; None if samples are not texts."""
+    """Tokens per sample; None if samples are not text."""
     autocast: torch.dtype | None
     device: str
     """The device type, such as "cuda"."""
@@ -94,7 +94,7 @@ class Setting:
         return self.stage.distill is not None and has_fused_loss(self.stage.distill)
 
     def memory(self) -> tuple[StepMemory, str]:
-        """The prediction, and the reason why activations are not predicted (empty if they are predicted)."""
+        """Return the prediction, and the reason why activations are not predicted (empty if they are)."""
         model, teacher = copy.deepcopy(self.model), _held_teacher(self.teacher, self.stage.distill)
         lora, distill = self.stage.lora, self.stage.distill
         bits: dict[str, float] = {}

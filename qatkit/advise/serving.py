@@ -1,4 +1,4 @@
-"""Predict memory use for serving a language model: quantized weights, scales, and the key-value cache."""
+"""Predict memory use for serving a language model: quantized weights, scales and KV cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qatkit.spec import QuantSpec
 SCHEMES = ("BF16", "W8A8", "FP8_DYNAMIC", "W4A16", "W2A16")
 """The compared schemes: 16 bits, and compressed-tensors schemes."""
 HALF = 2
-"""Bytes of a 16-bit number: unquantized weights, scales, keys and values."""
+"""Bytes of a 16-bit number, used for unquantized weights, scales and the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ServingMemory:
     weights: int
     """Codes, scales and 16-bit weights."""
     cache: int
-    """Keys and values of every token of every sequence."""
+    """The KV cache of all sequences."""
 
     @property
     def total(self) -> int:
@@ -37,14 +37,14 @@ class ServingMemory:
 def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16) -> list[ServingMemory]:
     """Predict memory use for serving with each scheme in `SCHEMES`.
 
-    Linear layers and experts are quantized, the output layer is not. Scales and unquantized weights have 16 bits.
-    Temporary activations are not included: they are small in comparison and depend on the runtime.
+    Linear layers and experts are quantized; the output layer is not. Scales and unquantized weights have 16 bits.
+    Temporary activations are not included: they are comparatively small and depend on the runtime.
 
     Args:
         model: A transformers causal language model; it may be on the meta device.
-        context: Tokens per sequence, prompt and answer.
-        batch: Concurrent sequences.
-        kv_bits: Bits per key and value element.
+        context: Tokens per sequence, including prompt and completion.
+        batch: Number of concurrent sequences.
+        kv_bits: Bits per element of the KV cache.
 
     Raises:
         QatkitError: the model's config lacks the number of layers or heads.
@@ -63,7 +63,7 @@ def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16
 
 
 def weight_bytes(model: nn.Module, name: str) -> int:
-    """Bytes of a model's weights and scales in a scheme, as in a 16-bit compressed-tensors folder."""
+    """Return the bytes of a model's weights and scales in a scheme, as in a 16-bit compressed-tensors folder."""
     total = {id(parameter): parameter.numel() * HALF for parameter in model.parameters()}
     spec = scheme(name).weight if name != "BF16" else None
     if spec is not None:

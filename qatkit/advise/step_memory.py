@@ -40,16 +40,17 @@ class StepMemory:
     optimizer: int
     """Optimizer state, including paged state, which `total` excludes."""
     activations: int | None
-    """Peak of everything else in a step: saved activations and temporary tensors. None if unknown."""
+    """Peak of all other memory in a step: saved activations and temporary tensors. None if unknown."""
     total: int
     """Peak of all parts together; less than their sum if the parts do not peak at the same time."""
 
     def on_each(self, devices: int, strategy: str, fused: bool = False) -> int:
-        """Peak bytes per device when several devices train.
+        """Return the peak bytes per device when multiple devices train.
 
         ddp keeps a copy of the gradients in its buckets. fsdp2 shards weights, gradients and optimizer state, and
-        gathers all weights and their gradients in a step, because the model is one group. Weights are copied out of
-        the all-gather buffer, which lives until the forward pass ends, and gradients into a reduce-scatter buffer.
+        gathers all weights and their gradients in a step, because the model is one group. Weights are copied out of the
+        all-gather buffer, which is held until the forward pass ends, and gradients are copied into a reduce-scatter
+        buffer.
 
         Args:
             devices: The number of devices.
@@ -77,22 +78,23 @@ def step_memory(
 ) -> StepMemory:
     """Predict the peak memory of one training step.
 
-    Gradients of the previous step are held until the backward pass begins, as in Lightning.
+    As in Lightning, gradients of the previous step are held until the backward pass begins.
 
     Args:
-        model: The model as it is trained (prepared, frozen, with adapters), on the meta device. It is not changed.
-        step: Returns the loss of one batch; called once with fake copies of `model` and `teacher`. Tensors that it
-            creates are fake as well.
+        model: The model to train, already prepared (fake quantizers, frozen weights, adapters), on the meta device. It
+            is not changed.
+        step: Returns the loss of one batch. It is called once with fake copies of `model` and `teacher`, and the
+            tensors that it creates are fake as well.
         teacher: The teacher on the meta device; None without a teacher, or with cached teacher outputs.
-        autocast: The dtype of matrix products, if it differs from that of the weights.
-        accumulates: Whether gradients of several batches are accumulated.
-        bits: Bits per element, by name, of frozen parameters that are stored in fewer bits than their dtype has; one
-            at a time is dequantized for its product.
+        autocast: The dtype of matrix products, if it differs from the dtype of the weights.
+        accumulates: Whether gradients are accumulated over multiple batches.
+        bits: Bits per element, by name, of frozen parameters that are stored in fewer bits than their dtype. They are
+            dequantized one at a time for their matrix product.
         teacher_bits: The same for the teacher.
-        moments: Memory of the optimizer; by default that of torch's AdamW.
+        moments: Memory use of the optimizer. The default assumes torch's AdamW.
 
     Raises:
-        Exception: any exception of the model, if its shapes depend on values.
+        Exception: the exception that the model raises on fake tensors, for example because its shapes depend on values.
 
     Example:
         >>> with torch.device("meta"):
@@ -146,7 +148,7 @@ def state_memory(
     teacher_bits: Mapping[str, float] | None = None,
     moments: MomentMemory | None = None,
 ) -> StepMemory:
-    """The part of `step_memory` that does not depend on the batch; activations are None."""
+    """Predict the part of `step_memory` that does not depend on the batch; activations are None."""
     sizes = {id(p): (p.numel(), _bytes(p)) for p in model.parameters() if p.requires_grad}
     gradients = sum(size for _, size in sizes.values())
     weights, held = _held(model, bits or {}), _held(teacher, teacher_bits or {})

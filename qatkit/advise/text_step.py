@@ -1,4 +1,4 @@
-"""The loss of one training step on texts, used to predict its memory use."""
+"""The loss of one training step on text, used to predict its memory use."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from qatkit.tasks.pairs import pooled
 
 
 def text_step(context: int, batch_size: int, distill: DistillConfig | None, task: Task | None) -> Step:
-    """The loss of one batch of texts, as `CompressionModule` and `KnowledgeDistillation` compute it.
+    """Compute the loss of one text batch in the same way as `CompressionModule` and `KnowledgeDistillation`.
 
     Args:
-        context: Tokens per text.
-        batch_size: Texts per batch.
-        distill: Distillation; a step without a teacher model reads cached teacher outputs. None trains on labels only.
+        context: Tokens per sequence.
+        batch_size: Sequences per batch.
+        distill: Distillation settings; a step without a teacher model reads cached teacher outputs. None trains on
+            labels only.
         task: The task that the data declares; None infers it from the model.
     """
 
@@ -56,13 +57,13 @@ def text_step(context: int, batch_size: int, distill: DistillConfig | None, task
 
 
 def batch_for(model: nn.Module, batch_size: int, context: int, task: Task | None) -> dict[str, Any]:
-    """A batch of full-length texts with labels.
+    """Create a batch of full-length sequences with labels.
 
     Args:
-        model: Determines the labels if no task is declared: one class per text, pairs of texts if it has no
-            output head, and otherwise the texts themselves.
-        batch_size: Texts, or pairs of texts.
-        context: Tokens per text.
+        model: Determines the labels if no task is declared: one class per sequence for a classifier, text pairs for a
+            model without an output head, and otherwise the tokens themselves.
+        batch_size: Number of sequences, or of text pairs.
+        context: Tokens per sequence.
         task: The task that the data declares.
     """
     tokens = torch.zeros(batch_size, context, dtype=torch.long)
@@ -117,6 +118,6 @@ def _fused(
 
 
 def has_fused_loss(distill: DistillConfig) -> bool:
-    """Whether the fused loss, which never materializes full logits, computes this divergence."""
+    """Whether the fused loss, which never materializes full logits, supports this divergence."""
     divergence = DIVERGENCES[distill.loss]
     return bool(divergence.rows if distill.cache is None else divergence.top_k_rows)

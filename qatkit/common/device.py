@@ -8,9 +8,9 @@ from qatkit.errors import QatkitError
 
 
 def device_type(accelerator: str) -> str:
-    """The type of device that a Trainer with this accelerator trains on, such as "cuda".
+    """Return the type of device that a Trainer with this accelerator trains on, such as "cuda".
 
-    Lightning prefers MPS to CUDA and does not know XPU: a machine with only an XPU trains on the CPU.
+    Lightning prefers MPS to CUDA and does not support XPU: a machine with only an XPU trains on the CPU.
 
     Args:
         accelerator: Lightning's argument: "auto", "gpu", or the name of one accelerator.
@@ -28,11 +28,11 @@ def device_type(accelerator: str) -> str:
 
 
 def device_count(accelerator: str, devices: int | str) -> int:
-    """The number of devices of one machine that a Trainer uses, which is its number of processes.
+    """Return the number of devices that a Trainer uses on one machine, which is its number of processes.
 
     Args:
         accelerator: As in `device_type`.
-        devices: Lightning's argument: a number, or "auto" for all GPUs and one CPU.
+        devices: Lightning's argument: a number, or "auto" for all GPUs or one CPU.
 
     Example:
         >>> device_count("cpu", "auto"), device_count("cpu", 2)
@@ -44,7 +44,7 @@ def device_count(accelerator: str, devices: int | str) -> int:
 
 
 def check_accelerator(accelerator: str) -> None:
-    """Reject a GPU that this machine does not have.
+    """Raise an error if the accelerator is a GPU that this machine does not have.
 
     Raises:
         QatkitError: there is no device of the accelerator's type.

@@ -1,4 +1,4 @@
-"""SHA-256 digests that tie a record to the files it describes."""
+"""SHA-256 digests that link a record to the files it describes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
 
     Args:
         digests: The result of `file_digests`.
-        base: The folder that the paths are relative to.
+        base: The folder to which the paths are relative.
     """
     for name, digest in digests.items():
         path = base / name
@@ -34,7 +34,7 @@ def changed_file(digests: Mapping[str, str], base: Path) -> Path | None:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files in a folder at any depth, sorted; links are followed, and hidden files and folders do not count."""
+    """Return the sorted visible files in a folder and its subfolders; links are followed."""
     return _below(folder, frozenset())
 
 
@@ -50,16 +50,16 @@ def _below(folder: Path, above: frozenset[Path]) -> list[Path]:
 
 
 def listing_digest(folder: Path) -> str:
-    """A hash of the names and sizes of the visible files in a folder, at any depth; their content is not read."""
+    """A hash of the names and sizes of the visible files in a folder and its subfolders; their content is not read."""
     return sizes_digest((path.relative_to(folder).as_posix(), path) for path in visible_files(folder))
 
 
 def sizes_digest(files: Iterable[tuple[str, Path]], times: bool = False) -> str:
-    """A hash of names and the sizes of their files, which may not exist; the content is not read.
+    """A hash of the names and sizes of files, which may be missing; their content is not read.
 
     Args:
-        files: Names and files.
-        times: Include the time of the last change, which a copy of the file need not keep.
+        files: Maps names to files.
+        times: Whether to include modification times, which a copy of a file may not preserve.
     """
     listing: list[list[object]] = []
     for name, path in files:

@@ -1,4 +1,4 @@
-"""Write files atomically, and detect files that have changed since."""
+"""Write files atomically, and detect files that have changed since they were written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name next to `path` for a file or folder that will replace it; it holds the process id.
+    """A hidden path next to `path` for a file or folder that will replace it; its name contains the process ID.
 
     Example:
         >>> temporary_path(Path("runs/model.onnx")).name == f".model.onnx.{os.getpid()}.tmp"
@@ -28,9 +28,9 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_temporary(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
-    """Remove the temporary files and folders that killed processes left in a folder and below.
+    """Remove the temporary files and folders that killed processes left in a folder and its subfolders.
 
-    No process may be writing there: the caller holds a lock.
+    The caller must hold a lock, so that no other process is writing there.
 
     Args:
         folder: The folder.
@@ -53,9 +53,9 @@ def remove_temporary(folder: Path, exclude: Iterable[str] = ()) -> list[Path]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path`; when the block ends without an error, the file there replaces `path`.
+    """Yield a temporary path next to `path`; if the block ends without an error, the file there replaces `path`.
 
-    The file is flushed to disk before the rename, and the folder after it, so not even a power failure leaves a
+    The file is flushed to disk before the rename and the folder after it, so even a power failure does not leave a
     partial file.
     """
     temporary = temporary_path(path)
@@ -73,10 +73,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give a failed write in the block, such as one to a full disk, the path that its error lacks.
+    """Add `path` to an OSError in the block that has none, such as from a write to a full disk.
 
     Raises:
-        OSError: the error, with a path.
+        OSError: the same error, with a path.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, if the system supports it."""
+    """Flush a folder to disk to make renames in it durable, if the system supports this."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows does not support it
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -109,7 +109,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 digest of a file; an unchanged file is read only once per process."""
+    """Return the SHA-256 digest of a file; an unchanged file is read only once per process."""
     status = path.stat()
     return _sha256_of(path, status.st_mtime_ns, status.st_size, status.st_ino)
 

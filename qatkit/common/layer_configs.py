@@ -16,13 +16,13 @@ INDEX_LISTS = ("mlp_only_layers", "moe_layers", "rope_scaling_layers")
 
 
 def shorten(config: Any, depth: int, numbers: Sequence[int]) -> None:
-    """Adapt a config in place to a model that keeps only some of its layers.
+    """Adapt a config in place to a model with some of its layers removed.
 
     A config whose number of layers is not `depth` is left unchanged.
 
     Args:
         config: The config of a transformers model.
-        depth: Number of layers before.
+        depth: Number of layers before the removal.
         numbers: Indices of the kept layers, in ascending order.
 
     Example:

@@ -1,4 +1,4 @@
-"""Public names of a package that load their module on first use, so that importing the package loads nothing heavy."""
+"""Lazy exports: public names of a package load their module on first use, so importing the package is cheap."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 def lazy_exports(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """``__all__``, ``__getattr__`` and ``__dir__`` for a package's ``__init__.py``.
+    """Return ``__all__``, ``__getattr__`` and ``__dir__`` for a package's ``__init__.py``.
 
     Args:
         package: Its ``__name__``.
-        homes: Full module names, each with the names that it exports.
+        homes: Maps full module names to the names that each exports.
 
     Example:
         >>> names, getter, directory = lazy_exports("qatkit", {"qatkit.errors": ["QatkitError"]})

@@ -9,7 +9,7 @@ from qatkit.errors import QatkitError
 
 
 def check_packages(needer: str, packages: Sequence[str], extra: str) -> None:
-    """Reject a component if a package that it needs is missing.
+    """Raise an error if a package that a component needs is missing.
 
     Args:
         needer: The component, as the subject of the message: "format 'onnx'".
@@ -17,7 +17,7 @@ def check_packages(needer: str, packages: Sequence[str], extra: str) -> None:
         extra: The optional dependency group that installs them.
 
     Raises:
-        QatkitError: a package is missing; the error names the command that installs it.
+        QatkitError: a package is missing; the error includes the command that installs it.
 
     Example:
         >>> check_packages("task 'detection'", ["json"], "detection")

@@ -1,4 +1,4 @@
-"""Processes of this machine."""
+"""Processes on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def process_exists(pid: int) -> bool:
-    """Whether a process with this id exists; on Windows, True is assumed.
+    """Whether a process with this ID exists; on Windows, True is assumed.
 
     Example:
         >>> process_exists(os.getpid())

@@ -1,4 +1,4 @@
-"""The ranges of numeric fields: written once in the annotation, checked when the dataclass is built."""
+"""The ranges of numeric fields, declared once in the annotation and checked when the dataclass is created."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Range:
         high: The largest value.
         above: Exclude `low` itself.
         below: Exclude `high` itself.
-        example: A usual value, for the advice of errors.
+        example: A typical value, for the advice in errors.
 
     Example:
         >>> Range(1, 8).problem(9)
@@ -70,7 +70,7 @@ Count = Annotated[int, Range(1, INT32)]
 Steps = Annotated[int, Range(0, INT32)]
 """A number of steps, which may be 0."""
 Seed = Annotated[int, Range(0, INT64)]
-"""A seed of random numbers."""
+"""A random seed."""
 Fraction = Annotated[float, Range(0.0, 1.0)]
 """A fraction from 0 to 1, both included."""
 ProperFraction = Annotated[float, Range(0.0, 1.0, above=True, below=True)]
@@ -80,7 +80,7 @@ ProperFraction = Annotated[float, Range(0.0, 1.0, above=True, below=True)]
 def check_ranges(config: Any) -> None:
     """Check the numeric fields of a dataclass against the ranges in their annotations.
 
-    Values that are not numbers, such as None and text, are not checked.
+    Values that are not numbers, such as None and strings, are not checked.
 
     Args:
         config: A dataclass with fields such as ``rank: Annotated[int, Range(1, 8)]``; ``| None`` may follow.

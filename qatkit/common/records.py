@@ -1,6 +1,6 @@
-"""Records: JSON files with a schema version and a digest of their content, read back complete, typed and unchanged.
+"""Records: JSON files with a schema version and a content digest, which are fully checked when read.
 
-Every JSON file that qatkit writes and reads again is written by `write_signed` and read by `read_signed`.
+Every JSON file that qatkit writes and reads back is written by `write_signed` and read by `read_signed`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write_signed(path: Path, content: Mapping[str, Any], schema: int, text: Call
 
     Args:
         path: The file.
-        content: Its fields; plain data.
+        content: The fields of the record, as plain data.
         schema: The version of its schema.
         text: Formats the record as JSON.
     """
@@ -42,13 +42,13 @@ def write_signed(path: Path, content: Mapping[str, Any], schema: int, text: Call
 
 
 def read_signed(path: Path, kind: type[Any], schema: int, advice: str) -> dict[str, Any] | None:
-    """The fields of a record; None if there is no such file.
+    """Read the fields of a record; None if the file does not exist.
 
     Args:
         path: The file.
-        kind: A dataclass or a `TypedDict` whose annotations the fields must fit.
-        schema: The only version of the schema that is read.
-        advice: How to get a new record, for errors.
+        kind: A dataclass or a `TypedDict` whose annotations the fields must match.
+        schema: The only supported version of the schema.
+        advice: How to create a new record, for errors.
 
     Raises:
         QatkitError: the file is not a record, was written by a version with a different schema, has changed since it
@@ -86,7 +86,7 @@ def misfit(annotation: Any, value: Any, name: str = "") -> str | None:
     Args:
         annotation: A scalar type, `Any`, a list, tuple, dictionary or union of types, a dataclass or a `TypedDict`.
         value: The value.
-        name: Its dotted name, for the reason.
+        name: The dotted name of the value, for the reason.
 
     Example:
         >>> misfit(dict[str, list[int]], {"a": [1, 2.5]})

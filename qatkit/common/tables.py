@@ -1,7 +1,7 @@
-"""Tables: one small frozen table per kind of component, read by schema, validation, pipeline, report and docs.
+"""Tables of components: one small frozen table per kind, read by schema, validation, pipeline, report and docs.
 
-A row is a frozen dataclass with a ``name``. It contains plain values, and names its implementation as
-``module:function``, which is imported on first use: reading a table loads nothing heavy.
+A row is a frozen dataclass with a ``name``. It contains plain values and a reference to its implementation,
+``module:function``, which is imported on first use, so reading a table is cheap.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Row = TypeVar("Row", bound=Named)
 
 
 class Table(Mapping[str, Row], Generic[Row]):
-    """Rows by name, in table order; an unknown name raises an error that suggests a known one.
+    """A mapping from names to rows, in table order; an unknown name raises an error that suggests a known one.
 
     Args:
-        kind: What a row is, for errors: "export format".
+        kind: The kind of component, for errors: "export format".
         rows: The rows; names are unique.
 
     Example:
@@ -62,11 +62,11 @@ class Table(Mapping[str, Row], Generic[Row]):
         return len(self._rows)
 
     def row(self, name: str, key: str = "") -> Row:
-        """The row with a name that a user wrote.
+        """Return the row with a user-supplied name.
 
         Args:
             name: The name.
-            key: Where it was written, for the error.
+            key: The recipe key or argument with the name, for the error.
 
         Raises:
             QatkitError: no row has this name.
@@ -77,7 +77,7 @@ class Table(Mapping[str, Row], Generic[Row]):
 
 
 def implementation(name: str) -> Any:
-    """Import the ``module:attribute`` that a row names.
+    """Import the ``module:attribute`` that a row refers to.
 
     Example:
         >>> implementation("qatkit.errors:join_key")("a", "b")

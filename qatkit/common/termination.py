@@ -1,7 +1,7 @@
-"""SIGTERM: a command ends with one message and exit code 143, at once or at a point where its work is saved.
+"""SIGTERM handling: a command ends with one message and exit code 143, at once or after its work has been saved.
 
 A Python signal handler runs only when the main thread returns to Python, which it may not do while it waits for another
-process. So a thread notices the signal too, and ends the process at a deadline.
+process. A thread therefore also waits for the signal and ends the process at a deadline.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from subprocess import Popen, TimeoutExpired
 
 CODE = 143  # 128 + SIGTERM
 STEP_LIMIT = 20.0
-"""Seconds that training gets to reach a point where it can be saved; the write itself has no limit."""
+"""Seconds that training has to reach a point where it can be saved; the write itself has no limit."""
 END_LIMIT = 5.0
-"""Seconds to end otherwise, such as outside training or after the checkpoint was written."""
+"""Seconds to end in other cases, such as outside training or after the checkpoint has been written."""
 _LAG = 2.0
 """Seconds that other processes of a run wait longer than the first one, which ends them."""
 
 
 class Terminated(BaseException):
-    """SIGTERM was received. Not an Exception: code that handles errors must not handle it."""
+    """Raised after SIGTERM. It is not an `Exception`, so that error handlers do not catch it."""
 
 
 class Termination:
     """The reaction of this process to SIGTERM.
 
     Args:
-        report: Prints the last message of a process that is ended at its deadline; receives the reason.
+        report: Prints the last message of a process that is ended at its deadline; called with the reason.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -53,24 +53,24 @@ class Termination:
         self._closed = threading.Event()
 
     def follow(self, leader: int | None) -> None:
-        """Leave decisions to the first process of a distributed run.
+        """Let rank 0 of a distributed run decide how to end.
 
         Args:
-            leader: Its id if it runs on this host; it is told about the signal.
+            leader: The process ID of rank 0 if it runs on this host; the signal is forwarded to it.
         """
         self.follows, self._leader = True, leader
 
     def defer(self, deferred: bool) -> None:
-        """Set whether the main thread keeps running after the signal, because it checks `received` itself."""
+        """Set whether the main thread keeps running after the signal because it checks `received` itself."""
         self._deferred = deferred
         if self.received and not deferred:
             self._deadline = time.monotonic() + END_LIMIT
 
     def check(self) -> None:
-        """Raise if the signal was received while it was deferred.
+        """Raise `Terminated` if the signal was received while it was deferred.
 
         Raises:
-            Terminated: it was, and this process decides.
+            Terminated: the signal was received, and this process decides how to end.
         """
         if self.received and not self.follows:
             raise Terminated
@@ -86,14 +86,14 @@ class Termination:
             self._saving = False
 
     def release_children(self) -> None:
-        """Stop other code from watching the child processes of this process."""
+        """Stop other code from monitoring the child processes of this process."""
         for children in self.children:
             started = children()
             self._ending += started
             started.clear()  # Lightning kills this process when one of them ends with an error
 
     def end_children(self, seconds: float) -> None:
-        """End the processes that this one has started; kill those that have not ended after some seconds."""
+        """Terminate the child processes of this process, and kill those that have not ended after a few seconds."""
         self.release_children()
         deadline = time.monotonic() + seconds
         for child in self._ending:
@@ -115,7 +115,7 @@ class Termination:
                 raise Terminated
 
     def watch(self, signals: socket.socket) -> None:
-        """Wait for the signal, tell the leading process, and end this process at the deadline."""
+        """Wait for the signal, forward it to rank 0, and end this process at the deadline."""
         while (numbers := signals.recv(64)) and signal.SIGTERM not in numbers:
             pass
         if not numbers or self._closed.is_set():
@@ -135,7 +135,7 @@ class Termination:
                 os._exit(CODE)
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closed.set()
 
 
@@ -143,7 +143,7 @@ _current: Termination | None = None
 
 
 def termination() -> Termination | None:
-    """How this process reacts to SIGTERM; None if qatkit does not handle it."""
+    """Return how this process reacts to SIGTERM; None if qatkit does not handle it."""
     return _current
 
 
@@ -152,7 +152,7 @@ def terminable(report: Callable[[str], None]) -> Iterator[None]:
     """Handle SIGTERM during the block, unless it runs outside the main thread.
 
     Args:
-        report: As of `Termination`.
+        report: See `Termination`.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def format_bytes(size: int) -> str:
-    """A size in kB, MB or GB (decimal), with one decimal place.
+    """Format a size in kB, MB or GB (decimal) with one decimal place.
 
     Example:
         >>> format_bytes(80_000_000_000), format_bytes(1_500_000)

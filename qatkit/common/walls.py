@@ -1,4 +1,4 @@
-"""Keep a command inside its folder: links that lead out of it, and other folders, raise an error."""
+"""Restrict a command to its folder: paths outside it, and links that lead out of it, raise an error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qatkit.errors import QatkitError
 
 
 def check_links(folder: Path, allowed: Sequence[Path] = ()) -> None:
-    """Refuse a folder with a link through which a file outside it could be overwritten or deleted.
+    """Raise an error if a folder has a link through which a file outside it could be overwritten or deleted.
 
     Args:
-        folder: The folder; it may be a link itself, and need not exist.
-        allowed: Files and folders that links may lead to.
+        folder: The folder. It may itself be a link, and need not exist.
+        allowed: Files and folders that links may point to.
 
     Raises:
-        QatkitError: a link leads out of the folder; the error names it and its target.
+        QatkitError: a link leads out of the folder; the error includes the link and its target.
     """
     roots = _real([folder, *allowed])
     for link, target in _links(str(folder)):
@@ -30,12 +30,12 @@ def check_links(folder: Path, allowed: Sequence[Path] = ()) -> None:
 
 
 def check_path(path: Path, folder: Path, allowed: Sequence[Path], key: str) -> None:
-    """Refuse a path that a recipe would write, unless it is in a folder or is allowed.
+    """Raise an error if a recipe would write to a path that is neither in a folder nor allowed.
 
     Args:
         path: The path in the recipe.
-        folder: The folder that may be written.
-        allowed: Additional files and folders that may be written.
+        folder: The folder that may be written to.
+        allowed: Additional files and folders that may be written to.
         key: The dotted key of the path, for errors.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Data factories: functions that return a `LightningDataModule`. Each loads its module on first use."""
+"""Data factories: functions that return a `LightningDataModule`. Each is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text for causal language models."""
+"""Data module with plain text for causal language models."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def causal_text(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Pack documents, each followed by an end-of-text token, into windows; no document attends to another.
+    """Pack documents into windows, separated by end-of-text tokens; no document attends to another.
 
-    Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and rebuilt when files, tokenizer or
-    options change. With `source.streaming`, training records are tokenized during training instead.
+    Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``, and the cache is rebuilt when files,
+    tokenizer or options change. With `source.streaming`, training records are tokenized during training instead.
 
     Args:
         source: The documents.
@@ -37,11 +37,11 @@ def causal_text(
         context: Window length in tokens, at least 2.
         column: The name of the text column.
         epoch_batches: Batches between validations (and checkpoints); fewer if the text is shorter.
-        batch_size: Windows per device and step.
+        batch_size: Windows per device per step.
         seed: Determines the training order.
 
     Raises:
-        QatkitError: a record has no text in that column, or a split would have no text.
+        QatkitError: a record has no text in that column, or a split would be empty.
     """
     from qatkit.data.streaming import StreamingDataModule
     from qatkit.data.token_datamodule import TokenDataModule

@@ -1,4 +1,4 @@
-"""Render conversations as tokens and find those that the assistant wrote."""
+"""Render conversations as tokens, and find the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user
 
 
 def messages_of(record: Mapping[str, Any]) -> list[Message] | BadRecord:
-    """Return the conversation of a record in any of the usual layouts.
+    """Return the conversation of a record in any of the common layouts.
 
-    ``messages`` (role, content), ``conversations`` (from, value), ``prompt`` with ``completion`` or ``response``, or
-    ``instruction`` with ``output`` and optionally ``input``.
+    The layouts are ``messages`` (role, content), ``conversations`` (from, value), ``prompt`` with ``completion`` or
+    ``response``, and ``instruction`` with ``output`` and optionally ``input``.
 
     Example:
         >>> messages_of({"instruction": "Add.", "input": "1 2", "output": "3"})[0]
@@ -51,21 +51,21 @@ def messages_of(record: Mapping[str, Any]) -> list[Message] | BadRecord:
 def tokenize_chat(
     tokenizer: Any, messages: list[Message], tools: Any = None
 ) -> tuple[list[int], list[int]] | BadRecord:
-    """Tokenize a conversation, and mark the tokens of the assistant (including the end of its turn) with 1.
+    """Tokenize a conversation, and mark the assistant's tokens (including the end of each turn) with 1.
 
-    A template may mark the assistant's turns with ``{% generation %}``. Otherwise a turn starts at the generation
-    prompt, and ends with the text that follows each answer, such as ``<|im_end|>``.
+    A template may mark the assistant's turns with ``{% generation %}``. Otherwise, a turn starts after the generation
+    prompt and ends with the end-of-turn text that follows each answer, such as ``<|im_end|>``.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         messages: The conversation.
-        tools: Functions the assistant may call, as JSON schemas.
+        tools: Functions that the assistant may call, as JSON schemas.
 
     Returns:
-        Token ids and the 0/1 assistant marks, or the reason why the record cannot be used.
+        Token IDs and the 0/1 assistant mask, or the reason why the record cannot be used.
 
     Raises:
-        QatkitError: the template does not end; see `qatkit.data.rendering`.
+        QatkitError: rendering the template does not terminate; see `qatkit.data.rendering`.
     """
     try:
         # if there are several templates, transformers takes the one for tools, or "default"
@@ -105,7 +105,7 @@ def teaches_end_of_turn(tokenizer: Any) -> bool:
 
 
 def assistant_spans(tokenizer: Any, messages: list[Message], text: str, tools: Any = None) -> list[tuple[int, int]]:
-    """Return the start and end of each assistant turn in the whole text, in characters.
+    """Return the start and end of each assistant turn in the rendered text, in characters.
 
     Raises:
         BadRecord: the turns cannot be located in the rendered text.

@@ -1,4 +1,4 @@
-"""Names of classes, and the class that a record gives by name or index."""
+"""Class names, and the lookup of a record's class by name or index."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qatkit.errors import QatkitError
 
 
 def check_classes(classes: Sequence[str]) -> None:
-    """Raise unless there are two or more different class names.
+    """Raise an error unless there are at least two class names, all distinct.
 
     Raises:
-        QatkitError: there are fewer, or one occurs twice.
+        QatkitError: there are fewer than two, or a name occurs twice.
     """
     if len(set(classes)) < max(2, len(classes)):
         raise QatkitError(
@@ -28,9 +28,9 @@ def check_classes(classes: Sequence[str]) -> None:
 
 
 def class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> int | BadRecord:
-    """Return the index of a record's class, or the reason why it has none.
+    """Return the class index of a record, or the reason why it has none.
 
-    If names of classes are numbers, a number is such a name and never an index.
+    If class names are numbers, a number is interpreted as a name and never as an index.
 
     Example:
         >>> class_of({"label": "dog"}, "label", ["cat", "dog"]), class_of({"label": 0}, "label", ["cat", "dog"])
@@ -51,9 +51,9 @@ def class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> 
 
 
 def position_of(value: Any, names: Sequence[str]) -> int | None:
-    """Return the position of a value among names; numbers are equal however a file writes them.
+    """Return the position of a value among names; different notations of the same number are equal.
 
-    A CSV file gives "1" or "1.0" where JSON lines and Parquet give 1 or 1.0.
+    A CSV file may contain "1" or "1.0" where JSON Lines and Parquet contain 1 or 1.0.
 
     Example:
         >>> position_of("b", ["a", "b"]), position_of(1.0, ["0", "1"]), position_of("1", ["0.0", "1.0"])

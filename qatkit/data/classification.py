@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with one class each."""
+"""Data module for text classification: texts or text pairs with a class label."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def text_classification(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Tokenize texts, or pairs of texts, with one class each, in the format of the tokenizer's own model.
+    """Tokenize texts or text pairs with a class label, in the format of the tokenizer's own model.
 
     Args:
         source: The records.
         tokenizer: A tokenizer folder, or the name of a model on the hub.
-        classes: Class names in the order of the model's outputs. A record gives a name or an index.
-        context: Maximum length of a text in tokens.
+        classes: Class names in the order of the model's outputs. A record contains a name or an index.
+        context: Maximum length of a sample in tokens.
         column: The name of the text column.
-        partner: The column with the second text, if pairs are classified.
+        partner: The column with the second text, for text pairs.
         label: The column with the class.
-        truncate: Truncate longer texts instead of rejecting them.
+        truncate: Truncate longer samples instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
-        batch_size: Texts per device and step.
+        batch_size: Samples per device per step.
         seed: Determines the training order.
 
     Raises:
-        QatkitError: there are fewer than two classes, a record has no text or no known class, or a split would be
+        QatkitError: there are fewer than two classes, a record has no text or an unknown class, or a split would be
             empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule

@@ -10,7 +10,7 @@ from qatkit.data.tokens import Encoded, Row
 
 
 def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Tokenize texts; a special token's text becomes that special token."""
+    """Tokenize texts; the text of a special token is encoded as that token."""
     if not texts:
         return []
     encoded = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
@@ -19,9 +19,9 @@ def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def documents_of(tokenizer: Any, end: int, texts: list[str]) -> list[list[int]]:
-    """Tokenize documents and put the end-of-text token after each.
+    """Tokenize documents and append the end-of-text token to each.
 
-    The tokens that the tokenizer puts at the start of a text are kept, because some model families need them.
+    Tokens that the tokenizer adds at the start of a text are kept, because some model families need them.
     """
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in ids_of(tokenizer, texts)]
 
@@ -29,9 +29,9 @@ def documents_of(tokenizer: Any, end: int, texts: list[str]) -> list[list[int]]:
 def encode_texts(
     records: Sequence[Mapping[str, Any]], column: str, encode: Callable[[list[str]], Sequence[list[Row]]]
 ) -> list[Encoded]:
-    """Encode one column of several records at once; a record without text there becomes a `BadRecord`.
+    """Encode one column of multiple records at once; a record without text in this column becomes a `BadRecord`.
 
-    A blank text has no training signal, so it becomes an empty list of rows.
+    Blank text has no training signal, so it becomes an empty list of rows.
     """
     checked = [text_in(record, column) for record in records]
     rows = iter(encode([text for text in checked if isinstance(text, str) and text.strip()]))
@@ -54,7 +54,7 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
 
 
 def words_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
-    """Return the text of a record, or the reason why it has none; a blank text is treated as missing."""
+    """Return the text of a record, or the reason why it has none; blank text is treated as missing."""
     text = text_in(record, column)
     if isinstance(text, str) and not text.strip():
         return BadRecord(f"column '{column}' is empty")

@@ -1,4 +1,4 @@
-"""Conversations and instructions for causal language models."""
+"""Data module with conversations and instructions for causal language models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chat(
     batch_size: int = 8,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Tokenize conversations with a chat template; only the assistant's turns count in the loss.
+    """Tokenize conversations with a chat template; only the assistant's turns contribute to the loss.
 
     A record has ``messages`` (role, content), ``conversations`` (from, value), ``prompt`` with ``completion`` or
     ``response``, or ``instruction`` with ``output`` and optionally ``input``. It may have ``tools``.
@@ -42,12 +42,12 @@ def chat(
         chat_template: A file with a Jinja template that replaces the tokenizer's own.
         truncate: Truncate longer conversations instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
-        batch_size: Conversations per device and step.
+        batch_size: Conversations per device per step.
         seed: Determines the training order.
 
     Raises:
-        QatkitError: there is no chat template or it does not end, a record is not a conversation or too long, or a
-            split would be empty.
+        QatkitError: there is no chat template, or rendering it does not terminate; a record is not a conversation or is
+            too long; or a split would be empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule
 

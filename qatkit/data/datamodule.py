@@ -1,4 +1,4 @@
-"""Training, validation and test splits in a reproducible order; a resumed run gets the same batches."""
+"""Training, validation and test splits in a reproducible order; a resumed run receives the same batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qatkit.errors import QatkitError
 
 @runtime_checkable
 class Passes(Protocol):
-    """A data set whose samples differ from one pass to the next."""
+    """A dataset whose samples differ from one pass to the next."""
 
     def set_pass(self, number: int) -> None:
         """Start a pass over the data."""
@@ -27,17 +27,17 @@ class Passes(Protocol):
 
 
 class SlicedSampler(DistributedSampler[Any]):
-    """Torch's `DistributedSampler`, where an epoch is a slice of one pass over the data.
+    """A `DistributedSampler` whose epochs are slices of one pass over the data.
 
-    Lightning validates and saves checkpoints at the end of an epoch, and a stage may be shorter than one pass over a
-    long text. Samples that do not fill a slice are dropped; each pass drops different ones.
+    Lightning validates and saves checkpoints at the end of an epoch, but a stage may be shorter than one pass over a
+    large dataset. Samples that do not fill a slice are dropped; each pass drops different ones.
 
     Args:
-        dataset: A map-style data set.
+        dataset: A map-style dataset.
         replicas: Number of processes.
-        rank: Index of this process.
+        rank: Rank of this process.
         seed: Determines the order.
-        size: Samples per process in a slice; if the data set has fewer, a slice is the whole pass.
+        size: Samples per process in a slice; if the dataset has fewer, a slice is the whole pass.
     """
 
     def __init__(self, dataset: Dataset[Any], replicas: int, rank: int, seed: int, size: int | None) -> None:
@@ -67,17 +67,17 @@ Collate = Callable[[Sequence[Any]], Any]
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over a `SlicedSampler`, with a state that Lightning saves in checkpoints.
+    """A `DataLoader` over a `SlicedSampler`, whose state Lightning saves in checkpoints.
 
-    A run that resumes in the middle of an epoch continues with the next batch, without reading earlier samples again.
+    A run that resumes in the middle of an epoch continues with the next batch without rereading earlier samples.
 
     Args:
-        dataset: A map-style data set.
+        dataset: A map-style dataset.
         batch_size: Samples per batch.
-        sampler: The order of samples.
-        collate: Combines samples into a batch; by default torch's collation.
+        sampler: Determines the order of samples.
+        collate: Combines samples into a batch; the default is torch's collation.
         limit: Returns the maximum number of batches per epoch, once training has started.
-        workers: Processes that read samples; 0 reads them in this one.
+        workers: Number of worker processes that read samples; 0 reads them in the current process.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"batches": self._served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip that many batches of the next epoch, or none after a complete epoch."""
+        """Skip the recorded number of batches in the next epoch, or none after a complete epoch."""
         self._served = self._skip = state["batches"]
 
 
@@ -123,13 +123,13 @@ _whole: ContextVar[bool] = ContextVar("whole", default=False)
 
 
 def world_and_rank() -> tuple[int, int]:
-    """Return the number of processes that share the training data, and the index of this one."""
+    """Return the number of processes that share the training data, and the rank of this process."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() and not _whole.get() else (1, 0)
 
 
 @contextmanager
 def unsliced() -> Iterator[None]:
-    """Context in which every process reads all of the training data, even if a process group exists."""
+    """Let every process read all of the training data inside the block, even if a process group exists."""
     token = _whole.set(True)
     try:
         yield
@@ -138,7 +138,7 @@ def unsliced() -> Iterator[None]:
 
 
 def check_epoch(batches: int) -> None:
-    """Check that an epoch has at least one batch.
+    """Raise an error if an epoch has no batch.
 
     Raises:
         QatkitError: the epoch has no batch.
@@ -148,24 +148,24 @@ def check_epoch(batches: int) -> None:
 
 
 class SplitDataModule(LightningDataModule):
-    """A data module over map-style train, validation and test sets.
+    """A data module with map-style training, validation and test sets.
 
-    The training order depends on `seed`, the epoch and the rank only (torch's `DistributedSampler`, also on one
-    process); the last incomplete batch of an epoch is dropped. Evaluation visits every sample once, in order.
+    The training order depends only on `seed`, the epoch and the rank (torch's `DistributedSampler`, even with one
+    process). An incomplete last batch of an epoch is dropped. Evaluation visits every sample once, in order.
 
     Args:
         train: Training set.
         val: Validation set.
         test: Test set; not used in training.
-        batch_size: Samples per device and step.
+        batch_size: Samples per device per step.
         seed: Determines the order.
-        epoch_batches: Maximum number of batches per epoch, see `SlicedSampler`; None uses the whole training set.
-        collate: Combines samples into a batch; by default torch's collation.
-        task: Name of a row of `qatkit.tasks.TASKS`; None leaves the default of `qatkit.tasks.task_of`.
-        workers: Processes that read samples; 0 reads them in the training process.
+        epoch_batches: Maximum number of batches per epoch (see `SlicedSampler`); None uses the whole training set.
+        collate: Combines samples into a batch; the default is torch's collation.
+        task: Name of a task in `qatkit.tasks.TASKS`; None uses the default of `qatkit.tasks.task_of`.
+        workers: Number of worker processes that read samples; 0 reads them in the training process.
 
     Raises:
-        QatkitError: `workers` is negative; or, when training starts, the training set does not fill a batch.
+        QatkitError: `workers` is negative, or the training set does not fill a batch when training starts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Images with boxes."""
+"""Data module for object detection: images with bounding boxes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
 
 SLACK = 1.0
-"""Pixels by which a box may reach beyond its image."""
+"""Pixels by which a box may extend beyond its image."""
 LARGEST = 2.0**31
-"""No image has as many pixels; the sum of larger numbers could overflow."""
+"""Upper limit for coordinates in pixels, because the sum of larger numbers could overflow."""
 
 
 def image_detection(
@@ -32,24 +32,25 @@ def image_detection(
     batch_size: int = 8,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Images with boxes, in batches for the detection models of transformers; see `qatkit.tasks.detection`.
+    """Load images with bounding boxes, in batches for transformers detection models; see `qatkit.tasks.detection`.
 
-    Images are resized as a whole; half of the training images are flipped.
+    Whole images are resized without cropping; half of the training images are flipped.
 
     Args:
-        source: Records as for `image_classification`, but no folder.
+        source: Records as in `image_classification`; a folder is not supported.
         classes: Class names in the order of the model's outputs.
         column: The column with the image.
-        objects: The column with the boxes, as in COCO data sets of the hub: ``{"bbox": [[x, y, width, height], ...],
-            "category": [...]}``, in pixels from the top left corner, each with the name or index of its class. Lists
-            may be empty.
+        objects: The column with the boxes, in the format of COCO datasets on the hub: ``{"bbox": [[x, y, width,
+            height], ...], "category": [...]}``. Coordinates are in pixels from the top left corner; categories are
+            class names or indices. Lists may be empty.
         images: Size, augmentation and normalization.
-        workers: Processes that read images; 0 reads them in the training process.
-        batch_size: Images per device and step.
+        workers: Number of worker processes that read images; 0 reads them in the training process.
+        batch_size: Images per device per step.
         seed: Determines the training order and the flips.
 
     Raises:
-        QatkitError: as `image_classification`; or a box is empty, outside its image or of no known class.
+        QatkitError: for the same reasons as in `image_classification`; or if a box is empty, outside its image or has
+            an unknown class.
     """
     check_classes(classes)
     shape = images or ImageFormat()
@@ -78,7 +79,7 @@ def image_detection(
 def boxes_in(
     record: Mapping[str, Any], column: str, classes: Sequence[str], size: tuple[int, int]
 ) -> list[list[float]] | BadRecord:
-    """Return the class, center x, center y, width and height of each box, or the reason why one cannot be used.
+    """Return class, center x, center y, width and height of each box, or the reason why a box cannot be used.
 
     Example:
         >>> boxes_in({"objects": {"bbox": [[0, 2, 4, 6]], "category": ["dog"]}}, "objects", ["cat", "dog"], (9, 9))

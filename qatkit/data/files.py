@@ -1,4 +1,4 @@
-"""Read records from JSON lines, CSV, TSV, Parquet and plain text, each with its file and line."""
+"""Read records with their file and line from JSON Lines, CSV, TSV, Parquet and plain text files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qatkit.errors import QatkitError
 
 
 def is_local(path: str) -> bool:
-    """Whether a path names local files rather than a data set on the hub."""
+    """Whether a path refers to local files rather than to a dataset on the hub."""
     known = Path(path).suffix in READERS
     return known or any(sign in path for sign in "*?[") or path.startswith((".", "~", "/")) or Path(path).exists()
 
@@ -23,7 +23,7 @@ def local_files(pattern: str, argument: str) -> list[Path]:
 
     Args:
         pattern: The path or glob.
-        argument: Its name in errors.
+        argument: The argument's name in errors.
 
     Raises:
         QatkitError: no file matches, or a file has an unknown type.

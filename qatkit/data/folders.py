@@ -1,4 +1,4 @@
-"""Folders with one folder of files per class."""
+"""Folders with one subfolder of files per class."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _ADVICE = "put the files of each class in a folder of its own"
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """How the files in a folder with one folder per class become records."""
+    """How files in a folder with one subfolder per class are converted to records."""
 
     column: str
-    """The column of the path."""
+    """The column for the path."""
     label: str
-    """The column of the class."""
+    """The column for the class."""
     classes: Sequence[str]
-    """Class names; a folder has one of them, or its index."""
+    """Class names; the name of each subfolder is a class name or its index."""
 
 
 def classes_of(source: Source, classes: Sequence[str] | None) -> list[str]:
-    """Return the class names that are given, or else the names of the folders in the source, sorted.
+    """Return the configured class names, or else the sorted names of the subfolders of the source.
 
     Raises:
-        QatkitError: there are fewer than two classes, one is named twice, or nothing names them.
+        QatkitError: there are fewer than two classes, a name occurs twice, or there are no class names.
     """
     if classes is None:
         folder = Path(source.path).expanduser()
@@ -60,17 +60,17 @@ def classes_of(source: Source, classes: Sequence[str] | None) -> list[str]:
 
 
 def folder_part(folder: Path, kind: ClassFolders, split: str, key: str, skip_bad: bool) -> Part:
-    """Return the records of a folder: one per file, with its path and the name of its folder.
+    """Return the records of a folder: one per file, with its path and the name of its subfolder.
 
     Args:
         folder: The folder.
-        kind: How its files become records.
-        split: Name of the split that it is for; in training, each class needs files.
-        key: Dotted key of the folder in errors.
-        skip_bad: Whether folders of other names may be skipped, file by file.
+        kind: How files are converted to records.
+        split: Name of the split; for training, each class needs files.
+        key: Dotted key of the folder, for errors.
+        skip_bad: Whether files in subfolders with unknown names are skipped.
 
     Raises:
-        QatkitError: the folder has no files, a folder in it has no class, or a class has no files.
+        QatkitError: the folder has no files, a subfolder has no class, or a class has no files.
     """
     files = files_of(folder)
     if not files:
@@ -123,10 +123,10 @@ def _refuse_splits(folder: Path, names: Sequence[str], key: str) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files in the folders of the classes, sorted; hidden ones do not count."""
+    """Return the sorted files in the class folders, without hidden files."""
     return [path for path in visible_files(folder) if path.parent != folder]
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; hidden ones do not count."""
+    """Return the sorted names of the subfolders of a folder, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

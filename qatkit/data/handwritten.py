@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 grayscale images of 8x8 pixels, included in the package."""
+"""The handwritten digits dataset of scikit-learn: 1797 grayscale images of 8x8 pixels, included in its package."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def digits(
     seed: int = 0,
     size: int = 8,
 ) -> SplitDataModule:
-    """Load the digits as ``[1, size, size]`` images in [0, 1], with stratified training, validation and test splits.
+    """Load the digits as ``[1, size, size]`` images in [0, 1] with stratified training, validation and test splits.
 
     Args:
         val_fraction: Fraction of all images that is held out for validation.
         test_fraction: Fraction of all images that is held out for the reported metrics.
-        split_seed: Determines the split of each image.
-        batch_size: Samples per device and step.
+        split_seed: Seed for the assignment of images to splits.
+        batch_size: Samples per device per step.
         seed: Determines the training order.
-        size: Height and width in pixels; images of another size than the original 8 are interpolated.
+        size: Height and width in pixels; sizes other than the original 8 are interpolated.
 
     Raises:
-        QatkitError: scikit-learn is not installed, the fractions leave nothing to train on, or `size` is below 1.
+        QatkitError: scikit-learn is not installed, the fractions leave no training images, or `size` is below 1.
     """
     from qatkit.data.datamodule import SplitDataModule
 

@@ -1,4 +1,4 @@
-"""Read the records of a data set on the hub through the `datasets` library."""
+"""Read the records of a dataset on the hub with the `datasets` library."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NAMES = {"val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 
 
 def hub_parts(source: Source) -> dict[str, Part]:
-    """Return the splits of a data set on the hub.
+    """Return the splits of a dataset on the hub.
 
     Raises:
-        QatkitError: the data set is not on the hub, access is denied, the hub does not respond, or the subset or split
+        QatkitError: the dataset is not on the hub, access is denied, the hub does not respond, or the subset or split
             does not exist.
     """
     builder = _builder(source)

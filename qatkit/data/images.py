@@ -1,4 +1,4 @@
-"""Images with one class, several labels, or one class per pixel."""
+"""Data modules for image classification, multi-label classification and segmentation."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def image_classification(
     batch_size: int = 32,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Images with one class each: pairs of images ``[N, channels, size, size]`` and classes ``[N]``.
+    """Load labeled images: pairs of images ``[N, channels, size, size]`` and classes ``[N]``.
 
-    Training images are cropped at random and flipped; other images are cropped in the center.
+    Training images are randomly cropped and flipped; other images are center-cropped.
 
     Args:
-        source: A folder with one folder per class; or records with an image column, which holds a path relative to the
-            file that names it, or an image as `datasets` stores it.
-        classes: Class names in the order of the model's outputs. A record gives a name or an index. By default the
-            names of the folders, sorted.
+        source: A folder with one subfolder per class, or records with an image column. The column contains a path
+            relative to the record's file, or an image in the format of `datasets`.
+        classes: Class names in the order of the model's outputs. A record contains a name or an index. The default is
+            the sorted names of the folders.
         column: The column with the image.
         label: The column with the class.
         images: Size, augmentation and normalization.
-        workers: Processes that read images; 0 reads them in the training process.
-        batch_size: Images per device and step.
+        workers: Number of worker processes that read images; 0 reads them in the training process.
+        batch_size: Images per device per step.
         seed: Determines the training order and the random crops.
 
     Raises:
-        QatkitError: there are fewer than two classes, an image is missing or cannot be decoded, a record has no known
+        QatkitError: there are fewer than two classes, an image is missing or cannot be decoded, a record has an unknown
             class, or a split would be empty.
     """
     known = classes_of(source, classes)
@@ -77,20 +77,20 @@ def image_multilabel(
     batch_size: int = 32,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Images with any number of labels: pairs of images and targets ``[N, classes]``, float32, 0 or 1.
+    """Load multi-label images: pairs of images and targets ``[N, classes]``, float32, 0 or 1.
 
     Args:
-        source: Records as for `image_classification`, but no folder.
+        source: Records as in `image_classification`; a folder is not supported.
         classes: Label names in the order of the model's outputs.
         column: The column with the image.
         label: The column with a list of names or indices, which may be empty.
         images: Size, augmentation and normalization.
-        workers: Processes that read images; 0 reads them in the training process.
-        batch_size: Images per device and step.
+        workers: Number of worker processes that read images; 0 reads them in the training process.
+        batch_size: Images per device per step.
         seed: Determines the training order and the random crops.
 
     Raises:
-        QatkitError: as `image_classification`.
+        QatkitError: for the same reasons as in `image_classification`.
     """
     check_classes(classes)
     shape = images or ImageFormat()
@@ -125,23 +125,24 @@ def image_segmentation(
     batch_size: int = 8,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Images with one class per pixel: pairs of images and masks ``[N, size, size]``, int64.
+    """Load images with segmentation masks: pairs of images and masks ``[N, size, size]``, int64.
 
-    Training images and their masks are cropped at random and flipped; other images are resized as a whole.
+    Training images and their masks are randomly cropped and flipped; other images are resized without cropping.
 
     Args:
-        source: Records as for `image_classification`, but no folder.
+        source: Records as in `image_classification`; a folder is not supported.
         classes: Class names in the order of the model's outputs.
         column: The column with the image.
-        mask: The column with the mask: an image with one channel, whose pixels are class indices.
+        mask: The column with the mask: a single-channel image whose pixels are class indices.
         ignored: The value of pixels without a class; they become -100.
         images: Size, augmentation and normalization.
-        workers: Processes that read images; 0 reads them in the training process.
-        batch_size: Images per device and step.
+        workers: Number of worker processes that read images; 0 reads them in the training process.
+        batch_size: Images per device per step.
         seed: Determines the training order and the random crops.
 
     Raises:
-        QatkitError: as `image_classification`; or a mask has another size than its image, or a pixel of no class.
+        QatkitError: for the same reasons as in `image_classification`; or if a mask differs in size from its image, or
+            contains a pixel with an unknown class.
     """
     check_classes(classes)
     shape = images or ImageFormat()

@@ -1,4 +1,4 @@
-"""Plain text for masked language models."""
+"""Data module with plain text for masked language models."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class MaskedRecords(Records):
-    """Texts with masked tokens: different ones in each pass over training data, the same ones in evaluation.
+    """Samples with masked tokens, which differ in each training pass and are fixed for evaluation.
 
-    Of the chosen tokens, 80% become the mask token, 10% a random token, and 10% stay; Devlin et al. (2019), "BERT",
-    section 3.1.
+    80% of the chosen tokens are replaced by the mask token and 10% by a random token; 10% are unchanged (Devlin et al.
+    2019, "BERT", section 3.1).
 
     Args:
         open_rows: Opens the split.
         collator: Returns transformers' `DataCollatorForLanguageModeling`.
-        seed: Determines the masked tokens, together with the pass and the index of the text.
+        seed: Determines the masked tokens, together with the pass and the index of the sample.
         moving: Mask different tokens in each pass.
     """
 
@@ -62,7 +62,7 @@ def masked_text(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Mask random tokens of texts for the model to predict; longer texts are split into several samples.
+    """Mask random tokens for the model to predict; long texts are split into multiple samples.
 
     Args:
         source: The texts.
@@ -70,13 +70,13 @@ def masked_text(
         context: Maximum length of a sample in tokens, including the tokenizer's special tokens.
         column: The name of the text column.
         probability: Fraction of tokens that are masked.
-        epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer texts.
-        batch_size: Samples per device and step.
+        epoch_batches: Batches between validations (and checkpoints); fewer if the dataset is smaller.
+        batch_size: Samples per device per step.
         seed: Determines the training order and the masked tokens.
 
     Raises:
-        QatkitError: the tokenizer has no mask token, a number is out of range, a record has no text, or a split would
-            be empty.
+        QatkitError: the tokenizer has no mask token, an argument is out of range, a record has no text, or a split
+            would be empty.
     """
     from qatkit.data.token_datamodule import TokenDataModule
 

@@ -1,4 +1,4 @@
-"""Images and recordings in the cache, as encoded bytes or paths, together with the values that belong to them."""
+"""Cache images and recordings as encoded bytes or paths, together with the other values of their records."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
 
 Sample = dict[str, Any]
-"""The values of a record; those of media columns are bytes, or the path of a file."""
+"""The values of a record; values of media columns are bytes or file paths."""
 HEAD = 4
-"""Bytes that hold the length of the head."""
+"""Number of bytes that encode the length of the JSON header."""
 
 
 def pack(sample: Sample) -> NDArray[np.uint8]:
-    """Return a sample as bytes: a JSON head, then the bytes of its media.
+    """Return a sample as bytes: a JSON header, then the bytes of its media.
 
     Example:
         >>> unpack(pack({"image": b"GIF89a", "label": 3}))
@@ -43,7 +43,7 @@ def pack(sample: Sample) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8]) -> Sample:
-    """Return the sample that `pack` packed."""
+    """Return the sample from the bytes that `pack` returned."""
     start = HEAD + int.from_bytes(packed[:HEAD].tobytes(), "little")
     sample, names = json.loads(packed[HEAD:start].tobytes())
     for name in names:
@@ -54,14 +54,16 @@ def unpack(packed: NDArray[np.uint8]) -> Sample:
 
 
 def media_in(record: Mapping[str, Any], column: str) -> bytes | str:
-    """Return the content of an image or audio column, or the path of its file.
+    """Return the content or file path of an image or audio column.
 
     Args:
-        record: A record whose column holds a path, bytes, or ``{"bytes": ..., "path": ...}`` as `datasets` stores them.
+        record: A record whose column contains a path, bytes, or ``{"bytes": ..., "path": ...}``, the format of
+            `datasets`.
         column: The name of the column.
 
     Raises:
-        BadRecord: the column is missing or empty, is no file, or names a file that does not exist.
+        BadRecord: the column is missing or empty, does not contain a file, or contains the path of a file that does not
+            exist.
     """
     if column not in record:
         raise missing(record, column)
@@ -92,7 +94,7 @@ def content_of(media: bytes | str) -> bytes:
 def encode_samples(
     records: Sequence[Mapping[str, Any]], sample_of: Callable[[Mapping[str, Any]], Sample | BadRecord]
 ) -> list[Encoded]:
-    """Encode records in several threads, because decoding their media takes most of the time."""
+    """Encode records in multiple threads, because decoding their media takes most of the time."""
 
     def encode(record: Mapping[str, Any]) -> Encoded:
         try:
@@ -112,9 +114,9 @@ class MediaRecords(Dataset[Any]):
 
     Args:
         open_rows: Opens the split.
-        decode: Makes a sample from its stored values and a generator for random changes.
-        seed: Determines the random changes, together with the pass and the index of the sample.
-        moving: Change samples differently in each pass.
+        decode: Creates a sample from its stored values and a generator for random augmentation.
+        seed: Determines the random augmentation, together with the pass and the index of the sample.
+        moving: Augment samples differently in each pass.
     """
 
     def __init__(
@@ -158,7 +160,7 @@ class MediaRecords(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Loading:
-    """How samples are read."""
+    """How samples are loaded: batch size, order and worker processes."""
 
     workers: int
     batch_size: int
@@ -177,19 +179,19 @@ def media_module(
     folder_label: str | None = None,
     collate: Collate | None = None,
 ) -> RecordDataModule:
-    """Make the data module of a factory whose samples are decoded from columns of media.
+    """Create the data module for a factory whose samples are decoded from media columns.
 
     Args:
         source: The records.
-        options: Everything besides the source that determines the stored samples; plain data.
-        media: Names of the columns.
-        sample_of: Returns the values to store of a record, or the reason why it cannot be used.
-        decode: Makes a sample from stored values, a generator for random changes, and whether to make them.
-        task: Name of a row of `qatkit.tasks.TASKS`.
+        options: Everything besides the source that determines the stored samples, as plain data.
+        media: Names of the media columns.
+        sample_of: Returns the values of a record to store, or the reason why it cannot be used.
+        decode: Creates a sample from stored values, a generator for random augmentation, and whether to augment.
+        task: Name of a task in `qatkit.tasks.TASKS`.
         classes: Class names in the order of the model's outputs.
-        loading: How samples are read.
-        folder_label: The column for the class of files in folders of classes; None refuses folders.
-        collate: Combines samples into a batch; by default torch's collation.
+        loading: How samples are loaded.
+        folder_label: The class column for files in class folders. If None, a folder raises an error.
+        collate: Combines samples into a batch; the default is torch's collation.
     """
     from qatkit.data.record_datamodule import RecordDataModule
 

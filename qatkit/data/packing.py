@@ -1,4 +1,4 @@
-"""Pack documents into windows of equal length without letting one attend to another."""
+"""Pack documents into windows of equal length without attention between documents."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qatkit.errors import QatkitError
 
 
 class PackedWindows(Dataset[dict[str, Tensor]]):
-    """A split's tokens in windows: ``input_ids``, ``labels`` and ``position_ids``, each ``[context]`` int64.
+    """The tokens of a split in windows: ``input_ids``, ``labels`` and ``position_ids``, each ``[context]`` int64.
 
-    Positions restart at 0 with each document and each window; transformers models derive the attention mask from them:
-    a token attends only to earlier tokens of its own document. The first token of a document cannot be predicted, so
-    its label does not count. Tokens at the end of the stream that do not fill a window are dropped.
+    Positions restart at 0 at each document and each window. transformers models derive the attention mask from them, so
+    that a token attends only to earlier tokens of its own document. The first token of a document cannot be predicted,
+    so its label is ignored. Tokens at the end of the stream that do not fill a window are dropped.
 
     Args:
         open_rows: Function that opens the split; called when the first window is read.
@@ -64,7 +64,7 @@ def window(tokens: NDArray[np.integer], borders: NDArray[np.int64]) -> dict[str,
 
     Args:
         tokens: ``[context]``.
-        borders: Offsets at which documents start inside the window, excluding 0.
+        borders: Offsets inside the window at which documents start, excluding 0.
 
     Example:
         >>> window(np.array([7, 8, 9, 5, 6]), np.array([3]))["position_ids"].tolist()

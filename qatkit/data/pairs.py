@@ -1,4 +1,4 @@
-"""Pairs of related texts for embedding models."""
+"""Data module with pairs of related texts for embedding models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class Pairs(Dataset[Pair]):
-    """Pairs of samples; the two texts of a record are adjacent rows."""
+    """Text pairs; the two texts of a record are stored in adjacent rows."""
 
     def __init__(self, open_rows: Callable[[], Rows]) -> None:
         self.records = Records(open_rows)
@@ -47,17 +47,18 @@ def text_pairs(
     batch_size: int = 32,
     seed: int = 0,
 ) -> TokenDataModule:
-    """Tokenize pairs of texts, such as questions and answers; each text should be closest to its partner in the batch.
+    """Tokenize text pairs, such as questions and answers; each text should be closest to its partner in the batch.
 
     Args:
         source: The records.
         tokenizer: A tokenizer folder, or the name of a model on the hub.
-        context: Maximum length of a text in tokens.
+        context: Maximum length of each text in tokens.
         columns: The names of the two text columns.
-        pooling: Pools hidden states into an embedding: their mean, the first token ("cls") or the last token ("last").
+        pooling: How to pool hidden states into an embedding: their mean ("mean"), the first token ("cls") or the last
+            token ("last").
         truncate: Truncate longer texts instead of rejecting them.
         epoch_batches: Batches between validations (and checkpoints); fewer if there are fewer records.
-        batch_size: Pairs per device and step; larger batches make the task harder.
+        batch_size: Pairs per device per step; larger batches make the task harder.
         seed: Determines the training order.
 
     Raises:

@@ -16,16 +16,17 @@ from qatkit.data.source import FilePath, Part, Record, Source
 
 
 def open_parts(source: Source, media: Sequence[str] = (), folders: ClassFolders | None = None) -> dict[str, Part]:
-    """Return the splits of a source: always "train", and "val" and "test" unless they are taken from it.
+    """Return the splits of a source: "train", and "val" and "test" unless they are split off the training records.
 
     Args:
         source: The records.
-        media: Columns with paths of files, which are relative to the file that names them.
-        folders: How the files in a folder with one folder per class become records; None refuses folders.
+        media: Columns with file paths, which are relative to the file that contains the record.
+        folders: How files in a folder with one subfolder per class are converted to records. If None, a folder raises
+            an error.
 
     Raises:
-        QatkitError: no file matches, a file type is unknown, a folder has other folders than those of its classes, or
-            the hub does not provide the data set.
+        QatkitError: no file matches, a file type is unknown, a folder has subfolders that are not classes, or the hub
+            does not provide the dataset.
     """
     if not is_local(source.path):
         return hub_parts(source)
@@ -53,12 +54,12 @@ def _local_part(files: list[Path], source: Source, hashed: bool, media: Sequence
 
 
 def named_files(files: Sequence[Path], lines: bool, media: Sequence[str]) -> list[FilePath]:
-    """Return the paths that tables name in columns of media; an unchanged table is read only once per process.
+    """Return the file paths in media columns of tables; an unchanged table is read only once per process.
 
     Args:
         files: The tables.
-        lines: As `Source.lines`.
-        media: The columns.
+        lines: See `Source.lines`.
+        media: The media columns.
     """
     found: list[FilePath] = []
     for file in files:

@@ -1,4 +1,4 @@
-"""Decode images with Pillow, crop and resize them, and make normalized tensors."""
+"""Decode images with Pillow, crop and resize them, and convert them to normalized tensors."""
 
 from __future__ import annotations
 
@@ -20,30 +20,35 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom, in pixels."""
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Ranges of a random crop: fraction of the image's area, and width divided by height (Szegedy et al. 2014, "Going
-Deeper with Convolutions", section 6)."""
+"""Ranges of random crops: fraction of the image area, and aspect ratio (Szegedy et al. 2014, "Going Deeper with
+Convolutions", section 6).
+"""
 CENTER = 224 / 256
 """Fraction of the shorter side that evaluation keeps."""
 SCALED = {"L;2": 85, "L;4": 17}
-"""Pillow multiplies gray values of 2 and 4 bits to fill 8 bits, by these factors."""
+"""Factors by which Pillow multiplies 2-bit and 4-bit gray values to fill 8 bits."""
 KINDS = {"I": "32", "I;16": "16", "I;16B": "16", "I;16L": "16", "F": "32"}
-"""Modes of Pillow with more than 8 bits per pixel, which it would clip to 255."""
+"""Pillow modes with more than 8 bits per pixel, which Pillow would clip to 255."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images become tensors ``[channels, size, size]``."""
+    """How images are converted to tensors ``[channels, size, size]``."""
 
     size: int = 224
     """Height and width."""
     grayscale: bool = False
-    """One channel instead of red, green and blue."""
+    """Use one channel instead of red, green and blue."""
     augment: bool = True
-    """Crop training images at random and flip half of them."""
+    """Crop training images randomly and flip half of them."""
     mean: list[float] | None = None
-    """Subtracted from each channel in [0, 1]; by default that of ImageNet, or 0.5 for grayscale images."""
+    """Mean of each channel in [0, 1], subtracted from the image. The default is ImageNet's mean, or 0.5 for grayscale
+    images.
+    """
     std: list[float] | None = None
-    """Divides each channel; by default that of ImageNet, or 0.5 for grayscale images."""
+    """Standard deviation of each channel, which divides the image. The default is ImageNet's, or 0.5 for grayscale
+    images.
+    """
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -66,12 +71,12 @@ class ImageFormat:
         return 1 if self.grayscale else 3
 
     def tensor(self, image: Image, box: Box, flip: bool) -> Tensor:
-        """Return the part of an image as a normalized tensor ``[channels, size, size]``, float32.
+        """Return a crop of an image as a normalized tensor ``[channels, size, size]``, float32.
 
         Args:
             image: The result of `decoded`.
-            box: The part.
-            flip: Whether to flip it from left to right.
+            box: The crop.
+            flip: Whether to flip it horizontally.
         """
         from PIL.Image import Resampling
 
@@ -83,7 +88,7 @@ class ImageFormat:
         return made.flip(-1) if flip else made
 
     def classes(self, mask: Image, box: Box, flip: bool) -> Tensor:
-        """Return the same part of a mask ``[size, size]``, int64, without mixing neighboring classes."""
+        """Return the same crop of a mask ``[size, size]``, int64, without interpolating between classes."""
         from PIL.Image import Resampling
 
         values = np.array(mask.resize((self.size, self.size), Resampling.NEAREST, box)).astype(np.int64)
@@ -92,10 +97,10 @@ class ImageFormat:
 
 
 def decoded(content: bytes, column: str, grayscale: bool) -> Image:
-    """Decode an image with 8 bits per channel, upright as its camera held it.
+    """Decode an image with 8 bits per channel, and apply its EXIF orientation.
 
     Raises:
-        BadRecord: it cannot be decoded, or its channels have more bits.
+        BadRecord: the image cannot be decoded, or its channels have more than 8 bits.
     """
     ops = _pillow().ImageOps
     with _opened(content, column) as opened:
@@ -111,10 +116,10 @@ def decoded(content: bytes, column: str, grayscale: bool) -> Image:
 
 
 def decoded_mask(content: bytes, column: str, classes: int, ignored: int) -> Image:
-    """Decode a mask: an image with one channel, whose pixels are class indices; upright, as `decoded` an image.
+    """Decode a mask (a single-channel image whose pixels are class indices), and apply its EXIF orientation.
 
     Raises:
-        BadRecord: it cannot be decoded, has several channels, or a pixel has no class.
+        BadRecord: the mask cannot be decoded, has multiple channels, or contains an unknown class index.
     """
     pillow = _pillow()
     with _opened(content, column) as opened:
@@ -142,14 +147,14 @@ def _gray_factor(opened: Image) -> int:
 
 
 def center_box(width: int, height: int) -> Box:
-    """Return the square in the center of an image that evaluation sees."""
+    """Return the center square of an image that is used for evaluation."""
     side = min(width, height) * CENTER
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def random_box(width: int, height: int, generator: torch.Generator) -> Box:
-    """Return a random part of an image, as torchvision's ``RandomResizedCrop`` chooses it."""
+    """Return a random crop of an image, with the sampling method of torchvision's ``RandomResizedCrop``."""
     for _ in range(10):
         area = _between(*AREA, generator) * width * height
         ratio = math.exp(_between(math.log(RATIO[0]), math.log(RATIO[1]), generator))
@@ -162,7 +167,7 @@ def random_box(width: int, height: int, generator: torch.Generator) -> Box:
 
 
 def random_flip(generator: torch.Generator) -> bool:
-    """Decide whether to flip an image."""
+    """Decide at random whether to flip an image."""
     return bool(torch.rand((), generator=generator) < 0.5)
 
 

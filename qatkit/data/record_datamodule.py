@@ -1,4 +1,4 @@
-"""A data module over cached records that are not texts: rows of tables, images and recordings."""
+"""A data module with cached records that are not text: table rows, images and recordings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qatkit.data.tokens import Rows
 
 
 class RecordDataModule(SplitDataModule):
-    """Samples from the cached rows of one source.
+    """A data module with samples from the cached rows of one source.
 
     Args:
         folder: Returns the folder of the cached rows, and creates it if it does not exist.
-        dataset: Makes a data set, given a function that opens a split, and the split's name.
-        batch_size: Samples per device and step.
+        dataset: Creates a dataset from a function that opens a split, and the split's name.
+        batch_size: Samples per device per step.
         seed: Determines the training order.
-        task: Name of a row of `qatkit.tasks.TASKS`.
-        classes: Class names in the order of the model's outputs, if there are classes.
-        collate: Combines samples into a batch; by default torch's collation.
-        workers: As for `SplitDataModule`.
+        task: Name of a task in `qatkit.tasks.TASKS`.
+        classes: Class names in the order of the model's outputs, if the task has classes.
+        collate: Combines samples into a batch; the default is torch's collation.
+        workers: As in `SplitDataModule`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Recordings with one class each."""
+"""Data module for audio classification: labeled recordings."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
 
 RATES = 1000, 768000
-"""Sampling rates of recordings; others come from damaged files, and resampling from them would exhaust the memory."""
+"""Valid sampling rates of recordings. Other rates come from corrupt files, and resampling from them would exhaust the
+memory.
+"""
 LONGEST = 86400.0
-"""Seconds of the longest sample: a day."""
+"""Maximum length of a sample in seconds, which is one day."""
 PADDING = 4096
-"""Samples that encoders of MP3 may add, and decoders may remove."""
+"""Number of samples that MP3 encoders may add and decoders may remove."""
 UNKNOWN = 0x7FFF0000
-"""Sizes from here on stand for an unknown length in the header of a recording."""
+"""Sizes from this number on mark an unknown length in the header of a recording."""
 QUIET = 1e-7
-"""Added to the variance of a recording before it is normalized; silence becomes zeros, as in transformers' feature
-extractor of wav2vec 2.0."""
+"""Added to the variance of a recording before normalization, so that silence becomes zeros, as in the wav2vec 2.0
+feature extractor of transformers.
+"""
 
 
 def audio_classification(
@@ -46,28 +49,28 @@ def audio_classification(
     batch_size: int = 16,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Recordings with one class each: pairs of waveforms ``[N, samples]`` and classes ``[N]``, for wav2vec 2.0.
+    """Load labeled recordings for wav2vec 2.0: pairs of waveforms ``[N, samples]`` and classes ``[N]``.
 
-    Channels are averaged. Waveforms are resampled, cropped or padded with zeros to the same length, and normalized to
-    mean 0 and variance 1. Training crops are taken at random, others from the center.
+    Channels are averaged. Waveforms are resampled, cropped or zero-padded to the same length, and normalized to mean 0
+    and variance 1. Training uses random crops; evaluation uses center crops.
 
     Args:
-        source: A folder with one folder per class; or records with an audio column, which holds a path relative to the
-            file that names it, or a recording as `datasets` stores it. Formats are those of libsndfile: WAV, FLAC,
-            Ogg, MP3 and others.
-        seconds: Length of a sample.
-        classes: Class names in the order of the model's outputs. A record gives a name or an index. By default the
-            names of the folders, sorted.
+        source: A folder with one subfolder per class, or records with an audio column. The column contains a path
+            relative to the record's file, or a recording in the format of `datasets`. All libsndfile formats can be
+            read, such as WAV, FLAC, Ogg and MP3.
+        seconds: Length of a sample in seconds.
+        classes: Class names in the order of the model's outputs. A record contains a name or an index. The default is
+            the sorted names of the folders.
         column: The column with the recording.
         label: The column with the class.
-        sampling_rate: Samples per second that the model expects.
-        workers: Processes that read recordings; 0 reads them in the training process.
-        batch_size: Recordings per device and step.
+        sampling_rate: Sampling rate that the model expects, in Hz.
+        workers: Number of worker processes that read recordings; 0 reads them in the training process.
+        batch_size: Recordings per device per step.
         seed: Determines the training order and the random crops.
 
     Raises:
-        QatkitError: there are fewer than two classes; a recording is missing, empty, cannot be decoded or contains
-            NaN; a record has no known class; a number is out of range; or a split would be empty.
+        QatkitError: there are fewer than two classes; a recording is missing or empty, cannot be decoded or contains
+            non-finite values; a record has an unknown class; an argument is out of range; or a split would be empty.
     """
     known = classes_of(source, classes)
     lowest, highest = RATES
@@ -103,11 +106,11 @@ def audio_classification(
 
 
 def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.float64]:
-    """Decode a recording ``[samples]``, averaged over its channels, at a sampling rate.
+    """Decode a recording to a waveform ``[samples]`` at a given sampling rate, averaged over channels.
 
     Raises:
-        BadRecord: it cannot be decoded, is truncated, has no samples or an impossible sampling rate, or contains NaN
-            or infinite values.
+        BadRecord: the recording cannot be decoded, is truncated or empty, has an invalid sampling rate, or contains
+            non-finite values.
         QatkitError: soundfile or SciPy is not installed.
     """
     try:

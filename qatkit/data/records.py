@@ -1,4 +1,4 @@
-"""Samples of different lengths, and their padded batches."""
+"""Samples of different lengths, padded in batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qatkit.data.source import BadRecord
 from qatkit.data.tokens import Encoded, Row, Rows
 
 MULTIPLE = 8
-"""Batches are padded to a multiple of this number: matrix units run faster, and a compiler sees fewer shapes."""
+"""Batches are padded to a multiple of this length, which is faster on tensor cores and causes fewer recompilations."""
 
 
 class Records(Dataset[dict[str, Tensor]]):
-    """One sample per record: its ``input_ids`` and all other stored fields, as int64.
+    """One sample per record, with its ``input_ids`` and all other stored fields as int64.
 
     Args:
         open_rows: Function that opens the split; called when the first record is read.
@@ -42,7 +42,7 @@ class Records(Dataset[dict[str, Tensor]]):
 
 
 class Answers(Records):
-    """Conversations, with the assistant's tokens as labels."""
+    """Conversations in which only the assistant's tokens have labels."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
@@ -51,12 +51,12 @@ class Answers(Records):
 
 
 def pad(samples: Sequence[dict[str, Tensor]], padding: int, context: int) -> dict[str, Tensor]:
-    """Combine samples into a batch, padded on the right, with an ``attention_mask``.
+    """Combine samples into a right-padded batch with an ``attention_mask``.
 
     Args:
-        samples: Input ids ``[tokens]`` are padded with `padding`, labels with -100, other tensors ``[tokens]`` with 0;
-            0-d tensors are stacked.
-        padding: The padding token.
+        samples: The samples. Input IDs ``[tokens]`` are padded with `padding`, labels with -100, other tensors
+            ``[tokens]`` with 0; 0-d tensors are stacked.
+        padding: The padding token ID.
         context: Maximum length, unless a sample is longer.
 
     Example:
@@ -81,14 +81,14 @@ def pad(samples: Sequence[dict[str, Tensor]], padding: int, context: int) -> dic
 
 
 def fitting(row: Row, context: int) -> Encoded:
-    """Return the row in a list, or the reason why it is too long."""
+    """Return the row in a list, or the reason why it exceeds the maximum length."""
     if (tokens := len(row["input_ids"])) > context:
         return BadRecord(f"has {tokens} tokens, but context is {context}", "use a larger context, or truncate: true")
     return [row]
 
 
 def once(value: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a function that computes a value on its first call and returns it on every call."""
+    """Return a function that computes a value on its first call and caches it."""
     values: list[Any] = []
 
     def get() -> Any:

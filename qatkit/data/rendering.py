@@ -1,4 +1,4 @@
-"""Stop a chat template that does not end: templates come with models, and a loop in one may run forever."""
+"""Stop chat templates that do not terminate: they come with models, and may contain an infinite loop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from qatkit.errors import QatkitError
 
 MOST_STEPS = 5_000_000
-"""Lines of a compiled template, and calls from it, for one rendering of a conversation; usual templates need a few
-dozen per turn. The limit counts steps rather than seconds, so that it does not depend on the machine or its load."""
+"""Maximum number of steps (executed lines of a compiled template, and calls from it) to render one conversation;
+typical templates need a few dozen per turn. The limit counts steps rather than seconds, so it does not depend on the
+machine or its load.
+"""
 _TEMPLATE = "<template>"
 """The file name that Jinja gives to the code of a template."""
 
@@ -21,13 +23,13 @@ Result = TypeVar("Result")
 def limited(render: Callable[[], Result], tokenizer: str) -> Result:
     """Call a function that renders a chat template, and stop it after too many steps.
 
-    Jinja's sandbox limits neither loops nor recursion over several macros. Python's tracing counts the steps of
-    this thread alone, so it works in threads and in workers of a data loader, where signals do not arrive, and needs no
-    second process. One operation on a huge number is one step.
+    Jinja's sandbox limits neither loops nor mutual recursion of macros. Steps are counted with Python's tracing, which
+    covers only the current thread. It therefore works in threads and in data loader workers, where signals do not
+    arrive, and needs no second process. An expensive operation on a huge number counts as one step.
 
     Args:
         render: Renders a conversation once.
-        tokenizer: The folder or name of the tokenizer, for the error.
+        tokenizer: Folder or name of the tokenizer, for the error.
 
     Raises:
         QatkitError: the template exceeded `MOST_STEPS`.

@@ -1,4 +1,4 @@
-"""Sources of records: local files or a data set on the hub. Each record knows its file and line."""
+"""Sources of records: local files or a dataset on the hub. Each record has a readable location."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from qatkit.errors import QatkitError
 
 Record = tuple[str, Any]
-"""A readable location of a record, and its content: a mapping of columns, or a `BadRecord` if it cannot be read."""
+"""The readable location of a record, and its content: a mapping of columns, or a `BadRecord` if it cannot be read."""
 
 
 class BadRecord(Exception):
     """The reason why one record cannot be used.
 
     Args:
-        problem: What is wrong with it.
+        problem: The problem with the record.
         advice: How to fix it; empty if only the record itself can be fixed.
     """
 
@@ -35,11 +35,11 @@ def missing(record: Mapping[str, Any], column: str) -> BadRecord:
 
 
 class FilePath(str):
-    """A path as a record gives it, which decides the split of the record, and the folder that it is relative to.
+    """A path from a record, and the folder that it is relative to; the path determines the split of the record.
 
     Args:
-        path: The path.
-        folder: The folder.
+        path: The path in the record.
+        folder: The folder that it is relative to.
     """
 
     folder: Path
@@ -56,31 +56,32 @@ class FilePath(str):
 
 @dataclass(frozen=True)
 class Source:
-    """Records for training, validation and test; a split that is not given is taken from the training records.
+    """Records for training, validation and test; a split that is not set is split off the training records.
 
     A hash of a record's content determines its split, so equal records are always in the same split.
 
-    `causal_text` and `masked_text` skip blank texts: they cannot be learned from. A blank text with a class or a
-    partner is a bad record.
+    `causal_text` and `masked_text` skip blank text, which has no training signal. For data with labels or text pairs, a
+    record with blank text is a bad record.
     """
 
     path: str
-    """A file or a glob (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a data set on the hub. For images and
-    recordings with one class each, also a folder with one folder per class."""
+    """A file or a glob (.jsonl, .csv, .tsv, .parquet, .txt), or the name of a dataset on the hub. For image and audio
+    classification, a folder with one subfolder per class is supported too.
+    """
     val: str | None = None
-    """Like `train`, for validation. On the hub, the name of a split; by default "validation" if it exists."""
+    """Like `train`, for validation. On the hub, the name of a split; the default is "validation" if it exists."""
     test: str | None = None
-    """Like `train`, for the reported metrics. On the hub, the name of a split; by default "test"."""
+    """Like `train`, for the reported metrics. On the hub, the name of a split; the default is "test" if it exists."""
     subset: str | None = None
-    """The configuration of a data set on the hub, such as "wikitext-2-raw-v1"."""
+    """The configuration of a dataset on the hub, such as "wikitext-2-raw-v1"."""
     revision: str | None = None
-    """Branch, tag or commit of a data set on the hub."""
+    """Branch, tag or commit of a dataset on the hub."""
     val_fraction: float = 0.05
     """Fraction of the training records that is held out for validation."""
     test_fraction: float = 0.05
     """Fraction of the training records that is held out for test."""
     lines: bool = False
-    """Make each line of a .txt file a record; by default the whole file is one record."""
+    """Treat each line of a .txt file as a record; by default, the whole file is one record."""
     streaming: bool = False
     """Read training records in order during training, without caching them; only for `causal_text`."""
     skip_bad: bool = False
@@ -91,15 +92,15 @@ class Source:
 
 
 def check_fractions(val: float, test: float, example: float) -> None:
-    """Raise unless the training, validation and test splits are all nonempty.
+    """Raise an error unless the fractions leave data for training, validation and test.
 
     Args:
         val: Fraction for validation.
         test: Fraction for test.
-        example: A fraction that works, for the advice.
+        example: A valid fraction, for the advice in errors.
 
     Raises:
-        QatkitError: a fraction or the sum of both is out of range.
+        QatkitError: a fraction or the sum of both fractions is out of range.
     """
     advice = f"set val_fraction: {example} and test_fraction: {example}"
     for key, value in (("val_fraction", val), ("test_fraction", test)):
@@ -112,15 +113,15 @@ def check_fractions(val: float, test: float, example: float) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """The records of one split, before other splits are taken from them."""
+    """The records of one part of a source, before validation and test splits are taken from it."""
 
     key: dict[str, Any]
-    """Plain data that identify the content."""
+    """Plain data that identifies the content."""
     read: Callable[[], Iterator[Record]]
 
 
 def cut(split: str, parts: dict[str, Part], source: Source) -> Iterator[Record]:
-    """Yield the records of a split: its own, or its fraction of the training records.
+    """Yield the records of a split, either its own or its fraction of the training records.
 
     Example:
         >>> part = Part({}, lambda: iter([(f"line {n}", {"text": str(n)}) for n in range(1000)]))

@@ -1,4 +1,4 @@
-"""A text corpus that needs no download: the standard library of the running Python interpreter."""
+"""A text corpus without a download: the standard library of the running Python interpreter."""
 
 from __future__ import annotations
 
@@ -43,25 +43,26 @@ def stdlib_text(
     seed: int = 0,
     tokenizer: str | None = None,
 ) -> TextDataModule:
-    """Tokenize the sources of Python's standard library into windows: about 8 MB of text, without a download.
+    """Tokenize the source code of Python's standard library into windows: about 8 MB of text, without a download.
 
-    Whole files are held out for validation and test by a hash of their names, so machines with the same Python have the
-    same splits. A byte-level BPE tokenizer is trained on the training files unless one is given; in a recipe, a
-    pretrained model brings its own. Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or ``~/.cache/qatkit``.
+    Whole files are held out for validation and test by a hash of their names, so the splits are the same on machines
+    with the same Python version. A byte-level BPE tokenizer is trained on the training files unless `tokenizer` is set;
+    in a recipe, a pretrained model provides its own. Tokens are cached in ``$XDG_CACHE_HOME/qatkit`` or
+    ``~/.cache/qatkit``.
 
     Args:
         context: Window length in tokens, at least 2.
-        vocab_size: Maximum number of tokens of the trained tokenizer, 257 to 65536.
+        vocab_size: Maximum vocabulary size of the trained tokenizer, 257 to 65536.
         include: Globs over file names, such as ``json/*``; each must match a file.
         val_fraction: Fraction of files that is held out for validation.
         test_fraction: Fraction of files that is held out for the reported metrics.
         epoch_batches: Batches between validations (and checkpoints); fewer if the text is shorter.
-        batch_size: Windows per device and step.
+        batch_size: Windows per device per step.
         seed: Determines the training order.
         tokenizer: A tokenizer folder, or the name of a model on the hub; None trains one.
 
     Raises:
-        QatkitError: a number is out of range, a glob matches no file, a split is left without a file, or the tokenizer
+        QatkitError: an argument is out of range, a glob matches no file, a split would have no files, or the tokenizer
             cannot be loaded or has no end-of-text token.
 
     Example:
@@ -99,12 +100,12 @@ def stdlib_tokens(
     test_fraction: float = 0.05,
     tokenizer: str | None = None,
 ) -> Path:
-    """Return the cached folder with ``train.npy``, ``val.npy`` and ``test.npy``; create it if needed.
+    """Return the cache folder with ``train.npy``, ``val.npy`` and ``test.npy``; create it if needed.
 
-    It also contains ``tokenizer.json`` if the tokenizer is trained here.
+    It also contains ``tokenizer.json`` if this function trains the tokenizer.
 
     Raises:
-        QatkitError: as `stdlib_text`.
+        QatkitError: for the same reasons as in `stdlib_text`.
     """
     splits = split_files(stdlib_files(include=include), val_fraction, test_fraction)
     documents = {split: [path.read_bytes() for path in files.values()] for split, files in splits.items()}
@@ -133,7 +134,7 @@ def stdlib_tokens(
 
 
 def tokenize_with(tokenizer: str, documents: list[str]) -> NDArray[np.uint32]:
-    """Tokenize documents with a pretrained tokenizer into one stream, with an end-of-text token after each."""
+    """Tokenize documents with a pretrained tokenizer into one stream, with an end-of-text token after each document."""
     loaded = load_tokenizer(tokenizer)
     parts = documents_of(loaded, end_of_text(loaded, tokenizer), documents)
     return np.concatenate([np.asarray(part, dtype=np.uint32) for part in parts])
@@ -147,8 +148,8 @@ def stdlib_files(root: Path | None = None, include: Sequence[str] = ("*",)) -> d
     """Return the library's own ``.py`` files by their names relative to its folder, sorted.
 
     Args:
-        root: The library's folder; by default that of the running interpreter.
-        include: Globs over the names; each must match.
+        root: The library's folder. The default is the folder of the running interpreter.
+        include: Globs over the names; each must match a file.
 
     Raises:
         QatkitError: a glob matches no file.

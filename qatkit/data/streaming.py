@@ -1,4 +1,4 @@
-"""Read training text as a stream, and continue at the same token when a run is resumed."""
+"""Read training text as a stream; a resumed run continues at the same token."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ READ_AHEAD = 32
 
 
 class StreamLoader:
-    """Batches of packed windows from an endless stream; an epoch is a number of batches.
+    """Batches of packed windows from an endless stream; an epoch is a fixed number of batches.
 
-    Each process reads the whole stream and takes its part of each global batch, so one state in the checkpoint serves
-    all processes. The stream restarts when it ends.
+    Each process reads the whole stream and uses its part of each global batch, so one state in the checkpoint is valid
+    for all processes. The stream restarts when it ends.
 
     Args:
         open_stream: Opens the stream of records.
-        place: Maps an item of the stream and its number to a `Record`.
+        place: Converts an item of the stream and its index to a `Record`.
         encode: Tokenizes records.
         context: Window length in tokens.
-        batch_size: Windows per process and step.
+        batch_size: Windows per process per step.
         epoch_batches: Batches per epoch.
         skip_bad: Skip records that cannot be used.
         limit: Returns the maximum number of batches per epoch, once training has started.
@@ -90,7 +90,7 @@ class StreamLoader:
             yield default_collate(windows[rank * self.batch_size : (rank + 1) * self.batch_size])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream, and the tokens that do not fill a window yet."""
+        """Return the position in the stream, and the tokens that do not yet fill a window."""
         return {
             "batches": self._served,
             "stream": self._stream.state_dict(),
@@ -101,7 +101,7 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position of another loader."""
+        """Continue at a saved position."""
         self._served = self._skip = state["batches"]
         self._tokens, self._ends = list(state["tokens"]), list(state["ends"])
         self.read, self.bad = state["read"], state["bad"]
@@ -158,7 +158,7 @@ class StreamingDataModule(TokenDataModule):
     """A `TokenDataModule` that streams its training text."""
 
     def read_from(self, source: Source, encoder: Callable[[], Encode]) -> None:
-        """Set the source of the stream and how it is tokenized."""
+        """Set the source of the stream and its tokenization."""
         self._source, self._encoder = source, encoder
 
     @override

@@ -1,4 +1,4 @@
-"""Rows of tables, as vectors of standardized numbers and one-hot categories."""
+"""Data modules for table rows, encoded as vectors of standardized numbers and one-hot categories."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
 
 LARGEST = float(np.finfo(np.float32).max)
-"""Models compute in float32, in which a larger number would be infinite."""
+"""The largest number: models compute in float32, where a larger number would be infinite."""
 
 
 def table_classification(
@@ -36,23 +36,23 @@ def table_classification(
     batch_size: int = 64,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Rows of a table with one class each, such as a CSV or Parquet file.
+    """Load labeled rows of a table, such as a CSV or Parquet file, for classification.
 
-    The inputs are one vector ``[features]``: the numeric columns in order, standardized with the mean and the standard
-    deviation of the training split, then one number per category, 0 or 1.
+    The input is a vector ``[features]``: the numeric columns in order, standardized with the mean and standard
+    deviation of the training split, followed by one-hot encoded categories.
 
     Args:
         source: The rows.
-        classes: Class names in the order of the model's outputs. A row gives a name or an index.
+        classes: Class names in the order of the model's outputs. A row contains a name or an index.
         label: The column with the class.
         numeric: Columns with numbers.
         categorical: Columns with categories, each with all of its values.
-        batch_size: Rows per device and step.
+        batch_size: Rows per device per step.
         seed: Determines the training order.
 
     Raises:
         QatkitError: there are fewer than two classes or no inputs; a row lacks a column, or has a value that is empty,
-            not finite or unknown; or a split would be empty.
+            non-finite or unknown; or a split would be empty.
     """
     check_classes(classes)
     inputs = Inputs(numeric, categorical or {}, [label])
@@ -77,20 +77,20 @@ def table_regression(
     batch_size: int = 64,
     seed: int = 0,
 ) -> RecordDataModule:
-    """Rows of a table with one or several numbers to predict, such as a CSV or Parquet file.
+    """Load rows of a table, such as a CSV or Parquet file, with one or more numbers to predict.
 
-    The inputs are those of `table_classification`. Targets ``[targets]`` stay in their own units.
+    The inputs are the same as in `table_classification`. Targets ``[targets]`` are not standardized.
 
     Args:
         source: The rows.
         targets: Columns with the numbers to predict, in the order of the model's outputs.
         numeric: Columns with numbers.
         categorical: Columns with categories, each with all of its values.
-        batch_size: Rows per device and step.
+        batch_size: Rows per device per step.
         seed: Determines the training order.
 
     Raises:
-        QatkitError: there are no targets or no inputs; a row lacks a column, or has a value that is empty, not finite
+        QatkitError: there are no targets or no inputs; a row lacks a column, or has a value that is empty, non-finite
             or unknown; or a split would be empty.
     """
     if not targets:
@@ -114,11 +114,11 @@ class Inputs:
 
     Args:
         numeric: Columns with numbers.
-        categorical: Columns with categories and their values.
+        categorical: Maps categorical columns to their values.
         predicted: Columns that the model predicts.
 
     Raises:
-        QatkitError: there is no column, a column is used twice, or a categorical one has fewer than two values.
+        QatkitError: there are no columns, a column is used twice, or a categorical column has fewer than two values.
 
     Example:
         >>> Inputs(["size"], {"color": ["red", "blue"]}, ["price"]).of({"size": "2.5", "color": "blue"})
@@ -150,11 +150,11 @@ class Inputs:
 
     @property
     def size(self) -> int:
-        """Numbers in the vector of a row."""
+        """The length of a row's vector."""
         return len(self.numeric) + sum(map(len, self.categorical.values()))
 
     def of(self, record: Mapping[str, Any]) -> list[float] | BadRecord:
-        """The vector of a row, before it is standardized, or the reason why it has none."""
+        """Return the vector of a row before standardization, or the reason why it has none."""
         vector: list[float] = []
         for column in self.numeric:
             number = number_in(record, column)
@@ -204,11 +204,11 @@ def number_in(record: Mapping[str, Any], column: str) -> float | BadRecord:
 
 
 class TableRows(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of inputs ``[features]``, float32, and a class or targets.
+    """A dataset of pairs: inputs ``[features]``, float32, and a class or targets.
 
     Args:
         open_rows: Opens the split.
-        statistics: Returns the mean and the standard deviation of the numeric columns in the training split.
+        statistics: Returns the mean and standard deviation of the numeric columns in the training split.
         size: Number of inputs; other stored numbers are targets.
     """
 
@@ -221,7 +221,7 @@ class TableRows(Dataset[tuple[Tensor, Tensor]]):
 
     @cached_property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """All inputs ``[rows, features]``, and all labels ``[rows]`` or targets ``[rows, targets]``."""
+        """Return all inputs ``[rows, features]``, and all labels ``[rows]`` or targets ``[rows, targets]``."""
         rows = self.open_rows()
         values = np.array(stored_values(rows))
         mean, deviation = self.statistics()
@@ -241,7 +241,7 @@ class TableRows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def stored_values(rows: Rows) -> NDArray[Any]:
-    """The numbers of all rows of a split, ``[rows, numbers]``, float64."""
+    """Return the stored values of all rows in a split, float64 ``[rows, values]``."""
     return rows.streams["values"].reshape(len(rows), -1)
 
 

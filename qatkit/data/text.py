@@ -1,4 +1,4 @@
-"""Tokenize text once into the user's cache, and cut it into windows without padding."""
+"""Tokenize text once into the user's cache, and split it into windows without padding."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
-"""The token after each document; its id is 0."""
+"""The token after each document; its ID is 0."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """A stream of tokens in windows: ``{"input_ids": [context], "labels": [context]}``, both int64.
+    """A token stream in windows: ``{"input_ids": [context], "labels": [context]}``, both int64.
 
     Labels equal the inputs; the loss of a causal language model shifts them. Tokens at the end of the stream that do
     not fill a window are dropped.
@@ -76,11 +76,12 @@ class Windows(Dataset[dict[str, Tensor]]):
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer, which is lossless for any text.
 
-    Sennrich et al. (2016), "Neural Machine Translation of Rare Words with Subword Units", over bytes as in GPT-2.
+    Reference: Sennrich et al. (2016), "Neural Machine Translation of Rare Words with Subword Units"; applied to bytes
+        as in GPT-2.
 
     Args:
         documents: The training text.
-        vocab_size: Maximum number of tokens, 257 to 65536: the end-of-text token, 256 bytes, and merges.
+        vocab_size: Maximum vocabulary size, 257 to 65536: the end-of-text token, 256 bytes and the merges.
 
     Raises:
         QatkitError: `vocab_size` is out of range.
@@ -103,7 +104,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, documents: Iterable[str]) -> NDArray[np.uint16]:
-    """Tokenize documents into one stream, with an end-of-text token after each."""
+    """Tokenize documents into one stream, with an end-of-text token after each document."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     encoded = tokenizer.encode_batch(list(documents), add_special_tokens=False)
     parts = [np.asarray([*document.ids, end], dtype=np.uint16) for document in encoded]
@@ -111,14 +112,14 @@ def tokenize(tokenizer: Tokenizer, documents: Iterable[str]) -> NDArray[np.uint1
 
 
 def cached_folder(key: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Return the folder for a key in the user's cache; write it first if it does not exist.
+    """Return the folder for a key in the user's cache; create it if it does not exist.
 
     It is written under a temporary name and renamed, so it is either complete or absent. If two processes write it at
     the same time, one wins, and both read the same content.
 
     Args:
-        key: Everything that determines the content; plain data.
-        write: Fills an empty folder.
+        key: Everything that determines the content, as plain data.
+        write: Writes the content into an empty folder.
 
     Raises:
         QatkitError: the cache cannot be written.

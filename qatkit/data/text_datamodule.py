@@ -1,4 +1,4 @@
-"""A data module over windows of a tokenized text."""
+"""A data module with windows of tokenized text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class TextDataModule(SplitDataModule):
-    """Windows of tokens from a folder with the tokenizer and one token stream per split.
+    """A data module with token windows from a folder with the tokenizer and one token stream per split.
 
     Args:
         folder: Returns the folder, and creates it if it does not exist; for example `stdlib_tokens`.
         context: Window length in tokens.
-        batch_size: Windows per device and step.
+        batch_size: Windows per device per step.
         seed: Determines the training order.
         epoch_batches: Batches between validations (and checkpoints).
         load: Returns the tokenizer, if the folder contains none.
@@ -52,7 +52,7 @@ class TextDataModule(SplitDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the text; it is saved with the model."""
+        """The tokenizer of the data, which is saved with the model."""
         if self._load is not None:
             return self._load()
         from transformers import PreTrainedTokenizerFast

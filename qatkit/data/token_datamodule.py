@@ -1,4 +1,4 @@
-"""A data module over the cached tokens of `qatkit.data.tokens`."""
+"""A data module with the cached tokens of `qatkit.data.tokens`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from qatkit.data.tokens import Rows
 
 
 class TokenDataModule(SplitDataModule):
-    """The splits of a folder that `qatkit.data.tokens.prepare` wrote.
+    """A data module with the splits in a folder written by `qatkit.data.tokens.prepare`.
 
     Args:
         folder: Returns the folder, and creates it if it does not exist.
         tokenizer: Returns the tokenizer.
-        dataset: Builds a data set; called with a function that opens a split, and with the split's name.
+        dataset: Creates a dataset from a function that opens a split, and the split's name.
         context: Maximum length of a sample in tokens.
-        packed: Whether samples are windows of several documents.
-        batch_size: Samples per device and step.
+        packed: Whether samples are windows with multiple documents.
+        batch_size: Samples per device per step.
         seed: Determines the training order.
         epoch_batches: Batches between validations (and checkpoints).
         collate: Combines samples into a batch.
-        task: Name of a row of `qatkit.tasks.TASKS`.
+        task: Name of a task in `qatkit.tasks.TASKS`.
 
     Raises:
         QatkitError: `epoch_batches` is out of range.
@@ -70,12 +70,12 @@ class TokenDataModule(SplitDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the text; it is saved with the model."""
+        """The tokenizer of the data, which is saved with the model."""
         return self._tokenizer()
 
     @property
     def padding(self) -> int:
-        """The padding token of batches."""
+        """The ID of the padding token in batches."""
         return padding_id(self.tokenizer)
 
     def _rows(self, split: str) -> Rows:

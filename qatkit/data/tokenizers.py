@@ -1,4 +1,4 @@
-"""Load transformers tokenizers from a folder or the hub, fingerprint them, and compare them with a model's own."""
+"""Load transformers tokenizers from a folder or the hub, fingerprint them, and compare them to a model's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qatkit.errors import QatkitError
 from qatkit.hub import cannot_load, holds_tokenizer, locate
 
 PROBE = "The 3 quick foxes (of 27) don't jump over\n\tlazy_dogs[0] = naïve 狐!"
-"""A text that tokenizers tend to split differently."""
+"""A text that different tokenizers tend to split differently."""
 
 
 @lru_cache(maxsize=4)
@@ -58,10 +58,10 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def end_of_text(tokenizer: Any, name: str) -> int:
-    """Return the token that ends a document.
+    """Return the ID of the end-of-text token.
 
     Raises:
-        QatkitError: the tokenizer has no such token.
+        QatkitError: the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise QatkitError(
@@ -71,7 +71,7 @@ def end_of_text(tokenizer: Any, name: str) -> int:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the token for padding: the padding token, or else end-of-text, which attention and labels mask."""
+    """Return the ID of the padding token or else of the end-of-text token, which attention mask and labels exclude."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -79,14 +79,14 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Raise if a pretrained model comes with a tokenizer that splits text differently.
+    """Raise an error if a pretrained model's tokenizer splits text differently from the data's tokenizer.
 
     Args:
-        model: A transformers model, or any other.
-        tokenizer: The tokenizer of the data, if they have one.
+        model: A transformers model, or any other module.
+        tokenizer: The tokenizer of the data, or None.
 
     Raises:
-        QatkitError: the model's tokenizer and the data's give different tokens.
+        QatkitError: the model's tokenizer and the data's tokenizer produce different tokens.
     """
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     if not hasattr(tokenizer, "convert_tokens_to_ids"):  # none, or not of transformers

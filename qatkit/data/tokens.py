@@ -1,8 +1,8 @@
 """Encode records once into the user's cache, and memory-map them from there.
 
 split/NAME.bin    one value per token ("input_ids", "trained") or per record ("labels"), record after record
-split/ends.bin    the end of each record, in tokens (or bytes of an image, or values of a table)
-meta.json         dtypes, and the numbers of used and skipped records
+split/ends.bin    the end of each record, in tokens (or bytes of an image, or values of a table) meta.json
+dtypes, and the counts of used and skipped records
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from qatkit.data.tokenizers import fingerprint
 from qatkit.errors import QatkitError, QatkitWarning
 
 CHUNK = 500
-"""Records per tokenizer call; the tokenizer uses several threads."""
+"""Records per tokenizer call; the tokenizer uses multiple threads."""
 
 Row = dict[str, Any]
-"""An encoded record: lists or arrays with one number per token, and plain numbers for the whole record."""
+"""An encoded record: lists or arrays with one number per token, and scalars for the whole record."""
 Encoded = list[Row] | BadRecord
-"""The rows of one record, or the reason why it cannot be used; no rows if there is nothing to learn."""
+"""The rows of one record, or the reason why it cannot be used; empty if the record has no training signal."""
 Encode = Callable[[Sequence[Mapping[str, Any]]], Sequence[Encoded]]
 SCHEMA = 1
 """Version of ``meta.json``."""
@@ -62,7 +62,7 @@ class Rows:
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """The end of each record in the stream of tokens, ``[records]``."""
+        """The end offset of each record in the token stream, ``[records]``."""
         return np.fromfile(self.folder / "ends.bin", np.int64)
 
     @cached_property
@@ -74,7 +74,7 @@ class Rows:
         }
 
     def row(self, index: int) -> dict[str, NDArray[Any]]:
-        """Return one record: arrays ``[tokens]`` and 0-d numbers."""
+        """Return one record: arrays ``[tokens]`` and scalars."""
         start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
         return {
             name: array[index] if name in self._per_record else array[start:end] for name, array in self.streams.items()
@@ -89,18 +89,18 @@ def prepare(
     media: Sequence[str] = (),
     folders: ClassFolders | None = None,
 ) -> Path:
-    """Return the cached folder with the rows of all splits (validation and test for a stream); create it if needed.
+    """Return the cache folder with the rows of all splits (only validation and test for a stream); create it if needed.
 
     Args:
         source: The records.
-        tokenizer: The tokenizer of `encode`; None if the records are not texts.
-        options: Everything else that determines the content; plain data.
+        tokenizer: The tokenizer of `encode`; None if the records are not text.
+        options: Everything else that determines the content, as plain data.
         encode: Encodes records as rows; a record that cannot be used becomes a `BadRecord` with the reason.
-        media: Columns with paths of files; see `open_parts`.
+        media: Columns with file paths; see `open_parts`.
         folders: See `open_parts`.
 
     Raises:
-        QatkitError: a record cannot be used and `source.skip_bad` is off, or a split would be empty.
+        QatkitError: a record cannot be used and `source.skip_bad` is false, or a split would be empty.
     """
     parts = open_parts(source, media, folders)
     key = {
@@ -133,7 +133,7 @@ def prepare(
 
 
 def rows_of(records: Iterable[Record], encode: Encode) -> Iterator[tuple[str, Encoded]]:
-    """Encode records in chunks, and yield each result in order with the place of its record."""
+    """Encode records in chunks, and yield each result in order with the location of its record."""
     records = iter(records)
     while chunk := list(islice(records, CHUNK)):
         encoded = iter(encode([record for _, record in chunk if not isinstance(record, BadRecord)]))
@@ -148,7 +148,7 @@ def refuse(where: str, reason: BadRecord) -> QatkitError:
 
 
 def refuse_stream(source: Source) -> None:
-    """Raise if the source is streamed, for data other than plain text.
+    """Raise an error if the source is streamed, which is supported only for plain text.
 
     Raises:
         QatkitError: `source.streaming` is on.

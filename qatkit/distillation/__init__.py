@@ -1,7 +1,7 @@
-"""Knowledge distillation: losses, live and cached teachers, students, and generated texts.
+"""Knowledge distillation: losses, live and cached teachers, student construction, and generated training data.
 
 Losses are functions of tensors for any training loop; `qatkit.callbacks.KnowledgeDistillation` adds them to a
-LightningModule. Importing the package loads nothing heavy: each name loads its module on first use.
+LightningModule. Importing the package is cheap: each name loads its module on first use.
 """
 
 from __future__ import annotations

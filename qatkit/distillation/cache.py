@@ -1,7 +1,7 @@
-"""Cached teacher: top-k teacher outputs of every training token on disk, looked up for the samples of any batch.
+"""Cached teacher: top-k teacher outputs for every training token, stored on disk and looked up by sample.
 
-`qatkit.distillation.store` defines the files and the bytes per token, `qatkit.distillation.keys` how samples are
-identified.
+`qatkit.distillation.store` defines the file format and the bytes per token; `qatkit.distillation.keys` defines how
+samples are identified.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qatkit.distillation.store import STATES, Targets, open_table, pack, spread,
 from qatkit.errors import QatkitError
 
 Outputs = Tensor | tuple[Tensor, Mapping[str, Tensor]]
-"""Logits ``[samples, length, classes]`` or ``[samples, classes]``, alone or with hidden states by layer name."""
+"""Logits ``[samples, length, classes]`` or ``[samples, classes]``, optionally with hidden states by layer name."""
 
 
 def cache_teacher(
@@ -35,26 +35,26 @@ def cache_teacher(
     temperature: float = 1.0,
     shard_batches: int = 64,
 ) -> int:
-    """Write the teacher's k most probable classes of every token; resume where a killed run stopped.
+    """Write the teacher's top-k classes for every token; a killed run resumes where it stopped.
 
     Args:
-        teacher: Called with each batch; returns logits, alone or with hidden states by layer name.
-        batches: All batches, in the same order in every run; samples are numbered from 0 in this order. If a batch is a
+        teacher: Called with each batch; returns logits, optionally with hidden states by layer name.
+        batches: All batches, in the same order in every run, which determines the sample indices. If a batch is a
             mapping, tokens whose "attention_mask" is 0 are ignored.
-        folder: Output folder: Arrow files of `shard_batches` batches each, and a manifest.
+        folder: Output folder for Arrow files of `shard_batches` batches each, and a manifest.
         fingerprint: Inputs that determine the cache, such as hashes of model, tokenizer and data order; see
             `model_hash`.
-        k: Classes kept per token.
+        k: Number of classes kept per token.
         temperature: Divides the logits. The cache is valid for this temperature only.
-        shard_batches: Batches per file; at most this many are recomputed after a kill.
+        shard_batches: Batches per file; at most this many are recomputed after an interruption.
 
     Returns:
         The number of samples in the cache.
 
     Raises:
-        QatkitError: the folder contains a damaged cache or one with a different fingerprint, logits contain NaN or have
-            more than three dimensions, `k` is out of range, or a hidden state does not match the logits or exceeds
-            float16.
+        QatkitError: the folder contains a cache that is corrupt or has a different fingerprint; logits contain NaN or
+            have more than three dimensions; `k` is out of range; or a hidden state does not match the logits or exceeds
+            the range of float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(k, temperature, shard_batches)
@@ -88,15 +88,15 @@ def cache_teacher(
 
 
 class CachedTeacher:
-    """Read the teacher outputs that `cache_teacher` wrote.
+    """Read teacher outputs written by `cache_teacher`.
 
     Args:
         folder: The cache folder.
-        fingerprint: Must equal the fingerprint that the cache was written with.
+        fingerprint: Must equal the fingerprint with which the cache was written.
         command: The command that writes the cache, for errors.
 
     Raises:
-        QatkitError: there is no cache, it is incomplete or damaged, or it has a different fingerprint.
+        QatkitError: there is no cache, or it is incomplete, corrupt or has a different fingerprint.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class CachedTeacher:
             samples: Numbers from 0, in the order in which the samples were cached.
 
         Raises:
-            QatkitError: a number is out of range.
+            QatkitError: an argument is out of range.
         """
         numbers = [int(number) for number in samples]
         if not all(0 <= number < len(self) for number in numbers):
@@ -143,7 +143,7 @@ class CachedTeacher:
         return unpack([self._table.slice(number, 1).to_pylist()[0] for number in numbers], self.k)
 
     def outputs_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Targets:
-        """Look up teacher outputs by the inputs of a student call, aligned with its tokens.
+        """Look up teacher outputs by the inputs of a student call, and align them with its tokens.
 
         Args:
             args: Positional inputs of the student.
@@ -170,16 +170,16 @@ class CachedTeacher:
         mask: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """`sparse_kd_loss` against the cache, at its temperature.
+        """Compute `sparse_kd_loss` against the cache, at its temperature.
 
         Args:
             student: Logits ``[samples, length, classes]``; positions beyond the cached length are padding.
-            samples: Sample numbers ``[samples]``.
+            samples: Sample indices ``[samples]``.
             mask: True at positions to include ``[samples, length]``.
-            labels: Class numbers ``[samples, length]``; positions labeled -100 are ignored.
+            labels: Class indices ``[samples, length]``; positions labeled -100 are ignored.
 
         Raises:
-            QatkitError: a number is out of range.
+            QatkitError: an argument is out of range.
         """
         targets = self(samples)
         missing = student.shape[1] - targets.mask.shape[1]
@@ -194,7 +194,7 @@ class CachedTeacher:
 
 
 def model_hash(model: nn.Module) -> str:
-    """Hash a model's weights and their names, for a fingerprint."""
+    """Hash a model's weights and their names for a fingerprint."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):

@@ -1,9 +1,9 @@
-"""Cross-entropy and distillation of two output layers in one function: full logits are never materialized.
+"""Cross-entropy and distillation from two output layers in one function, without materializing full logits.
 
-For 2,048 tokens and 32,000 classes one matrix of logits takes 262 MB, and plain torch keeps several of them. Here a few
-hundred rows of logits are computed, overwritten with their own gradient, multiplied into the gradients of the hidden
-states and of the weight, and replaced by the next rows. All gradients exist when the forward pass ends; the backward
-pass scales them.
+For 2,048 tokens and 32,000 classes, one matrix of logits takes 262 MB, and plain torch keeps several copies. Here, a
+few hundred rows of logits are computed at a time and overwritten with their own gradient. The gradients of the hidden
+states and the weight are then accumulated from it before the next rows are computed. All gradients are computed in the
+forward pass; the backward pass only scales them.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``alpha * divergence + (1 - alpha) * cross_entropy`` of two linear layers, without materializing their logits.
+    """Compute ``alpha * divergence + (1 - alpha) * cross_entropy`` from two output layers without materializing logits.
 
-    The divergence equals that of `kd_loss`, `reverse_kl_loss` or `jsd_loss`. Both terms are means over the included
-    positions. Softmax is computed in float32, matrix products in the dtype of the hidden states, or in autocast's.
+    The divergence is the same as in `kd_loss`, `reverse_kl_loss` or `jsd_loss`. Both terms are means over the included
+    positions. Softmax is computed in float32; matrix products are computed in the dtype of the hidden states or, if
+    enabled, of autocast.
 
     Args:
         student_hidden: ``[positions, width]``.
         student_weight: Weight of the student's output layer, ``[classes, width]``.
-        teacher_hidden: ``[positions, teacher width]``; no gradient flows into it, nor into the teacher's weight.
+        teacher_hidden: ``[positions, teacher width]``; no gradient flows into it or into the teacher's weight.
         teacher_weight: ``[classes, teacher width]``.
-        labels: Class numbers ``[positions]``; positions labeled -100 are ignored. Required if `alpha` is below 1.
-        temperature: Divides both sets of logits in the divergence; above 0.
+        labels: Class indices ``[positions]``; positions labeled -100 are ignored. Required if `alpha` is below 1.
+        temperature: Positive number that divides both sets of logits in the divergence.
         alpha: Weight of the divergence, 0 to 1.
-        kind: A row of `qatkit.distillation.divergences.DIVERGENCES` with a row kernel: "kl", "reverse_kl" or "jsd".
+        kind: A name in `qatkit.distillation.divergences.DIVERGENCES` with a row kernel: "kl", "reverse_kl" or "jsd".
         beta: Weight of the teacher in the mixture of "jsd", between 0 and 1.
         student_bias: ``[classes]``.
         teacher_bias: ``[classes]``.
@@ -91,18 +92,18 @@ class Head(NamedTuple):
 
 
 class TopKTargets(NamedTuple):
-    """A teacher's top-k classes, as `qatkit.distillation.sparse` defines them."""
+    """A teacher's top-k classes, as defined in `qatkit.distillation.sparse`."""
 
     indices: Tensor
     """Classes ``[positions, k]``, integers."""
     log_p: Tensor
-    """Their log-probabilities at the temperature of the loss ``[positions, k]``."""
+    """Log-probabilities of these classes at the temperature of the loss ``[positions, k]``."""
     log_tail: Tensor
     """The log-probability of all other classes ``[positions]``."""
 
 
 class Terms(NamedTuple):
-    """A loss and the two terms it consists of."""
+    """A loss and its two terms."""
 
     loss: Tensor
     """``alpha * divergence + (1 - alpha) * cross_entropy``; has a gradient."""
@@ -121,17 +122,18 @@ def linear_kd_terms(
     kind: str,
     beta: float,
 ) -> Terms:
-    """`linear_kd_loss` and its two terms; divergence and cross-entropy may include different positions.
+    """Compute `linear_kd_loss` and its two terms, which may include different positions.
 
     Args:
-        student: The student's output layer. Padding classes beyond the teacher's count only in the cross-entropy.
-        teacher: The teacher's output layer, or its top-k classes; the divergence from these is that of
+        student: The student's output layer. Padding classes beyond the teacher's classes contribute only to the
+            cross-entropy.
+        teacher: The teacher's output layer, or its top-k classes, for which the divergence is the same as in
             `sparse_kd_loss`.
-        labels: As in `linear_kd_loss`; only they decide which positions the cross-entropy includes.
+        labels: As in `linear_kd_loss`. They alone determine the positions that the cross-entropy includes.
         mask: True at positions to include in the divergence ``[positions]``.
         temperature: As in `linear_kd_loss`.
         alpha: As in `linear_kd_loss`.
-        kind: As in `linear_kd_loss`; one with a top-k row kernel if the teacher is `TopKTargets`.
+        kind: As in `linear_kd_loss`. If the teacher is `TopKTargets`, the divergence must have a top-k row kernel.
         beta: As in `linear_kd_loss`.
 
     Raises:

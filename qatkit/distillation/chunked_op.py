@@ -1,4 +1,4 @@
-"""The custom operator behind `linear_kd_loss`: rows of logits, their gradients, and the choice of kernel."""
+"""The custom operator behind `linear_kd_loss`: it computes rows of logits and gradients, and selects the kernel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from qatkit.errors import QatkitError
 from qatkit.kernels.kd_rows_torch import TopK, TorchRows
 
 WORKSPACE = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Bytes for the logits of student and teacher together. More than 256 rows of 32,000 classes bring no CPU speedup."""
+"""Bytes for student and teacher logits together. More than 256 rows of 32,000 classes are not faster on the CPU."""
 CACHED = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Logits per call of `TorchRows`, which passes over them a dozen times: they should stay in the CPU's cache."""
+"""Number of logits per call of `TorchRows`, which passes over them about a dozen times, so they should fit in the CPU's
+cache.
+"""
 
 
 @cache
@@ -50,8 +52,7 @@ def linear_kd(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, divergence, cross-entropy, and the loss's gradients with respect to hidden states, weight and bias of the
-    student; empty tensors for gradients that are not needed."""
+    """Return the loss, its two terms, and its gradients for the student's hidden states, weight and bias."""
     positions, classes = len(student_hidden), len(student_weight)
     exact = weights.dtype
     # positions that neither loss includes get logits of 0: non-finite values times a weight of 0 would be NaN

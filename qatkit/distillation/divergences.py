@@ -1,6 +1,6 @@
 """The table of distillation losses, shared by schema, callbacks, fused kernels, memory prediction and docs.
 
-A new divergence is one function over logits and one row here. Without a function over top-k targets, it does not
+A new divergence requires one function of logits and one row here. Without a function of top-k targets, it does not
 support cached teachers; without a row kernel, full logits are materialized.
 """
 
@@ -22,25 +22,26 @@ class Divergence:
     description: str
     """One-line description for the docs."""
     on_logits: str
-    """``module:function(student, teacher, mask=)`` over full outputs, with ``temperature=`` and ``beta=`` if used."""
+    """``module:function(student, teacher, mask=)`` for full outputs, with ``temperature=`` and ``beta=`` if used."""
     on_top_k: str = ""
-    """The same over a teacher's top-k classes, as in `sparse_kd_loss`; empty if the divergence needs full outputs."""
+    """The same for a teacher's top-k classes, as in `sparse_kd_loss`; empty if the divergence needs full outputs."""
     rows: str = ""
-    """Row kernel over logits, as in `qatkit.kernels.kd_rows_torch`; empty if logits must be materialized."""
+    """Row kernel for logits, as in `qatkit.kernels.kd_rows_torch`; empty if logits must be materialized."""
     top_k_rows: str = ""
     """Row kernel for a teacher's top-k classes; empty if logits must be materialized with a cached teacher."""
     triton: bool = False
-    """Whether `qatkit.kernels.kd_rows_triton` implements it as well."""
+    """Whether `qatkit.kernels.kd_rows_triton` also implements it."""
     compares_classes: bool = True
-    """Whether outputs are probabilities of at least two classes after a softmax."""
+    """Whether softmax turns the outputs into probabilities of at least two classes."""
     kinds: tuple[str, ...] = ("classes",)
-    """The kinds of outputs that it compares: "classes", "labels" and "values" as in `qatkit.tasks.Task.kind`, and
-    "embeddings"."""
+    """The kinds of outputs that it compares: "classes", "labels" and "values", as in `qatkit.tasks.Task.kind`, or
+    "embeddings".
+    """
     uses_temperature: bool = True
     uses_beta: bool = False
 
     def loss(self, student: Any, teacher: Any, mask: Any = None, *, temperature: float = 1.0, beta: float = 0.5) -> Any:
-        """The mean over the included positions, from full outputs.
+        """Return the mean loss over the included positions, computed from full outputs.
 
         Args:
             student: Logits ``[..., classes]``.
@@ -54,11 +55,12 @@ class Divergence:
     def top_k_loss(
         self, student: Any, top_k: Any, mask: Any = None, *, temperature: float = 1.0, beta: float = 0.5
     ) -> Any:
-        """The mean over the included positions, from a teacher's k most probable classes.
+        """Return the mean loss over the included positions, computed from a teacher's top-k classes.
 
         Args:
             student: Logits ``[..., classes]``.
-            top_k: Indices ``[..., k]``, log-probabilities ``[..., k]`` and log-probability of the rest ``[...]``.
+            top_k: Indices ``[..., k]``, log-probabilities ``[..., k]``, and the log-probability of all other classes
+                ``[...]``.
             mask: As in `loss`.
             temperature: As in `loss`.
             beta: As in `loss`.
@@ -66,10 +68,10 @@ class Divergence:
         return implementation(self.on_top_k)(student, *top_k, mask=mask, **self._options(temperature, beta))
 
     def check_cached(self, key: str = "loss") -> None:
-        """Reject a cached teacher for a divergence that needs full outputs.
+        """Raise an error if a cached teacher is used with a divergence that needs full outputs.
 
         Args:
-            key: Where the divergence was named, for the error.
+            key: Recipe key or argument with the divergence, for the error.
 
         Raises:
             QatkitError: the divergence does not support top-k targets.
@@ -83,14 +85,14 @@ class Divergence:
             )
 
     def check_kind(self, kind: str, key: str = "loss") -> None:
-        """Reject outputs of a kind that the divergence does not compare.
+        """Raise an error if the divergence does not compare outputs of this kind.
 
         Args:
-            kind: The kind of the outputs; see `kinds`.
-            key: Where the divergence was named, for the error.
+            kind: The kind of outputs; see `kinds`.
+            key: Recipe key or argument with the divergence, for the error.
 
         Raises:
-            QatkitError: the divergence does not compare such outputs; the error names those that do.
+            QatkitError: the divergence does not compare such outputs; the error lists the divergences that do.
         """
         if kind not in self.kinds:
             fitting = ", ".join(name for name, row in DIVERGENCES.items() if kind in row.kinds)
@@ -108,7 +110,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class HiddenLoss:
-    """A loss between hidden states of student and teacher."""
+    """A loss between student and teacher hidden states."""
 
     name: str
     """The value of ``distill.hidden.loss``."""
@@ -158,7 +160,7 @@ DIVERGENCES = Table(
         ),
     ],
 )  # fmt: skip
-"""Losses between the outputs of student and teacher."""
+"""Losses between student and teacher outputs."""
 
 HIDDEN_LOSSES = Table(
     "hidden-state loss",
@@ -167,4 +169,4 @@ HIDDEN_LOSSES = Table(
         HiddenLoss("cosine", "one minus the cosine similarity", "qatkit.distillation.features:hidden_cosine_loss"),
     ],
 )
-"""Losses between hidden states of student and teacher."""
+"""Losses between student and teacher hidden states."""

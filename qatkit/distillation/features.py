@@ -1,4 +1,4 @@
-"""Feature losses: hidden states, attention maps and token relations of student and teacher."""
+"""Feature losses between hidden states, attention maps and token relations of student and teacher."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from qatkit.errors import QatkitError, did_you_mean
 def layer_map(
     student_layers: int, teacher_layers: int, layers: Literal["uniform", "last"] | Sequence[int] = "uniform"
 ) -> list[int]:
-    """Map each layer of the student to a layer of the teacher, numbered from 0.
+    """Map each student layer to a teacher layer by index.
 
-    Sun et al. (2019, https://arxiv.org/abs/1908.09355), section 3.2: "uniform" is PKD-Skip including the last layer,
-    "last" is PKD-Last.
+    "uniform" is PKD-Skip including the last layer, and "last" is PKD-Last (Sun et al. 2019,
+    https://arxiv.org/abs/1908.09355, section 3.2).
 
     Args:
         student_layers: Number of student layers.
-        teacher_layers: Number of teacher layers, at least as many.
-        layers: "uniform" spreads the layers over the teacher and ends with its last one, "last" takes its last layers;
-            or one teacher layer number per student layer.
+        teacher_layers: Number of teacher layers, at least `student_layers`.
+        layers: "uniform" spaces the layers evenly up to the teacher's last layer, and "last" uses the teacher's last
+            layers. A list contains one teacher layer index per student layer.
 
     Raises:
-        QatkitError: the student has more layers than the teacher, or the numbers do not match the two models.
+        QatkitError: the student has more layers than the teacher, or the indices do not match the two models.
 
     Example:
         >>> layer_map(3, 12)
@@ -71,11 +71,11 @@ def pair_layers(
     """Map student layers to teacher layers by names or globs.
 
     Args:
-        layers: Student names or globs, each with a teacher name or glob; ``*`` matches one part between two dots.
-            The matched student layers are mapped to the matched teacher layers by `layer_map`.
+        layers: Maps student names or globs to teacher names or globs; ``*`` matches one component between dots. The
+            matched student layers are mapped to the matched teacher layers by `layer_map`.
         student: Names of all student layers, in the model's order.
         teacher: Names of all teacher layers.
-        layers_by: The layer map, see `layer_map`.
+        layers_by: The layer map; see `layer_map`.
 
     Raises:
         QatkitError: a name or glob matches no layer, or it matches more student layers than teacher layers.
@@ -109,10 +109,10 @@ def pair_layers(
 
 
 class Projections(nn.Module):
-    """Learned linear maps from student width to teacher width, one per pair of layers.
+    """Learned linear projections from student width to teacher width, one per pair of layers.
 
-    Romero et al. (2015, https://arxiv.org/abs/1412.6550), section 2.2; Jiao et al. (2020,
-    https://arxiv.org/abs/1909.10351), equation 8.
+    References: Romero et al. (2015, https://arxiv.org/abs/1412.6550), section 2.2; Jiao et al. (2020,
+        https://arxiv.org/abs/1909.10351), equation 8.
 
     Args:
         pairs: Number of layer pairs.
@@ -125,14 +125,14 @@ class Projections(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(student_width, teacher_width, bias=False) for _ in range(pairs))
 
     def forward(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Map the student state of each pair ``[..., student_width]`` to ``[..., teacher_width]``."""
+        """Project the student state of each pair from ``[..., student_width]`` to ``[..., teacher_width]``."""
         return [linear(state) for linear, state in zip(self.maps, hidden, strict=True)]
 
 
 def hidden_mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of hidden states over the included positions.
 
-    Jiao et al. (2020, https://arxiv.org/abs/1909.10351), equation 8.
+    Reference: Jiao et al. (2020, https://arxiv.org/abs/1909.10351), equation 8.
 
     Args:
         student: Hidden states ``[..., width]``, any float dtype; computed in float32.
@@ -150,7 +150,7 @@ def hidden_mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None
 def hidden_cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """``1 - cos(student, teacher)`` of hidden states, averaged over the included positions.
 
-    Sanh et al. (2019, https://arxiv.org/abs/1910.01108), section 2.
+    Reference: Sanh et al. (2019, https://arxiv.org/abs/1910.01108), section 2.
 
     Args:
         student: As in `hidden_mse_loss`.
@@ -168,8 +168,8 @@ def hidden_cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = N
 def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Attention transfer: ``||Q_s / ||Q_s|| - Q_t / ||Q_t|| ||``, averaged over samples.
 
-    Q is the sum of squares over channels at each location. Zagoruyko and Komodakis (2017,
-    https://arxiv.org/abs/1612.03928), equation 2 with p = 2; the factor beta / 2 is the weight of the loss.
+    Q is the sum of squares over channels at each location. This is equation 2 of Zagoruyko and Komodakis (2017,
+    https://arxiv.org/abs/1612.03928) with p = 2; their factor beta / 2 is the weight of the loss.
 
     Args:
         student: Feature maps ``[batch, channels, ...]``; computed in float32.
@@ -194,17 +194,17 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """KL divergence of token relations ``softmax(A A^T / sqrt(d))``, where A is the queries, keys or values.
 
-    Wang et al. (2021, https://arxiv.org/abs/2012.15828), equations 5 to 7: the heads of each model are concatenated and
-    split into relation heads, so the two models may have different numbers of heads.
+    The heads of each model are concatenated and split into relation heads, so the two models may have different numbers
+    of heads (Wang et al. 2021, https://arxiv.org/abs/2012.15828, equations 5 to 7).
 
     Args:
         student: Queries, keys or values ``[batch, length, width]``, heads concatenated; computed in float32.
         teacher: The teacher's queries, keys or values ``[batch, length, teacher width]``; no gradient flows into them.
-        heads: Number of relation heads; divides both widths.
+        heads: Number of relation heads; must divide both widths.
         mask: True at tokens to include, ``[batch, length]``; other tokens are neither queries nor keys.
 
     Raises:
-        QatkitError: batch or length differ, or `heads` does not divide a width.
+        QatkitError: batch sizes or lengths differ, or `heads` does not divide a width.
     """
     if (
         student.dim() != 3

@@ -1,4 +1,4 @@
-"""Generated texts as training batches, for on-policy and sequence-level distillation."""
+"""Training batches of generated text, for on-policy and sequence-level distillation."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 
 KEYS = {"input_ids", "attention_mask", "labels"}
-"""Allowed entries of a batch whose texts are continued: any other would describe the original text."""
+"""Allowed entries of a batch whose prompts are continued; any other entry would describe the original sequences."""
 
 
 def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, Tensor]:
-    """Cut prompts from a batch's texts, padded on the left as transformers' `generate` expects.
+    """Cut prompts from a batch's sequences, with the left padding that transformers' `generate` expects.
 
     Args:
-        batch: "input_ids" ``[rows, tokens]``; "attention_mask" of that shape if texts are padded, on either side.
-        length: Tokens in a prompt, fewer if a text is shorter; None cuts at the first labeled token, where
-            the answer starts in instruction data.
+        batch: "input_ids" ``[rows, tokens]``, and an "attention_mask" of the same shape if sequences are padded, on
+            either side.
+        length: Prompt length in tokens; shorter sequences have shorter prompts. None cuts at the first labeled token,
+            where the answer starts in instruction data.
 
     Returns:
-        Tokens ``[rows, longest]`` and their attention mask.
+        Tokens ``[rows, longest]`` and the attention mask.
 
     Raises:
-        QatkitError: the batch contains no texts, or a text has no prompt.
+        QatkitError: the batch contains no text, or a sequence has no prompt.
 
     Example:
         >>> import torch
@@ -80,11 +81,11 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
 
 
 def generator_in(model: nn.Module, key: str) -> nn.Module:
-    """The transformers model that can generate text: `model` or one of its submodules.
+    """Find the transformers model that can generate text: `model` or one of its submodules.
 
     Args:
         model: The student or the teacher.
-        key: The option that needs it, for the error.
+        key: The option that requires generation, for the error.
 
     Raises:
         QatkitError: no submodule can generate text.
@@ -100,15 +101,15 @@ def generator_in(model: nn.Module, key: str) -> nn.Module:
 
 
 def check_length(model: nn.Module, key: str, tokens: int) -> None:
-    """Reject texts that are longer than the model's maximum number of positions.
+    """Raise an error if sequences are longer than the model's maximum number of positions.
 
     Args:
         model: The student or the teacher.
-        key: The option that asks for them, for the error.
-        tokens: Length of the longest text.
+        key: The option that sets the length, for the error.
+        tokens: Length of the longest sequence.
 
     Raises:
-        QatkitError: the texts are too long.
+        QatkitError: the sequences are too long.
     """
     longest = getattr(getattr(generator_in(model, key), "config", None), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
@@ -128,23 +129,23 @@ def generated_batch(
     eos: Sequence[int],
     seed: int,
 ) -> dict[str, Tensor]:
-    """Continue prompts with a transformers model, and return the texts as a training batch.
+    """Continue prompts with a transformers model, and return the sequences as a training batch.
 
-    Each token is sampled from the model's full distribution, in eval mode and with its own random generator; the
+    Each token is sampled from the model's full distribution, in eval mode and with a separate random generator. The
     model's mode, its generation settings and torch's generator are restored afterwards.
 
     Args:
         model: A model with transformers' `generate`.
-        prompts: Tokens ``[rows, longest]``, padded on the left.
+        prompts: Left-padded tokens ``[rows, longest]``.
         attention_mask: 1 where there is a token.
         new_tokens: Maximum number of generated tokens.
         temperature: Divides the logits before sampling; 0 always picks the most probable token.
-        eos: Tokens that end a text.
-        seed: Seeds the sampling.
+        eos: End-of-sequence tokens.
+        seed: Random seed for sampling.
 
     Returns:
-        "input_ids", "attention_mask" and "labels" ``[rows, tokens]``, padded on the right. Labels are -100 except at
-        generated tokens up to and including the first end-of-text token.
+        "input_ids", "attention_mask" and "labels" ``[rows, tokens]``, right-padded. Labels are -100 except at generated
+        tokens up to and including the first end-of-text token.
     """
     generator: Any = model
     settings = generator.generation_config

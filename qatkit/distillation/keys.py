@@ -1,7 +1,7 @@
-"""Sample keys: a hash of the model inputs identifies each sample of a batch, so data sets need no numbering.
+"""Sample keys: a hash of the model inputs identifies each sample of a batch, so datasets need no sample indices.
 
-A key does not depend on the order of the data, the batch, the process or the padding. A sample that a random
-augmentation changed gets a different key, because its teacher outputs differ.
+A key does not depend on the order of the data, the batch, the process or the padding. A randomly augmented sample has a
+different key, because its teacher outputs differ.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from qatkit.errors import QatkitError
 
 KEY_BYTES = 16
 NO_INPUTS = ("labels", "attention_mask")
-"""Batch entries that are not hashed: the mask only selects which tokens are hashed."""
+"""Batch entries that are not hashed: the mask only selects the tokens to hash."""
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Model inputs of a batch: a whole mapping, the first element of a tuple or list, or the batch itself."""
+    """Return the model inputs of a batch: a mapping, the first element of a tuple or list, or the batch itself."""
     if isinstance(batch, Mapping):
         return (), {name: value for name, value in batch.items() if name != "labels"}
     return (batch[0] if isinstance(batch, (tuple, list)) else batch,), {}
 
 
 def present_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The attention mask ``[samples, length]`` of a call as booleans; None if the call has no mask."""
+    """Return the attention mask ``[samples, length]`` of a call as booleans; None if the call has no mask."""
     for name, value in _named(args, kwargs):
         if name == "attention_mask" and value.dim() == 2:
             return value.bool()
@@ -36,15 +36,15 @@ def present_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | N
 
 
 def sample_keys(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[bytes]:
-    """A key of `KEY_BYTES` bytes for each sample of a call.
+    """Compute a key of `KEY_BYTES` bytes for each sample of a call.
 
     Args:
-        args: Positional model inputs; tensors ``[samples, ...]``, or mappings of them.
-        kwargs: Keyword model inputs. Of tensors ``[samples, length, ...]`` only tokens selected by "attention_mask" are
-            hashed.
+        args: Positional model inputs: tensors ``[samples, ...]``, or mappings of them.
+        kwargs: Keyword model inputs. In tensors ``[samples, length, ...]``, only tokens selected by "attention_mask"
+            are hashed.
 
     Raises:
-        QatkitError: the call has no tensor.
+        QatkitError: the call has no tensor inputs.
 
     Example:
         >>> whole, padded = torch.tensor([[5, 6]]), torch.tensor([[0, 5, 6]])

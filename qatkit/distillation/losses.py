@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions of two sets of logits, averaged over the included positions."""
+"""Distillation losses: pure functions of student and teacher outputs, averaged over the included positions."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def kd_loss(
 ) -> Tensor:
     """``T**2 * KL(softmax(teacher / T) || softmax(student / T))``, averaged over positions.
 
-    Hinton, Vinyals and Dean (2015, https://arxiv.org/abs/1503.02531), section 2: the factor ``T**2`` keeps the size of
-    the gradient when the temperature changes.
+    The factor ``T**2`` keeps the gradient magnitude roughly independent of the temperature (Hinton, Vinyals and Dean
+    2015, https://arxiv.org/abs/1503.02531, section 2).
 
     Args:
         student: Logits ``[..., classes]``, any float dtype; computed in float32.
         teacher: Logits of the same shape; no gradient flows into them.
         temperature: Divides both sets of logits.
-        mask: True at positions to include, ``[...]``; all positions by default. The loss is 0 if no position is
-            included.
-        labels: Class numbers ``[...]``; positions labeled -100 are ignored.
+        mask: True at positions to include, ``[...]``. By default, all positions are included. The loss is 0 if no
+            position is included.
+        labels: Class indices ``[...]``; positions labeled -100 are ignored.
 
     Raises:
         QatkitError: the shapes differ.
@@ -54,7 +54,7 @@ def reverse_kl_loss(
 ) -> Tensor:
     """``T**2 * KL(softmax(student / T) || softmax(teacher / T))``: mode-seeking distillation.
 
-    Gu et al. (2023, https://arxiv.org/abs/2306.08543), equation 1, over the classes of each position.
+    This is equation 1 of Gu et al. (2023, https://arxiv.org/abs/2306.08543), over the classes of each position.
 
     Args:
         student: As in `kd_loss`.
@@ -80,8 +80,8 @@ def jsd_loss(
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence: ``T**2 * (beta * KL(p || m) + (1 - beta) * KL(q || m))``.
 
-    p is the teacher, q the student and ``m = beta * p + (1 - beta) * q``. Agarwal et al. (2023,
-    https://arxiv.org/abs/2306.13649), equation 1; the factor ``T**2`` is that of `kd_loss`.
+    p is the teacher, q the student and ``m = beta * p + (1 - beta) * q``. This is equation 1 of Agarwal et al. (2023,
+    https://arxiv.org/abs/2306.13649) with the factor ``T**2`` of `kd_loss`.
 
     Args:
         student: As in `kd_loss`.
@@ -89,8 +89,8 @@ def jsd_loss(
         temperature: As in `kd_loss`.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
-        beta: Weight of the teacher in the mixture, between 0 and 1. Divided by ``beta``, the loss tends to `kd_loss`
-            as beta goes to 0; divided by ``1 - beta``, to `reverse_kl_loss` as beta goes to 1.
+        beta: Weight of the teacher in the mixture, between 0 and 1. Divided by ``beta``, the loss approaches `kd_loss`
+            as beta goes to 0. Divided by ``1 - beta``, it approaches `reverse_kl_loss` as beta goes to 1.
 
     Raises:
         QatkitError: the shapes differ or `beta` is out of range.
@@ -103,9 +103,9 @@ def jsd_loss(
 
 
 def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-    """Mean squared difference of logits, or of the outputs of a regression.
+    """Mean squared difference of logits or of regression outputs.
 
-    Ba and Caruana (2014, https://arxiv.org/abs/1312.6184), equation 1 without its factor 1/2.
+    This is equation 1 of Ba and Caruana (2014, https://arxiv.org/abs/1312.6184) without its factor 1/2.
 
     Args:
         student: Outputs ``[..., classes]``, any float dtype; computed in float32.
@@ -130,16 +130,15 @@ def binary_kl_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """``T**2 * KL(sigmoid(teacher / T) || sigmoid(student / T))`` of independent labels, averaged over labels.
+    """``T**2 * KL(sigmoid(teacher / T) || sigmoid(student / T))``, averaged over independent binary labels.
 
-    The loss of `kd_loss` for independent binary labels: two classes per label, with the logits
-    ``[z, 0]``.
+    It equals `kd_loss` with two classes per label, whose logits are ``[z, 0]``.
 
     Args:
         student: Logits ``[..., labels]``, any float dtype; computed in float32.
         teacher: Logits of the same shape; no gradient flows into them.
         temperature: Divides both sets of logits.
-        mask: True at positions to include, ``[...]``; all positions by default.
+        mask: True at positions to include, ``[...]``. The default is all positions.
         labels: As in `kd_loss`.
 
     Raises:
@@ -164,7 +163,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, la
     Args:
         student: Embeddings ``[..., width]``, any float dtype; computed in float32.
         teacher: Embeddings of the same shape; no gradient flows into them.
-        mask: True at rows to include, ``[...]``; all rows by default.
+        mask: True at rows to include, ``[...]``. The default is all rows.
         labels: As in `kd_loss`.
 
     Raises:
@@ -184,15 +183,15 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, la
 def similarity_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
 ) -> Tensor:
-    """Mean squared difference of the cosine similarities between all rows of a batch: their relations are distilled.
+    """Mean squared difference between the pairwise cosine similarities of student and teacher embeddings in a batch.
 
-    Park et al. (2019, https://arxiv.org/abs/1904.05068), relational distillation, with the cosine as the relation. The
-    widths of student and teacher may differ.
+    This is relational knowledge distillation (Park et al. 2019, https://arxiv.org/abs/1904.05068) with cosine
+    similarity as the relation. Student and teacher widths may differ.
 
     Args:
         student: Embeddings ``[..., width]``, any float dtype; computed in float32.
         teacher: Embeddings ``[..., any width]``; no gradient flows into them.
-        mask: True at rows to include, ``[...]``; all rows by default.
+        mask: True at rows to include, ``[...]``. The default is all rows.
         labels: As in `kd_loss`.
 
     Raises:
@@ -212,11 +211,11 @@ def similarity_loss(
 
 
 def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """Return the included positions as a boolean mask; None if all are included.
+    """Return a boolean mask of the included positions; None if all are included.
 
     Args:
         mask: True or 1 at positions to include, ``[...]``.
-        labels: Class numbers ``[...]``; positions labeled -100 are ignored.
+        labels: Class indices ``[...]``; positions labeled -100 are ignored.
     """
     mask = None if mask is None else mask.bool()
     if labels is None:
@@ -228,7 +227,7 @@ def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
 def zero_uncounted(values: Tensor, mask: Tensor | None) -> Tensor:
     """Set values at ignored positions to 0.
 
-    Call it before the arithmetic, not after it: NaN or infinity times 0 is NaN, in the loss and in its gradient.
+    Call it before the computation, not after it: NaN or Inf times 0 is NaN, in the loss and in its gradient.
 
     Args:
         values: ``[..., size]``.
@@ -238,7 +237,7 @@ def zero_uncounted(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the included positions; if there are none, a 0 that still has a graph.
+    """Return the mean over the included positions, or a 0 that still has an autograd graph if there are none.
 
     Args:
         values: One number per position, ``[...]``.
@@ -251,7 +250,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
-    """Check that student and teacher have the same shape.
+    """Raise an error if student and teacher shapes differ.
 
     Raises:
         QatkitError: the shapes differ.
@@ -265,7 +264,7 @@ def check_shapes(name: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def check_beta(beta: float) -> None:
-    """Check that `beta` is between 0 and 1.
+    """Raise an error if `beta` is not between 0 and 1.
 
     Raises:
         QatkitError: `beta` is out of range.
@@ -279,7 +278,7 @@ def check_beta(beta: float) -> None:
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """``log_softmax(logits / T)`` in float32, never -inf: a class masked in student and teacher then adds 0, not NaN.
+    """``log_softmax(logits / T)`` in float32, clamped so that a class masked in both models adds 0 instead of NaN.
 
     Args:
         logits: ``[..., classes]``, any float dtype.

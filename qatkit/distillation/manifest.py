@@ -17,12 +17,12 @@ NAME = "cache.json"
 SCHEMA = 1
 """Version of ``cache.json``."""
 KEY = "teacher cache"
-"""The key of errors about a cache."""
+"""The key used in errors about a cache."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that a cache is written with."""
+    """The settings with which a cache is written."""
 
     k: int
     temperature: float
@@ -31,12 +31,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``cache.json``. It is rewritten after each file, so that a killed process can resume."""
+    """The content of ``cache.json``. It is rewritten after each Arrow file, so that an interrupted run can resume."""
 
     fingerprint: dict[str, str]
     settings: Settings
     files: dict[str, str] = field(default_factory=dict)
-    """The SHA-256 digests of the complete Arrow files by name, in the order of their samples."""
+    """The SHA-256 digests of the complete Arrow files by name, in sample order."""
     samples: int | None = None
     """Number of samples; None until the cache is complete."""
     tokens: int | None = None
@@ -51,14 +51,14 @@ class Manifest:
         write_signed(folder / NAME, asdict(self), SCHEMA, partial(json.dumps, indent=1))
 
     def with_file(self, path: Path) -> Manifest:
-        """The same manifest with the digest of one more file."""
+        """Return the manifest with the digest of one more file."""
         return replace(self, files=self.files | {path.name: sha256_of(path)})
 
     def check_file(self, path: Path) -> None:
-        """Compare an Arrow file with its digest.
+        """Compare an Arrow file to its digest.
 
         Raises:
-            QatkitError: it is missing or has changed.
+            QatkitError: the file is missing or has changed.
         """
         if not path.is_file():
             raise QatkitError(f"{path} is missing", key=KEY, advice=f"restore the file, or {_again(path.parent)}")
@@ -70,7 +70,7 @@ class Manifest:
             )
 
     def check_files(self, folder: Path) -> None:
-        """Compare all Arrow files with their digests; each is read once per process.
+        """Compare all Arrow files to their digests; each file is read once per process.
 
         Raises:
             QatkitError: a file is missing or has changed.
@@ -79,10 +79,10 @@ class Manifest:
             self.check_file(folder / name)
 
     def refuse_changes(self, folder: Path, fingerprint: Mapping[str, str], settings: Settings | None = None) -> None:
-        """Reject a cache whose fingerprint or, if they are given, settings differ.
+        """Raise an error if the fingerprint or, if passed, the settings of a cache differ.
 
         Raises:
-            QatkitError: the error names each difference.
+            QatkitError: they differ; the error lists each difference.
         """
         was: dict[str, Any] = asdict(self.settings) | self.fingerprint
         now = asdict(settings or self.settings) | dict(fingerprint)
@@ -100,10 +100,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a cache; None if the folder has none.
+    """Read the manifest of a cache; None if the folder has none.
 
     Raises:
-        QatkitError: it is damaged, or was written by another version of qatkit.
+        QatkitError: the manifest is corrupt, or was written by another version of qatkit.
     """
     content = read_signed(folder / NAME, Manifest, SCHEMA, _again(folder))
     return None if content is None else Manifest(**content | {"settings": Settings(**content["settings"])})
@@ -113,7 +113,7 @@ def is_complete(folder: Path) -> bool:
     """Whether `cache_teacher` finished in a folder.
 
     Raises:
-        QatkitError: as `read_manifest`.
+        QatkitError: as in `read_manifest`.
     """
     manifest = read_manifest(folder)
     return manifest is not None and manifest.complete

@@ -1,4 +1,4 @@
-"""The layer whose logits a fused loss does not materialize."""
+"""The output layer of a causal language model, for losses that do not materialize its logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def output_layer(model: nn.Module) -> nn.Linear | None:
-    """The output layer of a causal language model, if it is a plain linear layer without hooks."""
+    """Return the output layer of a causal language model, if it is a plain linear layer without hooks."""
     get = getattr(model, "get_output_embeddings", None)
     layer = get() if get is not None else None
     config = getattr(model, "config", None)

@@ -12,11 +12,11 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 def top_k_log_probabilities(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The k most probable classes, their log-probabilities, and that of all other classes combined.
+    """Return the top-k classes, their log-probabilities, and the log-probability of all other classes combined.
 
     Args:
         logits: ``[..., classes]``, any float dtype; computed in float32.
-        k: Number of classes kept, from 1 to the number of classes minus 1.
+        k: Number of classes to keep, from 1 to the number of classes minus 1.
         temperature: Divides the logits.
 
     Returns:
@@ -46,18 +46,18 @@ def sparse_kd_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """``T**2 * KL(p || q)`` over the teacher's k most probable classes and the rest, merged into one class.
+    """``T**2 * KL(p || q)`` over the teacher's top-k classes and the tail, which is merged into one class.
 
-    Merging classes can only lower the divergence (the data-processing inequality), so the loss is a lower bound of
-    `kd_loss`, and 0 if the two agree. Without the tail both distributions are normalized over the k classes: the
-    student then learns nothing about the probability of the other classes, and is biased (Anshumann et al. 2025,
-    https://arxiv.org/abs/2503.16870, section 3).
+    Merging classes can only lower the divergence (by the data-processing inequality), so the loss is a lower bound on
+    `kd_loss`. Without the tail, both distributions are normalized over the k classes. The student then learns nothing
+    about the probability of the other classes and is biased (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870,
+    section 3).
 
     Args:
         student: Logits ``[..., classes]``, any float dtype; computed in float32.
         indices: The teacher's classes ``[..., k]``, integers.
         log_p: The teacher's log-probabilities of these classes ``[..., k]`` at this temperature.
-        log_tail: Log of the teacher's probability of all other classes ``[...]``; None leaves them out.
+        log_tail: The teacher's log-probability of all other classes ``[...]``; None excludes them.
         temperature: Divides the student's logits.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
@@ -95,16 +95,16 @@ def top_k_kd_loss(
     labels: Tensor | None = None,
     tail: bool = True,
 ) -> Tensor:
-    """`sparse_kd_loss` from full teacher logits.
+    """Compute `sparse_kd_loss` from full teacher logits.
 
     Args:
         student: As in `kd_loss`.
         teacher: As in `kd_loss`.
-        k: Number of teacher classes kept, from 1 to the number of classes minus 1.
+        k: Number of teacher classes to keep, from 1 to the number of classes minus 1.
         temperature: As in `kd_loss`.
         mask: As in `kd_loss`.
         labels: As in `kd_loss`.
-        tail: Include all other classes, merged into one.
+        tail: Whether to include all other classes, merged into one.
 
     Raises:
         QatkitError: the shapes differ or `k` is out of range.

@@ -1,8 +1,8 @@
-"""Storage of a teacher cache: Arrow files with one row per sample, its tokens packed.
+"""Storage of a teacher cache: Arrow files with one row per sample.
 
-A token takes ``4 * k + 2`` bytes up to 65,536 classes and ``5 * k + 2`` above: class numbers in 16 or 24 bits, and in
-float16 their log-probabilities and the log-probability of all other classes. For k = 64 that is 258 and 322 bytes. A
-hidden state takes 2 bytes per element.
+A token takes ``4 * k + 2`` bytes for up to 65,536 classes and ``5 * k + 2`` bytes for more; for k = 64, that is 258 or
+322 bytes. Class indices have 16 or 24 bits. Their log-probabilities and the log-probability of all other classes are
+float16. A hidden state takes 2 bytes per element.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ SHORT = 1 << 16
 """Number of classes that 16 bits can index."""
 LOWEST = torch.finfo(torch.float16).min
 STATES = "hidden:"
-"""Prefix, before the layer's name, of a column with hidden states."""
+"""Prefix of the name of a column with hidden states, followed by the layer name."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Cached teacher outputs of some samples, padded to the longest."""
+    """Cached teacher outputs for some samples, padded to the longest."""
 
     indices: Tensor
-    """Classes int64 ``[samples, length, k]``."""
+    """Class indices, int64 ``[samples, length, k]``."""
     log_p: Tensor
-    """Their log-probabilities float32 ``[samples, length, k]``."""
+    """Log-probabilities of these classes, float32 ``[samples, length, k]``."""
     log_tail: Tensor
     """The log-probability of all other classes ``[samples, length]``."""
     mask: Tensor
@@ -66,7 +66,7 @@ def pack(
     Args:
         logits: Teacher logits ``[samples, length, classes]``.
         keys: Sample keys.
-        k: Classes kept per token.
+        k: Number of classes kept per token.
         temperature: Divides the logits.
         present: True at tokens to include ``[samples, length]``; other tokens are not stored.
         hidden: Hidden states by layer name ``[samples, length, width]``.
@@ -90,7 +90,7 @@ def pack(
 
 
 def unpack(rows: Sequence[Mapping[str, bytes]], k: int) -> Targets:
-    """Unpack rows of `pack`, padded to the longest sample."""
+    """Unpack rows returned by `pack`, padded to the longest sample."""
     parts = [_unpack(row, k) for row in rows]
     lengths = torch.tensor([len(part["log_tail"]) for part in parts])
     padded = {name: pad_sequence([part[name] for part in parts], batch_first=True) for name in parts[0]}
@@ -100,7 +100,7 @@ def unpack(rows: Sequence[Mapping[str, bytes]], k: int) -> Targets:
 
 
 def spread(targets: Targets, present: Tensor | None) -> Targets:
-    """Move each sample's tokens to their positions in a padded batch: the cache stores no padding.
+    """Move each sample's tokens to their positions in a padded batch, because the cache stores no padding.
 
     Args:
         targets: Outputs returned by `unpack`.
@@ -131,10 +131,10 @@ def table_bytes(rows: list[dict[str, bytes]], classes: int) -> bytes:
 
 
 def open_table(paths: Sequence[Path]) -> Any:
-    """The Arrow files as one memory-mapped table, read on access.
+    """Open the Arrow files as one memory-mapped table, which is read on access.
 
     Raises:
-        QatkitError: a file does not belong to a cache.
+        QatkitError: a file is not part of a cache.
     """
     import pyarrow as pa
 
@@ -150,7 +150,7 @@ def open_table(paths: Sequence[Path]) -> Any:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a file that exists is complete, even if the process is killed."""
+    """Write a file atomically: if it exists, it is complete, even if the process was killed."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 

@@ -1,4 +1,4 @@
-"""Students built from some of a teacher's layers."""
+"""Build students from a subset of a teacher's layers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ Model = TypeVar("Model", bound=nn.Module)
 def student_from_teacher(
     teacher: Model, layers: int | Sequence[int], keep: Literal["uniform", "last"] = "uniform"
 ) -> Model:
-    """Copy a transformers model with fewer layers and a matching config, so that `from_pretrained` loads it.
+    """Copy a transformers model with fewer layers and a matching config that `from_pretrained` can load.
 
-    Sanh et al. (2019, https://arxiv.org/abs/1910.01108), section 3, start a student from every second layer of its
-    teacher. Everything but the dropped layers is copied.
+    Everything except the dropped layers is copied. Sanh et al. (2019, https://arxiv.org/abs/1910.01108, section 3)
+    initialize a student from every second layer of its teacher.
 
     Args:
         teacher: A transformers model with one stack of layers; it is not changed.
         layers: Number of layers to keep, or their indices in ascending order.
-        keep: Which layers to keep if `layers` is a number: "uniform" spreads them over the teacher and ends with
-            its last layer, "last" keeps the last layers.
+        keep: Which layers to keep if `layers` is a number: "uniform" spaces them evenly up to the last layer, and
+            "last" keeps the last layers.
 
     Raises:
-        QatkitError: the model has no config, it has several stacks, or `layers` refers to layers that do not exist.
+        QatkitError: the model has no config or has multiple stacks of layers, or `layers` refers to layers that do not
+            exist.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,10 +70,10 @@ def student_from_teacher(
 
 
 def depth_of(teacher: nn.Module) -> int:
-    """The number of layers of a transformers model.
+    """Return the number of layers of a transformers model.
 
     Raises:
-        QatkitError: the model has no config, or several stacks.
+        QatkitError: the model has no config, or has multiple stacks of layers.
     """
     return _stack(teacher)[1]
 

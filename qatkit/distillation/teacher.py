@@ -12,13 +12,13 @@ from torch import Tensor, nn
 class Teacher:
     """Run a model in eval mode without gradients.
 
-    It is deliberately not an `nn.Module`: modules do not register it as a child, so it is not trained, saved, sharded
-    or counted.
+    It is deliberately not an `nn.Module`, so modules do not register it as a child, and it is not trained, saved,
+    sharded or counted.
 
     Args:
         model: The teacher; switched to eval mode.
-        device: The teacher's device, such as "cuda:1"; None uses the student's.
-        dtype: Dtype of its weights and inputs, such as `torch.bfloat16`; None leaves them unchanged.
+        device: The teacher's device, such as "cuda:1"; None uses the student's device.
+        dtype: Dtype of the teacher's weights and inputs, such as `torch.bfloat16`; None leaves them unchanged.
 
     Example:
         >>> teacher = Teacher(nn.Linear(4, 2), dtype=torch.bfloat16)

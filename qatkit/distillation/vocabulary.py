@@ -1,4 +1,4 @@
-"""Trim student and teacher logits to their shared tokens, if their vocabularies are padded differently."""
+"""Trim student and teacher logits to the shared vocabulary if they are padded to different widths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+    """The part of the transformers tokenizer interface that is used here."""
 
     @property
     def name_or_path(self) -> str: ...
@@ -24,14 +24,14 @@ class Tokenizer(Protocol):
 
 
 def shared_vocab_size(student: Tokenizer, teacher: Tokenizer) -> int:
-    """The size of the shared vocabulary, without the padding that models add.
+    """Return the size of the shared vocabulary, without the padding that models add.
 
     Args:
         student: Tokenizer of the student.
         teacher: Tokenizer of the teacher.
 
     Raises:
-        QatkitError: the vocabularies differ, so that one logit index means different tokens.
+        QatkitError: the vocabularies differ, so a logit index refers to different tokens.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
@@ -56,7 +56,7 @@ def trim_to_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int) -> tup
         vocab_size: Number of tokens in the shared tokenizer.
 
     Raises:
-        QatkitError: one of them is narrower than the vocabulary.
+        QatkitError: the logits of one model are narrower than the vocabulary.
     """
     widths = student.shape[-1], teacher.shape[-1]
     if min(widths) < vocab_size:
@@ -73,5 +73,5 @@ def trim_to_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int) -> tup
 
 @cache  # log one line, not one per step
 def log_trimmed(student: int, teacher: int, vocab_size: int) -> None:
-    """Log the padded widths and the number of tokens they are trimmed to."""
+    """Log the padded widths and the vocabulary size to which they are trimmed."""
     logger.info("logits padded to %d (student) and %d (teacher) are trimmed to %d tokens", student, teacher, vocab_size)

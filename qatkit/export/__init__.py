@@ -1,4 +1,4 @@
-"""Export trained models: the table of formats, one module per format, and verification of the exported files."""
+"""Export trained models: the format table, one module per format, and verification of the exported files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Config, generation config and tokenizer: the files next to a transformers model's weights."""
+"""Companion files of a transformers model's weights: config, generation config and tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _IGNORED = {"quantization_config", "architectures", "dtype", "torch_dtype", "tra
 
 
 def export_config(model: nn.Module) -> Any:
-    """The config that describes a model's weights; None if it has no config of transformers.
+    """Return a config that matches a model's weights; None if the model has no transformers config.
 
     With ``tie_word_embeddings: true``, a config would make `from_pretrained` overwrite separate output weights, so the
     exported config sets it to false if the weights are not tied.
@@ -42,8 +42,8 @@ def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, fold
     Args:
         names: Any of "config", "generation_config" and "tokenizer".
         model: The exported model.
-        tokenizer: The tokenizer of its data, or None.
-        folder: Where they are saved.
+        tokenizer: The tokenizer of the data, or None.
+        folder: The output folder.
     """
     companions = {
         "config": export_config(model),
@@ -57,16 +57,16 @@ def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, fold
 
 
 def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> list[str]:
-    """Compare the companion files in an exported folder with those of the trained model.
+    """Compare the companion files in an exported folder to the trained model's.
 
     Args:
-        names: The companions that the format saves; others are compared if the folder has them.
+        names: The companions that the format saves; others are compared if they exist in the folder.
         model: The trained model.
-        tokenizer: The tokenizer of its data, or None.
+        tokenizer: The tokenizer of the data, or None.
         folder: The exported folder.
 
     Returns:
-        Every difference, as text.
+        Descriptions of all differences.
     """
     failures: list[str] = []
     for name in ("config", "generation_config", "tokenizer"):

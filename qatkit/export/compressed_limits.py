@@ -1,4 +1,4 @@
-"""Limits of the compressed-tensors format and of the programs that read it: plain transformers and vLLM."""
+"""Limitations of the compressed-tensors format and of its readers, plain transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from qatkit.spec import QuantSpec
 
 INSTEAD = "use export: {format: dense}"
 BITS = (2, 4, 8)
-"""Supported bit widths of integer weights; other widths are packed differently by different versions of
-compressed-tensors."""
+"""Supported bit widths of integer weights; versions of compressed-tensors differ in how they pack other widths."""
 
 
 def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Reject quantization that the format or its readers do not support; weights are not read.
+    """Raise an error for quantization that the format or its readers do not support. Weights are not read.
 
     Args:
-        model: The model, with plain or swapped layers.
+        model: The model, with plain or quantized layers.
         schemes: Quantization by layer name.
 
     Raises:
@@ -52,7 +51,7 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 
 
 Problem = tuple[str, str]
-"""An unsupported use of the format, and the advice."""
+"""An unsupported use of the format, and advice."""
 
 
 def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | None:
@@ -126,5 +125,5 @@ def _scale_problem(side: str, spec: QuantSpec, dtype: torch.dtype) -> Problem | 
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in a spec, such as "bfloat16"."""
+    """Return the name of a dtype in a spec, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

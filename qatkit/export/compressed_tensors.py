@@ -1,7 +1,7 @@
-"""compressed-tensors export: codes and scales in a folder that plain transformers and vLLM load.
+"""Export to compressed-tensors: a folder with codes and scales that plain transformers and vLLM can load.
 
-The compressed-tensors package computes the codes from the latent weights and from the scales of the fake quantizers, in
-float32 as in training: scales are not recomputed.
+The compressed-tensors package computes the codes from the latent weights and the scales of the fake quantizers, in
+float32 as in training. Scales are not recomputed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Reject a model that cannot be exported as a compressed transformers folder; weights are not read.
+    """Raise an error if a model cannot be exported as a compressed transformers folder. Weights are not read.
 
     Raises:
-        QatkitError: the model is not a transformers model, has fused experts, or quantizes keys and values or a layer
-            in a way that the format does not support.
+        QatkitError: the model is not a transformers model or has fused experts, or the format does not support the
+            quantization of its KV cache or of a layer.
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(
@@ -67,14 +67,14 @@ def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
-    """Compare the folder's codes, scales and dequantized weights with the model's, and load it with transformers."""
+    """Compare the folder's codes, scales and dequantized weights to the model's, and load it with transformers."""
     return compare_and_load(model, path)
 
 
 def bound(measured: Measured) -> Bound:
-    """Outputs must be equal in float32; with quantized inputs in half precision, the bound is that of ONNX.
+    """Return the error bound: 0, or the same as for ONNX with quantized inputs in half precision.
 
-    transformers quantizes inputs as training does, but in their own dtype, in which a scale has fewer digits.
+    transformers quantizes inputs as in training, but in their own dtype, in which scales are less precise.
     """
     if measured.half_precision and measured.quantizes_inputs:
         limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
@@ -88,14 +88,14 @@ def is_model_folder(path: Path) -> bool:
 
 
 def export_compressed(model: nn.Module, folder: Path | str) -> None:
-    """Write a transformers model as a folder that `from_pretrained` loads, with quantized layers as codes and scales.
+    """Export a transformers model to a folder that `from_pretrained` loads, with quantized layers as codes and scales.
 
     The folder's config lists unquantized layers under ``ignore``, and has one config group per quantization scheme. A
-    model without quantized layers is written as a plain folder.
+    model without quantized layers is saved as a plain folder.
 
     Args:
-        model: A transformers model, plain, or calibrated and from `prepare_qat`. Left unchanged.
-        folder: Output folder for the config and the weights; replaced atomically.
+        model: A transformers model, either plain or prepared by `prepare_qat` and calibrated. It is not changed.
+        folder: Output folder for the config and the weights, which is replaced atomically.
 
     Raises:
         QatkitError: the format does not support the model.

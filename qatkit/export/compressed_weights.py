@@ -1,4 +1,4 @@
-"""Read a compressed-tensors folder back: codes and scales from the file, dequantized weights from transformers."""
+"""Read back a compressed-tensors folder: codes and scales from the file, dequantized weights from transformers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from qatkit.quantization.state import quantizer_prefixes
 
 @torch.no_grad()
 def compare_and_load(trained: nn.Module, folder: Path) -> ReadBack:
-    """Compare a folder's codes, scales and dequantized weights with a model, and load it with transformers.
+    """Compare a folder's codes, scales and dequantized weights to a model, and load it with transformers.
 
     Args:
         trained: The model, in eval mode on the CPU.
-        folder: Written by `export_compressed`.
+        folder: A folder written by `export_compressed`.
     """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -96,6 +96,6 @@ def _static_scale(fake_quant: FakeQuantize) -> Tensor:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Hide the progress bars of transformers and compressed-tensors, which have no option for this."""
+    """Hide the progress bars of transformers and compressed-tensors, which have no option for it."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""Dense export: a plain safetensors checkpoint whose weights are the quantized values."""
+"""Dense export: a plain safetensors checkpoint with fake-quantized weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qatkit.tasks.table import Task
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Accept every model whose tied weights are quantized alike: a dense file can store any state dict.
+    """Raise an error if tied weights are quantized differently; all other models are supported.
 
     Raises:
         QatkitError: layers that share one weight quantize it differently, or only some of them do.
@@ -63,30 +63,30 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """Outputs must be equal, unless activations are quantized: a dense file does not store their quantization."""
+    """Return the error bound: 0, or none if activations are quantized, which a dense file does not store."""
     if measured.quantizes_inputs:
         return Bound("none, since the file does not quantize activations", None)
     return EXACT
 
 
 def is_dense(path: Path) -> bool:
-    """Whether a safetensors file contains plain tensors, not those of the sparse format."""
+    """Whether a safetensors file contains plain tensors rather than the sparse format."""
     return "sparse" not in metadata(path)
 
 
 def export_dense(model: nn.Module, path: Path | str) -> None:
-    """Write a model's weights under plain names; for quantized layers, these are the fake-quantized values.
+    """Export a model's weights with plain names; weights of quantized layers are fake-quantized.
 
     A plain model that loads the file has exactly the trained weights, in their own dtype. Activation quantization is
-    not in the file, because it is not a property of the weights. The metadata entry ``specs`` lists the quantized
-    layers and their specs.
+    not stored, because it is not a property of the weights. The metadata entry ``specs`` lists the quantized layers and
+    their specs.
 
     Args:
-        model: A plain model, or one from `prepare_qat`.
-        path: The safetensors file; written atomically. Tied weights are written once per name.
+        model: A plain model, or one prepared by `prepare_qat`.
+        path: The safetensors file, which is written atomically. Tied weights are written once per name.
 
     Raises:
-        QatkitError: tied layers quantize their common weight differently, so no single value is right for both.
+        QatkitError: tied layers quantize their common weight differently, so no single value is correct for both.
 
     Example:
         >>> import tempfile, torch
@@ -106,7 +106,7 @@ def export_dense(model: nn.Module, path: Path | str) -> None:
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a dense checkpoint by plain name, on the CPU, without shared memory.
+    """Return the tensors of a dense checkpoint by plain name, on the CPU, without shared memory.
 
     Raises:
         QatkitError: tied layers quantize their common weight differently.
@@ -136,7 +136,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_and_compare(model: nn.Module, path: Path, load: Callable[[Path], dict[str, Tensor]]) -> ReadBack:
-    """Load a file's tensors into the plain model and compare them with the trained model.
+    """Load a file's tensors into the plain model, and compare them to the trained model.
 
     Args:
         model: The trained model, on the CPU.
@@ -164,7 +164,7 @@ def load_and_compare(model: nn.Module, path: Path, load: Callable[[Path], dict[s
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty if it has none or cannot be read."""
+    """Return the metadata of a safetensors file; empty if there is none or the file cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

@@ -1,7 +1,7 @@
-"""The table of export formats, which the recipe schema, validation, pipeline, verification, report and docs read.
+"""The table of export formats, shared by recipe schema, validation, pipeline, verification, report and docs.
 
-A new format is one file next to this one that checks, writes and reads it back, and one row in `FORMATS`. The four
-functions that every row names are typed in `qatkit.export.interface`.
+To add a format, add a module next to this one with its four functions (check, write, read back, bound), and a row in
+`FORMATS`. The types of these functions are in `qatkit.export.interface`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from qatkit.errors import QatkitError
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A file format for trained models. Functions are named as ``module:function``."""
+    """A file format for trained models. Functions are referenced as ``module:function``."""
 
     name: str
     """The name in ``export: {format: NAME}``."""
     description: str
     """One-line description for help texts and docs."""
     file_name: str
-    """The file in a stage's export folder; empty if the format writes the folder itself."""
+    """The file name in a stage's export folder; empty if the format writes the folder itself."""
     check: str
-    """``(model, planned)``: reject an unsupported model; called before training and before writing."""
+    """``(model, planned)``: raise an error for an unsupported model; called before training and before writing."""
     write: str
-    """``(model, path, batch, task)``: write the model; `batch` is one test batch and `task` the task that the data
-    declares or None, for formats that trace."""
+    """``(model, path, batch, task)``: write the model. Formats that trace use `batch`, a test batch, and `task`, the
+    task that the data declares or None.
+    """
     read_back: str
-    """``(model, path, threads)``: compare the file's weights with the model's, and load it for verification."""
+    """``(model, path, threads)``: compare the file's weights to the model's, and load the file for verification."""
     bound: str
     """``(measured)``: the output error that verification allows."""
     runtime: str
     """The program that runs the file, as the subject of a sentence: "ONNX Runtime"."""
     weights: str = "weights"
-    """The numbers that verification compares with ``==``: "weights", or "integer weights"."""
+    """The values that verification compares with ``==``: "weights", or "integer weights"."""
     extra: str = ""
     """The optional dependency group: ``pip install 'qatkit[EXTRA]'``."""
     packages: tuple[str, ...] = ()
@@ -47,16 +48,17 @@ class ExportFormat:
     recognizes: str = ""
     """``(path)``: whether the content is of this format, if the file name is ambiguous."""
     companions: tuple[str, ...] = ()
-    """Saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
+    """Files saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
     benchmark: str = ""
-    """``(path, threads)``: a callable whose latency the report measures; empty if none is measured."""
+    """``(path, threads)``: return a callable whose latency the report measures; empty if no latency is measured."""
     kernels: str = ""
-    """``(path)``: the kernels that the runtime chose; empty if unknown."""
+    """``(path)``: return the kernels that the runtime chose; empty if unknown."""
     other_sums: bool = False
-    """Whether the runtime adds in another order than PyTorch, so that verification measures the effect of rounding if
-    inputs are quantized."""
+    """Whether the summation order of the runtime differs from PyTorch's. If so, and if inputs are quantized,
+    verification measures the effect of rounding.
+    """
     dense_bytes: str = ""
-    """``(path)``: bytes of the same weights in dense storage, for formats that omit zeros."""
+    """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
     @property
     def is_folder(self) -> bool:
@@ -65,33 +67,33 @@ class ExportFormat:
 
     @property
     def suffix(self) -> str:
-        """The ending of its files, such as ".onnx"; empty for a folder."""
+        """The file extension, such as ".onnx"; empty for a folder."""
         return Path(self.file_name).suffix
 
     def path(self, folder: Path) -> Path:
-        """The exported file in a stage's export folder, or that folder."""
+        """Return the exported file in a stage's export folder, or the folder itself."""
         return folder / self.file_name if self.file_name else folder
 
     def size(self, path: Path) -> int:
-        """Bytes of an exported file, or of the weights in an exported folder."""
+        """Size in bytes of an exported file, or of the weights in an exported folder."""
         files = path.glob("*.safetensors") if self.is_folder else [path]
         return sum(file.stat().st_size for file in files)
 
     def call(self, part: str, *args: Any) -> Any:
-        """Call the function that a field names, importing it now."""
+        """Import the function that a field refers to, and call it."""
         return implementation(getattr(self, part))(*args)
 
     def check_model(self, model: Any, schemes: Any = None, kv_cache: bool = False, task: Any = None) -> None:
-        """Reject a model that the format does not support; weights are not read.
+        """Raise an error if the format does not support a model. Weights are not read.
 
         Args:
-            model: A plain model with `schemes`, or one from `prepare_qat` without them.
-            schemes: The planned `Scheme` of each layer, by name; by default the quantization that the model has.
-            kv_cache: Whether keys and values will be quantized; ignored without `schemes`.
+            model: A plain model if `schemes` is set, otherwise a model prepared by `prepare_qat`.
+            schemes: The planned `Scheme` of each layer, by name. The default is the model's own quantization.
+            kv_cache: Whether the KV cache will be quantized; ignored without `schemes`.
             task: The `Task` that the data declares, if it is known.
 
         Raises:
-            QatkitError: the format does not support the result; the error names the layer, and what to do.
+            QatkitError: the format does not support the result; the error includes the layer and the fix.
 
         Example:
             >>> from torch import nn
@@ -107,15 +109,15 @@ class ExportFormat:
         self.call("check", model, plan.of(model) if schemes is None else plan(schemes, kv_cache, task))
 
     def check_packages(self) -> None:
-        """Reject the format if a package that it needs is missing.
+        """Raise an error if a package that the format needs is missing.
 
         Raises:
-            QatkitError: a package is missing; the error names the command that installs it.
+            QatkitError: a package is missing; the error includes the command that installs it.
         """
         check_packages(f"format '{self.name}'", self.packages, self.extra)
 
     def versions(self) -> dict[str, str]:
-        """Versions of the installed packages that the format needs, by import name."""
+        """Return the versions of the installed packages that the format needs, by import name."""
         return {name: version(name) for name in self.packages if find_spec(name) is not None}
 
 
@@ -182,15 +184,15 @@ FORMATS = Table(
 
 
 def format_of_path(path: Path, name: str | None = None) -> ExportFormat:
-    """The format of an exported file or folder.
+    """Return the format of an exported file or folder.
 
     Args:
         path: The file or folder.
-        name: The format's name; by default it is inferred from the file name, or from the content if several formats
-            share a file name.
+        name: The format's name. By default, it is inferred from the file name, or from the content if multiple formats
+            share the file name.
 
     Raises:
-        QatkitError: there is no such file, the name is unknown, or the format is ambiguous.
+        QatkitError: the file does not exist, the name is unknown, or the format is ambiguous.
 
     Example:
         >>> import tempfile

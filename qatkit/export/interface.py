@@ -1,4 +1,4 @@
-"""The values that the functions of an export format take and return."""
+"""The types of the arguments and return values of an export format's functions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from qatkit.tasks.table import Task
 
 @dataclass(frozen=True)
 class PlannedExport:
-    """The quantization of the model that will be exported; known before training."""
+    """The quantization of the model to export, as planned before training."""
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
-    """By layer name; layers that are not quantized are absent."""
+    """Schemes by layer name, without unquantized layers."""
     kv_cache: bool = False
-    """Whether keys and values are quantized."""
+    """Whether the KV cache is quantized."""
     task: Task | None = None
     """The task declared by the data; None if it is unknown."""
 
     @classmethod
     def of(cls, model: nn.Module) -> PlannedExport:
-        """The quantization of a model from `prepare_qat`; empty for a plain one."""
+        """Return the quantization of a model prepared by `prepare_qat`; empty for a plain model."""
         schemes = {
             weight.name.removesuffix(f".{weight.part}"): Scheme(
                 _spec(weight.weight_fake_quant), _spec(weight.input_fake_quant)
@@ -44,21 +44,21 @@ def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """An exported file whose weights have been compared with the model's."""
+    """An exported file whose weights have been compared to the model's."""
 
     weights: int
-    """Quantized weights that were compared."""
+    """Number of quantized weights that were compared."""
     failures: list[str]
-    """Every difference, as text."""
+    """Descriptions of all differences."""
     runtime: Callable[..., Any] | None
-    """The file in its runtime, called as the model is; None if it cannot be loaded."""
+    """The file loaded in its runtime, with the model's call signature; None if it cannot be loaded."""
     after: Callable[[], list[str]] | None = None
-    """What the calls of the runtime have shown to be wrong, asked for after the last one."""
+    """Returns the problems found during calls of the runtime; called after the last of them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements that an error bound may depend on."""
+    """The measurements on which an error bound may depend."""
 
     quantizes_inputs: bool
     half_precision: bool
@@ -68,8 +68,9 @@ class Measured:
     mean_output: float
     """Mean of ``|trained|`` over all outputs."""
     rounding_error: float = 0.0
-    """Mean of ``|trained - the same computed in float64|``, if the format's row asks for it: rounding moves values
-    across rounding borders."""
+    """Mean of ``|trained - the same computed in float64|``, if the format's row requests it. It measures how far
+    rounding differences, which change single codes, affect the outputs.
+    """
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Bound:
     """The mean output error that verification allows."""
 
     text: str
-    """The bound as text."""
+    """Description of the bound."""
     limit: float | None
     """The bound as a number; None if outputs are not bounded."""
 

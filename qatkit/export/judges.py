@@ -1,4 +1,4 @@
-"""Score the outputs of a model over batches: by a task of the table, or by a torchmetrics metric."""
+"""Score the outputs of a model over batches, by a task of the table or by a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Scores the outputs of one model, and counts where two models agree."""
+    """Scores the outputs of one model, and counts agreements between two models."""
 
     def add(self, outputs: Any, batch: Any) -> None:
         """Score the outputs for one batch."""
 
     def agreements(self, ours: Any, theirs: Any, batch: Any) -> int:
-        """The number of predictions for which both outputs give the same answer."""
+        """Return the number of predictions that are equal in both outputs."""
 
     def value(self) -> float:
         """The metric over all batches."""
 
     @property
     def count(self) -> int:
-        """Predictions that were scored."""
+        """Number of scored predictions."""
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """The names of the task and of its metric, and the noun for the scored predictions."""
+        """The names of the task and its metric, and the noun for the scored predictions."""
 
 
 class TaskJudge:
@@ -59,17 +59,17 @@ class TaskJudge:
         return int(agree(rows, others, labels, task_of(batch, self.declared)))
 
     def value(self) -> float:
-        """The metric that the task is judged by."""
+        """The value of the task's metric."""
         return self.scores.metrics()[self._task.metric]
 
     @property
     def count(self) -> int:
-        """Labels that were counted."""
+        """Number of labels included in the metric."""
         return self.scores.count
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """The terms in the task's row."""
+        """The names and the noun in the task's row."""
         return self._task.name, self._task.metric, self._task.counted
 
     @property
@@ -83,7 +83,7 @@ class MetricJudge:
 
     Args:
         metric: Updated with the outputs, and with the labels of the batch.
-        class_dim: The dimension of the outputs whose largest value is the answer; None compares all values with a
+        class_dim: The class dimension of the outputs, whose argmax is the prediction. None compares all values with a
             tolerance of 1%.
     """
 
@@ -108,7 +108,7 @@ class MetricJudge:
         self.count += sum(self._answers(output).numel() for output in tensors(outputs).values())
 
     def agreements(self, ours: Any, theirs: Any, batch: Any) -> int:
-        """Compare the answers of all outputs."""
+        """Compare the predictions in all outputs."""
         count = 0
         for name, output in tensors(ours).items():
             first, second = self._answers(output), self._answers(tensors(theirs)[name])
@@ -129,7 +129,7 @@ class MetricJudge:
 
     @property
     def words(self) -> tuple[str, str, str]:
-        """The metric's class name stands for the task."""
+        """The metric's class name is used as the task name."""
         return "", type(self.metric).__name__, "values" if self.class_dim is None else "predictions"
 
     def _answers(self, output: Tensor) -> Tensor:

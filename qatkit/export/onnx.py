@@ -1,13 +1,14 @@
 """ONNX export with integer weights: quantized layers become QuantizeLinear / DequantizeLinear (QDQ) nodes.
 
 A QDQ graph represents the training arithmetic exactly, and ONNX Runtime, OpenVINO and TensorRT fuse it into integer
-kernels. Whether ONNX Runtime does so depends on the bias (int32 with scale weight x input; always written that way), on
-the input codes (unsigned after a ReLU, that is `symmetric: false`), and on whether the layer after a convolution is
-quantized too. `qatkit.export.runtime.integer_kernels` counts the kernels that were chosen.
+kernels. Whether ONNX Runtime does so depends on the bias, the input codes and the following layer. The bias must be
+int32, with the product of weight and input scale as its scale; it is always exported in this form. The input codes must
+be unsigned after a ReLU (`symmetric: false`), and the layer after a convolution must be quantized too.
+`qatkit.export.runtime.integer_kernels` counts the kernels that were chosen.
 
 Tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_point``, ``{layer}.input.scale``,
-``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). Codes of 2
-to 8 bits are all stored in 8 bits. Group-wise weights are exact but run in floating point.
+``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). Codes of 2 to 8
+bits are all stored in 8 bits. Per-group weights are exact but run in floating point.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ _INSTEAD = "use export: {format: dense}"
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Reject a model that ONNX, as ONNX Runtime reads it, does not support; weights are not read.
+    """Raise an error if a model cannot be exported to ONNX for ONNX Runtime. Weights are not read.
 
     Raises:
-        QatkitError: QDQ does not support a quantized layer, or keys and values are quantized.
+        QatkitError: QDQ does not support a quantized layer, or the KV cache is quantized.
     """
     if planned.kv_cache:
         raise QatkitError("ONNX does not support quantized keys and values", advice=f"remove kv_cache, or {_INSTEAD}")
@@ -56,17 +57,17 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
 
 
 def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
-    """Trace the model on a test batch and write it.
+    """Trace the model on a test batch and write the file.
 
     Raises:
-        QatkitError: `export_onnx` rejects the model or its inputs.
+        QatkitError: `export_onnx` does not support the model or its inputs.
     """
     args, kwargs = model_inputs(batch)
     export_onnx(model, kwargs or args, path, task_of(batch, task))
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
-    """Compare the file's integers with the model's, and load it into a default session of ONNX Runtime."""
+    """Compare the file's integers to the model's, and load the file into a default ONNX Runtime session."""
     compared = compare_onnx_weights(model, path)
     try:
         runtime = load_runtime(path, threads)
@@ -79,12 +80,12 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """1% of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
+    """Return 1% of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
 
-    A different summation order may move a value across a rounding border, which changes one code of the next input.
-    Where such flips spread (LayerNorm, softmax), two models that are equally far from the exact result differ by at
-    most twice that distance: the bound is twice the difference between training and float64, and at most half of the
-    quantization error.
+    A different summation order may move a value across a rounding boundary, which changes one code of the next input.
+    Where such flips spread (LayerNorm, softmax), two models at the same distance from the exact result differ by at
+    most twice that distance. There, the bound is twice the difference between training and float64, and at most half of
+    the quantization error.
     """
     if not measured.quantizes_inputs:
         return Bound("1e-4 of the mean output", 1e-4 * measured.mean_output)
@@ -99,20 +100,23 @@ def bound(measured: Measured) -> Bound:
 def export_onnx(model: nn.Module, example: Any, path: Path | str, task: Task | str | None = None) -> None:
     """Write a plain or fake-quantized model to an ONNX file with a dynamic batch dimension.
 
-    The model is left unchanged; the file computes as the model does in eval mode. Its inputs have the names of the
-    parameters of `forward`, and its outputs those that the model gives them, or "output" if it returns one tensor.
+    The model is not changed; the file computes the outputs of the model in eval mode. Its inputs are named after the
+    parameters of `forward`. Its outputs have the model's output names, or the name "output" if the model returns one
+    tensor.
 
     Args:
-        model: A plain float32 model, or a calibrated one from `prepare_qat`.
+        model: A plain float32 model, or a calibrated model prepared by `prepare_qat`.
         example: The inputs of one call: a tensor ``[batch, ...]``, a tuple of positional arguments, or a mapping of
-            keyword arguments; only shapes and dtypes matter. None leaves an optional input out.
-        path: The file; written atomically.
-        task: A task of `qatkit.tasks.TASKS` or its name. It makes further dimensions dynamic: "sequence" for texts,
-            "height" and "width" for segmentation. By default, integers ``[batch, tokens]`` in a mapping are a text.
+            keyword arguments; only shapes and dtypes matter. None omits an optional input.
+        path: The output file, which is written atomically.
+        task: A task of `qatkit.tasks.TASKS` or its name. It makes more dimensions dynamic: "sequence" for text,
+            "height" and "width" for segmentation. By default, integers ``[batch, tokens]`` in a mapping are treated as
+            text.
 
     Raises:
         QatkitError: ONNX is not installed, QDQ does not support a layer's quantization, a layer is not calibrated, a
-            weight is not float32, `forward` fails on the example or returns no tensor, or PyTorch cannot trace it.
+            weight is not float32, `forward` fails on the example or does not return a tensor, or PyTorch cannot trace
+            the model.
 
     Example:
         >>> import tempfile, torch

@@ -1,7 +1,7 @@
-"""Weights of layers whose inputs are not quantized, in an ONNX graph.
+"""ONNX constants for weights of layers whose inputs are not quantized.
 
-ONNX Runtime fuses DequantizeLinear and a MatMul into a kernel that quantizes the input to 8 bits, which training did
-not do. Written as Cast, Sub and Mul, the same weight is decoded when the file is loaded, and the product is exact.
+ONNX Runtime fuses DequantizeLinear and MatMul into a kernel that quantizes the input to 8 bits, unlike training. If the
+weight is instead dequantized by Cast, Sub and Mul, it is decoded when the file is loaded, and the product is exact.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _DECODING = ("Cast", "Unsqueeze", "Sub", "Gather")
 
 
 def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
-    """Replace the DequantizeLinear nodes of weights that a MatMul reads.
+    """Replace the DequantizeLinear nodes of weights that are inputs of a MatMul.
 
     Args:
-        graph_model: The graph, after constants were folded.
+        graph_model: The graph after constant folding.
         weights: Names of the codes, with one scale per weight or per output channel.
     """
     from onnxscript import ir
@@ -58,12 +58,12 @@ def _reaches_matmul(value: Any) -> bool:
 
 
 def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ...], list[Any]]:
-    """Return the nodes that decode each weight, in order, by the names of its codes, scale and zero point.
+    """Return the nodes that decode each weight, in order, keyed by the names of its codes, scale and zero point.
 
-    Those of an embedding gather rows first, and read one more value: the row numbers.
+    The nodes of an embedding first gather rows, and have the row indices as an additional input.
 
     Args:
-        proto: A graph that was read from a file.
+        proto: A graph read from a file.
         constants: Names of its initializers.
     """
     makers = {output: node for node in proto.node for output in node.output}

@@ -1,4 +1,4 @@
-"""The ONNX graph of a model of QDQ layers: traced by PyTorch, simplified, named after the layers, written."""
+"""Trace a model of QDQ layers with PyTorch, name its tensors after the layers, simplify the graph and save it."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
 
 
 def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
-    """The model as an ONNX program whose batch dimension, and the task's other dimensions where possible, are dynamic.
+    """Trace the model to an ONNX program with dynamic batch and, where possible, dynamic task dimensions.
 
     Args:
-        model: A copy of the model, whose quantized layers are QDQ layers; `forward` is replaced by one that returns the
-            list of its tensors.
-        inputs: One call.
+        model: A copy of the model whose quantized layers are QDQ layers. Its `forward` is replaced to return a list of
+            tensors.
+        inputs: The inputs of one call.
         opset: The ONNX operator set.
 
     Raises:
-        QatkitError: the model fails on the example or returns no tensor, or PyTorch cannot trace it.
+        QatkitError: the model fails on the example or does not return a tensor, or PyTorch cannot trace it.
     """
     found = _outputs_of(model, inputs)
     names = [name or ONLY_OUTPUT for name in found]
@@ -172,7 +172,7 @@ def _return_tensors(model: nn.Module) -> None:
 
 
 def name_after_layers(graph_model: Any, model: nn.Module) -> None:
-    """Name the tensors of a shared layer after its first name; tracing uses another one."""
+    """Name the tensors of a shared layer after its first name, because tracing uses a different one."""
     first = {id(layer): name for name, layer in model.named_modules()}
     initializers = graph_model.graph.initializers
     for alias, layer in model.named_modules(remove_duplicate=False):
@@ -184,7 +184,7 @@ def name_after_layers(graph_model: Any, model: nn.Module) -> None:
 
 
 def save(program: Any, specs: dict[str, Any], path: Path) -> None:
-    """Simplify a traced program and write it.
+    """Simplify a traced program and write it to a file.
 
     Args:
         program: The program returned by `trace`.

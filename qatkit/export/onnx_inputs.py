@@ -1,4 +1,4 @@
-"""The named inputs of an ONNX file: tensors for one call of the model, and the dimensions that may vary."""
+"""The named inputs of an ONNX file: tensors for one call of the model, and the dynamic dimensions."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ Axes = dict[str, dict[int, str]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The keyword arguments of one call, and the names of the dimensions that may vary from call to call."""
+    """The keyword arguments of one call, and the names of the dynamic dimensions."""
 
     tensors: dict[str, Tensor]
-    """On the CPU, in the order of the parameters of `forward`, with at least two samples."""
+    """Tensors on the CPU, in the order of the parameters of `forward`, with at least two samples."""
     axes: Axes
 
     @property
     def batch_only(self) -> Axes:
-        """The axes if only the number of samples may vary."""
+        """Return the axes if only the batch dimension is dynamic."""
         return {name: {0: axes[0]} if 0 in axes else {} for name, axes in self.axes.items()}
 
 
 def inputs_of(model: nn.Module, example: Any, task: Task | None) -> Inputs:
     """Name the tensors of an example after the parameters of the model's `forward`.
 
-    The first dimension is the batch wherever it has its most frequent size; a warning names the other inputs. The task
-    adds further dimensions. Where one of them has another size than in the first input that has it, text has a
-    dimension of its own, and anything else a fixed one.
+    The batch size is the most frequent size of the first dimension of all inputs, and a warning lists inputs with a
+    different first dimension. The task adds other dynamic dimensions. If the size of such a dimension differs between
+    inputs, later text inputs have their own dynamic dimension, and the dimension of any other input is fixed.
 
     Args:
         model: The model.
-        example: A tensor; a tuple of positional arguments; or a mapping of keyword arguments. None is passed on to the
-            model and is no input of the file.
+        example: A tensor; a tuple of positional arguments; or a mapping of keyword arguments. None values are passed to
+            the model and are not inputs of the file.
         task: The task, whose `Task.free_dims` may vary; None treats integers ``[batch, tokens]`` in a mapping as text.
 
     Raises:
-        QatkitError: the example has another type or holds something else than tensors, or does not fit the parameters
-            of `forward`.
+        QatkitError: the example has an unsupported type, contains values that are not tensors, or does not match the
+            parameters of `forward`.
     """
     tensors = _by_name(model, example)
     batch = _batch_size(tensors)

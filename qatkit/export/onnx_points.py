@@ -1,4 +1,4 @@
-"""Results that integer kernels write, in an ONNX graph: their QDQ nodes, names, pooling, and comparison."""
+"""Outputs that integer kernels write in an ONNX graph: their QDQ nodes, names and pooling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qatkit.quantization.placement.points import SUFFIX, point_parts
 
 @torch.no_grad()
 def to_qdq_points(model: nn.Module) -> None:
-    """Turn the quantizers of results into QDQ nodes, in place."""
+    """Replace the output quantizers by QDQ nodes, in place."""
     made: dict[int, nn.Module] = {}
     for module in list(model.modules()):
         for part in point_parts(module):
@@ -25,7 +25,7 @@ def to_qdq_points(model: nn.Module) -> None:
 
 
 def points_of(model: nn.Module) -> dict[str, FakeQuantize]:
-    """Return the quantizers of results by their name in the file, ``{module}.{part}``; a shared one once."""
+    """Return the output quantizers by their names in the file, ``{module}.{part}``; a shared quantizer occurs once."""
     found: dict[int, tuple[str, FakeQuantize]] = {}
     for name, module in model.named_modules():
         for part in point_parts(module):
@@ -35,7 +35,7 @@ def points_of(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def name_points(graph_model: Any, model: nn.Module) -> None:
-    """Name the constants of results ``{module}.{part}.scale`` and ``.zero_point``."""
+    """Name the constants of output quantizers ``{module}.{part}.scale`` and ``.zero_point``."""
     initializers = graph_model.graph.initializers
     for name, module in model.named_modules(remove_duplicate=False):
         for part in point_parts(module):
@@ -47,7 +47,7 @@ def name_points(graph_model: Any, model: nn.Module) -> None:
 
 
 def pool_globally(graph_model: Any) -> None:
-    """Turn means over the positions of images into GlobalAveragePool, which has an integer kernel."""
+    """Replace means over image positions by GlobalAveragePool, which has an integer kernel."""
     from onnxscript import ir
 
     graph = graph_model.graph

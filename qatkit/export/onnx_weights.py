@@ -1,7 +1,7 @@
-"""Compare the constants of an ONNX file with the model: read with the `onnx` library, decoded by ONNX Runtime.
+"""Compare the constants of an ONNX file to the model's: they are read with `onnx` and decoded by ONNX Runtime.
 
-Verification relies only on the exporter's documented tensor names. A float bias may have another name, because graph
-optimizers fold and rename such constants: it is found through the graph, as the constant added after the layer.
+Verification relies only on the exporter's documented tensor names. A float bias may have a different name, because
+graph optimizers fold and rename such constants. It is found in the graph as the constant added after the layer.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from qatkit.quantization.slices import value_range
 
 @dataclass(frozen=True)
 class Comparison:
-    """The integers of an ONNX file, compared with the model's."""
+    """The result of comparing the integers of an ONNX file to the model's."""
 
     weights: int
     """Number of codes that were compared."""
     failures: list[str]
-    """Every difference, as text."""
+    """Descriptions of all differences."""
     at_risk: list[str]
-    """Layers with which some processors' kernels may saturate; see `qatkit.export.saturation`."""
+    """Layers for which the kernels of some processors may saturate; see `qatkit.export.saturation`."""
 
 
 @torch.no_grad()
 def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
-    """Compare every code, scale, zero point and bias in an ONNX file with a model's own.
+    """Compare every code, scale, zero point and bias in an ONNX file to the model's.
 
-    A scale may differ only where all its codes represent zero, because it then changes no weight.
+    A scale may differ only if all its codes represent zero, because it then has no effect on the weights.
 
     Args:
         model: The model on the CPU, plain or prepared and calibrated.
         path: The ``.onnx`` file.
 
     Returns:
-        The differences, and the layers with which some processors' kernels may saturate.
+        The differences, and the layers for which the kernels of some processors may saturate.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""The tensors in the outputs of a model of any kind, and the differences between those of two models."""
+"""Find the tensors in model outputs of any type, and measure the differences between the outputs of two models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def tensors(outputs: Any) -> dict[str, Tensor]:
-    """Return the tensors in a model's outputs by their place in nested dicts, lists, tuples and dataclasses.
+    """Return the tensors in a model's outputs by their path in nested dicts, lists, tuples and dataclasses.
 
     Example:
         >>> list(tensors([{"boxes": torch.zeros(1)}, torch.ones(2)]))
@@ -61,7 +61,7 @@ def kinds(value: Any) -> str:
 
 
 def distance(expected: Any, computed: Any) -> tuple[float, float]:
-    """Sum and maximum of the absolute differences of all outputs.
+    """Return the sum and maximum of the absolute differences of all outputs.
 
     Raises:
         ValueError: an output is missing or has a different shape.
@@ -80,6 +80,6 @@ def distance(expected: Any, computed: Any) -> tuple[float, float]:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Sum and maximum of the absolute differences of two tensors; integers differ by 1 or not at all."""
+    """Return the sum and maximum of the absolute differences of two tensors; unequal integers differ by 1."""
     gaps = (theirs - ours).abs() if ours.is_floating_point() else (theirs != ours).float()
     return float(gaps.sum(dtype=torch.float64)), float(gaps.max()) if gaps.numel() else 0.0

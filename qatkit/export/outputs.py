@@ -1,4 +1,4 @@
-"""Compare the outputs of an exported file in its runtime with those of the trained model, over batches of any task."""
+"""Compare the outputs of an exported file in its runtime to the trained model's outputs, for any task."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Forward = Callable[[Callable[..., Any], Any], Any]
 
 @dataclass(frozen=True)
 class Outputs:
-    """The outputs of a file and of the trained model, compared over all batches."""
+    """The comparison of a file's outputs to the trained model's outputs over all batches."""
 
     samples: int
-    """Predictions that were scored."""
+    """Number of scored predictions."""
     counted: str
     """The plural noun for the scored predictions."""
     task: str
@@ -31,8 +31,9 @@ class Outputs:
     trained_metric: float
     mean_output: float
     quantization_error: float
-    """Mean of ``|trained - the same weights without fake quantization|``, over outputs of the same shape: the number of
-    detected boxes may differ."""
+    """Mean of ``|trained - the same weights without fake quantization|`` over outputs with equal shapes; shapes may
+    differ, for example with the number of detected boxes.
+    """
     rounding_error: float = 0.0
     """Mean of ``|trained - the same in float64|``."""
     mean_error: float | None = None
@@ -52,20 +53,20 @@ def compare_outputs(
     forward: Forward = call,
     precise: nn.Module | None = None,
 ) -> Outputs:
-    """Run the three models on all batches; an exception in the runtime counts as a failure.
+    """Run the three models on all batches; an exception in the runtime is recorded as a failure.
 
     Args:
         trained: The model.
         floating: The same weights without fake quantization; None if nothing is quantized.
-        runtime: The file in its runtime, called as the model is; None if it cannot be loaded.
+        runtime: The file loaded in its runtime, with the model's call signature; None if it cannot be loaded.
         batches: The batches of `verify`.
         failures: The list to which differences are added.
-        judges: One for the trained model, and one for the runtime.
-        forward: Calls a model with a batch.
+        judges: Two judges: one for the trained model, and one for the runtime.
+        forward: Calls a model on a batch.
         precise: The trained model in float64; None if the effect of rounding is not measured.
 
     Raises:
-        QatkitError: there is no batch.
+        QatkitError: there are no batches.
     """
     judge, runtime_judge = judges
     number, elements, measured_elements, same = 0, 0, 0, 0

@@ -1,4 +1,4 @@
-"""Layers that compute what a QDQ graph computes: integer constants, QuantizeLinear and DequantizeLinear."""
+"""Layers that compute a QDQ graph: integer constants, QuantizeLinear and DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qatkit.spec import QuantSpec
 
 _INT32_MAX = 2**31 - 1
 DYNAMIC = QuantSpec(8, symmetric=False, strategy="tensor", dynamic=True)
-"""What DynamicQuantizeLinear computes."""
+"""The quantization that DynamicQuantizeLinear computes."""
 
 
 @torch.library.custom_op("qatkit::quantize_linear", mutates_args=())
@@ -90,7 +90,7 @@ class _Codes(nn.Module):
 
 
 class InputQuantizer(nn.Module):
-    """The QuantizeLinear and DequantizeLinear nodes of a per-tensor quantized activation."""
+    """The QuantizeLinear and DequantizeLinear nodes of an activation with per-tensor quantization."""
 
     scale: Tensor
     zero_point: Tensor
@@ -103,7 +103,7 @@ class InputQuantizer(nn.Module):
 
     @classmethod
     def of(cls, fake_quant: FakeQuantize) -> InputQuantizer:
-        """The nodes of a static activation quantizer."""
+        """Return the nodes for a static activation quantizer."""
         scale, zero_point = fake_quant.qparams(torch.empty(0))  # stored: dynamic scales were refused
         dtype = torch.int8 if fake_quant.spec.symmetric else torch.uint8
         return cls(scale.view(()), zero_point.view(()).to(dtype), fake_quant.spec)
@@ -175,7 +175,7 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
 @torch.no_grad()
 def to_qdq(name: str, layer: QATLayer) -> None:
-    """Turn a fake-quantized layer into a QDQ layer in place, so that hooks and shared modules keep working."""
+    """Convert a fake-quantized layer to a QDQ layer in place, so that hooks and shared modules keep working."""
     weight: _Codes | Tensor = layer.weight
     trained_bias = layer.operands(torch.zeros(1))[2]
     bias: _Codes | Tensor | None = trained_bias

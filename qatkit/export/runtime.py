@@ -27,17 +27,17 @@ _INTEGER = (
 _FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 
 ONLY_OUTPUT = "output"
-"""Name of the output in the file of a model that returns one tensor; others are named as the model names them."""
+"""Name of the output of a model that returns one tensor; other outputs keep the model's names."""
 NAMED = "qatkit.named_output"
-"""Metadata of the file of a model that returns one tensor in a mapping, under the name `ONLY_OUTPUT`."""
+"""Metadata key of a model that returns one tensor in a mapping, with the name `ONLY_OUTPUT`."""
 
 
 class Runtime:
-    """A loaded ONNX file; call it with one batch, as the model is called.
+    """A loaded ONNX file, called with one batch in the same way as the model.
 
     Args:
         session: An ONNX Runtime session.
-        threads: Threads per call; None leaves the choice to ONNX Runtime.
+        threads: Threads per call; None uses the default of ONNX Runtime.
     """
 
     def __init__(self, session: Any, threads: int | None) -> None:
@@ -71,19 +71,20 @@ class Kernels:
     """Number of occurrences of each matrix-product kernel in the graph that the runtime executes."""
 
     integer: dict[str, int]
-    """Integer kernels, such as ``{"QLinearConv": 3, "QGemm": 1}``."""
+    """Counts of integer kernels, such as ``{"QLinearConv": 3, "QGemm": 1}``."""
     floating: dict[str, int]
-    """Floating-point kernels, such as ``{"Conv": 1}``; empty if every product is an integer product."""
+    """Counts of floating-point kernels, such as ``{"Conv": 1}``; empty if all matrix products are integer."""
 
 
 def load_runtime(path: Path | str, threads: int | None = None) -> Runtime:
     """Load a ``.onnx`` file into ONNX Runtime on the CPU.
 
-    The session has no options that change results: it computes what a plain ``InferenceSession(path)`` computes.
+    The session sets no options that change results: its outputs equal the outputs of a plain
+    ``InferenceSession(path)``.
 
     Args:
         path: The file.
-        threads: Threads per call; None leaves the choice to ONNX Runtime.
+        threads: Threads per call; None uses the default of ONNX Runtime.
 
     Raises:
         QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.
@@ -101,7 +102,7 @@ def load_runtime(path: Path | str, threads: int | None = None) -> Runtime:
 
 
 def integer_kernels(path: Path) -> Kernels:
-    """Count the kernels of the graph that ONNX Runtime optimized for this machine.
+    """Count the kernels in the graph that ONNX Runtime optimizes for this machine.
 
     Raises:
         QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.
@@ -125,8 +126,8 @@ def open_session(
 
     Args:
         path: The ``.onnx`` file.
-        threads: Threads per call; None leaves the choice to ONNX Runtime.
-        optimized: Where the optimized graph is written; None writes none.
+        threads: Threads per call; None uses the default of ONNX Runtime.
+        optimized: Output path for the optimized graph; None does not write it.
         entries: Session config entries that differ from the defaults.
 
     Raises:

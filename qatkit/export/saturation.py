@@ -1,8 +1,8 @@
-"""Find out whether a processor's 8-bit kernels saturate for an ONNX file.
+"""Check whether a processor's 8-bit kernels saturate for an ONNX file.
 
-On x86 processors without VNNI, ONNX Runtime adds pairs of products of unsigned inputs and signed weights in 16 bits. A
-pair of weights whose magnitudes add up to more than 128 may exceed them (255 * 129 > 32767), and the sum is clipped
-without notice. Weights of 7 bits never do, and unsigned weights use exact kernels.
+On x86 processors without VNNI, ONNX Runtime adds pairs of products of unsigned inputs and signed weights in 16 bits. If
+the magnitudes of a pair of weights add up to more than 128, the sum may overflow (255 * 129 > 32767) and is silently
+clipped. 7-bit weights never overflow, and unsigned weights use exact kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LARGEST_PAIR = 32767 // 255
 
 
 def saturates() -> bool:
-    """Whether 8-bit products of this processor may saturate: x86 without VNNI, or unknown."""
+    """Whether 8-bit products may saturate on this processor: x86 without VNNI, or unknown."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
@@ -33,10 +33,10 @@ def saturates() -> bool:
 
 
 def layers_at_risk(codes: dict[str, np.ndarray[Any, Any]]) -> list[str]:
-    """Names of the weights with which 8-bit kernels may saturate.
+    """Return the names of the layers for which 8-bit kernels may saturate.
 
     Args:
-        codes: Codes ``[out, ...]`` of weights whose inputs are quantized, by layer name.
+        codes: Weight codes ``[out, ...]`` of layers with quantized inputs, by layer name.
 
     Example:
         >>> layers_at_risk({"a": np.array([[64, -64, 3]], np.int8), "b": np.array([[127, 2, 3]], np.int8)})
@@ -52,7 +52,7 @@ def layers_at_risk(codes: dict[str, np.ndarray[Any, Any]]) -> list[str]:
 
 
 class SaturationCheck:
-    """A file in a default session, and in one with exact kernels; both run on every call.
+    """A file loaded in a default session and in a session with exact kernels; every call runs both.
 
     Args:
         runtime: The default session.
@@ -73,7 +73,7 @@ class SaturationCheck:
         return outputs
 
     def failures(self) -> list[str]:
-        """What differed, and what to do about it; empty if nothing saturated in any call."""
+        """Return descriptions of the differences and their fix; empty if no call has saturated."""
         if self._largest < 1e-5:
             return []
         named = ", ".join(f"'{name}'" for name in self._layers[:3])

@@ -1,4 +1,4 @@
-"""Sparse export: safetensors without the zeros of pruned weights; a zero takes at most one bit on disk."""
+"""Sparse export: safetensors files that omit pruned weights; a zero takes at most one bit on disk."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
-    """Load a sparse file into the plain model and compare every tensor."""
+    """Load a sparse file into the plain model, and compare every tensor."""
     return load_and_compare(model, path, load_sparse)
 
 
 def export_sparse(model: nn.Module, path: Path | str) -> None:
-    """Write the tensors of `export_dense`, each in its smallest form: dense, with a bitmask, or CSR.
+    """Export the same tensors as `export_dense`, each in its smallest format: dense, bitmask or CSR.
 
     `qatkit.pruning.storage.load_sparse` returns the dense state dict.
 
     Args:
-        model: A plain model, or one from `prepare_qat`.
-        path: The safetensors file; written atomically.
+        model: A plain model, or one prepared by `prepare_qat`.
+        path: The safetensors file, which is written atomically.
 
     Raises:
-        QatkitError: tied layers quantize their common weight differently, so no single value is right for both.
+        QatkitError: tied layers quantize their common weight differently, so no single value is correct for both.
     """
     with atomic_path(Path(path)) as temporary:
         save_sparse(dense_state(model), temporary)
@@ -47,10 +47,10 @@ def is_sparse(path: Path) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The dense state dict in a safetensors file, sparse or not."""
+    """Read the dense state dict from a safetensors file, sparse or not."""
     return load_sparse(path) if is_sparse(path) else load_file(path)
 
 
 def dense_bytes(path: Path) -> int:
-    """Bytes that the tensors of a safetensors file take in dense storage, without the header."""
+    """Return the bytes that the tensors of a safetensors file take in dense storage, without the header."""
     return sum(value.numel() * value.element_size() for value in read_weights(path).values())

@@ -1,7 +1,8 @@
-"""Verify an exported file: read it back from disk, run it in its runtime, and compare it with the trained model.
+"""Verify an exported file: read it back from disk, run it in its runtime, and compare it to the trained model.
 
-No code of the exporter is used here. The codes are read with the file format's own library, the weights are decoded by
-the runtime's own operator, and the expected values come from the model through `qatkit.quantization.arithmetic`.
+The verification shares no code with the exporter. The codes are read with the file format's own library, the weights
+are decoded by the runtime's own operator, and the expected values come from the model through
+`qatkit.quantization.arithmetic`.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """The comparison of an exported file with the trained model. Differences are listed, not raised."""
+    """The comparison of an exported file to the trained model. Differences are listed, not raised."""
 
     passed: bool
     failures: list[str]
-    """Every difference, as text; empty if the file computes what was trained."""
+    """Descriptions of all differences; empty if the file is equivalent to the trained model."""
     format: str
     """The export format's name."""
     layers: int
-    """Quantized layers whose codes or weights were compared."""
+    """Number of quantized layers whose codes or weights were compared."""
     weights: int
-    """Weights in these layers."""
+    """Number of weights in these layers."""
     samples: int
-    """Number of samples that both models predicted; for text, number of predicted tokens."""
+    """Number of samples predicted by both models; for text, the number of predicted tokens."""
     bound: str
-    """The limit of `mean_error`, as text."""
+    """Description of the limit on `mean_error`."""
     allowed_error: float | None
     """The limit as a number; None if outputs are not bounded."""
     mean_error: float | None
@@ -52,11 +53,11 @@ class Verification:
     quantization_error: float
     """Mean of ``|trained - the same weights without fake quantization|``."""
     agreement: float | None
-    """Fraction of samples on which both agree: the same class, or the same next token."""
+    """Fraction of samples on which both models predict the same class or next token."""
     task: str
     """The name of a row of `qatkit.tasks.TASKS`; empty if a metric was passed."""
     metric: str
-    """The metric that the task is judged by."""
+    """The name of the metric."""
     trained_metric: float
     """Metric of the trained model."""
     runtime_metric: float | None
@@ -65,7 +66,7 @@ class Verification:
     """The result in one line of text."""
 
     def with_failures(self, failures: list[str]) -> Verification:
-        """The same comparison with additional failures; it fails if there are any."""
+        """Return the same comparison with additional failures; it fails if there are any."""
         if not failures:
             return self
         listed = [*self.failures, *failures]
@@ -87,36 +88,37 @@ def verify(
     metric: Metric | None = None,
     class_dim: int | None = None,
 ) -> Verification:
-    """Compare an exported file with the model it was exported from.
+    """Compare an exported file to the model from which it was exported.
 
     Every integer code, scale, zero point and bias in the file, and the weights that the runtime decodes from them, must
-    equal the model's (``==``). Outputs must stay within the format's error bound: equal for dense, sparse and
-    compressed-tensors files; for ONNX within 1% of the quantization error if inputs are quantized (a different
-    summation order may move a value across a rounding border), otherwise within 1e-4 of the mean output. A dense file
-    does not quantize activations, so its outputs are not bounded if the model does.
+    equal the model's (``==``). Outputs must stay within the format's error bound. For dense, sparse and
+    compressed-tensors files, they must be equal. For ONNX, the bound is 1% of the quantization error if inputs are
+    quantized, because a different summation order may move a value across a rounding boundary; otherwise it is 1e-4 of
+    the mean output. A dense file does not quantize activations, so its outputs are not bounded if the model does.
 
     Args:
-        model: The exported model: plain, or prepared and calibrated. Left unchanged.
+        model: The exported model, either plain or prepared and calibrated. It is not changed.
         path: The exported file or folder.
-        batches: Pairs of inputs and labels, or mappings as transformers models take them, with ``labels``; see
-            `qatkit.tasks`. With `forward`, anything that it accepts.
-        format: The export format's name; by default it is inferred from the file name and content.
-        threads: Threads of the runtime; None leaves the choice to it.
-        task: A task of `qatkit.tasks.TASKS` or its name, such as "segmentation"; by default it is inferred from the
-            batches, see `qatkit.tasks.task_of`.
-        forward: ``(model, batch) -> outputs``, for models that are called in another way. The outputs are a tensor, or
-            tensors in dicts, lists, tuples and dataclasses; with a task, they are logits, or the outputs of a
-            transformers model for that task. The file is called in the same way.
-        metric: A torchmetrics metric to use instead of the task's. It is updated with the outputs and the labels: the
-            batch's ``labels`` or its second element. It must compute one number.
-        class_dim: With `metric`, the class dimension of the outputs; without it, their values are compared.
+        batches: Pairs of inputs and labels, or mappings with the inputs of a transformers model and ``labels``; see
+            `qatkit.tasks`. With `forward`, any type that it accepts.
+        format: The export format's name. By default, it is inferred from the file name and content.
+        threads: Number of threads of the runtime; None uses the runtime's default.
+        task: A task of `qatkit.tasks.TASKS` or its name, such as "segmentation". By default, it is inferred from the
+            batches; see `qatkit.tasks.task_of`.
+        forward: ``(model, batch) -> outputs``, for models with a different call signature; it also calls the exported
+            file. The outputs are a tensor, or tensors in dicts, lists, tuples and dataclasses. With a task, they are
+            logits, or the outputs of a transformers model for that task.
+        metric: A torchmetrics metric to use instead of the task's metric. It is updated with the outputs and the labels
+            (the batch's ``labels`` or its second element), and must compute one number.
+        class_dim: The class dimension of the outputs, used with `metric`. If None, output values are compared instead
+            of classes.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.
 
     Raises:
-        QatkitError: there is no batch, or no prediction in any; the labels do not fit the task, or the outputs the
-            metric; the format is unknown or ambiguous, or the runtime is not installed.
+        QatkitError: there are no batches, or they contain no predictions; the task does not support the labels, or the
+            metric does not accept the outputs; the format is unknown or ambiguous; or the runtime is not installed.
 
     Example:
         >>> import tempfile, torch

@@ -1,4 +1,4 @@
-"""Loss and gradient of a few rows of logits, in place: the torch reference of `linear_kd_loss`, on any device."""
+"""In-place loss and gradient of a few rows of logits: the torch reference of `linear_kd_loss`, for any device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 RowDivergence = Callable[[Tensor, Tensor, list[Tensor], float], Tensor]
-"""Takes the scaled logits of student and teacher ``[rows, classes]``, each with a maximum of 0, scratch tensors of that
-shape, and beta. Returns the divergence of each row ``[rows, 1]`` and overwrites the teacher's logits with its gradient
-with respect to the student's scaled logits."""
+"""Takes the scaled logits of student and teacher ``[rows, classes]``, each with a maximum of 0, scratch tensors of the
+same shape, and beta. Returns the divergence of each row ``[rows, 1]`` and overwrites the teacher's logits with its
+gradient with respect to the student's scaled logits.
+"""
 
 TopK = tuple[Tensor, Tensor]
-"""A teacher's most probable classes, int64 ``[rows, k]``, and the log-probabilities ``[rows, k + 1]`` of these classes
-and of all others together, normalized."""
+"""A teacher's top-k classes, int64 ``[rows, k]``, and the normalized log-probabilities ``[rows, k + 1]`` of these
+classes and of all others combined.
+"""
 
 TopKDivergence = Callable[[Tensor, TopK, Tensor], tuple[Tensor, Tensor]]
 """Takes the student's scaled logits, a teacher's top-k classes and one scratch tensor. Returns the divergence of each
@@ -22,14 +24,14 @@ row ``[rows, 1]`` and its gradient with respect to the student's scaled logits."
 
 
 class TorchRows:
-    """Turns rows of logits into their gradient, with scratch memory that all calls share.
+    """Replaces rows of logits by their gradient, with scratch memory shared by all calls.
 
     Args:
         rows: The largest number of rows in one call.
         classes: Number of classes.
-        dtype: Dtype of the arithmetic; logits in a different dtype are converted row by row.
+        dtype: Dtype of the computation; logits in a different dtype are converted row by row.
         device: Device of the logits.
-        temperature: Temperature that the logits are already divided by.
+        temperature: Temperature by which the logits have already been divided.
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
         divergence: Computes the divergence from full logits; None if every call passes top-k classes.
         top_k_divergence: Computes the divergence from top-k classes; None if no call passes top-k classes.
@@ -64,7 +66,7 @@ class TorchRows:
             student: Logits over the temperature ``[rows, classes]``, overwritten.
             teacher: Logits over the temperature, overwritten; ``[rows, fewer]`` if the student has padding classes
                 after those of the teacher. Or the teacher's top-k classes.
-            labels: Class numbers ``[rows]``, valid ones wherever `label_weights` is above 0.
+            labels: Class indices ``[rows]``, valid ones wherever `label_weights` is above 0.
             weights: Weight of each row in the divergence ``[rows]``, in the dtype of the arithmetic.
             label_weights: Weight of each row in the cross-entropy ``[rows]``.
         """
@@ -143,7 +145,7 @@ def jsd_rows(s: Tensor, t: Tensor, scratch: list[Tensor], beta: float) -> Tensor
 
 
 def top_k_kl_rows(s: Tensor, top_k: TopK, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """KL over k classes and the rest, merged into one; gradient ``q - p``, split in proportion to q within the rest."""
+    """KL over k classes and the merged tail; gradient ``q - p``, distributed over the tail in proportion to q."""
     indices, log_p = top_k
     q = torch.exp(s, out=scratch)
     total = q.sum(dim=1, keepdim=True)

@@ -1,8 +1,8 @@
-"""The arithmetic of `qatkit.kernels.kd_rows_torch` for GPUs, as one Triton kernel.
+"""A Triton kernel with the computation of `qatkit.kernels.kd_rows_torch` for GPUs.
 
-Eager torch passes over the logits of a row a dozen times, in float32. The kernel moves less data: it reads both rows
-for their maxima and sums (twice for the Jensen-Shannon divergence), reads them again, and writes one, all in the dtype
-of the logits. On a GPU, memory traffic decides whether the loss takes longer than its matrix products.
+Eager torch passes over the logits of a row about a dozen times, in float32. The kernel moves less data. It reads both
+rows for their maxima and sums (twice for the Jensen-Shannon divergence), reads them again, and writes one row, all in
+the dtype of the logits. On a GPU, memory traffic determines whether the loss takes longer than its matrix products.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ class TritonRows:
     """The fast path of `qatkit.kernels.kd_rows_torch.TorchRows` on CUDA, for full logits in float32 or narrower.
 
     Args:
-        temperature: Temperature that the logits are already divided by.
+        temperature: Temperature by which the logits have already been divided.
         alpha: Weight of the divergence; cross-entropy has weight ``1 - alpha``.
         kind: One of `KINDS`.
         beta: Mixture weight of "jsd".
-        gradient: Overwrite the student's logits with the gradient; otherwise they are not changed.
+        gradient: Whether to overwrite the student's logits with the gradient; otherwise they are not changed.
     """
 
     def __init__(self, temperature: float, alpha: float, kind: str, beta: float, gradient: bool) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, QLoRA, DoRA): attached through peft, or inside a weight that is quantized or sparse."""
+"""Low-rank adapters (LoRA, QLoRA, DoRA), attached with peft or, for quantized or sparse weights, inside the weight."""
 
 from __future__ import annotations
 

@@ -17,15 +17,15 @@ from qatkit.quantization.state import quantizer_prefixes
 
 
 def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
-    """Write the adapters of a model in peft's own format: `PeftModel.from_pretrained(base_model, folder)` loads them.
+    """Save the adapters of a model in peft's format, which `PeftModel.from_pretrained(base_model, folder)` loads.
 
     Args:
-        model: A model with adapters; peft looks up layers by their names in this model.
-        folder: Created if it does not exist.
-        base: The base model's name in the config.
+        model: A model with adapters. peft finds layers by their names in this model.
+        folder: Output folder; created if it does not exist.
+        base: The base model's name, stored in the config.
 
     Raises:
-        QatkitError: there is no adapter, or a layer has a sparsity mask, which a merge by peft would ignore.
+        QatkitError: there are no adapters, or a layer has a sparsity mask, which peft would ignore when merging.
     """
     from safetensors.torch import save_file
 

@@ -24,14 +24,16 @@ NAME = "default"
 
 @dataclass(frozen=True)
 class Adapter:
-    """The shape of an update ``alpha / rank * B A``."""
+    """The configuration of an update ``alpha / rank * B A``."""
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     """Dropout probability of the inputs of A during training."""
     dora: bool = False
-    """Train the magnitude of each output's weights separately from their direction (https://arxiv.org/abs/2402.09353)."""
+    """Use DoRA: train the magnitude of each output's weights separately from their direction
+    (https://arxiv.org/abs/2402.09353).
+    """
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -45,12 +47,12 @@ class Adapter:
 def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str]:
     """Return the linear layers that the globs select, in the model's order.
 
-    The output layer of a language model is selected only by a pattern that names it. The head of a classifier is never
-    selected, because it is trained in full.
+    The output layer of a language model is selected only by a pattern that explicitly matches its name. The head of a
+    classifier is never selected, because it is trained in full.
 
     Raises:
-        QatkitError: a pattern matches no linear layer; or a layer has an adapter already, shares its weight with
-            another one, or recomputes it on each call.
+        QatkitError: a pattern matches no linear layer; or a layer already has an adapter, shares its weight with
+            another layer, or recomputes its weight on each call.
 
     Example:
         >>> target_layers(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -118,7 +120,7 @@ def _refuse_recomputed(name: str, layer: nn.Module) -> None:
 
 
 def base_layers(model: nn.Module) -> list[str]:
-    """Return the layers that bitsandbytes may quantize: linear ones except output layers, heads and shared weights."""
+    """Return the layers that bitsandbytes may quantize: linear, except output layers, heads and shared weights."""
     heads, whole = _heads(model), classification_heads(model)
     owners = Counter(
         id(weight) for module in model.modules() if (weight := module._parameters.get("weight")) is not None
@@ -134,21 +136,21 @@ def base_layers(model: nn.Module) -> list[str]:
 
 
 def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Collection[str] = ()) -> None:
-    """Freeze a model and attach adapters to some of its layers, in place; outputs do not change.
+    """Freeze a model and attach adapters to some of its layers, in place, without changing outputs.
 
-    Adapters are peft's, unless a layer is fake-quantized or has a sparsity mask: then all are `AdaptedWeight`, whose
-    update is part of the weight. Scales of fake quantizers stay trainable, and so does the head of a transformers
-    classifier, whose weights are random unless the model was trained to classify.
+    Adapters are peft's, unless a layer is fake-quantized or has a sparsity mask. In that case, all adapters are
+    `AdaptedWeight`, whose update is part of the weight. Scales of fake quantizers stay trainable. So does the head of a
+    transformers classifier, because its weights are random unless the model was trained for classification.
 
     Args:
         model: Any module.
         names: Layer names from `target_layers`.
-        adapter: The shape of the updates.
+        adapter: The configuration of the updates.
         held: Layers whose pruned weights stay zero.
 
     Raises:
-        QatkitError: a layer has an adapter already or recomputes its weight on each call, or the adapter or a
-            layer's type does not support an update inside the weight.
+        QatkitError: a layer already has an adapter or recomputes its weight on each call, or the adapter or a layer's
+            type does not support an update inside the weight.
     """
     _refuse_adapters(model)
     layers = {name: model.get_submodule(name) for name in names}
@@ -182,7 +184,7 @@ def attach(model: nn.Module, names: Sequence[str], adapter: Adapter, held: Colle
 
 
 def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> None:
-    """Check that the updates can be part of the weights.
+    """Raise an error if the updates cannot be part of the weights.
 
     Raises:
         QatkitError: an option or a layer does not support this.
@@ -211,19 +213,19 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers with adapters, peft's or qatkit's own, by name."""
+    """Return the layers with adapters (from peft or qatkit) by name."""
     return {name: module for name, module in model.named_modules() if _is_adapted(module)}
 
 
 def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
     """Merge all updates into their weights and remove the adapters, in place.
 
-    A 4-bit or 8-bit base is first dequantized into plain layers with exactly the same values, because rounding to so
+    A 4-bit or 8-bit base is first dequantized to plain layers with exactly the same values, because requantizing to so
     few bits would lose the update. Fake-quantized layers stay fake-quantized.
 
     Args:
         model: A model with adapters.
-        device: Device on which to merge updates inside the weight; by default the weight's device.
+        device: Device on which to merge updates inside the weight. The default is the weight's device.
 
     Returns:
         The names of the merged layers.
@@ -241,7 +243,7 @@ def merge(model: nn.Module, device: torch.device | None = None) -> list[str]:
 
 
 def to_full_precision(model: nn.Module) -> None:
-    """Dequantize 4-bit and 8-bit layers into plain ones with the same values, in place; adapters are kept."""
+    """Dequantize 4-bit and 8-bit layers to plain layers with the same values, in place; adapters are kept."""
     for name, layer in adapted_layers(model).items():
         base = None if isinstance(layer, AdaptedWeight) else layer.get_base_layer()  # type: ignore[operator]
         if base is not None and kind_of(base) is not None:

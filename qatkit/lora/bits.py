@@ -1,12 +1,12 @@
-"""Frozen 4-bit and 8-bit weights of bitsandbytes, and their exact dequantization.
+"""Frozen 4-bit and 8-bit bitsandbytes weights, and their exact dequantization.
 
-bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. Afterwards
-gradients are lost, and dequantizing, merging or saving reads garbage; one validation loop during training is enough.
-`make_safe` disables repacking.
+bitsandbytes repacks a 4-bit weight in place when a layer runs in eval mode on a CPU with AVX512-BF16. Afterwards,
+gradients are lost, and dequantizing, merging or saving reads garbage. A single validation loop during training is
+enough to cause this. `make_safe` disables repacking.
 
 For an 8-bit weight, bitsandbytes keeps two copies of codes and scales, and moves only one when a model moves to another
-device: a weight packed on the CPU would meet inputs on the GPU, and a weight loaded after a move would be ignored.
-`make_safe` makes each layer multiply by its weight, wherever that is.
+device. Without a fix, a weight packed on the CPU would then be multiplied with inputs on the GPU, and a weight loaded
+after a move would be ignored. `make_safe` makes each layer use its current weight on any device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OUTLIERS = 6.0
 
 
 def check_backend(device: torch.device) -> None:
-    """Check that bitsandbytes can quantize and dequantize 4 bits on the device.
+    """Raise an error if bitsandbytes cannot quantize and dequantize 4-bit weights on the device.
 
     Raises:
         QatkitError: bitsandbytes is not installed, or does not support the device.
@@ -53,7 +53,7 @@ def quantize_base(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace linear layers by frozen 4-bit or 8-bit ones, in place, one at a time.
+    """Replace linear layers by frozen 4-bit or 8-bit layers, in place, one at a time.
 
     Args:
         model: Any module.
@@ -61,7 +61,7 @@ def quantize_base(
         bits: 4, or 8 for LLM.int8.
         quant_type: The 4-bit data type.
         double_quant: Quantize the scales of 4-bit blocks to 8 bits.
-        compute_dtype: Dtype of 4-bit matrix products; by default the weight's dtype.
+        compute_dtype: Dtype of 4-bit matrix products. The default is the weight's dtype.
     """
     from bitsandbytes import nn as bnb
 
@@ -111,18 +111,18 @@ def make_safe(model: nn.Module) -> list[str]:
 
 
 def kind_of(layer: nn.Module) -> Bits | None:
-    """Return 4 or 8 for a layer of bitsandbytes, otherwise None, without importing the library."""
+    """Return 4 or 8 for a bitsandbytes layer, otherwise None, without importing the library."""
     kinds = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")}
     return 4 if "Linear4bit" in kinds else 8 if "Linear8bitLt" in kinds else None
 
 
 @torch.no_grad()
 def dequantized(layer: nn.Module, device: torch.device | str | None = None) -> nn.Linear:
-    """Return a plain layer with exactly the dequantized values of a layer of bitsandbytes.
+    """Return a plain layer with exactly the dequantized values of a bitsandbytes layer.
 
     Args:
         layer: A `Linear4bit` or `Linear8bitLt`.
-        device: Device of the plain layer; by default that of `layer`.
+        device: Device of the plain layer. The default is the device of `layer`.
     """
     from bitsandbytes import functional
 
@@ -142,7 +142,7 @@ def dequantized(layer: nn.Module, device: torch.device | str | None = None) -> n
 
 
 def set_child(model: nn.Module, name: str, child: nn.Module) -> None:
-    """Replace the module of that name."""
+    """Replace the submodule with the given name."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, child)
 

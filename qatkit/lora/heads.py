@@ -1,4 +1,4 @@
-"""Classification heads, which are trained in full next to the adapters because their weights may be random."""
+"""Classification heads, which are trained in full alongside the adapters because their weights may be random."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from qatkit.errors import QatkitError
 
 
 def classification_heads(model: nn.Module) -> list[str]:
-    """Return the parts of a transformers sequence classifier outside its pretrained body, and the body's pooler.
+    """Return the modules of a transformers sequence classifier outside its pretrained body, and the body's pooler.
 
-    The pooler of a model that was trained to predict tokens is random, like the classifier after it.
+    In a model pretrained to predict tokens, the weights of the pooler are random, as are the weights of the classifier
+    after it.
 
     Args:
-        model: A classifier, or a module that contains one; any other model has no such parts.
+        model: A classifier, or a module that contains one; the result is empty for any other model.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -39,12 +40,12 @@ def classification_heads(model: nn.Module) -> list[str]:
 
 
 def inside_of(name: str, parts: Sequence[str]) -> bool:
-    """Whether a layer is one of the parts, or inside one of them."""
+    """Whether a layer is one of the given modules, or inside one of them."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
-    """Raise if a classification head, which is trained in full, would have to keep a sparsity mask.
+    """Raise an error if a classification head, which is trained in full, would have to keep a sparsity mask.
 
     Raises:
         QatkitError: a head has a sparsity mask.

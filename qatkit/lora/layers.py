@@ -1,8 +1,8 @@
 """Linear layers whose weight is ``W + scaling * B A``.
 
-peft adds ``B A x`` to the output of a layer. With a quantized weight, the result differs from that of the merged model:
-``quantize(W) + B A`` is not quantized. If the weight is sparse, ``B A`` fills the zeros. These layers add the update to
-the weight first, in the arithmetic of the merge, so merging changes nothing.
+peft adds ``B A x`` to the output of a layer. With a quantized weight, this differs from the merged model: ``quantize(W)
++ B A`` is not quantized. If the weight is sparse, ``B A`` fills in the zeros. These layers first add the update to the
+weight, with the same arithmetic as merging, so merging does not change the outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qatkit.quantization.modules import full_tensor
 
 
 class AdaptedWeight(nn.Module):
-    """Low-rank factors of a frozen weight."""
+    """Adds low-rank factors to a frozen weight."""
 
     weight: Tensor
     bias: Tensor | None
@@ -36,12 +36,12 @@ class AdaptedWeight(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The factor of ``B A``, alpha / rank."""
+        """The factor of ``B A``: ``alpha / rank``."""
         return self.lora_alpha / self.lora_A.shape[0]
 
     @property
     def matrix(self) -> Tensor:
-        """``W + scaling * B A`` in the dtype of W, ``[out, in]``; zero where W is zero, if `held`."""
+        """Return ``W + scaling * B A`` in the dtype of W, ``[out, in]``; if `held`, it is zero where W is zero."""
         if hasattr(self.weight, "device_mesh"):  # between steps of FSDP2
             return self.merged_weight()
         factors = (self.weight, self.lora_A, self.lora_B)
@@ -50,7 +50,7 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def set_matrix(self, values: Tensor) -> None:
-        """Overwrite W before training, while the update is zero.
+        """Overwrite W before training, when the update is zero.
 
         Raises:
             QatkitError: the update is no longer zero.
@@ -63,17 +63,17 @@ class AdaptedWeight(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, device: torch.device | None = None) -> Tensor:
-        """Return the whole merged weight, gathered if it is sharded.
+        """Return the full merged weight, gathered if it is sharded.
 
         Args:
-            device: The device to compute on; the last bit of matrix products depends on it.
+            device: The device on which to compute; the last bit of matrix products depends on it.
         """
         weight, a, b = (full_tensor(part).to(device) for part in (self.weight, self.lora_A, self.lora_B))
         return _merge(weight, a, b, self.scaling, self.held)
 
 
 class AdaptedLinear(AdaptedWeight, nn.Linear):
-    """`nn.Linear` with the weight ``W + scaling * B A``."""
+    """An `nn.Linear` with the weight ``W + scaling * B A``."""
 
     bias: Tensor | None  # type: ignore[assignment]  # torch declares it as always present
 
@@ -85,7 +85,7 @@ class AdaptedLinear(AdaptedWeight, nn.Linear):
 
 
 class AdaptedQATLinear(AdaptedWeight, QATLinear):
-    """`QATLinear` that fake-quantizes ``W + scaling * B A``, which `QATLayer` reads through `matrix`."""
+    """A `QATLinear` that fake-quantizes ``W + scaling * B A``, which `QATLayer` reads through `matrix`."""
 
     bias: Tensor | None
 
@@ -103,8 +103,8 @@ def adapt(layer: nn.Module, rank: int, alpha: float, held: bool = False) -> None
 
     Args:
         layer: An `nn.Linear` or a `QATLinear`, not a subclass.
-        rank: Rows of A and columns of B.
-        alpha: ``scaling`` is ``alpha / rank``.
+        rank: Rank of the update, which is the number of rows of A and columns of B.
+        alpha: Numerator of ``scaling``, which is ``alpha / rank``.
         held: Keep pruned weights at zero.
     """
     swapped = SWAPS[type(layer)]
@@ -121,7 +121,7 @@ def adapt(layer: nn.Module, rank: int, alpha: float, held: bool = False) -> None
 
 @torch.no_grad()
 def merge_layer(layer: AdaptedWeight, device: torch.device | None = None) -> None:
-    """Replace W by the merged weight and remove the factors, in place; compute on `device`."""
+    """Replace W by the merged weight, computed on `device`, and remove the factors, in place."""
     layer.weight.copy_(layer.merged_weight(device))
     del layer.lora_A, layer.lora_B, layer.lora_alpha, layer.held
     layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))  # type: ignore[assignment]

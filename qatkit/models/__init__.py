@@ -1,4 +1,4 @@
-"""Model factories: functions that return a plain `nn.Module`. Each loads its module on first use."""
+"""Model factories: functions that return a plain `nn.Module`. Each is imported on first use."""
 
 from __future__ import annotations
 

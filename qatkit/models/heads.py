@@ -1,4 +1,4 @@
-"""Any family of transformers with any of its heads: pretrained, or with random weights from a config."""
+"""transformers models of any family with any head, either pretrained or with random weights."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def pretrained_model(
     attn_implementation: Attention | None = None,
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """Load a pretrained transformers model with any head, for texts, images, speech or several of them.
+    """Load a pretrained transformers model with any head, for text, images, speech or multiple modalities.
 
-    `causal_lm`, `masked_lm`, `sequence_classifier` and `embedding_model` also check that the model fits qatkit's data.
+    `causal_lm`, `masked_lm`, `sequence_classifier` and `embedding_model` also check that the model is compatible with
+    qatkit's data.
 
     Args:
-        name_or_path: A folder or a name on the hub, as for `causal_lm`.
-        head: The end of the name of an ``AutoModelFor`` class, such as "TokenClassification", "QuestionAnswering",
-            "Seq2SeqLM", "ImageClassification", "SemanticSegmentation" or "SpeechSeq2Seq". "Model" loads
-            the model without a head; use it for dual encoders such as CLIP too.
-        num_classes: Number of classes of a classification head; by default that of the files.
+        name_or_path: A folder or a name on the hub, as in `causal_lm`.
+        head: The suffix of the name of an ``AutoModelFor`` class, such as "TokenClassification", "QuestionAnswering",
+            "Seq2SeqLM", "ImageClassification", "SemanticSegmentation" or "SpeechSeq2Seq". "Model" loads the model
+            without a head; use it also for dual encoders such as CLIP.
+        num_classes: Number of classes of a classification head. The default is the number in the saved config.
         dtype: Dtype of the weights.
-        attn_implementation: Attention implementation of transformers; by default its own choice for the family.
+        attn_implementation: Attention implementation of transformers; the default depends on the family.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: as `causal_lm`, the head is unknown, or the family does not have it.
+        QatkitError: for the same reasons as in `causal_lm`, or if the head is unknown or does not exist for the family.
 
     Example:
         >>> import tempfile
@@ -70,17 +71,17 @@ def untrained_model(
 
     Args:
         family: The ``model_type`` of a config, such as "bert", "vit", "whisper" or "clip".
-        head: As for `pretrained_model`.
-        config: Entries of the family's config that differ from its defaults, such as ``{"hidden_size": 64}``; entries
+        head: As in `pretrained_model`.
+        config: Entries of the config that differ from the family's defaults, such as ``{"hidden_size": 64}``. Entries
             of a submodel are nested, such as ``{"text_config": {"hidden_size": 64}}``.
-        num_classes: Number of classes of a classification head; by default that of the config.
+        num_classes: Number of classes of a classification head. The default is the number in the config.
         dtype: Dtype of the weights.
-        attn_implementation: Attention implementation of transformers; by default its own choice for the family.
+        attn_implementation: Attention implementation of transformers; the default depends on the family.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: the family, the head or an entry is unknown, the family does not have the head, or transformers
-            cannot build the model.
+        QatkitError: the family, the head or an entry is unknown; the head does not exist for the family; or
+            transformers cannot build the model.
 
     Example:
         >>> import torch

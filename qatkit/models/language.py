@@ -20,14 +20,14 @@ def llama(
     context: int = 128,
     tie_embeddings: bool = True,
 ) -> LlamaForCausalLM:
-    """Build a decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """Build a Llama-style decoder with RMSNorm, rotary position embeddings, grouped-query attention and SwiGLU.
 
     Args:
-        vocab_size: Number of tokens.
+        vocab_size: Vocabulary size.
         hidden: Width of the residual stream.
         layers: Number of decoder layers.
-        heads: Query heads; each is ``hidden / heads`` wide.
-        kv_heads: Key and value heads, each shared by ``heads / kv_heads`` query heads.
+        heads: Number of query heads, each with width ``hidden / heads``.
+        kv_heads: Number of key and value heads, each shared by ``heads / kv_heads`` query heads.
         intermediate: Width of the feed-forward layers.
         context: Maximum sequence length in tokens.
         tie_embeddings: Use one matrix for the input embedding and the output layer.

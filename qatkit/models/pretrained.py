@@ -1,4 +1,4 @@
-"""Pretrained transformers models, from a folder or from the hub."""
+"""Load pretrained transformers models from a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "SemanticSegmentation", "ForCTC")
-"""Endings of the class names whose head may be new: a model without it gets one with random weights."""
+"""Suffixes of class names whose head may be new: if the checkpoint has none, its weights are random."""
 
 
 def causal_lm(
@@ -29,18 +29,18 @@ def causal_lm(
 ) -> nn.Module:
     """Load a pretrained transformers causal language model.
 
-    On torch's meta device, on which recipes are validated, only its config is read.
+    On torch's meta device, which is used to validate recipes, only the config is read.
 
     Args:
         name_or_path: A folder written by `save_pretrained` (config.json and weights), or the name of a model on the
             hub, such as "Qwen/Qwen3-0.6B"; an existing folder takes precedence.
-        dtype: Dtype of the weights. Use float32 to train all of them; bf16-mixed speeds up computation.
+        dtype: Dtype of the weights. Use float32 to train all weights; use bf16-mixed precision to speed up computation.
         attn_implementation: Attention implementation of transformers.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: the folder contains no complete model, a weight is NaN or infinite, the model is an encoder or is
-            not on the hub, access is denied, or the hub cannot be reached.
+        QatkitError: the folder contains no complete model, a weight is non-finite, the model is an encoder, the model
+            is not on the hub, access is denied, or the hub cannot be reached.
 
     Example:
         >>> import tempfile
@@ -71,7 +71,7 @@ def masked_lm(
     """Load a pretrained masked language model such as BERT, for `qatkit.data:masked_text`.
 
     Args:
-        name_or_path: A folder or a name on the hub, as for `causal_lm`.
+        name_or_path: A folder or a name on the hub, as in `causal_lm`.
         dtype: Dtype of the weights.
         attn_implementation: Attention implementation of transformers.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
@@ -91,20 +91,21 @@ def sequence_classifier(
 ) -> nn.Module:
     """Load a pretrained sequence classifier, for `qatkit.data:text_classification`.
 
-    A model that was not trained to classify gets a head with random weights. A decoder classifies at the last token
-    that is not padding; the padding token is set to the one that qatkit's data uses: the tokenizer's padding token, or
-    else end-of-text. Many configs name no padding token, or a different one. Without a tokenizer, the token in the
-    config is used.
+    The weights of the head are random if the model was not trained for classification. A decoder classifies at the last
+    token that is not padding. The padding token in the config is set to the padding token of qatkit's data, because
+    many configs have a different one or none. It is the tokenizer's padding token, or else its end-of-text token.
+    Without a tokenizer, the token in the config is used.
 
     Args:
-        name_or_path: A folder or a name on the hub, as for `causal_lm`.
+        name_or_path: A folder or a name on the hub, as in `causal_lm`.
         num_classes: Number of classes, at least 2.
         dtype: Dtype of the weights.
         attn_implementation: Attention implementation of transformers.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: as `causal_lm`, or the model was trained for a different number of classes.
+        QatkitError: for the same reasons as in `causal_lm`, or if the model was trained for a different number of
+            classes.
     """
     if num_classes < 2:
         raise QatkitError(f"{num_classes} is out of range", key="num_classes", advice="use 2 or more")
@@ -123,7 +124,7 @@ def sequence_classifier(
 
 
 def reads_last_token(model_type: str) -> bool:
-    """Whether classifiers of a family are decoders, which locate the end of a text by its padding."""
+    """Whether classifiers of a family are decoders, which use padding to find the last token of a sequence."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     return model_type in CAUSAL and not _fills_in(model_type)
@@ -157,10 +158,10 @@ def embedding_model(
     attn_implementation: Attention = "sdpa",
     gradient_checkpointing: bool = False,
 ) -> nn.Module:
-    """Load a pretrained model without a head, whose hidden states become embeddings, for `qatkit.data:text_pairs`.
+    """Load a pretrained model without a head, for embeddings with `qatkit.data:text_pairs`.
 
     Args:
-        name_or_path: A folder or a name on the hub, as for `causal_lm`.
+        name_or_path: A folder or a name on the hub, as in `causal_lm`.
         dtype: Dtype of the weights.
         attn_implementation: Attention implementation of transformers.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
@@ -184,19 +185,19 @@ def load(
     checkpointing: bool,
     **settings: Any,
 ) -> nn.Module:
-    """Load a model with a head of transformers; on the meta device, only its config is read.
+    """Load a transformers model with a head; on the meta device, only the config is read.
 
     Args:
-        kind: The end of the name of an ``AutoModelFor`` class; empty for no head.
+        kind: The suffix of the name of an ``AutoModelFor`` class; empty for no head.
         described: The kind of model, for errors.
         name: A folder, or a name on the hub.
         dtype: Dtype of the weights.
-        attention: Attention implementation; None leaves the choice to transformers.
+        attention: Attention implementation; None uses the default of transformers.
         checkpointing: Recompute activations in the backward pass.
-        settings: Entries of the config that differ from the file's.
+        settings: Entries that override the saved config.
 
     Raises:
-        QatkitError: the model cannot be loaded completely, or a weight is NaN or infinite.
+        QatkitError: the model cannot be loaded completely, or a weight is non-finite.
     """
     source, offline = locate(name, "name_or_path", "config.json and weights", "config.json")
     if source != name or Path(source).is_dir():
@@ -223,7 +224,7 @@ def load(
 
 
 def ready_to_train(model: Any, checkpointing: bool) -> nn.Module:
-    """Turn off the cache of keys and values, and turn on gradient checkpointing if asked to.
+    """Disable the KV cache, and enable gradient checkpointing if requested.
 
     Args:
         model: A transformers model.

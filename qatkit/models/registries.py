@@ -1,4 +1,4 @@
-"""Models of timm and of torchvision by name."""
+"""Build timm and torchvision models by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qatkit.errors import QatkitError, did_you_mean
 
 
 def timm_model(name: str, num_classes: int = 1000, in_channels: int = 3, weights: str | None = None) -> nn.Module:
-    """Build an image model of timm, such as "resnet18", "mobilenetv3_small_100" or "vit_tiny_patch16_224".
+    """Build a timm image model, such as "resnet18", "mobilenetv3_small_100" or "vit_tiny_patch16_224".
 
-    Nothing is downloaded: without `weights`, they are random.
+    No files are downloaded; weights are random unless `weights` is set.
 
     Args:
         name: A name from ``timm.list_models()``.
@@ -24,7 +24,7 @@ def timm_model(name: str, num_classes: int = 1000, in_channels: int = 3, weights
         weights: A ``.safetensors`` file with the state dict of this model.
 
     Raises:
-        QatkitError: timm is not installed, it has no such model, or the weights do not fit.
+        QatkitError: timm is not installed, the model does not exist, or the weights do not match the model.
     """
     timm = _package("timm")
     if not timm.is_model(name):
@@ -34,9 +34,9 @@ def timm_model(name: str, num_classes: int = 1000, in_channels: int = 3, weights
 
 
 def torchvision_model(name: str, num_classes: int = 1000, weights: str | None = None) -> nn.Module:
-    """Build a model of torchvision, such as "resnet18", "convnext_tiny" or "swin_t".
+    """Build a torchvision model, such as "resnet18", "convnext_tiny" or "swin_t".
 
-    Nothing is downloaded: without `weights`, they are random.
+    No files are downloaded; weights are random unless `weights` is set.
 
     Args:
         name: A name from ``torchvision.models.list_models()``.
@@ -44,7 +44,7 @@ def torchvision_model(name: str, num_classes: int = 1000, weights: str | None = 
         weights: A ``.safetensors`` file with the state dict of this model.
 
     Raises:
-        QatkitError: torchvision is not installed, it has no such model, or the weights do not fit.
+        QatkitError: torchvision is not installed, the model does not exist, or the weights do not match the model.
     """
     models = _package("torchvision").models
     if name not in models.list_models():

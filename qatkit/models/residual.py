@@ -10,12 +10,12 @@ from qatkit.errors import QatkitError
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, whose result is added to the input before the last ReLU.
+    """Two 3x3 convolutions with BatchNorm, whose output is added to the input before the last ReLU.
 
     Args:
         inputs: Input channels.
-        outputs: Output channels; if they are not `inputs`, height and width are halved, and a 1x1 convolution adapts
-            the input.
+        outputs: Output channels. If they differ from `inputs`, height and width are halved, and a 1x1 convolution
+            projects the input.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -30,7 +30,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, inputs, height, width]`` to ``[batch, outputs, height, width]``, or half of both."""
+        """Map ``[batch, inputs, height, width]`` to ``[batch, outputs, ...]``; height and width may be halved."""
         out = self.relu1(self.norm1(self.conv1(x)))
         result: Tensor = self.relu2(self.norm2(self.conv2(out)) + self.shortcut(x))
         return result
@@ -40,7 +40,8 @@ def resnet(channels: Sequence[int] = (16, 32, 64), num_classes: int = 10, in_cha
     """Build a residual classifier: a 3x3 convolution, two blocks for each width, average pooling and a linear layer.
 
     Args:
-        channels: Channels of each pair of blocks; the first block of each pair but the first halves height and width.
+        channels: Channels of each pair of blocks. The first block of every pair except the first halves height and
+            width.
         num_classes: Number of outputs.
         in_channels: Channels of the image.
 
@@ -50,7 +51,7 @@ def resnet(channels: Sequence[int] = (16, 32, 64), num_classes: int = 10, in_cha
         torch.Size([2, 10])
 
     Raises:
-        QatkitError: there are no channels.
+        QatkitError: `channels` is empty.
     """
     if not channels:
         raise QatkitError("[] has no layers", key="channels", advice="use at least one number, such as [16, 32]")

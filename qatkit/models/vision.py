@@ -1,4 +1,4 @@
-"""Small image classifiers that can run in integer arithmetic only."""
+"""Small image classifiers that can run with integer arithmetic only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qatkit.errors import QatkitError
 
 
 class Chain(nn.Sequential):
-    """A sequence of layers that returns the arguments with which `cnn` or `mlp` would build it."""
+    """A sequence of layers that can return the arguments of `cnn` or `mlp` that build it."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the factory arguments of the current layers; a shrunk model is rebuilt from them."""
@@ -23,10 +23,10 @@ class Chain(nn.Sequential):
 
 
 def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8) -> Chain:
-    """Build a classifier from 3x3 convolutions with BatchNorm and ReLU; each but the first is followed by 2x2 pooling.
+    """Build a classifier from 3x3 convolutions with BatchNorm and ReLU; 2x2 pooling follows each except the first.
 
-    The last layer is linear over flattened features rather than average-pooled ones: max pooling and flattening keep
-    codes unchanged, so every layer of the exported graph, including the last, takes codes as input.
+    The last layer is linear on flattened rather than average-pooled features. Max pooling and flattening do not change
+    codes, so every layer of the exported graph, including the last, has codes as input.
 
     Args:
         channels: Output channels of each convolution.
@@ -40,7 +40,7 @@ def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channe
         torch.Size([2, 10])
 
     Raises:
-        QatkitError: there is no convolution, or so many that pooling leaves no pixel.
+        QatkitError: there are no convolutions, or there are so many that pooling leaves no pixels.
     """
     if not channels:
         raise QatkitError("[] has no layers", key="channels", advice="use at least one number, such as [16, 32]")

@@ -1,4 +1,4 @@
-"""Warn about a stage that makes its model worse: compare the validation metric before the first step and at the end."""
+"""Warn about a stage that makes its model worse, by comparing the validation metric before and after training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from qatkit.recipe import StageConfig
 from qatkit.tasks import METRICS, Scores, Task, call
 
 NOISE = 1.5
-"""Accuracy and F1 must fall by more than this, divided by the root of the number of samples: at least three standard
-errors, whatever the accuracy."""
+"""Accuracy and F1 must fall by more than this number, divided by the square root of the number of samples. This is at
+least three standard errors for any accuracy.
+"""
 FACTOR = 1.05
-"""Other metrics, such as loss, perplexity, RMSE and mean IoU, must get worse by more than this factor."""
+"""Other metrics, such as loss, perplexity, RMSE and mean IoU, must worsen by more than this factor."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Before:
     metric: str
     value: float
     count: int
-    """Samples, pixels or tokens that it was measured on."""
+    """Number of samples, pixels or tokens on which the metric was measured."""
 
     def is_better_than(self, after: float) -> bool:
-        """Whether a later value is worse by more than noise.
+        """Return whether a later value is worse by more than noise.
 
         Example:
             >>> start = Before("accuracy", 0.80, count=180)
@@ -54,13 +55,13 @@ class Before:
 
 
 class StartMetric(Callback):
-    """Measures the validation metric after the stage's compression and before its first step.
+    """Measure the validation metric after the stage's compression and before its first step.
 
-    Compression lowers the accuracy, and training should recover it; the result of the previous stage would be
-    the wrong reference. The random state is restored. A resumed stage keeps the value of its start.
+    Compression lowers the accuracy and training should recover it, so the result of the previous stage would be the
+    wrong reference. The random state is restored. A resumed stage keeps its original value.
 
     Args:
-        task: The task that the data declares; by default it is inferred from the batches.
+        task: The task that the data declares. By default, it is inferred from the batches.
     """
 
     def __init__(self, task: Task | None) -> None:
@@ -103,10 +104,10 @@ class StartMetric(Callback):
 
 
 def start_metric(stage: StageConfig, task: Task | None) -> StartMetric | None:
-    """The callback of a stage; None if nothing can be compared.
+    """Return the callback of a stage; None if nothing can be compared.
 
-    A stage that does not train cannot make its model worse, and one that prunes while it trains ends with more
-    pruned weights than it begins with.
+    There is no comparison for a stage that does not train, because it cannot make its model worse. There is none for a
+    stage that prunes during training either, because it ends with more pruned weights than it begins with.
     """
     if stage.max_steps == 0 or (stage.prune is not None and not stage.prune.at_once):
         return None
@@ -114,12 +115,12 @@ def start_metric(stage: StageConfig, task: Task | None) -> StartMetric | None:
 
 
 def warn_if_worse(name: str, before: Before | None, metrics: Mapping[str, float]) -> None:
-    """Warn if a stage ends with a worse validation metric than it began with.
+    """Warn if the validation metric of a stage is worse at its end than at its start.
 
     Args:
-        name: The stage.
+        name: The stage name.
         before: The metric before the first step.
-        metrics: The stage's metrics at its end, as in ``stage.json``.
+        metrics: The stage's final metrics, as in ``stage.json``.
     """
     if before is None or not before.is_better_than(after := metrics[f"val/{before.metric}"]):
         return

@@ -1,4 +1,4 @@
-"""Early stopping of a stage: Lightning's callback, which here also saves and restores the best weights."""
+"""Early stopping of a stage, with Lightning's callback extended to save and restore the best weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MONITORED = "val/loss"
 
 
 class StopEarly(EarlyStopping):
-    """Ends a stage when the validation loss stops improving, and restores the best weights.
+    """End a stage when the validation loss stops improving, and restore the best weights.
 
     Args:
         config: The recipe's ``early_stopping`` block.
@@ -28,7 +28,7 @@ class StopEarly(EarlyStopping):
         folder: The folder for ``best.ckpt``.
 
     Raises:
-        QatkitError: the stage is never validated, or the validation loss was never finite.
+        QatkitError: the stage is never validated, or no validation loss was finite.
     """
 
     def __init__(self, config: EarlyStoppingConfig, stage: str, folder: Path) -> None:

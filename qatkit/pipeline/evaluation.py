@@ -33,19 +33,19 @@ class _Kept(TypedDict):
 
 
 def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any]]:
-    """Score every row of the comparison as configured in the ``evaluate`` block; return {} without the block.
+    """Score every row of the comparison as configured in the ``evaluate`` block; return {} if there is no block.
 
-    Existing scores of the same stages with the same block are reused.
+    Existing scores for the same stages and the same block are reused.
 
     Args:
         run: The run; its stages are finished.
-        data: Its data, set up for test.
+        data: The run's data, set up for testing.
 
     Returns:
-        By stage, the fields of `LanguageScore`, and ``tasks``: the metrics of lm-evaluation-harness.
+        For each stage, the fields of `LanguageScore`, and ``tasks`` with the metrics of lm-evaluation-harness.
 
     Raises:
-        QatkitError: the data is not text, or a requirement of the tasks is missing, or a stored score is damaged.
+        QatkitError: the data is not text, a requirement of the tasks is missing, or a stored score is corrupt.
     """
     config = run.recipe.evaluate
     if config is None:

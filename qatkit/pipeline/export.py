@@ -1,4 +1,4 @@
-"""The export step: write every finished stage of the comparison in the recipe's format."""
+"""The export step, which writes every finished stage of the comparison in the recipe's format."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:  # `qatkit validate` imports this module
 
 
 def exported_stages(recipe: Recipe) -> list[str]:
-    """The exported stages, which are those in the comparison."""
+    """Return the exported stages, which are the stages in the comparison."""
     return Run(recipe, Path()).rows
 
 
 def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None) -> None:
-    """Reject a stage whose result the recipe's export format does not support; no weights are read.
+    """Raise an error if the recipe's export format does not support the result of a stage. Weights are not read.
 
     Args:
-        recipe: The recipe, whose ``export`` block names the format; without the block, nothing is checked.
-        stage: A stage that the comparison shows.
+        recipe: The recipe, whose ``export`` block sets the format; without this block, nothing is checked.
+        stage: A stage in the comparison.
         model: The stage's model, with plain layers; may be on the meta device.
         task: The task that the data declares.
 
     Raises:
-        QatkitError: the format does not support the result; the error names the stage and, if known, the layer.
+        QatkitError: the format does not support the result; the error includes the stage and, if known, the layer.
     """
     if recipe.export is None:
         return
@@ -66,14 +66,14 @@ def _schemes(config: QuantizeConfig | None, model: nn.Module) -> dict[str, Schem
 
 
 def export_run(run: Run) -> list[Path]:
-    """Export every stage that the comparison shows, in the recipe's format.
+    """Export every stage in the comparison in the recipe's format.
 
     Returns:
         The exported files or folders.
 
     Raises:
-        QatkitError: a stage is not finished, the format does not support the trained model, or something would be
-            written outside the run's folder.
+        QatkitError: a stage is not finished, the format does not support the trained model, or a file would be written
+            outside the run's folder.
     """
     run.check_writes()
     run.check_recipe()
@@ -92,12 +92,12 @@ def export_run(run: Run) -> list[Path]:
 
 
 def exported_path(run: Run, stage: str) -> Path:
-    """The exported file of a stage, or the exported folder."""
+    """Return the path of a stage's exported file or folder."""
     return format_of(run).path(run.out / "export" / stage)
 
 
 def format_of(run: Run) -> ExportFormat:
-    """The recipe's export format.
+    """Return the recipe's export format.
 
     Raises:
         QatkitError: the recipe has no ``export`` block.
@@ -113,7 +113,7 @@ def format_of(run: Run) -> ExportFormat:
 
 
 def held_out_data(run: Run) -> LightningDataModule:
-    """The recipe's data, set up for the test split."""
+    """Return the recipe's data, set up for the test split."""
     # the largest batch that is known to fit into memory; logits of a large vocabulary may not fit at 64
     data = run.build_data(batch_size=min(64, *(stage.batch_size for stage in run.recipe.stages.values())))
     data.prepare_data()
@@ -122,5 +122,5 @@ def held_out_data(run: Run) -> LightningDataModule:
 
 
 def first_batch(data: LightningDataModule) -> Any:
-    """The first batch of the test split."""
+    """Return the first batch of the test split."""
     return next(iter(data.test_dataloader()))

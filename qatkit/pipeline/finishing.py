@@ -1,4 +1,4 @@
-"""The end of a stage: the trained weights are loaded into one plain model, which is measured and saved."""
+"""The end of a stage: load the trained weights into a plain model, measure it and save it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from qatkit.tasks import call, declared_task, evaluate, one_sample
 
 
 def finished_model(model: nn.Module, trained: Trained, folder: Path, original: bool) -> nn.Module:
-    """Put trained weights and scales into a fresh copy of the stage's input model, on the CPU and unsharded.
+    """Load trained weights and scales into a new, unsharded copy of the stage's input model on the CPU.
 
     Adapters are saved in the stage's folder and merged.
 
     Args:
         model: The copy.
-        trained: The result of the fit.
+        trained: The result of training.
         folder: The stage's folder.
-        original: Whether the copy has the weights that the name in its config refers to.
+        original: Whether the copy has the original weights of the model that its config names.
     """
     replay_folds(model, trained.folds)
     if trained.quantize is not None:
@@ -53,7 +53,7 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
     """Measure a finished stage on validation and test data, save it, and delete its checkpoints.
 
     Raises:
-        QatkitError: a weight is NaN or infinite, or the test data has no batches; the stage stays unfinished.
+        QatkitError: a weight is non-finite, or the test data has no batches; the stage stays unfinished.
     """
     if (place := non_finite(model)) is not None:
         shutil.rmtree(folder / "adapter", ignore_errors=True)  # was merged into the model
@@ -83,6 +83,6 @@ def save_result(folder: Path, model: nn.Module, record: StageRecord, data: Light
 
 
 def delete_training_files(folder: Path) -> None:
-    """Delete what only an unfinished stage needs: its checkpoints and the record of its start."""
+    """Delete the files that only an unfinished stage needs: its checkpoints and the record of its start."""
     delete_checkpoints(folder)
     (folder / "started.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Learning rates: the schedule of a stage, and parameter groups with their own learning rate and weight decay."""
+"""Learning rates: the schedule of a stage, and parameter groups with separate learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from qatkit.recipe import ScheduleName
 from qatkit.stages.optimizers import learned_scales
 
 SCALE_LR = 0.2
-"""Learned scales train at this fraction of the learning rate: a step of Adam is as large as the learning rate
-regardless of the gradient, and scales are several times smaller than weights."""
+"""Fraction of the learning rate used for learned scales. The size of an Adam step is about the learning rate regardless
+of the gradient, and scales are several times smaller than weights.
+"""
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices with weight decay, vectors without, learned scales without and at a lower rate.
+    """Create parameter groups: matrices, vectors (without weight decay) and learned scales (also with a lower rate).
 
     Example:
         >>> groups = parameter_groups(nn.Linear(4, 2), lr=1e-3, weight_decay=0.01)
@@ -35,15 +36,15 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
 
 def lr_factor(progress: float, schedule: ScheduleName, warmup: float = 0.0, decay: float = 0.2) -> float:
-    """The learning rate at a given progress of the stage, as a fraction of its peak.
+    """Return the learning rate at a given progress of the stage, as a fraction of its peak.
 
     Args:
         progress: The completed fraction of the stage, 0 to 1.
-        schedule: Shape after the warm-up: cosine to 0, linear to 0, constant, or ("wsd") constant with a final decay of
+        schedule: Shape after the warmup: cosine to 0, linear to 0, constant, or ("wsd") constant with a final decay of
             ``1 - sqrt(completed fraction of the decay)``; Hägele et al. (2024), "Scaling Laws and Compute-Optimal
             Training Beyond Fixed Training Durations", equation 1.
         warmup: The fraction of the stage over which the rate rises from 0.
-        decay: The fraction of the stage, at its end, over which "wsd" falls to 0.
+        decay: The final fraction of the stage, over which "wsd" decays to 0.
 
     Example:
         >>> lr_factor(0.5, "cosine")

@@ -9,10 +9,10 @@ from qatkit.recipe import TrainerConfig
 
 
 def check_logger(trainer: TrainerConfig) -> None:
-    """Reject a logger whose package is not installed.
+    """Raise an error if the package of a logger is not installed.
 
     Raises:
-        QatkitError: the package is missing; the error names the command that installs it.
+        QatkitError: the package is missing; the error includes the command that installs it.
     """
     if trainer.logger != "csv" and find_spec(trainer.logger) is None:
         raise QatkitError(

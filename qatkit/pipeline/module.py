@@ -1,4 +1,4 @@
-"""The LightningModule that the pipeline trains: a model with its loss and its optimizer."""
+"""The LightningModule that the pipeline trains: a model with its loss and optimizer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from qatkit.tasks.detection import own_loss
 class CompressionModule(LightningModule):
     """A model of any task in one stage of a recipe; see `qatkit.tasks`.
 
-    The loss is `qatkit.tasks.row_loss`. For text it is the mean over all tokens of an optimizer step, regardless of how
-    these are split over processes and accumulated batches; see `TokenWeighting`.
+    The loss is `qatkit.tasks.row_loss`. For text, it is the mean over all tokens of an optimizer step, regardless of
+    how they are split over processes and accumulated batches; see `TokenWeighting`.
 
     Args:
         model: The model to train.
         stage: Learning rate, schedule and length.
-        seed: Seeds the random numbers of an epoch, together with the epoch and the rank, so a resumed run repeats them.
-        compiled: Compile the model after it is prepared and sharded.
-        task: The task that the data declares; without one it is inferred from the batches, see `qatkit.tasks.task_of`.
+        seed: Determines the random numbers of an epoch, together with the epoch and the rank, so that a resumed run
+            repeats them.
+        compiled: Whether to compile the model after it has been prepared and sharded.
+        task: The task that the data declares. By default, it is inferred from the batches; see `qatkit.tasks.task_of`.
     """
 
     def __init__(

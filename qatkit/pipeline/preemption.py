@@ -1,8 +1,8 @@
-"""SIGTERM during training: all processes agree on a step, save a checkpoint there, and end.
+"""SIGTERM handling during training: all processes agree on a step, save a checkpoint there, and end.
 
-Lightning's own handler is replaced. It takes part in collectives from inside the handler, which deadlocks when another
-process is in one, and each process leaves its loop on its own. Its flag `received_sigterm` is still used: the loops
-then raise `SIGTERMException` after the metrics of the step are logged.
+Lightning's own signal handler is replaced for two reasons. It calls collectives, which deadlocks if another process is
+already in a collective, and it lets processes leave the training loop at different steps. Lightning's flag
+`received_sigterm` is still used: the loops then raise `SIGTERMException` after the metrics of the step are logged.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from qatkit.common.termination import Termination
 
 
 class Preemption(Callback):
-    """Saves ``last.ckpt`` at the next optimizer step after SIGTERM, and ends the fit there on all processes.
+    """Save ``last.ckpt`` at the next optimizer step after SIGTERM, and end training there on all processes.
 
-    At the end of an epoch `checkpoint` saves. In the middle of one, the state contains the random numbers of each
-    process, and nothing is saved if a data loader cannot continue there. Put this callback after all that change
-    weights.
+    At the end of an epoch, `checkpoint` saves the state. In the middle of an epoch, the state also contains the random
+    state of each process, and no checkpoint is saved if a data loader cannot resume there. Place this callback after
+    all callbacks that change weights.
 
     Args:
-        termination: Knows whether this process has received the signal; None only restores random numbers.
+        termination: Reports whether this process has received the signal; None only restores the random state.
         checkpoint: The callback that saves at the end of an epoch.
     """
 
@@ -99,7 +99,7 @@ class Preemption(Callback):
 
 
 class Signals(_SignalConnector):
-    """Leaves SIGTERM to the handler that was there before."""
+    """Leaves SIGTERM to the previously installed handler."""
 
     @override
     def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
@@ -107,7 +107,7 @@ class Signals(_SignalConnector):
 
 
 def hand_over(trainer: Trainer, termination: Termination) -> None:
-    """Leave SIGTERM to `termination`, which also ends the processes that the Trainer starts."""
+    """Let `termination` handle SIGTERM; it also ends the processes that the Trainer starts."""
     trainer._signal_connector = Signals(trainer)
     launcher: Any = trainer.strategy.launcher
     if hasattr(launcher, "procs"):

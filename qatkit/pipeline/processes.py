@@ -1,4 +1,4 @@
-"""Select the process of a distributed run that writes files."""
+"""Processes of a distributed run: rank 0, which writes files, and the processes that it launches."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from qatkit.common.processes import process_exists
 
 
 def is_first_process() -> bool:
-    """Whether this process writes files; decided by the launchers' environment variables."""
+    """Whether this process is rank 0, which writes files, according to the environment variables of launchers."""
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 LAUNCHER = "QATKIT_LAUNCHER"
-"""Environment variable with the id of the process that launches the others."""
+"""Environment variable with the ID of the process that launches the others."""
 
 
 @contextmanager
 def as_launcher() -> Iterator[None]:
-    """Tell the processes that this one launches inside the block who launched them."""
+    """Pass the ID of this process to the processes that it launches inside the block."""
     before = os.environ.get(LAUNCHER)
     os.environ[LAUNCHER] = str(os.getpid())
     try:
@@ -35,12 +35,12 @@ def as_launcher() -> Iterator[None]:
 
 
 def end_with_parent(seconds: float = 1.0) -> None:
-    """End this process soon after its launcher has ended, for whatever reason and at whatever time.
+    """End this process soon after its launcher ends, for any reason.
 
-    A launched process whose launcher was killed would otherwise wait for the others until a timeout of half an hour.
+    Otherwise, a process whose launcher was killed would wait for the other processes until a timeout of half an hour.
 
     Args:
-        seconds: Time between two checks.
+        seconds: Time between checks.
     """
     parent = os.getppid()
     launcher = int(os.environ.get(LAUNCHER, parent))  # it may have ended before this process came here
@@ -54,7 +54,7 @@ def end_with_parent(seconds: float = 1.0) -> None:
 
 
 def leave_processes() -> None:
-    """End the process group, so that the first process continues alone and its data is no longer split by rank."""
+    """Destroy the process group, so that rank 0 continues alone and its data is no longer split by rank."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""The progress of a stage: a bar on a terminal, or a line every half minute in a log."""
+"""Progress display of a stage: a bar on a terminal, or a line every half minute in a log."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing_extensions import override
 from qatkit.tasks.metrics import METRICS
 
 Style = Literal["bar", "lines"]
-"""A bar on standard error, or lines on standard output."""
+"""A progress bar on standard error, or lines on standard output."""
 EVERY = 10
-"""Steps between reads of the metrics; each read waits for the device."""
+"""Steps between reads of the metrics; each read synchronizes with the device."""
 INTERVAL = 30.0
 """Seconds between lines."""
 
 
 def progress_callbacks(styles: Sequence[Style], stage: str, position: int, stages: int) -> list[Callback]:
-    """Callbacks that show the progress of a stage on the first process.
+    """Return callbacks that show the progress of a stage on rank 0.
 
     Args:
-        styles: How to show it.
+        styles: How to show the progress.
         stage: Name of the stage.
-        position: Its position in the recipe, from 1.
-        stages: Number of stages of the recipe.
+        position: Position of the stage in the recipe, starting at 1.
+        stages: Number of stages in the recipe.
     """
     title = f"stage {stage} ({position} of {stages})"
     kinds: dict[Style, type[ProgressBar | ProgressLines]] = {"bar": ProgressBar, "lines": ProgressLines}
@@ -37,7 +37,7 @@ def progress_callbacks(styles: Sequence[Style], stage: str, position: int, stage
 
 
 class ProgressBar(Callback):
-    """One bar over the steps of a stage, with metrics and the time left. It disappears when the stage ends.
+    """A progress bar over the steps of a stage, with metrics and the time left; it disappears when the stage ends.
 
     Args:
         title: Text before the bar.
@@ -85,7 +85,7 @@ class ProgressBar(Callback):
 
 
 class ProgressLines(Callback):
-    """One line about every half minute: the step, metrics and the time left.
+    """Print the step, metrics and time left about every half minute.
 
     Args:
         title: Text at the beginning of each line.

@@ -1,4 +1,4 @@
-"""The report step: measure the exported files and write the report of a run."""
+"""The report step, which measures the exported files and writes the report of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report_run(run: Run) -> dict[str, Any]:
         The content of ``report.json``.
 
     Raises:
-        QatkitError: a stage was not verified, its export or its weights have changed since, or something would be
+        QatkitError: a stage has not been verified, its export or its weights have changed since, or a file would be
             written outside the run's folder.
     """
     run.check_writes()
@@ -52,7 +52,7 @@ def _example(batch: Any) -> Example:
 
 
 def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:
-    """Send the report and the exported files to the recipe's tracker, if it has one, and close it."""
+    """Send the report and the exported files to the recipe's tracker, if it has one, and close the tracker."""
     pages = [run.out / name for name in ("report.html", "report.md", "report.json")]
     models = {row["stage"]: exported_path(run, row["stage"]) for row in content["rows"]}
     tracking.log_report(content, [page for page in pages if page.exists()], models)

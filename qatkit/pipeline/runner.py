@@ -1,4 +1,4 @@
-"""Run a recipe stage by stage. Stages pass results through files, so a killed run can resume."""
+"""Run a recipe stage by stage. Stages pass results through files, so an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -33,24 +33,25 @@ def run_stages(
     progress: Sequence[Style] = (),
     tracking: Tracking | None = None,
 ) -> list[str]:
-    """Train the stages of a recipe that are not finished.
+    """Train the unfinished stages of a recipe.
 
-    A finished stage is left untouched and a started one resumes from its last checkpoint, but only if none of its
-    inputs has changed.
+    A finished stage is left untouched, and a started stage resumes from its last checkpoint. An error is raised if the
+    inputs of either have changed.
 
     Args:
         run: The recipe and its folder.
-        until: The last stage to train; all by default.
-        force: Delete stages whose inputs have changed, and those after them, and train them again.
+        until: The last stage to train. By default, all stages are trained.
+        force: Delete stages whose inputs have changed, and the stages after them, and train them again.
         progress: How to show the progress of each stage.
-        tracking: The tracking of metrics. Pass one to use it after training; by default it is closed at the end.
+        tracking: Loggers for metrics. Pass a `Tracking` object to keep it open after training; by default, a new one is
+            created and closed at the end.
 
     Returns:
         The names of the stages that were trained.
 
     Raises:
-        QatkitError: a stage in the folder was trained with other values, `until` is not a stage, another
-            process is using the folder, or something would be written outside it.
+        QatkitError: a stage in the folder was trained with different inputs, `until` is not a stage, another process is
+            using the folder, or a file would be written outside it.
     """
     run.check_writes(training=True)
     if not is_first_process():
@@ -117,7 +118,7 @@ def _check_batch_sizes(run: Run, names: Sequence[str]) -> None:
 
 
 def resume_advice(run: Run) -> str:
-    """How to continue a run that ended early, for its last message."""
+    """Return how to resume a run that ended early, for its last message."""
     unfinished = [name for name in run.recipe.stages if not (run.folder(name) / "stage.json").is_file()]
     if not unfinished:
         return "all stages are trained; run the same command again to finish the run"

@@ -1,4 +1,4 @@
-"""FSDP2 sharding and compilation of a model that is trained."""
+"""FSDP2 sharding and compilation of the model in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qatkit.quantization.modules import FakeQuantize
 def exact_division() -> dict[str, bool] | None:
     """Compiler options for exact division on GPUs, as in torch; Triton's division can be off in the last bit.
 
-    Otherwise a quotient near the border of two codes would be rounded differently in training and in the exported file.
+    Otherwise, a quotient near a rounding boundary would be rounded differently in training and in the exported file.
     """
     name = "eager_numerics.division_rounding"  # from torch 2.11 on
     return {name: True} if name in torch._inductor.list_options() else None
@@ -25,11 +25,11 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
     """Shard a model's parameters over the data-parallel processes with FSDP2, in place.
 
     The model already has its fake quantizers (callbacks add them in `setup`), so scales are sharded with the weights.
-    Modules trained in a different dtype than the rest, such as a classification head next to adapters, form their own
-    groups.
+    Modules trained in a different dtype than the rest of the model, such as a classification head next to adapters,
+    form their own groups.
 
     Raises:
-        QatkitError: a fake quantizer is trained in a different dtype than the rest.
+        QatkitError: a fake quantizer is trained in a different dtype than the rest of the model.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -52,10 +52,10 @@ def parallelize(model: nn.Module, mesh: Any) -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the buffers of the first, such as the running statistics of BatchNorm, in place.
+    """Broadcast the buffers of rank 0, such as running statistics of BatchNorm, to every process, in place.
 
-    FSDP2 shards parameters only, so each process has buffers of its own, and a checkpoint holds those of the first:
-    the validation loss over all processes would change after a resume.
+    FSDP2 shards only parameters, so each process has its own buffers, but a checkpoint contains only those of rank 0.
+    Without this, the validation loss over all processes would change after a resume.
     """
     for buffer in model.buffers():
         torch.distributed.broadcast(buffer, 0)

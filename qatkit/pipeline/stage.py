@@ -1,4 +1,4 @@
-"""One stage of a run: its input model, its training, and its result in the stage's folder."""
+"""One stage of a run: its input model, its training, and the result in its folder."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class StagePrint:
     inputs: dict[str, Any]
     """Dotted recipe keys and their values."""
     fingerprint: str
-    """A hash of the inputs, chained to those of the parent and the teacher."""
+    """A hash of the inputs, chained to the fingerprints of the parent and the teacher."""
 
 
 def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, progress: Sequence[Style]) -> None:
-    """Train a stage and write its result.
+    """Train a stage and save its result.
 
     Args:
-        run: The run; the stages that this one continues from are finished.
+        run: The run; the stages on which this one depends are finished.
         name: The stage.
-        stage_print: Its inputs and fingerprint.
-        tracking: The tracking of its metrics.
+        stage_print: The stage's inputs and fingerprint.
+        tracking: Loggers for the stage's metrics.
         progress: How to show the progress.
     """
     folder = run.folder(name)

@@ -1,4 +1,4 @@
-"""The teacher cache of a stage: fingerprint, batches, writing and opening."""
+"""The teacher cache of a stage: its fingerprint and batches, and how it is written and opened."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from qatkit.run.stage_files import check_files
 from qatkit.tasks import model_inputs, to_logits
 
 WEIGHTS = ("config.json", "*.safetensors")
-"""Files that determine the outputs of a model in a folder."""
+"""Files in a model folder that determine the outputs of the model."""
 
 
 def cache_folder(run: Run, stage: str) -> Path:
-    """The folder of a stage's teacher cache."""
+    """Return the folder of a stage's teacher cache."""
     cache = _block(run, stage).cache
     return Path(cache.folder) if cache is not None and cache.folder else run.out / "teachers" / stage
 
 
 def write_caches(run: Run) -> Iterator[str]:
-    """Write the cache of every stage that uses one; yield a line about each.
+    """Write the cache of every stage that uses one, and yield a line of text for each.
 
     Raises:
-        QatkitError: no stage uses a teacher cache, a cache would be written outside the run's folder, or for the
-            reasons of `write_cache`.
+        QatkitError: no stage uses a teacher cache, a cache would be written outside the run's folder, or for the same
+            reasons as in `write_cache`.
     """
     run.check_writes(training=True)
     wanted = [name for name, stage in run.recipe.stages.items() if stage.distill is not None and stage.distill.cache]
@@ -67,11 +67,11 @@ def write_caches(run: Run) -> Iterator[str]:
 
 
 def write_cache(run: Run, stage: str) -> Path:
-    """Write the teacher's outputs for all training samples of a stage, unless they exist; resume after a kill.
+    """Write the teacher outputs for all training samples of a stage, unless they exist; resume after an interruption.
 
     Raises:
-        QatkitError: the teacher's stage is not finished, or the folder contains a damaged cache or one with a different
-            fingerprint.
+        QatkitError: the teacher's stage is not finished, or the folder contains a cache that is corrupt or has a
+            different fingerprint.
     """
     folder, distill = cache_folder(run, stage), resolved_block(run, stage)
     assert distill.cache is not None
@@ -101,10 +101,10 @@ def write_cache(run: Run, stage: str) -> Path:
 
 
 def open_cache(run: Run, stage: str) -> tuple[CachedTeacher, int | None]:
-    """Open a stage's teacher cache; also returns the vocabulary size if logits were trimmed to it.
+    """Open a stage's teacher cache; also return the vocabulary size if logits were trimmed to it.
 
     Raises:
-        QatkitError: the cache is missing, incomplete or damaged, or has a different fingerprint.
+        QatkitError: the cache is missing, incomplete or corrupt, or has a different fingerprint.
     """
     _, prints, size = _inputs(run, stage)
     command = f"`qatkit cache-teacher RECIPE --out {run.out}`"
@@ -176,7 +176,7 @@ def _batches(run: Run, stage: str, data: LightningDataModule) -> tuple[Iterable[
 
 
 def resolved_block(run: Run, stage: str) -> DistillConfig:
-    """The ``distill`` block of a stage, with globs replaced by layer names."""
+    """Return the ``distill`` block of a stage, with globs replaced by layer names."""
     models = run.stage_models()
     return blocks.distill.resolved(_block(run, stage), models[stage], models.teacher(stage))
 
@@ -195,10 +195,10 @@ def _served(folder: Path, prints: dict[str, str]) -> dict[str, str]:
 
 
 def wait_for(folder: Path) -> None:
-    """Wait until the first process has written a cache.
+    """Wait until rank 0 has written a cache.
 
     Raises:
-        QatkitError: the process that started this one ended first.
+        QatkitError: the process that launched this one ended first.
     """
     starter = os.getppid()
     while not is_complete(folder):

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A stage's teacher and the settings of the comparison."""
+    """A stage's teacher and the distillation settings."""
 
     block: DistillConfig
     """The ``distill`` block, with globs replaced by layer names."""
     teacher: Teacher | CachedTeacher
     vocab_size: int | None
-    """Number of shared tokens, if student and teacher pad their logits to different widths."""
+    """Size of the shared vocabulary, if student and teacher pad their logits to different widths."""
 
 
 def teacher_spec(run: Run, stage: str, first_process: bool) -> TeacherSpec:
-    """Load the teacher of a stage, or open its cache; the first process writes a cache that does not exist yet.
+    """Load the teacher of a stage, or open its cache; rank 0 writes the cache if it does not exist.
 
     Args:
         run: The recipe and its folder.
         stage: A stage with a ``distill`` block.
-        first_process: Whether this is the process that writes.
+        first_process: Whether this process is rank 0, which writes files.
 
     Raises:
         QatkitError: the cache has a different fingerprint, or the two models do not share a vocabulary.

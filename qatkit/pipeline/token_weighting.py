@@ -1,4 +1,4 @@
-"""The loss of a text as a mean over the tokens of an optimizer step, across batches and processes."""
+"""Text loss as a mean over all tokens of an optimizer step, across batches and processes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 
 
 class TokenWeighting:
-    """Turns per-batch means into the mean over all tokens of an optimizer step.
+    """Converts per-batch mean losses to the mean over all tokens of an optimizer step.
 
     Lightning averages the losses of accumulated batches and the gradients of processes as if all batches had the same
-    number of labels. Each batch's loss is therefore multiplied by its number of labels and divided by a reference, the
-    mean number of labels in the first batches of all processes. With accumulation the true mean is only known at the
-    end of the step; the gradients are then corrected by the number of labels in the batches. Without
-    accumulation on one process every weight is 1.
+    number of labels. Each batch's loss is therefore multiplied by its number of labels and divided by a reference,
+    which is the mean number of labels in the first batch of the step over all processes. With accumulation, the true
+    mean is known only at the end of the step, when the gradients are corrected by the number of labels in the batches.
+    On one process without accumulation, every weight is 1.
     """
 
     def __init__(self) -> None:
@@ -25,10 +25,10 @@ class TokenWeighting:
         self._seen: Tensor | None = None
 
     def add(self, count: Tensor, first: bool, mean: Callable[[Tensor], Tensor]) -> None:
-        """Add a batch, before its backward pass.
+        """Add a batch before its backward pass.
 
         Args:
-            count: The number of labels in the batch other than -100, 0-d.
+            count: Number of labels in the batch other than -100, a 0-d tensor.
             first: Whether the batch is the first of an optimizer step.
             mean: Returns the mean of a tensor over all processes.
         """
@@ -40,13 +40,13 @@ class TokenWeighting:
         self._weight = count / self._reference
 
     def weighted(self, loss: Tensor) -> Tensor:
-        """Weight the loss of the batch that was added last; other losses are returned unchanged."""
+        """Weight the loss of the last added batch; other losses are returned unchanged."""
         weight, self._weight = self._weight, None
         return loss if weight is None else loss * weight
 
     @torch.no_grad()
     def correct(self, parameters: Iterable[nn.Parameter], batches: int, mean: Callable[[Tensor], Tensor]) -> None:
-        """Correct the gradients by the number of labels of the step, before the optimizer step.
+        """Correct the gradients by the step's number of labels, before the optimizer step.
 
         Args:
             parameters: The trained parameters; Lightning has divided their gradients by `batches`.

@@ -1,4 +1,4 @@
-"""Log a run's metrics: always to CSV files, and to TensorBoard or Weights & Biases if the recipe enables them."""
+"""Log a run's metrics to CSV files, and to TensorBoard or Weights & Biases if the recipe enables them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qatkit.recipe import Recipe
 
 
 class Tracking:
-    """The loggers of a run folder; they also receive the results of each finished stage and of the run.
+    """The loggers of a run folder, which also receive the results of each finished stage and of the run.
 
     Args:
         recipe: The resolved recipe; its `trainer.logger` selects the loggers.
@@ -40,7 +40,7 @@ class Tracking:
         self._lost = False
 
     def loggers(self, stage: str) -> list[Logger]:
-        """The loggers of a stage, CSV first; only the first process writes."""
+        """Return the loggers of a stage, CSV first; only rank 0 writes."""
         check_logger(self.recipe.trainer)
         logs = self.out / "stages" / stage / "logs"
         attempts = len(list(logs.glob("*"))) if logs.exists() else 0
@@ -57,12 +57,13 @@ class Tracking:
         return loggers
 
     def log_stage(self, stage: str, metrics: Mapping[str, float], codes: Sequence[int], steps: int) -> None:
-        """Send the metrics and codes of a finished stage.
+        """Log the metrics and codes of a finished stage.
 
         Args:
-            stage: Its name.
+            stage: Name of the stage.
             metrics: Metrics by name, such as "test/accuracy".
-            codes: The histogram of its integer weights from the lowest code to the highest; empty if it has none.
+            codes: Histogram of the stage's integer weights from the lowest to the highest code; empty if there are
+                none.
             steps: Number of training steps.
         """
         if self.recipe.trainer.logger == "tensorboard":
@@ -83,7 +84,7 @@ class Tracking:
         self._guarded(send)
 
     def log_report(self, content: Mapping[str, Any], pages: Sequence[Path], models: Mapping[str, Path]) -> None:
-        """Send the comparison, its numbers as the run's summary, the report and the exported files; then close.
+        """Log the comparison, its numbers as the run's summary, the report and the exported files; then close.
 
         Args:
             content: The content of ``report.json``.

@@ -1,4 +1,4 @@
-"""Build Lightning's Trainer from a recipe; training resumes from the last checkpoint."""
+"""Build a Lightning Trainer from a recipe, and resume training from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build_trainer(
 
 
 def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, folder: Path) -> None:
-    """Fit a module, resuming from the newest checkpoint in a stage's folder if there is one.
+    """Train a module, resuming from the newest checkpoint in a stage's folder if there is one.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
@@ -95,7 +95,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, fo
 
 
 def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
-    """The callback that writes ``last.ckpt`` at the end of every epoch, replacing the previous one."""
+    """Return the callback that writes ``last.ckpt`` at the end of every epoch, replacing the previous one."""
     return FiniteCheckpoint(
         steps, dirpath=folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
@@ -103,7 +103,7 @@ def checkpoints(folder: Path, steps: NonFiniteSteps) -> FiniteCheckpoint:
 
 
 class DurableCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints that survive a kill at any moment, see `qatkit.run.checkpoint`."""
+    """Writes checkpoints so that one stays intact even if the process is killed; see `qatkit.run.checkpoint`."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The training of a stage: its callbacks, its fit, and the trained weights gathered from all processes."""
+"""The training of a stage: its callbacks, the training run, and the weights gathered from all processes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from qatkit.tasks import declared_task
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a fit, on every rank."""
+    """The result of training, on every rank."""
 
     trainer: Trainer
     weights: dict[str, Tensor]
-    """The full state dict on the CPU; if the model was sharded, empty on all ranks but the first."""
+    """The full state dict on the CPU; if the model was sharded, it is empty on all ranks except 0."""
     folds: list[Fold]
     placement: Placement
-    """The results that are quantized besides the inputs of layers."""
+    """The tensors that are quantized besides layer inputs."""
     held: list[str]
     """Layers whose pruned weights stay zero."""
     quantize: QuantizeConfig | None
@@ -51,7 +51,7 @@ class Trained:
     monitor: CompressionMonitor
     early_stopping: EarlyStopped | None
     before: Before | None
-    """The validation metric before the first step, if that at the end can be compared with it."""
+    """The validation metric before the first step, if it is comparable to the metric at the end."""
 
 
 def train(
@@ -66,22 +66,22 @@ def train(
     earlier: nn.Module | None = None,
     progress: Sequence[Style] = (),
 ) -> Trained:
-    """Fit one stage, resuming from its last checkpoint if the folder contains one.
+    """Train one stage, resuming from its last checkpoint if the folder contains one.
 
     Args:
         recipe: The whole recipe.
         name: The stage to train.
-        model: The model that the stage starts with: plain layers, on the CPU.
-        teacher_spec: The stage's teacher, if it distills.
-        data: Builds the data module for a batch size.
+        model: The stage's input model, with plain layers, on the CPU.
+        teacher_spec: The stage's teacher, or None without distillation.
+        data: Creates the data module for a batch size.
         folder: The stage's folder.
         loggers: Loggers that receive the stage's metrics.
         held: Layers that an earlier stage pruned and whose mask is kept.
-        earlier: The model whose weights the stage rewinds to; None if it does not rewind.
+        earlier: The model with the weights to which the stage rewinds; None without rewinding.
         progress: How to show the progress.
 
     Raises:
-        QatkitError: the data is too small for a batch, a weight is NaN or infinite, or the stage was started on a
+        QatkitError: the training set does not fill a batch, a weight is non-finite, or the stage was started on a
             different number of processes.
     """
     stage = recipe.stages[name]
@@ -150,7 +150,7 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
 
 
 def refuse_non_finite(name: str, place: str | None) -> None:
-    """Raise if a weight is NaN or infinite; `place` names it."""
+    """Raise an error if a weight is non-finite; `place` describes its location."""
     if place is not None:
         raise QatkitError(
             f"{place} was NaN or infinite at the end of the stage; an earlier checkpoint is kept, if there is one",

@@ -26,18 +26,18 @@ from qatkit.tasks import declared_task
 from qatkit.tasks.detection import check_model as check_detector
 
 DATA_ARGUMENTS = ("batch_size", "seed")
-"""The arguments that the pipeline passes to a data factory in addition to those of the recipe."""
+"""The arguments that the pipeline passes to a data factory in addition to those in the recipe."""
 
 
 def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, Coverage]:
-    """Check a recipe against the code it names, on models without memory; no data is read.
+    """Check a recipe against the code it refers to, with models on the meta device and without reading data.
 
     Args:
         recipe: A loaded recipe.
         allow: Packages, in addition to qatkit's factories, whose code the recipe may use.
 
     Returns:
-        For every stage with a `quantize` block, the layers that it quantizes and those that it does not.
+        For every stage with a `quantize` block, the layers that it quantizes and the layers that it does not.
 
     Raises:
         QatkitError: an argument is not valid for its factory, a glob matches no layer, a layer cannot be quantized as

@@ -1,4 +1,4 @@
-"""The verify step: compare every exported file with the stage it was exported from."""
+"""The verify step, which compares every exported file to the stage from which it was exported."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class _Verified(Verification):
 
 
 def verify_run(run: Run) -> dict[str, Verification]:
-    """Reload every exported file from disk and compare it with the trained model, on the test split.
+    """Reload every exported file from disk, and compare it to the trained model on the test split.
 
     Returns:
         One verification per stage, also written to ``export/STAGE/verification.json`` with the digests of the compared
         files.
 
     Raises:
-        QatkitError: a stage was not exported, or something would be written outside the run's folder.
+        QatkitError: a stage has not been exported, or a file would be written outside the run's folder.
     """
     run.check_writes()
     run.check_recipe()
@@ -62,7 +62,8 @@ def read_verification(run: Run, stage: str) -> dict[str, Any]:
     """Read the verification of a stage's export.
 
     Raises:
-        QatkitError: the stage was not verified, its record is damaged, or one of the compared files has changed since.
+        QatkitError: the stage has not been verified, its record is corrupt, or one of the compared files has changed
+            since.
     """
     verify_again = f"`qatkit verify {run.out}`"
     path = run.out / "export" / stage / "verification.json"

@@ -10,12 +10,12 @@ from qatkit.errors import QatkitError
 
 
 def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule, stage: str) -> int | None:
-    """The number of shared tokens of two language models whose logits are padded to different widths; otherwise None.
+    """Return the shared vocabulary size of two language models whose logits are padded to different widths, else None.
 
     Args:
         student: The student.
         teacher: The teacher.
-        data: Its attribute ``tokenizer``, if it has one, is used for models without a tokenizer.
+        data: The data module. Its attribute ``tokenizer``, if it exists, is used for models without a tokenizer.
         stage: The stage's name, for errors.
 
     Raises:

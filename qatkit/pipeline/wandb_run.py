@@ -1,15 +1,15 @@
 """The Weights & Biases run of a run folder.
 
-- A recipe is one W&B run; its stages are distinguished by a prefix: ``qat/train/loss`` over the stage's own steps.
-  With one step count for all stages, a different length of the first stage would move every later curve, and a stage
-  that is trained again on its own would not know its first step.
-- qatkit generates the run's id and writes it to ``RUN/wandb_run_id`` before W&B starts, so that a killed run resumes
-  the same W&B run.
-- Nothing asks for a login, and nothing leaves the machine of a user who is not logged in: without credentials the run
-  is offline, below ``RUN/wandb``, for a later ``wandb sync``. ``WANDB_MODE`` takes precedence.
-- W&B never stops training. If it cannot start online, it starts offline; if it cannot start at all or fails later,
-  qatkit prints one warning and continues with CSV files.
-- There are no panels per layer: each stage has one table with a row per layer, and one histogram of all its codes.
+- A recipe is one W&B run. Metrics of a stage have its name as prefix, as in ``qat/train/loss``, and are plotted over
+  the stage's own steps. With one step count for all stages, a change in the length of the first stage would shift all
+  later curves, and a stage that is retrained on its own would have no known first step.
+- qatkit generates the run's ID and writes it to ``RUN/wandb_run_id`` before W&B starts, so that an interrupted run
+  resumes the same W&B run.
+- There is no login prompt, and no data leaves the machine of a user who is not logged in. Without credentials, the run
+  is offline and stored below ``RUN/wandb`` for a later ``wandb sync``. ``WANDB_MODE`` takes precedence.
+- W&B errors never stop training. If W&B cannot start online, it starts offline. If it cannot start at all or fails
+  later, qatkit prints one warning and continues with CSV files.
+- There are no per-layer panels: each stage has one table with a row per layer, and one histogram of all its codes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class StageLogger(WandbLogger):
 
 
 def wandb_mode() -> str:
-    """The mode of W&B: the user's setting, but never online without credentials."""
+    """Return the W&B mode: the user's setting, but never online without credentials."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
@@ -119,7 +119,7 @@ def _run_id(path: Path) -> str:
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a row of the report, by name."""
+    """Return the numbers in a row of the report, by name."""
     return {
         "kind": row["kind"],
         **{f"test/{key.removeprefix('test_')}": value for key, value in row.items() if key.startswith("test_")},
@@ -131,7 +131,7 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_artifact(content: Mapping[str, Any], row: Mapping[str, Any], path: Path) -> Any:
-    """An exported file as an artifact, with its verification as metadata."""
+    """Create an artifact from an exported file, with its verification as metadata."""
     import wandb
 
     metadata = {"stage": row["stage"], "format": content["format"], **numbers_of(row), **row["verification"]}

@@ -1,6 +1,6 @@
-"""Pruning: masks, scores and schedules as pure functions, one-shot pruning, and smaller architectures.
+"""Pruning: masks, scores and schedules as pure functions, one-shot pruning, and structured pruning.
 
-The callbacks in `qatkit.callbacks` apply these during training. Importing the package loads nothing heavy.
+The callbacks in `qatkit.callbacks` apply these during training. Importing the package is cheap.
 """
 
 from __future__ import annotations

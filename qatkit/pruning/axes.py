@@ -27,9 +27,9 @@ BLOCK = {
     "mlp.up_proj": ("neuron", "hidden"),
     "mlp.down_proj": ("hidden", "neuron"),
 }
-"""Axes of the parameters of one layer; "head" is heads * head_dim, and "group" is key-value heads * head_dim."""
+"""Axes of the parameters of one layer; "head" is heads * head_dim, and "group" is kv_heads * head_dim."""
 OPTIONAL = ("self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj")
-"""Parameters that a layer may lack; importance is measured at the others."""
+"""Optional parameters of a layer; importance is measured at the others."""
 SHARED = {"embed_tokens": ("whole", "hidden"), "norm": ("hidden",)}
 """Axes of the parameters outside the layers."""
 HEADS = {"lm_head": ("whole", "hidden"), "score": ("whole", "hidden")}
@@ -37,10 +37,10 @@ HEADS = {"lm_head": ("whole", "hidden"), "score": ("whole", "hidden")}
 
 
 def prefix_of(model: nn.Module) -> str:
-    """Return the part of the parameter names before ``layers.0``, such as ``model.``.
+    """Return the prefix of the parameter names before ``layers.0``, such as ``model.``.
 
     Raises:
-        QatkitError: the model is not Llama-like, or its sizes differ from its config.
+        QatkitError: the model is not Llama-like, or its sizes do not match its config.
     """
     first = "layers.0.self_attn.q_proj"
     prefix = next((name.removesuffix(first) for name, _ in model.named_modules() if name.endswith(first)), "")
@@ -110,7 +110,7 @@ def build_like(model: nn.Module, config: Any, weights: Mapping[str, Tensor]) -> 
     Args:
         model: A transformers model.
         config: The config with the new sizes.
-        weights: Tensors that the new model must have parameters for, by name.
+        weights: Tensors by name; the new model must have a parameter for each.
 
     Raises:
         QatkitError: the class cannot be built from the config, or its weights have different shapes.

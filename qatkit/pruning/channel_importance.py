@@ -17,7 +17,7 @@ def channel_scores(model: nn.Module, batches: Iterable[Any], forward: Callable[[
 
     Args:
         model: Any module.
-        batches: Arguments for `forward`.
+        batches: Batches to pass to `forward`.
         forward: Runs the model on one batch.
 
     Returns:
@@ -39,13 +39,13 @@ def channel_scores(model: nn.Module, batches: Iterable[Any], forward: Callable[[
 def taylor_channel_scores(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     """Score every output channel by the squared first-order change of the loss when it is removed.
 
-    This is ``(sum of y * dL/dy) ** 2`` over a channel's outputs: Molchanov et al. (2019,
-    https://arxiv.org/abs/1906.10771), equation 8.
+    The score is ``(sum of y * dL/dy) ** 2`` over a channel's outputs (Molchanov et al. 2019,
+    https://arxiv.org/abs/1906.10771, equation 8).
 
     Args:
         model: Any module.
-        batches: Arguments for `loss`.
-        loss: Returns the model's loss on one batch, with its graph.
+        batches: Batches to pass to `loss`.
+        loss: Returns the model's loss on one batch, with its autograd graph.
 
     Returns:
         Scores by layer name, ``[out]`` each, averaged over batches.

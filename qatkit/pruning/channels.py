@@ -1,4 +1,4 @@
-"""Channel pruning of convolutional networks; Torch-Pruning, an optional extra, finds the coupled channels."""
+"""Channel pruning of convolutional networks; the optional package Torch-Pruning finds coupled channels."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def prune_channels(
     multiple: int | None = None,
     scores: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Build a smaller copy of `model` by removing the fraction `ratio` of every layer's channels, lowest scores first.
+    """Build a smaller copy of a model by removing the channels with the lowest scores from every layer.
 
-    Coupled channels (through residual sums, concatenations, BatchNorm) are removed together: Fang et al. (2023,
-    https://arxiv.org/abs/2301.12900). By default scores are L2 norms, averaged over the weights of a channel.
+    Coupled channels (through residual sums, concatenations or BatchNorm) are removed together (Fang et al. 2023,
+    https://arxiv.org/abs/2301.12900). The default scores are L2 norms, averaged over the weights of a channel.
 
     Args:
-        model: Any module that autograd can trace, not yet prepared for quantization; it is not changed.
+        model: Any module that autograd can trace and that is not prepared for quantization. It is not changed.
         example: An example input.
         ratio: Fraction of channels to remove, from 0 to below 1.
-        exclude: Globs over the names of layers that keep their channels, such as the output layer.
-        multiple: Channel counts are rounded to multiples of this number, for fast kernels.
+        exclude: Globs over the names of layers that keep all channels, such as the output layer.
+        multiple: Channel counts are rounded to multiples of this number, which allows faster kernels.
         scores: Scores of the output channels by layer name, from `channel_scores` or `taylor_channel_scores`.
 
     Returns:
@@ -44,7 +44,8 @@ def prune_channels(
 
     Raises:
         QatkitError: Torch-Pruning is not installed; a pattern matches nothing; a layer is not a plain layer, or shares
-            a weight with another; the ratio removes all channels of a layer; or the shape of the output would change.
+            a weight with another layer; the ratio removes all channels of a layer; or the shape of the output would
+            change.
     """
     check_sparsity("ratio", ratio)
     check_channels(model, exclude)
@@ -89,11 +90,11 @@ def prune_channels(
 
 
 def check_channels(model: nn.Module, exclude: Sequence[str] = (), ratio: float = 0) -> None:
-    """Raise the errors of `prune_channels` that can be found without an input.
+    """Raise those errors of `prune_channels` that can be detected without an input.
 
     Args:
-        model: Any module, also on torch's meta device.
-        exclude: Globs over the names of layers that keep their channels.
+        model: Any module; it may be on torch's meta device.
+        exclude: Globs over the names of layers that keep all channels.
         ratio: Fraction of channels to remove, from 0 to below 1.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PRUNABLE)}

@@ -24,15 +24,15 @@ def gradient_scores(
     loss: Callable[[Any], Tensor],
     score: Callable[[Tensor, Tensor], Tensor] = taylor_scores,
 ) -> dict[str, Tensor]:
-    """Sum the scores of the layers' weights over batches, float32.
+    """Sum the scores of the layers' weights over batches, in float32.
 
-    Near the end of training the mean gradient is small and carries little information, while squares of per-batch
+    Near the end of training, the mean gradient is small and carries little information, whereas squared per-batch
     gradients do not cancel. The model runs in eval mode; train/eval modes, gradients and random states are restored.
 
     Args:
         model: The module that contains the layers.
         layers: Layers by name.
-        batches: Arguments for `loss`.
+        batches: Batches to pass to `loss`.
         loss: Returns the loss of one batch, 0-d.
         score: Scores a weight from its gradient on one batch.
 
@@ -82,21 +82,21 @@ def prune_by_gradient(
 
     Args:
         model: A trained model, on one process.
-        batches: Arguments for `loss`.
+        batches: Batches to pass to `loss`.
         loss: Returns the loss of one batch, 0-d.
-        sparsity: Fraction of pruned weights, from 0 to below 1; give either this or `nm`.
+        sparsity: Fraction of pruned weights, from 0 to below 1. Set exactly one of `sparsity` and `nm`.
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
-        scope: "layer" prunes every layer to the same sparsity, "model" ranks the weights of all layers together.
-        include: Globs over layer names; every one must match a layer.
+        scope: "layer" prunes every layer to the same sparsity; "model" ranks the weights of all layers together.
+        include: Globs over layer names; each must match a layer.
         exclude: Globs over layer names to exclude.
-        method: A method of `qatkit.pruning.methods.METHODS` that measures gradients; "taylor" is ``(w * g) ** 2``.
+        method: A gradient-based method of `qatkit.pruning.methods.METHODS`; "taylor" is ``(w * g) ** 2``.
 
     Returns:
         The names of the pruned layers.
 
     Raises:
-        QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or does not fit a
-            layer; there are no batches; the loss does not depend on a layer; or a layer would lose all its weights.
+        QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or cannot be applied to
+            a layer; there are no batches; the loss does not depend on a layer; or a layer would lose all its weights.
 
     Example:
         >>> import torch

@@ -12,11 +12,11 @@ from torch.nn.parameter import UninitializedParameter
 from qatkit.errors import QatkitError, QatkitWarning, did_you_mean
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Prunable layer types. Subclasses such as fake-quantized layers count too: pruning only needs their weight."""
+"""Prunable layer types, including subclasses such as fake-quantized layers: pruning needs only their weight."""
 
 
 LISTED = 8
-"""Layers that a warning lists by name."""
+"""Maximum number of layers that a warning lists by name."""
 
 
 def prunable_layers(
@@ -24,16 +24,16 @@ def prunable_layers(
 ) -> dict[str, nn.Module]:
     """Select linear and convolutional layers by globs over their names, in the model's order.
 
-    Two layers that share a weight are listed once, under the first name.
+    Layers that share a weight are listed once, under the first name.
 
     Args:
         model: Any module.
-        include: Globs over layer names; every one must match a layer.
+        include: Globs over layer names; each must match a layer.
         exclude: Globs over layer names to exclude.
 
     Raises:
         QatkitError: a pattern matches no layer; no layer remains; or a weight is quantized, computed by a hook, or
-            shared with an excluded layer or one of a different type.
+            shared with an excluded layer or a layer of a different type.
 
     Example:
         >>> from torch import nn
@@ -81,15 +81,15 @@ def prunable_layers(
 
 
 def warn_of_unprunable(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> None:
-    """Warn of layers that the patterns select but pruning leaves dense, because it does not support their type.
+    """Warn about selected layers that stay dense because pruning does not support their type.
 
     They are found by the names of their parameters, which contain ``weight`` or end with ``_proj``: for example,
     ConvTranspose, recurrent layers, the input projections of `nn.MultiheadAttention`, and the Conv1D and fused experts
-    of transformers. Embeddings and normalization are never pruned, so they are not named.
+    of transformers. Embeddings and normalization layers are never pruned, so they are not listed.
 
     Args:
         model: Any module.
-        include: Globs over layer names, as for `prunable_layers`.
+        include: Globs over layer names, as in `prunable_layers`.
         exclude: Globs over layer names to exclude.
 
     Example:
@@ -170,7 +170,7 @@ def _check_weight(name: str, weight: object) -> None:
 
 
 def sparsity_of(name: str, by_glob: Mapping[str, float], default: float) -> float:
-    """Return the sparsity of the last glob that matches the layer name, or the default if none does.
+    """Return the sparsity of the last glob that matches the layer name, or the default if none matches.
 
     Example:
         >>> sparsity_of("mlp.up", {"*": 0.5, "mlp.*": 0.8}, 0.9)
@@ -180,12 +180,12 @@ def sparsity_of(name: str, by_glob: Mapping[str, float], default: float) -> floa
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Check whether any of the globs matches the name."""
+    """Whether any of the globs matches the name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_pattern(key: str, pattern: str, names: Sequence[str]) -> None:
-    """Raise if a glob matches none of the layer names."""
+    """Raise an error if a glob matches none of the layer names."""
     if not any(fnmatchcase(name, pattern) for name in names):
         raise QatkitError(
             f"'{pattern}' matches no linear or convolutional layer", key=key, advice=did_you_mean(pattern, names)

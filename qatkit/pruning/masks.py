@@ -1,4 +1,4 @@
-"""Pruning masks: boolean tensors that are True where a weight is kept. The number of pruned weights is exact."""
+"""Pruning masks: boolean tensors that are True where a weight is kept, with an exact number of pruned weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qatkit.pruning.selection import NON_FINITE_ADVICE, chunks, lowest
 from qatkit.pruning.shards import local, rows_here, total_counts
 
 FLOOR = 0.001
-"""Smallest fraction of a layer's weights that pruning must keep; below it, the layer passes almost no signal."""
+"""Smallest fraction of a layer's weights that pruning must keep; with fewer, the layer passes almost no signal."""
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
     """Prune the ``round(sparsity * numel)`` smallest magnitudes of one weight.
 
-    Ties are broken by index: the first of equal magnitudes is pruned first.
+    Ties are broken by index: of equal magnitudes, the first is pruned first.
 
     Args:
         weight: Any shape; float32, bfloat16 or float16.
@@ -42,15 +42,15 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
     """Prune the ``round(sparsity * numel)`` smallest magnitudes of all weights together.
 
     Args:
-        weights: Weights by layer name; if FSDP2 sharded them, all processes must call this function.
-        sparsity: Fraction of pruned weights over all of them, from 0 to below 1.
+        weights: Weights by layer name. If FSDP2 has sharded them, all processes must call this function.
+        sparsity: Fraction of pruned weights over all layers, from 0 to below 1.
 
     Returns:
-        A mask for each weight; for a sharded weight, the mask of the local shard. `FLOOR` holds for all weights
-        together, not for each of them: see `check_floor`.
+        A mask for each weight; for a sharded weight, the mask of the local shard. `FLOOR` applies to all weights
+        together, not to each of them; see `check_floor`.
 
     Raises:
-        QatkitError: for the same reasons as `magnitude_mask`.
+        QatkitError: for the same reasons as in `magnitude_mask`.
     """
     check_sparsity("sparsity", sparsity)
     total = sum(weight.numel() for weight in weights.values())
@@ -60,14 +60,14 @@ def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
 
 
 def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
-    """Keep the `n` largest magnitudes of every `m` consecutive inputs (N:M sparsity); ties keep the last.
+    """Keep the `n` largest magnitudes of every `m` consecutive inputs (N:M sparsity); ties keep the last ones.
 
-    NVIDIA's sparse tensor cores use 2:4: Mishra et al. (2021, https://arxiv.org/abs/2104.08378), section 3.
+    NVIDIA's sparse tensor cores use 2:4 (Mishra et al. 2021, https://arxiv.org/abs/2104.08378, section 3).
 
     Args:
-        weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose groups run along the input channels.
+        weight: ``[out, in]``, or ``[out, in, ...]`` for a convolution, with groups along the input channels.
         n: Number of weights kept in each group.
-        m: Group size; divides `in`.
+        m: Group size; must divide `in`.
         name: Name of the layer, for errors.
 
     Returns:
@@ -123,16 +123,17 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: st
     """Prune the ``round(sparsity * blocks)`` blocks with the smallest sums of magnitudes.
 
     Args:
-        weight: ``[out, in]``, or ``[out, in, ...]`` of a convolution, whose blocks hold whole kernels.
+        weight: ``[out, in]``, or ``[out, in, ...]`` for a convolution, where blocks contain whole kernels.
         sparsity: Fraction of pruned blocks, from 0 to below 1.
-        block: Rows and columns of a block; they divide `out` and `in`.
+        block: Rows and columns of a block; they must divide `out` and `in`.
         name: Name of the layer, for errors.
 
     Returns:
         The mask, bool, in the weight's shape; for a sharded weight, the mask of the local shard.
 
     Raises:
-        QatkitError: the sparsity is out of range or keeps no block, a block does not fit, or a value is non-finite.
+        QatkitError: the sparsity is out of range or keeps no block, the block size does not divide the weight, or a
+            value is non-finite.
 
     Example:
         >>> import torch
@@ -157,18 +158,18 @@ def block_mask(weight: Tensor, sparsity: float, block: tuple[int, int], name: st
 
 
 def apply_mask(tensor: Tensor, mask: Tensor) -> None:
-    """Set the pruned values to exactly 0, in place, even if they are NaN or infinite.
+    """Set the pruned values to exactly 0, in place, even if they are non-finite.
 
     Args:
-        tensor: A weight or a gradient, float; sharded or not.
-        mask: Bool, in the shape of the (local) tensor.
+        tensor: A float weight or gradient, sharded or not.
+        mask: Boolean mask in the shape of the (local) tensor.
     """
     apply_masks([(tensor, mask)])
 
 
 @torch.no_grad()
 def apply_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Apply `apply_mask` to pairs of tensor and mask one after the other, with shared scratch memory."""
+    """Call `apply_mask` on pairs of tensor and mask one after the other, with shared scratch memory."""
     # The bits are multiplied by 0 or 1: several times faster on CPU than masked_fill_ with a bool mask, and unlike
     # NaN * 0 the result is 0. All masks are widened into one scratch tensor: allocating one per chunk would cost more
     # in page faults than the arithmetic.
@@ -187,7 +188,7 @@ def apply_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def nonzeros(weight: Tensor) -> Tensor:
-    """Return the mask of a pruned weight: True where it is nonzero; for a sharded weight, that of the local shard."""
+    """Return the mask of a pruned weight or local shard: True where it is nonzero."""
     part = local(weight.detach())
     if not part.is_contiguous():
         return part.to(torch.bool)
@@ -198,13 +199,13 @@ def nonzeros(weight: Tensor) -> Tensor:
 
 
 def count_zeros(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Count the zeros of each layer's weight; if FSDP2 sharded it, over all processes."""
+    """Count the zeros of each layer's weight, over all processes if FSDP2 has sharded it."""
     here = {name: int((~nonzeros(weight)).sum()) for name, weight in weights.items()}
     return total_counts(here, weights)
 
 
 def check_sparsity(key: str, sparsity: float) -> None:
-    """Raise if `sparsity` is not a fraction from 0 to below 1."""
+    """Raise an error if `sparsity` is not a fraction from 0 to below 1."""
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise QatkitError(
             f"{sparsity!r} is out of range", key=key, advice="use a fraction from 0 to below 1, such as 0.5"
@@ -212,13 +213,13 @@ def check_sparsity(key: str, sparsity: float) -> None:
 
 
 def check_pair(key: str, pair: object, example: tuple[int, int]) -> None:
-    """Raise if `pair` is not two integers, for example if it is the text ``"2:4"``."""
+    """Raise an error if `pair` is not two integers, for example if it is the string ``"2:4"``."""
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(number, int) for number in pair):
         raise QatkitError(f"{pair!r} is not a pair of integers", key=key, advice=f"use {example}")
 
 
 def check_nm_pair(nm: tuple[int, int]) -> None:
-    """Raise if `nm` is not a valid N:M pattern."""
+    """Raise an error if `nm` is not a valid N:M pattern."""
     check_pair("nm", nm, (2, 4))
     if not 0 < nm[0] < nm[1]:
         raise QatkitError(
@@ -227,7 +228,7 @@ def check_nm_pair(nm: tuple[int, int]) -> None:
 
 
 def check_floor(name: str, kept: int, total: int) -> None:
-    """Raise if pruning keeps less than `FLOOR` of a layer's weights."""
+    """Raise an error if pruning keeps less than `FLOOR` of a layer's weights."""
     if kept < max(FLOOR * total, 1):
         raise QatkitError(
             f"layer '{name}' would keep {kept} of its {total} weights, below the floor of {FLOOR:.1%}",
@@ -236,7 +237,7 @@ def check_floor(name: str, kept: int, total: int) -> None:
 
 
 def check_nm(name: str, weight: Tensor, n: int, m: int) -> None:
-    """Raise if N:M is not a valid pattern, or does not fit the weight."""
+    """Raise an error if N:M is not a valid pattern, or cannot be applied to the weight."""
     check_nm_pair((n, m))
     if weight.dim() < 2 or weight.shape[1] % m:
         raise QatkitError(
@@ -246,7 +247,7 @@ def check_nm(name: str, weight: Tensor, n: int, m: int) -> None:
 
 
 def check_block(name: str, weight: Tensor, block: tuple[int, int]) -> None:
-    """Raise if the block shape is not valid, or does not fit the weight."""
+    """Raise an error if the block shape is not valid, or does not divide the weight."""
     if len(block) != 2 or min(block) < 1:
         raise QatkitError(
             f"{list(block)} is not a block shape", key="block", advice="use [rows, columns], such as [16, 16]"

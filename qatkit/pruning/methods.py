@@ -15,32 +15,34 @@ TARGETS = ("sparsity", "ramp", "nm")
 class PruningMethod:
     """A method that selects the weights to prune.
 
-    A method either has a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or its own
+    A method has either a `function`, which `qatkit.callbacks.OneShotPruning` applies once before training, or its own
     `callback`.
     """
 
     name: str
     description: str
     keys: tuple[str, ...]
-    """Keys of the ``prune`` block that the method takes, in addition to `include` and `exclude`; also arguments of its
-    callback."""
+    """Keys of the ``prune`` block that the method accepts, in addition to `include` and `exclude`. They are also the
+    arguments of its callback.
+    """
     function: str = ""
-    """``module:function`` that scores or prunes one weight; `measures` fixes its arguments."""
+    """``module:function`` that scores or prunes one weight; `measures` determines its arguments."""
     measures: Literal["", "input_norms", "gram", "gradients"] = ""
-    """Statistics of calibration batches that `function` takes in addition to the weight ``[out, in]``.
+    """Statistics of calibration batches that `function` accepts in addition to the weight ``[out, in]``.
 
-    input_norms: L2 norm of every input, ``[in]``; returns scores, which are compared within each output.
-    gram: ``X.T @ X`` of the inputs, ``[in, in]``, then `sparsity` and `nm`; returns the pruned weight.
-    gradients: the loss's gradient of one batch; returns scores, which are summed over batches.
+    input_norms: L2 norm of every input, ``[in]``. The function returns scores, which are compared within each output.
+    gram: ``X.T @ X`` of the inputs, ``[in, in]``, followed by `sparsity` and `nm`. The function returns the pruned
+        weight.
+    gradients: gradient of the loss on one batch. The function returns scores, which are summed over batches.
     """
     callback: str = ""
     """``module:class`` of a `qatkit.callbacks.pruning_callback.PruningCallback`."""
     linear_only: bool = False
-    """The method does not support convolutions."""
+    """Whether the method supports only linear layers."""
     sharded: bool = False
-    """The method works on the shards of FSDP2."""
+    """Whether the method supports weights sharded by FSDP2."""
     moves_mask: bool = False
-    """The mask changes until the stage ends, even without a ramp."""
+    """Whether the mask changes until the stage ends, even without a ramp."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -104,16 +106,16 @@ METHODS = Table(
 class ImportanceMeasure:
     """A measure of importance for the parts of a model that ``shrink`` may remove.
 
-    `transformer` and `channels` name functions as ``module:function``. They are called with the model; with `measures`,
-    also with calibration batches and with a function that returns the outputs or the loss of one batch.
+    `transformer` and `channels` refer to functions as ``module:function``. They are called with the model and, if
+    `measures` is set, with calibration batches and a function that returns the outputs or the loss for one batch.
     """
 
     name: str
     description: str
     transformer: str
-    """Scores layers, heads, neurons and hidden channels: `qatkit.pruning.structure.Importance`."""
+    """Function that scores layers, heads, neurons and hidden channels; see `qatkit.pruning.structure.Importance`."""
     channels: str = ""
-    """Scores output channels by layer name; empty for the group norms of Torch-Pruning."""
+    """Function that scores output channels by layer name; empty to use the group norms of Torch-Pruning."""
     measures: Literal["", "outputs", "loss"] = ""
 
 

@@ -1,4 +1,4 @@
-"""One-shot pruning of a trained model: layer by layer, from calibration batches, without training."""
+"""One-shot pruning of a trained model, layer by layer, with calibration batches and without training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qatkit.pruning.methods import METHODS
 from qatkit.pruning.scores import row_mask
 
 LAYERWISE = ("input_norms", "gram")
-"""Measurements used by the methods that prune layer by layer."""
+"""Calibration statistics used by the layer-by-layer methods."""
 
 
 def prune_one_shot(
@@ -32,29 +32,30 @@ def prune_one_shot(
 ) -> list[str]:
     """Prune the linear layers of `model` in place, block by block.
 
-    A block consists of the layers that share the first number in their names, such as ``model.layers.3``. Its inputs
-    come from the pruned blocks before it, so all batches run once per block. The model runs in eval mode without
-    gradients; train/eval modes and random states are restored. It must be on one process.
+    A block consists of the layers with the same first number in their names, such as ``model.layers.3``. Its inputs
+    come from the preceding pruned blocks, so all batches run once per block. The model must not be distributed. It runs
+    in eval mode without gradients; train/eval modes and random states are restored.
 
     Args:
         model: A trained model.
-        batches: Arguments for `forward`; they are kept, and run once for every block.
-        method: "wanda" (Sun et al., 2023) prunes within each output and leaves the other weights unchanged;
-            "sparsegpt" (Frantar and Alistarh, 2023) updates the kept weights to compensate, and needs ``[in, in]``
-            float32 memory for each layer of a block.
-        sparsity: Fraction of pruned weights in each layer, from 0 to below 1; give either this or `nm`.
+        batches: Batches to pass to `forward`. They are kept in memory and run once for every block.
+        method: "wanda" (Sun et al., 2023) prunes within each output and leaves the other weights unchanged; "sparsegpt"
+            (Frantar and Alistarh, 2023) updates the kept weights to compensate, and needs a float32 matrix ``[in, in]``
+            for each layer of a block.
+        sparsity: Fraction of pruned weights in each layer, from 0 to below 1. Set exactly one of `sparsity` and `nm`.
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
-        include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are pruned.
+        include: Globs over layer names; each must match a layer. Only linear layers among the matches are pruned.
         exclude: Globs over layer names to exclude.
-        forward: Runs the model on one batch; `model(batch)` by default.
+        forward: Runs the model on one batch. The default is `model(batch)`.
 
     Returns:
         The names of the pruned layers.
 
     Raises:
-        QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or does not fit a
-            layer; there are no batches; or a layer gets no input, gets non-finite input or would lose all its weights.
-            Inputs are checked block by block: after such an error, earlier blocks are already pruned.
+        QatkitError: the method is unknown; a pattern matches nothing; a setting is out of range or cannot be applied to
+            a layer; there are no batches; or a layer receives no input, receives non-finite input or would lose all its
+            weights. Inputs are checked block by block, so earlier blocks are already pruned when such an error is
+            raised.
 
     Example:
         >>> import torch
@@ -103,7 +104,7 @@ def prune_one_shot(
 
 
 def check_linear(method: str, layers: Mapping[str, nn.Module]) -> None:
-    """Raise if one of the layers is not linear."""
+    """Raise an error if a layer is not linear."""
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
             raise QatkitError(

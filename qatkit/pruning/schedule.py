@@ -11,16 +11,16 @@ from qatkit.pruning.masks import check_sparsity
 
 @dataclass(frozen=True)
 class Ramp:
-    """Sparsity that grows fast at first and slowly at the end.
+    """Sparsity schedule that rises quickly at first and slowly at the end.
 
-    ``final + (initial - final) * (1 - (progress - start) / (end - start)) ** power`` between `start` and `end`: Zhu and
-    Gupta (2017, https://arxiv.org/abs/1710.01878), equation 1, with a power of 3.
+    Between `start` and `end`, the sparsity is ``final + (initial - final) * (1 - (progress - start) / (end - start)) **
+    power``. With a power of 3, this is equation 1 of Zhu and Gupta (2017, https://arxiv.org/abs/1710.01878).
 
     Args:
-        final: Sparsity from `end` on, from 0 to below 1.
-        start: Training progress, from 0 to 1, at which sparsity starts to grow.
+        final: Sparsity after `end`, from 0 to below 1.
+        start: Training progress, from 0 to 1, at which sparsity starts to rise.
         end: Training progress at which sparsity reaches `final`; equal to `start` for a single step.
-        initial: Sparsity until `start`, at most `final`.
+        initial: Sparsity before `start`, at most `final`.
         power: Exponent of the curve; 1 is linear.
 
     Raises:

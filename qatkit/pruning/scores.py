@@ -1,4 +1,4 @@
-"""Importance scores of individual weights as pure functions: Wanda, Taylor and movement."""
+"""Importance scores for individual weights as pure functions: Wanda, Taylor and movement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qatkit.pruning.masks import check_sparsity
 def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
     """Score each weight by its magnitude times the norm of its input: ``|w[i, j]| * ||x[:, j]||``.
 
-    Sun et al. (2023, https://arxiv.org/abs/2306.11695), equation 1. Scores are compared within each output: `row_mask`.
+    This is equation 1 of Sun et al. (2023, https://arxiv.org/abs/2306.11695). Compare scores within each output, as
+    `row_mask` does.
 
     Args:
         weight: ``[out, in]``.
@@ -32,11 +33,11 @@ def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
 def taylor_scores(weight: Tensor, gradient: Tensor) -> Tensor:
     """Score each weight by the squared first-order change of the loss if it becomes 0: ``(w * g) ** 2``.
 
-    Molchanov et al. (2019, https://arxiv.org/abs/1906.10771), equation 8 for single weights.
+    This is equation 8 of Molchanov et al. (2019, https://arxiv.org/abs/1906.10771) for single weights.
 
     Args:
         weight: Any shape.
-        gradient: Gradient of the loss with respect to the weight, of one batch or averaged over several.
+        gradient: Gradient of the loss with respect to the weight, for one batch or averaged over multiple batches.
 
     Returns:
         Non-negative scores in the weight's shape, float32.
@@ -46,9 +47,9 @@ def taylor_scores(weight: Tensor, gradient: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_movement(scores: Tensor, weight: Tensor, gradient: Tensor) -> None:
-    """Add one step to movement scores, in place: ``scores -= w * g``; high where weights move away from 0.
+    """Update movement scores in place with one step: ``scores -= w * g``, which is high where weights move away from 0.
 
-    Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683), section 4. Compare these scores by value:
+    See section 4 of Sanh, Wolf and Rush (2020, https://arxiv.org/abs/2005.07683). Compare these scores by value, with
     ``lowest(..., signed=True)``.
 
     Args:
@@ -60,7 +61,7 @@ def add_movement(scores: Tensor, weight: Tensor, gradient: Tensor) -> None:
 
 
 def row_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """Prune the ``round(sparsity * in)`` lowest scores of every output; ties go to the first.
+    """Prune the ``round(sparsity * in)`` lowest scores of every output; of equal scores, the first is pruned first.
 
     Args:
         scores: ``[out, in]``.

@@ -1,9 +1,9 @@
-"""Select an exact number of the lowest scores over any number of tensors, without sorting or concatenation.
+"""Select an exact number of lowest scores over any number of tensors, without sorting or concatenation.
 
-The bits of a float, read as an integer, sort like its magnitude, so the threshold can be found by counting: a histogram
-of the high 16 bits gives its bin, and a histogram of the low 16 bits within that bin gives its value. 16-bit floats
-need only the first histogram. Histograms of shards add up and ties are broken by index, so the masks do not depend on
-the number of processes.
+The bits of a float, read as an integer, sort like its magnitude, so the threshold can be found by counting. A histogram
+of the high 16 bits determines its bin, and a histogram of the low 16 bits within that bin determines its value. 16-bit
+floats need only the first histogram. Histograms of shards can be summed and ties are broken by index, so the masks do
+not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Keys:
     """Map scores to integers that sort in the same order.
 
     Args:
-        dtype: The dtype of all scores; float32 if they differ, which represents the others exactly.
+        dtype: The dtype of all scores; if they differ, float32, which represents the other dtypes exactly.
         signed: Whether to order the scores by value; otherwise by magnitude.
     """
 
@@ -55,19 +55,19 @@ class Keys:
 
 
 def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> dict[str, Tensor]:
-    """Find the `count` lowest of all scores; ties go to the first.
+    """Find the `count` lowest of all scores; of equal scores, the first is selected first.
 
     Args:
-        scores: Tensors of any shape by name, float32, bfloat16 or float16; if FSDP2 sharded them, all processes must
-            call this function.
+        scores: Tensors of any shape by name, float32, bfloat16 or float16. If FSDP2 has sharded them, all processes
+            must call this function.
         count: Number of scores to select, less than their total.
-        signed: Whether to compare scores by value; by default they are compared by magnitude.
+        signed: Whether to compare scores by value; the default is by magnitude.
 
     Returns:
         A mask for every tensor, bool: False at the selected scores. For a sharded tensor, the mask of the local shard.
 
     Raises:
-        QatkitError: a score is NaN or infinite, of a different dtype, or sharded by columns.
+        QatkitError: a score is non-finite, has a different dtype, or is sharded by columns.
 
     Example:
         >>> import torch
@@ -119,7 +119,7 @@ def lowest(scores: Mapping[str, Tensor], count: int, signed: bool = False) -> di
 
 
 def chunks(flat: Tensor, multiple: int = 1) -> Sequence[Tensor]:
-    """Split a flat tensor so that temporaries fit a CPU cache, or fill a GPU; lengths are multiples of `multiple`."""
+    """Split a flat tensor so that temporaries fit in a CPU cache or fill a GPU; lengths are multiples of `multiple`."""
     size = 1 << 18 if flat.device.type == "cpu" else 1 << 24
     if len(flat) <= size:  # small layers are common, and splitting into one part has a cost
         return [flat]

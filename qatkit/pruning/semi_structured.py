@@ -1,4 +1,4 @@
-"""2:4 sparse inference on the sparse tensor cores of NVIDIA GPUs, with torch's own kernels."""
+"""2:4 sparse inference on the sparse tensor cores of NVIDIA GPUs, with torch's kernels."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ DTYPES = (torch.float16, torch.bfloat16)
 def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
     """Compress the 2:4 sparse weights of linear layers in place, so that they run on sparse kernels.
 
-    For inference only: compressed weights cannot be trained, and their state dict has a different format, so keep the
-    original checkpoint. Layers of a shape that torch's kernels do not support stay dense, with a warning.
+    This is for inference only: compressed weights cannot be trained, and their state dict has a different format, so
+    keep the original checkpoint. Layers with a shape that torch's kernels do not support stay dense, with a warning.
 
     Args:
         model: A model on a GPU of compute capability 8.0 or higher, in float16 or bfloat16.
-        include: Globs over layer names; every one must match a layer. Of the matched layers, linear ones are
-            compressed.
+        include: Globs over layer names; each must match a layer. Only linear layers among the matches are compressed.
         exclude: Globs over layer names to exclude.
 
     Returns:
         The names of the layers that run on the sparse kernels.
 
     Raises:
-        QatkitError: a pattern matches nothing; a layer is not on such a GPU, has a different dtype or is not 2:4
-            sparse; or torch supports none of the layers.
+        QatkitError: a pattern matches nothing; a layer is not on a supported GPU, has an unsupported dtype or is not
+            2:4 sparse; or torch supports none of the layers.
 
     Example:
         >>> # needs a GPU
@@ -69,7 +68,7 @@ def use_sparse_kernels(model: nn.Module, include: Sequence[str] = ("*",), exclud
 
 
 def is_two_of_four(weight: Tensor) -> bool:
-    """Check whether at most 2 of every 4 consecutive inputs are nonzero.
+    """Whether at most 2 of every 4 consecutive inputs are nonzero.
 
     Example:
         >>> is_two_of_four(torch.tensor([[0.0, 1.0, 2.0, 0.0]]))

@@ -16,10 +16,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def group_of(tensors: Mapping[str, Tensor]) -> distributed.ProcessGroup | None:
-    """Find the process group that the tensors are sharded over; None if no tensor is sharded.
+    """Find the process group over which the tensors are sharded; None if no tensor is sharded.
 
     Raises:
-        QatkitError: a tensor is not sharded by rows, or two of them are sharded over different processes.
+        QatkitError: a tensor is not sharded by rows, or two tensors are sharded over different processes.
     """
     group: distributed.ProcessGroup | None = None
     for name, tensor in tensors.items():
@@ -35,7 +35,7 @@ def group_of(tensors: Mapping[str, Tensor]) -> distributed.ProcessGroup | None:
 
 
 def rows_here(whole: Tensor, like: Tensor) -> Tensor:
-    """Take this process's rows of `whole`, a tensor that every process has in full, as `like` is sharded."""
+    """Return this process's rows of `whole`, which every process has in full, with the same sharding as `like`."""
     if not is_sharded(like):
         return whole
     group = group_of({"": like})
@@ -46,7 +46,7 @@ def rows_here(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Check whether this process has only some rows of the tensor."""
+    """Whether this process has only some rows of the tensor."""
     return bool(_sharded_dimensions("", tensor))
 
 
@@ -64,7 +64,7 @@ def _sharded_dimensions(name: str, tensor: Tensor) -> list[int]:
 
 
 def total_counts(counts: Mapping[str, int], weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sum counts over the local shards of weights over all processes."""
+    """Sum the counts of local weight shards over all processes."""
     group = group_of(weights)
     if group is None:
         return dict(counts)

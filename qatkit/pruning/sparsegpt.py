@@ -10,7 +10,7 @@ from qatkit.pruning.masks import check_nm, check_sparsity, nm_mask
 from qatkit.pruning.selection import lowest
 
 BLOCK = 128
-"""Columns per block: their mask is chosen together, and the columns after the block are updated once."""
+"""Columns per block: the mask of a block is chosen at once, and the columns after it are updated once."""
 
 
 @torch.no_grad()
@@ -23,14 +23,14 @@ def sparsegpt(
 ) -> Tensor:
     """Prune a weight column by column, minimizing the squared error of the layer's output.
 
-    Frantar and Alistarh (2023, https://arxiv.org/abs/2301.00774), algorithm 1. With ``inverse(X.T @ X) = U.T @ U``,
-    pruning a weight ``w`` in column ``j`` costs ``w ** 2 / U[j, j] ** 2``, and the columns after it change by
+    This is algorithm 1 of Frantar and Alistarh (2023, https://arxiv.org/abs/2301.00774). With ``inverse(X.T @ X) = U.T
+    @ U``, pruning a weight ``w`` in column ``j`` costs ``w ** 2 / U[j, j] ** 2``, and the columns after it change by
     ``-w / U[j, j] * U[j, :]``. Existing zeros count towards the sparsity and stay zero.
 
     Args:
         weight: ``[out, in]``.
         gram: ``X.T @ X`` over the layer's inputs, ``[in, in]``; its dtype, float32 or float64, is used throughout.
-        sparsity: Fraction of pruned weights, exact over the weight; give either this or `nm`.
+        sparsity: Fraction of pruned weights, exact over the whole weight. Set exactly one of `sparsity` and `nm`.
         nm: ``(N, M)`` keeps N of every M consecutive inputs.
         damp: Added to the diagonal of `gram`, as a fraction of its mean.
 
@@ -38,7 +38,7 @@ def sparsegpt(
         The pruned weight, in the dtype of `weight`.
 
     Raises:
-        QatkitError: the sparsity or the pattern is out of range, or the inputs are non-finite.
+        QatkitError: the sparsity or the pattern is invalid, or the inputs are non-finite.
 
     Example:
         >>> import torch

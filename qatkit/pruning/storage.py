@@ -13,7 +13,7 @@ Bytes per weight, where b is the size of a value (4 for float32, 2 for bfloat16)
 | bitmask, bfloat16 | 56.2% | 31.2% | 16.2% | 11.2% | 7.2% |
 | csr, bfloat16 | 100.0% | 50.0% | 20.0% | 10.0% | 2.0% |
 
-The table leaves out CSR's 4 bytes per row, less than 0.05% for a layer of 4096 inputs. `stored_bytes` is exact.
+The table omits CSR's 4 bytes per row, which are less than 0.05% for a layer with 4096 inputs. `stored_bytes` is exact.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def stored_bytes(weight: Tensor, form: Format) -> int:
     """Return the size of a weight in a file, in bytes, without the header.
 
     Args:
-        weight: Any shape; "csr" flattens all dimensions but the first into columns.
+        weight: Any shape; "csr" flattens all dimensions except the first into columns.
         form: "dense", "bitmask" or "csr".
     """
     if form == "dense":
@@ -53,13 +53,13 @@ def stored_bytes(weight: Tensor, form: Format) -> int:
 
 
 def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = None) -> dict[str, Format]:
-    """Write a state dict as safetensors, with pruned weights stored without their zeros.
+    """Write a state dict to a safetensors file, with pruned weights stored without their zeros.
 
     Args:
         state: Tensors by name.
-        path: The file to write.
-        form: Storage form of float tensors with two or more dimensions, used if it is smaller than dense; by default
-            the smallest form of each tensor.
+        path: The output file.
+        form: Storage form of float tensors with two or more dimensions, used where it is smaller than dense. The
+            default is the smallest form of each tensor.
 
     Returns:
         The form of every tensor.
@@ -101,7 +101,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path, form: Format | None = N
 
 
 def load_sparse(path: Path) -> dict[str, Tensor]:
-    """Read a file written by `save_sparse` into dense tensors, equal to the saved ones.
+    """Read a file written by `save_sparse` into dense tensors, which equal the saved tensors.
 
     Raises:
         QatkitError: the file was not written by `save_sparse`.

@@ -1,7 +1,7 @@
 """Structured pruning of Llama-like transformers: layers, attention heads, MLP neurons and hidden channels.
 
 `importance` computes scores, and `shrink` removes the parts with the lowest scores. The result is a plain model of the
-same class with an adapted config, which `from_pretrained` loads.
+same class with an adapted config, and `from_pretrained` can load it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from qatkit.pruning.axes import axes_of, build_like, head_dim_of, prefix_of
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes to shrink to; None leaves a dimension unchanged.
+    """The sizes of a shrunk model; None leaves a dimension unchanged.
 
     Args:
         layers: Number of layers.
         hidden: Width of the residual stream.
         neurons: Width of the MLP.
-        heads: Total number of query heads; a multiple of the key-value heads.
+        heads: Total number of query heads, a multiple of the number of key-value heads.
         kv_heads: Number of key-value heads. A query head stays with its key-value head, which preserves grouped-query
             attention.
     """
@@ -41,7 +41,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores of the parts of a model; the lowest are removed first."""
+    """Scores of the parts of a model; parts with the lowest scores are removed first."""
 
     layers: Tensor
     """``[layers]``"""
@@ -56,13 +56,14 @@ class Importance:
 def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object] | None = None) -> Importance:
     """Score every part by its activations on a few batches.
 
-    Muralidharan et al. (2024, https://arxiv.org/abs/2407.14679), section 2.2: mean magnitudes of neurons and of
-    normalized hidden channels, norms of head outputs, and for layers 1 minus the cosine of input and output.
+    Scores are mean magnitudes for neurons and normalized hidden channels, output norms for heads, and 1 minus the
+    cosine similarity of input and output for layers (Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679,
+    section 2.2).
 
     Args:
         model: A Llama-like transformers model (Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3).
-        batches: Arguments for `forward`.
-        forward: Runs the model on one batch; `model(batch)` by default.
+        batches: Batches to pass to `forward`.
+        forward: Runs the model on one batch. The default is `model(batch)`.
 
     Raises:
         QatkitError: the model is not Llama-like, or there are no batches.
@@ -129,11 +130,11 @@ def shrink(model: nn.Module, scores: Importance, shape: Shape) -> nn.Module:
         shape: The sizes of the new model.
 
     Returns:
-        The new model, with a config of the new sizes.
+        The new model, whose config has the new sizes.
 
     Raises:
-        QatkitError: the model is not Llama-like; or a size is larger than before, conflicts with another, or cannot
-            be expressed by the model's config.
+        QatkitError: the model is not Llama-like; or a size is larger than before, conflicts with another size, or
+            cannot be expressed in the model's config.
     """
     prefix = prefix_of(model)
     config: Any = copy.deepcopy(model.config)

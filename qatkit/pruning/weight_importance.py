@@ -1,4 +1,4 @@
-"""Importance scores of the parts of a Llama-like model from its weights: magnitude, and first-order Taylor."""
+"""Weight-based importance scores for the parts of a Llama-like model: magnitude and first-order Taylor."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def magnitude_importance(model: nn.Module) -> Importance:
 def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Importance:
     """Score every part by the squared first-order change of the loss when it is removed.
 
-    This is ``(sum of w * g) ** 2`` over the part's weights, averaged over batches: Molchanov et al. (2019,
-    https://arxiv.org/abs/1906.10771), equation 8, for a gate that multiplies all weights of the part.
+    The score is ``(sum of w * g) ** 2`` over the part's weights, averaged over batches. This is equation 8 of Molchanov
+    et al. (2019, https://arxiv.org/abs/1906.10771) for a gate that multiplies all weights of the part.
 
     Args:
         model: A Llama-like transformers model.
-        batches: Arguments for `loss`.
-        loss: Returns the model's loss on one batch, with its graph.
+        batches: Batches to pass to `loss`.
+        loss: Returns the model's loss on one batch, with its autograd graph.
 
     Raises:
         QatkitError: the model is not Llama-like, or there are no batches.

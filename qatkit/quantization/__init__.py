@@ -1,6 +1,6 @@
 """Quantization-aware training: fake quantization, calibration, PTQ and mixed precision.
 
-Importing the package loads nothing heavy: each name below loads its module on first use.
+Importing the package is cheap: each name below loads its module on first use.
 """
 
 from __future__ import annotations

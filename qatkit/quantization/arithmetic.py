@@ -1,8 +1,8 @@
 """The arithmetic of quantization, shared by training, export and verification.
 
-Everything is computed in float32 regardless of the tensor's dtype, as ``codes = round(clip(x / scale)) + zero_point``:
-clip first, then round half to even, which is the order of the LSQ paper and of ONNX's QuantizeLinear. It divides by the
-scale instead of multiplying by its reciprocal: the two differ in the last bit, and the runtimes divide.
+Everything is computed in float32 regardless of the tensor's dtype, as ``codes = round(clip(x / scale)) + zero_point``.
+Values are first clipped and then rounded half to even, in the same order as in the LSQ paper and ONNX's QuantizeLinear.
+Values are divided by the scale, as in the runtimes; multiplying by its reciprocal would differ in the last bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qatkit.spec import QuantSpec
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Compute the codes of `x`, in its shape.
+    """Compute the codes of `x`, in the shape of `x`.
 
     Their dtype is int8 (symmetric integers), uint8 (asymmetric integers), float8, or uint8 with the bits of 4-bit and
     6-bit floats.
@@ -57,17 +57,17 @@ def fake_quantize(
 
     The gradient of `x` passes unchanged inside the range and is zero outside. The scale's gradient is equation 3 of LSQ
     (Esser et al., 2020, https://arxiv.org/abs/1902.08153): ``round(v) - v`` inside and the clipped code outside, with
-    ``v = x / scale``, summed over the slice. The zero point's gradient is ``-scale`` outside and zero inside, so that a
-    learned offset gets the gradient of LSQ+ (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576, equation 5).
+    ``v = x / scale``, summed over the slice. The zero point's gradient is ``-scale`` outside and zero inside, so a
+    learned offset has the gradient of LSQ+ (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576, equation 5).
 
     Args:
         x: Any float tensor.
         scale: The scale in its stored shape, float32.
-        zero_point: Integers in float32, the shape of `scale`.
+        zero_point: Integers in float32, in the shape of `scale`.
         spec: Element type, number of bits, symmetry and strategy.
-        gradient_scale: Factor on the gradients of scale and zero point; LSQ uses ``1 / sqrt(slice size * qmax)``.
-        clips: Pass False if the scale is computed from `x` itself and follows it: nothing is clipped, so the
-            gradient is the identity and nothing is saved for the backward pass.
+        gradient_scale: Factor for the gradients of scale and zero point; LSQ uses ``1 / sqrt(slice size * qmax)``.
+        clips: Pass False if the scale is always computed from `x` itself. No value is then clipped, so the gradient is
+            the identity and no tensor is saved for the backward pass.
     """
     slices = to_slices(x, spec)
     scale, zero_point = aligned(scale, x, spec), aligned(zero_point, x, spec)
@@ -82,7 +82,7 @@ def fake_quantize(
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert the result of an autograd function to a dtype.
 
-    In torch 2.11, a `.to` with nothing to convert silently loses the gradient under torch.compile.
+    In torch 2.11, a `.to` that does not change the dtype silently drops the gradient under torch.compile.
     """
     return x if x.dtype == dtype else x.to(dtype)
 

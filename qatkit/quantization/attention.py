@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention` with fake-quantized projections.
 
-Its three input projections are slices of one parameter, ``in_proj_weight``, or three parameters if keys and values have
-their own widths. Each is a part with its own scales. The output projection is a layer of its own, ``out_proj``.
+The three input projections are slices of one parameter, ``in_proj_weight``, or three parameters if keys and values have
+different widths. Each is a part with its own scales. The output projection is a separate layer, ``out_proj``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class QATMultiheadAttention(QATParts, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that computes with fake-quantized projections, also in eval mode.
+    """An `nn.MultiheadAttention` with fake-quantized projections, even in eval mode.
 
-    torch's own forward reads the weights directly, and in eval mode calls one fused kernel; both would bypass the fake
+    torch's own `forward` reads the weights directly, and calls a fused kernel in eval mode; both would bypass the fake
     quantizers. The attention itself (products of queries, keys and values) is not quantized.
     """
 

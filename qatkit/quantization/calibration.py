@@ -21,20 +21,20 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     """Set the static activation scales of a prepared model from the activations of `batches`.
 
     The model runs in eval mode without gradients; train/eval modes and random states are restored afterwards. Weights
-    are fake-quantized, activations are recorded unquantized. In a process group the ranges of all ranks are combined
-    by one all-reduce, and by a second one if an observer needs averages or histograms.
+    are fake-quantized; activations are recorded unquantized. In a process group, the ranges of all ranks are combined
+    by one all-reduce, or by two if an observer needs averages or histograms.
 
     Args:
-        model: A model from `prepare_qat`.
-        batches: Inputs of `forward`; every rank may have its own.
-        forward: Runs the model on one batch; `model(batch)` by default.
+        model: A model prepared by `prepare_qat`.
+        batches: Batches to pass to `forward`; each rank may have different ones.
+        forward: Runs the model on one batch. The default is `model(batch)`.
 
     Returns:
         Names of the fake quantizers whose scales were set.
 
     Raises:
-        QatkitError: The model is not prepared, there is no batch, a layer never runs, or activations are non-finite.
-            The model's scales are then unchanged.
+        QatkitError: The model is not prepared, there are no batches, a layer never runs, or activations are non-finite.
+            In that case, the model's scales are unchanged.
 
     Example:
         >>> import torch

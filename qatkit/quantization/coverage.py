@@ -1,4 +1,4 @@
-"""The quantized and the other layers of a prepared model, and the fraction of its weights that is quantized."""
+"""The quantized and unquantized layers of a prepared model, and the fraction of its weights that is quantized."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class Coverage:
-    """The quantized and the other layers of a model; a layer is a module with a weight matrix of its own.
+    """The quantized and unquantized layers of a model; a layer is a module with its own weight matrix.
 
-    As text: ``quantized: 2 of 3 layers, 66.7 % of the weights; float: norm (LayerNorm)``.
+    ``str()`` returns, for example, ``quantized: 2 of 3 layers, 66.7 % of the weights; float: norm (LayerNorm)``.
     """
 
     quantized: Sequence[str]
     """Names of layers with a quantized weight or input."""
     unquantized: Sequence[str]
-    """Names of the other layers, each followed by its type in parentheses."""
+    """Names of unquantized layers, each followed by its type in parentheses."""
     weights: float
     """Fraction of the weights of all layers that is quantized."""
     caches: int = 0
-    """Attention modules whose keys and values are quantized."""
+    """Names of attention modules with a quantized KV cache."""
     results: int = 0
-    """Results of layers and operations that are quantized besides the inputs of layers."""
+    """Outputs of layers and operations that are quantized in addition to layer inputs."""
 
     def __str__(self) -> str:
         total = len(self.quantized) + len(self.unquantized)
@@ -46,9 +46,10 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Count the layers and weights of a model from `prepare_qat`.
+    """Count the quantized and unquantized layers and weights of a model prepared by `prepare_qat`.
 
-    Weights are parameters of at least two dimensions; a tied one counts once, as quantized if one of its layers is.
+    Weights are parameters with at least two dimensions. A tied weight is counted once, and counts as quantized if one
+    of its layers is quantized.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat

@@ -1,7 +1,7 @@
-"""Element types that `QuantSpec.type` names, in a table that does not import torch.
+"""The table of element types for `QuantSpec.type`, which does not import torch.
 
-A row names the function that builds the type's :class:`~qatkit.quantization.grids.Grid`, which rounds and encodes
-values. To add an element type, write that function and add one row here.
+A row refers to the function that builds the type's :class:`~qatkit.quantization.grids.Grid`, which rounds and encodes
+values. To add an element type, write this function and add a row here.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Bit layout of a small floating-point number; infinities (of e5m2) are not codes."""
+    """Bit layout of a small floating-point format; infinities (of e5m2) are not codes."""
 
     exponent_bits: int
     mantissa_bits: int
     largest: float
     dtype: str = ""
-    """torch's dtype of this layout; empty if torch has none, in which case codes are stored as uint8."""
+    """The torch dtype with this layout; empty if there is none, in which case codes are stored as uint8."""
 
 
 FLOAT_FORMATS: Mapping[str, Mapping[int, FloatFormat]] = {
@@ -33,35 +33,35 @@ FLOAT_FORMATS: Mapping[str, Mapping[int, FloatFormat]] = {
     },
     "float_e5m2": {8: FloatFormat(5, 2, 57344.0, "float8_e5m2")},
 }
-"""Layouts of the Open Compute Project (OCP MX 1.0 and OFP8) by element type and number of bits."""
+"""Layouts from the Open Compute Project (OCP MX 1.0 and OFP8) by element type and bit width."""
 
 E4M3_MAX = FLOAT_FORMATS["float"][8].largest
 
 
 @dataclass(frozen=True)
 class Element:
-    """One element type."""
+    """An element type."""
 
     name: str
     description: str
     bits: tuple[int, ...]
-    """Supported numbers of bits."""
+    """Supported bit widths."""
     grid: str
-    """``module:function`` that takes a `QuantSpec` and returns the `Grid` of its codes."""
+    """``module:function`` that returns the `Grid` of the codes of a `QuantSpec`."""
     code_range: Callable[[int, bool], Bounds]
-    """The smallest and largest unscaled values of a code, by number of bits and symmetry."""
+    """The smallest and largest unscaled value of a code, by bit width and symmetry."""
     observers: tuple[str, ...] = ()
-    """The only observers that fit; empty if every general observer fits."""
+    """The only supported observers; empty if all general observers are supported."""
     computed_by: str = "minmax"
-    """The observer that computes a scale directly from a tensor, for use without a search."""
+    """The observer that computes a scale directly from a tensor, without a search."""
     narrowest: float = 0.1
-    """The narrowest range that a search for the smallest squared error tries, as a fraction of the full range."""
+    """The narrowest range in a search for the smallest squared error, as a fraction of the full range."""
     integer: bool = False
-    """Codes are integers: ``value = (code - zero_point) * scale``."""
+    """Whether codes are integers: ``value = (code - zero_point) * scale``."""
     asymmetric: bool = False
-    """Codes may be unsigned with a zero point (``symmetric: false``)."""
+    """Whether codes may be unsigned with a zero point (``symmetric: false``)."""
     weight_only: bool = False
-    """Activations cannot have this type."""
+    """Whether the type is supported only for weights."""
 
 
 def _integer_range(bits: int, symmetric: bool) -> Bounds:

@@ -1,4 +1,4 @@
-"""Estimators of a tensor's scale and zero point: range, mean magnitude, squared error."""
+"""Estimators of a tensor's scale and zero point from its range, mean magnitude or squared error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ESTIMATORS: dict[str, Callable[[Tensor, QuantSpec, Tensor | None], QParams]] = 
 def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> QParams:
     """Compute scale and zero point directly from a tensor.
 
-    The scale comes from the range or, for ternary codes, from the mean magnitude.
+    The scale is computed from the range or, for ternary codes, from the mean magnitude.
 
     Args:
         x: The tensor, any float dtype.
@@ -50,14 +50,14 @@ def load_estimator(spec: QuantSpec) -> None:
 
 
 def minmax_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> QParams:
-    """Map the range of every slice onto the range of codes."""
+    """Compute the scale that maps the range of every slice to the range of codes."""
     return choose_qparams(*value_range(x, spec), spec, tensor_scale)
 
 
 def absmean_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> QParams:
     """Use the mean magnitude of every slice as its scale, as in BitNet b1.58.
 
-    Ma et al., 2024, https://arxiv.org/abs/2402.17764, equations 1 to 3.
+    See Ma et al. (2024, https://arxiv.org/abs/2402.17764), equations 1 to 3.
     """
     slices = to_slices(x.detach().float().abs(), spec)
     shape = value_range(x, spec)[0].shape
@@ -77,14 +77,15 @@ def mse_qparams(
 ) -> QParams:
     """Find the scale and zero point that minimize the squared error over shrunk ranges.
 
-    Ranges shrink in equal steps, from the full one down.
+    Ranges shrink in equal steps, starting from the full range.
 
     Args:
         x: The tensor, any float dtype.
         spec: Its quantization.
-        steps: Number of ranges tried.
-        smallest: The narrowest range tried, as a fraction of the full one; by default that of the element type.
-        weights: Weight of each value's error, in the shape of `x`; 1 by default.
+        steps: Number of ranges to try.
+        smallest: The narrowest range to try, as a fraction of the full range. The default is the element type's
+            `narrowest`.
+        weights: Weight of each value's error, in the shape of `x`. The default is 1 for all values.
 
     Returns:
         Scale and zero point in their stored shape, float32.

@@ -1,8 +1,8 @@
-"""Fused experts of mixture-of-experts models.
+"""Fake quantization of fused experts in mixture-of-experts models.
 
-transformers 5 stores each projection of all experts as one three-dimensional parameter, and computes with it in several
-ways (a loop, a batched or a grouped product). All of them read the parameter as an attribute of the module, so that
-attribute returns the fake-quantized weight.
+transformers 5 stores each projection of all experts as one three-dimensional parameter, and has multiple
+implementations of the product (a loop, a batched or a grouped product). All of them read the parameter as an attribute
+of the module, so this attribute returns the fake-quantized weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qatkit.quantization.parts import QATParts
 
 
 class QATExperts(QATParts):
-    """Fused experts with fake-quantized weights; a channel is one output of one expert.
+    """Fused experts with fake-quantized weights; each output of each expert is a channel.
 
     A weight is quantized once per forward pass, no matter how often it is read.
     """
@@ -58,7 +58,7 @@ class QATExperts(QATParts):
         )  # the class itself has no importable name
 
     def shipped(self) -> dict[str, Tensor]:
-        """Return the projections as the forward pass uses them, by parameter name."""
+        """Return the fake-quantized projections by parameter name."""
         return {name: self.fake_quantized(name) for name in self.projections}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,12 +70,12 @@ class QATExperts(QATParts):
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module contains plain fused experts in transformers 5's layout."""
+    """Whether a module contains plain fused experts in the layout of transformers 5."""
     return not isinstance(module, QATExperts) and hasattr(module, "is_transposed") and bool(expert_weights(module))
 
 
 def expert_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the projections of fused experts: the module's own three-dimensional parameters."""
+    """Return the projections of fused experts, which are the module's own three-dimensional parameters."""
     return [(name, p) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
 
 

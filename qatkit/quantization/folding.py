@@ -69,7 +69,7 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
 
 
 def replay_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
-    """Repeat the structural changes of `fold_batchnorm`, so that a folded checkpoint loads."""
+    """Repeat the structural changes of `fold_batchnorm`, so that a folded checkpoint can be loaded."""
     for conv_name, bn_name in folds:
         conv = model.get_submodule(conv_name)
         assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)

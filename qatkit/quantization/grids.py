@@ -1,4 +1,4 @@
-"""Grids: the values that codes represent before scaling, and the codes themselves."""
+"""Quantization grids: the values that codes represent before scaling, and the codes themselves."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Grid(Protocol):
     """Rounding and encoding for one element type."""
 
     def round(self, v: Tensor) -> Tensor:
-        """Round float32 ``v = x / scale``, inside the range of codes, to the nearest value."""
+        """Round float32 ``v = x / scale``, already clipped to the range of codes, to the nearest value."""
 
     def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
-        """Codes of values on the grid, as the exported file stores them."""
+        """Return the codes of values on the grid, in the form stored in exported files."""
 
     def decode(self, codes: Tensor, zero_point: Tensor) -> Tensor:
-        """Unscaled values that codes represent, float32."""
+        """Return the unscaled values of codes in float32."""
 
 
 class IntegerGrid:
-    """Signed integers, or unsigned ones around a zero point."""
+    """Signed integers, or unsigned integers with a zero point."""
 
     def __init__(self, symmetric: bool) -> None:
         self.dtype = torch.int8 if symmetric else torch.uint8
@@ -42,7 +42,7 @@ class IntegerGrid:
 
 
 class DtypeGrid:
-    """8-bit floats, for which torch has a dtype."""
+    """8-bit floats, for which torch has dtypes."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -58,7 +58,7 @@ class DtypeGrid:
 
 
 class SmallFloatGrid:
-    """4-bit and 6-bit floats; codes are uint8 with the sign in the highest bit used."""
+    """4-bit and 6-bit floats; codes are uint8 with the sign in the highest used bit."""
 
     def __init__(self, form: FloatFormat) -> None:
         self.mantissa_bits = form.mantissa_bits
@@ -91,10 +91,10 @@ class SmallFloatGrid:
 
 
 class Codebook:
-    """Any list of values: a code is the index of its value.
+    """An arbitrary list of values; a code is the index of its value.
 
     Args:
-        values: Sorted in ascending order; must include 0.
+        values: Values in ascending order; must include 0.
 
     Example:
         >>> grid = Codebook([-1.0, -0.25, 0.0, 0.25, 1.0])
@@ -118,12 +118,12 @@ class Codebook:
 
 
 def integer_grid(spec: QuantSpec) -> Grid:
-    """The grid of integers and of ternary codes."""
+    """Return the grid of integer or ternary codes."""
     return IntegerGrid(spec.symmetric)
 
 
 def float_grid(spec: QuantSpec) -> Grid:
-    """The grid of 4-bit, 6-bit and 8-bit floats."""
+    """Return the grid of 4-bit, 6-bit or 8-bit floats."""
     form = FLOAT_FORMATS[spec.type][spec.num_bits]
     return DtypeGrid(getattr(torch, form.dtype)) if form.dtype else SmallFloatGrid(form)
 
@@ -132,7 +132,7 @@ _GRIDS: dict[tuple[str, int, bool], Grid] = {}
 
 
 def grid_of(spec: QuantSpec) -> Grid:
-    """The grid of a spec's codes; the first call for an element type loads its implementation.
+    """Return the grid of a spec's codes; the first call for an element type loads its implementation.
 
     Example:
         >>> grid = grid_of(QuantSpec(num_bits=4, type="float"))

@@ -1,8 +1,8 @@
-"""KV-cache quantization: fake-quantize keys and values as a quantized cache stores them.
+"""KV cache quantization: fake-quantize keys and values in the same way as a quantized cache.
 
-transformers looks up attention functions by name. qatkit registers a function of its own, which fake-quantizes keys and
-values (after rotary positions) and calls the model's original function. This works for every architecture that uses the
-lookup, in training, in evaluation and with a cache.
+transformers looks up attention functions by name. qatkit registers its own function, which fake-quantizes keys and
+values (after rotary position embeddings) and calls the model's original function. This works for every architecture
+that uses the lookup, in training and evaluation, with and without a cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARTS = ("key_fake_quant", "value_fake_quant")
 
 
 def attention_modules(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
-    """Find the attention modules of a transformers model that use a cache, by their attributes."""
+    """Find the attention modules of a transformers model that use a KV cache, by their attributes."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -39,10 +39,10 @@ def attention_modules(model: nn.Module, exclude: Sequence[str] = ()) -> list[tup
 
 
 def check_kv_quantization(model: nn.Module, exclude: Sequence[str] = ()) -> None:
-    """Raise an error if the keys and values of a model cannot be quantized.
+    """Raise an error if the KV cache of a model cannot be quantized.
 
     Raises:
-        QatkitError: The model has no transformers attention, or one whose attention function cannot be replaced.
+        QatkitError: The model has no transformers attention, or its attention function cannot be replaced.
     """
     modules = attention_modules(model, exclude)
     if not modules:
@@ -81,7 +81,7 @@ def _uses_registry(module: str) -> bool:
 
 
 def quantize_kv(model: nn.Module, spec: QuantSpec, exclude: Sequence[str] = ()) -> list[str]:
-    """Make attention modules fake-quantize keys and values, in place; return their names."""
+    """Make attention modules fake-quantize keys and values, in place, and return the names of the modules."""
     modules = attention_modules(model, exclude)
     for name, module in modules:
         add_kv_quantizers(name, module, spec)

@@ -1,4 +1,4 @@
-"""Checks of a selected layer's weight, type and sizes against its quantization."""
+"""Check the weight, type and sizes of a selected layer against its quantization."""
 
 from __future__ import annotations
 

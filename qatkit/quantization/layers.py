@@ -1,7 +1,7 @@
-"""Quantized layers: subclasses of torch's layers that replace a layer's class in place.
+"""Quantized layers: subclasses of torch's layers, swapped in by changing a layer's class in place.
 
 A swap changes the layer's class and adds the fake quantizers; the module object, its Parameters and its hooks stay the
-same. So optimizers, weight ties, `state_dict` keys and FSDP keep working.
+same. Optimizers, weight ties, `state_dict` keys and FSDP therefore keep working.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 class QATLayer(nn.Module):
-    """Base class of quantized layers with two fake quantizers, either of which may be None."""
+    """Base class of quantized layers, with fake quantizers for weight and input; either may be None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -27,11 +27,13 @@ class QATLayer(nn.Module):
     transposed = False
     """Whether the weight is ``[in, out, ...]``; scales always refer to ``[out, in, ...]``."""
     input_on_grid = False
-    """Whether the input is quantized where it is made, by ``input_fake_quant``, so that only its scale is read here."""
+    """Whether the input is already quantized where it is computed, by ``input_fake_quant``, so that only its scale is
+    read here.
+    """
 
     @property
     def matrix(self) -> Tensor:
-        """The latent (unquantized) weight as ``[out, in, ...]``."""
+        """Return the latent (unquantized) weight as ``[out, in, ...]``."""
         return self.weight
 
     def as_stored(self, matrix: Tensor) -> Tensor:
@@ -40,11 +42,11 @@ class QATLayer(nn.Module):
 
     @torch.no_grad()
     def set_matrix(self, values: Tensor) -> None:
-        """Overwrite the latent weight; `values` are ``[out, in, ...]``."""
+        """Overwrite the latent weight with `values`, ``[out, in, ...]``."""
         self.weight.copy_(self.as_stored(values))
 
     def fake_quantized_weight(self) -> Tensor:
-        """The weight that the forward pass uses, in its own dtype and layout."""
+        """Return the weight used in the forward pass, in its own dtype and layout."""
         return self._weight_and_scale()[0]
 
     def _weight_and_scale(self) -> tuple[Tensor, Tensor | None]:
@@ -55,11 +57,12 @@ class QATLayer(nn.Module):
         return self.as_stored(weight), scale
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, weight and bias that the forward pass uses.
+        """Return the input, weight and bias used in the forward pass.
 
         Integer kernels add the bias to sums of products of codes, as an integer multiple of weight scale times input
-        scale. Training rounds it the same way: with 4-bit weights that step is large enough to change the output.
-        Without a static input scale, or with several scales per output, runtimes add it in floating point.
+        scale. Training rounds the bias in the same way, because this step is large enough to change the output with
+        4-bit weights. Without a static input scale, or with multiple scales per output, runtimes add the bias in
+        floating point.
         """
         weight, weight_scale = self._weight_and_scale()
         x, input_scale = self._quantized_input(x)
@@ -74,7 +77,7 @@ class QATLayer(nn.Module):
         return inputs.with_scale(x)
 
     def shipped(self) -> dict[str, Tensor]:
-        """Weight and bias that the forward pass uses, by parameter name, for a plain layer."""
+        """Return the weight and bias used in the forward pass, by parameter name, for a plain layer."""
         weight, weight_scale = self._weight_and_scale()
         inputs = self.input_fake_quant
         input_scale = None if inputs is None or inputs.dynamic or not inputs.ready else inputs.qparams(weight)[0]
@@ -92,7 +95,7 @@ def rounded_bias(
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
 ) -> Tensor | None:
-    """Round a bias ``[out]`` to multiples of weight scale times input scale, if integer kernels add it in this form."""
+    """Round a bias ``[out]`` to multiples of weight scale times input scale, if integer kernels use such a bias."""
     if bias is None or weight_scale is None or input_scale is None:
         return bias
     if weight_scale.shape not in ((1,), (len(bias), 1)):  # several scales per output: added in floating point
@@ -201,7 +204,7 @@ class QATConvTranspose2d(_QATConvTranspose, nn.ConvTranspose2d):
 
 
 class QATEmbedding(QATLayer, nn.Embedding):
-    """`nn.Embedding` with a fake-quantized weight; a channel is the row of one token."""
+    """`nn.Embedding` with a fake-quantized weight; each row is a channel."""
 
     bias = None
 
@@ -213,7 +216,7 @@ class QATEmbedding(QATLayer, nn.Embedding):
 
 
 class QATEmbeddingBag(QATLayer, nn.EmbeddingBag):
-    """`nn.EmbeddingBag` with a fake-quantized weight; a channel is the row of one token."""
+    """`nn.EmbeddingBag` with a fake-quantized weight; each row is a channel."""
 
     bias = None
 
@@ -225,7 +228,7 @@ class QATEmbeddingBag(QATLayer, nn.EmbeddingBag):
 
 
 class QATTransposedLinear(QATLayer):
-    """transformers' `Conv1D` (a linear layer with an ``[in, out]`` weight), fake-quantized."""
+    """transformers' `Conv1D` (a linear layer with an ``[in, out]`` weight) with a fake-quantized weight and input."""
 
     nf: int
     transposed = True
@@ -260,7 +263,7 @@ SWAPS: dict[type[nn.Module], type[QATLayer]] = {
 
 
 def swap_of(kind: type[nn.Module]) -> type[QATLayer] | None:
-    """The quantized class of a layer's exact type, or None."""
+    """Return the quantized class for a layer's exact type, or None."""
     if kind is NonDynamicallyQuantizableLinear:
         return QATOutputProjection
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":

@@ -1,4 +1,4 @@
-"""Measurements per layer: weight error, clipped fraction, sparsity and size."""
+"""Per-layer measurements: weight error, clip rate, sparsity and size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerRow:
     weights: int
     """Number of weights."""
     weight_bits: int
-    """Bits of a weight's code; 32 if weights are not quantized."""
+    """Bits per weight code; 32 if weights are not quantized."""
     activation_bits: int
     weight_error: float
     """``||fake_quantize(w) - w|| / ||w||``."""
@@ -64,16 +64,16 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
 
 
 def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Quantize a weight and measure the error, on its device.
+    """Quantize a weight and measure its error, on its device.
 
     Args:
         weight: ``[out, ...]``, float32.
         scale: The scale in its stored shape.
-        zero_point: The shape of `scale`.
+        zero_point: The zero point, in the shape of `scale`.
         spec: Its quantization.
 
     Returns:
-        The codes in the shape of `weight`, and ``[weight_error, clip_rate, sparsity]`` as in `LayerRow`.
+        The codes in the shape of `weight`, and a tensor ``[weight_error, clip_rate, sparsity]``; see `LayerRow`.
     """
     codes = quantize(weight, scale, zero_point, spec)
     values = dequantize(codes, scale, zero_point, spec)

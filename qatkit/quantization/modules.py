@@ -24,12 +24,13 @@ Role = Literal["weight", "activation"]
 class FakeQuantize(nn.Module):
     """Fake-quantizes a tensor in the forward pass, with straight-through gradients.
 
-    The spec decides where the scale comes from: it is computed from the tensor on every call (min-max weights,
+    The spec determines the source of the scale: it is computed from the tensor on every call (min-max weights,
     activations per token or group), frozen in a buffer (MSE weights, calibrated activations), or a learned Parameter
-    (LSQ; with LSQ+ also the offset, in the units of the tensor). Learned scales have their final shape from the start,
-    as DDP, FSDP2 and optimizers require. Scales, offsets and zero points are float32 and stay float32 when the model is
-    converted (`.half()`, `.to(torch.bfloat16)`, Lightning's "bf16-true"): a bfloat16 scale is off by up to 0.4%, small
-    updates of a learned scale would be rounded away, and the scales of NVFP4 exceed the range of float16.
+    (LSQ; with LSQ+, the offset is also learned, in the units of the tensor). Learned scales have their final shape from
+    the start, as required by DDP, FSDP2 and optimizers. Scales, offsets and zero points are float32, and stay float32
+    when the model is converted (`.half()`, `.to(torch.bfloat16)`, Lightning's "bf16-true"). A bfloat16 scale has a
+    relative error of up to 0.4%, small updates of a learned scale would be rounded away, and NVFP4 scales exceed the
+    range of float16.
 
     Args:
         spec: The quantization.
@@ -111,7 +112,7 @@ class FakeQuantize(nn.Module):
         self.ready = self.computed or self.ready
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scale and zero point for `x`, rounded as in the exported file (float32)."""
+        """Return the float32 scale and zero point for `x`, rounded as in the exported file."""
         if self.computed:
             return computed_qparams(x, self.spec, self.tensor_scale)
         assert self.scale is not None
@@ -151,7 +152,7 @@ class FakeQuantize(nn.Module):
         return last[3]
 
     def share(self, around: nn.Module) -> None:
-        """Share this quantizer among the layers inside `around`, so that an input is quantized once."""
+        """Share this quantizer among the layers inside `around`, so that a common input is quantized once."""
         if not self.shared:
             self.shared = True
             around.register_forward_pre_hook(self._enter)
@@ -236,7 +237,7 @@ class _RoundZeroPoint(torch.autograd.Function):
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor that may be sharded (a DTensor), as a plain detached tensor."""
+    """Gather a tensor that may be sharded (a DTensor) into a plain detached tensor."""
     gather = getattr(tensor, "full_tensor", None)
     return cast(Tensor, gather()) if gather is not None else tensor.detach()
 

@@ -1,4 +1,4 @@
-"""Statistics of a layer's weights and scales during training, without host syncs."""
+"""Statistics of a layer's weights and scales during training, without device synchronization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import QATWeight, qat_weights
 
 SAMPLE = 2**16
-"""Weights per layer that are measured; from larger layers, evenly spaced rows are sampled."""
+"""Maximum number of measured weights per layer; in larger layers, evenly spaced rows are sampled."""
 BINS = 16
 NUMBERS = ("weight_error", "clip_rate", "sparsity", "oscillation", "weight_scale", "input_scale")
 
@@ -20,10 +20,10 @@ NUMBERS = ("weight_error", "clip_rate", "sparsity", "oscillation", "weight_scale
 class LayerWatch:
     """Measures one layer repeatedly; it keeps two bytes for each of at most `SAMPLE` weights.
 
-    Oscillation follows Nagel et al. (2022, https://arxiv.org/abs/2203.11086): the integer weight changes in the
-    direction opposite to its previous change. The paper measures every step and averages a frequency; here only the
-    observed steps count, so the fraction is a lower bound: a weight that leaves and returns between two observations is
-    missed.
+    Oscillation is defined as in Nagel et al. (2022, https://arxiv.org/abs/2203.11086): the integer weight changes in
+    the direction opposite to its previous change. The paper measures every step and averages a frequency. Here, only
+    observed steps are compared, so the fraction is a lower bound: a weight that changes and returns between two
+    observations is missed.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat
@@ -43,12 +43,12 @@ class LayerWatch:
         """Measure the layer now.
 
         Args:
-            layer: A quantized layer, one weight of it, or any layer with a weight matrix; sharded weights are gathered
-                on every process.
+            layer: A quantized layer, one of its weights, or any layer with a weight matrix. Sharded weights are
+                gathered on every process.
 
         Returns:
-            The `NUMBERS` in float32 on the layer's device. Values that do not apply to the layer are NaN: oscillation
-            needs three observations, and the input scale needs a quantizer with a static scale.
+            The `NUMBERS` as a float32 tensor on the layer's device. Values that do not apply to the layer are NaN:
+            oscillation requires three observations, and the input scale requires a static scale.
         """
         own = QATWeight("", layer) if isinstance(layer, QATLayer) else layer
         weight = full_tensor(weight_of(own))
@@ -91,7 +91,7 @@ class LayerWatch:
         return turned
 
     def histogram(self) -> Tensor:
-        """Count the observed codes in `BINS` equal bins over the range of codes, int64."""
+        """Return an int64 histogram of the observed codes with `BINS` equal bins over the range of codes."""
         if self._codes is None:
             return torch.zeros(BINS, dtype=torch.int64)
         low, high = self._span

@@ -1,6 +1,6 @@
-"""Observers that `QuantSpec.observer` names, in a table that does not import torch.
+"""The table of observers for `QuantSpec.observer`, which does not import torch.
 
-To add one, write a function for each role it supports (weights, static activations) and add one row here.
+To add an observer, write a function for each role that it supports (weights, static activations) and add a row here.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ class Observer:
     name: str
     description: str
     from_tensor: str = ""
-    """``module:function`` that computes scale and zero point from a tensor. Weight scales of such an observer follow
-    the weight: they are computed on every forward pass and never stored."""
+    """``module:function`` that computes scale and zero point from a tensor. Weight scales of such an observer are
+    computed in every forward pass and are never stored.
+    """
     from_statistics: str = ""
     """``module:function`` that chooses the range of a static activation from calibration statistics; empty if the
-    observer is for weights only."""
+    observer supports only weights.
+    """
     general: bool = True
-    """True if it supports every element type that lists no observers; False if only the types that list it."""
+    """Whether it supports all element types that list no observers; otherwise, only types that list it."""
     weights: bool = True
-    """It supports weights."""
+    """Whether it supports weights."""
     dynamic: bool = False
-    """It supports activations with per-token or per-group scales."""
+    """Whether it supports activations with per-token or per-group scales."""
     histogram: bool = False
-    """Calibration records a histogram of the values."""
+    """Whether calibration records a histogram of the values."""
     averages: bool = False
-    """Calibration averages the ranges of the batches."""
+    """Whether calibration averages the ranges of the batches."""
     learned: bool = False
-    """The scale is a Parameter."""
+    """Whether the scale is a learned Parameter."""
     learned_offset: bool = False
-    """The zero point is learned, too."""
+    """Whether the zero point is learned as well."""
 
     @property
     def computed(self) -> bool:
-        """Whether a weight's scale is computed on every forward pass."""
+        """Whether a weight's scale is computed in every forward pass."""
         return bool(self.from_tensor)
 
 

@@ -1,4 +1,4 @@
-"""Base class of modules that hold several weights, such as multi-head attention, recurrent layers and fused experts."""
+"""Base class of modules with multiple weights, such as multi-head attention, recurrent layers and fused experts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from qatkit.quantization.modules import FakeQuantize
 
 
 class QATParts(nn.Module):
-    """A module with several fake-quantized weights, each of which is a part with a name.
+    """A module with multiple fake-quantized weights, each of which is a named part.
 
-    The fake quantizer of part ``q_proj`` is ``q_proj_fake_quant``, and that of its input ``q_proj_input_fake_quant``.
+    The fake quantizer of part ``q_proj`` is ``q_proj_fake_quant``; the fake quantizer of its input is
+    ``q_proj_input_fake_quant``.
     """
 
     kind: ClassVar[str]
-    """The layer's kind in messages."""
+    """The kind of layer, for messages."""
 
     def part_names(self) -> tuple[str, ...]:
-        """Return the names of the parts; works on the plain module as well."""
+        """Return the names of the parts; also works for the plain module."""
         raise NotImplementedError
 
     def parameter(self, part: str) -> Tensor | None:
-        """Return the tensor that holds a part's weight; works on the plain module as well."""
+        """Return the tensor that contains a part's weight; also works for the plain module."""
         raise NotImplementedError
 
     def matrix(self, part: str) -> Tensor:
-        """Return a part's latent weight ``[out, in]``; works on the plain module as well."""
+        """Return a part's latent weight ``[out, in]``; also works for the plain module."""
         raise NotImplementedError
 
     def shipped(self) -> dict[str, Tensor]:
-        """Return the parameters that fake quantization changes, as in the forward pass, by parameter name."""
+        """Return the fake-quantized parameters used in the forward pass, by parameter name."""
         raise NotImplementedError
 
     def weight_quantizer(self, part: str) -> FakeQuantize | None:
@@ -48,11 +49,11 @@ class QATParts(nn.Module):
         return fake_quant
 
     def with_scale(self, part: str) -> tuple[Tensor, Tensor | None]:
-        """Return a part's weight ``[out, in]`` as the forward pass uses it, and its scale."""
+        """Return a part's weight ``[out, in]`` as used in the forward pass, and its scale."""
         fake_quant = self.weight_quantizer(part)
         return (self.matrix(part), None) if fake_quant is None else fake_quant.with_scale(self.matrix(part))
 
     def plain_class(self) -> type[nn.Module]:
-        """Return the class that the module had before it was swapped."""
+        """Return the class of the module before the swap."""
         kinds = type(self).__mro__
         return next(kind for kind in kinds if issubclass(kind, nn.Module) and not issubclass(kind, QATParts))

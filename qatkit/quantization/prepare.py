@@ -1,4 +1,4 @@
-"""Replace layers of a model with fake-quantized layers, and undo it."""
+"""Replace layers of a model with fake-quantized layers, and undo the replacement."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ def prepare_qat(
 ) -> list[str]:
     """Fake-quantize the weights and inputs of the selected layers of `model`, in place.
 
-    Parameters keep their identity and their names, so optimizers, weight ties and checkpoints stay valid. Weight scales
-    are set from the weights; static activation scales (`strategy="tensor"`) are set by `calibrate`.
+    Parameters keep their identity and names, so optimizers, weight ties and checkpoints stay valid. Weight scales are
+    set from the weights; static activation scales (`strategy="tensor"`) are set by `calibrate`.
 
     Args:
         model: Any module.
         weight: Quantization of weights; None leaves them unquantized.
         activation: Quantization of each layer's input; None leaves it unquantized.
-        include: Globs over layer names; every glob must match a layer. An embedding must be named: ``*`` and
-            ``model.*`` do not select embeddings.
-        exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
-        layers: Quantization by glob, instead of `weight` and `activation`; the last matching glob wins. Without
+        include: Globs over layer names; each must match a layer. Embeddings must be listed explicitly: ``*`` and
+            ``model.*`` do not select them.
+        exclude: Globs over names of layers to leave unquantized; each must match a layer.
+        layers: Quantization by glob, which overrides `weight` and `activation`; the last matching glob wins. Without
             `weight` and `activation`, only these layers are quantized.
-        kv_cache: Quantization of the keys and values of a transformers model's attention, per tensor or per token.
+        kv_cache: Quantization of the KV cache of a transformers model, per-tensor or per-token.
         share_inputs: Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one scale
-            per layer. Dynamic activations are always quantized once. ONNX Runtime only fuses layers with separate
+            per layer. Dynamic activations are always quantized once. ONNX Runtime fuses only layers with separate
             scales.
 
     Returns:
-        The names of the swapped layers in model order, then those of attention modules with a quantized cache.
+        The names of the replaced layers in model order, followed by the attention modules with a quantized KV cache.
 
     Raises:
-        QatkitError: A glob matches nothing or a layer that cannot be quantized, a group size does not divide a layer's
+        QatkitError: A glob matches no layer or a layer that cannot be quantized, a group size does not divide a layer's
             inputs, or a weight is non-finite.
 
     Example:
@@ -79,10 +79,10 @@ def prepare_qat(
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Disable torch's fused code that reads the raw weights of quantized layers.
+    """Disable torch's fused code paths, which read the raw weights of quantized layers.
 
-    It is part of `nn.MultiheadAttention` around a quantized ``out_proj`` and of `nn.TransformerEncoderLayer`; for the
-    latter, `nn.TransformerEncoder` converts padded inputs to nested tensors.
+    They exist in `nn.MultiheadAttention` around a quantized ``out_proj``, and in `nn.TransformerEncoderLayer`, for
+    which `nn.TransformerEncoder` converts padded inputs to nested tensors.
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and isinstance(cast(nn.Module, module.out_proj), QATLayer):
@@ -101,7 +101,7 @@ def set_fast_paths(model: nn.Module) -> None:
 
 
 def strip_qat(model: nn.Module) -> list[str]:
-    """Turn fake-quantized layers back into plain ones with the latent weights, in place.
+    """Convert fake-quantized layers back to plain layers with the latent weights, in place.
 
     Returns:
         The names of the layers that changed.
@@ -131,12 +131,12 @@ def strip_qat(model: nn.Module) -> list[str]:
 
 
 def qat_layers(model: nn.Module) -> list[tuple[str, QATLayer]]:
-    """Return the fake-quantized layers of a model with their names, except those with several weights."""
+    """Return the fake-quantized layers of a model with their names, except layers with multiple weights."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QATLayer)]
 
 
 def fake_quantizers(model: nn.Module) -> list[tuple[str, FakeQuantize]]:
-    """Return the fake quantizers of a model with their names; a shared one appears once."""
+    """Return the fake quantizers of a model with their names; a shared quantizer is returned once."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantize)]
 
 
@@ -145,13 +145,13 @@ class QATWeight:
     """A weight of a quantized layer."""
 
     name: str
-    """The name of the layer, followed by that of the part if the layer has several."""
+    """The name of the layer, followed by the part name if the layer has multiple weights."""
     layer: QATLayer | QATParts
     part: str = ""
 
     @property
     def matrix(self) -> Tensor:
-        """The latent weight ``[out, in, ...]``."""
+        """Return the latent weight ``[out, in, ...]``."""
         return self.layer.matrix(self.part) if isinstance(self.layer, QATParts) else self.layer.matrix
 
     @property
@@ -184,7 +184,7 @@ def qat_weights(model: nn.Module) -> list[QATWeight]:
 def quantized_weights(model: nn.Module) -> list[tuple[str, Tensor, FakeQuantize]]:
     """Return every fake-quantized weight ``[out, in, ...]`` with its name and quantizer.
 
-    The name is that of the layer, followed by that of the part if the layer has several weights.
+    The name is the layer name, followed by the part name if the layer has multiple weights.
     """
     return [(w.name, w.matrix, w.weight_fake_quant) for w in qat_weights(model) if w.weight_fake_quant is not None]
 
@@ -224,11 +224,11 @@ def _add_quantizers(layer: QATParts, weight: QuantSpec | None, activation: Quant
 
 
 def share_quantizers(model: nn.Module, names: Sequence[str], static: bool) -> None:
-    """Share the fake quantizers of inputs that several layers read, and of tied weights.
+    """Share fake quantizers between layers with the same input, and between tied weights.
 
-    Dynamic input quantizers are always shared: they only cache the last input, and release it when the parent module
-    returns. Tied weights share one quantizer, so that one tensor is exported. Static input quantizers are shared if
-    `static` is set.
+    Dynamic input quantizers are always shared: they cache only the last input, and release it when the parent module
+    returns. Tied weights share one quantizer, so that a single tensor is exported. Static input quantizers are shared
+    if `static` is set.
     """
     chosen = {name: layer for name, layer in qat_layers(model) if name in set(names)}
     owners: dict[int, FakeQuantize | None] = {}

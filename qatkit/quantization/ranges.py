@@ -1,7 +1,7 @@
 """Statistics of static activations, and the ranges that observers choose from them.
 
 A histogram has one bin per bfloat16 number (the top 16 bits of a float32). It therefore needs no range in advance, and
-the histograms of several processes add up.
+the histograms of multiple processes can be summed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RangeObserver:
     """Records the smallest and largest activation, over all calls and averaged over calls.
 
     Args:
-        histogram: Count the values per bin as well.
+        histogram: Whether to also count the values per bin.
 
     Attributes:
         low: Smallest value, float32 ``[1]``; None before the first call.
@@ -56,7 +56,7 @@ class RangeObserver:
 
 
 def histogram_values(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the middle of every non-empty bin, float32 ascending, and its count, float64."""
+    """Return the midpoint of every non-empty bin, float32 ascending, and its count, float64."""
     used = counts.nonzero().flatten()
     bits = (used - BINS // 2).to(torch.int32) << 16
     lower = bits.view(torch.float32)
@@ -86,17 +86,17 @@ class Statistics:
 
     @property
     def values(self) -> tuple[Tensor, Tensor]:
-        """The values of the histogram and their counts, as `histogram_values` returns them."""
+        """Return the values of the histogram and their counts; see `histogram_values`."""
         assert self.counts is not None
         return histogram_values(self.counts)
 
 
 def static_qparams(statistics: Statistics, spec: QuantSpec) -> QParams:
-    """Choose scale and zero point of a static activation with the spec's observer.
+    """Choose the scale and zero point of a static activation with the spec's observer.
 
     Args:
         statistics: Statistics from calibration.
-        spec: The quantization, strategy "tensor".
+        spec: The quantization, with strategy "tensor".
 
     Returns:
         Scale and zero point, float32 ``[1]``.
@@ -116,7 +116,7 @@ def mean_range(statistics: Statistics, spec: QuantSpec) -> QParams:
 
 
 def least_squares_range(statistics: Statistics, spec: QuantSpec) -> QParams:
-    """Search for the range with the smallest squared error (``observer: mse``; start of LSQ)."""
+    """Search for the range with the smallest squared error (``observer: mse``, and the initial range of LSQ)."""
     values, weights = statistics.values
     # the narrowest range is 1% of the full one: an outlier may be 100 times as large as all other values
     return mse_qparams(values, spec, steps=200, smallest=0.01, weights=weights)

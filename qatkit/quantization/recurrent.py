@@ -1,7 +1,7 @@
-"""`nn.LSTM`, `nn.GRU` and `nn.RNN` with fake-quantized weights, and fake-quantized inputs and hidden states.
+"""`nn.LSTM`, `nn.GRU` and `nn.RNN` with fake-quantized weights, inputs and hidden states.
 
-A part is one weight of one layer and direction: ``weight_ih_l0`` multiplies the input, ``weight_hh_l0`` the hidden
-state, each with the rows of all gates.
+A part is one weight of one layer and direction: ``weight_ih_l0`` multiplies the input and ``weight_hh_l0`` the hidden
+state. Each contains the rows of all gates.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ State = tuple[Tensor, ...]
 
 
 class QATRecurrent(QATParts, nn.RNNBase):
-    """Recurrent layers whose weights, of all gates, are fake-quantized.
+    """Base class of recurrent layers with fake-quantized weights for all gates.
 
-    Weight-only quantization runs torch's own kernels with the fake-quantized weights. Quantized inputs and hidden
-    states need one step at a time: the hidden state is quantized before each product. Biases are added in floating
-    point.
+    Weight-only quantization runs torch's own kernels with the fake-quantized weights. With quantized inputs and hidden
+    states, steps run one at a time, because the hidden state is quantized before each product. Biases are added in
+    floating point.
     """
 
     kind = "recurrent layers"

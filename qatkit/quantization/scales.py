@@ -12,15 +12,16 @@ from qatkit.spec import QuantSpec
 def choose_qparams(
     low: Tensor, high: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute scale and zero point of slices whose values lie in ``[low, high]``.
+    """Compute the scale and zero point of slices whose values lie in ``[low, high]``.
 
-    A slice that is all zero gets the scale of the widest slice (1 if every slice is zero), never 0 or NaN.
+    An all-zero slice has the scale of the widest slice (1 if every slice is zero), never 0 or NaN.
 
     Args:
         low: Smallest values, float32, any shape.
         high: Largest values, the same shape.
-        spec: Number of bits, symmetry, scale rule and the dtype that scales are rounded to.
-        tensor_scale: For two-level scales, the result of `tensor_scale_of`; computed from these ranges by default.
+        spec: Bit width, symmetry, scale rule and the dtype to which scales are rounded.
+        tensor_scale: For two-level scales, the result of `tensor_scale_of`. By default, it is computed from these
+            ranges.
 
     Returns:
         Scale and zero point (an integer), both float32 in the shape of `low`.
@@ -57,10 +58,10 @@ def choose_qparams(
 def divided(x: Tensor, number: float) -> Tensor:
     """Compute ``x / number`` with the same bits on every device.
 
-    To divide by a Python number, CUDA multiplies by its reciprocal, which can change the last bit. A tensor on the
-    GPU is a true divisor, but Inductor replaces such a tensor with its value. In float64 the reciprocal's
-    error is too small to change the rounded result: the quotient of a float32 and a number with few bits is never that
-    close to the midpoint of two float32 values.
+    To divide by a Python number, CUDA multiplies by its reciprocal, which can change the last bit. Division by a GPU
+    tensor is exact, but Inductor replaces such a tensor with its value. In float64, the error of the reciprocal is too
+    small to change the rounded result: the quotient of a float32 and a number with few bits is never that close to the
+    midpoint of two float32 values.
 
     Args:
         x: float32.
@@ -74,7 +75,7 @@ def divided(x: Tensor, number: float) -> Tensor:
 def tensor_scale_of(largest: Tensor, spec: QuantSpec) -> Tensor:
     """Compute the per-tensor scale that maps the largest slice scale to e4m3's maximum.
 
-    It is a divisor, like compressed-tensors' global scale: a slice is scaled by ``e4m3 / tensor_scale``.
+    Like the global scale of compressed-tensors, it is a divisor: a slice is scaled by ``e4m3 / tensor_scale``.
 
     Args:
         largest: Magnitudes, float32, any shape.
@@ -104,8 +105,9 @@ def _mx_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
 def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> Tensor:
     """Round a scale to a nonzero value of ``spec.scale_dtype``, returned in float32.
 
-    Scales are negative only under the signed rule; otherwise only their magnitude matters. float16 scales go down to
-    2**-24, the smallest subnormal: with the smallest normal number, weights of 1e-5 would all round to zero.
+    Scales are negative only with the signed rule; otherwise, only their magnitude is used. The minimum of float16
+    scales is 2**-24, the smallest subnormal: with the smallest normal number, weights of 1e-5 would all be rounded to
+    zero.
     """
     size = scale.float().abs()
     if spec.scale_dtype == "float8_e8m0fnu":
@@ -128,5 +130,5 @@ def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = No
 
 
 def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Round to the nearest integer code, so that zero stays exactly zero."""
+    """Round a zero point to the nearest integer code, so that zero is represented exactly."""
     return zero_point.round().clamp(spec.qmin, spec.qmax)

@@ -1,4 +1,4 @@
-"""Layer selection: globs over layer names, with the quantization of the matching layers."""
+"""Layer selection: match layer names with globs, and determine the quantization of each selected layer."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def select(
     layers: Mapping[str, Scheme] | None = None,
     kv_cache: QuantSpec | None = None,
 ) -> Selection:
-    """Choose the layers to quantize, in model order, and check them; nothing is changed.
+    """Select and check the layers to quantize, in model order, without changing the model.
 
-    Only exact types are selected: a subclass (a bitsandbytes `Linear4bit`) uses its weight differently, and a swap
-    would silently compute something else. The ``out_proj`` of `nn.MultiheadAttention` is a layer of its own. An
-    embedding is selected only by a glob that names it: globs whose last part is ``*``, such as ``*`` or ``model.*``, do
-    not.
+    Only exact types are selected: a subclass (such as a bitsandbytes `Linear4bit`) uses its weight differently, and a
+    swapped layer would silently compute different outputs. The ``out_proj`` of `nn.MultiheadAttention` is a separate
+    layer. Embeddings must be listed explicitly: globs whose last component is ``*``, such as ``*`` or ``model.*``, do
+    not select them.
 
     Args:
         model: Any module.
         weight: Quantization of weights, unless `layers` overrides it.
         activation: Quantization of inputs, unless `layers` overrides it.
-        include: Globs over layer names; every glob must match a layer.
-        exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
+        include: Globs over layer names; each must match a layer.
+        exclude: Globs over names of layers to leave unquantized; each must match a layer.
         layers: Quantization by glob; the last matching glob wins.
-        kv_cache: Quantization of keys and values; it is only checked here.
+        kv_cache: Quantization of the KV cache, which is only checked here.
 
     Raises:
-        QatkitError: A glob matches nothing or a layer that cannot be quantized, a group size does not divide a layer's
+        QatkitError: A glob matches no layer or a layer that cannot be quantized, a group size does not divide a layer's
             inputs, or a weight is non-finite.
     """
     layers = layers or {}
@@ -113,7 +113,7 @@ def check_arguments(
     layers: Mapping[str, object],
     kv_cache: object,
 ) -> None:
-    """Check the types of the arguments that `prepare_qat` and the callback share."""
+    """Check the types of the arguments that `prepare_qat` and the callback have in common."""
     for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
         if isinstance(spec, Scheme):
             raise QatkitError(

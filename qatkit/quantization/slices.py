@@ -1,7 +1,7 @@
-"""Slices: the parts of a tensor that share one scale, and the shapes of scales.
+"""Slices, which are the parts of a tensor with a common scale, and the shapes of scales.
 
-Scales are stored in the shapes of compressed-tensors: ``[1]`` per tensor, ``[out, 1]`` per channel,
-``[out, groups]`` per group, ``[row blocks, column blocks]`` per block.
+Scales are stored in the shapes of compressed-tensors: per-tensor ``[1]``, per-channel ``[out, 1]``, per-group ``[out,
+groups]``, per-block ``[row blocks, column blocks]``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def to_slices(x: Tensor, spec: QuantSpec) -> Tensor:
         spec: Its quantization.
 
     Returns:
-        ``x`` itself; ``[..., groups, group_size]`` with strategy "group"; with strategy "block"
-        ``[row blocks, rows, column blocks, columns]``, padded with zeros at the edges.
+        A view ``[..., groups, group_size]`` for strategy "group"; a tensor ``[row blocks, rows, column blocks,
+        columns]``, zero-padded at the edges, for strategy "block"; otherwise ``x`` itself.
     """
     if spec.group_size is not None:
         return x.reshape(*x.shape[:-1], x.shape[-1] // spec.group_size, spec.group_size)
@@ -37,7 +37,7 @@ def to_slices(x: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def from_slices(slices: Tensor, shape: torch.Size, spec: QuantSpec) -> Tensor:
-    """Undo `to_slices`: return the tensor in its original shape."""
+    """Return the tensor from `to_slices` in its original shape."""
     if spec.block_structure is not None:
         slices = slices.reshape(slices.shape[0] * slices.shape[1], -1)[: shape[0], : shape[1]]
     return slices.reshape(shape)

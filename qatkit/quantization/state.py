@@ -1,4 +1,4 @@
-"""Save and load the quantizers of a model: specs, scales and zero points, bit for bit."""
+"""Save and load the quantizers of a model: specs, scales and zero points, bit-identical."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
 
     Returns:
         Tensors named ``{layer}.{part}.scale`` and ``{layer}.{part}.zero_point`` (float32, CPU; none for dynamic
-        activations), where the part is "weight", "input" or, in layers with several weights, the name of a weight, such
-        as "q_proj", or of its input, "q_proj_input", and
-        ``{layer}.{part}.tensor_scale`` for two-level scales; and the specs as ``{layer}: {part: spec}``.
+        activations), where the part is "weight", "input" or, in layers with multiple weights, the name of a weight,
+        such as "q_proj", or of its input, "q_proj_input". Two-level scales add ``{layer}.{part}.tensor_scale``. The
+        specs are returned as ``{layer}: {part: spec}``.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -103,7 +103,7 @@ def quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def save_quantizers(model: nn.Module, path: Path) -> None:
-    """Write the quantizers of a prepared model to a safetensors file, specs as metadata."""
+    """Write the quantizers of a prepared model to a safetensors file, with the specs as metadata."""
     tensors, specs = quantizer_state(model)
     metadata = {"specs": json.dumps(specs)}
     if (placement := placement_of(model)).points:
@@ -112,14 +112,14 @@ def save_quantizers(model: nn.Module, path: Path) -> None:
 
 
 def load_quantizers(model: nn.Module, path: Path) -> list[str]:
-    """Prepare a plain model with the specs and scales of a file, in place.
+    """Prepare a plain model with the specs and scales from a file, in place.
 
     Returns:
         The names of the prepared layers.
 
     Raises:
-        QatkitError: A scale that is computed from the weights differs from the recorded one: the file was written for
-            other weights.
+        QatkitError: A scale computed from the weights differs from the recorded scale, so the file was written for
+            different weights.
     """
     with safe_open(path, framework="pt") as file:
         specs = json.loads(file.metadata()["specs"])

@@ -1,4 +1,4 @@
-"""The quantized class of every supported type of layer."""
+"""The quantized class of every supported layer type."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from qatkit.quantization.recurrent import QATGRU, QATLSTM, QATRNN
 PARTS: dict[type[nn.Module], type[QATParts]] = {
     nn.MultiheadAttention: QATMultiheadAttention, nn.LSTM: QATLSTM, nn.GRU: QATGRU, nn.RNN: QATRNN
 }  # fmt: skip
-"""Modules with several weights, by exact type; fused experts are found by their attributes."""
+"""Modules with multiple weights, by exact type; fused experts are found by their attributes."""
 
 
 def parts_class(module: nn.Module) -> type[QATParts] | None:
-    """Return the quantized class of a plain module with several weights, or None."""
+    """Return the quantized class for a plain module with multiple weights, or None."""
     if is_experts(module):
         return experts_class(type(module), tuple(name for name, _ in expert_weights(module)))
     return PARTS.get(type(module))
 
 
 def plain_parts(module: nn.Module, kind: type[QATParts]) -> list[tuple[str, Tensor | None, Tensor]]:
-    """Return name, parameter and matrix ``[out, in]`` of every part of a plain module.
+    """Return the name, parameter and matrix ``[out, in]`` of every part of a plain module.
 
     Args:
         module: A module that is not quantized.

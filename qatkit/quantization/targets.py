@@ -1,4 +1,4 @@
-"""The table of targets: runtimes, with the quantization that makes them compute with integers."""
+"""The table of targets: runtimes, with the quantization that allows them to compute with integers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Target:
     format: str
     """The export format that it loads."""
     weight: QuantSpec
-    """Quantization of weights, unless another one is given."""
+    """Default quantization of weights."""
     activation: QuantSpec
-    """Quantization of the inputs of layers, and of the results that the runtime's integer kernels read or write."""
+    """Default quantization of layer inputs, and of the tensors that the runtime's integer kernels read or write."""
 
 
 TARGETS = Table(
@@ -51,10 +51,10 @@ TARGETS = Table(
 
 
 def check_placed(activation: QuantSpec) -> None:
-    """Reject a quantization of activations that no integer kernel reads.
+    """Raise an error if integer kernels do not support the quantization of activations.
 
     Raises:
-        QatkitError: there is not one scale per tensor.
+        QatkitError: the scale is not per-tensor.
     """
     if activation.strategy != "tensor" or activation.is_float:
         raise QatkitError(

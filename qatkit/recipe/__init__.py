@@ -1,7 +1,7 @@
-"""Recipes: typed, frozen data that describe what happens to a model, stage by stage.
+"""Recipes: typed, frozen data that describes an experiment stage by stage.
 
-The configuration classes are the complete vocabulary of a recipe file. They import nothing heavy, so a mistake in a
-recipe is reported before a model or a data set is loaded. `qatkit.recipe.loading` reads recipes from YAML.
+The configuration classes define all keys of a recipe file. They are cheap to import, so a mistake in a recipe is
+reported before a model or dataset is loaded. `qatkit.recipe.loading` reads recipes from YAML.
 """
 
 from qatkit.recipe.common import MISSING, FactoryConfig

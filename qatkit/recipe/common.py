@@ -1,4 +1,4 @@
-"""Definitions that several blocks of a recipe use."""
+"""Definitions shared by multiple blocks of a recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MISSING: Any = "???"  # OmegaConf's marker for a value that the file must provid
 
 @dataclass(frozen=True)
 class FactoryConfig:
-    """A function named as ``module:callable``, and its arguments."""
+    """A function as ``module:callable``, and its arguments."""
 
     factory: str = MISSING
     args: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from qatkit.errors import QatkitError
 from qatkit.recipe.common import MISSING
 
 LossWeight = Annotated[float, Range(0.0, 1e6, above=True)]
-"""Weight of a term of the loss."""
+"""Weight of a loss term."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,13 @@ class CacheConfig:
     """Run the teacher once before training and store its top-k outputs per token; training then needs no teacher."""
 
     top_k: Count = 64
-    """Classes stored per token, at least 1 and fewer than the teacher has; all others are merged into one."""
+    """Number of classes stored per token, at least 1 and less than the teacher's; all other classes are merged into
+    one.
+    """
     folder: str | None = None
-    """Folder of the cache, to share it between runs (needs ``--allow-write``); by default in the run's folder."""
+    """Folder of the cache, to share it between runs (requires ``--allow-write``). The default is inside the run's
+    folder.
+    """
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -29,19 +33,20 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class HiddenConfig:
-    """Match the student's hidden states to those of the teacher."""
+    """Match the student's hidden states to the teacher's."""
 
     layers: dict[str, str] = MISSING
-    """Student layers, each with its teacher layer: names in the two models, or globs."""
+    """Maps student layers to teacher layers, by names or globs."""
     layers_by: Literal["uniform", "last"] = "uniform"
-    """If a glob matches more teacher layers than student layers: ``uniform`` spreads the pairs over the teacher and
-    ends with its last layer, ``last`` takes its last layers."""
+    """How to pair layers if a glob matches more teacher layers than student layers: ``uniform`` spaces them evenly up
+    to the teacher's last layer, and ``last`` uses the teacher's last layers.
+    """
     weight: LossWeight = 1.0
     """Weight of the mean over the layers, added to the loss; above 0."""
     loss: str = "mse"
     """``mse`` or ``cosine``."""
     widths: list[int] | None = None
-    """Student width and teacher width, if they differ: each pair of layers then learns a linear map."""
+    """Student and teacher width, if they differ. Each pair of layers then learns a linear projection."""
 
     def __post_init__(self) -> None:
         HIDDEN_LOSSES.row(self.loss, key="loss")
@@ -55,7 +60,7 @@ class HiddenConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Match the student's attention to that of the teacher."""
+    """Match the student's attention to the teacher's."""
 
     layers: dict[str, str] = MISSING
     """As in ``hidden``; the layers are convolutions, or the projections that compute queries, keys or values."""
@@ -73,16 +78,16 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Train some batches on generated text: a model continues prompts from the data during training."""
+    """Train some batches on generated text, for which a model continues prompts from the data during training."""
 
     fraction: Fraction = 1.0
-    """Fraction of the batches, 0 to 1."""
+    """Fraction of batches to generate, 0 to 1."""
     ramp: Fraction = 0.0
     """Fraction of the stage (0 to 1) over which `fraction` rises from 0."""
     prompt: Count | None = None
-    """Prompt length in tokens; by default a text's tokens before its first label."""
+    """Prompt length in tokens. By default, the prompt consists of a sequence's tokens before its first label."""
     new_tokens: Count = 32
-    """Maximum number of generated tokens; a text ends earlier with an end-of-text token."""
+    """Maximum number of generated tokens; generation stops earlier at an end-of-text token."""
     temperature: Annotated[float, Range(0.0, 1e4)] = 1.0
     """Divides the logits before sampling; 0 always picks the most probable token."""
 
@@ -90,7 +95,7 @@ class GenerationConfig:
         check_ranges(self)
 
     def fraction_at(self, progress: float) -> float:
-        """The fraction of generated batches at a given point in the stage.
+        """Return the fraction of generated batches at a given point in the stage.
 
         Args:
             progress: Progress of the stage, 0 to 1.
@@ -103,9 +108,9 @@ class DistillConfig:
     """Learn from a teacher's outputs: ``alpha * T**2 * KL(teacher || student) + (1 - alpha) * loss``."""
 
     temperature: Annotated[float, Range(0.0, 1e4, above=True)] = 1.0
-    """Divides both sets of logits; above 0."""
+    """Positive number that divides both sets of logits."""
     alpha: Fraction = 0.5
-    """Weight of the distillation term, 0 to 1; the loss of the labels has weight ``1 - alpha``."""
+    """Weight of the distillation term, 0 to 1; the loss on the labels has weight ``1 - alpha``."""
     loss: str = "kl"
     """A row of `qatkit.distillation.divergences`: ``kl``, ``reverse_kl``, ``jsd`` or ``mse``."""
     beta: ProperFraction = 0.5
@@ -113,23 +118,25 @@ class DistillConfig:
     ramp: Fraction = 0.0
     """Fraction of the stage (0 to 1) over which the distillation term rises to its weight."""
     teacher: str | None = None
-    """The stage whose result is the teacher; by default the model before the first compression on this stage's path."""
+    """The stage whose result is the teacher. The default is the model before the first compression on this stage's
+    path.
+    """
     teacher_bits: int | None = None
     """8 or 4: quantize the teacher's linear layers, except its output layer, with bitsandbytes."""
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the teacher's weights; null leaves them unchanged."""
     teacher_device: str | None = None
-    """The teacher's device, such as ``cuda:1``; null uses the student's."""
+    """The teacher's device, such as ``cuda:1``; null uses the student's device."""
     cache: CacheConfig | None = None
-    """Learn from a cached teacher; needs a loss that can be computed from the top-k classes, such as ``kl``."""
+    """Learn from a cached teacher; requires a loss that can be computed from the top-k classes, such as ``kl``."""
     hidden: HiddenConfig | None = None
     """Add a loss between hidden states."""
     attention: AttentionConfig | None = None
     """Add a loss between attention maps or relations."""
     on_policy: GenerationConfig | None = None
-    """Language models: train on text that the student generates, with the distillation term only."""
+    """Train a language model on text that the student generates, with the distillation term only."""
     sequence_level: GenerationConfig | None = None
-    """Language models: train on text that the teacher generates as if it were data."""
+    """Train a language model on text that the teacher generates, as if it were data."""
 
     def __post_init__(self) -> None:
         divergence = DIVERGENCES.row(self.loss, key="loss")

@@ -11,17 +11,18 @@ from qatkit.errors import QatkitError
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Sliding-window perplexity, and the divergence of every stage from the dense one, on the held-out test set."""
+    """Sliding-window perplexity, and the divergence of every stage from the dense model, on the held-out test set."""
 
     context: Annotated[int, Range(2, INT32)] | None = None
-    """Tokens per window; by default the sample length of the data."""
+    """Tokens per window. The default is the sample length of the data."""
     stride: Count | None = None
-    """Tokens between the starts of two windows; half the context by default. A smaller stride is slower, and closer to
-    the perplexity with unlimited context."""
+    """Tokens between the starts of consecutive windows. The default is half the context. A smaller stride is slower and
+    approximates the perplexity with unlimited context more closely.
+    """
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness (install ``qatkit[lm-eval]``): names, or YAML files."""
     limit: Count | None = None
-    """Samples per task; all by default."""
+    """Maximum number of samples per task. By default, all samples are used."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -29,13 +30,13 @@ class EvaluateConfig:
             self.check_stride(self.context)
 
     def check_stride(self, context: int) -> None:
-        """Reject a stride that would skip tokens between two windows.
+        """Raise an error if the stride would skip tokens between windows.
 
         Args:
             context: Tokens per window.
 
         Raises:
-            QatkitError: the stride is larger.
+            QatkitError: the stride is larger than the context.
         """
         if self.stride is not None and self.stride > context:
             raise QatkitError(

@@ -1,4 +1,4 @@
-"""Expand a ``lottery`` block into its stages, and check ``rewind`` blocks against the stages before them."""
+"""Expand ``lottery`` blocks into stages, and check ``rewind`` blocks against the preceding stages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qatkit.recipe.stage import StageConfig
 
 
 def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageConfig]:
-    """Replace every ``lottery`` block with the stages that it expands into.
+    """Replace every stage with a ``lottery`` block by the stages of its expansion.
 
     Args:
         stages: The stages of a recipe by name, in order.
-        seed: The recipe's seed; the control run of a lottery draws its fresh weights from the next seed.
+        seed: The recipe's seed; the control run of a lottery initializes its weights with the next seed.
 
     Raises:
         QatkitError: the block conflicts with its stage, or two stages would have the same name.
@@ -99,16 +99,16 @@ def _rounds(
 
 
 def check_rewind(name: str, stages: Mapping[str, StageConfig], line: Sequence[str], sparse: bool) -> None:
-    """Refuse to rewind to weights that do not fit the model, or in a stage without a sparsity mask.
+    """Raise an error if the weights of a rewind do not match the model, or if the stage has no sparsity mask.
 
     Args:
         name: The stage that rewinds.
         stages: All stages.
-        line: The stage itself and those it continues from, latest first.
+        line: The stage itself and its ancestors, latest first.
         sparse: Whether the stage has pruned weights.
 
     Raises:
-        QatkitError: the rewind is impossible; the error names the stage that prevents it.
+        QatkitError: the rewind is impossible; the error includes the stage that prevents it.
     """
     rewind = stages[name].rewind
     assert rewind is not None

@@ -1,7 +1,7 @@
-"""Resolve, check and call the code that a recipe names as ``module:callable``.
+"""Resolve, check and call the code that a recipe refers to as ``module:callable``.
 
-An untrusted recipe must not run arbitrary code. A module is checked by its name before it is imported, and the
-object found in it is checked again by the module that defines it, because a module also exposes its own imports.
+An untrusted recipe must not run arbitrary code. A module is checked by name before it is imported. The imported object
+is then checked by its defining module, because a module also exposes its own imports.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _NAME = re.compile(r"\w+(?:\.\w+)*:[A-Za-z]\w*(?:\.[A-Za-z]\w*)*", re.ASCII)
 
 
 def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any]:
-    """Import the function or class that ``module:callable`` names.
+    """Import the function or class that ``module:callable`` refers to.
 
     Args:
-        name: Such as ``qatkit.models:cnn``.
+        name: The reference, such as ``qatkit.models:cnn``.
         key: Dotted key of the name in the recipe, for errors.
         allow: Packages (``my_package``, ``my_package.models``) that are allowed in addition to qatkit's factories.
 
     Raises:
-        QatkitError: the module is not allowed or cannot be imported, or the name is not a function or class that the
-            module defines.
+        QatkitError: the module is not allowed or cannot be imported, or the name does not refer to a function or class
+            defined in the module.
 
     Example:
         >>> resolve("qatkit.models:mlp", "model.factory").__name__
@@ -74,7 +74,7 @@ def check_arguments(
 
     Args:
         fn: A function or class.
-        args: Arguments that the recipe gives.
+        args: Arguments in the recipe.
         key: Dotted key of `args` in the recipe, for errors.
         given: Names of the arguments that qatkit passes itself.
 
@@ -82,7 +82,7 @@ def check_arguments(
         The arguments, with dataclasses built if the annotations require them.
 
     Raises:
-        QatkitError: an argument is unknown, missing, of the wrong type, or passed by qatkit.
+        QatkitError: an argument is unknown, is missing, has the wrong type, or is passed by qatkit.
 
     Example:
         >>> def net(width: int, depth: int = 2): ...
@@ -131,10 +131,10 @@ def build(config: FactoryConfig, key: str, allow: Sequence[str] = (), **extra: A
         config: The factory and its arguments.
         key: Dotted key of the config in the recipe, for errors.
         allow: Packages that are allowed in addition to qatkit's factories.
-        extra: Arguments that qatkit passes in addition to those of the recipe.
+        extra: Arguments that qatkit passes in addition to those in the recipe.
 
     Raises:
-        QatkitError: the factory or its arguments are not valid, or the factory rejects a value with a ValueError.
+        QatkitError: the factory or its arguments are invalid, or the factory raises a ValueError.
 
     Example:
         >>> build(FactoryConfig("qatkit.models:mlp", {"hidden": [8]}), "model")[1].out_features

@@ -1,7 +1,7 @@
-"""Load a `Recipe` from a name or a file: typed, frozen and complete, without importing anything heavy.
+"""Load a typed, frozen and complete `Recipe` from a name or a file, without heavy imports.
 
-The file and the overrides form one raw mapping. It is checked against the schema, merged once into OmegaConf's
-structured config for defaults and interpolations, and checked again while the objects are built from it.
+The file and the overrides are combined into one raw mapping. It is checked against the schema, merged once into
+OmegaConf's structured config for defaults and interpolations, and checked again when the objects are created.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w-]*(?:\.[\w-]+)*\}", re.ASCII)
 
 
 def list_recipes() -> list[str]:
-    """Names of the built-in recipes, such as ``vision/digits_int4``."""
+    """Return the names of the built-in recipes, such as ``vision/digits_int4``."""
     root = resources.files("qatkit.recipes")
     return sorted(
         f"{folder.name}/{file.name.removesuffix('.yaml')}"
@@ -41,13 +41,13 @@ def list_recipes() -> list[str]:
 
 
 def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
-    """The text of a recipe, unchanged.
+    """Return the text of a recipe, unchanged.
 
     Args:
         name_or_path: A name from `list_recipes`, or the path of a file.
 
     Raises:
-        QatkitError: there is no such recipe, or the file cannot be read.
+        QatkitError: the recipe does not exist, or the file cannot be read.
     """
     name = os.fspath(name_or_path)
     shipped = list_recipes()
@@ -70,7 +70,7 @@ def recipe_text(name_or_path: str | os.PathLike[str]) -> str:
 
 
 def recipe_description(name: str) -> str:
-    """The first sentence in a built-in recipe's header.
+    """Return the first sentence in a built-in recipe's header.
 
     Example:
         >>> recipe_description("vision/digits_int8")
@@ -80,14 +80,14 @@ def recipe_description(name: str) -> str:
 
 
 def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and check it against the schema, without importing torch or code that the recipe names.
+    """Read a recipe and check it against the schema, without importing torch or the recipe's code.
 
     Args:
         name_or_path: A name from `list_recipes`, or the path of a YAML file.
-        overrides: ``key=value`` with a dotted key and a YAML value; they replace values of the file.
+        overrides: Strings ``key=value`` with a dotted key and a YAML value, which replace values of the file.
 
     Returns:
-        The recipe, with every default filled in and every ``${key}`` replaced by its value.
+        The recipe, with all defaults filled in and every ``${key}`` replaced by its value.
 
     Raises:
         QatkitError: the first mistake, with its key, the value seen and the fix.
@@ -118,15 +118,15 @@ def load_recipe(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The complete recipe with its defaults, as YAML that loads as an equal recipe."""
+    """Return the complete recipe with its defaults, as YAML that loads as an equal recipe."""
     return dump_yaml(dataclasses.asdict(recipe))
 
 
 def flatten(data: object, prefix: str = "") -> dict[str, Scalar]:
-    """Flatten nested data into plain values by dotted key, to compare two recipes key by key.
+    """Flatten nested data to plain values by dotted key, to compare two recipes key by key.
 
     Args:
-        data: A dataclass instance or a mapping. A list, or an empty mapping, becomes one value: its JSON text.
+        data: A dataclass instance or a mapping. A list or an empty mapping becomes one value, its JSON text.
         prefix: Prepended to every key unchanged; include the dot.
 
     Example:

@@ -14,20 +14,20 @@ class LoraConfig:
     """Train low-rank updates of frozen weights; the stage's result is the merged full-precision model."""
 
     rank: Count = 16
-    """Rows of A and columns of B."""
+    """Rank of the update, which is the number of rows of A and columns of B."""
     alpha: Annotated[float, Range(0.0, 1e6, above=True, example="twice the rank")] = 32.0
     """The update is ``alpha / rank * B A``."""
     dropout: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Dropout probability of the inputs of A during training."""
     targets: list[str] = field(default_factory=lambda: ["*"])
-    """Globs over the names of linear layers; each must match. The output layer must be named explicitly."""
+    """Globs over the names of linear layers; each must match a layer. The output layer must be listed explicitly."""
     dora: bool = False
-    """Train the magnitude of each output's weights separately from their direction."""
+    """Use DoRA: train the magnitude of each output's weights separately from their direction."""
     bits: int | None = None
     """Bit width of the frozen weights of all linear layers except the output layer: 4 (QLoRA) or 8 (LLM.int8), or
     null."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit data type."""
+    """The bitsandbytes 4-bit data type."""
     double_quant: bool = True
     """Quantize the scales of 4-bit blocks to 8 bits."""
 
@@ -54,7 +54,7 @@ class LoraConfig:
         return f"{name} over 8 bits" if self.bits == 8 else name
 
     def check(self, key: str, zeros: bool, sharded: bool) -> None:
-        """Check that the block is compatible with the rest of the recipe.
+        """Raise an error if the block is not compatible with the rest of the recipe.
 
         Args:
             key: Key of the stage.
@@ -62,7 +62,7 @@ class LoraConfig:
             sharded: Whether FSDP2 shards the parameters.
 
         Raises:
-            QatkitError: an option is not supported; the message names it.
+            QatkitError: an option is not supported; the message includes its name.
         """
         if sharded and self.bits is not None:
             raise QatkitError(

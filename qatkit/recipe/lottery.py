@@ -14,25 +14,29 @@ from qatkit.recipe.common import MISSING
 class LotteryConfig:
     """Iterative magnitude pruning with rewinding: train, prune a fraction of the remaining weights, rewind, repeat.
 
-    A stage ``ticket`` of `max_steps` steps with this block expands into the stages ``ticket_start`` (the steps up to
-    the rewind point, if there are any), ``ticket_0`` (dense training), ``ticket_1`` to ``ticket_ROUNDS`` and, with
-    `reinit`, ``ticket_reinit``. A later run with more rounds continues after the last finished one.
+    A stage ``ticket`` of `max_steps` steps with this block is expanded into the stages ``ticket_start`` (the steps up
+    to the rewind point, if there are any), ``ticket_0`` (dense training), ``ticket_1`` to ``ticket_ROUNDS`` and, with
+    `reinit`, ``ticket_reinit``. A later run with more rounds continues after the last finished round.
     """
 
     rounds: Annotated[int, Range(1, 1000)] = MISSING
     fraction: Annotated[float, Range(0.0, 1.0, above=True, below=True, example="0.2")] = 0.2
-    """Fraction of the remaining weights that each round prunes; sparsity after r rounds is
-    ``1 - (1 - fraction) ** r``."""
+    """Fraction of the remaining weights that each round prunes; the sparsity after r rounds is ``1 - (1 - fraction) **
+    r``.
+    """
     rewind: int | str = "init"
-    """Rewind point of the kept weights: ``init``, the weights before the stage (Frankle & Carbin, 2019); a number
-    of steps, the weights after that many (Frankle et al., 2020); or ``learning_rate``, which keeps the weights and
-    restarts only the learning-rate schedule (Renda et al., 2020)."""
+    """Rewind point of the kept weights. ``init`` restores the weights before the stage (Frankle & Carbin, 2019); a
+    number of steps restores the weights after that many steps (Frankle et al., 2020); ``learning_rate`` keeps the
+    weights and restarts only the learning-rate schedule (Renda et al., 2020).
+    """
     reinit: bool = False
-    """Also train the mask of the last round from fresh weights, as the control for the winning ticket."""
+    """Also train with the mask of the last round from a new random initialization, as the control for the winning
+    ticket.
+    """
     scope: Literal["layer", "model"] = "layer"
     """Prune every layer to the same sparsity, or rank the weights of all layers together."""
     include: list[str] = field(default_factory=lambda: ["*"])
-    """Globs over layer names; every one must match a layer."""
+    """Globs over layer names; each must match a layer."""
     exclude: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,7 +60,7 @@ class RewindConfig:
     stage: str | None = None
     """The stage whose final weights are restored; null is the recipe's model before its first stage."""
     seed: Seed | None = None
-    """Seed of fresh weights to use instead of earlier ones."""
+    """Seed for newly initialized weights to use instead of earlier weights."""
 
     def __post_init__(self) -> None:
         if self.stage is not None and self.seed is not None:

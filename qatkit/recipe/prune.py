@@ -13,7 +13,7 @@ from qatkit.recipe.common import MISSING
 
 @dataclass(frozen=True)
 class RampConfig:
-    """The sparsity schedule of a stage (Zhu & Gupta, 2017); points in time are fractions of the stage."""
+    """The sparsity schedule of a stage (Zhu & Gupta, 2017); its start and end are fractions of the stage."""
 
     final: ProperFraction = MISSING
     """Fraction of pruned weights at the end."""
@@ -38,27 +38,27 @@ EXAMPLES = {"sparsity": "sparsity: 0.5", "ramp": "ramp: {final: 0.8, start: 0.1}
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Set the least important weights to zero and keep them there; set exactly one of `sparsity`, `ramp` and `nm`."""
+    """Prune the least important weights and keep them at zero. Set exactly one of `sparsity`, `ramp` and `nm`."""
 
     sparsity: ProperFraction | None = None
     """Fraction of weights to prune in one step, before training."""
     ramp: RampConfig | None = None
-    """Fraction of pruned weights that grows during training."""
+    """Sparsity schedule that rises during training."""
     nm: list[int] | None = None
-    """``[N, M]`` keeps N of every M consecutive inputs. YAML reads an unquoted 2:4 as a number, hence the list."""
+    """``[N, M]`` keeps N of every M consecutive inputs. Use a list, because YAML reads an unquoted 2:4 as a number."""
     method: str = "magnitude"
     """Pruning method: a name from `qatkit.pruning.methods.METHODS`."""
     block: list[int] | None = None
-    """Rows and columns of the blocks that are pruned as a whole."""
+    """Size of the blocks that are pruned as a whole, in rows and columns."""
     scope: Literal["layer", "model"] = "layer"
     """Prune every layer to the same sparsity, or rank the weights of all layers together."""
     layers: dict[str, float] = field(default_factory=dict)
-    """Sparsity of the layers that a glob matches, instead of `sparsity`; the last matching glob wins."""
+    """Sparsity by glob over layer names, which overrides `sparsity`; the last matching glob wins."""
     include: list[str] = field(default_factory=lambda: ["*"])
-    """Globs over layer names; every one must match a layer."""
+    """Globs over layer names; each must match a layer."""
     exclude: list[str] = field(default_factory=list)
     calibration_batches: Count = 16
-    """Number of training batches, at least 1, for methods that calibrate."""
+    """Number of training batches for methods that calibrate, at least 1."""
 
     def __post_init__(self) -> None:
         targets = METHODS.row(self.method, "method").targets
@@ -111,7 +111,7 @@ class PruneConfig:
                 raise QatkitError(f"{value} has no effect, because {reason}", key=key, advice=f"remove {key}")
 
     def check_sharding(self) -> None:
-        """Reject a method that needs unsharded weights under FSDP2."""
+        """Raise an error for a method that does not support weights sharded by FSDP2."""
         if not self.row.sharded:
             others = ", ".join(row.name for row in METHODS.values() if row.sharded)
             raise QatkitError(
@@ -127,5 +127,5 @@ class PruneConfig:
 
     @property
     def at_once(self) -> bool:
-        """Whether every pruned weight is zero before the first step."""
+        """Whether all pruned weights are zero before the first step."""
         return self.ramp is None and not self.row.moves_mask

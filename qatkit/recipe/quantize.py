@@ -16,23 +16,24 @@ from qatkit.spec import QuantSpec
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Quantization of the layers that a glob selects: the name of a scheme, or specs."""
+    """Quantization of the layers that a glob selects, as a scheme name or as specs."""
 
     scheme: str | None = None
     """Name of a compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0) scheme, instead of specs."""
     observer: str | None = None
-    """With a scheme: observer of the weight's scale, such as lsq; minmax by default."""
+    """Observer of the weight's scale if `scheme` is set, such as lsq. The default is minmax."""
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    """Quantization of each layer's input: ``strategy: tensor`` is calibrated and frozen, ``token`` and ``group`` are
-    dynamic."""
+    """Quantization of each layer's input. With ``strategy: tensor``, scales are calibrated and frozen; with ``token``
+    and ``group``, they are dynamic.
+    """
 
     def __post_init__(self) -> None:
         _ = self.specs
 
     @property
     def specs(self) -> Scheme:
-        """The weight and activation specs: as given, or those of the named scheme."""
+        """The weight and activation specs, either as configured or from the scheme."""
         if self.scheme is None:
             if self.observer is not None:
                 raise QatkitError(
@@ -53,23 +54,25 @@ class QuantizeConfig(LayerConfig):
     """Fake-quantize the layers that the globs select."""
 
     target: str | None = None
-    """Runtime that will run the model, such as onnxruntime: sets weight and activation where they are not given, and
-    also quantizes the results that the runtime's integer kernels read or write."""
+    """Runtime that will run the model, such as onnxruntime. It provides the defaults of weight and activation, and
+    tensors that its integer kernels read or write are also quantized.
+    """
     layers: dict[str, LayerConfig] = field(default_factory=dict)
-    """Quantization by glob over layer names, instead of the default above; the last matching glob wins."""
+    """Quantization by glob over layer names, which overrides weight and activation; the last matching glob wins."""
     kv_cache: QuantSpec | None = None
-    """Quantization of the keys and values that attention caches: ``strategy: tensor`` or ``token``."""
+    """Quantization of the KV cache, with ``strategy: tensor`` or ``token``."""
     init: str | None = None
-    """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default stored scales start
-    where the squared error is smallest."""
+    """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default, stored scales start
+    where the squared error is smallest.
+    """
     share_inputs: bool = False
     """Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one scale per layer."""
     include: list[str] = field(default_factory=lambda: ["*"])
-    """Globs over layer names; every glob must match a layer."""
+    """Globs over layer names; each must match a layer."""
     exclude: list[str] = field(default_factory=list)
-    """Globs over names of layers to leave unquantized; every glob must match a layer."""
+    """Globs over names of layers to leave unquantized; each must match a layer."""
     calibration_batches: Count = 16
-    """Number of training batches that set the static ranges, at least 1."""
+    """Number of training batches for the calibration of static ranges, at least 1."""
 
     def __post_init__(self) -> None:
         if self.target is not None:

@@ -21,14 +21,14 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Settings of Lightning's Trainer, the same for every stage."""
+    """Settings of Lightning's Trainer, which apply to every stage."""
 
     accelerator: str = "auto"
     devices: Annotated[int, Range(1, 1024)] | str = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     compile: bool = False
-    """Compile the model with torch.compile: the first steps take minutes, later steps are faster."""
+    """Compile the model with torch.compile. The first steps take minutes; later steps are faster."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Logger for curves and tables, in addition to CSV files."""
 
@@ -42,7 +42,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The export format of the results."""
+    """The export format of the trained models."""
 
     format: str = MISSING
     """A name in `qatkit.export.formats.FORMATS`, such as onnx."""
@@ -54,10 +54,10 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its data, and the ordered stages that it goes through. A ``lottery`` block is expanded into stages."""
+    """A model, its data, and the ordered training stages. A ``lottery`` block is expanded into stages."""
 
     schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
-    """Version of the recipe schema that the file was written for."""
+    """Version of the recipe schema for which the file was written."""
     name: str = MISSING
     model: FactoryConfig = MISSING
     data: FactoryConfig = MISSING
@@ -152,7 +152,7 @@ class Recipe:
 
     @property
     def written_paths(self) -> dict[str, Path]:
-        """The folders that the recipe names and qatkit writes, by dotted key."""
+        """The folders in the recipe that qatkit writes to, by dotted key."""
         return {
             f"stages.{name}.distill.cache.folder": Path(stage.distill.cache.folder)
             for name, stage in self.stages.items()
@@ -160,7 +160,7 @@ class Recipe:
         }
 
     def parent_of(self, name: str) -> str | None:
-        """The stage that stage `name` continues from; None if it starts from a factory's model."""
+        """Return the stage that `name` continues from; None if it starts from a factory's model."""
         stage = self.stages[name]
         if stage.start is not None or stage.model is not None:
             return stage.start
@@ -176,11 +176,11 @@ class Recipe:
         return line
 
     def teacher_of(self, name: str) -> str | None:
-        """The stage whose result is the teacher of stage `name`: by default the last before the first compression.
+        """Return the stage whose result is the teacher of `name`. The default is the last stage before compression.
 
-        The search follows the stages that `name` continues from. A stage with its own model continues from no other
-        stage, and its teacher is looked up as for the stage before it in the recipe. None means the recipe's model as
-        its factory builds it.
+        The search follows the stages that `name` continues from. A stage with its own model does not continue from
+        another stage; for such a stage, the search starts at the previous stage in the recipe. None stands for the
+        recipe's initial model.
         """
         distill = self.stages[name].distill
         if distill is not None and distill.teacher is not None:
@@ -203,7 +203,7 @@ class Recipe:
 
 
 def check_schema_version(version: object) -> None:
-    """Reject a recipe with a different schema version.
+    """Raise an error if a recipe has a different schema version.
 
     Example:
         >>> check_schema_version(2)  # doctest: +ELLIPSIS

@@ -1,7 +1,8 @@
-"""Check plain data against type annotations, strictly, and build dataclasses from it.
+"""Strictly check plain data against type annotations, and build dataclasses from it.
 
-The only conversion is from an integer to a float. OmegaConf would accept ``True`` as text, ``"5"`` as 5 and 0.5 as 0
-steps, and would lose the key of an object whose own check fails, so objects are built here, from the leaves upwards.
+Values are converted only from integer to float. OmegaConf would accept ``True`` as a string, ``"5"`` as 5 and 0.5 as 0
+steps, and would lose the key of an object whose own check fails. Objects are therefore built here, from the leaves
+upwards.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qatkit.errors import QatkitError, did_you_mean, join_key, under
 from qatkit.recipe.common import MISSING
 
 OLD_KEYS = {"LotteryConfig": {"share": "fraction"}}
-"""Renamed keys, by the class that held them: the old key and its replacement."""
+"""Renamed keys by class, each with its replacement."""
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
@@ -31,10 +32,11 @@ def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
         annotation: A dataclass, `Literal`, union, list, dict, scalar type or `Any`; other annotations are not checked.
         value: Plain data.
         path: Dotted key of the value, for errors; empty at the top level.
-        resolved: False while the value may contain interpolations: they are skipped, and nothing is built.
+        resolved: Pass False while the value may contain interpolations. They are then skipped, and no dataclass is
+            built.
 
     Returns:
-        The value with dataclasses built; None for a dataclass that is not built yet.
+        The value, with dataclasses built; None for a dataclass that is not yet built.
 
     Raises:
         QatkitError: a key is unknown or missing, or a value has the wrong type or is out of range.
@@ -69,7 +71,7 @@ def read(annotation: Any, value: Any, path: str, resolved: bool = True) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as shown in errors: in YAML syntax, and shortened."""
+    """Format a value for errors, in shortened YAML syntax."""
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     text = "null" if value is None else text
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,21 +12,25 @@ from qatkit.pruning.methods import IMPORTANCES
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """Remove parts of the model before the stage trains.
+    """Remove parts of the model before the stage starts training.
 
-    A size sets how much is kept: an integer is a number of parts, a float a fraction below 1.
+    A size sets how much is kept, either as an integer number of parts or as a fraction below 1.
     """
 
     layers: int | float | None = None
-    """Transformer layers."""
+    """Number of transformer layers."""
     layers_by: Literal["score", "uniform", "last"] = "score"
-    """Layers to keep: the most important (score), evenly spaced up to the last (uniform), or the last (last)."""
+    """Layers to keep: the most important layers (score), evenly spaced layers up to the last (uniform), or the last
+    layers (last).
+    """
     keep_layers: list[int] | None = None
     """Indices of the layers to keep, counted from 0, instead of `layers`."""
     heads: int | float | None = None
-    """Query heads. Whole key-value groups are removed if possible, otherwise some query heads of every group."""
+    """Number of query heads. Whole key-value groups are removed if possible; otherwise, some query heads of every group
+    are removed.
+    """
     kv_heads: int | float | None = None
-    """Key-value heads, each with the query heads that use it."""
+    """Number of key-value heads, each with the query heads that use it."""
     neurons: int | float | None = None
     """Width of the MLPs."""
     hidden: int | float | None = None
@@ -35,7 +39,7 @@ class ShrinkConfig:
     """Fraction of the channels of every layer of a convolutional network except the last; coupled channels are removed
     too."""
     exclude: list[str] = field(default_factory=list)
-    """With `channels`: globs over the names of layers that keep their channels."""
+    """Globs over the names of layers that keep all channels, used with `channels`."""
     importance: str = "activation"
     """Importance measure: a name from `qatkit.pruning.methods.IMPORTANCES`."""
     calibration_batches: Count = 8

@@ -21,40 +21,41 @@ ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training run. A block is enabled if it is present; with ``max_steps: 0`` the stage does not train."""
+    """One training run. A block is enabled if it is present. With ``max_steps: 0``, the stage does not train."""
 
     max_steps: Steps = MISSING
     batch_size: Count = 64
-    """Samples per device and step."""
+    """Samples per device per step."""
     lr: Annotated[float, Range(0.0, 100.0, above=True, example="1e-3")] = 1e-3
     weight_decay: Annotated[float, Range(0.0, 1e4)] = 0.01
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    """AdamW of torch, or of bitsandbytes: with 8-bit moments, or with moments in memory paged between GPU and host."""
+    """AdamW from torch or bitsandbytes, the latter with 8-bit moments or with moments paged between GPU and host
+    memory.
+    """
     schedule: ScheduleName = "cosine"
     warmup: Fraction = 0.0
     """Fraction of the stage (0 to 1) over which the learning rate rises from zero."""
     decay: Annotated[float, Range(0.0, 1.0, above=True)] = 0.2
-    """With schedule wsd (warmup, stable, decay): fraction of the stage, at its end, over which the rate falls to
-    zero."""
+    """With schedule wsd (warmup, stable, decay), the final fraction of the stage over which the rate decays to zero."""
     gradient_clip: Annotated[float, Range(0.0, FLOAT32, above=True)] | None = None
-    """Maximum global norm of the gradient."""
+    """Maximum global gradient norm."""
     accumulate: Count = 1
     """Batches per optimizer step."""
     early_stopping: EarlyStoppingConfig | None = None
     samples: SamplesConfig | None = None
     start: str | None = None
-    """The earlier stage whose model this stage continues from; by default the previous stage."""
+    """The earlier stage that this stage continues from. The default is the previous stage."""
     model: FactoryConfig | None = None
     """Start from this model, such as a small student, instead of the model of the previous stage."""
     shrink: ShrinkConfig | None = None
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
-    """Keep weights at zero that an earlier stage pruned."""
+    """Keep weights that an earlier stage pruned at zero."""
     quantize: QuantizeConfig | None = None
     lora: LoraConfig | None = None
     lottery: LotteryConfig | None = None
-    """Lottery tickets: the block is expanded into several stages, which replace this one."""
+    """Find lottery tickets; the block is expanded into multiple stages, which replace this stage."""
     rewind: RewindConfig | None = None
     part: PartConfig | None = None
 
@@ -137,5 +138,5 @@ class StageConfig:
 
     @property
     def schedule_steps(self) -> int:
-        """Length of the learning-rate schedule in steps, which may exceed the stage's."""
+        """Length of the learning-rate schedule in steps, which may exceed the length of the stage."""
         return self.max_steps if self.part is None else self.part.of

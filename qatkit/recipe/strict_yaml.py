@@ -1,7 +1,7 @@
 """Strict YAML: numbers are numbers, duplicates are errors, and only plain data is built.
 
-PyYAML follows YAML 1.1, where ``1e-3`` is text, ``2:4`` is 124, ``no`` is false, and the second of two equal keys
-silently wins. Here scalars follow YAML 1.2, and ambiguous input is an error that names the line.
+PyYAML follows YAML 1.1, where ``1e-3`` is a string, ``2:4`` is 124, ``no`` is false, and the second of two equal keys
+silently wins. Here, scalars follow YAML 1.2, and ambiguous input raises an error with the line number.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def parse_yaml(text: str, source: str, path: str = "") -> Any:
-    """Read one YAML document into plain dicts, lists and scalars that share no object.
+    """Parse a YAML document to plain dicts, lists and scalars without shared objects.
 
     Args:
         text: The document.
-        source: Its origin, for errors.
-        path: Dotted key whose value the document is, for errors.
+        source: Origin of the document, for errors.
+        path: Dotted key whose value is the document, for errors.
 
     Raises:
         QatkitError: the text is not valid YAML, a key is duplicated or has no value, or an alias contains itself.

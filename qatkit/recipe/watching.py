@@ -12,10 +12,10 @@ from qatkit.recipe.common import MISSING
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """Stop when the validation loss no longer improves; the stage's result is the model with the lowest one."""
+    """Stop when the validation loss no longer improves; the stage's result is the model with the lowest loss."""
 
     patience: Count = 3
-    """Consecutive validations without an improvement; there is one at the end of every epoch."""
+    """Number of consecutive validations without an improvement; each epoch ends with a validation."""
     min_delta: Annotated[float, Range(0.0, FLOAT32)] = 0.0
     """Minimum decrease of the loss that counts as an improvement, in nats."""
 
@@ -25,10 +25,10 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Generate text from fixed prompts at regular intervals; training itself is unaffected."""
+    """Generate text from fixed prompts at regular intervals, without an effect on training."""
 
     every: Count = MISSING
-    """Optimizer steps between generations."""
+    """Number of optimizer steps between generations."""
     prompts: list[str] = field(default_factory=list)
     max_new_tokens: Count = 32
 

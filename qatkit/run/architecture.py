@@ -1,7 +1,7 @@
-"""The architecture of a model that differs from the recipe's: recorded with its stage, and rebuilt from the record.
+"""The architecture of a model that differs from the recipe's, which is recorded with its stage.
 
-A transformers model is described by its config, any other model by the arguments of its factory: its method
-``arguments()`` returns those that build a model of its size, as in `qatkit.models.vision`.
+A transformers model is described by its config. Any other model is described by the arguments of its factory: its
+method ``arguments()`` returns the arguments that build a model of its size, as in `qatkit.models.vision`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Architecture:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Architecture:
-        """Build an architecture from the dictionary that `dataclasses.asdict` returned."""
+        """Create an architecture from the dictionary returned by `dataclasses.asdict`."""
         return cls(FactoryConfig(**plain["model"]), dict(plain["config"]))
 
 
 def build_architecture(architecture: Architecture, allow: Sequence[str] = (), key: str = "model") -> nn.Module:
-    """Build a model with its factory's weights; with random weights if its config differs from the factory's.
+    """Build a model with its factory's weights, or with random weights if its config differs from the factory's.
 
     Args:
-        architecture: The result of `architecture_of`, or only a factory.
+        architecture: The result of `architecture_of`, or a factory without changes.
         allow: Packages, in addition to qatkit, whose factories may be used.
         key: The dotted key of the factory in the recipe, for errors.
     """
@@ -60,7 +60,7 @@ def build_architecture(architecture: Architecture, allow: Sequence[str] = (), ke
 
 
 def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] = ()) -> Architecture:
-    """The architecture of a model whose sizes have changed.
+    """Return the architecture of a model whose sizes have changed.
 
     Args:
         model: The model, with plain layers.
@@ -102,7 +102,7 @@ def architecture_of(model: nn.Module, start: Architecture, allow: Sequence[str] 
 
 
 def meta_model(config: FactoryConfig, allow: Sequence[str] = (), key: str = "model") -> nn.Module:
-    """A factory's model on torch's meta device, with names and shapes but no values.
+    """Build a factory's model on torch's meta device, with names and shapes but without values.
 
     Raises:
         QatkitError: the factory fails, or does not return a module.

@@ -1,7 +1,6 @@
-"""Checkpoints of a stage in training: written durably, verified before they are read, with the previous one kept.
+"""Checkpoints of a stage in training, written durably and verified before they are read; the previous one is kept.
 
-stage/last.ckpt        the newest checkpoint
-stage/previous.ckpt    the one before it, in case the newest is damaged
+stage/last.ckpt        the newest checkpoint stage/previous.ckpt    the one before it, in case the newest is corrupt
 stage/NAME.ckpt.json   the digests that the file may have: next to ``last.ckpt``, those of both files
 """
 
@@ -32,10 +31,11 @@ class _Digests(TypedDict):
 
 
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint next to its target, then replace the target; ``last.ckpt`` becomes ``previous.ckpt``.
+    """Write a checkpoint next to its target, then rename it; the old ``last.ckpt`` becomes ``previous.ckpt``.
 
-    The file and its digest are on the disk before the target is replaced, so a kill at any moment leaves a verifiable
-    checkpoint. Lightning writes to TMPDIR and then moves the file, which is not atomic across file systems.
+    The file and its digest are flushed to disk before the target is replaced, so a valid checkpoint exists even if the
+    process is killed at any moment. Lightning writes to TMPDIR and then moves the file, which is not atomic across file
+    systems.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -53,10 +53,10 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that is intact, or None if the stage has none.
+    """Return the newest intact checkpoint of a stage, or None if the stage has no checkpoint.
 
     Raises:
-        QatkitError: there are checkpoints, but none of them is intact.
+        QatkitError: there are checkpoints, but none is intact.
     """
     known = _digests(folder / NAMES[0])
     damaged: list[Path] = []
@@ -77,10 +77,10 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU.
+    """Load a checkpoint to the CPU.
 
     Raises:
-        QatkitError: the checkpoint is missing or damaged.
+        QatkitError: the checkpoint is missing or corrupt.
     """
     if not path.is_file() or sha256_of(path) not in _digests(path):
         raise _damaged(path)

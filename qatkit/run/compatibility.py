@@ -1,4 +1,4 @@
-"""Check that data and model fit together; a mismatch would otherwise cause an index error during training."""
+"""Check that data and model are compatible; a mismatch would otherwise cause an index error during training."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from qatkit.recipe.factories import resolve
 
 
 def check_data(model: nn.Module, data: Any) -> None:
-    """Compare the attributes of data and model; a missing attribute is not compared.
+    """Compare the attributes of data and model; missing attributes are skipped.
 
     Args:
-        model: A transformers model, or any other.
+        model: A transformers model, or any other module.
         data: A data module, with any of the attributes ``tokenizer``, ``classes``, ``context``, ``packed`` and
             ``padding``.
 
     Raises:
-        QatkitError: tokens, classes, padding, length or packing of the data do not match the model.
+        QatkitError: the tokens, classes, padding, length or packing of the data do not match the model.
     """
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -71,7 +71,7 @@ def check_data(model: nn.Module, data: Any) -> None:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """The largest number of tokens that a transformers model has positions for; None if it is not known."""
+    """Return the maximum sequence length of a transformers model in tokens; None if it is unknown."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         return None
@@ -80,9 +80,9 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def with_tokenizer(data: FactoryConfig, model: FactoryConfig, allow: Sequence[str] = ()) -> FactoryConfig:
-    """Add the tokenizer of a recipe's pretrained model to its data, if the data accepts one and does not specify it.
+    """Add the tokenizer of a recipe's pretrained model to its data, if the data accepts a tokenizer and sets none.
 
-    With a different tokenizer, the token ids would have a different meaning.
+    With a different tokenizer, the token IDs would have a different meaning.
     """
     name = model.args.get("name_or_path") if model.factory.startswith("qatkit.models:") else None
     if not isinstance(name, str) or "tokenizer" in data.args or not holds_tokenizer(name):

@@ -1,4 +1,4 @@
-"""The inputs of a stage, their fingerprint, and the error that names the inputs that changed."""
+"""The inputs of a stage, their fingerprint, and the error that lists changed inputs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _CONTENT = " (content)"
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The values by dotted key that the result of a stage depends on, excluding the stages before it.
+    """Return the values on which the result of a stage depends, by dotted key, excluding preceding stages.
 
-    If a model or data argument is the path of a file, or of the folder of a model or a tokenizer, its content is
-    included, not only its name; see `_folder_digest`. For a folder of images or recordings, the names and sizes of its
-    files are included, and for a table of them, the names and sizes of the files that it names.
+    If a model or data argument is the path of a file, or of a model or tokenizer folder, its content is included in
+    addition to its name; see `_folder_digest`. For a folder of images or recordings, the names and sizes of its files
+    are included; for a table with file paths, the names and sizes of these files are included.
     """
     inputs: dict[str, Any] = {"seed": recipe.seed}
     factories: dict[str, FactoryConfig] = {"model": recipe.model, "data": recipe.data}
@@ -56,12 +56,12 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def fingerprint(inputs: dict[str, Any], parent: str | None, teacher: str | None = None) -> str:
-    """A hash of a stage's inputs, chained to those of its parent and its teacher."""
+    """Return a hash of a stage's inputs, chained to the fingerprints of its parent and its teacher."""
     return hashlib.sha256(json.dumps([inputs, parent, teacher], sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The keys whose values differ, each with the old and the new value.
+    """Return the keys whose values differ, each with the old and the new value.
 
     Example:
         >>> changed_keys({"seed": 1}, {"seed": 2})
@@ -77,10 +77,10 @@ def changed_keys(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]
 
 
 def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: dict[str, Any], out: Path) -> None:
-    """Raise if the inputs differ from those that the stage was started with.
+    """Raise an error if the inputs of a stage have changed since it was started.
 
     Raises:
-        QatkitError: an input changed; the error names each changed key with its old and new value.
+        QatkitError: an input has changed; the error lists each changed key with its old and new value.
     """
     # through JSON, as in the record: tuples become lists
     changes = changed_keys(recorded, json.loads(json.dumps(current)))
@@ -93,12 +93,12 @@ def refuse_changes(stage: str, state: str, recorded: dict[str, Any], current: di
 
 
 def refuse_other_recipe(stage: str, recorded: dict[str, Any], recipe: Recipe, path: Path) -> None:
-    """Raise if the recipe in a run's folder is not the one that a finished stage was trained with.
+    """Raise an error if a finished stage in a run's folder was trained with a different recipe.
 
-    The content of files that the recipe names is not compared: they need not exist any more.
+    The content of files in the recipe is not compared, because they may no longer exist.
 
     Raises:
-        QatkitError: a value differs; the error names each changed key with its old and new value.
+        QatkitError: a value differs; the error lists each changed key with its old and new value.
     """
     current = json.loads(json.dumps(stage_inputs(recipe, stage)))
     plain = [{key: value for key, value in each.items() if not key.endswith(_CONTENT)} for each in (recorded, current)]

@@ -1,4 +1,4 @@
-"""A run: a recipe and the folder of its results. It provides paths, records and models, and does no training."""
+"""A run, which is a recipe with the folder of its results. It provides paths, records and models."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Run:
 
     Args:
         recipe: The recipe.
-        out: The run's folder; created when the first stage starts.
+        out: The run's folder, which is created when the first stage starts.
         allow: Packages, in addition to `qatkit`, whose code the recipe may use.
-        allow_write: Files and folders outside the run's folder that may be written.
+        allow_write: Files and folders outside the run's folder that may be written to.
     """
 
     def __init__(self, recipe: Recipe, out: Path, allow: Sequence[str] = (), allow_write: Sequence[Path] = ()) -> None:
@@ -42,20 +42,21 @@ class Run:
         self.allow_write = tuple(allow_write)
 
     def check_writes(self, training: bool = False) -> None:
-        """Refuse to write or delete files outside the run's folder; everything that writes into it calls this first.
+        """Raise an error if files outside the run's folder would be written or deleted; call it before every write.
 
         Args:
-            training: Whether the folders that the recipe names are written as well.
+            training: Whether folders in the recipe will be written to as well.
 
         Raises:
-            QatkitError: the recipe names a folder outside, or a link in the run's folder leads outside.
+            QatkitError: the recipe contains a folder outside the run's folder, or a link in the run's folder leads
+                outside.
         """
         for key, path in self.recipe.written_paths.items() if training else ():
             check_path(path, self.out, self.allow_write, key)
         check_links(self.out, self.allow_write)
 
     def check_recipe(self) -> None:
-        """Refuse a recipe that finished stages were not trained with, because their files belong to a different one.
+        """Raise an error if finished stages were trained with a different recipe.
 
         Raises:
             QatkitError: a value differs.
@@ -65,15 +66,15 @@ class Run:
                 refuse_other_recipe(stage, record.inputs, self.recipe, self.out / "recipe.yaml")
 
     def folder(self, stage: str) -> Path:
-        """The folder of a stage's files."""
+        """Return the folder of a stage's files."""
         return self.out / "stages" / stage
 
     def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
         """Build a model with its factory, with reproducible initial weights.
 
         Args:
-            architecture: The architecture to build; the recipe's model by default.
-            seed: Overrides the recipe's seed for the initial weights.
+            architecture: The architecture to build. The default is the recipe's model.
+            seed: Seed for the initial weights, which overrides the recipe's seed.
         """
         torch.manual_seed(self.recipe.seed if seed is None else seed)
         return build_architecture(architecture or Architecture(self.recipe.model), self.allow)
@@ -97,7 +98,7 @@ class Run:
 
         Args:
             stage: The stage's name; None loads the model before the first stage.
-            quantizers: False gives plain layers with their latent weights.
+            quantizers: Whether to include the fake quantizers; False returns plain layers with latent weights.
         """
         record = self.find(stage) if stage is not None else None
         model = self.build_model(record.architecture if record else None)
@@ -106,7 +107,7 @@ class Run:
         return model
 
     def start_model(self, stage: str) -> nn.Module:
-        """The model that a stage starts with, before the stage's own `shrink`: plain layers, on the CPU."""
+        """Return the input model of a stage, before its own `shrink` block, with plain layers on the CPU."""
 
         def built(factory: FactoryConfig, key: str) -> nn.Module:
             return self.build_model(Architecture(factory))
@@ -114,7 +115,7 @@ class Run:
         return starting_model(self.recipe, stage, built, lambda parent: self.load_model(parent, quantizers=False))
 
     def stage_models(self) -> StageModels:
-        """The models of all stages on the meta device; finished stages as recorded."""
+        """Return the models of all stages on the meta device; finished stages have their recorded architecture."""
 
         def recorded(stage: str) -> Architecture | None:
             record = self.find(stage)
@@ -132,11 +133,11 @@ class Run:
         return changed.max_steps == 0 and not changed.compresses and self.is_original(before)
 
     def find(self, stage: str) -> StageRecord | None:
-        """The record of a stage, or None while it is not finished."""
+        """Return the record of a stage, or None if it is not finished."""
         return read_record(self.folder(stage))
 
     def record(self, stage: str) -> StageRecord:
-        """The record of a finished stage.
+        """Return the record of a finished stage.
 
         Raises:
             QatkitError: the stage is not finished.
@@ -151,12 +152,12 @@ class Run:
 
     @property
     def rows(self) -> list[str]:
-        """The stages that a comparison shows: the last before compression or adapters, and all from there on."""
+        """Return the stages in the comparison: the last one before compression or adapters, and all later ones."""
         names = list(self.recipe.stages)
         return names[max(len(self.uncompressed) - 1, 0) :]
 
     @property
     def uncompressed(self) -> list[str]:
-        """The stages before the first that compresses or adapts the model."""
+        """Return the stages before the first that compresses the model or adds adapters."""
         stages = self.recipe.stages
         return list(takewhile(lambda name: not stages[name].compresses and stages[name].lora is None, stages))

@@ -1,8 +1,8 @@
-"""The lock of a run folder: one process writes there at a time.
+"""The lock of a run folder, which allows one process at a time to write to it.
 
-``RUN/run.lock`` is locked through the operating system, which releases it however the process ends, and names its
-holder. Only the name counts on a file system without locks, and for a holder on another machine, whose locks may be
-invisible here.
+``RUN/run.lock`` is locked by the operating system, which releases the lock when the process ends for any reason. The
+file also identifies the holder. Only this entry is used on a file system without locks, and for a holder on another
+machine, whose locks may not be visible here.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _held: dict[Path, int] = {}
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock: the content of ``run.lock``."""
+    """The process that holds a lock, as recorded in ``run.lock``."""
 
     host: str
     boot: str
-    """Identifies the running system: containers on one machine share it, whatever their host names."""
+    """ID of the booted system; it is the same for all containers on a machine, regardless of their host names."""
     pid: int
     started: str
-    """Distinguishes the process from a later one with the same id; empty where the system does not tell."""
+    """Start time, which distinguishes the process from a later process with the same ID; empty if unavailable."""
     since: str
     command: str
 
     @classmethod
     def this_process(cls) -> Holder:
-        """The entry for this process."""
+        """Return the entry for this process."""
         since, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         return cls(socket.gethostname(), _boot(), os.getpid(), _started(os.getpid()), since, command)
 
@@ -55,7 +55,7 @@ class Holder:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a local process still runs."""
+        """Whether a local process is still running."""
         if self.host != socket.gethostname():  # another container, whose process ids mean nothing here
             return True
         return process_exists(self.pid) and self.started in ("", _started(self.pid))
@@ -63,12 +63,12 @@ class Holder:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if it does not exist; nested uses in one process share the lock.
+    """Hold the lock of a folder, which is created if it does not exist; nested calls in one process share the lock.
 
     The lock of a process that was killed on this machine is taken over.
 
     Raises:
-        QatkitError: another process holds the lock; the error names its host and id.
+        QatkitError: another process holds the lock; the error includes its host and ID.
     """
     key = folder.resolve()
     if key in _held:
@@ -89,13 +89,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def local_holder(folder: Path) -> int | None:
-    """The id of the process named in a folder's lock, if it is one of this host."""
+    """Return the ID of the process that holds a folder's lock, if it runs on this host."""
     holder = lock_holder(folder)
     return holder.pid if holder is not None and holder.host == socket.gethostname() else None
 
 
 def lock_holder(folder: Path) -> Holder | None:
-    """The process named in a folder's lock, or None if there is none; it may have ended."""
+    """Return the process recorded in a folder's lock, which may have ended, or None."""
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,7 @@
-"""The records of a stage: ``stage.json`` of a finished one, ``started.json`` of one that is being trained.
+"""The records of a stage: ``stage.json`` for a finished stage, ``started.json`` for a stage in training.
 
-Both contain their schema version and a digest of their own content. A damaged record, or one of a
-different schema, raises an error. ``stage.json`` also contains the digests of the stage's files; see
-`qatkit.run.stage_files`.
+Both contain their schema version and a digest of their own content. A corrupt record, or a record with a different
+schema, raises an error. ``stage.json`` also contains the digests of the stage's files; see `qatkit.run.stage_files`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from qatkit.quantization.folding import Fold
 from qatkit.run.architecture import Architecture
 
 SCHEMA = 1
-"""Version of the records that this qatkit writes; it reads no other version."""
+"""Version of the records that this version of qatkit writes; no other version can be read."""
 
 EarlyStopped = TypedDict(
     "EarlyStopped", {"stopped": bool, "steps": int, "best_step": int, "val/loss": float}
 )  # fmt: skip
-"""Whether a stage was ``stopped``, after how many ``steps``, and its best validation."""
+"""Whether a stage was ``stopped`` early, its number of ``steps``, and its best validation."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ class StageRecord:
     inputs: dict[str, Any]
     """Inputs of the result: dotted recipe keys and their values."""
     folds: list[Fold] = field(default_factory=list)
-    """Pairs of convolution and BatchNorm that were folded, in this stage or before."""
+    """Pairs of convolution and BatchNorm that were folded in this or an earlier stage."""
     zeros: dict[str, int] = field(default_factory=dict)
     """The number of zeros of every layer whose pruned weights stay zero, counted in the saved weights."""
     metrics: dict[str, float] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
-    """``parameters``, and ``macs``: multiply-adds for one sample of the test split."""
+    """``parameters``, and ``macs`` (multiply-accumulate operations) for one sample of the test split."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     architecture: Architecture | None = None
     """The architecture of the model, if it differs from the recipe's model."""
@@ -54,27 +53,27 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Started:
-    """The content of ``started.json``: the inputs that a stage was started with."""
+    """The content of ``started.json``: the inputs with which a stage was started."""
 
     inputs: dict[str, Any]
     fingerprint: str
     processes: int | None = None
-    """Number of training processes; None until the first process knows it."""
+    """Number of training processes; None until rank 0 knows it."""
 
 
 _AGAIN = "use --force to rerun the stage"
 
 
 def write_record(folder: Path, record: StageRecord) -> None:
-    """Write ``stage.json``; from then on the stage is finished."""
+    """Write ``stage.json``, which marks the stage as finished."""
     write_signed(folder / "stage.json", asdict(record), SCHEMA, partial(json.dumps, indent=1))
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record of a finished stage, or None if the stage is not finished.
+    """Read the record of a finished stage; None if the stage is not finished.
 
     Raises:
-        QatkitError: ``stage.json`` is damaged or has a different schema.
+        QatkitError: ``stage.json`` is corrupt or has a different schema.
     """
     content = read_signed(folder / "stage.json", StageRecord, SCHEMA, _AGAIN)
     if content is None:
@@ -91,10 +90,10 @@ def write_started(folder: Path, started: Started) -> None:
 
 
 def read_started(folder: Path) -> Started | None:
-    """The inputs that an unfinished stage was started with, or None if it was not started.
+    """Read the inputs with which an unfinished stage was started; None if it has not been started.
 
     Raises:
-        QatkitError: ``started.json`` is damaged or has a different schema.
+        QatkitError: ``started.json`` is corrupt or has a different schema.
     """
     content = read_signed(folder / "started.json", Started, SCHEMA, _AGAIN)
     return Started(**content) if content is not None else None

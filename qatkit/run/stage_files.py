@@ -1,4 +1,4 @@
-"""The files of a finished stage; a killed process leaves either all of them or none.
+"""The files of a finished stage; if the process is killed, either all or none of them exist.
 
 stage/model/model.safetensors   plain weights under plain names
 stage/quantizers.safetensors    scales, zero points and specs, if layers are quantized
@@ -62,7 +62,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def check_files(folder: Path, record: StageRecord) -> None:
-    """Compare the files of a finished stage, without its logs, with the digests in its record.
+    """Compare the files of a finished stage, except its logs, to the digests in its record.
 
     Raises:
         QatkitError: a file is missing or has changed.
@@ -79,10 +79,10 @@ def check_files(folder: Path, record: StageRecord) -> None:
 
 
 def check_logs(folder: Path, record: StageRecord) -> None:
-    """Compare the logs of a finished stage with the digests in its record; a missing log is only a warning.
+    """Compare the logs of a finished stage to the digests in its record; a missing log only causes a warning.
 
     Raises:
-        QatkitError: a log has changed.
+        QatkitError: a log file has changed.
     """
     for name, digest in record.files.items():
         path = folder / name
@@ -108,13 +108,13 @@ def _untied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def count_zeros(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """The number of weights that are exactly zero in each of the named layers."""
+    """Count the weights that are exactly zero in each layer."""
     layers = {name: model.get_submodule(name) for name in names}
     return {name: int((cast(torch.Tensor, layer.weight) == 0).sum()) for name, layer in layers.items()}
 
 
 def measured_zeros(folder: Path) -> dict[str, list[int]]:
-    """The number of zeros and of weights in the saved weight of each layer whose pruned weights stay zero."""
+    """Count the zeros and the elements in the saved weight of each layer whose pruned weights stay zero."""
     record = _finished(folder)
     names = record.zeros
     with safe_open(folder / "model" / "model.safetensors", framework="pt") as file:
@@ -123,16 +123,17 @@ def measured_zeros(folder: Path) -> dict[str, list[int]]:
 
 
 def load_stage(folder: Path, model: nn.Module, quantizers: bool) -> StageRecord:
-    """Load a finished stage into a freshly built model, in place.
+    """Load a finished stage into a newly built model, in place.
 
     Args:
         folder: The stage's folder.
-        model: Built from the architecture in the stage's record, by default the recipe's model.
-        quantizers: Whether to fake-quantize the model again if the stage did.
+        model: A model built from the architecture in the stage's record. The default architecture is the recipe's
+            model.
+        quantizers: Whether to fake-quantize the model again if it was fake-quantized in the stage.
 
     Raises:
-        QatkitError: the stage is not finished, a file of it has changed, its weights do not match the model, or their
-            number of zeros differs from the recorded number.
+        QatkitError: the stage is not finished, one of its files has changed, its weights do not match the model, or
+            their number of zeros differs from the recorded number.
     """
     record = _finished(folder)
     replay_folds(model, record.folds)

@@ -1,4 +1,4 @@
-"""The model of each stage: the input model of a stage, and all models on the meta device, with `shrink` applied."""
+"""The models of stages: the input model of one stage, and all models on the meta device with `shrink` applied."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def starting_model(
     build: Callable[[FactoryConfig, str], nn.Module],
     load: Callable[[str | None], nn.Module],
 ) -> nn.Module:
-    """The model that a stage starts with, before its own `shrink` block.
+    """Return the input model of a stage, before its own `shrink` block.
 
     Args:
         recipe: The recipe.
         stage: The stage's name.
-        build: Builds the model of a factory; the second argument is the factory's key in the recipe.
+        build: Builds the model from a factory; the second argument is the factory's key in the recipe.
         load: Returns the result of an earlier stage, or the recipe's model for None.
     """
     own = recipe.stages[stage].model
@@ -32,15 +32,14 @@ def starting_model(
 
 
 class StageModels:
-    """The models of a recipe's stages on torch's meta device: names and shapes as they are trained, no values.
+    """The models of a recipe's stages on torch's meta device, with the names and shapes used in training but no values.
 
     Each model is built on first use and shared by the stages that do not change its shape.
 
     Args:
         recipe: The recipe.
         allow: Packages, in addition to qatkit, whose factories may be used.
-        recorded: Returns the architecture in the record of a finished stage, which includes sizes that depend on
-            values.
+        recorded: Returns the recorded architecture of a finished stage, which includes sizes that depend on values.
 
     Example:
         >>> from qatkit.recipe.loading import load_recipe

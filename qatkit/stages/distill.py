@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class LowBitTeacher(Teacher):
-    """A teacher whose linear layers are quantized to 8 or 4 bits when it reaches its device.
+    """A teacher whose linear layers are quantized to 8 or 4 bits when it is moved to its device.
 
     Args:
         model: The teacher.
-        bits: Bits of its weights.
+        bits: Bit width of the teacher's weights.
         device: See `Teacher`.
         dtype: See `Teacher`.
     """
@@ -57,8 +57,8 @@ def check(
     """Check the block against the task that the data declares and against both models, before weights are loaded.
 
     Raises:
-        QatkitError: the loss does not compare the outputs of the task, a model cannot generate text, the cache would
-            hold all classes, bitsandbytes cannot quantize the teacher, or a layer is unknown.
+        QatkitError: the loss does not support the outputs of the task, a model cannot generate text, the cache would
+            contain all classes, bitsandbytes cannot quantize the teacher, or a layer is unknown.
     """
     divergence = DIVERGENCES.row(config.loss, key="loss")
     if task is not None:
@@ -108,7 +108,7 @@ def check(
 
 
 def resolved(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> DistillConfig:
-    """Replace globs in ``hidden`` and ``attention`` with the names of the layers they match.
+    """Replace globs in ``hidden`` and ``attention`` by the names of the matching layers.
 
     Raises:
         QatkitError: a name or glob matches no layer.
@@ -123,13 +123,13 @@ def resolved(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> D
 
 
 def compared_layers(config: DistillConfig) -> list[str]:
-    """The teacher layers whose outputs a resolved block compares."""
+    """Return the teacher layers whose outputs a resolved block compares."""
     matches = [match for match in (config.hidden, config.attention) if match is not None]
     return sorted({name for match in matches for name in match.layers.values()})
 
 
 def teacher(config: DistillConfig, model: nn.Module) -> Teacher:
-    """The model as a teacher, with the block's device, dtype and bits."""
+    """Wrap the model as a teacher with the block's device, dtype and bit width."""
     dtype: torch.dtype | None = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
     if config.teacher_bits is None:
         return Teacher(model, config.teacher_device, dtype)
@@ -144,7 +144,7 @@ def callback(
     vocab_size: int | None = None,
     task: Task | None = None,
 ) -> KnowledgeDistillation:
-    """The callback that adds the distillation term to the loss."""
+    """Return the callback that adds the distillation term to the loss."""
     from qatkit.callbacks import KnowledgeDistillation
 
     return KnowledgeDistillation(

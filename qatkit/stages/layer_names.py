@@ -12,15 +12,15 @@ STUDENT = "model"
 
 
 def inside(patterns: Sequence[str]) -> list[str]:
-    """Turn globs over the model's layers into globs over the LightningModule's."""
+    """Convert globs over the model's layers to globs over the LightningModule's layers."""
     return [f"{STUDENT}.{pattern}" for pattern in patterns]
 
 
 def inside_keys(by_pattern: Mapping[str, T]) -> dict[str, T]:
-    """Turn the keys of a mapping into globs over the LightningModule's layers."""
+    """Convert the keys of a mapping to globs over the LightningModule's layers."""
     return {f"{STUDENT}.{pattern}": value for pattern, value in by_pattern.items()}
 
 
 def outside(name: str) -> str:
-    """Turn the name of a layer in the LightningModule into its name in the model."""
+    """Convert the name of a layer in the LightningModule to its name in the model."""
     return name.removeprefix(f"{STUDENT}.")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check(config: LoraConfig, stage: StageConfig, trainer: TrainerConfig, model: nn.Module) -> list[str]:
-    """Check the block against the model, and return the layers that get adapters."""
+    """Check the block against the model, and return the layers for adapters."""
     names = target_layers(model, config.targets)
     if stage.quantize is not None and set(names) & set(quantize.check(stage.quantize, model).quantized):
         check_inside({name: model.get_submodule(name) for name in names}, _adapter(config), held=False)
@@ -71,16 +71,16 @@ def attach_to(model: nn.Module, config: LoraConfig, held: Sequence[str]) -> None
 
 
 def finish(model: nn.Module, moved: bool, original: bool, folder: Path, device: torch.device) -> None:
-    """Save the adapters of a trained model in the stage's folder, if peft can use them, and merge them.
+    """Merge the adapters of a trained model, and save them in the stage's folder if peft can use them.
 
     Args:
-        model: The model with its adapters.
-        moved: Whether the weights under the adapters differ from those of the stage's input, to which peft adds the
-            update.
-        original: Whether that input is the model that the config names; if not, the adapters name no base model, as
-            peft would load the named one.
+        model: The model with adapters.
+        moved: Whether the weights under the adapters differ from the weights of the stage's input model, to which peft
+            adds the update.
+        original: Whether the stage's input is the model named in its config. If not, the adapters are saved without a
+            base model name, because peft would otherwise load the wrong base model.
         folder: The stage's folder.
-        device: The device on which training added the updates to the weights.
+        device: The device on which the updates were added to the weights in training.
     """
     if not moved and not any(getattr(layer, "held", False) for layer in adapted_layers(model).values()):
         base = getattr(getattr(model, "config", None), "_name_or_path", "") if original else ""

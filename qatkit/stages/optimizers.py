@@ -1,9 +1,9 @@
-"""The optimizers of a stage, torch's AdamW and those of bitsandbytes, and the memory that each takes.
+"""The optimizers of a stage, which come from torch and bitsandbytes, and their memory use.
 
 Only the moments of large weights are stored in 8 bits. The moments of learned scales and offsets keep 32 bits
-regardless of their size, because an error in their update moves every weight of their group. The moments of embeddings,
-where most rows have no gradient in a step, keep 32 bits as in transformers, and those of tensors with fewer than 4096
-elements by bitsandbytes' own rule.
+regardless of their size, because an error in their update affects every weight of their group. The moments of
+embeddings, where most rows have no gradient in a step, keep 32 bits as in transformers. bitsandbytes itself keeps 32
+bits for tensors with fewer than 4096 elements.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 CLASSES = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
 """Class names in `bitsandbytes.optim`."""
 SMALL, PAGED_FROM, BLOCK = 4096, 100_000, 256
-"""Thresholds of bitsandbytes in elements of a tensor: for 8 bits, for pages; and elements per scale."""
+"""Constants of bitsandbytes: minimum number of elements for 8-bit moments and for paging, and elements per scale."""
 
 
 def learned_scales(model: nn.Module) -> set[int]:
-    """The ids of learned quantizer scales and, with LSQ+, learned offsets."""
+    """Return the IDs of learned quantizer scales and, with LSQ+, learned offsets."""
     quantizers = (module for module in model.modules() if isinstance(module, FakeQuantize))
     return {id(learned) for module in quantizers for learned in module.parameters(recurse=False)}
 
 
 def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build an optimizer over parameter groups.
+    """Build an optimizer for parameter groups.
 
     Args:
-        name: "adamw" is torch's; the others are bitsandbytes'.
-        model: The model with the parameters; it determines which moments have 32 bits.
+        name: "adamw" for torch's AdamW; other names are optimizers of bitsandbytes.
+        model: The model with the parameters, which determines the moments with 32 bits.
         groups: Parameter groups with "lr" and "weight_decay".
 
     Raises:
-        QatkitError: the optimizer does not run on the parameters' device.
+        QatkitError: the optimizer does not support the parameters' device.
     """
     if name == "adamw":
         return torch.optim.AdamW(groups)
@@ -61,13 +61,13 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
 
 
 def full_moments(model: nn.Module) -> set[int]:
-    """The ids of parameters with 32-bit moments, regardless of parameter size."""
+    """Return the IDs of parameters whose moments have 32 bits regardless of size."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return learned_scales(model) | {id(module.weight) for module in embeddings}
 
 
 def check_optimizer(name: OptimizerName, device: torch.device) -> None:
-    """Check that an optimizer runs on a device, by taking one step.
+    """Check that an optimizer supports a device, by taking one step.
 
     Raises:
         QatkitError: bitsandbytes does not support the device, or the device has no paged memory.
@@ -102,9 +102,9 @@ class MomentMemory:
     """Bytes that an optimizer needs."""
 
     held: int
-    """Two moments per trained weight, on the device throughout training."""
+    """Two moments per trained weight, stored on the device throughout training."""
     paged: int
-    """The part of `held` that may move to CPU memory."""
+    """The part of `held` that may be paged to CPU memory."""
     update: int
     """Temporary memory of one step."""
 
@@ -114,8 +114,8 @@ def moment_memory(name: OptimizerName, model: nn.Module, device: str = "cpu") ->
 
     Args:
         name: The optimizer.
-        model: The model as it is trained; may be on the meta device.
-        device: The type of the training device; on GPUs bitsandbytes' kernels make no copies.
+        model: The model to train, already prepared; it may be on the meta device.
+        device: The type of the training device; on GPUs, bitsandbytes kernels do not make copies.
 
     Example:
         >>> with torch.device("meta"):

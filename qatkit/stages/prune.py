@@ -1,4 +1,4 @@
-"""The ``prune`` block, and the pruning masks that later stages keep."""
+"""The ``prune`` block, and the sparsity masks that later stages keep."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def check(config: PruneConfig, model: nn.Module) -> list[str]:
-    """Run the checks of the block that are possible before training, and warn of layers that it cannot prune.
+    """Run the block's checks that are possible before training, and warn about layers that it cannot prune.
 
     Args:
         config: The block.
-        model: The model at the stage's start, also on torch's meta device.
+        model: The stage's input model; it may be on torch's meta device.
 
     Returns:
         The names of the layers to prune.
@@ -75,12 +75,12 @@ def _check_sparsity(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
 def callbacks(
     config: PruneConfig | None, pruned: Sequence[str], model: nn.Module, task: Task | None
 ) -> list[PruningCallback]:
-    """Build the callbacks that prune and that keep the masks of earlier stages.
+    """Build the callbacks that prune and the callbacks that keep the masks of earlier stages.
 
     Args:
         config: The stage's block, if it has one.
-        pruned: Layers that an earlier stage pruned. Their masks are kept with every method except for srste, which
-            may change the masks of the layers it prunes.
+        pruned: Layers that an earlier stage pruned. Their masks are kept with every method except srste, which may
+            change the masks of the layers that it prunes.
         model: The model at the stage's start.
         task: The task that the data declares.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check(config: QuantizeConfig, model: nn.Module) -> Coverage:
-    """Check the block against a model and return the layers to quantize."""
+    """Check the block against a model, and return the layers to quantize."""
     prepare_qat(model, **config.arguments)
     try:
         if config.init is not None:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check(config: SamplesConfig, model: nn.Module) -> None:
-    """Raise if the model cannot generate text of the required length.
+    """Raise an error if the model cannot generate text of the required length.
 
     Raises:
-        QatkitError: the model is not a transformers causal language model, or has too few positions.
+        QatkitError: the model is not a transformers causal language model, or its maximum sequence length is too small.
     """
     generator_in(model, "samples")
     check_length(model, "samples.max_new_tokens", 1 + config.max_new_tokens)

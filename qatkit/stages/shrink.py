@@ -25,9 +25,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
-    """Check the block, and return the model that the stage will train on torch's meta device.
+    """Check the block, and return the model to train, on torch's meta device.
 
-    With `channels` the model is returned unchanged, because channel pruning needs actual weights.
+    With `channels`, the model is returned unchanged, because channel pruning needs actual weights.
 
     Raises:
         QatkitError: the model cannot be shrunk to these sizes.
@@ -83,7 +83,7 @@ def apply(
     Args:
         config: The block.
         model: A model with plain layers; it is not changed.
-        batches: Training batches that importance is measured on.
+        batches: Training batches on which importance is measured.
         call: Returns the outputs of a model for a batch.
         loss: Returns the loss of a model on a batch.
     """

@@ -1,13 +1,13 @@
 """Tasks: the loss, the predictions and the metrics of a model on a batch; see `qatkit.tasks.table`.
 
-A pair ``(inputs, labels)`` is treated as a classification batch unless the data declares another task. A mapping, as
-models of transformers take it, has
+A pair ``(inputs, labels)`` is treated as a classification batch unless the data declares another task. A mapping in the
+format of transformers models has
 
-- one label per text ``[batch]`` for text classification;
-- one label per token ``[batch, tokens]`` for language modeling: the same ids as the inputs for the next token, or,
-  with ``"task": "masked"``, the masked tokens;
-- one mapping of boxes per image for object detection;
-- ``"task": "pairs"`` for embeddings: each text is trained to be closer to its own partner than to the others.
+- one label per sequence ``[batch]`` for text classification;
+- one label per token ``[batch, tokens]`` for language modeling: the same IDs as the inputs for next-token prediction
+  or, with ``"task": "masked"``, the masked tokens;
+- one mapping with boxes per image for object detection;
+- ``"task": "pairs"`` for embeddings, where each text is trained to be closer to its own partner than to the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Call a model on a batch, for every task: inputs, logits, answers and loss."""
+"""Call a model on a batch of any task: inputs, logits, predictions and loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_INPUTS = ("labels", "task", "pooling", "start_positions", "end_positions")
 
 
 def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments of a model's call: the batch without its labels."""
+    """Return the positional and keyword arguments for a model call: the batch without its labels."""
     if isinstance(batch, Mapping):
         return (), {key: value for key, value in batch.items() if key not in NOT_INPUTS}
     return (batch[0],), {}
@@ -29,12 +29,12 @@ def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def to_logits(output: Any) -> Tensor:
     """Return the logits of a model's output: a tensor, or the ``logits`` of a mapping or an object.
 
-    For an encoder without a head, return its last hidden states; for extractive question answering, the logits of
-    starts and ends, ``[batch, 2, tokens]``; for object detection, the logits and the boxes of each query,
-    ``[batch, queries, classes + 4]``.
+    For an encoder without a head, its last hidden states are returned; for extractive question answering, the start and
+    end logits, ``[batch, 2, tokens]``; and for object detection, the logits and boxes of each query, ``[batch, queries,
+    classes + 4]``.
 
     Raises:
-        QatkitError: the output has none of them.
+        QatkitError: the output contains none of these.
     """
     logits = output
     for name in ("last_hidden_state", "logits"):
@@ -58,7 +58,7 @@ def _entry(output: Any, name: str, default: Any) -> Any:
 
 
 def call(model: Callable[..., Any], batch: Any) -> Tensor:
-    """Return the model's logits for a batch, in the model's own shape."""
+    """Return the model's logits for a batch in their original shape."""
     args, kwargs = model_inputs(batch)
     return to_logits(model(*args, **kwargs))
 
@@ -73,12 +73,12 @@ def one_sample(batch: Any) -> Any:
 def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[Tensor, Tensor]:
     """Return logits and labels with one row per prediction: ``[rows, classes]`` and ``[rows]``.
 
-    A row is a sample, a pixel, a position of a text, or a text among partners, depending on the batch's task; a label
-    may be `IGNORED`. Other kinds of tasks have other shapes, see `Task.kind`.
+    A row is a sample, a pixel, a token position, or a text among partners, depending on the batch's task; a label may
+    be `IGNORED`. Shapes differ for some kinds of tasks; see `Task.kind`.
 
     Args:
         logits: The result of `call`.
-        batch: The batch it was called with.
+        batch: The batch with which it was called.
         declared: The task that the data declares; see `task_of`.
 
     Raises:
@@ -96,12 +96,12 @@ def answers(logits: Tensor, batch: Any, declared: Task | None = None) -> tuple[T
 
 
 def mean_loss(model: Callable[..., Any], batch: Any, declared: Task | None = None) -> Tensor:
-    """Return the loss of a batch with its graph: the mean over its samples or tokens; see `counted_loss`."""
+    """Return the mean loss over the samples or tokens of a batch, with its autograd graph; see `counted_loss`."""
     return counted_loss(model, batch, declared)[0]
 
 
 def counted_loss(model: Callable[..., Any], batch: Any, declared: Task | None = None) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch with its graph, and the number of labels it is the mean of.
+    """Return the loss of a batch with its autograd graph, and the number of labels over which it is averaged.
 
     The loss is `row_loss`, or the model's own if the task is object detection.
     """
@@ -115,10 +115,10 @@ def row_loss(rows: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Return the mean loss over the labels other than -100, and their number.
 
     Args:
-        rows: As `answers` returns them.
-        labels: As `answers` returns them.
-        task: Its kind decides the loss: cross-entropy, binary cross-entropy or mean squared error. For boxes, whose
-            loss the model computes, it is 0, and their number is that of the queries.
+        rows: As returned by `answers`.
+        labels: As returned by `answers`.
+        task: The task, whose kind determines the loss: cross-entropy, binary cross-entropy or mean squared error. For
+            boxes, whose loss the model computes, the result is 0 and the number of queries.
     """
     if task.kind == "boxes":
         return rows.new_zeros(()), torch.tensor(rows.shape[:2].numel())
@@ -134,14 +134,15 @@ def row_loss(rows: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
-    """Return the number of labels other than -100 for which two models give the same answer.
+    """Return the number of labels other than -100 for which two models make the same prediction.
 
     Args:
-        ours: Rows as `answers` returns them.
+        ours: Rows from `answers`.
         theirs: The rows of the other model.
-        labels: As `answers` returns them.
-        task: Its kind decides what counts as the same answer: the class, the side of 0, or the value within 1%. A box
-            has the same class, and sides within 1% of the image.
+        labels: As returned by `answers`.
+        task: The task, whose kind determines which predictions are the same: equal classes, values on the same side of
+            0, or values within 1%. Boxes are the same if their classes are equal and their sides differ by at most 1%
+            of the image size.
     """
     if task.kind == "values":
         return torch.isclose(theirs, ours, rtol=1e-2, atol=1e-6).sum()
@@ -153,7 +154,7 @@ def agree(ours: Tensor, theirs: Tensor, labels: Tensor, task: Task) -> Tensor:
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy over the labels other than -100, in float32, and their number; 0 if none.
+    """Return the mean float32 cross-entropy over the labels other than -100, and their number; 0 if there are none.
 
     Args:
         logits: ``[rows, vocabulary]``.

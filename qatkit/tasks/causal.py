@@ -1,4 +1,4 @@
-"""Causal language modeling: each token of a text is predicted from the tokens before it."""
+"""Causal language modeling: each token is predicted from the preceding tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qatkit.tasks.labels import check_shapes, labels_in
 
 
 def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return logits ``[rows, vocabulary]`` and the token after each position, ``[rows]``, or `IGNORED`."""
+    """Return logits ``[rows, vocabulary]`` and labels ``[rows]``: the token after each position, or `IGNORED`."""
     labels = labels_in(batch)
     check_shapes(logits, labels, dims=2)
     return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

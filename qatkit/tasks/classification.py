@@ -11,10 +11,10 @@ from qatkit.tasks.labels import labels_of
 
 
 def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return logits ``[batch, classes]`` and labels ``[batch]`` as they are.
+    """Return logits ``[batch, classes]`` and labels ``[batch]`` unchanged.
 
     Raises:
-        QatkitError: the shapes are those of another task, which the error names.
+        QatkitError: the shapes belong to a different task; the error includes its name.
     """
     labels = labels_of(batch)
     if logits.dim() == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point():

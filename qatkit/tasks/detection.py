@@ -1,9 +1,8 @@
-"""Object detection: boxes with a class each, by a transformers model that computes its own loss.
+"""Object detection with a transformers model that predicts labeled boxes and computes its own loss.
 
 Batches are ``{"pixel_values": [N, C, H, W], "labels": [{"class_labels": [n], "boxes": [n, 4]}, ...]}``, with boxes as
-center x, center y, width and height, divided by the size of the image. The outputs ``logits
-[N, queries, classes + 1]``, whose last class is "no object", and ``pred_boxes [N, queries, 4]`` are joined by
-`qatkit.tasks.to_logits`.
+center x, center y, width and height, relative to the image size. `qatkit.tasks.to_logits` concatenates the outputs
+``logits [N, queries, classes + 1]``, whose last class is "no object", and ``pred_boxes [N, queries, 4]``.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from qatkit.common.labels import IGNORED
 from qatkit.errors import QatkitError
 
 FAMILIES = ("detr", "table-transformer", "yolos")
-"""Families of transformers whose last class is "no object"; others predict each class by itself."""
+"""Families of transformers models whose last class is "no object"; other families predict each class independently."""
 
 
 def answers(outputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the outputs ``[N, queries, classes + 1 + 4]``, and labels ``[N, boxes, 5]``: a class and a box.
+    """Return the outputs ``[N, queries, classes + 1 + 4]``, and labels ``[N, boxes, 5]`` (class and box).
 
     Images with fewer boxes are padded with `IGNORED`.
 
     Raises:
-        QatkitError: there is not one mapping with ``class_labels`` and ``boxes`` per image.
+        QatkitError: the labels are not one mapping with ``class_labels`` and ``boxes`` per image.
     """
     labels = batch.get("labels")
     if (
@@ -62,10 +61,10 @@ def own_loss(model: Callable[..., Any], batch: Mapping[str, Any]) -> tuple[Any, 
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a transformers model whose classes have no "no object".
+    """Raise an error if a transformers model has no "no object" class.
 
     Raises:
-        QatkitError: the model is of another family.
+        QatkitError: the model family is not supported.
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family is not None and family not in FAMILIES:

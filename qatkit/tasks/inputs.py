@@ -1,4 +1,4 @@
-"""Find NaN and infinite values in batches, and report the batch and the tensor."""
+"""Find non-finite values in batches, and report the batch and the tensor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qatkit.errors import QatkitWarning
 
 
 def non_finite_parts(batch: Any) -> dict[str, Tensor]:
-    """Whether the floating-point tensors of a batch contain NaN or infinite values: 0-d flags, on the tensors' device.
+    """Return whether each float tensor of a batch contains non-finite values, as 0-d tensors on its device.
 
     Args:
-        batch: A pair, whose parts are called "inputs" and "labels", a longer sequence, or a mapping. A mask may hold
-            infinities.
+        batch: A pair, whose elements are named "inputs" and "labels", a longer sequence, or a mapping. A mask may
+            contain Inf.
 
     Example:
         >>> non_finite_parts((torch.tensor([1.0, torch.nan]), torch.tensor([0, 1])))
@@ -38,7 +38,7 @@ def non_finite_parts(batch: Any) -> dict[str, Tensor]:
 
 
 class InputCheck:
-    """Finds the batches of a split that contain NaN or infinite values; reads the device once, when it reports.
+    """Finds the batches of a split that contain non-finite values; it synchronizes with the device only to report.
 
     Example:
         >>> check = InputCheck()
@@ -59,7 +59,7 @@ class InputCheck:
         """Describe the first non-finite batch and count the others; None if all values are finite.
 
         Args:
-            split: The split that the batches are of.
+            split: The split that contains the batches.
         """
         places = [(number, name) for number, flags in enumerate(self._flags, 1) for name in flags]
         if not places:
@@ -75,7 +75,7 @@ class InputCheck:
         return f"'{name}' of {batch} {number} of {len(self._flags)}{more} contains NaN or infinite values"
 
     def warn(self, split: str) -> None:
-        """Warn if a batch of an evaluated split contains NaN or infinite values."""
+        """Warn if a batch of an evaluated split contains non-finite values."""
         if (found := self.found(split)) is not None:
             warnings.warn(
                 f"data: {found}, and the metrics include the predictions for them; remove the non-finite samples from "

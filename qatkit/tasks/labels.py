@@ -27,10 +27,10 @@ def labels_in(batch: Mapping[str, Any]) -> Tensor:
 
 
 def labels_of(batch: Any) -> Tensor:
-    """Return the labels of a batch: those of a mapping, or the second part of a pair.
+    """Return the ``labels`` of a mapping, or the second element of a pair.
 
     Raises:
-        QatkitError: the batch has none.
+        QatkitError: the batch has no labels.
     """
     if isinstance(batch, Mapping):
         return labels_in(batch)
@@ -45,12 +45,12 @@ def labels_of(batch: Any) -> Tensor:
 
 
 def check_same_shape(outputs: Tensor, labels: Tensor, rule: str) -> None:
-    """Check that there is one label for every output.
+    """Raise an error unless there is one label for every output.
 
     Args:
         outputs: Outputs of the model.
-        labels: Their labels.
-        rule: The rule, for the advice.
+        labels: Labels of the outputs.
+        rule: The rule, for the advice in errors.
 
     Raises:
         QatkitError: the shapes differ.
@@ -64,7 +64,7 @@ def check_same_shape(outputs: Tensor, labels: Tensor, rule: str) -> None:
 
 
 def check_shapes(logits: Tensor, labels: Tensor, dims: int) -> None:
-    """Check that labels have `dims` dimensions, one label for each row of logits.
+    """Raise an error unless labels have `dims` dimensions and there is one label for each row of logits.
 
     Raises:
         QatkitError: the shapes differ.

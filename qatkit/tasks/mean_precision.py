@@ -1,6 +1,6 @@
 """Mean average precision of boxes, computed by pycocotools.
 
-torchmetrics' own metric needs torchvision, which cannot be imported next to some builds of torch.
+The metric in torchmetrics needs torchvision, which cannot be imported with some builds of torch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from qatkit.tasks.table import Task
 
 SCALE = 1000.0
-"""Factor from relative sizes to the units of COCO, which are pixels."""
+"""Factor to convert relative sizes to pixels, the unit of COCO."""
 
 
 class MeanPrecision(Metric):
     """COCO's average precision over IoU thresholds 0.50 to 0.95, averaged over the classes that occur.
 
-    Each query counts once, with its best class other than "no object" and the probability of that class.
+    Each query is counted once, with its most probable class other than "no object" and the probability of this class.
     """
 
     found: list[Tensor]
@@ -43,7 +43,7 @@ class MeanPrecision(Metric):
         self.add_state("finite", default=torch.tensor(1), dist_reduce_fx="min")
 
     def update(self, rows: Tensor, labels: Tensor) -> None:
-        """Count the boxes of a batch; both arguments are those of `qatkit.tasks.detection.answers`."""
+        """Add the boxes of a batch; both arguments come from `qatkit.tasks.detection.answers`."""
         self.finite = self.finite * rows.isfinite().all()
         world, rank = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
         ids = (int(self.images) + torch.arange(len(rows), device=rows.device)) * world + rank
@@ -56,10 +56,10 @@ class MeanPrecision(Metric):
         self.truth.append(boxes[labels[..., 0] != IGNORED])
 
     def compute(self) -> Tensor:
-        """Return the mean average precision, 0 to 1; NaN if an output is not finite, which COCO's code counts as found.
+        """Return the mean average precision, 0 to 1; NaN for non-finite outputs, which COCO would count as matches.
 
         Raises:
-            QatkitError: pycocotools is not installed, or no image has a box.
+            QatkitError: pycocotools is not installed, or no image contains a box.
         """
         try:
             from pycocotools.coco import COCO
@@ -96,7 +96,7 @@ class MeanPrecision(Metric):
 
 
 def mean_precision(task: Task, rows: Tensor) -> Metric:
-    """The mean average precision (mAP) of COCO."""
+    """Return a metric for COCO's mean average precision (mAP)."""
     return MeanPrecision(sync_on_compute=False)
 
 

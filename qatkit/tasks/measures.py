@@ -1,6 +1,6 @@
-"""Metrics of torchmetrics for the rows of a task: every function takes the task and the rows of a first batch.
+"""torchmetrics metrics for the rows of a task; every function takes the task and the rows of a first batch.
 
-Rows are those of `qatkit.tasks.answers`; labels of -100 are left out.
+Rows are those returned by `qatkit.tasks.answers`; labels of -100 are ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def accuracy(task: Task, rows: Tensor) -> Metric:
 
 
 def f1(task: Task, rows: Tensor) -> Metric:
-    """The mean, over the classes that occur, of the harmonic mean of precision and recall."""
+    """The harmonic mean of precision and recall, averaged over the classes that occur."""
     from torchmetrics.classification import MulticlassF1Score, MultilabelF1Score
 
     if task.kind == "labels":
@@ -39,14 +39,14 @@ def f1(task: Task, rows: Tensor) -> Metric:
 
 
 def iou(task: Task, rows: Tensor) -> Metric:
-    """The mean, over the classes that occur, of intersection over union (Jaccard index)."""
+    """Intersection over union (Jaccard index), averaged over the classes that occur."""
     from torchmetrics.classification import MulticlassJaccardIndex
 
     return MulticlassJaccardIndex(rows.shape[-1], average="macro", **OPTIONS)
 
 
 def rmse(task: Task, rows: Tensor) -> Metric:
-    """The root of the mean squared error over all values."""
+    """The root mean squared error over all values."""
     from torchmetrics.regression import MeanSquaredError
 
     return MeanSquaredError(squared=False, sync_on_compute=False)

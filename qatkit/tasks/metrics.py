@@ -1,4 +1,4 @@
-"""The table of metrics that tasks are scored by, which validation, verification and report read."""
+"""The table of task metrics, shared by validation, verification and report."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from qatkit.common.tables import Table
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its direction, its format and its computation."""
+    """A metric, with its direction, display format and computation."""
 
     name: str
-    """Its key: prefixed with ``val/`` and ``test/`` in ``stage.json``, and with ``test_`` in a row of the report."""
+    """The metric's key, prefixed with ``val/`` and ``test/`` in ``stage.json``, and with ``test_`` in a row of the
+    report.
+    """
     higher_is_better: bool
     percent: bool = False
-    """Whether it is shown in percent."""
+    """Whether it is displayed in percent."""
     counts: bool = False
-    """Whether it is a fraction of independent predictions, so that its noise follows from their number. Pixels of one
-    image are not independent."""
+    """Whether it is a fraction of independent predictions, so that its noise follows from their number. Pixels of an
+    image are not independent.
+    """
     title: str = ""
-    """Its name in the report; capitalized from `name` by default."""
+    """The metric's name in the report. The default is the capitalized `name`."""
     compute: str = ""
-    """``module:function(task, rows)`` that returns a `torchmetrics.Metric`; empty for those that follow from the loss.
+    """``module:function(task, rows)`` that returns a `torchmetrics.Metric`; empty for metrics derived from the loss.
     """
 
     def __post_init__(self) -> None:
@@ -32,7 +35,7 @@ class Metric:
 
     @property
     def better(self) -> str:
-        """The corner of the better files in a figure of the metric against cost."""
+        """The corner with the better files in a figure of the metric against cost."""
         return "Up and to the left" if self.higher_is_better else "Down and to the left"
 
     @property
@@ -41,7 +44,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """The factor by which figures multiply values."""
+        """The factor by which figures scale values."""
         return 100.0 if self.percent else 1.0
 
     def show(self, value: float) -> str:
@@ -54,7 +57,7 @@ class Metric:
         return f"{value:.2%}" if self.percent else f"{value:.3f}" if value < 1e3 else f"{value:.4g}"
 
     def of(self, row: dict[str, Any]) -> float:
-        """Its value on the test split, from a row of the report."""
+        """Return the metric's value on the test split, from a row of the report."""
         return float(row[f"test_{self.name}"])
 
 

@@ -1,4 +1,4 @@
-"""Multilabel classification: any number of binary labels per sample."""
+"""Multi-label classification: any number of binary labels per sample."""
 
 from __future__ import annotations
 

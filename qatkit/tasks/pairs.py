@@ -1,6 +1,6 @@
-"""Pairs: each text is matched with its own partner among all partners of its batch (InfoNCE).
+"""Text pairs: each text is matched with its own partner among all partners in the batch (InfoNCE).
 
-The first half of a batch's rows are texts, the second half their partners in the same order.
+The first half of a batch's rows are texts; the second half are their partners in the same order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qatkit.errors import QatkitError, did_you_mean
 from qatkit.tasks.labels import labels_in
 
 TEMPERATURE = 0.05
-"""Divides the cosine similarities; Gao et al. (2021), "SimCSE", section 3."""
+"""Divides the cosine similarities (Gao et al. 2021, "SimCSE", section 3)."""
 POOLINGS = ("mean", "cls", "last")
 
 
@@ -31,7 +31,7 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
     Args:
         hidden: ``[rows, tokens, width]``.
-        mask: ``[rows, tokens]``, the attention mask: it marks the tokens of each text.
+        mask: The attention mask ``[rows, tokens]``.
         pooling: "mean", "cls" (the first token) or "last".
 
     Raises:

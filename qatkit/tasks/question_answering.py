@@ -1,4 +1,4 @@
-"""Extractive question answering: the first and the last token of the answer in a text."""
+"""Extractive question answering: predict the first and last token of the answer in a text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qatkit.errors import QatkitError
 
 
 def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return logits over the tokens and the labeled positions, of starts and ends: ``[2 * batch, tokens]``.
+    """Return the start and end logits over the tokens, ``[2 * batch, tokens]``, and the labeled positions.
 
     Args:
-        logits: Logits of starts and ends, ``[batch, 2, tokens]``; see `to_logits`.
+        logits: Start and end logits, ``[batch, 2, tokens]``; see `to_logits`.
         batch: ``start_positions`` and ``end_positions``, ``[batch]``.
     """
     missing = [key for key in ("start_positions", "end_positions") if key not in batch]

@@ -1,4 +1,4 @@
-"""Regression: values of any shape per sample, forecasts included."""
+"""Regression, including forecasts: values of any shape per sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qatkit.tasks.labels import check_same_shape, labels_of
 
 
 def answers(values: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the values and their targets, flattened to ``[values]``; a last dimension of 1 may be missing in one."""
+    """Return values and targets, flattened to ``[values]``; either may lack a last dimension of size 1."""
     targets = labels_of(batch)
     if values.dim() == targets.dim() + 1 and values.shape[-1] == 1:
         targets = targets.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Metrics of a task over a whole data split."""
+"""Compute the metrics of a task over a whole data split."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Scores:
-    """Accumulates the metrics of a task over batches; every sample, pixel or token counts once.
+    """Accumulates the metrics of a task over batches; every sample, pixel or token has equal weight.
 
     Args:
-        task: The task declared by the data; by default it is inferred from the batches, see `task_of`.
+        task: The task that the data declares. By default, it is inferred from the batches; see `task_of`.
 
     Example:
         >>> scores = Scores()
@@ -45,11 +45,11 @@ class Scores:
 
     @torch.no_grad()
     def add(self, logits: Tensor, batch: Any) -> None:
-        """Count one batch.
+        """Add one batch.
 
         Args:
             logits: The result of `call`.
-            batch: The batch it was called with.
+            batch: The batch with which it was called.
         """
         self.task = task = task_of(batch, self._declared)
         rows, labels = answers(logits, batch, self._declared)
@@ -67,12 +67,12 @@ class Scores:
             metric.update(rows.float(), labels if task.kind in ("values", "boxes") else labels.long())
 
     def reduce(self, mean: Callable[[Tensor], Tensor], processes: int, device: torch.device) -> None:
-        """Join the counts of all processes.
+        """Combine the counts of all processes.
 
         Args:
-            mean: The mean of a tensor over all processes.
+            mean: Returns the mean of a tensor over all processes.
             processes: Number of processes.
-            device: The device that the processes communicate from.
+            device: The device used for communication between processes.
         """
         if processes == 1:
             return
@@ -83,11 +83,11 @@ class Scores:
             metric.sync()
 
     def metrics(self) -> dict[str, float]:
-        """Return the task's metrics by name; empty without a batch.
+        """Return the task's metrics by name; empty if there were no batches.
 
-        Fractions are from 0 to 1, the loss is per label, in nats or as squared error.
+        Fractions are from 0 to 1. The loss is per label, in nats or as squared error.
 
-        Perplexity is ``exp(loss)``. The others are those of torchmetrics, see `qatkit.tasks.measures`.
+        Perplexity is ``exp(loss)``. The other metrics come from torchmetrics; see `qatkit.tasks.measures`.
 
         Raises:
             QatkitError: there were batches, but all of their labels are -100.
@@ -107,7 +107,7 @@ class Scores:
 
 
 def perplexity(loss: float) -> float:
-    """Return ``exp(loss)`` of a loss in nats, capped at ``exp(700)``, because a float overflows soon after."""
+    """Return ``exp(loss)`` of a loss in nats, capped at ``exp(700)`` to avoid float overflow."""
     return math.exp(min(loss, 700.0))
 
 
@@ -115,13 +115,13 @@ def perplexity(loss: float) -> float:
 def evaluate(
     model: nn.Module, batches: Iterable[Any], declared: Task | None = None, split: str = ""
 ) -> dict[str, float]:
-    """Return a model's metrics over all batches; every sample or token counts once.
+    """Return a model's metrics over all batches; every sample or token has equal weight.
 
     Args:
-        model: The model; it is called as in `call`.
+        model: The model, called as in `call`.
         batches: Batches of one task.
         declared: The task that the data declares; see `task_of`.
-        split: The split that the batches are of, for the warning if they contain NaN or infinite values.
+        split: The split that contains the batches, for the warning about non-finite values.
     """
     scores, inputs = Scores(declared), InputCheck()
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Dense prediction, such as segmentation: one class per pixel, from a pair of inputs and labels."""
+"""Dense prediction, such as segmentation: one class per pixel, with batches of inputs and labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qatkit.tasks.labels import labels_of
 
 
 def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return logits ``[pixels, classes]`` and labels ``[pixels]`` of ``[N, classes, ...]`` and ``[N, ...]``.
+    """Reshape logits ``[N, classes, ...]`` to ``[pixels, classes]``, and labels ``[N, ...]`` to ``[pixels]``.
 
     Labels may have a class dimension of size 1, ``[N, 1, ...]``.
     """

@@ -1,6 +1,6 @@
-"""Sequence to sequence: each token of an output text from the input text and the output tokens before it.
+"""Sequence to sequence: each output token is predicted from the input sequence and the preceding output tokens.
 
-The batch has ``decoder_input_ids``, the labels shifted right by one, as transformers models make them.
+The batch contains ``decoder_input_ids``, which are the labels shifted right by one, as produced by transformers models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qatkit.tasks.labels import check_shapes, labels_in
 
 
 def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return logits ``[tokens, vocabulary]`` and labels ``[tokens]``, or `IGNORED` at padding."""
+    """Return logits ``[tokens, vocabulary]`` and labels ``[tokens]``, which are `IGNORED` at padding."""
     labels = labels_in(batch)
     if "decoder_input_ids" not in batch:
         raise QatkitError(

@@ -1,13 +1,13 @@
-"""The table of tasks that a model can be trained for, which data, validation, training, verification and report read.
+"""The table of training tasks, shared by data, validation, training, verification and report.
 
-A data factory declares its task by name, and so may a data module or a batch::
+A data factory declares its task by name; a data module or a batch may also do so::
 
     def my_data(batch_size: int, seed: int) -> LightningDataModule: ...
 
     my_data.task = "classification"
 
-If the data declares no task, a pair ``(inputs, labels)`` is treated as classification; a mapping is treated as text
-classification if it has one label per sample, and causal language modeling otherwise.
+If the data does not declare a task, a pair ``(inputs, labels)`` is treated as classification; a mapping is treated as
+text classification if it has one label per sample, and causal language modeling otherwise.
 """
 
 from __future__ import annotations
@@ -24,59 +24,65 @@ Kind = Literal["classes", "labels", "values", "boxes"]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: how a model is called, how its answers are scored, and the words that report the result."""
+    """A task: how a model is called, how its predictions are scored, and the terms used in reports."""
 
     name: str
     """The name that the data declares."""
     description: str
     """One-line description."""
     answers: str
-    """``module:function`` of ``(outputs, batch) -> (rows, labels)``; their shapes depend on `kind`."""
+    """``module:function`` with the signature ``(outputs, batch) -> (rows, labels)``; the shapes depend on `kind`."""
     metrics: tuple[str, ...]
     """Names of rows of `qatkit.tasks.metrics.METRICS`, in the order in which they are reported."""
     metric: str
-    """The metric that stages and exported files are compared by."""
+    """The metric used to compare stages and exported files."""
     agreement: str
-    """The noun for the answer that two models agree on: class, token or partner."""
+    """The noun for a prediction on which two models agree: class, token or partner."""
     counted: str
-    """The counted unit, in the plural."""
+    """The plural noun for the scored units."""
     kind: Kind = "classes"
-    """"classes": one of several classes per row, ``[rows, classes]`` and ``[rows]``, trained with cross-entropy.
-    "labels": binary labels, ``[rows, labels]`` twice, binary cross-entropy. "values": numbers, ``[values]``
-    twice, mean squared error. "boxes": see `qatkit.tasks.detection`; the model computes the loss."""
+    """"classes": one class per row, with outputs ``[rows, classes]``, labels ``[rows]`` and cross-entropy. "labels":
+    binary labels, with outputs and labels ``[rows, labels]`` and binary cross-entropy. "values": numbers, with outputs
+    and labels ``[values]`` and mean squared error. "boxes": labeled boxes, for which the model computes the loss; see
+    `qatkit.tasks.detection`.
+    """
     class_dim: int = -1
     """The class dimension of the outputs."""
     outputs: tuple[str, ...] = ()
-    """Names of the outputs, if the model returns several; `call` joins them."""
+    """Names of the outputs if the model returns more than one; `call` combines them."""
     value_outputs: tuple[str, ...] = ()
-    """Those of `outputs` that are values rather than classes; distillation compares them with ``mse``."""
+    """The elements of `outputs` that are values rather than classes; distillation compares them with ``mse``."""
     embeds: bool = False
-    """The outputs are hidden states, which the batch's ``pooling`` pools into one embedding per row."""
+    """Whether the outputs are hidden states, which are pooled into one embedding per row with the batch's ``pooling``.
+    """
     per_token: bool = False
-    """The loss of an optimizer step is the mean over its tokens, not over its batches."""
+    """Whether the loss of an optimizer step is the mean over its tokens rather than over its batches."""
     named_inputs: bool = False
-    """Batches are mappings of named inputs, not pairs ``(inputs, labels)``."""
+    """Whether batches are mappings of named inputs rather than pairs ``(inputs, labels)``."""
     next_token: bool = False
-    """Each token is predicted from those before it, so sliding-window perplexity and text generation apply."""
+    """Whether each token is predicted from the preceding tokens, so that sliding-window perplexity and text generation
+    apply.
+    """
     packages: tuple[str, ...] = ()
-    """Import names of the optional packages that its loss and metrics need."""
+    """Import names of the optional packages that the task's loss and metrics need."""
     extra: str = ""
-    """The optional dependency group that installs them."""
+    """The optional dependency group that installs these packages."""
     free_dims: Mapping[int, str] = field(default_factory=dict, hash=False)
-    """Names of the dimensions of an input, other than the batch, whose size may vary in an exported file: of tokens in
-    a text, of pixels in an image."""
+    """Names of the input dimensions, other than the batch dimension, that may be dynamic in an exported file: the
+    tokens of a text or the pixels of an image.
+    """
 
     def check_packages(self) -> None:
-        """Reject the task if a package that it needs is missing.
+        """Raise an error if a package that the task needs is missing.
 
         Raises:
-            QatkitError: a package is missing; the error names the command that installs it.
+            QatkitError: a package is missing; the error includes the command that installs it.
         """
         check_packages(f"task '{self.name}'", self.packages, self.extra)
 
     @property
     def compared(self) -> str:
-        """The kind of the outputs that distillation compares: that of the rows, or "embeddings"."""
+        """The kind of outputs that distillation compares: "embeddings", or the same as `kind`."""
         return "embeddings" if self.embeds else "classes" if self.kind == "boxes" else self.kind
 
 
@@ -229,7 +235,7 @@ TASKS: Table[Task] = Table(
 
 
 def declared_task(data: object, key: str = "data") -> Task | None:
-    """Return the task that a data factory or a data module declares; None if it declares none.
+    """Return the task that a data factory or data module declares; None if it does not declare a task.
 
     Args:
         data: A data factory, a data module or anything else with an attribute ``task``.
@@ -250,7 +256,7 @@ def declared_task(data: object, key: str = "data") -> Task | None:
 
 
 def task_of(batch: Any, declared: Task | None = None) -> Task:
-    """Return the task of a batch: the one it declares, or the one its data declares, or the default.
+    """Return the task that a batch declares, or else the task that its data declares, or else the default.
 
     Args:
         batch: A pair ``(inputs, labels)``, or a mapping in the format of transformers models.

@@ -1,4 +1,4 @@
-"""Text classification: one class per text, from a mapping in the format of transformers models."""
+"""Text classification: one class per sequence, with batches in the format of transformers models."""
 
 from __future__ import annotations
 

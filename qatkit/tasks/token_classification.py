@@ -1,4 +1,4 @@
-"""Token classification: one class per token of a text, such as its part of speech."""
+"""Token classification: one class per token, such as its part of speech."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qatkit.tasks.labels import check_shapes, labels_in
 
 
 def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return logits ``[tokens, classes]`` and labels ``[tokens]``, or `IGNORED` at tokens without one."""
+    """Return logits ``[tokens, classes]`` and labels ``[tokens]``, which are `IGNORED` at tokens without a label."""
     labels = labels_in(batch)
     check_shapes(logits, labels, dims=2)
     return logits.flatten(0, 1), labels.flatten()

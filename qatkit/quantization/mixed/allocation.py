@@ -1,8 +1,8 @@
-"""Mixed precision: one format per group of layers, minimizing the loss within a budget.
+"""Mixed precision: choose one format per layer group to minimize the loss within a size budget.
 
-Every group takes exactly one of its candidate formats, and the total size must stay within the budget. This is the
-multiple-choice knapsack problem, solved exactly by an integer program. It assumes that loss increases add up (Dong et
-al., HAWQ-V2, 2020, https://arxiv.org/abs/1911.03852, section 3.2), so measure the result.
+Every group has exactly one of its candidate formats, and the total size must stay within the budget. This is the
+multiple-choice knapsack problem, which an integer program solves exactly. It assumes that loss increases are additive
+(Dong et al., HAWQ-V2, 2020, https://arxiv.org/abs/1911.03852, section 3.2), so measure the result.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def allocate(
 ) -> dict[str, str]:
     """Choose one format for every group, minimizing the total loss increase within a budget.
 
-    Negative increases count as 0, and the smaller of two formats with the same increase is chosen. The total is
+    Negative increases are treated as 0, and the smaller of two formats with the same increase is chosen. The total is
     minimal to within 1e-10 of the largest increase.
 
     Args:
         sensitivity: The result of `measure_sensitivity`.
         budget_bytes: Size of all measured weights with their scales and zero points, in bytes.
-        average_bits: The same budget in bits per weight; pass either this or `budget_bytes`.
+        average_bits: The same budget in bits per weight. Pass exactly one of `average_bits` and `budget_bytes`.
 
     Returns:
         The candidate of each group, by `Group.name`, in model order.
 
     Raises:
-        QatkitError: None or both of the budgets are given, the smallest formats exceed it, or scipy is not
-            installed.
+        QatkitError: `budget_bytes` and `average_bits` are both set or both missing, the smallest formats exceed the
+            budget, or scipy is not installed.
 
     Example:
         >>> from qatkit.quantization.mixed.records import Group, Option, Sensitivity
@@ -63,7 +63,7 @@ def allocate(
 
 
 def totals(sensitivity: Sensitivity, allocation: Mapping[str, str]) -> tuple[int, float]:
-    """Return the bytes of an allocation and its total loss increase; negative increases count as 0."""
+    """Return the bytes and the total loss increase of an allocation; negative increases are treated as 0."""
     chosen = [group.options[allocation[group.name]] for group in sensitivity.groups]
     return sum(option.bytes for option in chosen), sum(option.cost for option in chosen)
 

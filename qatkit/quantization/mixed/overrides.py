@@ -1,4 +1,4 @@
-"""Overrides: an allocation as the `layers` of `prepare_qat` or of a recipe's ``quantize``."""
+"""Convert an allocation to the `layers` overrides of `prepare_qat` or of a recipe's ``quantize`` block."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qatkit.spec import QuantSpec
 def allocated_layers(sensitivity: Sensitivity, allocation: Mapping[str, str]) -> dict[str, Scheme]:
     """Return the `layers` argument of `prepare_qat` for an allocation.
 
-    Layers whose names differ only in numbers are joined into one glob if that saves lines and the glob matches no other
-    layer of the model. Exceptions follow it, because the last matching glob wins.
+    Layers whose names differ only in numbers are merged into one glob if this shortens the result and the glob matches
+    no other layer of the model. Exceptions follow the glob, because the last matching glob wins.
 
     Args:
-        sensitivity: The measurement behind the allocation.
+        sensitivity: The measurement on which the allocation is based.
         allocation: The result of `allocate`, possibly edited.
     """
     formats = {layer: allocation[group.name] for group in sensitivity.groups for layer in group.layers}
@@ -49,7 +49,7 @@ def _without_numbers(layer: str) -> str:
 
 
 def plain_layers(layers: Mapping[str, Scheme]) -> dict[str, dict[str, Any]]:
-    """Return overrides as plain data for a recipe: scheme names, or specs without defaults."""
+    """Return overrides as plain data for a recipe: scheme names, or specs without default values."""
     return {glob: _plain_scheme(scheme) for glob, scheme in layers.items()}
 
 

@@ -1,4 +1,4 @@
-"""Records of a sensitivity measurement: size and loss of every format per layer group."""
+"""Records of a sensitivity measurement: size and loss of every format for each layer group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """Compute the bytes of a quantized weight: packed codes, scales and zero points.
 
     Codes and zero points are packed at `num_bits` without gaps; scales are stored in their dtype, and two-level scales
-    add one float32. The header and the alignment of a file are not included.
+    add one float32. The header and alignment of a file are not included.
 
     Args:
         shape: Shape of the weight, ``[out, in, ...]``.
@@ -42,11 +42,11 @@ class Option:
 
     bytes: int
     increase: float
-    """Loss with only this group quantized minus the loss of the plain model; noise can make it negative."""
+    """The loss with only this group quantized minus the loss of the plain model, which can be negative due to noise."""
 
     @property
     def cost(self) -> float:
-        """The increase that allocation uses: a negative one is noise and counts as 0."""
+        """The increase used for allocation; negative increases are noise and are treated as 0."""
         return max(self.increase, 0.0)
 
 
@@ -56,9 +56,9 @@ class Group:
 
     layers: tuple[str, ...]
     weights: int
-    """Number of weights; tied weights count once."""
+    """Number of weights; tied weights are counted once."""
     options: dict[str, Option]
-    """Options by candidate; candidates that do not fit the layers are missing."""
+    """Options by candidate, without candidates that cannot be applied to the layers."""
 
     @property
     def name(self) -> str:
@@ -75,9 +75,9 @@ class Sensitivity:
     candidates: dict[str, Scheme]
     groups: tuple[Group, ...]
     others: tuple[str, ...] = ()
-    """The model's other modules with parameters, which a glob over layer names must not match."""
+    """Names of the model's other modules with parameters, which globs over layer names must not match."""
     left_out: tuple[str, ...] = ()
-    """One sentence for every candidate that does not fit a group."""
+    """One sentence for every candidate that cannot be applied to a group."""
 
     @property
     def weights(self) -> int:
@@ -90,7 +90,7 @@ class Sensitivity:
 
     @classmethod
     def from_plain(cls, content: Any) -> Sensitivity:
-        """Build the record from the data of `to_plain`, which may have been stored as JSON.
+        """Create the record from the data returned by `to_plain`, which may have been stored as JSON.
 
         Raises:
             QatkitError: The data has an unexpected structure.

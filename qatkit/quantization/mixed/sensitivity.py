@@ -1,4 +1,4 @@
-"""Sensitivity: the loss increase when only one group of layers is quantized."""
+"""Sensitivity: the loss increase if only one layer group is quantized."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def measure_sensitivity(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> Sensitivity:
-    """Measure the loss with each group of layers quantized to each candidate, without training.
+    """Measure the loss with each layer group quantized to each candidate format, without training.
 
     Weight scales come from the observers of the specs; static activation scales are calibrated on the data of `loss`.
-    The model runs in eval mode, without gradients and with the same random numbers every time. Layers and weights are
-    restored bit for bit afterwards, even after an error.
+    The model runs in eval mode, without gradients and with the same random state every time. Layers and weights are
+    restored exactly afterwards, even after an error.
 
     Args:
         model: Any module with plain layers.
         candidates: Formats by name; each has a weight spec.
-        loss: Runs the model over calibration data and returns the mean loss. It is called once for the plain model,
-            once for every group and candidate, and once more if static scales are calibrated.
+        loss: Runs the model on calibration data and returns the mean loss. It is called once for the plain model, once
+            for every group and candidate, and once more if static scales are calibrated.
         include: Globs over layer names, as in `prepare_qat`.
         exclude: Globs over names of layers to leave unquantized.
 
     Returns:
-        One group for all layers that must have the same format: those that read one input (q/k/v, gate/up) and those
-        that share one weight. A candidate that does not fit a group (for example, if its group size does not divide the
-        inputs) is left out.
+        The measurement of all groups. Layers that must have the same format form a group: layers with the same input
+        (q/k/v, gate/up) or with a shared weight. Candidates that cannot be applied to a group (for example, if the
+        group size does not divide the inputs) are omitted.
 
     Raises:
-        QatkitError: No candidate fits a group, the loss is non-finite, `loss` never runs a layer, or the model is
-            quantized already.
+        QatkitError: No candidate can be applied to a group, the loss is non-finite, `loss` never runs a layer, or the
+            model is already quantized.
 
     Example:
         >>> import torch
@@ -104,9 +104,9 @@ def measure_sensitivity(
 
 
 def layer_groups(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[list[str]]:
-    """Group the layers that need the same format: those with one input, or one weight.
+    """Group the layers that need the same format: layers with the same input or a shared weight.
 
-    Runtimes merge q/k/v and gate/up into one matrix product, and a tied weight can only have one format.
+    Runtimes merge q/k/v and gate/up into one matrix product, and a tied weight can have only one format.
     """
     chosen = select(
         model, QuantSpec(strategy="channel"), include=include, exclude=exclude

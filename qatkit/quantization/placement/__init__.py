@@ -1,1 +1,1 @@
-"""Which activations are quantized, so that a runtime computes with integers: found in one forward pass, and placed."""
+"""Find the activations to quantize so that a runtime computes with integers, and place their quantizers."""

@@ -1,4 +1,4 @@
-"""The kind of every torch function that matters for placement: what a runtime does with it in integers."""
+"""The kinds of torch functions for placement, by how a runtime executes them in integers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Function = Callable[..., Any]
 CONV, LINEAR, ADD, MUL, CAT, POOL, RELU, SIGMOID, ACTIVATION, RESIZE, SAME, OTHER = (
     "conv", "linear", "add", "mul", "cat", "pool", "relu", "sigmoid", "activation", "resize", "same", "other"
 )  # fmt: skip
-"""Kinds. ADD to POOL and SIGMOID have integer kernels if inputs and output are quantized; RELU is absorbed by the
-integer kernel before it; ACTIVATION is elementwise and stays in floating point; SAME keeps the values, and RESIZE may
-interpolate between them."""
+"""Kinds of operations. ADD to POOL and SIGMOID have integer kernels if inputs and output are quantized. RELU is fused
+into the preceding integer kernel. ACTIVATION is elementwise and stays in floating point. SAME keeps the values, and
+RESIZE may interpolate between them.
+"""
 
 _OF: dict[str, list[Any]] = {
     ADD: [torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__],
@@ -43,11 +44,11 @@ _SAME_NAMES = ("boolean_dispatch", "fn", "_max_pool2d", "max_pool2d", "_max_pool
 """Names of the functions that torch's dispatchers of max pooling call."""
 
 INTEGER = frozenset((ADD, MUL, CAT, POOL, SIGMOID))
-"""Kinds besides layers that have an integer kernel."""
+"""Kinds, other than layers, that have an integer kernel."""
 
 
 def kind_of(function: Function) -> str | None:
-    """The kind of a torch function, or None if placement does not know it.
+    """Return the kind of a torch function, or None if it is unknown.
 
     Example:
         >>> kind_of(torch.add), kind_of(torch.fft.fft)

@@ -1,8 +1,8 @@
-"""Quantizers of results: where they are, and how they get into a model and out of it again.
+"""Output quantizers: their placement in a model, and how to add and remove them.
 
-The result of a layer, or of a simple module that is called once, is quantized by a hook. The result of an operation in
+The output of a layer, or of a simple module that is called once, is quantized by a hook. The output of an operation in
 a module's own `forward`, such as a residual addition, is quantized by a subclass of the module's class, which counts
-the operations of that `forward`. The model stays an eager one with the same parameters and names.
+the operations in this `forward`. The model stays an eager model with the same parameters and names.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _STATE = "_placed"
 
 @dataclass(frozen=True)
 class Point:
-    """A result that is quantized, once for all its readers."""
+    """An output that is quantized once for all its readers."""
 
     module: str
-    """Name of the module that holds the quantizer."""
+    """Name of the module that contains the quantizer."""
     part: str
     """"output", "inputs", or the operation in the module's `forward`, such as "add_0"."""
     readers: tuple[str, ...] = ()
-    """Layers whose input is this result."""
+    """Layers whose input is this output."""
     repeats: str = ""
-    """``module.part`` of the point with the same values before a resize, whose quantizer this one uses again."""
+    """``module.part`` of the point with the same values before a resize, whose quantizer is reused here."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,17 @@ class Placement:
 
     points: tuple[Point, ...] = ()
     calls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Operations by kind that one call of a module runs itself; a `forward` that runs others is an error."""
+    """Number of operations by kind that one call of a module runs itself. A `forward` that runs others raises an error.
+    """
     spec: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False, strategy="tensor"))
-    """Quantization of the results."""
+    """Quantization of the outputs."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The placement for a checkpoint or a JSON file."""
+        """Return the placement as plain data for a checkpoint or a JSON file."""
         return asdict(self)
 
     def renamed(self, name: Callable[[str], str]) -> Placement:
-        """The placement in a model whose modules have other names."""
+        """Return the placement for a model with different module names."""
 
         def part(full: str) -> str:
             module, _, last = full.rpartition(".")
@@ -70,7 +71,7 @@ class Placement:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Placement:
-        """The inverse of `as_dict`."""
+        """Create a placement from the data returned by `as_dict`."""
         points = (Point(p["module"], p["part"], tuple(p["readers"]), p["repeats"]) for p in content["points"])
         return cls(tuple(points), content["calls"], QuantSpec(**content["spec"]))
 
@@ -84,12 +85,12 @@ class _State:
 
 
 def place(model: nn.Module, placement: Placement) -> None:
-    """Add the quantizers of a placement to a model from `prepare_qat`, in place.
+    """Add the quantizers of a placement to a model prepared by `prepare_qat`, in place.
 
-    A layer whose input is a point's result, and whose input has the same spec, uses the point's quantizer.
+    A layer whose input is a point's output, with the same spec, uses the point's quantizer.
 
     Args:
-        model: The model that the placement was made for.
+        model: The model for which the placement was created.
         placement: The points.
     """
     spec = placement.spec
@@ -177,7 +178,7 @@ def _full(module: str, part: str) -> str:
 
 
 def point_parts(module: nn.Module) -> list[str]:
-    """Return the parts of a module whose results are quantized, such as "output" or "add_0"."""
+    """Return the parts of a module whose outputs are quantized, such as "output" or "add_0"."""
     state = module.__dict__.get(_STATE)
     return [] if state is None else list(state.parts)
 

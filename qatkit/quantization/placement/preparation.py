@@ -1,4 +1,4 @@
-"""Prepare a model for a runtime: layers, and the results that its integer kernels read or write."""
+"""Prepare a model for a runtime: quantize layers, and the tensors that its integer kernels read or write."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from qatkit.spec import QuantSpec
 def fold_and_find(
     model: nn.Module, forward: Callable[[], object], schemes: Mapping[str, Scheme], activation: QuantSpec
 ) -> tuple[list[Fold], Placement]:
-    """Fold BatchNorm in place, and return the folded pairs and the results to quantize.
+    """Fold BatchNorm in place, and return the folded pairs and the outputs to quantize.
 
-    A forward pass that fails leaves the model as it was.
+    If the forward pass fails, the model is left unchanged.
 
     Args:
         model: The model, with plain layers.
         forward: Runs the model on one batch.
         schemes: The planned quantization by layer name.
-        activation: Quantization of the results; layers whose input has another one are not counted as readers.
+        activation: Quantization of the outputs. Layers whose input has a different quantization are not counted as
+            readers.
     """
     layers = [name for name, each in schemes.items() if each.weight is not None and each.activation == activation]
     recording = record(model, forward)
@@ -48,27 +49,28 @@ def prepare_for_target(
     exclude: Sequence[str] = (),
     layers: Mapping[str, Scheme] | None = None,
 ) -> list[str]:
-    """Fake-quantize a model where a runtime computes with integers, in place.
+    """Fake-quantize in place all parts of a model that a runtime computes with integers.
 
-    BatchNorm is folded, layers are fake-quantized as by `prepare_qat`, and so are the results that integer kernels
-    write: those of convolutions, and the residual additions, concatenations and poolings between them.
+    BatchNorm is folded, and layers are fake-quantized as by `prepare_qat`. The outputs that integer kernels write are
+    also fake-quantized: the outputs of convolutions, and of residual additions, concatenations and pooling between
+    them.
 
     Args:
         model: Any module.
         target: A row of `qatkit.quantization.TARGETS`, such as "onnxruntime".
         example: One input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments.
         weight: Quantization of weights, instead of the target's.
-        activation: Quantization of activations, instead of the target's; one scale per tensor. If it is dynamic, only
-            the inputs of layers are quantized.
-        include: Globs over layer names; every glob must match a layer.
-        exclude: Globs over names of layers to leave unquantized; every glob must match a layer.
+        activation: Quantization of activations, instead of the target's; must be per-tensor. If it is dynamic, only
+            layer inputs are quantized.
+        include: Globs over layer names; each must match a layer.
+        exclude: Globs over names of layers to leave unquantized; each must match a layer.
         layers: Quantization by glob; the last matching glob wins.
 
     Returns:
         The names of the fake-quantized layers in model order.
 
     Raises:
-        QatkitError: The target is unknown, or see `prepare_qat`.
+        QatkitError: The target is unknown, or for the same reasons as in `prepare_qat`.
 
     Example:
         >>> import torch

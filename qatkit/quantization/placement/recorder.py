@@ -1,6 +1,6 @@
-"""Record the data flow of a model: which operation reads which result, in one eager forward pass.
+"""Record the data flow of a model, that is, the inputs of each operation, in one eager forward pass.
 
-Nothing is traced: the model runs as it is, with real control flow, and tensors are followed by their identity.
+The model is not traced: it runs unchanged, with real control flow, and tensors are tracked by identity.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class Call:
 
     kind: str
     owner: str
-    """Name of the innermost module whose `forward` ran it and that is not one of torch's simple modules."""
+    """Name of the innermost module whose `forward` ran the operation and that is not one of torch's simple modules."""
     index: int
     """Number of operations of this kind that the owner had run before in the same call."""
     module: str | None
-    """Name of the layer or simple module that ran it; None if it is a function call in the owner's `forward`."""
+    """Name of the layer or simple module that ran the operation; None for a function call in the owner's `forward`."""
     inputs: list[Call] = field(default_factory=list)
     users: list[Call] = field(default_factory=list)
     constant: bool = False
-    """Whether a tensor operand is not a result of the model: a parameter, a buffer or a number."""
+    """Whether an operand is constant: a parameter, a buffer or a number."""
 
 
 @dataclass
 class Recording:
-    """What one forward pass did."""
+    """The record of one forward pass."""
 
     calls: list[Call]
-    """In order; the first one stands for the inputs of the model."""
+    """The operations in order; the first represents the inputs of the model."""
     counts: dict[str, dict[str, int]]
-    """Operations by kind that one call of a module runs itself, by module."""
+    """Number of operations by kind that one call of a module runs itself, by module."""
     irregular: set[str]
     """Modules that ran different operations in different calls."""
     times: Counter[str]
@@ -58,12 +58,12 @@ class Recording:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one that quantization replaces as a whole."""
+    """Whether a module is replaced as a whole by quantization."""
     return isinstance(module, QATLayer) or swap_of(type(module)) is not None or parts_class(module) is not None
 
 
 def is_simple(module: nn.Module) -> bool:
-    """Whether a module is one of torch's without parts, such as `nn.ReLU`: its operations count as its owner's."""
+    """Whether a module is a torch module without submodules, such as `nn.ReLU`, whose operations its owner records."""
     return type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None
 
 

@@ -1,9 +1,10 @@
-"""Which results are quantized, so that ONNX Runtime computes with integers.
+"""Rules that select the outputs to quantize so that ONNX Runtime computes with integers.
 
-A convolution runs with integers only if its output is quantized, too, and an addition, multiplication, concatenation
-or pooling only if all its inputs and its output are. Every result has one quantizer, behind the ReLU that the integer
-kernel absorbs, and all its readers share the scale. A linear layer computes with integers and returns floating-point
-values, so its output stays unquantized, and so do additions that read one: the residual stream of a transformer.
+A convolution runs in integers only if its output is also quantized. An addition, multiplication, concatenation or
+pooling runs in integers only if all its inputs and its output are quantized. Every output has one quantizer, after the
+ReLU that is fused into the integer kernel, and all its readers share the scale. A linear layer computes in integers and
+returns floating-point values. Its output therefore stays unquantized, and so do additions that read such an output,
+such as the residual stream of a transformer.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from qatkit.quantization.placement.recorder import Call, Recording
 from qatkit.spec import QuantSpec
 
 Place = tuple[str, str]
-"""A module and its part that holds a quantizer."""
+"""A module, and the part of it that has a quantizer."""
 _KEEPS = (SAME, RESIZE)
 
 
 def decide(recording: Recording, layers: Iterable[str], spec: QuantSpec) -> Placement:
-    """Return the results to quantize besides the inputs of layers.
+    """Return the outputs to quantize in addition to layer inputs.
 
     Args:
         recording: One forward pass of the model.
-        layers: Names of the layers whose weight and input will be quantized.
-        spec: Quantization of the results, with ``strategy: tensor``.
+        layers: Names of the layers whose weights and inputs will be quantized.
+        spec: Quantization of the outputs, with ``strategy: tensor``.
     """
     return _Rules(recording, set(layers)).placement(spec)
 

@@ -1,4 +1,4 @@
-"""AWQ: scale salient inputs up so that their weights lose less precision, then clip ranges."""
+"""AWQ: scale weights of salient inputs up so that they lose less precision, then clip ranges."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def awq_scales(
 ) -> Tensor:
     """Find the input scales that minimize the output error.
 
-    Inputs are divided by the scales, and weight columns multiplied by them. Lin et al., 2023,
-    https://arxiv.org/abs/2306.00978, equations 4 and 5, over a grid of exponents. Each exponent is also tried with the
-    weights' mean magnitude in the denominator, as later implementations do. The error of the layers' outputs is
+    Inputs are divided by the scales, and weight columns are multiplied by them. The search evaluates equations 4 and 5
+    of Lin et al. (2023, https://arxiv.org/abs/2306.00978) on a grid of exponents. As in later implementations, each
+    exponent is also tried with the weights' mean magnitude in the denominator. The output error of the layers is
     computed exactly from the second moments of their inputs.
 
     Args:
@@ -35,7 +35,7 @@ def awq_scales(
         grid: Number of equal steps in the search for exponents from 0 to 1.
 
     Returns:
-        float32 ``[in]``, all positive; ones if no scaling reduces the error.
+        The scales, float32 ``[in]``, all positive; ones if no scaling reduces the error.
 
     Example:
         >>> x = torch.randn(64, 16) * torch.logspace(-1, 1, 16)
@@ -107,14 +107,14 @@ def awq_clip(
 
     This is the clipping search of Lin et al., 2023: `estimators.mse_qparams` minimizes the error of the weights; this
     search minimizes the output error of each slice, with all other slices unquantized. The scale with the smallest
-    squared error is tried as well, and is always used for block scales and two-level scales.
+    squared weight error is also tried, and is always used for block scales and two-level scales.
 
     Args:
         weight: ``[out, in]``.
         hessian: Mean outer product of the layer's input rows, ``[in, in]``.
         spec: Quantization of the weight.
-        steps: Number of ranges tried, from the full one down.
-        smallest: The narrowest range tried, as a fraction of the full one.
+        steps: Number of ranges to try, starting from the full range.
+        smallest: The narrowest range to try, as a fraction of the full range.
 
     Returns:
         Scale and zero point in their stored shape, float32.
@@ -157,7 +157,7 @@ def clipped_weight(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> tuple[Te
 
 
 def awq_fold(shared: SharedInput) -> Tensor | None:
-    """Compute the scales of one input with `awq_scales`; None without quantized weights."""
+    """Compute the scales of one input with `awq_scales`; None if no weight is quantized."""
     quantized = [(r.matrix.detach(), r.weight_fake_quant.spec) for r in shared.readers if r.weight_fake_quant]
     if not quantized:
         return None

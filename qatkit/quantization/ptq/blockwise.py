@@ -15,11 +15,12 @@ from qatkit.quantization.layers import QATLayer
 
 @dataclass
 class Run:
-    """One batch on its way through the blocks.
+    """The state of one batch between blocks.
 
     Attributes:
         hidden: First argument of the next block.
-        rest: The other arguments of every block, such as masks and positions, which most models share among blocks.
+        rest: The other arguments of every block, such as masks and positions, which are shared among blocks in most
+            models.
         autocast: Device type and dtype if the model runs under autocast.
     """
 
@@ -40,7 +41,8 @@ class Run:
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the members of the ModuleList with the most quantized layers.
 
-    The outermost list wins a tie; the result is empty if no list has a quantized layer.
+    If multiple lists have the same number, the outermost is chosen. The result is empty if no list has a quantized
+    layer.
     """
     best: list[nn.Module] = []
     most = 0
@@ -55,9 +57,9 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 def capture(blocks: Sequence[nn.Module], batches: Sequence[Any], forward: Callable[[Any], object]) -> list[Run] | None:
     """Record the inputs of the blocks, or return None if they do not form a chain.
 
-    In a chain every block runs once, in order, with the previous block's output as its first argument. Only the first
-    block's input activation is kept. The other arguments of every block are kept, because some models pass each block
-    its own mask or positions.
+    In a chain, every block runs once, in order, with the previous block's output as its first argument. Only the input
+    activation of the first block is kept. The other arguments are kept for every block, because some models pass a
+    different mask or different positions to each block.
     """
     runs = []
     for batch in batches:
@@ -104,7 +106,7 @@ class _Recorder:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients and KV caches, with isolated random numbers."""
+    """Context manager for running a model in eval mode without gradients and KV caches, with isolated random state."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     configs: dict[int, Any] = {id(c): c for module in model.modules() if (c := getattr(module, "config", None))}

@@ -21,11 +21,11 @@ class Edge:
     producer: str
     consumers: tuple[str, ...]
     offset: float = 0.0
-    """Constant that a norm adds to its weight before multiplying."""
+    """Constant that the norm adds to its weight before multiplying."""
     relu: str = ""
     """Name of the activation function in between, which must be a ReLU."""
     if_true: str = ""
-    """Attribute of the block that must be true; otherwise the norm is elsewhere."""
+    """Attribute of the block that must be true; otherwise, the norm is in a different place."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """One input whose scales a method may move: its statistics and the layers that read it."""
+    """One input that a method may rescale, with its statistics and the layers that read it."""
 
     readers: Sequence[QATLayer]
     """The quantized layers that read the input."""
@@ -85,11 +85,11 @@ def find_folds(root: nn.Module, uses: Counter[int]) -> list[Fold]:
     """Find the edges of known blocks and of Linear-ReLU-Linear in `nn.Sequential`.
 
     Args:
-        root: A block, or a whole model; the module itself is searched as well.
-        uses: Number of uses of every parameter (by id) in the model; shared weights cannot be rescaled.
+        root: A block or a whole model; the module itself is also searched.
+        uses: Number of uses of every parameter in the model, by ``id``; shared weights cannot be rescaled.
 
     Raises:
-        QatkitError: A module is not a linear layer where one is expected; it may be an adapter.
+        QatkitError: A module that should be a linear layer has a different type, such as an adapter.
     """
     folds: list[Fold] = []
     for module in root.modules():
@@ -102,7 +102,7 @@ def find_folds(root: nn.Module, uses: Counter[int]) -> list[Fold]:
 
 
 def parameter_uses(model: nn.Module) -> Counter[int]:
-    """Count the uses of every parameter; a module with two names counts twice."""
+    """Count the uses of every parameter; a module with two names is counted twice."""
     return Counter(
         id(parameter)
         for _, module in model.named_modules(remove_duplicate=False)
@@ -155,7 +155,7 @@ def apply_fold(fold: Fold, scales: Tensor) -> None:
 
     Args:
         fold: Producer and consumers.
-        scales: Positive, float32 ``[in]``.
+        scales: Positive scales, float32 ``[in]``.
     """
     producer = fold.producer
     if _is_linear(producer):

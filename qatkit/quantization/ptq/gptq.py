@@ -15,9 +15,10 @@ from qatkit.quantization.ptq.hessian import output_error
 from qatkit.spec import QuantSpec
 
 FLOORS = (0.85, 0.7, 0.5, 0.35)
-"""Lower limits for the fraction to which a search may shrink ranges. Corrections for earlier columns enlarge weights,
-which a narrow range then clips, by an amount that depends on the layer. Every row keeps the limit with the smallest
-output error."""
+"""Lower limits for the fraction to which the search may shrink ranges. Corrections for earlier columns enlarge weights
+by an amount that depends on the layer, and a narrow range then clips them. Every row uses the limit with the smallest
+output error.
+"""
 
 
 @torch.no_grad()
@@ -31,25 +32,28 @@ def gptq(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round a weight to minimize the change in the layer's outputs.
 
-    Frantar et al., 2022, https://arxiv.org/abs/2210.17323, algorithm 1: equations 2 and 3 through a Cholesky factor of
-    the inverse Hessian. The range search weights the squared error of each weight by its effect on the outputs after
-    later columns have corrected for it. If rounding the original row to nearest has a smaller output error, the row is
-    rounded to nearest instead. The weights of an input that was always zero are rounded to nearest as well, not set to
-    zero, because the input may become active in training.
+    This is algorithm 1 of Frantar et al. (2022, https://arxiv.org/abs/2210.17323), which solves equations 2 and 3 with
+    a Cholesky factor of the inverse Hessian. The range search weights the squared error of each weight by its effect on
+    the outputs after later columns have corrected for it. If rounding the original row to nearest has a smaller output
+    error, the row is rounded to nearest instead. The weights of an input that was always zero are also rounded to
+    nearest rather than set to zero, because the input may become active in training.
 
     Args:
         weight: ``[out, in]``.
         hessian: Mean outer product of the layer's input rows, or any multiple of it, ``[in, in]``.
-        spec: Quantization of the weight; ``observer: minmax`` takes scales from ranges, and all other observers search.
-        damping: Added to the Hessian's diagonal, as a fraction of its mean; grows tenfold if the factorization fails.
-        block_size: Columns per block; the errors of a block reach the columns after it in one matrix product.
-        act_order: Process columns in order of decreasing Hessian diagonal. Scales then come from the original weight,
-            so that groups stay contiguous. Otherwise the scale of a group comes from the corrected weights at the time
-            the group is reached.
+        spec: Quantization of the weight; ``observer: minmax`` computes scales from ranges, and all other observers
+            search.
+        damping: Added to the Hessian's diagonal, as a fraction of its mean; increased tenfold if the factorization
+            fails.
+        block_size: Columns per block; the errors of a block are propagated to the columns after it in one matrix
+            product.
+        act_order: Process columns in order of decreasing Hessian diagonal. Scales are then computed from the original
+            weight, so that groups stay contiguous. Otherwise, the scale of a group is computed from the corrected
+            weights when the group is reached.
 
     Returns:
-        The rounded weight ``[out, in]``, exactly on the grid of the returned scale and zero point (stored shapes), all
-        float32.
+        The rounded weight ``[out, in]``, exactly on the grid of the returned scale and zero point, which have their
+        stored shape. All are float32.
 
     Raises:
         QatkitError: The Hessian is non-finite, or not positive definite despite the damping.
@@ -71,7 +75,7 @@ def gptq(
     grids = [torch.stack([_by_row(part, weight, spec) for part in parts]) for parts in zip(*tried, strict=True)]
 
     def regroup(left: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """Compute the scales of one group of the corrected weights, ``[tried, out, group_size]``."""
+        """Compute the scales of one group of the corrected weights, ``[limits, out, group_size]``."""
         qparams = [_qparams(part, spec, floor, costs[columns]) for part, floor in zip(left, floors, strict=True)]
         return torch.stack([scale for scale, _ in qparams]), torch.stack([zero_point for _, zero_point in qparams])
 

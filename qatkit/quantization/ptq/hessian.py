@@ -13,10 +13,11 @@ _ROWS = 256  # minimum number of rows in a sample, if there are that many
 
 
 class InputStatistics:
-    """Statistics of the rows that a layer multiplies by its weight matrix.
+    """Statistics of the input rows that a layer multiplies by its weight matrix.
 
     Args:
-        second_moment: Accumulate the second moment for `hessian`, ``[in, in]``; otherwise keep rows for `sample`.
+        second_moment: Whether to accumulate the second moment for `hessian`, ``[in, in]``; otherwise, rows are kept for
+            `sample`.
 
     Attributes:
         rows: Number of rows.
@@ -86,12 +87,12 @@ class InputStatistics:
 
     @property
     def sample(self) -> Tensor:
-        """Evenly spaced rows, float32 ``[n, in]``: 256 to 512, or all if there are fewer."""
+        """Evenly spaced rows, float32 ``[n, in]``: 256 to 512 rows, or all if there are fewer."""
         return torch.cat(self._kept)
 
     @property
     def finite(self) -> bool:
-        """Whether every value was finite."""
+        """Whether all values have been finite."""
         return self.rows == 0 or bool(self.half_range.isfinite().all())
 
     def rescale(self, scales: Tensor) -> None:
@@ -106,7 +107,7 @@ class InputStatistics:
 
 
 def is_matrix_product(layer: QATLayer) -> bool:
-    """Whether a layer multiplies rows by one matrix: linear, or an ungrouped convolution."""
+    """Whether a layer multiplies rows by a single matrix, as linear layers and ungrouped convolutions do."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.groups == 1
     return isinstance(layer, nn.Linear | QATTransposedLinear)
@@ -116,7 +117,7 @@ def record_inputs(layer: QATLayer, x: Tensor, statistics: InputStatistics) -> No
     """Add the rows that a layer multiplies by its flattened weight ``[out, in * ...]``.
 
     Args:
-        layer: A layer for which `is_matrix_product` holds.
+        layer: A layer for which `is_matrix_product` is true.
         x: Its input.
         statistics: Statistics to update.
     """

@@ -1,6 +1,6 @@
-"""PTQ methods that `quantize.init` names, in a table that does not import torch.
+"""The table of PTQ methods for `quantize.init`, which does not import torch.
 
-To add a method, write one function and add one row here. A row implements one or two of three hooks: `from_weight`,
+To add a method, write a function and add a row here. A row implements one or two of three hooks: `from_weight`,
 `from_inputs` and `move_scales`.
 """
 
@@ -13,26 +13,28 @@ from qatkit.common.tables import Table
 
 @dataclass(frozen=True)
 class Method:
-    """One post-training method that sets the starting point of training."""
+    """A post-training method that sets the starting point of training."""
 
     name: str
     description: str
     from_weight: str = ""
-    """``module:function(weight, spec)`` that returns a scale and a zero point; such a method reads no batches."""
+    """``module:function(weight, spec)`` that returns a scale and a zero point; such a method does not use batches."""
     from_inputs: str = ""
     """``module:function(weight, hessian, spec)`` that returns the weight, a scale and a zero point; the weight may be
     rounded to the grid."""
     move_scales: str = ""
-    """``module:function(shared_input)`` that takes a `SharedInput` and returns the scales that the input is divided by,
-    float32 ``[in]``, or None; the layers that read the input are multiplied by them."""
+    """``module:function(shared_input)`` that returns the scales of a `SharedInput`, float32 ``[in]``, or None. The
+    input is divided by the scales, and the weights of layers that read it are multiplied by them.
+    """
     needs_weights: bool = True
-    """The method has no effect unless a weight is quantized."""
+    """Whether the method has no effect unless a weight is quantized."""
     stored_scales: bool = False
-    """The method sets weight scales, so scales that are computed on every forward pass are rejected."""
+    """Whether the method sets weight scales; scales that are computed in every forward pass then raise an error."""
     second_moment: bool = True
-    """The second moment ``[in, in]`` of the inputs is accumulated; otherwise a sample of their rows is kept."""
+    """Whether the second moment ``[in, in]`` of the inputs is accumulated; otherwise, a sample of their rows is kept.
+    """
     keeps_zeros: bool = True
-    """Pruned weights stay zero."""
+    """Whether pruned weights stay zero."""
 
     @property
     def reads_batches(self) -> bool:
@@ -41,7 +43,7 @@ class Method:
 
     @property
     def changes_weights(self) -> bool:
-        """Whether the method changes the weights that training starts from."""
+        """Whether the method changes the initial weights of training."""
         return self.reads_batches
 
 

@@ -39,30 +39,32 @@ def apply_ptq(
 ) -> list[str]:
     """Set the weights and weight scales of a prepared model with a PTQ method, in place.
 
-    "rtn" takes scales from ranges, and "mse" minimizes the squared error of the weights; neither reads `batches`.
+    "rtn" computes scales from ranges, and "mse" minimizes the squared error of the weights; neither uses `batches`.
     "gptq" rounds the weights to minimize the change in outputs. "awq" and "smoothquant" move scales between layers,
-    which leaves the function of the float model unchanged; "awq" then clips. Call it before `calibrate`.
+    which does not change the outputs of the float model; "awq" then clips ranges. Call this function before
+    `calibrate`.
 
-    Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of
-    the quantized blocks before it, and then everything outside the blocks. A model without a list of blocks is one
-    block. Inputs are not quantized during this step. Embeddings, grouped, transposed and 3-D convolutions, layers with
-    several weights (fused experts, the input projections of attention) and layers with shared or unused weights keep
-    their scales, and a warning names them. In a process group every rank computes on its own: pass the same batches to
-    every rank, and shard the model afterwards.
+    Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of the
+    preceding quantized blocks. Layers outside the blocks are processed last. A model without a list of blocks is
+    treated as one block. Inputs are not quantized during this step. The following layers keep their scales, and a
+    warning lists them. They are embeddings; grouped, transposed and 3-D convolutions; layers with multiple weights
+    (fused experts, the input projections of attention); and layers with shared or unused weights. In a process group,
+    every rank computes independently, so pass the same batches to every rank, and shard the model afterwards.
 
     Args:
-        model: A model from `prepare_qat`.
+        model: A model prepared by `prepare_qat`.
         method: A name in `METHODS`.
-        batches: Inputs of `forward`. All batches stay in memory, plus one activation per batch for the current block.
-        forward: Runs the model on one batch; `model(batch)` by default.
+        batches: Batches to pass to `forward`. All batches stay in memory, plus one activation per batch for the current
+            block.
+        forward: Runs the model on one batch. The default is `model(batch)`.
 
     Returns:
         Names of the layers whose weights or scales the method set.
 
     Raises:
         QatkitError: There are no batches; activations are non-finite; with "mse", "gptq" or "awq", a weight scale is
-            computed on every forward pass; with "awq" or "smoothquant", a block's layers are unknown or its inputs are
-            already calibrated. The model is then unchanged.
+            computed in every forward pass; with "awq" or "smoothquant", a block's layers are unknown or its inputs are
+            already calibrated. In all cases, the model is unchanged.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat
@@ -84,7 +86,7 @@ def apply_ptq(
 
 
 def check_method(model: nn.Module, method: str) -> None:
-    """Run the checks of `apply_ptq` that need no batches; works on the meta device.
+    """Run the checks of `apply_ptq` that do not need batches; the model may be on the meta device.
 
     Raises:
         QatkitError: As in `apply_ptq`.

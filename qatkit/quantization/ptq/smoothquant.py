@@ -1,4 +1,4 @@
-"""SmoothQuant: move the outliers of activations into the weights."""
+"""SmoothQuant: move activation outliers into the weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qatkit.spec import QuantSpec
 
 
 def smoothquant_scales(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:
-    """Compute the scales that inputs are divided by and weight columns multiplied by.
+    """Compute the scales that divide inputs and multiply weight columns.
 
-    Xiao et al., 2022, https://arxiv.org/abs/2211.10438, equation 4: ``max|X|^alpha / max|W|^(1 - alpha)``. The scale is
-    1 for an input that is always zero and for a column of zeros.
+    This is equation 4 of Xiao et al. (2022, https://arxiv.org/abs/2211.10438): ``max|X|^alpha / max|W|^(1 - alpha)``.
+    The scale is 1 for an input that is always zero and for a column of zeros.
 
     Args:
         activation_absmax: Largest magnitude of every input, ``[in]``.
         weight_absmax: Largest magnitude of every input's weights, over all layers that read it, ``[in]``.
-        alpha: Migration strength: 0 evens out the weights, 1 the activations.
+        alpha: Migration strength: 0 equalizes the weights, 1 equalizes the activations.
 
     Returns:
         float32 ``[in]``, all positive.
@@ -50,10 +50,10 @@ def smoothquant_search(
 ) -> Tensor:
     """Find the scales of equation 4 that minimize the output error.
 
-    Weights and inputs are both quantized. Xiao et al. choose one alpha per model from a grid (section 5.1). The best
-    alpha differs between inputs, so this search chooses one per input; an input is left unscaled if no alpha reduces
-    the error. Each alpha is also tried with half of every input's range instead of its largest magnitude, as later
-    implementations do, and with its mean magnitude.
+    The error includes the quantization errors of both weights and inputs. Xiao et al. choose one alpha per model from a
+    grid (section 5.1). The best alpha differs between inputs, so this search chooses one per input, and leaves an input
+    unscaled if no alpha reduces the error. Each alpha is also tried with half of every input's range instead of its
+    largest magnitude, as in later implementations, and with its mean magnitude.
 
     Args:
         weights: The layers that read the input, each ``[out, in]``.
@@ -64,7 +64,7 @@ def smoothquant_search(
         grid: Number of equal steps in the search for alpha from 0 to 1; values around the best one are also tried.
 
     Returns:
-        float32 ``[in]``, all positive; ones if no scaling reduces the error.
+        The scales, float32 ``[in]``, all positive; ones if no scaling reduces the error.
 
     Example:
         >>> x, weight = torch.randn(64, 16) * torch.logspace(-1, 1, 16), torch.randn(4, 16)

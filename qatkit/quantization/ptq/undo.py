@@ -1,4 +1,4 @@
-"""Undo: restore tensors after a method failed in the middle."""
+"""Undo: restore tensors after a method has failed midway."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Undo:
-    """Keeps copies of tensors on the CPU before they are changed.
+    """Saves copies of tensors on the CPU before they are changed; calling it restores them.
 
     Example:
         >>> weight, undo = torch.zeros(1), Undo()
@@ -22,7 +22,7 @@ class Undo:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(self, *tensors: Tensor | None) -> None:
-        """Copy tensors that are about to change; only the first copy of each tensor is kept."""
+        """Save copies of tensors that are about to change; only the first copy of each tensor is kept."""
         for tensor in tensors:
             if tensor is not None and id(tensor) not in self._before:
                 self._before[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
