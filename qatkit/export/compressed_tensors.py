@@ -22,13 +22,12 @@ from qatkit.export.companions import export_config
 from qatkit.export.compressed_limits import INSTEAD, check_layers
 from qatkit.export.compressed_weights import compare_and_load, quietly
 from qatkit.export.formats import FORMATS
-from qatkit.export.interface import EXACT, Bound, Measured, PlannedExport, ReadBack
+from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.quantization.experts import QATExperts, is_experts
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers, strip_qat
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
-from qatkit.tasks.table import Task
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
@@ -61,7 +60,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     check_layers(model, planned.schemes)
 
 
-def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
+def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Write the folder; `batch` is not used."""
     export_compressed(model, path)
 

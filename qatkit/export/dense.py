@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 
 from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError
-from qatkit.export.interface import EXACT, Bound, Measured, PlannedExport, ReadBack
+from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import quantized_weights, strip_qat
 from qatkit.quantization.state import quantizer_prefixes, quantizer_state
 from qatkit.spec import QuantSpec
-from qatkit.tasks.table import Task
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
@@ -52,7 +50,7 @@ def _tied(first: str, second: str) -> QatkitError:
     )
 
 
-def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
+def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Write a dense file; `batch` is not used."""
     export_dense(model, path)
 

@@ -30,9 +30,7 @@ class ExportFormat:
     check: str
     """``(model, planned)``: raise an error for an unsupported model; called before training and before writing."""
     write: str
-    """``(model, path, batch, task)``: write the model. Formats that trace use `batch`, a test batch, and `task`, the
-    task that the data declares or None.
-    """
+    """``(model, path, context)``: write the model. Formats that trace use the batch of the `ExportContext`."""
     read_back: str
     """``(model, path, threads)``: compare the file's weights to the model's, and load the file for verification."""
     bound: str

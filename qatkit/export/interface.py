@@ -10,6 +10,7 @@ from torch import nn
 
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, qat_weights
+from qatkit.quantization.targets import Target
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 from qatkit.tasks.table import Task
@@ -54,6 +55,18 @@ class ReadBack:
     """The file loaded in its runtime, with the model's call signature; None if it cannot be loaded."""
     after: Callable[[], list[str]] | None = None
     """Returns the problems found during calls of the runtime; called after the last of them."""
+
+
+@dataclass(frozen=True)
+class ExportContext:
+    """What a format may need to know besides the model."""
+
+    batch: Any
+    """One test batch, for formats that trace."""
+    task: Task | None = None
+    """The task declared by the data; None if it is unknown."""
+    target: Target | None = None
+    """The runtime and processor that the model was trained for; None if the recipe names none."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ bits are all stored in 8 bits. Per-group weights are exact but run in floating p
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.common.files import atomic_path
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.formats import FORMATS
-from qatkit.export.interface import Bound, Measured, PlannedExport, ReadBack
+from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.export.onnx_graph import name_after_layers, save, trace
 from qatkit.export.onnx_inputs import inputs_of
 from qatkit.export.onnx_points import name_points, to_qdq_points
 from qatkit.export.onnx_weights import compare_onnx_weights
-from qatkit.export.qdq import DYNAMIC, QDQ, to_qdq
+from qatkit.export.qdq import DYNAMIC, QDQ, is_signed_byte, to_qdq
 from qatkit.export.runtime import load_runtime
 from qatkit.export.saturation import SaturationCheck, saturates
 from qatkit.quantization.layers import QATLayer, swap_of
@@ -37,6 +38,7 @@ from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import quantizer_state
 from qatkit.quantization.swaps import parts_class
+from qatkit.quantization.targets import TARGETS
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 from qatkit.tasks import TASKS, Task, model_inputs, task_of
@@ -56,14 +58,15 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         _check_layer(name, model.get_submodule(name), scheme)
 
 
-def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
+def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Trace the model on a test batch and write the file.
 
     Raises:
         QatkitError: `export_onnx` does not support the model or its inputs.
     """
-    args, kwargs = model_inputs(batch)
-    export_onnx(model, kwargs or args, path, task_of(batch, task))
+    args, kwargs = model_inputs(context.batch)
+    target = None if context.target is None else context.target.name
+    export_onnx(model, kwargs or args, path, task_of(context.batch, context.task), target)
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
@@ -97,7 +100,9 @@ def bound(measured: Measured) -> Bound:
     return Bound("1% of the quantization error", limit)
 
 
-def export_onnx(model: nn.Module, example: Any, path: Path | str, task: Task | str | None = None) -> None:
+def export_onnx(
+    model: nn.Module, example: Any, path: Path | str, task: Task | str | None = None, target: str | None = None
+) -> None:
     """Write a plain or fake-quantized model to an ONNX file with a dynamic batch dimension.
 
     The model is not changed; the file computes the outputs of the model in eval mode. Its inputs are named after the
@@ -112,6 +117,9 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str, task: Task | s
         task: A task of `qatkit.tasks.TASKS` or its name. It makes more dimensions dynamic: "sequence" for text,
             "height" and "width" for segmentation. By default, integers ``[batch, tokens]`` in a mapping are treated as
             text.
+        target: The runtime and processor that run the file, a row of `qatkit.quantization.TARGETS`. With
+            "onnxruntime-vnni" and "onnxruntime-arm", 8-bit weights stay signed. By default they become unsigned, which
+            is exact on every processor but several times slower; a warning says so.
 
     Raises:
         QatkitError: ONNX is not installed, QDQ does not support a layer's quantization, a layer is not calibrated, a
@@ -140,8 +148,11 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str, task: Task | s
     config: Any = getattr(plain, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # the cache of keys and values is an output that no file holds
+    unsigned = target is None or not TARGETS.row(target, "target").wide_sums
+    if unsigned:
+        _warn_of_unsigned(plain)
     for name, layer in qat_layers(plain):
-        to_qdq(name, layer)
+        to_qdq(name, layer, unsigned)
     to_qdq_points(plain)
     grouped = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
     program = trace(plain, inputs, opset=21 if grouped else 20)
@@ -224,6 +235,26 @@ def _check_ready(name: str, layer: QATLayer) -> None:
                 f"layer '{name}': the {part.role} scale was never set",
                 advice="call qatkit.calibrate(model, batches) first",
             )
+
+
+def _warn_of_unsigned(model: nn.Module) -> None:
+    """Say that 8-bit weights with quantized inputs get slower kernels."""
+    slow = [
+        name
+        for name, layer in qat_layers(model)
+        if layer.input_fake_quant is not None
+        and layer.weight_fake_quant is not None
+        and is_signed_byte(layer.weight_fake_quant.spec)
+    ]
+    if slow:
+        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        warnings.warn(
+            f"layer '{slow[0]}'{more}: 8-bit weights are stored as unsigned, which is exact on every processor but "
+            "several times slower than signed. Use target: onnxruntime (7 bits, fast everywhere), or target: "
+            "onnxruntime-vnni or onnxruntime-arm for a processor that adds in 32 bits",
+            QatkitWarning,
+            stacklevel=3,
+        )
 
 
 def _plain_name(layer: nn.Module) -> str:

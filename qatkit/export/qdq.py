@@ -174,8 +174,14 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 @torch.no_grad()
-def to_qdq(name: str, layer: QATLayer) -> None:
-    """Convert a fake-quantized layer to a QDQ layer in place, so that hooks and shared modules keep working."""
+def to_qdq(name: str, layer: QATLayer, unsigned: bool = True) -> None:
+    """Convert a fake-quantized layer to a QDQ layer in place, so that hooks and shared modules keep working.
+
+    Args:
+        name: The layer's name, for warnings.
+        layer: A calibrated layer.
+        unsigned: Whether signed 8-bit weights become unsigned, so that no processor's kernels saturate.
+    """
     weight: _Codes | Tensor = layer.weight
     trained_bias = layer.operands(torch.zeros(1))[2]
     bias: _Codes | Tensor | None = trained_bias
@@ -188,7 +194,7 @@ def to_qdq(name: str, layer: QATLayer) -> None:
         codes = quantize(layer.weight, scale, zero_point, spec)
         shape = {"tensor": (), "channel": (-1,)}.get(spec.strategy, tuple(scale.shape))
         zero_point = zero_point.reshape(shape).to(codes.dtype)
-        if spec.symmetric and spec.num_bits == 8 and quantizer is not None:
+        if unsigned and is_signed_byte(spec) and quantizer is not None:
             codes, zero_point = _unsigned(codes), _unsigned(zero_point)
         weight = _Codes(codes, scale.reshape(shape), zero_point, spec.group_size or 0)
         if isinstance(layer, QATEmbedding):
@@ -202,6 +208,11 @@ def to_qdq(name: str, layer: QATLayer) -> None:
     layer.__dict__["quantized_input"] = quantizer is not None
     for part, value in (("weight", weight), ("bias", bias), ("input", own)):
         setattr(layer, part, value)
+
+
+def is_signed_byte(spec: QuantSpec) -> bool:
+    """Whether weights have signed codes of 8 bits."""
+    return spec.symmetric and spec.num_bits == 8
 
 
 def _table(weight: _Codes, spec: QuantSpec) -> _Codes:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatkit.common.files import atomic_path
 from qatkit.export.dense import dense_state, load_and_compare, metadata
-from qatkit.export.interface import ReadBack
+from qatkit.export.interface import ExportContext, ReadBack
 from qatkit.pruning.storage import load_sparse, save_sparse
-from qatkit.tasks.table import Task
 
 
-def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
+def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Write a sparse file; `batch` is not used."""
     export_sparse(model, path)
 

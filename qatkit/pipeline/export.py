@@ -11,6 +11,7 @@ from torch import nn
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.companions import save_companions
 from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.interface import ExportContext
 from qatkit.quantization.selection import select
 from qatkit.quantization.targets import TARGETS
 from qatkit.recipe import QuantizeConfig, Recipe
@@ -85,7 +86,9 @@ def export_run(run: Run) -> list[Path]:
         path = exported_path(run, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         model = run.load_model(stage).eval()
-        row.call("write", model, path, batch, declared_task(data))
+        quantize = run.recipe.stages[stage].quantize
+        target = None if quantize is None or quantize.target is None else TARGETS[quantize.target]
+        row.call("write", model, path, ExportContext(batch, declared_task(data), target))
         save_companions(row.companions, model, getattr(data, "tokenizer", None), run.out / "export" / stage)
         paths.append(path)
     return paths

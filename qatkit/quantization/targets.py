@@ -27,6 +27,8 @@ class Target:
     """Default quantization of weights."""
     activation: QuantSpec
     """Default quantization of layer inputs, and of the tensors that the runtime's integer kernels read or write."""
+    wide_sums: bool = False
+    """Whether the processor adds signed 8-bit products in 32 bits, so that they cannot saturate."""
 
 
 TARGETS = Table(
@@ -38,14 +40,15 @@ TARGETS = Table(
             "onnx", _WEIGHT7, _INPUT,
         ),
         Target(
-            "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", "onnx", _WEIGHT8, _INPUT
+            "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", "onnx", _WEIGHT8, _INPUT,
+            wide_sums=True,
         ),
         Target(
             "onnxruntime-dynamic",
             "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as quantize_dynamic",
             "onnx", _WEIGHT7, _BATCH,
         ),
-        Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT),
+        Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT, wide_sums=True),
     ],
 )  # fmt: skip
 

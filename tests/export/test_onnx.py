@@ -165,7 +165,7 @@ def test_a_bias_too_large_for_32_bits_stays_exact_and_is_named_in_a_warning(kind
     with torch.no_grad():
         model[0].weight[1] *= 1e-13
         model[0].bias[1] = 2.0
-    prepare_qat(model, QuantSpec(), UINT8)
+    prepare_qat(model, QuantSpec(num_bits=7), UINT8)
     calibrate(model, [x])
     with pytest.warns(QatkitWarning, match=r"layer .0.: the bias is too large .*channel 1: bias 2\)") as seen:
         path = exported(model, x, tmp_path)

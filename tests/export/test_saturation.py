@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from torch import nn
 
-from qatkit import QuantSpec, calibrate, prepare_qat
+from qatkit import QatkitWarning, QuantSpec, calibrate, prepare_qat
 from qatkit.export import onnx as onnx_format
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
@@ -34,16 +34,6 @@ def quantized(bits: int, activation: QuantSpec = UINT8) -> nn.Module:
     return model.eval()
 
 
-def as_signed(path: Path) -> None:
-    """Rewrite unsigned weights with zero point 128 as signed ones."""
-    proto = onnx.load(path)
-    for tensor in proto.graph.initializer:
-        if tensor.name.endswith(("weight.codes", "weight.zero_point")) and tensor.data_type == TensorProto.UINT8:
-            values = numpy_helper.to_array(tensor).astype(np.int16) - 128
-            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.int8), tensor.name))
-    onnx.save(proto, path)
-
-
 def checked(model: nn.Module, path: Path) -> Verification:
     return verify(model, path, [(X, torch.zeros(len(X)).long())], threads=1)
 
@@ -61,8 +51,23 @@ def test_a_plain_session_computes_what_training_computed(bits: int, activation: 
     assert checked(model, path).passed
 
 
-def test_unsigned_weights_keep_integer_kernels(tmp_path: Path) -> None:
-    export_onnx(quantized(8), X, tmp_path / "model.onnx")
+def code_types(path: Path) -> set[int]:
+    return {tensor.data_type for tensor in onnx.load(path).graph.initializer if tensor.name.endswith("weight.codes")}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-vnni", "onnxruntime-arm"])
+def test_weights_stay_signed_for_processors_that_add_in_32_bits(target: str, tmp_path: Path) -> None:
+    export_onnx(quantized(8), X, tmp_path / "model.onnx", target=target)
+    assert code_types(tmp_path / "model.onnx") == {TensorProto.INT8}
+
+
+@pytest.mark.parametrize("target", [None, "onnxruntime"])
+def test_unsigned_weights_keep_integer_kernels_and_a_warning_says_that_they_are_slower(
+    target: str | None, tmp_path: Path
+) -> None:
+    with pytest.warns(QatkitWarning, match=r"layer '0' and 1 more: 8-bit weights .* Use target: onnxruntime"):
+        export_onnx(quantized(8), X, tmp_path / "model.onnx", target=target)
+    assert code_types(tmp_path / "model.onnx") == {TensorProto.UINT8}
     kernels = integer_kernels(tmp_path / "model.onnx")
     assert (kernels.integer, kernels.floating) == ({"QGemm": 2}, {})
 
@@ -70,8 +75,7 @@ def test_unsigned_weights_keep_integer_kernels(tmp_path: Path) -> None:
 @needs_old_kernels
 def test_signed_8_bit_weights_fail_and_the_failure_says_what_to_do(tmp_path: Path) -> None:
     model, path = quantized(8), tmp_path / "model.onnx"
-    export_onnx(model, X, path)
-    as_signed(path)
+    export_onnx(model, X, path, target="onnxruntime-vnni")
     result = checked(model, path)
     assert not result.passed
     (failure,) = (failure for failure in result.failures if "saturate" in failure)
@@ -84,15 +88,13 @@ def test_signed_weights_that_saturate_nowhere_pass(tmp_path: Path) -> None:
     model, path = quantized(8), tmp_path / "model.onnx"
     model[0].input_fake_quant.scale *= 1e3  # type: ignore[union-attr, operator]  # every code is near the zero point
     model[2].input_fake_quant.scale *= 1e3  # type: ignore[union-attr, operator]
-    export_onnx(model, X, path)
-    as_signed(path)
+    export_onnx(model, X, path, target="onnxruntime-vnni")
     assert not any("saturate" in failure for failure in checked(model, path).failures)
 
 
 def test_a_processor_with_exact_kernels_runs_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = quantized(8), tmp_path / "model.onnx"
-    export_onnx(model, X, path)
-    as_signed(path)
+    export_onnx(model, X, path, target="onnxruntime-vnni")
     monkeypatch.setattr(onnx_format, "saturates", lambda: False)
     assert not any("saturate" in failure for failure in checked(model, path).failures)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from qatkit import QatkitError
-from qatkit.export.interface import Bound, Measured, PlannedExport, ReadBack
+from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.quantization.prepare import quantized_weights
-from qatkit.tasks.table import Task
 
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
@@ -21,7 +19,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
             raise QatkitError(f"layer '{name}': toy files hold at most 4 bits", advice="set num_bits: 4")
 
 
-def write(model: nn.Module, path: Path, batch: Any, task: Task | None) -> None:
+def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     torch.save(model.state_dict(), path)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qatkit.export.runtime import integer_kernels
+from qatkit.export.saturation import saturates
 from qatkit.quantization.placement.points import placement_of
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
@@ -56,6 +57,15 @@ def test_the_run_is_verified_and_every_product_is_an_integer_product(tmp_path: P
     done = qatkit("verify", "run", "--json", cwd=tmp_path)
     assert done.code == 1
     assert "result '1.0.relu2.output': scale" in done.out
+
+
+def test_eight_bits_stay_signed_for_a_processor_that_adds_in_32_bits(tmp_path: Path) -> None:
+    text = RECIPE.replace("target: onnxruntime", "target: onnxruntime-vnni").replace("max_steps: 20", "max_steps: 2")
+    (tmp_path / "placed.yaml").write_text(text.replace("resnet", "mlp").replace("channels: [4, 8]", "in_features: 64"))
+    assert qatkit("run", "placed.yaml", "--out", "run", "--quiet", cwd=tmp_path).code == int(saturates())
+    graph = onnx.load(tmp_path / "run" / "export" / "int7" / "model.onnx").graph
+    codes = [tensor for tensor in graph.initializer if tensor.name.endswith("weight.codes")]
+    assert {tensor.data_type for tensor in codes} == {onnx.TensorProto.INT8}
 
 
 @pytest.mark.parametrize(
