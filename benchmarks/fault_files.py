@@ -101,7 +101,7 @@ class Damaged:
         ended, after = self._do(command, folder, damage)
         if "Traceback" in ended.said or ended.code not in (0, 1, 2):
             return f"traceback: {excerpt(ended)}"
-        if ended.code or f"{damage.file} is missing" in ended.said:
+        if ended.code or f"{damage.file} is missing" in ended.said or f"{damage.file}: the file changed" in ended.said:
             # a verification that fails, or lacks a file, names the stage
             by_stage = ended.code == 1 or damage.content is None
             names = [damage.file, Path(damage.file).name, *(Path(damage.file).parts[1:2] if by_stage else ())]

@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # `qatkit validate` imports this module
     from lightning.pytorch import LightningDataModule
 
 
+VERDICT = "verification.json"
+"""The file in a stage's export folder that `qatkit verify` writes."""
+
+
 def exported_stages(recipe: Recipe) -> list[str]:
     """Return the exported stages, which are the stages in the comparison."""
     return Run(recipe, Path()).rows
@@ -85,6 +89,7 @@ def export_run(run: Run) -> list[Path]:
         run.record(stage)
         path = exported_path(run, stage)
         path.parent.mkdir(parents=True, exist_ok=True)
+        (run.out / "export" / stage / VERDICT).unlink(missing_ok=True)  # it is about the file that is replaced
         model = run.load_model(stage).eval()
         quantize = run.recipe.stages[stage].quantize
         target = None if quantize is None or quantize.target is None else TARGETS[quantize.target]

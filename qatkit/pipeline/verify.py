@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qatkit.common.digests import changed_file, file_digests
 from qatkit.common.records import read_signed, write_signed
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.companions import compare_companions
 from qatkit.export.verification import Verification, verify
-from qatkit.pipeline.export import exported_path, format_of, held_out_data
+from qatkit.pipeline.export import VERDICT, exported_path, format_of, held_out_data
 from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
 
-_RECORDS = ("verification.json", "evaluation.json")
+_RECORDS = (VERDICT, "evaluation.json")
 """Files in a stage's export folder that are not part of the export."""
 SCHEMA = 1
 """Version of ``verification.json``."""
@@ -48,14 +50,26 @@ def verify_run(run: Run) -> dict[str, Verification]:
         path, folder = exported_path(run, stage), run.out / "export" / stage
         if not path.exists():
             raise QatkitError("there is no such file or folder", key=str(path), advice=f"run `qatkit export {run.out}`")
+        if (changed := _changed_export(run, stage)) is not None:
+            problem = f"{changed}: the file changed after it was verified; it is verified again"
+            warnings.warn(problem, QatkitWarning, stacklevel=2)
         digests = _digests(run, stage)
         model = run.load_model(stage).eval()
         verification = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
         verification = verification.with_failures(compare_companions(row.companions, model, tokenizer, folder))
         content = asdict(verification) | {"digests": digests}
-        write_signed(folder / "verification.json", content, SCHEMA, partial(json.dumps, indent=1))
+        write_signed(folder / VERDICT, content, SCHEMA, partial(json.dumps, indent=1))
         verifications[stage] = verification
     return verifications
+
+
+def _changed_export(run: Run, stage: str) -> Path | None:
+    """The first file of a stage that differs from the one that was verified last; None if there is none."""
+    try:
+        content = read_signed(run.out / "export" / stage / VERDICT, _Verified, SCHEMA, "")
+    except QatkitError:  # a corrupt record is replaced
+        return None
+    return None if content is None else changed_file(content["digests"], run.out)
 
 
 def read_verification(run: Run, stage: str) -> dict[str, Any]:
@@ -66,7 +80,7 @@ def read_verification(run: Run, stage: str) -> dict[str, Any]:
             since.
     """
     verify_again = f"`qatkit verify {run.out}`"
-    path = run.out / "export" / stage / "verification.json"
+    path = run.out / "export" / stage / VERDICT
     content = read_signed(path, _Verified, SCHEMA, f"run {verify_again}")
     if content is None:
         raise QatkitError(f"stage '{stage}' was not verified", advice=f"run {verify_again}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qatkit import QatkitError
+from qatkit import QatkitError, QatkitWarning
 from qatkit.pipeline.export import export_run
 from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages
@@ -42,6 +43,23 @@ def test_a_verdict_about_another_file_is_refused_by_that_files_name(changed: str
         read_verification(run, "qat")
     path.write_bytes(content)
     assert read_verification(run, "qat")["passed"]
+
+
+def test_verify_names_a_file_that_changed_too_little_to_fail(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.out, out)
+    copied = Run(run.recipe, out)
+    path = out / "export" / "dense" / "model.safetensors"
+    verify_run(copied)  # nothing changed: nothing is said
+    with path.open("r+b") as file:
+        header = file.read(200).replace(b'"format"', b'"Format"')
+        file.seek(0)
+        file.write(header)
+    with pytest.warns(QatkitWarning, match=r"dense/model\.safetensors: the file changed after it was verified"):
+        verify_run(copied)
+    export_run(copied)
+    assert not (out / "export" / "dense" / "verification.json").exists()
+    verify_run(copied)  # an export is no surprise
 
 
 def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, tmp_path: Path) -> None:
