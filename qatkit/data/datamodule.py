@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,7 +67,51 @@ Collate = Callable[[Sequence[Any]], Any]
 """Combines samples into a batch."""
 
 
-class ResumableLoader(DataLoader[Any]):
+class WorkerLoader(DataLoader[Any]):
+    """A `DataLoader` whose worker processes pass on a `QatkitError` as it is; torch passes on the text of a traceback.
+
+    Its `dataset` and `collate_fn` are those that it was given; only the workers see the ones that catch errors.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # of a private class of torch
+        if self.num_workers == 0:
+            return super().__iter__()
+        in_workers: DataLoader[Any] = DataLoader(
+            _Caught(self.dataset),
+            batch_sampler=self.batch_sampler,
+            collate_fn=partial(_collate_caught, self.collate_fn),
+            num_workers=self.num_workers,
+            worker_init_fn=self.worker_init_fn,
+        )
+        return _raised(iter(in_workers))
+
+
+class _Caught(Dataset[Any]):
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except QatkitError as error:
+            return error
+
+
+def _collate_caught(collate: Callable[[Any], Any], samples: Sequence[Any]) -> Any:
+    try:
+        return next((sample for sample in samples if isinstance(sample, QatkitError)), None) or collate(samples)
+    except QatkitError as error:
+        return error
+
+
+def _raised(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, QatkitError):
+            raise batch
+        yield batch
+
+
+class ResumableLoader(WorkerLoader):
     """A `DataLoader` over a `SlicedSampler`, whose state Lightning saves in checkpoints.
 
     A run that resumes in the middle of an epoch continues with the next batch without rereading earlier samples.
@@ -93,7 +138,7 @@ class ResumableLoader(DataLoader[Any]):
         self.limit = limit
         self._served = self._skip = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # of a private class of torch
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # as above
         assert isinstance(self.sampler, SlicedSampler)
         assert self.batch_size is not None
         self._served, self._skip = batches_to_skip(self._skip, min(len(self), self.limit())), 0
@@ -209,7 +254,7 @@ class SplitDataModule(LightningDataModule):
         return math.inf if self.trainer is None else self.trainer.num_training_batches
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.val, self.batch_size, collate_fn=self.collate, num_workers=self.workers)
+        return WorkerLoader(self.val, self.batch_size, collate_fn=self.collate, num_workers=self.workers)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.test, self.batch_size, collate_fn=self.collate, num_workers=self.workers)
+        return WorkerLoader(self.test, self.batch_size, collate_fn=self.collate, num_workers=self.workers)

@@ -1,17 +1,22 @@
-"""The order of training: epochs as slices of a pass, for every process its own share."""
+"""The order of training: epochs as slices of a pass, for every process its own part; and worker processes."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DistributedSampler
 
 from qatkit import QatkitError
-from qatkit.data import digits
+from qatkit.data import Source, digits, image_classification
 from qatkit.data.datamodule import SlicedSampler, SplitDataModule, unsliced
+from qatkit.data.pictures import ImageFormat
+from tests.data.files import write_images
 
 DATA: Any = list(range(103))
 
@@ -62,3 +67,40 @@ def test_digits_have_any_size_from_one() -> None:
         with pytest.raises(QatkitError, match=f"^size: {size} is out of range; use 1 or more"):
             digits(size=size)
     assert digits(0.1, 0.2, 0, 32, 5).batch_size == 32  # `size` was added later, so it comes last
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_worker_processes_read_the_same_batches_and_raise_the_same_error(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_images(tmp_path / "photos", ["cat", "dog"])
+    source = Source(str(path), val_fraction=0.2, test_fraction=0.2)
+    alone, parallel = (
+        image_classification(source, images=ImageFormat(size=8), batch_size=4, workers=workers) for workers in (0, 2)
+    )
+    loaders = [getattr(data, f"{split}_dataloader")() for data in (alone, parallel)]
+    expected, found = (list(loader) for loader in loaders)
+    assert len(found) == len(expected)
+    for batch, other in zip(found, expected, strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch, other, strict=True))
+    for file in path.rglob("*.png"):
+        file.unlink()
+    errors = []
+    for loader in loaders:
+        with pytest.raises(QatkitError) as raised:
+            list(loader)
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+    assert re.fullmatch(r"\S+\.png: sample \d+ can no longer be read \(.*\); restore the file, or remove .*", errors[1])
+
+
+def test_an_error_of_batching_in_a_worker_process_is_raised_as_it_is() -> None:
+    def collate(samples: object) -> None:
+        raise QatkitError("the samples do not fit together", key="data", advice="use others")
+
+    loader = SplitDataModule([1, 2], [1, 2], [1, 2], collate=collate, workers=1).val_dataloader()  # type: ignore[arg-type]
+    with pytest.raises(QatkitError, match=r"^data: the samples do not fit together; use others$"):
+        list(loader)
+    with pytest.raises(QatkitError, match=r"^workers: -1 is out of range; use 0 or more$"):
+        SplitDataModule([1], [1], [1], workers=-1)  # type: ignore[arg-type]
