@@ -66,9 +66,9 @@ class QuantizationAwareTraining(Callback):
         calibration_forward: Runs the LightningModule on one batch. The default is ``module(*inputs)``, where the inputs
             are the batch, its first element if it is a tuple or list, or its items as keyword arguments if it is a
             dict.
-        target: Name of the runtime that will run the trained model, such as "onnxruntime" (a row of
-            `qatkit.quantization.TARGETS`), or of its export format, such as "onnx" (a row of `qatkit.export.FORMATS`).
-            An unsupported model raises an error before training. A runtime also provides the defaults of `weight` and
+        target: Name of the runtime that will run the trained model, such as "onnxruntime" (see
+            `qatkit.quantization.TARGETS`), or of its export format, such as "onnx" (see `qatkit.export.FORMATS`). An
+            unsupported model raises an error before training. A runtime also provides the defaults of `weight` and
             `activation`, and tensors that its integer kernels read or write are quantized.
 
     Raises:

@@ -55,7 +55,7 @@ class Verification:
     agreement: float | None
     """Fraction of samples on which both models predict the same class or next token."""
     task: str
-    """The name of a row of `qatkit.tasks.TASKS`; empty if a metric was passed."""
+    """The name of a task in `qatkit.tasks.TASKS`; empty if a metric was passed."""
     metric: str
     """The name of the metric."""
     trained_metric: float

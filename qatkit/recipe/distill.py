@@ -42,7 +42,7 @@ class HiddenConfig:
     to the teacher's last layer, and ``last`` uses the teacher's last layers.
     """
     weight: LossWeight = 1.0
-    """Weight of the mean over the layers, added to the loss; above 0."""
+    """Positive weight of the mean over the layers, added to the loss."""
     loss: str = "mse"
     """``mse`` or ``cosine``."""
     widths: list[int] | None = None
@@ -67,7 +67,7 @@ class AttentionConfig:
     layers_by: Literal["uniform", "last"] = "uniform"
     """As in ``hidden``."""
     weight: LossWeight = 1.0
-    """Weight of the mean over the layers, added to the loss; above 0."""
+    """Positive weight of the mean over the layers, added to the loss."""
     heads: Count | None = None
     """Number of relation heads for queries, keys or values; null transfers the attention of feature maps."""
 
@@ -112,7 +112,7 @@ class DistillConfig:
     alpha: Fraction = 0.5
     """Weight of the distillation term, 0 to 1; the loss on the labels has weight ``1 - alpha``."""
     loss: str = "kl"
-    """A row of `qatkit.distillation.divergences`: ``kl``, ``reverse_kl``, ``jsd`` or ``mse``."""
+    """A name in `qatkit.distillation.divergences.DIVERGENCES`: ``kl``, ``reverse_kl``, ``jsd`` or ``mse``."""
     beta: ProperFraction = 0.5
     """Weight of the teacher in the mixture of ``loss: jsd``, between 0 and 1."""
     ramp: Fraction = 0.0

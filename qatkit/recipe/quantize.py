@@ -24,8 +24,8 @@ class LayerConfig:
     """Observer of the weight's scale if `scheme` is set, such as lsq. The default is minmax."""
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    """Quantization of each layer's input. With ``strategy: tensor``, scales are calibrated and frozen; with ``token``
-    and ``group``, they are dynamic.
+    """Quantization of each layer's input. With ``strategy: tensor``, scales are calibrated and frozen unless
+    ``dynamic`` is set; with ``token`` and ``group``, they are dynamic.
     """
 
     def __post_init__(self) -> None:

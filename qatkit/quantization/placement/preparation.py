@@ -57,7 +57,7 @@ def prepare_for_target(
 
     Args:
         model: Any module.
-        target: A row of `qatkit.quantization.TARGETS`, such as "onnxruntime".
+        target: A name in `qatkit.quantization.TARGETS`, such as "onnxruntime".
         example: One input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments.
         weight: Quantization of weights, instead of the target's.
         activation: Quantization of activations, instead of the target's; must be per-tensor. If it is dynamic, only
