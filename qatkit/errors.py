@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+_LONG_WORD = re.compile(r"\S{500,}")
+"""A name or value without spaces that would fill the terminal; paths of runs are shorter."""
 
 
 class QatkitError(ValueError):
@@ -31,7 +35,8 @@ class QatkitError(ValueError):
     def __str__(self) -> str:
         text = f"{self.key}: {self.problem}" if self.key else self.problem
         text += f"; {self.advice}" if self.advice else ""
-        return f"{text} ({self.origin})" if self.origin else text
+        text = f"{text} ({self.origin})" if self.origin else text
+        return _LONG_WORD.sub(lambda word: f"{word[0][:57]}...", text)
 
     def under(self, prefix: str) -> QatkitError:
         """Return the same error with `prefix` added before its key.

@@ -173,6 +173,12 @@ def test_an_unknown_name_is_refused_with_the_nearest_recipe() -> None:
         load_recipe("vision/digit_int4")
 
 
+@pytest.mark.parametrize("key", ["stages.qat.start", "export.format", "stages.qat.optimizer"])
+def test_a_value_of_thousands_of_characters_is_shortened(recipe_file: Path, key: str) -> None:
+    message = refusal(recipe_file, f"{key}={'a' * 5000}")
+    assert f"{'a' * 40}" in message
+
+
 def test_a_folder_or_an_impossible_path_is_refused(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
     assert "cannot be read" in refusal(Path("a" * 300))
