@@ -59,6 +59,8 @@ def _read_json_lines(file: Path) -> Iterator[Record]:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
                 record = BadRecord(f"is not JSON ({error})")
+            except RecursionError:
+                record = BadRecord("is JSON that is nested too deeply")
             else:
                 if not isinstance(record, dict):
                     record = BadRecord("is not a JSON object", "write one JSON object per line")

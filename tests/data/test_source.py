@@ -134,3 +134,9 @@ def test_half_of_a_character_is_a_bad_record(tmp_path: Path) -> None:
     assert first == "naïve 😀"
     assert isinstance(second, BadRecord)
     assert "half a character" in str(second)
+
+
+def test_json_that_is_nested_too_deeply_is_a_bad_record(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{{"text": {"[" * 100_000}}}\n{{"text": "two"}}\n')
+    assert read(path) == (["one", "two"], {"2": "is JSON that is nested too deeply"})
