@@ -71,15 +71,17 @@ class ExportContext:
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements on which an error bound may depend."""
+    """The measurements of one output on which its error bound may depend."""
 
     quantizes_inputs: bool
     half_precision: bool
     """Whether a parameter is float16 or bfloat16."""
     quantization_error: float
-    """Mean of ``|trained - the same weights without fake quantization|`` over all outputs."""
+    """Mean of ``|trained - the same weights without fake quantization|``."""
     mean_output: float
-    """Mean of ``|trained|`` over all outputs."""
+    """Mean of ``|trained|``; 1 if the output is `whole`."""
+    whole: bool = False
+    """Whether the values are integers or booleans; each differs by 1 or not at all."""
     rounding_error: float = 0.0
     """Mean of ``|trained - the same computed in float64|``, if the format's row requests it. It measures how far
     rounding differences, which change single codes, affect the outputs.

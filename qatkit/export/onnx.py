@@ -27,7 +27,7 @@ from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.export.onnx_graph import name_after_layers, save, trace
-from qatkit.export.onnx_inputs import inputs_of
+from qatkit.export.onnx_inputs import inputs_of, unknown_inputs
 from qatkit.export.onnx_points import name_points, to_qdq_points
 from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.qdq import DYNAMIC, QDQ, is_signed_byte, to_qdq
@@ -74,25 +74,28 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
     compared = compare_onnx_weights(model, path)
     try:
         runtime = load_runtime(path, threads)
+        failures = compared.failures + unknown_inputs(model, runtime.inputs)
         if not (saturates() and compared.at_risk):
-            return ReadBack(compared.weights, compared.failures, runtime)
+            return ReadBack(compared.weights, failures, runtime)
         checked = SaturationCheck(runtime, path, compared.at_risk)
-        return ReadBack(compared.weights, compared.failures, checked, checked.failures)
+        return ReadBack(compared.weights, failures, checked, checked.failures)
     except QatkitError as error:
         return ReadBack(compared.weights, [*compared.failures, str(error)], None)
 
 
 def bound(measured: Measured) -> Bound:
-    """Return 1% of the quantization error if inputs are quantized, otherwise 1e-4 of the mean output.
+    """Return 1% of the quantization error if quantized inputs affect the output, otherwise 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding boundary, which changes one code of the next input.
     Where such flips spread (LayerNorm, softmax), two models at the same distance from the exact result differ by at
     most twice that distance. There, the bound is twice the difference between training and float64, and at most half of
-    the quantization error.
+    the quantization error. Classes and other integers may differ in 1% of the values.
     """
-    if not measured.quantizes_inputs:
+    if not measured.quantizes_inputs or measured.quantization_error == 0:
         return Bound("1e-4 of the mean output", 1e-4 * measured.mean_output)
-    # float32 noise is allowed even where quantization happens to change nothing
+    if measured.whole:
+        return Bound("1% of the values", 0.01)
+    # float32 noise is allowed even where quantization changes little
     limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)
     flips = min(2 * measured.rounding_error, 0.5 * measured.quantization_error)
     if flips > limit:

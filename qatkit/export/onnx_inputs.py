@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,18 @@ def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:
     if not tensors:
         raise QatkitError("the example has no tensor", advice="pass the inputs of one call of the model")
     return tensors
+
+
+def unknown_inputs(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Describe the inputs of a file that no parameter of the model's `forward` has the name of."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    return [
+        f"input '{name}': {type(model).__name__}.forward has no parameter of this name"
+        for name in names
+        if name not in parameters
+    ]
 
 
 def _is_text(tensor: Tensor) -> bool:

@@ -38,7 +38,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
-    """Compare every code, scale, zero point and bias in an ONNX file to the model's.
+    """Compare every code, scale, zero point and bias in an ONNX file, and other parameters by name, to the model's.
 
     A scale may differ only if all its codes represent zero, because it then has no effect on the weights.
 
@@ -74,6 +74,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
         failures += file.check_bias(name, prefix, layer, grid)
         if layer.input_fake_quant is not None and (codes := file.tensors.get(f"{prefix}weight.codes")) is not None:
             integer[name] = codes
+    failures += file.check_parameters(model)
     for name, fake_quant in points.items():
         failures += file.check_quantizer(f"result '{name}'", name, fake_quant)
     for extra in sorted(key for key in file.tensors if key.endswith("weight.codes") and key not in names):
@@ -145,6 +146,23 @@ class _File:
             if reader is None or reader.op_type != "DequantizeLinear" or tuple(reader.input) not in dynamic:
                 failures.append(f"layer '{name}': input: no DynamicQuantizeLinear node quantizes it")
         return failures
+
+    def check_parameters(self, model: nn.Module) -> list[str]:
+        """Compare the parameters that are not quantized, where the file has them under their names.
+
+        The exporter's optimizer names transposed ones otherwise, and folds BatchNorm into other layers' parameters.
+        """
+        if any(key.endswith("running_var") for key, _ in model.named_buffers()):
+            return []
+        outputs = {value.name for value in self.proto.graph.output}
+        quantized = tuple(f"{name}." for name, _ in qat_layers(model) if name)
+        return [
+            failure
+            for key, tensor in model.named_parameters(remove_duplicate=False)
+            if key in self.tensors and key not in outputs and not key.startswith(quantized)
+            if self.tensors[key].shape == tuple(tensor.shape) and tensor.dtype != torch.bfloat16
+            for failure in _differences(f"parameter '{key}'", self.tensors[key], tensor)
+        ]
 
     def check_bias(self, name: str, prefix: str, layer: QATLayer, grid: str) -> list[str]:
         bias = layer.operands(torch.zeros(1))[2]

@@ -60,8 +60,8 @@ def kinds(value: Any) -> str:
     return f"{kind} with {', '.join(parts)}" if parts else kind
 
 
-def distance(expected: Any, computed: Any) -> tuple[float, float]:
-    """Return the sum and maximum of the absolute differences of all outputs.
+def distances(expected: Any, computed: Any) -> dict[str, tuple[float, float]]:
+    """Return the sum and maximum of the absolute differences of each output, by name.
 
     Raises:
         ValueError: an output is missing or has a different shape.
@@ -69,17 +69,30 @@ def distance(expected: Any, computed: Any) -> tuple[float, float]:
     ours, theirs = tensors(expected), tensors(computed)
     if ours.keys() != theirs.keys():
         raise ValueError(f"outputs {sorted(theirs)} instead of {sorted(ours)}")
-    total, largest = 0.0, 0.0
     for name, output in ours.items():
         if theirs[name].shape != output.shape:
             place = f"output '{name}' has " if name else ""
             raise ValueError(f"{place}shape {list(theirs[name].shape)} instead of {list(output.shape)}")
-        error, most = difference(output, theirs[name])
-        total, largest = total + error, max(largest, most)
-    return total, largest
+    return {name: difference(output, theirs[name]) for name, output in ours.items()}
 
 
 def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Return the sum and maximum of the absolute differences of two tensors; unequal integers differ by 1."""
-    gaps = (theirs - ours).abs() if ours.is_floating_point() else (theirs != ours).float()
+    """Return the sum and maximum of the absolute differences of two tensors; unequal integers differ by 1.
+
+    Equal infinities do not differ: a mask may set logits to -Inf.
+    """
+    gaps = (theirs != ours).float()
+    if is_number(ours):
+        gaps = torch.where(gaps > 0, (theirs - ours).abs(), gaps)
     return float(gaps.sum(dtype=torch.float64)), float(gaps.max()) if gaps.numel() else 0.0
+
+
+def is_number(tensor: Tensor) -> bool:
+    """Whether the values are numbers that rounding may change, not integers or booleans."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def finite(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that are finite in both tensors."""
+    both = ours.isfinite() & theirs.isfinite()
+    return ours[both], theirs[both]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +12,39 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.judges import Judge
-from qatkit.export.output_tensors import difference, distance, kinds, tensors
+from qatkit.export.output_tensors import difference, distances, finite, is_number, kinds, tensors
 from qatkit.tasks import call
 
 Forward = Callable[[Callable[..., Any], Any], Any]
 """``(model, batch) -> outputs``: a tensor, or tensors in dicts, lists, tuples and dataclasses."""
+
+
+@dataclass
+class Output:
+    """Sums over the values of one output in all batches."""
+
+    values: int = 0
+    whole: bool = False
+    """Whether the values are integers or booleans; each differs by 1 or not at all."""
+    magnitude: float = 0.0
+    """Of the finite values; 1 for each integer."""
+    measured: int = 0
+    """Values that the model without fake quantization returns in the same shape: the number of detected boxes may
+    differ."""
+    quantization: float = 0.0
+    rounding: float = 0.0
+    error: float = 0.0
+    largest: float = 0.0
+
+    def add(self, expected: Tensor, plain: Tensor | None) -> None:
+        """Count the values of the trained model, and their difference from the model without fake quantization."""
+        self.values += expected.numel()
+        self.whole = not is_number(expected)
+        sizes = expected.abs()[expected.isfinite()].sum(dtype=torch.float64) if not self.whole else expected.numel()
+        self.magnitude += float(sizes)
+        if plain is not None and plain.shape == expected.shape:
+            self.quantization += difference(*finite(expected, plain))[0]
+            self.measured += expected.numel()
 
 
 @dataclass(frozen=True)
@@ -29,17 +58,33 @@ class Outputs:
     task: str
     metric: str
     trained_metric: float
-    mean_output: float
-    quantization_error: float
-    """Mean of ``|trained - the same weights without fake quantization|`` over outputs with equal shapes; shapes may
-    differ, for example with the number of detected boxes.
-    """
-    rounding_error: float = 0.0
-    """Mean of ``|trained - the same in float64|``."""
-    mean_error: float | None = None
-    max_error: float | None = None
+    each: Mapping[str, Output]
+    """By the place of each tensor in the outputs; "" if it is the only one."""
+    not_in_float64: str = ""
+    """The reason why the effect of rounding is unknown; empty if it was measured, or not asked for."""
+    ran: bool = False
+    """Whether the file computed all batches."""
     agreement: float | None = None
     runtime_metric: float | None = None
+
+    @property
+    def quantization_error(self) -> float:
+        """Mean of ``|trained - the same weights without fake quantization|`` over all outputs."""
+        return self._mean("quantization", "measured")
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean of ``|runtime - trained|`` over all outputs; None if the file did not run."""
+        return self._mean("error", "values") if self.ran else None
+
+    @property
+    def max_error(self) -> float | None:
+        """The largest of these differences."""
+        return max(output.largest for output in self.each.values()) if self.ran else None
+
+    def _mean(self, total: str, count: str) -> float:
+        sums = [sum(float(getattr(output, name)) for output in self.each.values()) for name in (total, count)]
+        return sums[0] / max(sums[1], 1.0)
 
 
 @torch.no_grad()
@@ -69,8 +114,8 @@ def compare_outputs(
         QatkitError: there are no batches.
     """
     judge, runtime_judge = judges
-    number, elements, measured_elements, same = 0, 0, 0, 0
-    outputs, quantization, rounding, error, largest = 0.0, 0.0, 0.0, 0.0, 0.0
+    number, same, not_in_float64 = 0, 0, ""
+    each: defaultdict[str, Output] = defaultdict(Output)
     for number, batch in enumerate(map(_on_cpu, batches), 1):
         expected = forward(trained, batch)
         found = tensors(expected)
@@ -81,29 +126,29 @@ def compare_outputs(
                 advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
             )
         judge.add(expected, batch)
-        elements += sum(output.numel() for output in found.values())
-        outputs += sum(float(output.abs().sum(dtype=torch.float64)) for output in found.values())
-        if floating is not None:
-            plain = tensors(forward(floating, batch))
-            alike = {name for name in found.keys() & plain.keys() if found[name].shape == plain[name].shape}
-            quantization += sum(difference(found[name], plain[name])[0] for name in alike)
-            measured_elements += sum(found[name].numel() for name in alike)
+        plain = tensors(forward(floating, batch)) if floating is not None else {}
+        for name, output in found.items():
+            each[name].add(output, plain.get(name))
         if precise is not None:
             try:
-                rounding += distance(tensors(forward(precise, _in_float64(batch))), found)[0]
-            except (RuntimeError, ValueError):  # it makes float32 tensors of its own: no effect of rounding is allowed
-                precise, rounding = None, 0.0
+                exact = distances(tensors(forward(precise, _in_float64(batch))), found)
+            except Exception as reason:  # a forward that asserts float32 or makes float32 tensors may raise anything
+                precise, not_in_float64 = None, f"{type(reason).__name__}: {reason}"
+            else:
+                for name, (total, _) in exact.items():
+                    each[name].rounding += total
         if runtime is None:
             continue
         try:
             computed = forward(runtime, batch)
-            total, most = distance(expected, computed)
+            apart = distances(expected, computed)
         except Exception as reason:  # the runtime's exceptions share no base class
             failures.append(f"outputs: the runtime fails on batch {number} (expected: {kinds(expected)}): {reason}")
             runtime = None
             continue
-        error += total
-        largest = max(largest, most)
+        for name, (total, largest) in apart.items():
+            each[name].error += total
+            each[name].largest = max(each[name].largest, largest)
         runtime_judge.add(computed, batch)
         same += judge.agreements(expected, computed, batch)
     if number == 0:
@@ -115,25 +160,21 @@ def compare_outputs(
             advice="pass batches with predictions and labels",
         )
     task, metric, counted = judge.words
+    if not_in_float64:
+        for sums in each.values():
+            sums.rounding = 0.0  # of some batches only
     measured = Outputs(
         samples=judge.count,
         counted=counted,
         task=task,
         metric=metric,
         trained_metric=judge.value(),
-        mean_output=outputs / elements,
-        quantization_error=quantization / max(measured_elements, 1),
-        rounding_error=rounding / elements,
+        each=each,
+        not_in_float64=not_in_float64,
     )
     if runtime is None:
         return measured
-    return replace(
-        measured,
-        mean_error=error / elements,
-        max_error=largest,
-        agreement=same / judge.count,
-        runtime_metric=runtime_judge.value(),
-    )
+    return replace(measured, ran=True, agreement=same / judge.count, runtime_metric=runtime_judge.value())
 
 
 def _in_float64(batch: Any) -> Any:

@@ -43,7 +43,7 @@ class Runtime:
     def __init__(self, session: Any, threads: int | None) -> None:
         self.threads = threads
         self._session = session
-        self._inputs = [value.name for value in session.get_inputs()]
+        self.inputs = [value.name for value in session.get_inputs()]
         self._outputs = [value.name for value in session.get_outputs()]
         self._single = self._outputs == [ONLY_OUTPUT] and NAMED not in session.get_modelmeta().custom_metadata_map
 
@@ -51,18 +51,24 @@ class Runtime:
         """The output of the model; several are returned in dicts and tuples, as the model returns them.
 
         Raises:
-            QatkitError: an input is missing, or the file has no such input.
+            QatkitError: an input is missing, has another dtype or size than in the file, or is not in the file.
         """
-        given = dict(zip(self._inputs, args, strict=False)) | kwargs
+        given = dict(zip(self.inputs, args, strict=False)) | kwargs
         tensors = {name: value for name, value in given.items() if value is not None}
-        if len(args) > len(self._inputs) or tensors.keys() != set(self._inputs):
+        if len(args) > len(self.inputs) or tensors.keys() != set(self.inputs):
             raise QatkitError(
-                f"the file takes {', '.join(self._inputs)}, but {', '.join(tensors) or 'nothing'} was passed"
-                + (f" in {len(args)} positional arguments" if len(args) > len(self._inputs) else ""),
+                f"the file takes {', '.join(self.inputs)}, but {', '.join(tensors) or 'nothing'} was passed"
+                + (f" in {len(args)} positional arguments" if len(args) > len(self.inputs) else ""),
                 advice="pass the inputs of the example that the model was exported with",
             )
-        feed = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-        flat = dict(zip(self._outputs, map(torch.from_numpy, self._session.run(None, feed)), strict=True))
+        try:
+            computed = self._session.run(None, {name: value.detach().cpu().numpy() for name, value in tensors.items()})
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise QatkitError(
+                f"ONNX Runtime fails on these inputs: {error}",
+                advice="pass tensors of the dtypes and sizes of the example that the model was exported with",
+            ) from error
+        flat = dict(zip(self._outputs, map(torch.from_numpy, computed), strict=True))
         return flat[ONLY_OUTPUT] if self._single else nested(flat)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qatkit.export.output_tensors import distance
+from qatkit.export.output_tensors import distances
 from qatkit.export.runtime import Runtime, open_session
 
 _LARGEST_PAIR = 32767 // 255
@@ -69,7 +69,8 @@ class SaturationCheck:
         """The outputs of the default session."""
         outputs = self._runtime(*args, **kwargs)
         with torch.no_grad():
-            self._largest = max(self._largest, distance(self._exact(*args, **kwargs), outputs)[1])
+            apart = distances(self._exact(*args, **kwargs), outputs)
+            self._largest = max([self._largest, *(largest for _, largest in apart.values())])
         return outputs
 
     def failures(self) -> list[str]:

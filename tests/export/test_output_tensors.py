@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from qatkit.export.output_tensors import difference, distance, kinds, nested, tensors
+from qatkit.export.output_tensors import difference, distances, finite, kinds, nested, tensors
 
 
 @dataclass
@@ -47,10 +48,10 @@ def test_outputs_are_described_by_their_type_and_their_tensors() -> None:
     assert kinds(3) == "int"
 
 
-def test_the_distance_adds_up_differences_and_keeps_the_largest() -> None:
-    ours, theirs = (A, B), (A + 0.5, B - 0.25)
-    assert distance(ours, theirs) == (6 * 0.5 + 4 * 0.25, 0.5)
-    assert distance(ours, ours) == (0.0, 0.0)
+def test_the_distance_of_each_output_adds_up_differences_and_keeps_the_largest() -> None:
+    ours, theirs = (A, B), (A + 0.5, B - torch.tensor([0.25, 0.5, 0.0, 0.0]))
+    assert distances(ours, theirs) == {"0": (6 * 0.5, 0.5), "1": (0.75, 0.5)}
+    assert distances(ours, ours) == {"0": (0.0, 0.0), "1": (0.0, 0.0)}
 
 
 def test_sums_of_differences_do_not_lose_digits() -> None:
@@ -60,6 +61,24 @@ def test_sums_of_differences_do_not_lose_digits() -> None:
 
 def test_integers_differ_by_one_or_not_at_all() -> None:
     assert difference(torch.tensor([1, 2, 3]), torch.tensor([1, 7, 9])) == (2.0, 1.0)
+    assert difference(torch.tensor([True, False]), torch.tensor([True, True])) == (1.0, 1.0)
+
+
+def test_complex_numbers_differ_by_the_length_of_their_difference() -> None:
+    assert difference(torch.tensor([1 + 1j, 2]), torch.tensor([4 + 5j, 2])) == (5.0, 5.0)
+
+
+def test_equal_infinities_do_not_differ_and_others_do() -> None:
+    inf = torch.inf
+    assert difference(torch.tensor([inf, -inf, 1.0]), torch.tensor([inf, -inf, 1.5])) == (0.5, 0.5)
+    assert difference(torch.tensor([inf, 0.0]), torch.tensor([-inf, 0.0])) == (inf, inf)
+    assert difference(torch.tensor([-inf]), torch.tensor([0.0])) == (inf, inf)
+    assert all(math.isnan(gap) for gap in difference(torch.tensor([math.nan]), torch.tensor([math.nan])))
+
+
+def test_only_values_that_are_finite_in_both_are_kept() -> None:
+    ours, theirs = torch.tensor([1.0, torch.inf, 2.0, torch.nan]), torch.tensor([3.0, 1.0, -torch.inf, 1.0])
+    assert [part.tolist() for part in finite(ours, theirs)] == [[1.0], [3.0]]
 
 
 def test_empty_outputs_do_not_differ() -> None:
@@ -76,4 +95,4 @@ def test_empty_outputs_do_not_differ() -> None:
 )
 def test_a_missing_output_and_another_shape_are_named(ours: Any, theirs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        distance(ours, theirs)
+        distances(ours, theirs)
