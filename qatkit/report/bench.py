@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,8 @@ def compare(
 
     Args:
         paths: Files by name.
-        example: One input batch that all files accept: a tensor ``[batch, ...]``, or tensors by input name.
+        example: One input batch that all files accept: a tensor ``[batch, ...]``, or tensors by input name, of which
+            those with the most frequent first dimension are repeated or truncated to each batch size.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Number of rounds; each round times every file once, with enough calls to take 2 ms.
@@ -142,7 +144,15 @@ def _load(path: Path, threads: int, format: str | None) -> Callable[..., object]
 def _call(runtime: Callable[..., object], example: Example, size: int) -> Callable[[], object]:
     if isinstance(example, Tensor):
         return partial(runtime, _batch(example, size))
-    return partial(runtime, **{name: _batch(tensor, size) for name, tensor in example.items()})
+    lengths = Counter(len(tensor) for tensor in example.values() if tensor.dim())
+    batch = max(lengths, key=lengths.__getitem__, default=0)  # other inputs, such as a table, do not grow with it
+    return partial(
+        runtime,
+        **{
+            name: _batch(tensor, size) if tensor.dim() and len(tensor) == batch else tensor
+            for name, tensor in example.items()
+        },
+    )
 
 
 def _batch(example: Tensor, size: int) -> Tensor:

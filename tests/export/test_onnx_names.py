@@ -15,6 +15,7 @@ from qatkit import QatkitError, QatkitWarning, QuantSpec, calibrate, prepare_qat
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import load_runtime
 from qatkit.export.verification import verify
+from qatkit.report.bench import bench
 from tests.export.conftest import UINT8
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -184,3 +185,25 @@ def test_a_model_that_the_file_cannot_hold_is_refused_with_its_reason(
     with pytest.raises(QatkitError, match=message):
         export_onnx(model, example, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.double(), r"ONNX Runtime fails on these inputs: .*Actual: \(tensor\(double\)\) , expected: \(tensor\(float"),
+        (X[:, :7], "ONNX Runtime fails on these inputs: (.|\n)*Got: 7 Expected: 8"),
+        (X.bfloat16(), "ONNX Runtime fails on these inputs: .*BFloat16.*; pass tensors of the dtypes and sizes"),
+    ],
+    ids=["dtype", "size", "bfloat16"],
+)
+def test_inputs_that_the_file_does_not_take_are_one_error(x: Tensor, message: str, tmp_path: Path) -> None:
+    export_onnx(nn.Linear(8, 4), X, tmp_path / "model.onnx")
+    with pytest.raises(QatkitError, match=message):
+        load_runtime(tmp_path / "model.onnx", 1)(x)
+
+
+def test_the_latency_of_a_model_with_a_number_and_a_table_is_measured(tmp_path: Path) -> None:
+    example = {"factor": torch.tensor(2.0), "table": torch.randn(9, 3), "x": X, "y": X}
+    with pytest.warns(QatkitWarning, match="'table'"):
+        export_onnx(Scaled(), example, tmp_path / "model.onnx")
+    assert [row["batch_size"] for row in bench(tmp_path / "model.onnx", example, repeats=1)] == [1, 64]
