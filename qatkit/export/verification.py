@@ -209,7 +209,7 @@ def _beyond(bounds: Mapping[str, Bound], outputs: Outputs) -> list[str]:
 def _mean_bound(bounds: Mapping[str, Bound], outputs: Outputs) -> Bound:
     """The mean error that the bounds allow over all outputs."""
     texts = {bound.text for bound in bounds.values()}
-    text = texts.pop() if len(texts) == 1 else "the bound of each output"
+    text = texts.pop() if len(texts) == 1 else "a limit for each output"
     limits = [(bound.limit, outputs.each[name].values) for name, bound in bounds.items()]
     total = sum(limit * values for limit, values in limits if limit is not None)
     unbounded = any(limit is None for limit, _ in limits)
