@@ -28,7 +28,7 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
             f"the training data loader is a {type(loader).__name__} of {len(loader)} loaders, so the calibration "
             "batches are ambiguous",
             key="calibration",
-            advice="for a list of batches, pass DataLoader(batches, batch_size=None); for several loaders, call "
+            advice="for a list of batches, pass DataLoader(batches, batch_size=None); for multiple loaders, call "
             "prepare_qat and qatkit.calibrate(module, batches, forward) yourself, or use dynamic activations "
             "(strategy='token')",
         )
@@ -98,7 +98,7 @@ def on_every_process(work: Callable[[], object]) -> None:
         raise error
     for rank, failed in enumerate(errors):
         if failed is not None:
-            raise QatkitError(f"{failed['problem']} (on process {rank})", **_without(failed, "problem"))
+            raise QatkitError(f"{failed['problem']} (on rank {rank})", **_without(failed, "problem"))
 
 
 def module_forward(module: LightningModule, batch: Any) -> object:

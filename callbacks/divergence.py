@@ -34,7 +34,7 @@ class DistillationLoss:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise QatkitError(f"{self.temperature} is out of range", key="temperature", advice="use a number above 0")
+            raise QatkitError(f"{self.temperature} is out of range", key="temperature", advice="use a positive number")
         DIVERGENCES.row(self.loss, key="loss")
         check_beta(self.beta)
 
@@ -128,7 +128,7 @@ class DistillationLoss:
         self.row.check_cached()
         if cache.temperature != self.temperature:
             raise QatkitError(
-                f"{self.temperature} differs from {cache.temperature}, the temperature of the cache in {cache.folder}",
+                f"{self.temperature} differs from the temperature {cache.temperature} of the cache in {cache.folder}",
                 key="temperature",
                 advice=f"use temperature={cache.temperature}, or write a new cache",
             )
@@ -155,9 +155,9 @@ def losses_of(
     """
     if isinstance(loss, Mapping) and set(loss) != set(keys or ()):
         raise QatkitError(
-            f"it names the outputs {list(loss)}, but {list(keys or ())} are compared",
+            f"it lists the outputs {list(loss)}, but the compared outputs are {list(keys or ())}",
             key="loss",
-            advice="name each output in both, such as outputs={'boxes': 0.2, 'scores': 1.0} and "
+            advice="use the same names in both, such as outputs={'boxes': 0.2, 'scores': 1.0} and "
             "loss={'boxes': 'mse', 'scores': 'kl'}",
         )
     names = [loss] if isinstance(loss, str) and keys is None else [_named(loss, key) for key in keys or ()]
@@ -211,7 +211,7 @@ class NanWatch:
         if self._first is not None and self._first >= 0:
             batch, self._first = int(self._first), None
             raise QatkitError(
-                f"the teacher's outputs for training batch {batch}, counted from 0, contain NaN",
+                f"the teacher's outputs for training batch {batch} (counting from 0) contain NaN",
                 key="teacher",
                 advice="check that batch for empty or overlong inputs, and the precision: a teacher trained in bf16 "
                 "can overflow in fp16",

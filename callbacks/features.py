@@ -64,9 +64,7 @@ class AttentionMatch:
     def __post_init__(self) -> None:
         _check("attention", self.layers, self.weight)
         if self.heads is not None and self.heads < 1:
-            raise QatkitError(
-                f"{self.heads} is out of range", key="attention.heads", advice="use an integer of at least 1"
-            )
+            raise QatkitError(f"{self.heads} is out of range", key="attention.heads", advice="use a positive integer")
 
 
 class FeatureMatch:
@@ -208,7 +206,7 @@ def _keep(seen: dict[str, Tensor], name: str, trains: bool) -> Callable[..., Non
             raise QatkitError(
                 f"'{name}' returns {type(tensor).__name__}, not a tensor",
                 key="layers",
-                advice="name one of the model's submodules",
+                advice="pass the name of one of the model's submodules",
             )
         seen[name] = tensor
 
@@ -221,7 +219,7 @@ def _pair(student: dict[str, Tensor], teacher: dict[str, Tensor], ours: str, the
             raise QatkitError(
                 f"the hook on '{name}' of the {role} recorded no output",
                 key="layers",
-                advice="name a layer that the model's forward calls; if you compile the model, compile it after the "
+                advice="use a layer that the model's forward calls; if you compile the model, compile it after the "
                 "Trainer has started",
             )
     return student[ours], teacher[theirs]
@@ -231,8 +229,8 @@ def _check_widths(names: tuple[str, str], pair: tuple[Tensor, Tensor], widths: t
     seen = pair[0].shape[-1], pair[1].shape[-1]
     if seen != tuple(widths or (seen[0], seen[0])):
         raise QatkitError(
-            f"{widths}, but layer '{names[0]}' of the student returns {list(pair[0].shape)} and '{names[1]}' of the "
-            f"teacher {list(pair[1].shape)}",
+            f"{widths} does not fit layer '{names[0]}' of the student, which returns {list(pair[0].shape)}, and "
+            f"'{names[1]}' of the teacher, which returns {list(pair[1].shape)}",
             key="hidden.widths",
             advice=f"use widths={seen}, or compare other layers",
         )
@@ -245,7 +243,7 @@ def _check_maps(states: Mapping[str, Tensor]) -> None:
                 f"None requires feature maps [batch, channels, height, width], but layer '{name}' returns "
                 f"{list(state.shape)}",
                 key="attention.heads",
-                advice="use heads=4 for queries, keys or values, or name convolutions",
+                advice="use heads=4 for queries, keys or values, or compare convolutional layers",
             )
 
 
@@ -257,9 +255,9 @@ def _mask_for(mask: Tensor | None, states: Tensor) -> Tensor | None:
 def _check(key: str, layers: Mapping[str, str], weight: float) -> None:
     if not isinstance(layers, Mapping) or not layers:
         raise QatkitError(
-            f"{layers!r} names no layers",
+            f"{layers!r} maps no layers",
             key=f"{key}.layers",
             advice="use {'student layer': 'teacher layer'}",
         )
     if not (weight > 0 and math.isfinite(weight)):
-        raise QatkitError(f"{weight} is out of range", key=f"{key}.weight", advice="use a number above 0")
+        raise QatkitError(f"{weight} is out of range", key=f"{key}.weight", advice="use a positive number")

@@ -38,10 +38,10 @@ class Generation:
             raise QatkitError(f"{self.fraction} is out of range", key="fraction", advice="use a number from 0 to 1")
         for name, value in (("prompt", self.prompt), ("new_tokens", self.new_tokens)):
             if value is not None and value < 1:
-                raise QatkitError(f"{value} is out of range", key=name, advice="use an integer of at least 1")
+                raise QatkitError(f"{value} is out of range", key=name, advice="use a positive integer")
         if self.temperature < 0:
             raise QatkitError(
-                f"{self.temperature} is out of range", key="temperature", advice="use 0 or a number above 0"
+                f"{self.temperature} is out of range", key="temperature", advice="use a non-negative number"
             )
 
     def fraction_at(self, progress: float) -> float:
@@ -128,7 +128,7 @@ def check_no_generation(on_policy: Generation | None, sequence_level: Generation
     for key, plan in (("on_policy", on_policy), ("sequence_level", sequence_level)):
         if plan is not None:
             raise QatkitError(
-                "a cache contains no outputs for generated texts",
+                "a cache contains no outputs for generated text",
                 key=key,
                 advice=f"use a live teacher, or remove {key}",
             )

@@ -46,8 +46,8 @@ def load_quantized(module: Module, checkpoint: Path | str) -> Module:
         content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise QatkitError(
-            "the checkpoint contains objects other than tensors and plain values (saved hyperparameters, for example), "
-            "which are not unpickled",
+            "the checkpoint contains objects other than tensors and plain values (for example, saved hyperparameters), "
+            "and qatkit does not unpickle them",
             key=str(checkpoint),
             advice="register the types that you trust with torch.serialization.add_safe_globals",
         ) from error

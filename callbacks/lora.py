@@ -120,7 +120,7 @@ class LoRA(Callback):
             raise QatkitError(
                 f"weights that bitsandbytes quantizes to {self.bits} bits cannot also be fake-quantized",
                 key="bits",
-                advice="merge the adapters, and quantize in a separate fit",
+                advice="merge the adapters, and quantize in a separate call to fit",
             )
         check_backend(trainer.strategy.root_device)
         names, dtype = base_layers(pl_module), COMPUTE.get(str(trainer.precision))
@@ -143,11 +143,11 @@ class LoRA(Callback):
                 raise QatkitError(
                     f"{name} prunes weights that LoRA freezes",
                     key="callbacks",
-                    advice="prune in an earlier fit, and use LoRA(held=[...]) with the pruned layers",
+                    advice="prune in an earlier call to fit, and use LoRA(held=[...]) with the pruned layers",
                 )
             if isinstance(other, QuantizationAwareTraining) and callbacks.index(other) > position:
                 raise QatkitError(
-                    f"{name} must swap layers before LoRA adds adapters",
+                    f"{name} must replace layers before LoRA adds adapters",
                     key="callbacks",
                     advice=f"put {name} before LoRA",
                 )

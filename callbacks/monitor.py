@@ -81,7 +81,7 @@ class CompressionMonitor(Callback):
 
     def __init__(self, every: int = 100) -> None:
         if every < 1:
-            raise QatkitError(f"{every} is out of range", key="every", advice="use an integer of at least 1")
+            raise QatkitError(f"{every} is out of range", key="every", advice="use a positive integer")
         self.every = every
         self.table: list[MonitorRow] = []
         """The last observation of each layer."""

@@ -54,10 +54,10 @@ class MovementPruning(MagnitudePruning):
         super().__init__(ramp=ramp, scope=scope, include=include, exclude=exclude)
         if ramp.initial or not ramp.start:
             raise QatkitError(
-                f"start={ramp.start} and initial={ramp.initial} prune before the first step, when no movement scores "
-                "exist",
+                f"start={ramp.start} and initial={ramp.initial} would prune before the first step, when no movement "
+                "scores exist",
                 key="ramp",
-                advice="use initial=0 and a start above 0, such as 0.1",
+                advice="use initial=0 and a positive start, such as 0.1",
             )
         self._scores: dict[str, Tensor] = {}
 

@@ -43,7 +43,7 @@ class NonFiniteSteps(Callback):
 
     def __init__(self, limit: int = 10) -> None:
         if limit < 1:
-            raise QatkitError(f"{limit} is out of range", key="limit", advice="use an integer of at least 1")
+            raise QatkitError(f"{limit} is out of range", key="limit", advice="use a positive integer")
         self.limit = limit
         self.skipped = 0
         """Steps that were skipped since training started or was resumed."""
@@ -77,7 +77,7 @@ class NonFiniteSteps(Callback):
         what, cause = "loss" if of_loss else "gradient", inputs.found()
         if self.skipped == 1 and (trainer.is_global_zero or cause is not None):
             _warn(
-                f"step {trainer.global_step + 1} was skipped, because its {what} was NaN or infinite"
+                f"step {trainer.global_step + 1} was skipped because its {what} was non-finite"
                 + (f": {cause}; remove the non-finite samples from the data" if cause else "")
             )
         if self.in_a_row >= self.limit:
@@ -91,8 +91,8 @@ class NonFiniteSteps(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.skipped > 1 and trainer.is_global_zero:
             _warn(
-                f"{self.skipped} steps up to step {trainer.global_step} were skipped, because their loss or gradient "
-                "was NaN or infinite"
+                f"{self.skipped} steps up to step {trainer.global_step} were skipped because their loss or gradient "
+                "was non-finite"
             )
 
     @override
@@ -122,9 +122,9 @@ class NonFiniteSteps(Callback):
         if not Path(path).is_file():
             checkpoint = "there is no checkpoint yet"
         elif weight is not None and not isinstance(kept, FiniteCheckpoint):
-            checkpoint = f"the last checkpoint, {path}, may contain it too; resume from an earlier one"
+            checkpoint = f"the last checkpoint, {path}, may contain non-finite weights too; resume from an earlier one"
         raise QatkitError(
-            f"the {what} was NaN or infinite in {self.limit} steps in a row, up to step {trainer.global_step + 1} "
+            f"the {what} was non-finite in {self.limit} consecutive steps, up to step {trainer.global_step + 1} "
             f"({weights}; {checkpoint})",
             key="training",
             advice="try a smaller lr, a warmup, gradient_clip: 1.0 or bf16-mixed instead of 16-mixed, and check the "
@@ -165,7 +165,7 @@ def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
     tensor = non_finite(module)
     if not trainer.strategy.reduce_boolean_decision(tensor is not None, all=False):
         return None
-    return tensor or "a weight on another process"
+    return tensor or "a weight on another rank"
 
 
 def non_finite(module: nn.Module) -> str | None:

@@ -69,12 +69,12 @@ class OneShotPruning(PruningCallback):
             )
         if (sparsity is None) == (nm is None):
             raise QatkitError(
-                "exactly one of sparsity and nm is needed", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
+                "exactly one of sparsity and nm is required", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
             )
         if sparsity is not None:
             check_sparsity("sparsity", sparsity)
             if not sparsity:
-                raise QatkitError("0 prunes nothing", key="sparsity", advice="use a fraction above 0, such as 0.5")
+                raise QatkitError("0 prunes nothing", key="sparsity", advice="use a positive fraction, such as 0.5")
         if nm is not None:
             check_nm_pair(nm)
         if scope != "layer" and ("scope" not in row.keys or nm is not None):
@@ -111,7 +111,7 @@ class OneShotPruning(PruningCallback):
     def start(self, pl_module: LightningModule) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
             raise QatkitError(
-                f"'{self.method}' needs unsharded weights, but FSDP2 shards them",
+                f"'{self.method}' requires unsharded weights, but FSDP2 shards them",
                 key="method",
                 advice="use MagnitudePruning, one process or strategy='ddp'",
             )

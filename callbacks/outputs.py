@@ -51,13 +51,13 @@ class ComparedOutputs:
         if outputs is None:
             return cls(None, (1.0,), class_dim, pooling)
         if not outputs:
-            raise QatkitError("the list is empty", key="outputs", advice="name at least one output, or remove outputs")
+            raise QatkitError("the list is empty", key="outputs", advice="list at least one output, or remove outputs")
         if not isinstance(outputs, Mapping):
             return cls(tuple(outputs), (1 / len(outputs),) * len(outputs), class_dim, pooling)
         for key, weight in outputs.items():
             if not 0 <= weight < math.inf:
                 raise QatkitError(
-                    f"the weight of {key!r} is {weight}", key="outputs", advice="use a finite number, 0 or above"
+                    f"the weight of {key!r} is {weight}", key="outputs", advice="use a finite non-negative number"
                 )
         return cls(tuple(outputs), tuple(outputs.values()), class_dim, pooling)
 
@@ -137,7 +137,7 @@ def logits_of(output: Any, keys: Sequence[str | int] | None) -> list[Tensor]:
         kind = f"{type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")
     missing = [key for key, logits in zip(keys or ["logits"], tensors, strict=True) if not isinstance(logits, Tensor)]
     raise QatkitError(
-        f"the model returned {kind} without a tensor at {missing}",
+        f"the model returned {kind}, which contains no tensor at {missing}",
         key="outputs",
         advice="pass outputs=[...] with the keys or indices of the tensors to compare",
     )

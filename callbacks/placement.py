@@ -60,7 +60,7 @@ def _first_batch(trainer: Trainer) -> Any:
         for batch in [] if loader is None else first_batches(loader, 1):
             return batch
     raise QatkitError(
-        "placing the quantizers of results takes a forward pass, but the Trainer has no training batch yet",
+        "placing activation quantizers requires a forward pass, but the Trainer has no training batch yet",
         key="target",
         advice="set example_input_array in the LightningModule, or call fit before validate, test and predict",
     )

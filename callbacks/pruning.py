@@ -80,7 +80,7 @@ class MagnitudePruning(PruningCallback):
         given = [key for key, value in (("sparsity", sparsity), ("ramp", ramp), ("nm", nm)) if value is not None]
         if len(given) != 1:
             raise QatkitError(
-                f"exactly one of sparsity, ramp and nm is needed, got {' and '.join(given) or 'none'}",
+                f"exactly one of sparsity, ramp and nm is required, got {' and '.join(given) or 'none'}",
                 key=given[0] if given else "sparsity",
                 advice="pass sparsity=0.5, ramp=Ramp(0.5) or nm=(2, 4)",
             )
@@ -97,7 +97,7 @@ class MagnitudePruning(PruningCallback):
             raise QatkitError(
                 "0.0 prunes nothing",
                 key="sparsity" if ramp is None else "ramp.final",
-                advice="use a fraction above 0, such as 0.5",
+                advice="use a positive fraction, such as 0.5",
             )
         if scope not in ("layer", "model"):
             raise QatkitError(f"'{scope}' is unknown", key="scope", advice="use 'layer' or 'model'")
@@ -139,7 +139,7 @@ class MagnitudePruning(PruningCallback):
             raise QatkitError(
                 f"{type(averaging[0]).__name__} averages weights from before and after pruning, which leaves no zeros",
                 key="ramp",
-                advice="prune in an earlier fit, and keep the mask with ConstantPruning",
+                advice="prune in an earlier call to fit, and keep the mask with ConstantPruning",
             )
 
     @override
@@ -152,7 +152,7 @@ class MagnitudePruning(PruningCallback):
             raise QatkitError(
                 f"{self.layer_sparsity} leaves no layer to prune",
                 key="layers",
-                advice="use a fraction above 0 for at least one layer",
+                advice="use a positive fraction for at least one layer",
             )
         for name, layer in layers.items():
             if self.nm is not None:
@@ -182,9 +182,9 @@ class MagnitudePruning(PruningCallback):
         super().on_train_start(trainer, pl_module)
         if self.ramp.end and math.isinf(trainer.estimated_stepping_batches):
             raise QatkitError(
-                "training has no end, so its progress is unknown",
+                "training has no end, so the progress of the ramp is unknown",
                 key="ramp",
-                advice="set max_steps or max_epochs of the Trainer",
+                advice="set max_steps or max_epochs on the Trainer",
             )
 
     @override

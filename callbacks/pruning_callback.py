@@ -121,7 +121,7 @@ class PruningCallback(Callback):
         for name, zeros in count_zeros(weights).items():
             if zeros != recorded[name]:
                 raise QatkitError(
-                    f"layer '{name}' was saved with {recorded[name]} zeros of {weights[name].numel()} weights, but its "
+                    f"layer '{name}' was saved with {recorded[name]} zeros in {weights[name].numel()} weights, but its "
                     f"loaded weight has {zeros}, so it was changed after loading",
                     advice="load the checkpoint unchanged",
                 )

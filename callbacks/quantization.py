@@ -107,7 +107,7 @@ class QuantizationAwareTraining(Callback):
             raise QatkitError(
                 f"{calibration_batches} is out of range",
                 key="calibration_batches",
-                advice="use an integer of at least 1",
+                advice="use a positive integer",
             )
         self.target = _format_of(target, runtime)
         self.places = runtime is not None and activation is not None and not activation.dynamic
@@ -204,14 +204,14 @@ class QuantizationAwareTraining(Callback):
         if sharded and self.places and self.activation is not None and self.activation.learned:
             raise QatkitError(
                 f"'{self.activation.observer}' is not supported with target on {type(trainer.strategy).__name__}: "
-                "layers of several shards would share a learned scale",
+                "layers in different shards would share a learned scale",
                 key="activation.observer",
                 advice="use minmax or mse for activations",
             )
         if sharded and str(trainer.precision).endswith("16-true") and any(spec and spec.learned for spec in specs):
             raise QatkitError(
                 f"'{trainer.precision}' is not supported with learned scales on {type(trainer.strategy).__name__}: it "
-                "shards parameters of one dtype together, and scales are float32",
+                "can shard only parameters of the same dtype together, and scales are float32",
                 key="precision",
                 advice="use bf16-mixed, or observer: mse, whose scales are buffers",
             )
@@ -245,9 +245,9 @@ class QuantizationAwareTraining(Callback):
     def _apply_ptq(self, trainer: Trainer, pl_module: LightningModule, method: str) -> None:
         if any(hasattr(parameter, "device_mesh") for parameter in pl_module.parameters()):
             raise QatkitError(
-                f"'{method}' needs unsharded weights, but FSDP2 shards them",
+                f"'{method}' requires unsharded weights, but FSDP2 shards them",
                 key="init",
-                advice=f"run {method} as a separate stage with max_steps: 0 on one process or with strategy: ddp, and "
+                advice=f"run {method} in a separate stage with max_steps: 0 on one process or with strategy: ddp, and "
                 "train from its result",
             )
         forward = as_training_does(trainer, pl_module, self.calibration_forward)
@@ -290,7 +290,7 @@ class QuantizationAwareTraining(Callback):
         if idle:
             layers = sorted({name.rpartition(".")[0] for name in idle})
             raise QatkitError(
-                f"training never calls the forward of the quantized layers {layers}; their weights are used by "
+                f"training never calls forward on the quantized layers {layers}; their weights are used by "
                 "another module or are unused",
                 key="include",
                 advice="add these layers to exclude",

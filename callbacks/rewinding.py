@@ -45,7 +45,7 @@ class WeightRewinding(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not self._pruning(trainer):
             raise QatkitError(
-                "WeightRewinding needs a pruning callback before it, whose mask it keeps",
+                "WeightRewinding requires a pruning callback before it, and keeps the mask of that callback",
                 key="callbacks",
                 advice="use callbacks=[MagnitudePruning(0.5), WeightRewinding(...)]",
             )
@@ -65,7 +65,7 @@ class WeightRewinding(Callback):
         for name, count in total_counts(lost, pruned).items():
             if count:  # checked before the first change, so an error leaves the module unchanged
                 raise QatkitError(
-                    f"{count} kept weights of layer '{name}' are 0 in the earlier weights, so they would count as "
+                    f"{count} kept weights of layer '{name}' are 0 in the earlier weights, so they would be treated as "
                     "pruned",
                     advice="use weights of a later step, or exclude the layer",
                 )
@@ -88,8 +88,7 @@ def _check_fits(earlier: Mapping[str, Tensor], current: Mapping[str, Tensor]) ->
     ]
     if different:
         raise QatkitError(
-            f"{len(set(different))} tensors differ in shape from the module's or exist only on one side, such as "
-            f"'{different[0]}'",
+            f"{len(set(different))} tensors differ in shape or exist on only one side, such as '{different[0]}'",
             key="earlier",
             advice="pass an earlier state_dict() of the same module",
         )

@@ -48,7 +48,7 @@ class TextSamples(Callback):
         self, every: int, prompts: Sequence[str], path: Path, max_new_tokens: int = 32, tokenizer: Any = None
     ) -> None:
         if every < 1:
-            raise QatkitError(f"{every} is out of range", key="every", advice="use an integer of at least 1")
+            raise QatkitError(f"{every} is out of range", key="every", advice="use a positive integer")
         if isinstance(prompts, str):
             raise QatkitError(f"'{prompts}' is not a list", key="prompts", advice=f"use ['{prompts}']")
         self.every = every

@@ -73,7 +73,7 @@ class SparseRefinedSTE(PruningCallback):
             raise QatkitError(
                 f"{type(averaging[0]).__name__} averages weights with different masks, which leaves no zeros",
                 key="callbacks",
-                advice=f"remove {type(averaging[0]).__name__}, or average in a later fit with ConstantPruning",
+                advice=f"remove {type(averaging[0]).__name__}, or average in a later call to fit with ConstantPruning",
             )
 
     @override

@@ -97,9 +97,9 @@ def cached_teacher_outputs(
     (logits, *others) = compared.select(call.output, call.batch, call.present)
     if others:
         raise QatkitError(
-            f"{list(compared.keys or ())} are several outputs, but a cache contains only one",
+            f"{list(compared.keys or ())} lists multiple outputs, but a cache contains only one",
             key="outputs",
-            advice="name one output, or use a live teacher",
+            advice="list one output, or use a live teacher",
         )
     labels = compared.fit_labels(call.labels, logits, loss.row.compares_classes)
     targets = cache.outputs_for(call.args, call.kwargs).map(lambda part: part.to(logits.device))

@@ -62,9 +62,9 @@ def check_not_part(teacher: nn.Module, module: LightningModule) -> None:
     """
     if any(part is teacher for part in module.modules()):
         raise QatkitError(
-            "the teacher is part of the module that trains, so it would teach itself",
+            "the teacher is part of the module being trained, so it would teach itself",
             key="teacher",
-            advice="pass a copy.deepcopy(...) of the teacher",
+            advice="pass copy.deepcopy(teacher)",
         )
 
 
@@ -80,7 +80,7 @@ def check_not_trained(teacher: nn.Module, trainer: Trainer) -> None:
             raise QatkitError(
                 f"the optimizer trains the teacher's parameter '{name}', so the teacher would follow the student",
                 key="teacher",
-                advice="pass a copy.deepcopy(...) of the teacher, or leave the teacher out of configure_optimizers",
+                advice="pass copy.deepcopy(teacher), or leave the teacher out of configure_optimizers",
             )
 
 
@@ -99,7 +99,7 @@ def call_teacher(teacher: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         raise QatkitError(
             f"the teacher fails on the student's inputs ({', '.join(inputs)}): {error}",
             key="teacher",
-            advice="pass a model of the same task that takes the same inputs",
+            advice="pass a model for the same task that accepts the same inputs",
         ) from error
 
 

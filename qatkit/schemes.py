@@ -24,11 +24,15 @@ class Scheme:
         weight = self.weight
         if weight is not None and weight.strategy == "token":
             raise QatkitError(
-                "'token' is for activations", key="weight.strategy", advice="use tensor, channel, group or block"
+                "'token' is supported only for activations",
+                key="weight.strategy",
+                advice="use tensor, channel, group or block",
             )
         if weight is not None and not OBSERVERS[weight.observer].weights:
             raise QatkitError(
-                f"'{weight.observer}' is for activations", key="weight.observer", advice="use minmax, mse or lsq"
+                f"'{weight.observer}' is supported only for activations",
+                key="weight.observer",
+                advice="use minmax, mse or lsq",
             )
         if weight is not None and weight.dynamic:
             raise QatkitError("true is supported only for activations", key="weight.dynamic", advice="remove dynamic")
@@ -40,7 +44,7 @@ def check_activation(key: str, spec: QuantSpec) -> None:
     """Raise an error for `key` if this spec is supported only for weights."""
     if spec.strategy in ("channel", "block"):
         raise QatkitError(
-            f"'{spec.strategy}' is for weights", key=f"{key}.strategy",
+            f"'{spec.strategy}' is supported only for weights", key=f"{key}.strategy",
             advice="use tensor (calibrated, or dynamic: true), or token or group (always dynamic)",
         )  # fmt: skip
     if spec.strategy == "group" and not OBSERVERS[spec.observer].dynamic:
@@ -49,14 +53,16 @@ def check_activation(key: str, spec: QuantSpec) -> None:
             key=f"{key}.observer", advice="use minmax",
         )  # fmt: skip
     if spec.element.weight_only:
-        raise QatkitError(f"'{spec.type}' is for weights", key=f"{key}.type", advice="use int or float")
+        raise QatkitError(f"'{spec.type}' is supported only for weights", key=f"{key}.type", advice="use int or float")
 
 
 def check_kv_cache(spec: QuantSpec) -> None:
     """Raise an error if this spec is not supported for a KV cache, whose scales are per-tensor or per-token."""
     if spec.strategy not in ("tensor", "token"):
         raise QatkitError(
-            f"'{spec.strategy}' is not supported for caches", key="kv_cache.strategy", advice="use tensor or token"
+            f"'{spec.strategy}' is not supported for the KV cache",
+            key="kv_cache.strategy",
+            advice="use tensor or token",
         )
     if spec.dynamic:
         raise QatkitError(

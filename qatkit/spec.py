@@ -114,13 +114,13 @@ class QuantSpec:
     def _check_slices(self) -> None:
         if self.strategy == "group" and (self.group_size is None or self.group_size < 1):
             raise QatkitError(
-                f"strategy 'group' needs an integer of at least 1, not {self.group_size}", key="group_size",
+                f"strategy 'group' requires a positive integer, not {self.group_size}", key="group_size",
                 advice="use 32",
             )  # fmt: skip
         block = self.block_structure
         if self.strategy == "block" and (block is None or len(block) != 2 or min(block) < 1):
             raise QatkitError(
-                f"strategy 'block' needs two sizes, not {block}", key="block_structure", advice="use [128, 128]"
+                f"strategy 'block' requires two sizes, not {block}", key="block_structure", advice="use [128, 128]"
             )
         for name, size in (("group_size", self.group_size or 0), ("block_structure", max(block or [0]))):
             if size > INT32:
@@ -175,11 +175,14 @@ class QuantSpec:
     def _check_scale(self) -> None:
         if self.scale_rule != "qmax" and (not self.symmetric or self.type != "int"):
             raise QatkitError(
-                f"'{self.scale_rule}' is for symmetric integers only", key="scale_rule", advice="remove scale_rule"
+                f"'{self.scale_rule}' is supported only for symmetric integers",
+                key="scale_rule",
+                advice="remove scale_rule",
             )
         if self.scale_dtype.startswith("float8") and (self.strategy != "group" or not self.is_float):
             raise QatkitError(
-                f"'{self.scale_dtype}' is for floats in groups, as in the MX formats and NVFP4", key="scale_dtype",
+                f"'{self.scale_dtype}' is supported only for per-group floats, as in the MX formats and NVFP4",
+                key="scale_dtype",
                 advice="set type: float and strategy: group, or use float16",
             )  # fmt: skip
 

@@ -98,7 +98,7 @@ def _cached_numbers(model: nn.Module) -> int:
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if layers is None or heads is None:
         raise QatkitError(
-            f"{type(model).__name__} has no config with the number of layers and heads, so the size of its key-value "
+            f"{type(model).__name__} has no config with the number of layers and heads, so the size of its KV "
             "cache is unknown",
             key="model",
             advice="use a transformers language model",

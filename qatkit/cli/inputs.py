@@ -102,5 +102,5 @@ def writing(run: Run, quiet: bool = False) -> Iterator[None]:
         if removed and not quiet:
             names = ", ".join(str(path.relative_to(run.out)) for path in removed[:3])
             more = f" and {len(removed) - 3} more" if len(removed) > 3 else ""
-            echo(f"removed temporary files of a killed process: {names}{more}", err=True)
+            echo(f"removed temporary files left by a killed process: {names}{more}", err=True)
         yield

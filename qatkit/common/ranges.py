@@ -31,9 +31,9 @@ class Range:
         >>> Range(1, 8).problem(9)
         'use an integer of at most 8'
         >>> Range(0.0, 1.0, below=True).problem(1.0)
-        'use a number from 0 to below 1'
+        'use a non-negative number below 1'
         >>> Range(0.0, 100.0, above=True, example="1e-3").problem(0.0)
-        'use a number above 0, such as 1e-3'
+        'use a positive number, such as 1e-3'
         >>> Range(1, 8).problem(8)
     """
 
@@ -54,15 +54,23 @@ class Range:
 
     def _words(self, too_high: bool) -> str:
         low, high = _short(self.low), _short(self.high)
+        sign = {(0, True): "positive ", (0, False): "non-negative "}.get((self.low, self.above), "")
         if isinstance(self.low, int):
-            return f"use an integer of at {f'most {high}' if too_high else f'least {low}'}"
+            if too_high:
+                return f"use an integer of at most {high}"
+            words = {0: "a non-negative integer", 1: "a positive integer"}
+            return f"use {words.get(self.low, f'an integer of at least {low}')}"
         if self.high == 1:  # a fraction
             if self.above and self.below:
                 return f"use a fraction between {low} and {high}"
-            return f"use a number {f'above {low} and up' if self.above else f'from {low}'} to {'below ' * self.below}1"
+            if sign and (self.above or self.below):
+                return f"use a {sign}number {'below' if self.below else 'of at most'} 1"
+            return f"use a number from {low} to 1"
         if too_high:
             return f"use a number {'below' if self.below else 'of at most'} {high}"
-        return f"use a number above {low}" if self.above else f"use {low} or a number above {low}"
+        if sign:
+            return f"use a {sign}number"
+        return f"use a number {'above' if self.above else 'of at least'} {low}"
 
 
 Count = Annotated[int, Range(1, INT32)]

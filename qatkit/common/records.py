@@ -128,4 +128,4 @@ def _misfit_of_fields(annotation: Any, value: Any, name: str) -> str | None:
 
 
 def _damaged(path: Path, reason: str, advice: str) -> QatkitError:
-    return QatkitError(f"{path} is damaged ({reason[:200]})", advice=f"restore the file, or {advice}")
+    return QatkitError(f"{path} is corrupt ({reason[:200]})", advice=f"restore the file, or {advice}")

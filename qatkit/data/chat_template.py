@@ -37,7 +37,8 @@ def messages_of(record: Mapping[str, Any]) -> list[Message] | BadRecord:
         messages = _turn(record, "instruction", "output")
     else:
         return BadRecord(
-            f"has none of 'messages', 'conversations', 'prompt' and 'instruction', only {sorted(map(str, record))}"
+            f"has none of the keys 'messages', 'conversations', 'prompt' and 'instruction'; its keys are "
+            f"{sorted(map(str, record))}"
         )
     if isinstance(messages, BadRecord):
         return messages
@@ -167,7 +168,7 @@ def _turn(record: Mapping[str, Any], question: str, answer: str) -> list[Message
     if isinstance(asked, list) and isinstance(answered, list):
         return [*asked, *answered]
     if not isinstance(asked, str) or not isinstance(answered, str) or not answered.strip():
-        return BadRecord(f"'{question}' and '{answer}' are not both text")
+        return BadRecord(f"'{question}' and '{answer}' must both be text")
     if question == "instruction" and isinstance(more, str) and more.strip():
         asked = f"{asked}\n\n{more}"
     system = [{"role": "system", "content": record["system"]}] if isinstance(record.get("system"), str) else []

@@ -49,7 +49,7 @@ def text_in(record: Mapping[str, Any], column: str) -> str | BadRecord:
         try:
             text.encode()
         except UnicodeEncodeError:  # JSON can represent it, but tokenizers cannot read it
-            return BadRecord(f"column '{column}' contains a lone surrogate (half a character)")
+            return BadRecord(f"column '{column}' contains a lone surrogate (half of a pair)")
     return text
 
 

@@ -189,7 +189,7 @@ def check_epoch(batches: int) -> None:
         QatkitError: the epoch has no batch.
     """
     if batches < 1:
-        raise QatkitError(f"{batches} is out of range", key="epoch_batches", advice="use an integer of at least 1")
+        raise QatkitError(f"{batches} is out of range", key="epoch_batches", advice="use a positive integer")
 
 
 class SplitDataModule(LightningDataModule):
@@ -227,7 +227,7 @@ class SplitDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if workers < 0:
-            raise QatkitError(f"{workers} is out of range", key="workers", advice="use 0 or more")
+            raise QatkitError(f"{workers} is out of range", key="workers", advice="use a non-negative integer")
         self.task = task
         self.workers = workers
         self.train, self.val, self.test = train, val, test
@@ -243,7 +243,7 @@ class SplitDataModule(LightningDataModule):
         loader = ResumableLoader(self.train, self.batch_size, sampler, self.collate, self.batches_taken, self.workers)
         if not len(loader):  # Lightning would train on nothing, and warn
             raise QatkitError(
-                f"{self.batch_size} is more than the {len(sampler)} training samples of a process",
+                f"{self.batch_size} exceeds the {len(sampler)} training samples of each process",
                 key="batch_size",
                 advice="use a smaller batch_size, or more data",
             )

@@ -88,7 +88,7 @@ def boxes_in(
     objects = record.get(column)
     boxes, names = (objects.get("bbox"), objects.get("category")) if isinstance(objects, Mapping) else (None, None)
     if not isinstance(boxes, list) or not isinstance(names, list) or len(boxes) != len(names):
-        return BadRecord(f"column '{column}' has no lists 'bbox' and 'category' of equal length")
+        return BadRecord(f"column '{column}' does not contain lists 'bbox' and 'category' of equal length")
     found = []
     for number, (box, name) in enumerate(zip(boxes, names, strict=True), 1):
         label = class_of({"category": name}, "category", classes)

@@ -77,7 +77,7 @@ def _read_table(file: Path) -> Iterator[Record]:
             _refuse_bytes(head)
         except (csv.Error, BadRecord) as error:
             raise QatkitError(
-                f"the header is not a table row ({error})", key=f"{file}:1", advice="fix the header"
+                f"the header is not a valid row ({error})", key=f"{file}:1", advice="fix the header"
             ) from error
         while True:
             first = reader.line_num + 1  # a record may contain line breaks
@@ -89,7 +89,7 @@ def _read_table(file: Path) -> Iterator[Record]:
                 return
             except csv.Error as error:
                 last = f", up to line {reader.line_num}" if reader.line_num > first else ""
-                yield f"{file}:{first}", BadRecord(f"is not a table row{last} ({error})")
+                yield f"{file}:{first}", BadRecord(f"is not a valid row{last} ({error})")
 
 
 def _row(head: list[str], fields: list[str]) -> dict[str, str] | BadRecord:
@@ -119,7 +119,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
                 number += 1
                 yield f"{file}: row {number}", row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        problem = f"is damaged after row {number}" if number else "is not a Parquet file, or is damaged"
+        problem = f"is corrupt after row {number}" if number else "is not a Parquet file, or is corrupt"
         raise QatkitError(
             f"{problem} ({' '.join(str(error).split())})", key=str(file), advice="restore or recreate the file"
         ) from error

@@ -31,7 +31,7 @@ def hub_parts(source: Source) -> dict[str, Part]:
         raise _cannot_read(error, source) from error
     if "train" not in names:
         raise QatkitError(
-            f"'{source.path}' has the splits {names}, but no 'train'", key="source.path", advice="use another data set"
+            f"'{source.path}' has the splits {names}, but no 'train'", key="source.path", advice="use another dataset"
         )
     chosen = {"train": "train"}
     for split, wanted in (("val", source.val), ("test", source.test)):
@@ -61,7 +61,7 @@ def open_split(source: Source, split: str) -> IterableDataset:
 
 
 def _cannot_read(error: Exception, source: Source) -> QatkitError:
-    return cannot_load(error, "source.path", source.path, "use another data set or subset")
+    return cannot_load(error, "source.path", source.path, "use another dataset or subset")
 
 
 def _builder(source: Source) -> Any:

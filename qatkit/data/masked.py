@@ -101,7 +101,7 @@ def masked_text(
         around = loaded.num_special_tokens_to_add()
         if context <= around:
             raise QatkitError(
-                f"{context} leaves no room for text next to {around} special tokens",
+                f"{context} leaves no room for text besides {around} special tokens",
                 key="context",
                 advice=f"use {around + 1} or more",
             )

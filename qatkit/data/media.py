@@ -78,7 +78,7 @@ def media_in(record: Mapping[str, Any], column: str) -> bytes | str:
         raise BadRecord(f"column '{column}' contains {type(value).__name__}, not a file")
     path = value.resolved() if isinstance(value, FilePath) else Path(value)
     if not path.is_file():
-        raise BadRecord(f"column '{column}': there is no file {path}")
+        raise BadRecord(f"column '{column}' refers to {path}, which does not exist")
     return str(path)
 
 

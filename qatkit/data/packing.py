@@ -42,7 +42,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         rows = self.open_rows()
         if rows.ends[-1] < self.context:
             raise QatkitError(
-                f"{self.context} is longer than the {rows.folder.name} split of {rows.ends[-1]} tokens",
+                f"{self.context} exceeds the {rows.ends[-1]} tokens of the {rows.folder.name} split",
                 key="context",
                 advice="use a smaller context, or more text",
             )

@@ -52,7 +52,7 @@ class ImageFormat:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise QatkitError(f"{self.size} is out of range", key="size", advice="use 1 or more")
+            raise QatkitError(f"{self.size} is out of range", key="size", advice="use a positive integer")
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise QatkitError(
@@ -63,7 +63,7 @@ class ImageFormat:
             if values is not None and not all(map(math.isfinite, values)):
                 raise QatkitError(f"{values} is not finite", key=key, advice="use finite numbers")
         if self.std is not None and min(self.std) <= 0:
-            raise QatkitError(f"{self.std} is out of range", key="std", advice="use numbers above 0")
+            raise QatkitError(f"{self.std} is out of range", key="std", advice="use positive numbers")
 
     @property
     def channels(self) -> int:
@@ -130,7 +130,7 @@ def decoded_mask(content: bytes, column: str, classes: int, ignored: int) -> Ima
             raise _not_decodable(column, error) from error
         if opened.mode not in ("1", "L", "P"):
             raise BadRecord(
-                f"column '{column}' is an image of mode {opened.mode}, not class indices",
+                f"column '{column}' is an image of mode {opened.mode}, not one of class indices",
                 "use an image with one channel of 8 bits",
             )
         mask = upright.point(lambda value: value // factor) if factor > 1 else upright.copy()

@@ -140,7 +140,7 @@ def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.floa
     if not RATES[0] <= rate <= RATES[1]:
         raise BadRecord(f"column '{column}' has a sampling rate of {rate} Hz, not from {RATES[0]} to {RATES[1]}")
     if not np.isfinite(mono).all():
-        raise BadRecord(f"column '{column}' contains NaN or infinite samples")
+        raise BadRecord(f"column '{column}' contains non-finite samples")
     if rate == sampling_rate:
         return mono
     shared = gcd(rate, sampling_rate)

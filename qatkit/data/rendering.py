@@ -53,7 +53,7 @@ def limited(render: Callable[[], Result], tokenizer: str) -> Result:
             f"the template of tokenizer '{tokenizer}' was stopped after {MOST_STEPS} steps for one conversation, "
             "because it probably never ends",
             key="chat_template",
-            advice="set chat_template to a file whose template ends, or fix the tokenizer's template",
+            advice="set chat_template to a file whose template terminates, or fix the tokenizer's template",
         ) from None
     finally:
         sys.settrace(before)

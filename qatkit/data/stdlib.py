@@ -192,7 +192,7 @@ def split_files(files: dict[str, Path], val_fraction: float, test_fraction: floa
     empty = [split for split in SPLITS if not splits[split]]
     if empty:
         raise QatkitError(
-            f"none of {len(files)} files is left for {' and '.join(empty)}",
+            f"{len(files)} files leave none for {' and '.join(empty)}",
             key="include",
             advice="include more files, or use larger fractions",
         )

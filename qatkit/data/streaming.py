@@ -120,7 +120,9 @@ class StreamLoader:
                 ended += 1
                 if ended == 2:
                     raise QatkitError(
-                        f"{self.context} is longer than the whole stream", key="context", advice="use a smaller context"
+                        f"{self.context} exceeds the length of the whole stream",
+                        key="context",
+                        advice="use a smaller context",
                     )
                 self._open()
         packed = window(np.asarray(self._tokens[: self.context]), np.asarray(self._ends, np.int64))

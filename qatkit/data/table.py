@@ -94,7 +94,7 @@ def table_regression(
             or unknown; or a split would be empty.
     """
     if not targets:
-        raise QatkitError("the list is empty", key="targets", advice="name at least one column")
+        raise QatkitError("the list is empty", key="targets", advice="list at least one column")
     inputs = Inputs(numeric, categorical or {}, targets)
 
     def encode_one(record: Mapping[str, Any]) -> Encoded:
@@ -131,12 +131,12 @@ class Inputs:
         columns = [*self.numeric, *self.categorical, *predicted]
         if len(columns) == len(predicted):
             raise QatkitError(
-                "no input column is named", key="numeric", advice="name columns as numeric or categorical"
+                "no input column is listed", key="numeric", advice="list columns under numeric or categorical"
             )
         for column in columns:
             if columns.count(column) > 1:
                 raise QatkitError(
-                    f"column '{column}' is named more than once",
+                    f"column '{column}' is listed more than once",
                     key="categorical" if column in self.categorical else "numeric",
                     advice="use each column once, as an input or as a target",
                 )
@@ -145,7 +145,7 @@ class Inputs:
                 raise QatkitError(
                     f"{values} is not a list of two or more different values",
                     key=f"categorical.{column}",
-                    advice="name each value of the column once",
+                    advice="list each value of the column once",
                 )
 
     @property

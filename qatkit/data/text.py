@@ -55,7 +55,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         count = len(tokens) // self.context
         if count == 0:
             raise QatkitError(
-                f"{self.context} is longer than a split of {len(tokens)} tokens",
+                f"{self.context} exceeds the {len(tokens)} tokens of a split",
                 key="context",
                 advice="use a smaller context, or more text",
             )

@@ -118,7 +118,7 @@ def prepare(
                 raise QatkitError(
                     "is not set, and a stream cannot be split by fraction",
                     key=f"source.{split}",
-                    advice="name a file, or a split of the data set",
+                    advice="set it to a file or to a split of the dataset",
                 )
     folder = cached_folder(key, lambda empty: _write(empty, parts, source, tokenizer, encode))
     meta = _read_meta(folder)
@@ -218,7 +218,7 @@ def _empty(split: str, own: bool, meta: dict[str, Any], source: Source) -> Qatki
         return QatkitError(
             f"there is no valid record{skipped}",
             key=f"source.{name}",
-            advice="use a file or data set with valid records",
+            advice="use a file or dataset with valid records",
         )
     return QatkitError(
         f"{getattr(source, f'{split}_fraction')} of the records leaves no record for {split}",

@@ -138,7 +138,7 @@ class CachedTeacher:
         numbers = [int(number) for number in samples]
         if not all(0 <= number < len(self) for number in numbers):
             raise QatkitError(
-                f"{numbers} are not all in the cache", key="samples", advice=f"use numbers from 0 to {len(self) - 1}"
+                f"{numbers} are not all in the cache", key="samples", advice=f"use indices from 0 to {len(self) - 1}"
             )
         return unpack([self._table.slice(number, 1).to_pylist()[0] for number in numbers], self.k)
 
@@ -235,7 +235,7 @@ def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor
     counted = slice(None) if present is None else present.to(logits.device)
     if logits[counted].isnan().any():
         raise QatkitError(
-            f"the teacher's logits for batch {number}, counted from 0, contain NaN",
+            f"the teacher's logits for batch {number} (counting from 0) contain NaN",
             key="teacher",
             advice="check that batch",
         )
@@ -249,8 +249,8 @@ def _check_outputs(logits: Tensor, hidden: Mapping[str, Tensor], present: Tensor
             )
         if not state[counted].half().isfinite().all():
             raise QatkitError(
-                f"layer '{name}' returns values up to {state[counted].abs().max():.3g}, but a cache stores float16, up "
-                "to 65504",
+                f"layer '{name}' returns values up to {state[counted].abs().max():.3g}, but a cache stores "
+                "float16 values of at most 65504",
                 key=KEY,
                 advice="compare a layer after a normalization, or use a live teacher",
             )

@@ -147,7 +147,7 @@ def linear_kd_terms(
             advice="compute it from full logits",
         )
     if not temperature > 0:
-        raise QatkitError(f"{temperature} is out of range", key="temperature", advice="use a number above 0")
+        raise QatkitError(f"{temperature} is out of range", key="temperature", advice="use a positive number")
     if not 0 <= alpha <= 1:
         raise QatkitError(f"{alpha} is out of range", key="alpha", advice="use a number from 0 to 1")
     check_beta(beta)
@@ -192,7 +192,7 @@ def check_heads(student: Head, teacher: Head) -> None:
     if not fits:
         raise QatkitError(
             f"hidden states and weights have shapes {shapes[:2]} (student) and {shapes[2:]} (teacher); they must be "
-            "[positions, width] and [classes, width] with equal positions and classes",
+            "[positions, width] and [classes, width] with equal numbers of positions and classes",
             key="linear_kd_loss",
             advice="trim weights that are padded to different vocabulary sizes: weight[:vocab_size]",
         )

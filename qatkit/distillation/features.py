@@ -50,14 +50,14 @@ def layer_map(
         return list(range(teacher_layers - student_layers, teacher_layers))
     if isinstance(layers, str):  # type: ignore[unreachable]  # from a recipe or a notebook, which nobody type-checks
         raise QatkitError(
-            f"unknown layer map '{layers}'", key="layers", advice="use 'uniform', 'last' or a list of layer numbers"
+            f"unknown layer map '{layers}'", key="layers", advice="use 'uniform', 'last' or a list of layer indices"
         )
     numbers = list(layers)
     if len(numbers) != student_layers or not all(0 <= number < teacher_layers for number in numbers):
         raise QatkitError(
-            f"{numbers} does not name one teacher layer for each of the {student_layers} student layers",
+            f"{numbers} does not contain one teacher layer index for each of the {student_layers} student layers",
             key="layers",
-            advice=f"use {student_layers} numbers from 0 to {teacher_layers - 1}",
+            advice=f"use {student_layers} indices from 0 to {teacher_layers - 1}",
         )
     return numbers
 
@@ -101,7 +101,7 @@ def pair_layers(
                 f"'{ours}' matches more student layers ({len(matches[0])}) than '{theirs}' matches teacher layers "
                 f"({len(matches[1])})",
                 key="layers",
-                advice=f"name a teacher layer for each, {{{matches[0][0]}: {matches[1][0]}, ...}}",
+                advice=f"map each student layer to a teacher layer: {{{matches[0][0]}: {matches[1][0]}, ...}}",
             )
         numbers = layer_map(len(matches[0]), len(matches[1]), layers_by)
         pairs |= {name: matches[1][number] for name, number in zip(matches[0], numbers, strict=True)}

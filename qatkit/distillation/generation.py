@@ -47,9 +47,9 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         )
     if extra := sorted(set(batch) - KEYS):
         raise QatkitError(
-            f"a batch contains {extra}, which generated texts do not have",
+            f"a batch contains {extra}, which generated text does not have",
             key="prompt",
-            advice=f"use data whose only entries are {sorted(KEYS)}",
+            advice=f"use data whose batches contain only {sorted(KEYS)}",
         )
     present = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(tokens, dtype=torch.bool)
     ranks = present.cumsum(dim=1)  # 1 for the first token of a text, whatever precedes it
@@ -66,9 +66,11 @@ def cut_prompts(batch: Mapping[str, Any], length: int | None) -> tuple[Tensor, T
         lengths = ranks[:, -1].clamp(max=length)
     if bool((lengths == 0).any()):
         raise QatkitError(
-            "a text has no tokens before its first label" if length is None else "a text in a batch is empty",
+            "a sample has no tokens before its first label" if length is None else "a sample in a batch is empty",
             key="prompt",
-            advice="set a prompt length, such as prompt: 32" if length is None else "remove empty texts from the data",
+            advice="set a prompt length, such as prompt: 32"
+            if length is None
+            else "remove empty samples from the data",
         )
     longest = int(lengths.max())
     prompts, mask = tokens.new_zeros(len(tokens), longest), tokens.new_zeros(len(tokens), longest)

@@ -47,9 +47,9 @@ def student_from_teacher(
         numbers = list(layers)
         if numbers != sorted({*numbers} & {*range(depth)}) or not numbers:
             raise QatkitError(
-                f"{numbers} is not an ascending list of teacher layer numbers",
+                f"{numbers} is not an ascending list of teacher layer indices",
                 key="layers",
-                advice=f"use numbers from 0 to {depth - 1}",
+                advice=f"use indices from 0 to {depth - 1}",
             )
     dropped = [number for number in range(depth) if number not in numbers]
     stack = teacher.get_submodule(name)

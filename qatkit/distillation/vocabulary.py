@@ -61,7 +61,7 @@ def trim_to_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int) -> tup
     widths = student.shape[-1], teacher.shape[-1]
     if min(widths) < vocab_size:
         raise QatkitError(
-            f"{vocab_size} tokens, but the student has logits for {widths[0]} and the teacher for {widths[1]}",
+            f"{vocab_size} exceeds the number of logits of the student ({widths[0]}) or the teacher ({widths[1]})",
             key="vocab_size",
             advice=f"use the size of the shared tokenizer, at most {min(widths)}",
         )

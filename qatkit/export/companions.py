@@ -94,7 +94,7 @@ def _compare(expected: Path, exported: Path) -> list[str]:
     if not isinstance(trained, dict) or not isinstance(saved, dict):
         return [f"{exported.name}: the content differs from the trained model's"]
     return [
-        f"{exported.name}: '{key}' is {_short(saved.get(key))}, and {_short(trained.get(key))} in the trained model"
+        f"{exported.name}: '{key}' is {_short(saved.get(key))}, but {_short(trained.get(key))} in the trained model"
         for key in sorted({*trained, *saved} - _IGNORED)
         if trained.get(key) != saved.get(key)
     ]

@@ -64,8 +64,8 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
         return "compressed_tensors does not support ternary codes", "set weight: {num_bits: 2}"
     if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):
         return (
-            f"transformers reads compressed floats of {spec.num_bits} bits ({spec.type}, MX, NVFP4) only in bfloat16, "
-            "so equality could not be verified",
+            f"transformers loads compressed {spec.num_bits}-bit floats ({spec.type}, MX, NVFP4) only in bfloat16, "
+            "so equality cannot be verified",
             "set scheme: FP8_DYNAMIC or W4A16",
         )
     if spec.scale_dtype.startswith("float8"):
@@ -76,7 +76,7 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
         return "scale_rule 'signed' (Q4_0) is a GGUF format with negative scales", "set scheme: W4A16"
     if not spec.is_float and spec.num_bits not in BITS:
         return (
-            f"different versions of compressed-tensors pack {spec.num_bits} bits differently",
+            f"different versions of compressed-tensors pack {spec.num_bits}-bit codes differently",
             "set weight: {num_bits: 4}, 2 or 8",
         )
     if not spec.is_float and spec.strategy == "block":
@@ -90,17 +90,17 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
         return None
     if spec.is_float and (spec.num_bits != 8 or spec.type != "float" or spec.scale_dtype.startswith("float8")):
         return (
-            f"transformers does not quantize inputs to {spec.type} of {spec.num_bits} bits",
+            f"transformers does not quantize inputs to {spec.num_bits}-bit {spec.type}",
             "set scheme: FP8_DYNAMIC",
         )
     if not spec.symmetric:
-        return "vLLM and transformers agree only on symmetric inputs", "set activation: {symmetric: true}"
+        return "vLLM and transformers agree only on symmetric input quantization", "set activation: {symmetric: true}"
     if not spec.is_float and spec.num_bits not in (4, 8):
         return f"no kernel supports {spec.num_bits}-bit inputs", "set activation: {num_bits: 8}"
     if spec.dynamic:
         return "per-tensor inputs need a calibrated scale", "remove dynamic, or set activation: {strategy: token}"
     if not spec.is_float and spec.strategy == "group":
-        return "per-group inputs are supported only with fp8", "set activation: {strategy: token}"
+        return "per-group input quantization is supported only with fp8", "set activation: {strategy: token}"
     if spec.strategy == "token" and not spec.is_float and spec.scale_rule != "range":
         return (
             "transformers divides a token's largest magnitude by half the range of codes (127.5), but training divides "
@@ -109,7 +109,7 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
         )
     if spec.strategy in ("token", "group") and spec.scale_dtype != dtype_name(dtype):
         name = dtype_name(dtype)
-        return f"transformers computes the scales of inputs in {name}", f"set activation: {{scale_dtype: {name}}}"
+        return f"transformers computes input scales in {name}", f"set activation: {{scale_dtype: {name}}}"
     return _scale_problem("activation", spec, dtype)
 
 
@@ -119,7 +119,7 @@ def _scale_problem(side: str, spec: QuantSpec, dtype: torch.dtype) -> Problem | 
     if dtype == torch.float32 or spec.scale_dtype == name:
         return None
     return (
-        f"the file is loaded in {name}, scales included, but training keeps scales in {spec.scale_dtype}",
+        f"the file, including its scales, is loaded in {name}, but training keeps scales in {spec.scale_dtype}",
         f"set {side}: {{scale_dtype: {name}}}",
     )
 

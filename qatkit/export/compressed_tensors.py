@@ -42,7 +42,8 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """
     if not callable(getattr(model, "save_pretrained", None)):
         raise QatkitError(
-            f"'compressed_tensors' is for transformers models, but the model is a {type(model).__name__}",
+            f"'compressed_tensors' is supported only for transformers models, but the model is a "
+            f"{type(model).__name__}",
             advice="use export: {format: onnx} or {format: dense}",
         )
     for name, module in model.named_modules():
@@ -54,7 +55,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
             )
     if planned.kv_cache:
         raise QatkitError(
-            "transformers does not quantize keys and values of a compressed_tensors folder",
+            "transformers does not quantize the KV cache of a model in compressed_tensors format",
             advice=f"remove kv_cache, or {INSTEAD}",
         )
     check_layers(model, planned.schemes)

@@ -98,12 +98,12 @@ class MetricJudge:
         labels = _targets(batch)
         try:
             self.metric.update(outputs, labels)
-        except Exception as error:  # metrics fail in any way on outputs that they do not take
+        except Exception as error:  # a metric may raise anything on outputs that it does not accept
             raise QatkitError(
-                f"{type(self.metric).__name__} does not take the outputs, {kinds(outputs)}, with the labels, "
-                f"{kinds(labels)} ({error})",
+                f"{type(self.metric).__name__} does not accept the outputs ({kinds(outputs)}) with the labels "
+                f"({kinds(labels)}): {error}",
                 key="metric",
-                advice="let forward return the outputs that the metric takes",
+                advice="let forward return the outputs that the metric expects",
             ) from error
         self.count += sum(self._answers(output).numel() for output in tensors(outputs).values())
 
@@ -121,9 +121,10 @@ class MetricJudge:
         computed = self.metric.compute()
         if not isinstance(computed, Tensor) or computed.numel() != 1:
             raise QatkitError(
-                f"{type(self.metric).__name__} computes {kinds(computed)}, not one number",
+                f"{type(self.metric).__name__} returns {kinds(computed)}, not a single number",
                 key="metric",
-                advice='use a metric of one number, such as a subclass whose compute returns super().compute()["map"]',
+                advice="use a metric that returns a single number, such as a subclass whose compute returns "
+                'super().compute()["map"]',
             )
         return float(computed)
 
@@ -150,9 +151,9 @@ def _targets(batch: Any) -> Any:
         return batch["labels"]
     if isinstance(batch, list | tuple) and len(batch) > 1:
         return batch[1]
-    has = f"has the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"is {kinds(batch)}"
+    seen = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else kinds(batch)
     raise QatkitError(
-        f"a batch {has}, but no labels for the metric",
+        f"a batch ({seen}) contains no labels for the metric",
         key="batches",
         advice='pass pairs (inputs, labels), or {**batch, "labels": ...} for each batch',
     )

@@ -53,7 +53,9 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         QatkitError: QDQ does not support a quantized layer, or the KV cache is quantized.
     """
     if planned.kv_cache:
-        raise QatkitError("ONNX does not support quantized keys and values", advice=f"remove kv_cache, or {_INSTEAD}")
+        raise QatkitError(
+            "ONNX export does not support KV cache quantization", advice=f"remove kv_cache, or {_INSTEAD}"
+        )
     for name, scheme in planned.schemes.items():
         _check_layer(name, model.get_submodule(name), scheme)
 

@@ -73,7 +73,7 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
     names = [name or ONLY_OUTPUT for name in found]
     if both := inputs.tensors.keys() & set(names):
         raise QatkitError(
-            f"'{min(both)}' is the name of an input and of an output", advice="rename the output of the model"
+            f"'{min(both)}' is the name of both an input and an output", advice="rename the output of the model"
         )
     _return_tensors(model)
     fixed = sorted({name for axes in inputs.axes.values() for axis, name in axes.items() if axis > 0})
@@ -91,8 +91,8 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
             advice="make `forward` traceable by torch.export, or use export: {format: dense}",
         ) from problem
     warnings.warn(
-        f"{' and '.join(fixed)} cannot vary in the exported file and have the sizes of the example, because PyTorch "
-        f"cannot export the model with dynamic ones: {problem}",
+        f"the exported file fixes {' and '.join(fixed)} to the sizes in the example, because PyTorch cannot export the "
+        f"model with dynamic sizes: {problem}",
         QatkitWarning,
         stacklevel=3,
     )

@@ -99,7 +99,7 @@ def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:
     args, kwargs = ((), positional) if isinstance(positional, Mapping) else (positional, {})
     if not isinstance(args, tuple):
         raise QatkitError(
-            f"'onnx' exports models that take tensors, and this example is {kinds(example)}",
+            f"'onnx' exports only models whose inputs are tensors, but this example is {kinds(example)}",
             advice="pass a tensor, a tuple of positional arguments, or a mapping of keyword arguments",
         )
     signature = inspect.signature(model.forward)
@@ -117,8 +117,8 @@ def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:
             given |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL:
             raise QatkitError(
-                f"{type(model).__name__}.forward takes '*{name}', and inputs of an ONNX file have names",
-                advice="name the parameters of forward",
+                f"{type(model).__name__}.forward takes '*{name}', but the inputs of an ONNX file need names",
+                advice="replace it with named parameters",
             )
         else:
             given[name] = value
@@ -126,11 +126,11 @@ def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:
     for name, value in given.items():
         if value is not None and name not in tensors:
             raise QatkitError(
-                f"input '{name}' is {kinds(value)}, and every input of an ONNX file is one tensor",
+                f"input '{name}' is {kinds(value)}, but every input of an ONNX file must be a single tensor",
                 advice="leave options at their defaults, and pass the tensors of a nested input one by one",
             )
     if not tensors:
-        raise QatkitError("the example has no tensor", advice="pass the inputs of one call of the model")
+        raise QatkitError("the example contains no tensor", advice="pass the inputs of one call of the model")
     return tensors
 
 

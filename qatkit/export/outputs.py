@@ -152,7 +152,9 @@ def compare_outputs(
         runtime_judge.add(computed, batch)
         same += judge.agreements(expected, computed, batch)
     if number == 0:
-        raise QatkitError("there are no batches to compare outputs on", key="batches", advice="pass at least one batch")
+        raise QatkitError(
+            "there are no batches to compare outputs for", key="batches", advice="pass at least one batch"
+        )
     if judge.count == 0:
         raise QatkitError(
             "no prediction can be scored: the model returns none, or every label is ignored",

@@ -57,7 +57,7 @@ class Runtime:
         tensors = {name: value for name, value in given.items() if value is not None}
         if len(args) > len(self.inputs) or tensors.keys() != set(self.inputs):
             raise QatkitError(
-                f"the file takes {', '.join(self.inputs)}, but {', '.join(tensors) or 'nothing'} was passed"
+                f"the exported model expects {', '.join(self.inputs)}, but {', '.join(tensors) or 'nothing'} was passed"
                 + (f" in {len(args)} positional arguments" if len(args) > len(self.inputs) else ""),
                 advice="pass the inputs of the example that the model was exported with",
             )

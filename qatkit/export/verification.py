@@ -223,7 +223,7 @@ def _judge(task: Task | str | None, metric: Metric | None, class_dim: int | None
         raise QatkitError(
             f"{class_dim} has no effect without a metric, because tasks define their class dimension",
             key="class_dim",
-            advice="pass metric",
+            advice="also pass metric, or remove class_dim",
         )
     return TaskJudge(TASKS.row(task, "task") if isinstance(task, str) else task)
 

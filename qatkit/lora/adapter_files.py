@@ -36,7 +36,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str = "") -> None:
     for name, layer in layers.items():
         if isinstance(layer, AdaptedWeight) and layer.held:
             raise QatkitError(
-                f"layer '{name}' has a sparsity mask, which a merge by peft would ignore",
+                f"layer '{name}' has a sparsity mask, which merging with peft would ignore",
                 key="model",
                 advice="use merge instead",
             )

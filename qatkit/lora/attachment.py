@@ -37,11 +37,13 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise QatkitError(f"{self.rank} is out of range", key="rank", advice="use an integer of at least 1")
+            raise QatkitError(f"{self.rank} is out of range", key="rank", advice="use a positive integer")
         if not self.alpha > 0:
-            raise QatkitError(f"{self.alpha} is out of range", key="alpha", advice="use a number above 0")
+            raise QatkitError(f"{self.alpha} is out of range", key="alpha", advice="use a positive number")
         if not 0 <= self.dropout < 1:
-            raise QatkitError(f"{self.dropout} is out of range", key="dropout", advice="use a number from 0 to below 1")
+            raise QatkitError(
+                f"{self.dropout} is out of range", key="dropout", advice="use a non-negative number below 1"
+            )
 
 
 def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str]:
@@ -84,7 +86,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         tied = uses.setdefault(id(module.weight), name)
         if tied != name:
             raise QatkitError(
-                f"layer '{name}' shares its weight with '{tied}', which a merge would change as well",
+                f"layer '{name}' shares its weight with '{tied}', which merging would change as well",
                 key="targets",
                 advice="use patterns that do not match the layer",
             )
@@ -92,7 +94,9 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         chosen.append(name)
     if not chosen:
         raise QatkitError(
-            f"{list(targets)} selects no layer", key="targets", advice="name the layer itself, such as '*.q_proj'"
+            f"{list(targets)} selects no layer",
+            key="targets",
+            advice="use the name of the layer itself, such as '*.q_proj'",
         )
     return chosen
 
@@ -193,7 +197,7 @@ def check_inside(layers: dict[str, nn.Module], adapter: Adapter, held: bool) -> 
     for key in ("dora", "dropout"):
         if value := getattr(adapter, key):
             raise QatkitError(
-                f"{value} is not supported for a layer {why}, because the update becomes part of the weight",
+                f"{value} is not supported for a layer {why}, because the low-rank update becomes part of the weight",
                 key=key,
                 advice=f"remove {key}",
             )

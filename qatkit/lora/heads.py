@@ -53,7 +53,7 @@ def check_heads(heads: Sequence[str], held: Collection[str]) -> None:
     for name in held:
         if inside_of(name, heads):
             raise QatkitError(
-                f"layer '{name}' has a sparsity mask, but LoRA trains the classifier's head in full, without a mask",
+                f"layer '{name}' has a sparsity mask, but LoRA trains the classification head in full, without a mask",
                 key="held",
                 advice="exclude the layer from pruning, or set hold_sparsity: false",
             )

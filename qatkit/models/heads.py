@@ -111,9 +111,9 @@ def untrained_model(
         raise
     except Exception as error:  # an entry may have any value, on which the library fails in any way
         raise QatkitError(
-            f"transformers builds no '{family}' with the head {head} ({' '.join(str(error).split())[:300]})",
+            f"transformers cannot build a '{family}' model with the head {head} ({' '.join(str(error).split())[:300]})",
             key="config",
-            advice="correct the entry, or use a head of this family",
+            advice="correct the entry, or use a head that this family supports",
         ) from error
     return ready_to_train(model, gradient_checkpointing)
 
@@ -134,7 +134,7 @@ def _auto_class(head: str) -> Any:
 
 def _classes(number: int | None) -> dict[str, int]:
     if number is not None and number < 1:
-        raise QatkitError(f"{number} is out of range", key="num_classes", advice="use 1 or more")
+        raise QatkitError(f"{number} is out of range", key="num_classes", advice="use a positive integer")
     return {} if number is None else {"num_labels": number}
 
 
@@ -151,10 +151,12 @@ def _check_entries(entries: Mapping[str, Any], config: Any, key: str) -> None:
             or callable(own)
         ):
             allowed = [each for each in known if not each.startswith("_")]
-            raise QatkitError("the family has no such entry", key=place, advice=did_you_mean(name, allowed))
+            raise QatkitError(
+                "the config of this family has no such entry", key=place, advice=did_you_mean(name, allowed)
+            )
         if name.startswith("backbone") or name in ("use_timm_backbone", "use_pretrained_backbone"):
             raise QatkitError(
-                "it would name code or weights of other packages",
+                "it would load code or weights of other packages",
                 key=place,
                 advice="remove it, or use pretrained_model",
             )

@@ -255,7 +255,7 @@ def _check_weights(name: str, model: nn.Module, missing: Iterable[str]) -> None:
     place = next((key for key, value in model.named_parameters() if not bool(value.isfinite().all())), None)
     if place is not None:
         raise QatkitError(
-            f"the weight '{place}' of '{name}' is NaN or infinite",
+            f"the weight '{place}' of '{name}' has non-finite values",
             key="name_or_path",
             advice="use an intact model, or load the model in the dtype in which it was saved",
         )
@@ -274,7 +274,7 @@ def _check_index(path: Path) -> None:
         ) from error
     if outside is not None:
         raise QatkitError(
-            f"{path} names '{outside}', which is not a file in its folder",
+            f"{path} refers to '{outside}', which is not a file in its folder",
             key="name_or_path",
             advice="use a folder written by save_pretrained",
         )

@@ -64,7 +64,9 @@ def _package(name: str) -> Any:
         raise QatkitError(
             f"{name} is not installed" if missing else f"{name} cannot be imported ({error})",
             key="factory",
-            advice=f"run: pip install {name}" if missing else "install the torchvision that was built for this torch",
+            advice=f"run: pip install {name}"
+            if missing
+            else "install the torchvision version that matches the installed torch",
         ) from error
 
 
@@ -78,7 +80,7 @@ def _filled(model: nn.Module, weights: str | None) -> nn.Module:
         model.load_state_dict(load_file(Path(weights).expanduser()))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise QatkitError(
-            f"{weights} does not hold the weights of this model ({' '.join(str(error).split())[:300]})",
+            f"{weights} does not contain the weights of this model ({' '.join(str(error).split())[:300]})",
             key="weights",
             advice="use a .safetensors file with its state dict",
         ) from error

@@ -54,7 +54,7 @@ def resnet(channels: Sequence[int] = (16, 32, 64), num_classes: int = 10, in_cha
         QatkitError: `channels` is empty.
     """
     if not channels:
-        raise QatkitError("[] has no layers", key="channels", advice="use at least one number, such as [16, 32]")
+        raise QatkitError("[] defines no layers", key="channels", advice="use at least one width, such as [16, 32]")
     stem = nn.Sequential(
         nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()
     )

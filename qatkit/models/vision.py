@@ -43,7 +43,7 @@ def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channe
         QatkitError: there are no convolutions, or there are so many that pooling leaves no pixels.
     """
     if not channels:
-        raise QatkitError("[] has no layers", key="channels", advice="use at least one number, such as [16, 32]")
+        raise QatkitError("[] defines no layers", key="channels", advice="use at least one width, such as [16, 32]")
     layers: dict[str, nn.Module] = {}
     for index, out in enumerate(channels, start=1):
         layers[f"conv{index}"] = nn.Conv2d(in_channels, out, 3, padding=1, bias=False)
@@ -55,7 +55,9 @@ def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channe
         in_channels = out
     if size < 1:
         raise QatkitError(
-            f"{len(channels)} convolutions with pooling leave no pixels", key="channels", advice="use fewer"
+            f"{len(channels)} convolutions with pooling leave no pixels",
+            key="channels",
+            advice="use fewer convolutions",
         )
     layers |= {"flatten": nn.Flatten(), "classifier": nn.Linear(in_channels * size * size, num_classes)}
     return Chain(OrderedDict(layers))

@@ -85,7 +85,7 @@ class StopEarly(EarlyStopping):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.best_score.isinf():
             raise QatkitError(
-                f"{MONITORED} was NaN or infinite in every validation", key=self.key, advice="use a smaller lr"
+                f"{MONITORED} was non-finite in every validation run", key=self.key, advice="use a smaller lr"
             )
         state = load_checkpoint(self.path)["state_dict"]
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):

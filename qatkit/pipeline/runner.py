@@ -111,7 +111,7 @@ def _check_batch_sizes(run: Run, names: Sequence[str]) -> None:
         if size > samples:
             each = f" on each of {processes} processes" if processes > 1 else ""
             raise QatkitError(
-                f"{size} is more than the {samples} training samples{each}, and incomplete batches are dropped",
+                f"{size} exceeds the {samples} training samples{each}, and incomplete batches are dropped",
                 key=f"stages.{name}.batch_size",
                 advice=f"use a batch_size of at most {samples}, or more data",
             )

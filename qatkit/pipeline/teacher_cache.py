@@ -204,9 +204,9 @@ def wait_for(folder: Path) -> None:
     while not is_complete(folder):
         if os.getppid() != starter:  # no other process would write it
             raise QatkitError(
-                f"the first process ended before {folder} was complete",
+                f"rank 0 ended before {folder} was complete",
                 key="teacher cache",
-                advice="see the first process's error",
+                advice="see the error of rank 0",
             )
         time.sleep(1)
 

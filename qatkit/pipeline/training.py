@@ -153,7 +153,7 @@ def refuse_non_finite(name: str, place: str | None) -> None:
     """Raise an error if a weight is non-finite; `place` describes its location."""
     if place is not None:
         raise QatkitError(
-            f"{place} was NaN or infinite at the end of the stage; an earlier checkpoint is kept, if there is one",
+            f"{place} was non-finite at the end of the stage; an earlier checkpoint is kept, if there is one",
             key=f"stages.{name}",
             advice="use a smaller lr, a warmup, gradient_clip: 1.0, or model.args.dtype: float32",
         )

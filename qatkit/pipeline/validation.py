@@ -112,7 +112,7 @@ def _check_windows(config: EvaluateConfig, args: Mapping[str, Any], data: Callab
     longest = positions_of(model)
     if config.context is not None and longest is not None and config.context > longest:
         raise QatkitError(
-            f"{config.context} is longer than the {longest} positions of the model",
+            f"{config.context} exceeds the {longest} positions of the model",
             key="context",
             advice=f"use at most {longest}",
         )
@@ -128,7 +128,7 @@ def _check_dtype(name: str, model: nn.Module) -> None:
     half = next((key for key, parameter in model.named_parameters() if parameter.dtype == torch.float16), None)
     if half is not None:
         raise QatkitError(
-            f"'{half}' is in float16, but training float16 weights makes them NaN",
+            f"'{half}' is in float16, but training turns float16 weights into NaN",
             key=f"stages.{name}",
             advice="use model.args.dtype: float32 with trainer.precision: 16-mixed, or dtype: bfloat16, or train "
             "adapters (lora)",

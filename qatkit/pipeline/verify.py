@@ -83,11 +83,11 @@ def read_verification(run: Run, stage: str) -> dict[str, Any]:
     path = run.out / "export" / stage / VERDICT
     content = read_signed(path, _Verified, SCHEMA, f"run {verify_again}")
     if content is None:
-        raise QatkitError(f"stage '{stage}' was not verified", advice=f"run {verify_again}")
+        raise QatkitError(f"stage '{stage}' has not been verified", advice=f"run {verify_again}")
     digests = content.pop("digests")
     if (changed := changed_file(digests, run.out)) is not None:
         raise QatkitError(
-            "the file changed after verification",
+            "the file has changed since verification",
             key=str(changed),
             advice=f"run `qatkit export {run.out}`, then {verify_again}",
         )

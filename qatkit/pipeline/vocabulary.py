@@ -30,8 +30,8 @@ def vocabulary(student: nn.Module, teacher: nn.Module, data: LightningDataModule
         if widths[0] == widths[1]:
             return None
         raise QatkitError(
-            f"the student has logits for {widths[0]} tokens and the teacher for {widths[1]}, and their shared "
-            "tokenizer is unknown",
+            f"the student returns {widths[0]} logits per token and the teacher {widths[1]}, and no tokenizer defines "
+            "their shared vocabulary",
             key=key,
             advice="set an attribute 'tokenizer' on the data module",
         )

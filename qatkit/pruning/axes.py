@@ -46,7 +46,7 @@ def prefix_of(model: nn.Module) -> str:
     prefix = next((name.removesuffix(first) for name, _ in model.named_modules() if name.endswith(first)), "")
     if difference := _difference(model, prefix):
         raise QatkitError(
-            f"{type(model).__name__} is not a Llama-like transformer: {difference}; supported are {KNOWN}",
+            f"{type(model).__name__} is not a Llama-like transformer: {difference}; supported models are {KNOWN}",
             key="model",
             advice="remove whole layers instead (set layers: 2 and layers_by: uniform, or keep_layers)",
         )

@@ -102,7 +102,7 @@ def _averaged(
         for module, mode in modes:
             module.training = mode
     if not count:
-        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were passed", key="batches", advice="pass a few batches of training data")
     return {name: total / count for name, total in totals.items()}
 
 

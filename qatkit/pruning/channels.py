@@ -52,7 +52,7 @@ def prune_channels(
     try:
         torch_pruning: Any = importlib.import_module("torch_pruning")
     except ImportError as error:
-        raise QatkitError("channel pruning needs Torch-Pruning", advice="install torch-pruning") from error
+        raise QatkitError("channel pruning requires Torch-Pruning", advice="run: pip install torch-pruning") from error
     smaller = copy.deepcopy(model).eval()
     with torch.no_grad():
         before = smaller(example).shape

@@ -63,7 +63,7 @@ def gradient_scores(
         for module, mode in modes:
             module.training = mode
     if empty:
-        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were passed", key="batches", advice="pass a few batches of training data")
     return scores
 
 
@@ -110,7 +110,7 @@ def prune_by_gradient(
         raise QatkitError(f"'{method}' does not use gradients", key="method", advice=f"use {names}")
     if (sparsity is None) == (nm is None):
         raise QatkitError(
-            "exactly one of sparsity and nm is needed", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
+            "exactly one of sparsity and nm is required", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
         )
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)

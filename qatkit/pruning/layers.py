@@ -113,8 +113,8 @@ def warn_of_unprunable(model: nn.Module, include: Sequence[str] = ("*",), exclud
     left = sum({id(each): each.numel() for part in skipped.values() for each in part}.values())
     total = sum({id(each): each.numel() for each in _initialized(model.parameters()) if each.dim() >= 2}.values())
     warnings.warn(
-        f"not pruned, because these types are not supported: {', '.join(names[:LISTED])}{more}, "
-        f"{left / total:.1%} of the weights; add the layers to exclude to silence this warning",
+        f"not pruned, because these types are not supported: {', '.join(names[:LISTED])}{more} "
+        f"({left / total:.1%} of the weights); to silence this warning, add the layers to exclude",
         QatkitWarning,
         stacklevel=2,
     )

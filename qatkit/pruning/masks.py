@@ -91,9 +91,7 @@ def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
             non_finite |= ~groups.amax().isfinite()
         kept.view(-1, m).copy_(_two_of_four(groups) if (n, m) == (2, 4) else _largest(groups, n))
     if non_finite:  # comparisons with NaN are all false, so fewer than n would be kept
-        raise QatkitError(
-            f"layer '{name}' has NaN or infinite scores, which cannot be ranked", advice=NON_FINITE_ADVICE
-        )
+        raise QatkitError(f"layer '{name}' has non-finite scores, which cannot be ranked", advice=NON_FINITE_ADVICE)
     return mask.movedim(-1, 1).contiguous()
 
 
@@ -208,7 +206,7 @@ def check_sparsity(key: str, sparsity: float) -> None:
     """Raise an error if `sparsity` is not a fraction from 0 to below 1."""
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise QatkitError(
-            f"{sparsity!r} is out of range", key=key, advice="use a fraction from 0 to below 1, such as 0.5"
+            f"{sparsity!r} is out of range", key=key, advice="use a non-negative fraction below 1, such as 0.5"
         )
 
 

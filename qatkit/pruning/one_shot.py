@@ -69,7 +69,7 @@ def prune_one_shot(
         raise QatkitError(f"'{method}' does not prune layer by layer", key="method", advice=f"use {choices}")
     if (sparsity is None) == (nm is None):
         raise QatkitError(
-            "exactly one of sparsity and nm is needed", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
+            "exactly one of sparsity and nm is required", key="sparsity", advice="pass sparsity=0.5 or nm=(2, 4)"
         )
     if sparsity is not None:
         check_sparsity("sparsity", sparsity)
@@ -89,7 +89,7 @@ def prune_one_shot(
             check_floor(name, total - pruned, total)
     kept = list(batches)
     if not kept:
-        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were passed", key="batches", advice="pass a few batches of training data")
     function = implementation(row.function)
     for _, names in groupby(layers, key=_block):
         block = {name: layers[name] for name in names}
@@ -160,7 +160,7 @@ def _input_sums(
     non_finite = [name for name, total in sums.items() if not total.isfinite().all()]
     if non_finite:
         raise QatkitError(
-            f"the inputs of layer '{non_finite[0]}' are NaN or infinite on the calibration batches",
+            f"the inputs of layer '{non_finite[0]}' are non-finite on the calibration batches",
             advice="use other batches, or a model whose training did not diverge",
         )
     return sums

@@ -53,7 +53,7 @@ class Ramp:
             )
         if not self.power > 0:
             raise QatkitError(
-                f"{self.power} is out of range", key="ramp.power", advice="use a number above 0, such as 3"
+                f"{self.power} is out of range", key="ramp.power", advice="use a positive number, such as 3"
             )
 
     def at(self, progress: float) -> float:

@@ -21,7 +21,7 @@ INFINITY = {torch.float32: 0x7F80, torch.bfloat16: 0x7F80, torch.float16: 0x7C00
 """The high 16 bits of infinity."""
 OFFSET = 1 << 15
 """Added to the high 16 bits of signed keys, because histogram bins start at 0."""
-NON_FINITE_ADVICE = "lower the learning rate if training diverged, or use another checkpoint if this one is damaged"
+NON_FINITE_ADVICE = "lower the learning rate if training diverged, or use another checkpoint if this one is corrupt"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _check_finite(high: Tensor, keys: Keys, scores: Mapping[str, Tensor]) -> Non
     if non_finite:
         names = [name for name, tensor in scores.items() if not local(tensor).isfinite().all()]
         raise QatkitError(
-            f"layer '{(names or list(scores))[0]}' has NaN or infinite scores, which cannot be ranked "
+            f"layer '{(names or list(scores))[0]}' has non-finite scores, which cannot be ranked "
             f"({int(non_finite)} in total)",
             advice=NON_FINITE_ADVICE,
         )

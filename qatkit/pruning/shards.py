@@ -27,7 +27,7 @@ def group_of(tensors: Mapping[str, Tensor]) -> distributed.ProcessGroup | None:
             own = tensor.device_mesh.get_group(dimension)  # type: ignore[attr-defined]  # of a DTensor
             if group is not None and own is not group:
                 raise QatkitError(
-                    f"the weight of layer '{name}' is sharded over different processes than the layers before it",
+                    f"the weight of layer '{name}' is sharded over different ranks from those of the layers before it",
                     advice="use one callback for each group of layers (include=[...])",
                 )
             group = own
@@ -56,8 +56,8 @@ def _sharded_dimensions(name: str, tensor: Tensor) -> list[int]:
     # in some versions a strided shard (FSDP2 over tensor parallelism) is a subclass, with its rows in a different order
     if len(sharded) > 1 or any(type(p).__name__ != "Shard" or p.dim != 0 for _, p in sharded):
         raise QatkitError(
-            f"the weight of layer '{name}' is sharded as {placements}, but pruning needs shards of whole rows, as "
-            "FSDP2's fully_shard creates",
+            f"the weight of layer '{name}' is sharded as {placements}, but pruning requires shards of whole rows, as "
+            "produced by FSDP2's fully_shard",
             advice="exclude the layer, or set tensor_parallel_size=1",
         )
     return [index for index, _ in sharded]

@@ -96,9 +96,7 @@ def _inverse_root(gram: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Compute ``U`` with ``U.T @ U = inverse(damped gram)``, and the mask of inputs that are always 0."""
     gram = gram.detach().clone()
     if not gram.isfinite().all():
-        raise QatkitError(
-            "the inputs of the layer are NaN or infinite", key="gram", advice="use other calibration batches"
-        )
+        raise QatkitError("the inputs of the layer are non-finite", key="gram", advice="use other calibration batches")
     diagonal = gram.diagonal()
     unused = diagonal == 0
     diagonal += damp * diagonal.mean()

@@ -117,7 +117,7 @@ def importance(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any]
         for module, mode in modes:
             module.training = mode
     if not used:
-        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were passed", key="batches", advice="pass a few batches of training data")
     return Importance(**sums)
 
 
@@ -197,7 +197,8 @@ def _checked(old: Shape, shape: Shape) -> dict[str, int]:
     heads, groups = sizes["heads"], sizes["kv_heads"]
     if heads % groups or heads // groups > queries_per_group:
         raise QatkitError(
-            f"{heads} query heads do not fit {groups} key-value heads with at most {queries_per_group} each",
+            f"{heads} query heads cannot be divided among {groups} key-value heads with at most {queries_per_group} "
+            "each",
             key="heads",
             advice=f"use a multiple of {groups} up to {groups * queries_per_group}",
         )

@@ -63,7 +63,7 @@ def taylor_importance(model: nn.Module, batches: Iterable[Any], loss: Callable[[
         for module, mode in modes:
             module.training = mode
     if total is None:
-        raise QatkitError("no batches were given", key="batches", advice="pass a few batches of training data")
+        raise QatkitError("no batches were passed", key="batches", advice="pass a few batches of training data")
     return Importance(**{key: value / used for key, value in vars(total).items()})
 
 

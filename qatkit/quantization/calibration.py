@@ -107,7 +107,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
         layer = name.rpartition(".")[0]
         if ends.eq(torch.inf).any():
             raise QatkitError(
-                f"the input of layer '{layer}' has NaN or infinite values during calibration",
+                f"the input of layer '{layer}' has non-finite values during calibration",
                 advice="check the data and the checkpoint",
             )
         if ends.eq(-torch.inf).any():

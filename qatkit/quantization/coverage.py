@@ -38,7 +38,7 @@ class Coverage:
         total = len(self.quantized) + len(self.unquantized)
         text = f"quantized: {len(self.quantized)} of {total} layers, {100 * self.weights:.1f} % of the weights"
         text += f", {self.results} results" if self.results else ""
-        text += f", keys and values of {self.caches} attention modules" if self.caches else ""
+        text += f", the KV cache of {self.caches} attention modules" if self.caches else ""
         if not self.unquantized:
             return text
         more = len(self.unquantized) - _LISTED

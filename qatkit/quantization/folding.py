@@ -60,8 +60,8 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         warnings.warn(
-            "BatchNorm not folded, because its only input is not a Conv1d, Conv2d or Conv3d or torch.fx cannot trace "
-            f"its module: {left}; these layers stay in floating point",
+            f"BatchNorm layers were not folded, because their only input is not a Conv1d, Conv2d or Conv3d, or because "
+            f"torch.fx cannot trace their module: {left}; these layers stay in floating point",
             QatkitWarning,
             stacklevel=2,
         )

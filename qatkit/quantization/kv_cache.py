@@ -68,7 +68,7 @@ def _check(name: str, module: nn.Module) -> None:
     if not _uses_registry(type(module).__module__):
         raise QatkitError(
             f"'{name}' is a {type(module).__name__}, whose code depends on the name of the attention function, so its "
-            "keys and values cannot be quantized", key="kv_cache", advice="remove kv_cache",
+            "KV cache cannot be quantized", key="kv_cache", advice="remove kv_cache",
         )  # fmt: skip
 
 

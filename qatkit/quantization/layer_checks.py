@@ -38,7 +38,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         reason = "fused experts route their inputs internally" if is_experts(layer) else "the inputs are integers"
         raise QatkitError(
             f"only the weight of layer '{name}' can be quantized, because {reason}", key="activation",
-            advice="give the layer a weight-only entry in layers, or exclude the layer",
+            advice="add a weight-only entry for the layer to layers, or exclude the layer",
         )  # fmt: skip
     if scheme.activation.strategy == "token" and dims != 2:
         raise QatkitError(
@@ -48,7 +48,7 @@ def check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     size = scheme.activation.group_size
     if size is not None and dims != 2:
         raise QatkitError(
-            f"'group' is for linear layers, but layer '{name}' is a {type(layer).__name__}",
+            f"'group' is supported only for linear layers, but layer '{name}' is a {type(layer).__name__}",
             key="activation.strategy", advice="use tensor, or exclude the layer",
         )  # fmt: skip
     for own, _, inputs in weights:
@@ -116,7 +116,7 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor | None, inputs: in
         )
     if not weight.is_meta and not weight.isfinite().all():
         raise QatkitError(
-            f"the weight of layer '{name}' has NaN or infinite values", advice="repair the checkpoint first"
+            f"the weight of layer '{name}' has non-finite values", advice="use a checkpoint with finite weights"
         )
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
         raise QatkitError(f"embedding '{name}' has sparse gradients and cannot be quantized", advice="set sparse=False")
@@ -130,7 +130,8 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor | None, inputs: in
         return
     if weight.dim() > 2 and parts_class(layer) is None:
         raise QatkitError(
-            f"'{spec.strategy}' is for linear layers, but the weight of layer '{name}' has shape {list(weight.shape)}",
+            f"'{spec.strategy}' is supported only for linear layers, but the weight of layer '{name}' has shape "
+            f"{list(weight.shape)}",
             key="weight.strategy", advice="use channel, or exclude the layer",
         )  # fmt: skip
     if spec.group_size is None:

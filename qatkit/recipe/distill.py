@@ -54,7 +54,7 @@ class HiddenConfig:
         _check_layers(self.layers)
         if self.widths is not None and (len(self.widths) != 2 or min(self.widths) < 1):
             raise QatkitError(
-                f"{self.widths} are not two widths", key="widths", advice="use [student width, teacher width]"
+                f"{self.widths} is not a pair of widths", key="widths", advice="use [student width, teacher width]"
             )
 
 
@@ -143,7 +143,7 @@ class DistillConfig:
         check_ranges(self)
         if self.teacher_bits not in (None, 8, 4):
             raise QatkitError(
-                f"{self.teacher_bits} bits are not supported by bitsandbytes",
+                f"bitsandbytes does not support {self.teacher_bits} bits",
                 key="teacher_bits",
                 advice="use 8, 4 or null",
             )
@@ -166,10 +166,10 @@ class DistillConfig:
         for name in ("on_policy", "sequence_level"):
             if self.cache is not None and getattr(self, name) is not None:
                 raise QatkitError(
-                    "a cache contains no outputs for generated texts", key=name, advice=f"remove the cache, or {name}"
+                    "a cache contains no outputs for generated text", key=name, advice=f"remove the cache, or {name}"
                 )
 
 
 def _check_layers(layers: dict[str, str]) -> None:
     if not layers:
-        raise QatkitError("no layers are named", key="layers", advice="use {student layer: teacher layer}")
+        raise QatkitError("no layers are listed", key="layers", advice="use {student layer: teacher layer}")

@@ -40,7 +40,7 @@ class EvaluateConfig:
         """
         if self.stride is not None and self.stride > context:
             raise QatkitError(
-                f"{self.stride} is longer than a window of {context} tokens, so the tokens between two windows would "
+                f"{self.stride} exceeds the window of {context} tokens, so the tokens between two windows would "
                 "not be predicted",
                 key="stride",
                 advice=f"use an integer from 1 to {context}",

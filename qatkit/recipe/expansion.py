@@ -61,7 +61,7 @@ def _rounds(
     for block in ("model", "shrink", "prune", "quantize", "lora", "rewind", "part", "early_stopping"):
         if getattr(stage, block) is not None:
             raise QatkitError(
-                f"{block} cannot be combined with lottery, which expands into several stages",
+                f"{block} cannot be combined with lottery, which expands into multiple stages",
                 key=f"stages.{name}.{block}",
                 advice="move the block to a separate stage",
             )

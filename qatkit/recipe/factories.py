@@ -50,7 +50,9 @@ def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any
     for attribute in attributes.split("."):
         if not isinstance(target, ModuleType):
             raise QatkitError(
-                f"'{name}' is an attribute of another object", key=key, advice="use a function or class of a module"
+                f"'{name}' is an attribute of another object",
+                key=key,
+                advice="use a function or class that a module defines",
             )
         _check_allowed(target.__name__, name, key, allow)
         target = _attribute(target, attribute, name, key)
@@ -62,7 +64,9 @@ def resolve(name: str, key: str, allow: Sequence[str] = ()) -> Callable[..., Any
         )
     owner = target.__module__
     if not isinstance(owner, str):
-        raise QatkitError(f"the module that defines '{name}' is unknown", key=key, advice="use a function of a module")
+        raise QatkitError(
+            f"the module that defines '{name}' is unknown", key=key, advice="use a function that a module defines"
+        )
     _check_allowed(owner, name, key, allow)
     return target
 
@@ -159,9 +163,7 @@ def _check_allowed(module: str, name: str, key: str, allow: Sequence[str]) -> No
     subject = f"'{name}' is" if name.startswith(f"{module}:") else f"'{name}' is from '{module}',"
     package = module.partition(".")[0]
     if package == "qatkit":
-        raise QatkitError(
-            f"{subject} not a factory of qatkit", key=key, advice=f"use a factory of {' or '.join(HOMES)}"
-        )
+        raise QatkitError(f"{subject} not a qatkit factory", key=key, advice=f"use a factory in {' or '.join(HOMES)}")
     raise QatkitError(
         f"{subject} outside qatkit, but a recipe may run only qatkit's factories",
         key=key,
@@ -186,7 +188,9 @@ def _import(module: str, name: str, key: str) -> ModuleType:
         ) from error
     except Exception as error:  # foreign code may raise anything while it is imported
         raise QatkitError(
-            f"'{name}': its module fails to import ({type(error).__name__}: {error})", key=key, advice="fix the module"
+            f"the module of '{name}' cannot be imported ({type(error).__name__}: {error})",
+            key=key,
+            advice="fix the module",
         ) from error
 
 

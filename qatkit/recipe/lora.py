@@ -39,7 +39,7 @@ class LoraConfig:
             raise QatkitError(f"bitsandbytes does not support {self.bits} bits", key="bits", advice="use 4, 8 or null")
         if self.dora and self.bits == 8:
             raise QatkitError(
-                "peft does not support DoRA over 8-bit weights", key="dora", advice="set bits: 4 or dora: false"
+                "peft does not support DoRA with 8-bit weights", key="dora", advice="set bits: 4 or dora: false"
             )
 
     @property

@@ -81,14 +81,14 @@ class PruneConfig:
             )
         if self.method == "movement" and self.ramp is not None and (self.ramp.initial or not self.ramp.start):
             raise QatkitError(
-                f"start={self.ramp.start} with initial={self.ramp.initial} prunes before movement has scores",
+                f"start={self.ramp.start} with initial={self.ramp.initial} prunes before movement scores exist",
                 key="ramp.start",
                 advice="use start: 0.1 and initial: 0",
             )
         for glob, sparsity in self.layers.items():
             if not 0 <= sparsity < 1:
                 raise QatkitError(
-                    f"{sparsity} is out of range", key=f"layers['{glob}']", advice="use a fraction from 0 to below 1"
+                    f"{sparsity} is out of range", key=f"layers['{glob}']", advice="use a non-negative fraction below 1"
                 )
         self._check_unused_keys()
 
@@ -115,7 +115,7 @@ class PruneConfig:
         if not self.row.sharded:
             others = ", ".join(row.name for row in METHODS.values() if row.sharded)
             raise QatkitError(
-                f"'{self.method}' needs unsharded weights, but fsdp2 shards them",
+                f"'{self.method}' requires unsharded weights, but fsdp2 shards them",
                 key="method",
                 advice=f"use one of {others}, or set trainer.strategy: ddp",
             )

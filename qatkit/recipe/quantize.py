@@ -84,9 +84,7 @@ class QuantizeConfig(LayerConfig):
             if self.specs.activation is not None:
                 check_placed(self.specs.activation)
         if self.specs == Scheme() and not self.layers and self.kv_cache is None:
-            raise QatkitError(
-                "neither weight nor activation is given", key="weight", advice="set weight: {num_bits: 8}"
-            )
+            raise QatkitError("neither weight nor activation is set", key="weight", advice="set weight: {num_bits: 8}")
         if self.kv_cache is not None:
             check_kv_cache(self.kv_cache)
         if self.init is not None:

@@ -89,12 +89,12 @@ class Recipe:
         # names become folders, and names of stages are parts of dotted keys
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", self.name):
             raise QatkitError(
-                f"'{self.name}' is not a plain name", key="name", advice="use letters, digits, _ and - only"
+                f"'{self.name}' is not a valid name", key="name", advice="use letters, digits, _ and - only"
             )
         for name in self.stages:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise QatkitError(
-                    f"'{name}' is not a plain name", key=f"stages.{name}", advice="use letters, digits and _ only"
+                    f"'{name}' is not a valid name", key=f"stages.{name}", advice="use letters, digits and _ only"
                 )
         first = next(iter(self.stages))
         if self.stages[first].model is not None:

@@ -129,7 +129,7 @@ def _read_list(origin: Any, options: tuple[Any, ...], value: Any, path: str, res
         raise QatkitError(f"{show(value)} is not a list", key=path, advice=f"use [{items}]")
     if origin is tuple and options[-1] is not Ellipsis:
         if len(value) != len(options):
-            raise QatkitError(f"{show(value)} has {len(value)} values", key=path, advice=f"use {len(options)}")
+            raise QatkitError(f"{show(value)} has {len(value)} values", key=path, advice=f"use {len(options)} values")
         kinds = list(options)
     else:
         kinds = [options[0]] * len(value)

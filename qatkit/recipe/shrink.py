@@ -50,7 +50,7 @@ class ShrinkConfig:
         sizes = {key: getattr(self, key) for key in ("layers", "heads", "kv_heads", "neurons", "hidden", "channels")}
         given = [key for key, size in sizes.items() if size is not None]
         if not given and self.keep_layers is None:
-            raise QatkitError("no size is given", key="layers", advice="set a size, such as neurons: 0.5")
+            raise QatkitError("no size is set", key="layers", advice="set a size, such as neurons: 0.5")
         for key in given:
             size = sizes[key]
             if (isinstance(size, int) and size < 1) or (isinstance(size, float) and not 0 < size < 1):
@@ -68,7 +68,7 @@ class ShrinkConfig:
             )
         if self.channels is not None and (len(given) > 1 or self.keep_layers is not None):
             raise QatkitError(
-                "channels is for convolutional networks, but the other sizes are for transformers",
+                "it is supported only for convolutional networks, and the other sizes only for transformers",
                 key="channels",
                 advice="set either channels or the other sizes",
             )

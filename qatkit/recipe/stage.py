@@ -68,13 +68,13 @@ class StageConfig:
         check_ranges(self)
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise QatkitError(
-                f"{self.decay} and a warmup of {self.warmup} are longer than the stage",
+                f"{self.decay} and a warmup of {self.warmup} add up to more than 1",
                 key="decay",
                 advice="use two fractions that add up to at most 1",
             )
         if self.part is not None and self.part.start + self.max_steps > self.part.of:
             raise QatkitError(
-                f"{self.part.of} is less than the {self.part.start} steps before it plus its own {self.max_steps}",
+                f"{self.part.of} is less than start={self.part.start} plus max_steps={self.max_steps}",
                 key="part.of",
                 advice=f"use at least {self.part.start + self.max_steps}",
             )

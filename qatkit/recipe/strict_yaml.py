@@ -106,7 +106,7 @@ def _check(node: Any, path: str, source: str, sizes: dict[int, int], open_nodes:
     open_nodes.add(id(node))
     if len(open_nodes) > _DEEPEST:
         raise QatkitError(
-            f"more than {_DEEPEST} blocks inside each other", key=path or source, advice="use fewer levels",
+            f"blocks are nested more than {_DEEPEST} levels deep", key=path or source, advice="reduce the nesting",
             origin=_line(node, source),
         )  # fmt: skip
     size = 1

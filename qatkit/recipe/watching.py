@@ -36,8 +36,10 @@ class SamplesConfig:
         check_ranges(self)
         if not self.prompts:
             raise QatkitError(
-                "the list is empty", key="prompts", advice='list the beginnings of texts, such as ["def main"]'
+                "the list is empty", key="prompts", advice='list the prompts to continue, such as ["def main"]'
             )
         for index, prompt in enumerate(self.prompts):
             if not prompt:
-                raise QatkitError("'' is empty", key=f"prompts[{index}]", advice="use the beginning of a text")
+                raise QatkitError(
+                    "the prompt is empty", key=f"prompts[{index}]", advice="use text for the model to continue"
+                )

@@ -65,7 +65,7 @@ def find_checkpoint(folder: Path) -> Path | None:
             if sha256_of(path) in known:
                 if damaged:
                     warnings.warn(
-                        f"{damaged[0]} is damaged; resuming from the previous checkpoint, {path}",
+                        f"{damaged[0]} is corrupt; resuming from the previous checkpoint, {path}",
                         QatkitWarning,
                         stacklevel=2,
                     )
@@ -119,6 +119,6 @@ def _link(path: Path, other: Path) -> None:
 
 def _damaged(path: Path) -> QatkitError:
     return QatkitError(
-        f"{path} or {_sidecar(path).name} is damaged or incomplete",
+        f"{path} or {_sidecar(path).name} is corrupt or incomplete",
         advice=f"delete {path.parent}, or use --force, to retrain the stage",
     )

@@ -48,8 +48,9 @@ def check_data(model: nn.Module, data: Any) -> None:
     padding, theirs = getattr(data, "padding", None), getattr(config.get_text_config(), "pad_token_id", None)
     if classes is not None and padding is not None and padding != theirs and reads_last_token(config.model_type):
         raise QatkitError(
-            f"it pads with token {padding}, but the model expects token {theirs}: it reads the class from the last "
-            "token before the padding",
+            f"it pads with token {padding}, but the model, which reads the class from the last token before the "
+            "padding, "
+            f"expects token {theirs}",
             key="data.args.tokenizer",
             advice=f"use the model's tokenizer, or set pad_token_id: {padding} in the model's config.json",
         )
@@ -57,7 +58,7 @@ def check_data(model: nn.Module, data: Any) -> None:
     longest = positions_of(model)
     if context is not None and longest is not None and context > longest:
         raise QatkitError(
-            f"{context} is longer than the {longest} positions of the model",
+            f"{context} exceeds the {longest} positions of the model",
             key="data.args.context",
             advice=f"use {longest} or less",
         )

@@ -82,13 +82,13 @@ def check(
     classes = getattr(getattr(teacher, "config", None), "vocab_size", None)
     if config.cache is not None and isinstance(classes, int) and config.cache.top_k >= classes:
         raise QatkitError(
-            f"{config.cache.top_k} is not fewer than the {classes} classes of the teacher",
+            f"{config.cache.top_k} is not less than the number of teacher classes ({classes})",
             key="cache.top_k",
             advice=f"use an integer from 1 to {classes - 1}",
         )
     if config.cache is not None and task is not None and task.value_outputs:
         raise QatkitError(
-            f"a cache stores classes only, but the task '{task.name}' also has {', '.join(task.value_outputs)}",
+            f"a cache stores only class outputs, but the task '{task.name}' also has {', '.join(task.value_outputs)}",
             key="cache",
             advice="remove the key",
         )

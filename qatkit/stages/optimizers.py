@@ -77,7 +77,7 @@ def check_optimizer(name: OptimizerName, device: torch.device) -> None:
     if name.startswith("paged") and device.type not in ("cuda", "xpu"):
         unpaged = name.removeprefix("paged_")
         raise QatkitError(
-            f"'{name}' moves moments between GPU and CPU memory, but this stage trains on {device.type}",
+            f"'{name}' moves optimizer state between GPU and CPU memory, but this stage trains on {device.type}",
             key="optimizer",
             advice=f"use {unpaged}, or train on a CUDA device",
         )

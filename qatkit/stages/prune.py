@@ -63,7 +63,7 @@ def _check_sparsity(config: PruneConfig, weights: Mapping[str, Tensor]) -> None:
         raise QatkitError(
             f"{dict(config.layers)} leaves no layer to prune",
             key="layers",
-            advice="use a fraction above 0 for at least one layer",
+            advice="use a positive fraction for at least one layer",
         )
     for layer, weight in weights.items():
         total = weight.numel()

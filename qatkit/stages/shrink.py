@@ -41,7 +41,9 @@ def check(config: ShrinkConfig, model: nn.Module) -> nn.Module:
             )
         check_channels(model, config.exclude, 1 - config.channels)
         if find_spec("torch_pruning") is None:
-            raise QatkitError("channel pruning needs Torch-Pruning", key="channels", advice="install torch-pruning")
+            raise QatkitError(
+                "channel pruning requires Torch-Pruning", key="channels", advice="run: pip install torch-pruning"
+            )
         return model
     with torch.device("meta"), _argument_keys_dropped():
         smaller = _fewer_layers(config, model)

@@ -21,8 +21,8 @@ def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         return logits, labels
     kind = "float" if labels.is_floating_point() else "integer"
     raise QatkitError(
-        f"{kind} labels of shape {list(labels.shape)} and outputs of shape {list(logits.shape)} are not one class per "
-        "sample",
+        f"{kind} labels of shape {list(labels.shape)} and outputs of shape {list(logits.shape)} do not contain one "
+        "class per sample",
         key="task",
         advice=f"declare another task: {_likely(logits, labels)}",
     )

@@ -35,9 +35,9 @@ def answers(outputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         or not all(isinstance(each, Mapping) and {"class_labels", "boxes"} <= each.keys() for each in labels)
     ):
         raise QatkitError(
-            f"labels of type {type(labels).__name__} are not one mapping of boxes per image",
+            f"labels of type {type(labels).__name__} do not contain one mapping of boxes per image",
             key="data",
-            advice='give a list of {"class_labels": [n], "boxes": [n, 4]}',
+            advice='use a list of {"class_labels": [n], "boxes": [n, 4]}',
         )
     rows = [torch.cat([each["class_labels"][:, None].float(), each["boxes"].float()], dim=1) for each in labels]
     return outputs, nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(IGNORED)).to(outputs.device)

@@ -45,7 +45,7 @@ class InputCheck:
         >>> check.add((torch.tensor([1.0]), torch.tensor([0])))
         >>> check.add((torch.tensor([torch.inf]), torch.tensor([0])))
         >>> check.found("test")
-        "'inputs' of test batch 2 of 2 contains NaN or infinite values"
+        "'inputs' of test batch 2 of 2 contains non-finite values"
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class InputCheck:
         others = len({batch for batch, _ in bad}) - 1
         more = f" (and of {others} more)" if others else ""
         batch = f"{split} batch" if split else "batch"
-        return f"'{name}' of {batch} {number} of {len(self._flags)}{more} contains NaN or infinite values"
+        return f"'{name}' of {batch} {number} of {len(self._flags)}{more} contains non-finite values"
 
     def warn(self, split: str) -> None:
         """Warn if a batch of an evaluated split contains non-finite values."""

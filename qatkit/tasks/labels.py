@@ -59,7 +59,7 @@ def check_same_shape(outputs: Tensor, labels: Tensor, rule: str) -> None:
         raise QatkitError(
             f"labels of shape {list(labels.shape)} do not match outputs of shape {list(outputs.shape)}",
             key="data",
-            advice=f"give {rule}",
+            advice=f"use {rule}",
         )
 
 
@@ -73,5 +73,5 @@ def check_shapes(logits: Tensor, labels: Tensor, dims: int) -> None:
         raise QatkitError(
             f"labels of shape {list(labels.shape)} do not match logits of shape {list(logits.shape)}",
             key="data",
-            advice="give one label per token, or one per sample",
+            advice="use one label per token, or one per sample",
         )

@@ -74,7 +74,9 @@ class MeanPrecision(Metric):
             return torch.tensor(torch.nan)
         found, truth = (torch.cat(part) if isinstance(part, list) else part for part in (self.found, self.truth))
         if not len(truth):
-            raise QatkitError("no image has a box, so no metric can be computed", key="data", advice="label the images")
+            raise QatkitError(
+                "no image has a box, so no metric can be computed", key="data", advice="add boxes to the labels"
+            )
         coco = COCO()
         coco.dataset = {
             "images": [{"id": int(each)} for each in torch.unique(found[:, 0])],

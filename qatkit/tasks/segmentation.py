@@ -22,6 +22,6 @@ def answers(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         raise QatkitError(
             f"labels of shape {list(labels.shape)} do not match logits of shape {list(logits.shape)}",
             key="data",
-            advice="give logits [N, classes, ...] and one label per pixel, [N, ...]",
+            advice="return logits [N, classes, ...] and use one label per pixel, [N, ...]",
         )
     return logits.movedim(1, -1).flatten(0, -2), labels.flatten().long()

@@ -21,7 +21,7 @@ def answers(logits: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         raise QatkitError(
             f"a batch has the keys {sorted(batch)}, but no 'decoder_input_ids'",
             key="data",
-            advice="add the labels shifted right, as model.prepare_decoder_input_ids_from_labels does",
+            advice="add the labels shifted right, for example with model.prepare_decoder_input_ids_from_labels",
         )
     check_shapes(logits, labels, dims=2)
     return logits.flatten(0, 1), labels.flatten()

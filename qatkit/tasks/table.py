@@ -112,7 +112,7 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="regression",
-            description="numbers of any shape per sample, forecasts included",
+            description="real values of any shape per sample, including forecasts",
             answers="qatkit.tasks.regression:answers",
             metrics=("loss", "rmse", "mae"),
             metric="rmse",
@@ -133,7 +133,7 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="detection",
-            description="boxes with a class each, by a transformers model that computes its own loss",
+            description="boxes with class labels, from a transformers model that computes its own loss",
             answers="qatkit.tasks.detection:answers",
             metrics=("map",),
             metric="map",
@@ -220,7 +220,8 @@ TASKS: Table[Task] = Table(
         ),
         Task(
             name="pairs",
-            description="the partner of each text among all partners of its batch, by cosine similarity of embeddings",
+            description="the partner of each text among all candidates in its batch, by cosine similarity of "
+            "embeddings",
             answers="qatkit.tasks.pairs:answers",
             metrics=("loss", "accuracy"),
             metric="accuracy",

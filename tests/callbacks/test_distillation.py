@@ -89,7 +89,7 @@ def test_a_training_step_that_returns_a_dict_keeps_its_other_entries() -> None:
     ("make", "message"),
     [
         (lambda m: KnowledgeDistillation(m.net, student="net"), "teacher: the teacher is part of the module"),
-        (lambda m: KnowledgeDistillation(m.net), "teacher: the teacher is part of the module that trains"),
+        (lambda m: KnowledgeDistillation(m.net), "teacher: the teacher is part of the module being trained"),
         (
             lambda m: KnowledgeDistillation(teacher(), student="model"),
             r"'model' is not a submodule; .* one of \['net'\]",

@@ -82,8 +82,14 @@ def test_detection_heads_have_their_own_losses_and_weights_and_the_file_is_verif
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": {"boxes": "mse"}}, r"loss: it names the outputs \['boxes'\], but \[\] are compared; name each"),
-        ({"loss": {"boxes": "mse"}, "outputs": WEIGHTED}, r"loss: it names the outputs \['boxes'\], but \['heads\.b"),
+        (
+            {"loss": {"boxes": "mse"}},
+            r"loss: it lists the outputs \['boxes'\], but the compared outputs are \[\]; use the same",
+        ),
+        (
+            {"loss": {"boxes": "mse"}, "outputs": WEIGHTED},
+            r"loss: it lists the outputs \['boxes'\], but the compared outputs are \['heads\.b",
+        ),
         ({"loss": {"a": "mes"}, "outputs": ["a"]}, r"loss: unknown distillation loss 'mes'; did you mean 'mse'"),
     ],
 )
@@ -96,7 +102,7 @@ def test_losses_of_other_outputs_than_the_compared_ones_are_refused(options: dic
 def test_a_path_that_leads_to_no_tensor_is_refused(path: str) -> None:
     distil = KnowledgeDistillation(Detector(2), student="net", outputs=[path], loss="mse")
     with pytest.raises(
-        QatkitError, match=rf"^outputs: the model returned a dict with .* without a tensor at \['{path}"
+        QatkitError, match=rf"^outputs: the model returned a dict with .*, which contains no tensor at \['{path}"
     ):
         trainer(distil, max_steps=1).fit(Detection(Detector(1)), loader((IMAGES, TARGETS)))
 

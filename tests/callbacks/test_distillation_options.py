@@ -94,7 +94,7 @@ def test_several_heads_are_averaged_or_weighted(kind: str, outputs: Any, weights
     found, _ = first_loss(Module(copy.deepcopy(student)), KnowledgeDistillation(model, outputs=outputs, student="net"))
     assert found == pytest.approx(expected, rel=1e-5)
     with pytest.raises(
-        QatkitError, match=rf"the model returned .*{kind}.* without a tensor at .*; pass outputs=\[...\]"
+        QatkitError, match=rf"the model returned .*{kind}.*, which contains no tensor at .*; pass outputs=\[...\]"
     ):
         first_loss(Module(student), KnowledgeDistillation(model, student="net"))
 
@@ -263,7 +263,7 @@ def test_nan_in_teacher_outputs_names_the_batch() -> None:
             self.calls += 1
             return self.net(x) * (torch.nan if self.calls == 4 else 1)
 
-    with pytest.raises(QatkitError, match="the teacher's outputs for training batch 3, counted from 0, contain NaN"):
+    with pytest.raises(QatkitError, match=r"outputs for training batch 3 \(counting from 0\) contain NaN"):
         trainer(KnowledgeDistillation(Sometimes())).fit(Classifier(), batches())
 
 
@@ -302,10 +302,11 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
         ),
         (
             lambda: KnowledgeDistillation(teacher(), hidden=HiddenMatch({"net.1": "1"})),
-            r"hidden.widths: None, .* 'net.1' of the student returns \[16, 16\] and '1' of the teacher \[16, 32\]; "
+            r"hidden.widths: None does .* 'net.1' of the student, .* \[16, 16\], and '1' of the teacher, .* \[16, "
+            r"32\]; "
             r"use widths=\(16, 32\)",
         ),
-        (lambda: HiddenMatch({}), "hidden.layers: {} names no layers"),
+        (lambda: HiddenMatch({}), "hidden.layers: {} maps no layers"),
         (lambda: AttentionMatch({"a": "b"}, weight=0.0), "attention.weight: 0.0 is out of range"),
     ],
 )

@@ -160,7 +160,7 @@ def refused(*callbacks: Any, module: Classifier | None = None, **options: Any) -
 def test_what_cannot_work_is_refused_with_the_reason() -> None:
     qat = QuantizationAwareTraining(QuantSpec(4))
     assert refused(lora(targets=["net.1"])).startswith("targets[0]: 'net.1' matches no linear layer; did you mean")
-    assert "QuantizationAwareTraining must swap layers before" in refused(lora(), qat)
+    assert "QuantizationAwareTraining must replace layers before" in refused(lora(), qat)
     assert "ConstantPruning prunes weights that LoRA freezes" in refused(ConstantPruning(), lora())
     assert "cannot also be fake-quantized" in refused(QuantizationAwareTraining(QuantSpec(4)), lora(bits=4))
     assert "dora: True is not supported for a layer" in refused(
@@ -177,7 +177,7 @@ def test_what_cannot_work_is_refused_with_the_reason() -> None:
 
 
 def test_an_adapter_without_a_rank_is_refused_before_there_is_a_trainer() -> None:
-    with pytest.raises(QatkitError, match=r"^rank: 0 is out of range; use an integer of at least 1$"):
+    with pytest.raises(QatkitError, match=r"^rank: 0 is out of range; use a positive integer$"):
         LoRA(rank=0)
 
 

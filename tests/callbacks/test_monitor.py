@@ -203,5 +203,5 @@ def test_the_table_is_written_beside_the_metrics_even_where_nothing_is_trained(t
 
 
 def test_an_interval_below_one_is_refused() -> None:
-    with pytest.raises(QatkitError, match="every: 0 is out of range; use an integer of at least 1"):
+    with pytest.raises(QatkitError, match="every: 0 is out of range; use a positive integer"):
         CompressionMonitor(every=0)

@@ -70,7 +70,7 @@ def test_too_many_in_a_row_end_training_with_the_step_and_the_last_checkpoint(tm
         trainer(watch, kept, enable_checkpointing=True).fit(module, batches())
     message = str(caught.value)
     assert message.startswith(
-        "training: the loss was NaN or infinite in 3 steps in a row, up to step 7 (no weight changed in these steps; "
+        "training: the loss was non-finite in 3 consecutive steps, up to step 7 (no weight changed in these steps; "
     )
     assert f"training continues from the last checkpoint, {tmp_path / 'last.ckpt'}); try a smaller lr" in message
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -80,7 +80,9 @@ def test_too_many_in_a_row_end_training_with_the_step_and_the_last_checkpoint(tm
 
 
 def test_without_a_checkpoint_it_says_that_there_is_none() -> None:
-    with pytest.raises(QatkitError, match=r"the gradient was NaN .* there is no checkpoint yet\); try a smaller"):
+    with pytest.raises(
+        QatkitError, match=r"the gradient was non-finite .* there is no checkpoint yet\); try a smaller"
+    ):
         trainer(NonFiniteSteps(limit=2)).fit(Ill({0, 1}, "gradient"), batches())
     with pytest.raises(QatkitError, match="limit: 0 is out of range"):
         NonFiniteSteps(limit=0)
@@ -99,7 +101,10 @@ def test_weights_that_were_non_finite_before_are_named_and_no_checkpoint_is_prai
     message = str(caught.value)
     assert "'bias' of layer 'net.2' was already non-finite before these steps" in message
     assert "no weight changed" not in message
-    assert f"the last checkpoint, {tmp_path / 'last.ckpt'}, may contain it too; resume from an earlier one" in message
+    assert (
+        f"the last checkpoint, {tmp_path / 'last.ckpt'}, may contain non-finite weights too; resume from an earlier one"
+        in message
+    )
 
 
 def test_infinity_in_a_buffer_is_a_mask_and_a_scale_that_is_not_calibrated_is_no_mistake() -> None:
@@ -136,9 +141,9 @@ def test_a_skipped_step_names_the_batch_and_the_tensor_that_hold_nan() -> None:
         trainer(NonFiniteSteps()).fit(Classifier(), spoiled_batches(40, 41, 100))
     ours = [str(each.message) for each in told if each.category is QatkitWarning]
     assert ours == [
-        "training: step 3 was skipped, because its loss was NaN or infinite: 'inputs' of batch 1 of 1 contains NaN or "
+        "training: step 3 was skipped because its loss was non-finite: 'inputs' of batch 1 of 1 contains NaN or "
         "infinite values; remove the non-finite samples from the data",
-        "training: 2 steps up to step 8 were skipped, because their loss or gradient was NaN or infinite",
+        "training: 2 steps up to step 8 were skipped because their loss or gradient was non-finite",
     ]
 
 
@@ -149,10 +154,10 @@ def test_of_accumulated_batches_the_bad_one_is_named() -> None:
 
 
 def test_a_skipped_step_on_good_data_says_no_more_than_that() -> None:
-    with pytest.warns(QatkitWarning, match="^training: step 4 was skipped, because its gradient was NaN or infinite$"):
+    with pytest.warns(QatkitWarning, match="^training: step 4 was skipped because its gradient was non-finite$"):
         trainer(NonFiniteSteps()).fit(Ill({3}, "gradient"), batches())
 
 
 def test_the_error_after_too_many_steps_names_the_data_too() -> None:
-    with pytest.raises(QatkitError, match=r"the loss \('inputs' of batch 1 of 1 contains NaN .*\) was NaN or infinite"):
+    with pytest.raises(QatkitError, match=r"the loss \('inputs' of batch 1 of 1 contains NaN .*\) was non-finite"):
         trainer(NonFiniteSteps(limit=2)).fit(Classifier(), spoiled_batches(0, 16))

@@ -18,8 +18,8 @@ from tests.callbacks.modules import Classifier, batches, trainer
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "sparsity: exactly one of .* is needed, got none; pass sparsity=0.5"),
-        ({"sparsity": 0.5, "nm": (2, 4)}, "sparsity: exactly one of .* is needed, got sparsity and nm"),
+        ({}, "sparsity: exactly one of .* is required, got none; pass sparsity=0.5"),
+        ({"sparsity": 0.5, "nm": (2, 4)}, "sparsity: exactly one of .* is required, got sparsity and nm"),
         ({"sparsity": 1.0}, "sparsity: 1.0 is out of range"),
         ({"sparsity": 0.0}, "sparsity: 0.0 prunes nothing"),
         ({"sparsity": "0.5"}, "sparsity: '0.5' is out of range"),

@@ -83,6 +83,7 @@ def test_along_a_ramp_the_count_is_exact_and_a_resumed_run_is_an_uninterrupted_o
 def test_a_ramp_that_prunes_before_scores_exist_is_refused() -> None:
     for ramp in (Ramp(0.5), Ramp(0.5, start=0.2, initial=0.1)):
         with pytest.raises(
-            QatkitError, match="prune before the first step, when no movement scores exist; use initial=0 and a start"
+            QatkitError,
+            match="would prune before the first step, when no movement scores exist; use initial=0 and a start",
         ):
             MovementPruning(ramp)

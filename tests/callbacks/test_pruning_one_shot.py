@@ -98,7 +98,7 @@ def test_rewinding_restores_earlier_weights_under_the_mask() -> None:
 
 
 def test_rewinding_that_cannot_work_is_refused() -> None:
-    with pytest.raises(QatkitError, match="WeightRewinding needs a pruning callback before it"):
+    with pytest.raises(QatkitError, match="WeightRewinding requires a pruning callback before it"):
         trainer(WeightRewinding(earlier()), MagnitudePruning(0.5)).fit(Classifier(), batches())
     few = {name: tensor for name, tensor in earlier().items() if name != "net.2.bias"}
     with pytest.raises(QatkitError, match=r"earlier: 1 tensors differ in shape .* such as 'net\.2\.bias'"):

@@ -222,7 +222,7 @@ def test_a_layer_that_only_calibration_runs_is_an_error_too() -> None:
             x = F.linear(batch[0], self.net[0].weight, self.net[0].bias).relu()
             return F.cross_entropy(self.net[2](x), batch[1])
 
-    with pytest.raises(QatkitError, match=r"training never calls the forward of the quantized layers \['net\.0'\]"):
+    with pytest.raises(QatkitError, match=r"training never calls forward on the quantized layers \['net\.0'\]"):
         trainer(QuantizationAwareTraining(W4, A8)).fit(Around(), batches())
 
 

@@ -67,7 +67,7 @@ def test_a_fit_after_a_resumed_one_trains_on_and_does_not_apply_ptq_again(tmp_pa
 def test_an_unknown_starting_point_is_refused_before_a_module_is_touched() -> None:
     with pytest.raises(QatkitError, match="init: unknown PTQ method 'gpqt'; did you mean 'gptq'"):
         QuantizationAwareTraining(weight=W3, init="gpqt")  # type: ignore[arg-type]
-    with pytest.raises(QatkitError, match="calibration_batches: 0 is out of range; use an integer of at least 1"):
+    with pytest.raises(QatkitError, match="calibration_batches: 0 is out of range; use a positive integer"):
         QuantizationAwareTraining(weight=W3, calibration_batches=0)
 
 

@@ -72,7 +72,7 @@ def test_the_text_is_that_of_validate() -> None:
 
 def test_quantized_keys_and_values_are_asked_about_too() -> None:
     cached = QuantizationAwareTraining(kv_cache=QuantSpec(strategy="token"), target="compressed_tensors")
-    with pytest.raises(QatkitError, match=r"^target: transformers does not quantize keys and values"):
+    with pytest.raises(QatkitError, match=r"^target: transformers does not quantize the KV cache"):
         trainer(cached).fit(Writer(), batches())
 
 

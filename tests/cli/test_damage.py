@@ -88,7 +88,7 @@ def test_a_write_that_fails_names_its_file(size: int, command: tuple[str, ...], 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[16]", "[" * 90 + "16" + "]" * 90, r"more than 40 blocks inside each other; use fewer levels"),
+        ("[16]", "[" * 90 + "16" + "]" * 90, r"blocks are nested more than 40 levels deep; reduce the nesting"),
         ("[16]", "{a: " * 90 + "16" + "}" * 90, "more than 40 blocks"),
         ("finished", '"\\ud800"', "name: the character U+D800 is not text"),
         ("{top_k: 3}", '{top_k: 3, folder: "a\\0"}', "distill.cache.folder: the character U+0000 is not text"),
@@ -114,5 +114,5 @@ def test_a_damaged_record_of_an_unfinished_stage_is_named_and_force_trains_it_ag
     (folder / "stage.json").unlink()
     (folder / name).write_text("{")
     command = ("run", "recipe.yaml", "--until", "dense", "--out", "run", "--allow", "tests", "--quiet")
-    assert f"{name} is damaged" in refused(qatkit(*command, cwd=copied))
+    assert f"{name} is corrupt" in refused(qatkit(*command, cwd=copied))
     assert qatkit(*command, "--force", cwd=copied) == (0, "", "")

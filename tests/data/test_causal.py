@@ -200,7 +200,7 @@ def test_tokens_are_made_once_and_again_when_the_file_changes(
     [
         ('{"text": "a"', r"is not JSON \(Expecting ',' delimiter.*\); fix the record"),
         ("[1]", r"is not a JSON object; write one JSON object per line"),
-        ('{"txt": "a"}', r"has no column 'text', only \['txt'\]; fix the record"),
+        ('{"txt": "a"}', r"has no column 'text'; its columns are \['txt'\]; fix the record"),
         ('{"text": 5}', r"column 'text' contains int, not text; fix the record"),
     ],
 )

@@ -112,9 +112,12 @@ def test_a_batch_learns_the_answers_and_nothing_else(tmp_path: Path) -> None:
     ("record", "reason"),
     [
         ({"messages": TALK[:1]}, "has no assistant turn, so no token has a label"),
-        ({"text": "a"}, r"has none of 'messages', 'conversations', 'prompt' and 'instruction', only \['text'\]"),
+        (
+            {"text": "a"},
+            r"has none of the keys 'messages', 'conversations', 'prompt' and 'instruction'; its keys are \['text'\]",
+        ),
         ({"messages": "hello"}, r"messages is not a list of"),
-        ({"prompt": "a", "completion": None}, "'prompt' and 'completion' are not both text"),
+        ({"prompt": "a", "completion": None}, "'prompt' and 'completion' must both be text"),
         (
             {"conversations": [{"from": "robot", "value": "a"}]},
             "a turn has the unknown role 'robot'; use one of human, gpt",
@@ -204,7 +207,7 @@ def test_a_template_that_never_ends_is_stopped_and_the_tokenizer_named(
         data.prepare_data()
     assert str(stopped.value) == (
         f"chat_template: the template of tokenizer '{tokenizer}' was stopped after 50000 steps for one conversation, "
-        "because it probably never ends; set chat_template to a file whose template ends, or fix the "
+        "because it probably never ends; set chat_template to a file whose template terminates, or fix the "
         "tokenizer's template"
     )
 

@@ -161,9 +161,9 @@ def test_a_damaged_image_is_named_or_skipped(make: Callable[[Path], Path], probl
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"image": "no.png", "mask": "0_mask.png"}, "column 'image': there is no file .*no.png"),
-        ({"image": "0.png"}, r"has no column 'mask', only \['image'\]"),
-        ({"image": "0.png", "mask": "0.png"}, "column 'mask' is an image of mode RGB, not class indices"),
+        ({"image": "no.png", "mask": "0_mask.png"}, "column 'image' refers to .*no.png, which does not exist"),
+        ({"image": "0.png"}, r"has no column 'mask'; its columns are \['image'\]"),
+        ({"image": "0.png", "mask": "0.png"}, "column 'mask' is an image of mode RGB, not one of class indices"),
         ({"image": "0.png", "mask": "wide.png"}, "column 'mask' has 9 x 3 pixels, but the image has 12 x 12"),
         ({"image": "0.png", "mask": "seven.png"}, "column 'mask' has pixels of class 7, but there are 2 classes"),
     ],

@@ -93,12 +93,12 @@ def test_rows_that_do_not_fit_the_head_of_a_table_are_named_by_the_line_they_beg
     assert found == ["one", "two\nlines", "five"]
     assert bad == {
         "8": "has 2 columns, but the header has 1",
-        "9": "is not a table row (',' expected after '\"')",
-        "11": "is not a table row, up to line 12 (unexpected end of data)",
+        "9": "is not a valid row (',' expected after '\"')",
+        "11": "is not a valid row, up to line 12 (unexpected end of data)",
     }
     for head in (b"t\xe9xt\none\n", b'"te"xt\none\n'):
         path.write_bytes(head)
-        with pytest.raises(QatkitError, match=r"texts\.csv:1: the header is not a table row \(.*\); fix the header"):
+        with pytest.raises(QatkitError, match=r"texts\.csv:1: the header is not a valid row \(.*\); fix the header"):
             read(path)
 
 
@@ -108,7 +108,7 @@ def test_a_field_of_a_table_may_be_a_long_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "said"), [(60, "is not a Parquet file, or is damaged"), (-2000, "is damaged after")]
+    ("damaged", "said"), [(60, "is not a Parquet file, or is corrupt"), (-2000, "is corrupt after")]
 )
 def test_a_damaged_parquet_file_is_named(damaged: int, said: str, tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"

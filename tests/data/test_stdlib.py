@@ -67,7 +67,7 @@ def test_shares_that_leave_a_split_empty_are_refused(val: float, test: float) ->
 
 
 def test_too_few_files_for_three_splits_are_refused() -> None:
-    with pytest.raises(QatkitError, match=r"include: none of 1 files is left for .*; include more files"):
+    with pytest.raises(QatkitError, match=r"include: 1 files leave none for .*; include more files"):
         split_files({"a.py": Path("a.py")}, 0.1, 0.1)
 
 

@@ -116,10 +116,10 @@ def test_an_integer_of_any_length_is_a_bad_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "numeric: no input column is named"),
-        ({"numeric": ["size", "price"]}, "numeric: column 'price' is named more than once"),
+        ({}, "numeric: no input column is listed"),
+        ({"numeric": ["size", "price"]}, "numeric: column 'price' is listed more than once"),
         ({"categorical": {"town": ["north"]}}, r"categorical\.town: \['north'\] is not a list of two or more"),
-        ({"numeric": ["height"]}, r".*h\.csv:2: has no column 'height', only \['age', "),
+        ({"numeric": ["height"]}, r".*h\.csv:2: has no column 'height'; its columns are \['age', "),
     ],
 )
 def test_columns_that_cannot_be_inputs_are_refused(arguments: Any, message: str, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_columns_that_cannot_be_inputs_are_refused(arguments: Any, message: str,
 
 def test_a_training_set_smaller_than_a_batch_and_an_empty_file_are_refused(tmp_path: Path) -> None:
     data = table_regression(source(write_csv(tmp_path / "h.csv", houses(20))), ["price"], **INPUTS, batch_size=64)
-    with pytest.raises(QatkitError, match=r"^batch_size: 64 is more than the \d+ training samples of a process"):
+    with pytest.raises(QatkitError, match=r"^batch_size: 64 exceeds the \d+ training samples of each process"):
         data.train_dataloader()
     (tmp_path / "empty.csv").touch()
     with pytest.raises(QatkitError, match="there is no valid record"):

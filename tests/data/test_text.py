@@ -49,7 +49,7 @@ def test_windows_follow_each_other_without_overlap_and_labels_are_the_inputs() -
 def test_windows_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(QatkitError, match=r"context: 1 leaves no token to predict; use 2 or more"):
         Windows(lambda: np.arange(9), 1)
-    with pytest.raises(QatkitError, match=r"context: 10 is longer than a split of 9 tokens"):
+    with pytest.raises(QatkitError, match=r"context: 10 exceeds the 9 tokens of a split"):
         len(Windows(lambda: np.arange(9), 10))
 
 

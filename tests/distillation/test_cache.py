@@ -148,10 +148,10 @@ def test_mistakes_are_refused_with_advice(tmp_path: Path) -> None:
         CachedTeacher(tmp_path, FINGERPRINT)
     broken = Logits()
     broken.everything[5] = torch.nan
-    with pytest.raises(QatkitError, match="batch 2, counted from 0, contain NaN"):
+    with pytest.raises(QatkitError, match=r"batch 2 \(counting from 0\) contain NaN"):
         cache_teacher(broken, batches(), tmp_path, FINGERPRINT)
     cache_teacher(Logits(), batches(), tmp_path, FINGERPRINT)
-    with pytest.raises(QatkitError, match=r"samples: \[10\] are not all in the cache; use numbers from 0 to 9"):
+    with pytest.raises(QatkitError, match=r"samples: \[10\] are not all in the cache; use indices from 0 to 9"):
         CachedTeacher(tmp_path, FINGERPRINT)([10])
 
 

@@ -136,8 +136,8 @@ def test_layers_are_mapped(sizes: tuple[int, int], layers: str | list[int], expe
     [
         ((13, 12), "uniform", "13 student layers cannot be mapped to 12 teacher layers; .* from 1 to 12"),
         ((2, 12), "first", "unknown layer map 'first'; use 'uniform', 'last'"),
-        ((2, 12), [1], r"\[1\] does not name one teacher layer .* use 2 numbers from 0 to 11"),
-        ((2, 12), [1, 12], r"\[1, 12\] does not name one teacher layer"),
+        ((2, 12), [1], r"\[1\] does not contain one teacher layer index .* use 2 indices from 0 to 11"),
+        ((2, 12), [1, 12], r"\[1, 12\] does not contain one teacher layer index"),
     ],
 )
 def test_a_wrong_map_is_refused_with_advice(sizes: tuple[int, int], layers: object, message: str) -> None:

@@ -36,14 +36,14 @@ def test_prompts_end_where_the_labels_begin() -> None:
         (
             {"input_ids": WORDS, "position_ids": WORDS},
             2,
-            r"contains \['position_ids'\], which generated texts do not have",
+            r"contains \['position_ids'\], which generated text does not have",
         ),
         ({"input_ids": WORDS}, None, r"no 'labels'.*set a prompt length, such as prompt: 32"),
         ({"input_ids": WORDS, "labels": WORDS}, None, r"no tokens before its first label.*prompt: 32"),
         (
             {"input_ids": WORDS, "attention_mask": torch.zeros_like(WORDS)},
             2,
-            "a text in a batch is empty; remove empty texts",
+            "a sample in a batch is empty; remove empty samples",
         ),
     ],
 )

@@ -131,8 +131,8 @@ def test_ties_and_the_number_of_parameters_are_those_of_a_fresh_model() -> None:
     ("make", "layers", "message"),
     [
         (llama, 7, "7 student layers cannot be mapped to 6 teacher layers"),
-        (llama, [3, 1], r"layers: \[3, 1\] is not an ascending list of teacher layer numbers; .* from 0 to 5"),
-        (llama, [6], r"layers: \[6\] is not an ascending list of teacher layer numbers"),
+        (llama, [3, 1], r"layers: \[3, 1\] is not an ascending list of teacher layer indices; .* from 0 to 5"),
+        (llama, [6], r"layers: \[6\] is not an ascending list of teacher layer indices"),
         (lambda: nn.Linear(2, 2), 1, "Linear has no config with num_hidden_layers"),
         (
             lambda: BartForConditionalGeneration(

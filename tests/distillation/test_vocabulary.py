@@ -42,7 +42,7 @@ def test_equal_widths_stay_as_they_are() -> None:
 
 def test_a_vocabulary_wider_than_the_logits_is_refused_with_all_sizes() -> None:
     with pytest.raises(
-        QatkitError, match=r"vocab_size: 8 tokens, .* student has logits for 6 .* teacher for 9; .* at most 6"
+        QatkitError, match=r"vocab_size: 8 exceeds .* the student \(6\) or the teacher \(9\); .* at most 6"
     ):
         trim_to_vocabulary(torch.randn(3, 6), torch.randn(3, 9), 8)
 

@@ -47,7 +47,7 @@ def test_a_start_that_needs_whole_weights_is_refused_where_they_are_sharded(tmp_
     sharded = ["trainer.devices=2", "trainer.strategy=fsdp2"]
     done = subprocess.run([*command, *sharded], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "stages.sparse24.prune.method: 'sparsegpt' needs unsharded weights, but fsdp2 shards them" in done.stderr
+    assert "stages.sparse24.prune.method: 'sparsegpt' requires unsharded weights, but fsdp2 shards them" in done.stderr
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -31,12 +31,14 @@ def test_gptq_leaves_the_same_weights_and_scales_on_both_processes(tmp_path: Pat
 def test_sharded_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
     result = start("fsdp2", tmp_path / "out.pt")
     assert result.returncode != 0
-    assert "init: 'gptq' needs unsharded weights, but FSDP2 shards them; run gptq as a separate stage" in result.stderr
+    assert (
+        "init: 'gptq' requires unsharded weights, but FSDP2 shards them; run gptq in a separate stage" in result.stderr
+    )
 
 
 @pytest.mark.parametrize("mode", ["diverged", "diverged pruning"])
 def test_bad_batches_on_one_process_stop_both(mode: str, tmp_path: Path) -> None:
     result = start(mode, tmp_path / "out.pt")
     assert result.returncode != 0
-    assert "(on process 1)" in result.stderr
+    assert "(on rank 1)" in result.stderr
     assert "layer 'model.1'" in result.stderr

@@ -166,9 +166,9 @@ def test_a_model_is_called_in_its_own_way(
 @pytest.mark.parametrize(
     ("model", "batch", "options", "message"),
     [
-        (Net(), {"x": X}, {"forward": lambda m, b: m(b["x"])}, r"batches: a batch has the keys \['x'\], but no labels"),
-        (Net(), [X], {}, r"batches: a batch is list with '0' \[16, 8\], but no labels for the metric"),
-        (Net(tuple), (X, VALUES), {}, r"metric: MeanSquaredError does not take .*tuple with '0' \[16, 4\], '1' "),
+        (Net(), {"x": X}, {"forward": lambda m, b: m(b["x"])}, r"batches: a batch \(keys \['x'\]\) contains no labels"),
+        (Net(), [X], {}, r"batches: a batch \(list with '0' \[16, 8\]\) contains no labels for the metric"),
+        (Net(tuple), (X, VALUES), {}, r"metric: MeanSquaredError does not accept .*tuple with '0' \[16, 4\], '1' "),
         (Net(), (X, VALUES), {"class_dim": 2}, r"class_dim: an output of shape \[16, 4\] has no dimension 2; pass"),
         (Net(), (X, VALUES), {"forward": lambda m, b: None}, r"forward: the model returned NoneType, which contains"),
         (Detector(), (IMAGES, [{}] * 3), {"metric": Precision()}, r"metric: Precision computes dict with 'map'"),
@@ -205,7 +205,9 @@ def test_an_onnx_file_returns_the_outputs_as_the_model_names_them(tmp_path: Path
     assert result.passed, result.failures
     assert result.samples == 16 * (3 + 4 + 4)
     assert result.trained_metric == pytest.approx(result.runtime_metric)
-    with pytest.raises(QatkitError, match=r"exports models that take tensors, and this example is list with '0' \["):
+    with pytest.raises(
+        QatkitError, match=r"exports only models whose inputs are tensors, but this example is list with '0' \["
+    ):
         export_onnx(Detector(), IMAGES, tmp_path / "model.onnx")
 
 

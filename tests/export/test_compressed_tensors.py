@@ -199,8 +199,8 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
         (Scheme(QuantSpec(2, type="ternary", observer="absmean")), r"ternary codes; set weight: \{num_bits: 2\}"),
         (specs("Q4_0"), r"GGUF format with negative scales; set scheme: W4A16"),
         (specs("W4A16_ASYM"), r"zero points; set weight: \{symmetric: true\}"),
-        (specs("W3A16"), r"pack 3 bits differently; set weight: \{num_bits: 4\}"),
-        (specs("NVFP4A16"), r"only in bfloat16, so equality could not be verified; set scheme: FP8_DYNAMIC or W4A16"),
+        (specs("W3A16"), r"pack 3-bit codes differently; set weight: \{num_bits: 4\}"),
+        (specs("NVFP4A16"), r"only in bfloat16, so equality cannot be verified; set scheme: FP8_DYNAMIC or W4A16"),
         (specs("MXFP8A16"), r"float8_e8m0fnu scales are loaded only in bfloat16"),
         (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), r"127\.5.*set scheme: W8A8"),
         (Scheme(QuantSpec(8), QuantSpec(8, symmetric=False, strategy="tensor")), r"activation: \{symmetric: true\}"),
@@ -235,7 +235,7 @@ def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tm
         with pytest.raises(QatkitError, match=experts):
             export_compressed(mixtral, tmp_path / "out")
         mixtral = MixtralForCausalLM(mixtral.config)
-    with pytest.raises(QatkitError, match=r"'compressed_tensors' is for transformers models"):
+    with pytest.raises(QatkitError, match=r"'compressed_tensors' is supported only for transformers models"):
         export_compressed(cnn(), tmp_path / "out")
     half = model_with(specs("W4A16"), dtype=torch.bfloat16, steps=0)
     with pytest.raises(QatkitError, match=r"loaded in bfloat16.*set weight: \{scale_dtype: bfloat16\}"):

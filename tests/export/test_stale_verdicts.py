@@ -39,7 +39,7 @@ def test_a_verdict_about_another_file_is_refused_by_that_files_name(changed: str
     tensors = load_file(path)
     tensors["conv1.weight"].view(-1)[0] += 1
     save_file(tensors, path)
-    with pytest.raises(QatkitError, match=rf"{changed}: the file changed after verification; run `qatkit export"):
+    with pytest.raises(QatkitError, match=rf"{changed}: the file has changed since verification; run `qatkit export"):
         read_verification(run, "qat")
     path.write_bytes(content)
     assert read_verification(run, "qat")["passed"]
@@ -66,11 +66,11 @@ def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, t
     path = run.out / "export" / "dense" / "verification.json"
     content = path.read_text()
     path.unlink()
-    with pytest.raises(QatkitError, match="stage 'dense' was not verified; run `qatkit verify"):
+    with pytest.raises(QatkitError, match="stage 'dense' has not been verified; run `qatkit verify"):
         read_verification(run, "dense")
     path.write_text(content[:100])
     with pytest.raises(
-        QatkitError, match=r"verification\.json is damaged \(.*\); restore the file, or run `qatkit verify"
+        QatkitError, match=r"verification\.json is corrupt \(.*\); restore the file, or run `qatkit verify"
     ):
         read_verification(run, "dense")
     path.write_text(content)

@@ -121,7 +121,9 @@ def test_an_adapter_that_peft_would_let_fill_zeros_is_not_saved(tmp_path: Path) 
     model = tiny_llama()
     names = target_layers(model)
     attach(model, names, Adapter(rank=4), held=names[:1])
-    with pytest.raises(QatkitError, match="has a sparsity mask, which a merge by peft would ignore; use merge instead"):
+    with pytest.raises(
+        QatkitError, match="has a sparsity mask, which merging with peft would ignore; use merge instead"
+    ):
         save_adapter(model, tmp_path)
 
 

@@ -93,7 +93,7 @@ def test_a_pattern_of_the_head_alone_and_its_held_zeros_are_refused() -> None:
     with pytest.raises(QatkitError, match=r"'score' matches no linear layer .*\['score'\] is trained in full"):
         target_layers(model, ["score"])
     with pytest.raises(
-        QatkitError, match=r"held: layer 'score' has a sparsity mask, but LoRA trains the classifier's head"
+        QatkitError, match=r"held: layer 'score' has a sparsity mask, but LoRA trains the classification head"
     ):
         attach(model, target_layers(model), Adapter(), held=["score"])
     assert all(parameter.requires_grad for parameter in model.parameters())

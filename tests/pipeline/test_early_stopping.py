@@ -149,11 +149,11 @@ def test_a_stage_without_a_validation_is_refused(override: str, says: str, tmp_p
 @pytest.mark.parametrize(
     ("override", "key", "says"),
     [
-        ("stages.dense.early_stopping.patience=0", "stages.dense.early_stopping.patience", "at least 1"),
+        ("stages.dense.early_stopping.patience=0", "stages.dense.early_stopping.patience", "a positive integer"),
         (
             "stages.dense.early_stopping.min_delta=-1.0",
             "stages.dense.early_stopping.min_delta",
-            "use 0 or a number above 0",
+            "use a non-negative number",
         ),
         ("stages.dense.max_steps=0", "stages.dense.early_stopping", "does not train"),
         (

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_no_bit(tmp_path: Path, monkeypa
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.warns(QatkitWarning, match=r"last\.ckpt is damaged; resuming from .*previous\.ckpt"):
+    with pytest.warns(QatkitWarning, match=r"last\.ckpt is corrupt; resuming from .*previous\.ckpt"):
         run_stages(damaged)
     one, two = (load_file(run.folder("after") / "model" / "model.safetensors") for run in (whole, damaged))
     assert all(torch.equal(one[key], two[key]) for key in one)

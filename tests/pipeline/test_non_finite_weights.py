@@ -60,7 +60,7 @@ def test_the_checkpoint_before_a_non_finite_weight_stays_and_training_goes_on_fr
         with pytest.raises(QatkitError) as caught:
             run_stages(run)
     message = str(caught.value)
-    assert "10 steps in a row, up to step 44 ('weight' of layer 'model." in message
+    assert "10 consecutive steps, up to step 44 ('weight' of layer 'model." in message
     assert str(path) in message
     kept = torch.load(path, weights_only=True)
     assert kept["global_step"] == 30

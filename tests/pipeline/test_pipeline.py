@@ -211,7 +211,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_an_earlier_stage_is_trai
     run = start(tmp_path, "stages.qat.batch_size=2000")
     with pytest.raises(
         QatkitError,
-        match=r"^stages\.qat\.batch_size: 2000 is more than the 1257 training samples, .*at most 1257",
+        match=r"^stages\.qat\.batch_size: 2000 exceeds the 1257 training samples, .*at most 1257",
     ):
         run_stages(run)
     assert not (tmp_path / "stages").exists()
@@ -296,7 +296,7 @@ def test_a_stage_whose_loss_becomes_nan_keeps_its_checkpoint_and_continues_there
         with pytest.raises(QatkitError) as caught:
             run_stages(ill, until="dense")
     checkpoint = ill.folder("dense") / "last.ckpt"
-    assert "the loss was NaN or infinite in 10 steps in a row, up to step 35" in str(caught.value)
+    assert "the loss was non-finite in 10 consecutive steps, up to step 35" in str(caught.value)
     assert str(checkpoint) in str(caught.value)
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 19
     run_stages(ill, until="dense")

@@ -169,7 +169,8 @@ def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
         (
             "vision/digits_int4",
             [],
-            r"export\.format: stage 'dense': 'compressed_tensors' is for transformers models.*format: onnx",
+            r"export\.format: stage 'dense': 'compressed_tensors' is supported only for transformers models.*format: "
+            r"onnx",
         ),
         (
             "llm/int4_qat",
@@ -179,7 +180,7 @@ def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
         (
             "llm/int4_qat",
             ["stages.ptq.quantize.kv_cache={strategy: token}"],
-            r"export\.format: stage 'ptq': transformers does not quantize keys and values",
+            r"export\.format: stage 'ptq': transformers does not quantize the KV cache",
         ),
     ],
 )
@@ -231,11 +232,11 @@ LLAMA = "model={factory: qatkit.models:llama, args: {vocab_size: 64, hidden: 16,
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
-        ("{stride: 33}", r"evaluate\.stride: 33 is longer than a window of 32 tokens, .*; use an integer from 1 to 32"),
-        ("{stride: 9, context: 8}", r"evaluate\.stride: 9 is longer than a window of 8 tokens"),
+        ("{stride: 33}", r"evaluate\.stride: 33 exceeds the window of 32 tokens, .*; use an integer from 1 to 32"),
+        ("{stride: 9, context: 8}", r"evaluate\.stride: 9 exceeds the window of 8 tokens"),
         (
             "{context: 1000000}",
-            r"evaluate\.context: 1000000 is longer than the \d+ positions .*; use at most \d+",
+            r"evaluate\.context: 1000000 exceeds the \d+ positions .*; use at most \d+",
         ),
     ],
 )
@@ -248,7 +249,7 @@ def test_windows_that_cannot_be_evaluated_are_refused_before_training(evaluate: 
 
 def test_a_cache_of_more_classes_than_the_teacher_has_is_refused_before_training() -> None:
     cache = "stages.qat.distill={cache: {top_k: %d}}"
-    with pytest.raises(QatkitError, match=r"^stages\.qat\.distill\.cache\.top_k: 2048 is not fewer than the 2048"):
+    with pytest.raises(QatkitError, match=r"^stages\.qat\.distill\.cache\.top_k: 2048 is not less than the number"):
         validate_recipe(load_recipe("llm/int4_qat", [cache % 2048]))
     validate_recipe(load_recipe("llm/int4_qat", [cache % 2047]))
 

@@ -53,7 +53,7 @@ def test_other_families_are_refused_with_the_difference_and_the_supported_ones(n
         model = kind(kind.config_class(**arguments))
     with pytest.raises(QatkitError, match=rf"{name} is not a Llama-like transformer: .*{lacks}") as caught:
         prefix_of(model)
-    assert "supported are Llama, Mistral, Qwen2" in str(caught.value)
+    assert "supported models are Llama, Mistral, Qwen2" in str(caught.value)
     assert "layers_by: uniform" in str(caught.value)
 
 

@@ -107,7 +107,7 @@ def test_weights_that_pruning_leaves_dense_are_named_with_their_share_of_the_wei
     # 3 + 1 + 4 + 4 squares of 8 x 8, next to 10 + 8 embeddings (the output layer is tied to them)
     line = (
         r"^not pruned, because these types are not supported: transformer\.h\.0\.attn\.c_attn \(Conv1D\), .*"
-        r"mlp\.c_proj \(Conv1D\), 84\.2% of the weights; add the layers to exclude to silence this warning$"
+        r"mlp\.c_proj \(Conv1D\) \(84\.2% of the weights\); to silence this warning, add the layers to exclude$"
     )
     with pytest.warns(QatkitWarning, match=line):
         warn_of_unprunable(gpt2)

@@ -63,7 +63,9 @@ def test_a_method_that_only_has_a_row_is_validated_and_prunes_in_a_run(
         recipe_of(tmp_path)
     monkeypatch.setattr(METHODS, "_rows", {**METHODS._rows, "largest": LARGEST})
     validate_recipe(recipe_of(tmp_path))
-    with pytest.raises(QatkitError, match=r"prune\.method: 'largest' needs unsharded weights, but fsdp2 shards them"):
+    with pytest.raises(
+        QatkitError, match=r"prune\.method: 'largest' requires unsharded weights, but fsdp2 shards them"
+    ):
         recipe_of(tmp_path, "trainer.strategy=fsdp2")
     with pytest.raises(QatkitError, match=r"prune\.nm: method largest needs sparsity, got nm; use sparsity: 0.5"):
         recipe_of(tmp_path, "stages.prune.prune={nm: [2, 4], method: largest}")

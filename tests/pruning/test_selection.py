@@ -75,7 +75,7 @@ def test_a_non_finite_value_is_an_error_that_names_the_layer(dtype: torch.dtype,
     damaged = torch.ones(4, dtype=dtype)
     damaged[2] = value
     with pytest.raises(
-        QatkitError, match=r"layer 'net.2' has NaN or infinite scores, which cannot be ranked \(1 in total\)"
+        QatkitError, match=r"layer 'net.2' has non-finite scores, which cannot be ranked \(1 in total\)"
     ):
         lowest({"net.0": torch.ones(4, dtype=dtype), "net.2": damaged}, 3, signed)
 

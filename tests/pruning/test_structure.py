@@ -186,7 +186,7 @@ def test_parts_without_activation_have_the_lowest_score() -> None:
     [
         (Shape(layers=5), "layers: 5 is out of range; use an integer from 1 to 4"),
         (Shape(neurons=0), "neurons: 0 is out of range; use an integer from 1 to 48"),
-        (Shape(heads=6), "heads: 6 query heads do not fit 4 key-value heads"),
+        (Shape(heads=6), "heads: 6 query heads cannot be divided among 4 key-value heads"),
         (Shape(heads=8, kv_heads=2), "use a multiple of 2 up to 4"),
     ],
 )
@@ -209,5 +209,5 @@ def test_unsupported_models_are_refused() -> None:
     with pytest.raises(QatkitError, match=r"with {'hidden_size': 30, .*} cannot be built \(ValueError"):
         shrink(stable, scores, Shape(hidden=30))
     assert shrink(stable, scores, Shape(neurons=8)).config.intermediate_size == 8
-    with pytest.raises(QatkitError, match="batches: no batches were given"):
+    with pytest.raises(QatkitError, match="batches: no batches were passed"):
         importance(model(), [])

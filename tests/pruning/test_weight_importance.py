@@ -103,7 +103,7 @@ def test_parts_with_zero_weights_are_removed_first() -> None:
     dense.model.layers[0].mlp.up_proj.weight.data[4] = 0
     for scores in (magnitude_importance(dense), taylor_importance(dense, batches(), lambda x: loss(dense, x))):
         assert scores.neurons[0].argmin() == 4
-    with pytest.raises(QatkitError, match="batches: no batches were given"):
+    with pytest.raises(QatkitError, match="batches: no batches were passed"):
         taylor_importance(dense, [], lambda x: loss(dense, x))
 
 

@@ -144,7 +144,7 @@ def test_an_all_zero_channel_gets_the_widest_scale_and_an_all_zero_tensor_gets_o
     [
         ({"num_bits": 9}, "num_bits: 9 is out of range for type 'int'; use 2 to 8"),
         ({"num_bits": 1}, "num_bits: 1 is out of range"),
-        ({"strategy": "group"}, "group_size: strategy 'group' needs an integer of at least 1, not None; use 32"),
+        ({"strategy": "group"}, "group_size: strategy 'group' requires a positive integer, not None; use 32"),
         (
             {"group_size": 32},
             "group_size: 32 has no effect with strategy 'channel'; set strategy: group, or remove group_size",

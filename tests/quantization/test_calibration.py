@@ -66,7 +66,7 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was() -> None:
     ("batches", "message"),
     [
         ([], "batches: calibration received no batches"),
-        ([torch.full((2, 4), torch.nan)], "the input of layer '0' has NaN or infinite values during calibration"),
+        ([torch.full((2, 4), torch.nan)], "the input of layer '0' has non-finite values during calibration"),
     ],
 )
 def test_data_that_cannot_calibrate_is_refused_by_layer(batches: list[torch.Tensor], message: str) -> None:
@@ -86,7 +86,7 @@ def test_a_value_that_is_not_finite_is_noticed_by_every_range_method(
     prepare_qat(model, activation=QuantSpec(symmetric=False, strategy="tensor", observer=observer))
     x = torch.randn(2, 4)
     x.view(-1)[: int(8 * fraction)] = value
-    with pytest.raises(QatkitError, match="the input of layer '0' has NaN or infinite values during calibration"):
+    with pytest.raises(QatkitError, match="the input of layer '0' has non-finite values during calibration"):
         calibrate(model, [torch.randn(2, 4), x])
     assert model[0].input_fake_quant.scale.isnan().all()
 

@@ -49,7 +49,7 @@ def test_inputs_alone_and_caches_alone_are_told() -> None:
     assert str(coverage(model)) == "quantized: 1 of 1 layers, 0.0 % of the weights"
     cached = llama()
     prepare_qat(cached, kv_cache=TOKEN)
-    assert "quantized: 0 of 16 layers, 0.0 % of the weights, keys and values of 2 attention modules; float: " in str(
+    assert "quantized: 0 of 16 layers, 0.0 % of the weights, the KV cache of 2 attention modules; float: " in str(
         coverage(cached)
     )
 

@@ -334,10 +334,10 @@ def test_an_unknown_scheme_raises_an_error_with_the_nearest_name() -> None:
         ),
         ({"observer": "absmean"}, "observer: 'absmean' is not supported for type 'int'; use minmax, mse"),
         ({"observer": "lsq_plus"}, "observer: 'lsq_plus' learns a zero point, .*; set symmetric: false"),
-        ({"strategy": "block"}, r"block_structure: strategy 'block' needs two sizes, not None; use \[128, 128\]"),
+        ({"strategy": "block"}, r"block_structure: strategy 'block' requires two sizes, not None; use \[128, 128\]"),
         ({"block_structure": [1, 2]}, "block_structure: .* has no effect with strategy 'channel'"),
-        ({"scale_dtype": "float8_e8m0fnu"}, "scale_dtype: 'float8_e8m0fnu' is for floats in groups"),
-        ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is for symmetric integers only"),
+        ({"scale_dtype": "float8_e8m0fnu"}, "scale_dtype: 'float8_e8m0fnu' is supported only for per-group floats"),
+        ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is supported only for symmetric integers"),
         ({"observer": "percentile", "percentile": 30.0}, "percentile: 30.0 is out of range; use more than 50"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_model_without_attention_and_an_attention_that_cannot_be_wrapped_are_r
     ):
         prepare_qat(llama(attn_implementation="eager"), kv_cache=TOKEN)
     with pytest.raises(
-        QatkitError, match=r"kv_cache\.strategy: 'channel' is not supported for caches; use tensor or token"
+        QatkitError, match=r"kv_cache\.strategy: 'channel' is not supported for the KV cache; use tensor or token"
     ):
         prepare_qat(llama(), kv_cache=W4)
 
@@ -184,7 +184,7 @@ def test_a_cache_is_verified_as_inputs_are_and_refused_by_onnx(tmp_path: Any) ->
     checked = verify(model, tmp_path / "model.safetensors", [{"input_ids": TOKENS, "labels": TOKENS}])
     assert checked.quantization_error is not None
     assert checked.quantization_error > 0
-    with pytest.raises(QatkitError, match="ONNX does not support quantized keys and values"):
+    with pytest.raises(QatkitError, match="ONNX export does not support KV cache quantization"):
         export_onnx(model, TOKENS, tmp_path / "model.onnx")
     model = mixtral()
     prepare_qat(model, W4, include=["*.experts"])

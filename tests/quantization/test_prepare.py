@@ -152,11 +152,17 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
         ({"include": ["norm"]}, r"'norm' selects 'norm', a LayerNorm, which cannot be quantized"),
         ({"include": "head"}, r"include: 'head' is not a list of globs; pass \['head'\]"),
         ({"weight": "W4A16"}, r"weight: 'W4A16' is not a QuantSpec; pass QuantSpec\(num_bits=8\)"),
-        ({"weight": scheme("W8A8")}, r"weight: a scheme contains two specs; pass weight=w8a8.weight, activation="),
+        ({"weight": scheme("W8A8")}, r"weight: a Scheme contains two specs; pass weight=w8a8.weight, activation="),
         ({"layers": {"head": W4}}, r"layers\['head'\]: QuantSpec\(.*\) is not a Scheme; pass scheme\('W8A16'\)"),
-        ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is for activations"),
-        ({"weight": QuantSpec(observer="kl")}, "weight.observer: 'kl' is for activations; use minmax, mse or lsq"),
-        ({"activation": QuantSpec(2, type="ternary", observer="mse")}, "activation.strategy: 'channel' is for weights"),
+        ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is supported only for activations"),
+        (
+            {"weight": QuantSpec(observer="kl")},
+            "weight.observer: 'kl' is supported only for activations; use minmax, mse or lsq",
+        ),
+        (
+            {"activation": QuantSpec(2, type="ternary", observer="mse")},
+            "activation.strategy: 'channel' is supported only for weights",
+        ),
         (
             {"activation": QuantSpec(strategy="group", group_size=4, observer="mse")},
             "activation.observer: 'mse' is not supported with strategy 'group'",
@@ -230,7 +236,7 @@ def test_a_second_preparation_and_a_weight_that_is_not_finite_are_refused() -> N
         prepare_qat(model, W4)
     model = Tied()
     model.block[0].weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
-    with pytest.raises(QatkitError, match=r"the weight of layer 'block\.0' has NaN or infinite values; repair"):
+    with pytest.raises(QatkitError, match=r"the weight of layer 'block\.0' has non-finite values; use a checkpoint"):
         prepare_qat(model, W4)
 
 
@@ -307,7 +313,7 @@ def test_a_layer_under_two_names_is_saved_and_loaded_whole(tmp_path: Path) -> No
             {"activation": QuantSpec(strategy="group", group_size=4)},
             "activation.group_size: 4 does not divide in_features=6 of layer '0'; use one of 6",
         ),
-        (nn.Linear(4, 4), {"activation": QuantSpec(8)}, "activation.strategy: 'channel' is for weights"),
+        (nn.Linear(4, 4), {"activation": QuantSpec(8)}, "activation.strategy: 'channel' is supported only for weights"),
     ],
 )
 def test_a_layer_that_cannot_be_quantized_so_is_refused_by_name(layer: Any, options: Any, message: str) -> None:

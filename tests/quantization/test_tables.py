@@ -107,7 +107,7 @@ def test_an_observer_is_one_function_and_one_row(tmp_path: Path, monkeypatch: py
         layers = qat_layers(done.load_model("ptq"))
         scales.append([layer.input_fake_quant.scale for _, layer in layers if layer.input_fake_quant])
     torch.testing.assert_close(scales[1], [2 * scale for scale in scales[0] if scale is not None])
-    with pytest.raises(QatkitError, match=r"weight\.observer: 'doubled' is for activations"):
+    with pytest.raises(QatkitError, match=r"weight\.observer: 'doubled' is supported only for activations"):
         load_recipe("vision/digits_int4", ["stages.qat.quantize.weight={num_bits: 4, observer: doubled}"])
 
 

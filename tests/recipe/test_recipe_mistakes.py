@@ -76,11 +76,11 @@ def recipe_file(tmp_path: Path) -> Path:
         ("trainer.devices=0", "trainer.devices", ["0 is out of range"]),
         ("stages={}", "stages", ["has no stage"]),
         # names that become folders
-        ("stages.a/b={max_steps: 1}", "stages.a/b", ["'a/b' is not a plain name"]),
-        ("stages={..: {max_steps: 1}}", "stages...", ["'..' is not a plain name"]),
-        ("stages={a b: {max_steps: 1}}", "stages.a b", ["'a b' is not a plain name"]),
-        ("stages={a.b: {max_steps: 1}}", "stages.a.b", ["'a.b' is not a plain name"]),
-        ("name=../up", "name", ["'../up' is not a plain name"]),
+        ("stages.a/b={max_steps: 1}", "stages.a/b", ["'a/b' is not a valid name"]),
+        ("stages={..: {max_steps: 1}}", "stages...", ["'..' is not a valid name"]),
+        ("stages={a b: {max_steps: 1}}", "stages.a b", ["'a b' is not a valid name"]),
+        ("stages={a.b: {max_steps: 1}}", "stages.a.b", ["'a.b' is not a valid name"]),
+        ("name=../up", "name", ["'../up' is not a valid name"]),
         # overrides inside a scalar
         ("seed.x=3", "seed", ["7 has no keys", "seed=..."]),
         ("model.args.hidden.0=3", "model.args.hidden", ["[8, 8] has no keys", "model.args.hidden=..."]),
@@ -192,5 +192,5 @@ def test_a_byte_order_mark_does_no_harm(recipe_file: Path) -> None:
 
 def test_a_recipe_made_in_python_is_checked_like_one_from_a_file() -> None:
     factory = FactoryConfig("qatkit.models:mlp")
-    with pytest.raises(ValueError, match=r"stages\.\.\./x: '\.\./x' is not a plain name"):
+    with pytest.raises(ValueError, match=r"stages\.\.\./x: '\.\./x' is not a valid name"):
         Recipe(name="a", model=factory, data=factory, stages={"../x": StageConfig(max_steps=1)})

@@ -117,8 +117,8 @@ def test_a_model_that_cannot_write_is_refused_before_anything_runs(tmp_path: Pat
     [
         ("on_policy.fraction=0.9", "", "0.9 and sequence_level.fraction 0.25 add up to more than 1"),
         ("on_policy.fraction=2", ".on_policy.fraction", "2.0 is out of range"),
-        ("on_policy.prompt=0", ".on_policy.prompt", "use an integer of at least 1"),
-        ("sequence_level.temperature=-1", ".sequence_level.temperature", "use 0 or a number above 0"),
+        ("on_policy.prompt=0", ".on_policy.prompt", "use a positive integer"),
+        ("sequence_level.temperature=-1", ".sequence_level.temperature", "use a non-negative number"),
         ("on_policy.tokens=3", ".on_policy.tokens", "unknown key; did you mean 'new_tokens'?"),
     ],
 )

@@ -145,9 +145,9 @@ def test_the_recipe_that_ships_runs_made_small(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.lora.lora.rank=0", "stages.lora.lora.rank: 0 is out of range; use an integer of at least 1"),
+        ("stages.lora.lora.rank=0", "stages.lora.lora.rank: 0 is out of range; use a positive integer"),
         ("stages.lora.lora.bits=3", "stages.lora.lora.bits: bitsandbytes does not support 3 bits; use 4, 8 or null"),
-        ("stages.lora.lora={bits: 8, dora: true}", "dora: peft does not support DoRA over 8-bit weights"),
+        ("stages.lora.lora={bits: 8, dora: true}", "dora: peft does not support DoRA with 8-bit weights"),
         ("stages.prune.lora={rank: 4}", "stages.prune.prune: lora freezes the weights of its stage"),
         ("stages.qat.lora.bits=4", "stages.qat.lora.bits: weights frozen in 4 bits cannot be quantized"),
         (

@@ -219,7 +219,7 @@ def test_init_is_where_the_stage_started(tmp_path: Path) -> None:
             "stages={a: {max_steps: 1, prune: {sparsity: 0.5}}, b: {max_steps: 9, lottery: {rounds: 1}}}",
             r"stages\.b\.lottery: lottery tickets need a dense model, but an earlier stage has pruned it",
         ),
-        ("stages={a: {max_steps: 9, part: {of: 8}}}", r"stages\.a\.part\.of: 8 is less than the 0 steps before"),
+        ("stages={a: {max_steps: 9, part: {of: 8}}}", r"stages\.a\.part\.of: 8 is less than start=0 plus max_steps=9"),
         ("stages={a: {max_steps: 9, part: {of: 8, start: 8}}}", r"stages\.a\.part\.start: 8 is not a step in"),
     ],
 )

@@ -245,7 +245,7 @@ def test_methods_that_fit_no_layer_or_no_strategy_are_refused_before_anything_ru
         QatkitError, match=r"stages\.prune\.prune: 'wanda' prunes only linear layers, but layer 'conv1'"
     ):
         validate_recipe(run_of(tmp_path, *cnn).recipe)
-    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' needs unsharded weights, but fsdp2 shards them"):
+    with pytest.raises(QatkitError, match=r"prune\.method: 'taylor' requires unsharded weights, but fsdp2 shards them"):
         run_of(tmp_path, "trainer.strategy=fsdp2", "stages.prune.prune={method: taylor, sparsity: 0.5}")
 
 

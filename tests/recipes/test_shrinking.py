@@ -154,7 +154,7 @@ def test_a_resumed_shrink_stage_ends_with_the_same_bits(images: Run, tmp_path: P
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("{heads: 3}", r"stages\.cut\.shrink\.heads: 3 query heads do not fit 2"),
+        ("{heads: 3}", r"stages\.cut\.shrink\.heads: 3 query heads cannot be divided among 2"),
         ("{layers: 9}", r"stages\.cut\.shrink\.layers: 9 is out of range; use an integer from 1 to 3"),
         ("{layers: 4, layers_by: last}", r"stages\.cut\.shrink\.layers: 4 is out of range; use an integer from 1 to 3"),
         (
@@ -167,9 +167,12 @@ def test_a_resumed_shrink_stage_ends_with_the_same_bits(images: Run, tmp_path: P
         ("{channels: 8}", r"stages\.cut\.shrink\.channels: 8\.0 is out of range; use a fraction between 0 and 1"),
         ("{heads: 0}", r"stages\.cut\.shrink\.heads: 0 is out of range"),
         ("{hidden: 1.5}", r"stages\.cut\.shrink\.hidden: 1\.5 is out of range"),
-        ("{layers_by: last}", r"stages\.cut\.shrink\.layers: no size is given"),
+        ("{layers_by: last}", r"stages\.cut\.shrink\.layers: no size is set"),
         ("{heads: 2, layers_by: last}", r"stages\.cut\.shrink\.layers_by: 'last' has no effect without layers"),
-        ("{channels: 0.5, layers: 2}", r"stages\.cut\.shrink\.channels: channels is for convolutional networks"),
+        (
+            "{channels: 0.5, layers: 2}",
+            r"stages\.cut\.shrink\.channels: it is supported only for convolutional networks",
+        ),
         ("{layers: 2, keep_layers: [0]}", r"stages\.cut\.shrink\.keep_layers: \[0\] and layers=2 are both set"),
     ],
 )

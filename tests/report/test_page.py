@@ -301,7 +301,7 @@ def test_runs_without_a_report_and_runs_named_twice_are_refused(folder: Path, ch
         write_page([old], Path("never.html"))
     edited = changed("edited")
     (edited / "report.json").write_text((edited / "report.json").read_text().replace('"passed": true', '"passed": 1'))
-    with pytest.raises(QatkitError, match=r"report\.json is damaged \(the digest .*; restore the file, or run"):
+    with pytest.raises(QatkitError, match=r"report\.json is corrupt \(the digest .*; restore the file, or run"):
         write_page([edited], Path("never.html"))
 
 

@@ -49,19 +49,19 @@ def test_a_damaged_one_is_replaced_by_the_one_before_with_one_line(tmp_path: Pat
     save(tmp_path, 1)
     save(tmp_path, 2)
     flip(tmp_path / "last.ckpt")
-    with pytest.warns(QatkitWarning, match=r"last\.ckpt is damaged; resuming from .*previous\.ckpt"):
+    with pytest.warns(QatkitWarning, match=r"last\.ckpt is corrupt; resuming from .*previous\.ckpt"):
         assert step_in(tmp_path) == 1
 
 
 def test_without_a_whole_one_the_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     save(tmp_path, 1)
     flip(tmp_path / "last.ckpt")
-    with pytest.raises(QatkitError, match=r"last\.ckpt or last\.ckpt\.json is damaged .*; delete .* or use --force"):
+    with pytest.raises(QatkitError, match=r"last\.ckpt or last\.ckpt\.json is corrupt .*; delete .* or use --force"):
         find_checkpoint(tmp_path)
     save_checkpoint({"state_dict": {}}, tmp_path / "best.ckpt")
     assert load_checkpoint(tmp_path / "best.ckpt") == {"state_dict": {}}
     (tmp_path / "best.ckpt").write_bytes((tmp_path / "best.ckpt").read_bytes()[:-10])
-    with pytest.raises(QatkitError, match=r"best\.ckpt or best\.ckpt\.json is damaged"):
+    with pytest.raises(QatkitError, match=r"best\.ckpt or best\.ckpt\.json is corrupt"):
         load_checkpoint(tmp_path / "best.ckpt")
 
 

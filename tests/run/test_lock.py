@@ -97,7 +97,7 @@ def test_the_next_command_removes_what_a_killed_one_left_and_says_so(tmp_path: P
     (run / "stages" / "dense" / ".last.ckpt.17.tmp").touch()
     leave(run)
     done = qatkit("verify", "run", cwd=tmp_path)
-    assert done.err.startswith("removed temporary files of a killed process: stages/dense/.last.ckpt.17.tmp\n")
+    assert done.err.startswith("removed temporary files left by a killed process: stages/dense/.last.ckpt.17.tmp\n")
     assert done.code == 2, "nothing is exported yet"
     assert sorted(path.name for path in run.rglob("*")) == ["dense", "recipe.yaml", "stages"]
 

@@ -140,8 +140,8 @@ def test_a_resized_image_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objects", "problem"),
     [
-        ([[1, 2, 3, 4]], "column 'objects' has no lists 'bbox' and 'category' of equal length"),
-        ({"bbox": [[1, 2, 3, 4]], "category": []}, "column 'objects' has no lists 'bbox' and 'category'"),
+        ([[1, 2, 3, 4]], "column 'objects' does not contain lists 'bbox' and 'category' of equal length"),
+        ({"bbox": [[1, 2, 3, 4]], "category": []}, "column 'objects' does not contain lists 'bbox' and 'category'"),
         ({"bbox": [[1, 2, 3, 4]], "category": ["green"]}, "box 1 of column 'objects': category \"green\" is neither"),
         ({"bbox": [[1, 2, 0, 4]], "category": [0]}, r"box 1 of column 'objects' is \[1, 2, 0, 4\], which is empty or"),
         ({"bbox": [[16, 2, 1, 4]], "category": [0]}, r"box 1 of .* is \[16, 2, 1, 4\], which is empty or outside the"),

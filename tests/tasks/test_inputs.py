@@ -21,14 +21,14 @@ LABELS = torch.tensor([0, 1])
     [
         ([(GOOD, LABELS)], None),
         ([], None),
-        ([(GOOD, LABELS), (BAD, LABELS)], "'inputs' of test batch 2 of 2 contains NaN or infinite values"),
-        ([(GOOD / 0, LABELS)], "'inputs' of test batch 1 of 1 contains NaN or infinite values"),
-        ([(BAD, LABELS)] * 3, "'inputs' of test batch 1 of 3 (and of 2 more) contains NaN or infinite values"),
-        ([(GOOD, BAD)], "'labels' of test batch 1 of 1 contains NaN or infinite values"),
-        ([(GOOD, LABELS, BAD)], "'2' of test batch 1 of 1 contains NaN or infinite values"),
+        ([(GOOD, LABELS), (BAD, LABELS)], "'inputs' of test batch 2 of 2 contains non-finite values"),
+        ([(GOOD / 0, LABELS)], "'inputs' of test batch 1 of 1 contains non-finite values"),
+        ([(BAD, LABELS)] * 3, "'inputs' of test batch 1 of 3 (and of 2 more) contains non-finite values"),
+        ([(GOOD, BAD)], "'labels' of test batch 1 of 1 contains non-finite values"),
+        ([(GOOD, LABELS, BAD)], "'2' of test batch 1 of 1 contains non-finite values"),
         (
             [{"sound": GOOD, "video": BAD, "labels": LABELS}],
-            "'video' of test batch 1 of 1 contains NaN or infinite",
+            "'video' of test batch 1 of 1 contains non-finite",
         ),
         ([{"input_ids": LABELS, "attention_mask": -GOOD / 0}], None),  # an additive mask
         ([{"input_ids": LABELS, "attention_mask": BAD}], "'attention_mask' of test batch 1 of 1 contains NaN or"),
@@ -45,7 +45,7 @@ def test_the_first_bad_batch_and_its_tensor_are_named_and_the_others_counted(bat
 def test_evaluated_data_with_nan_is_mentioned() -> None:
     model = nn.Linear(4, 2)
     with pytest.warns(
-        QatkitWarning, match=r"^data: 'inputs' of test batch 2 of 2 contains NaN .*; remove the non-finite"
+        QatkitWarning, match=r"^data: 'inputs' of test batch 2 of 2 contains non-finite .*; remove the non-finite"
     ):
         evaluate(model, [(GOOD, LABELS), (BAD, LABELS)], split="test")
     evaluate(model, [(GOOD, LABELS)], split="test")  # our warnings are errors

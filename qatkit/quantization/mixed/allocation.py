@@ -54,7 +54,8 @@ def allocate(
         bits = 8 * smallest / sensitivity.weights
         key, value = ("average_bits", average_bits) if budget_bytes is None else ("budget_bytes", budget_bytes)
         raise QatkitError(
-            f"{value} is too small: the smallest formats take {smallest} bytes, {bits:.4f} bits per weight with scales",
+            f"{value} is too small: the smallest formats take {smallest} bytes, {bits:.4f} bits per weight including "
+            "scales",
             key=key,
             advice=f"use {smallest} bytes or {math.ceil(bits * 1e4) / 1e4} bits, or measure a smaller candidate",
         )

@@ -115,6 +115,7 @@ class Sensitivity:
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise QatkitError(
-                f"not written by `qatkit sensitivity` ({type(error).__name__}: {error})", key="sensitivity",
+                f"the file was not written by `qatkit sensitivity` ({type(error).__name__}: {error})",
+                key="sensitivity",
                 advice="measure again",
             ) from None  # fmt: skip

@@ -61,7 +61,7 @@ def measure_sensitivity(
     """
     if not candidates:
         raise QatkitError(
-            "no candidates were given", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}"
+            "no candidates were passed", key="candidates", advice="pass {'int8': Scheme(QuantSpec(num_bits=8))}"
         )
     for name, scheme in candidates.items():
         if scheme.weight is None:
@@ -165,7 +165,8 @@ def _measure(
             value = _evaluate(model, loss)
             if idle := [quantizer for quantizer, fake_quant in used if not fake_quant.ran]:
                 raise QatkitError(
-                    f"the loss never runs layer '{idle[0].rpartition('.')[0]}', so its sensitivity cannot be measured",
+                    f"computing the loss never runs layer '{idle[0].rpartition('.')[0]}', so its sensitivity cannot be "
+                    "measured",
                     advice="exclude the layer",
                 )
             # tied weights share their quantizer and are stored once
@@ -177,7 +178,7 @@ def _measure(
             size = sum(stored_bytes(weight.shape, spec) for weight, spec in stored.values())
             options[name] = Option(bytes=size, increase=value - plain)
         else:
-            left_out.append(f"{name} is left out: the loss is {value} with it in {list(layers)}")
+            left_out.append(f"{name} is left out: the loss is {value} when it is applied to {list(layers)}")
     if not options:
         raise QatkitError(
             f"the loss is non-finite with every candidate for layers {list(layers)}", advice="exclude the layers"

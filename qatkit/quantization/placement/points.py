@@ -238,7 +238,7 @@ def _counting(kind: type[nn.Module]) -> type[_Counting]:
             if counter.counted != counter.calls:
                 raise QatkitError(
                     f"{kind.__name__}.forward ran the operations {dict(counter.counted)}, but it ran {counter.calls} "
-                    "when the quantizers of its results were placed",
+                    "when its activation quantizers were placed",
                     key="target",
                     advice="make forward run the same operations on every call, or exclude the layers of this module",
                 )

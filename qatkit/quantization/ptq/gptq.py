@@ -169,7 +169,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     if not hessian.isfinite().all():
         raise QatkitError(
-            "gptq: the Hessian has NaN or infinite values", advice="check the layer's inputs, which are non-finite"
+            "gptq: the Hessian has non-finite values", advice="check the layer's inputs for NaN and infinity"
         )
     hessian = hessian.clone()
     diagonal = hessian.diagonal()

@@ -205,7 +205,8 @@ class _BatchMethod:
             if qat_layers(block) and not find_folds(block, self.uses):
                 raise QatkitError(
                     f"{self.method.name} does not support {type(block).__name__} in {type(self.model).__name__}, "
-                    f"whose layer order is unknown; supported are {', '.join(BLOCKS)} and nn.Sequential of Linear and "
+                    f"whose layer order is unknown; supported blocks are {', '.join(BLOCKS)} and nn.Sequential of "
+                    "Linear and "
                     "ReLU",
                     advice="use gptq",
                 )

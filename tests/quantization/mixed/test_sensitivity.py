@@ -241,7 +241,7 @@ def test_a_format_that_breaks_the_model_is_left_out() -> None:
     binary = Scheme(QuantSpec(num_bits=2, strategy="tensor"), QuantSpec(num_bits=2, strategy="tensor"))
     found = measure_sensitivity(model, {"int2": binary, "int8": CANDIDATES["int8"]}, loss, include=["0"])
     assert list(found.groups[0].options) == ["int8"]
-    assert found.left_out == ("int2 is left out: the loss is inf with it in ['0']",)
+    assert found.left_out == ("int2 is left out: the loss is inf when it is applied to ['0']",)
 
 
 class Idle(nn.Module):
@@ -259,13 +259,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
     def loss(model: nn.Module) -> float:
         return float(model(x).sum())
 
-    with pytest.raises(QatkitError, match="the loss never runs layer 'idle'"):
+    with pytest.raises(QatkitError, match="computing the loss never runs layer 'idle'"):
         measure_sensitivity(Idle(), CANDIDATES, loss)
     with pytest.raises(QatkitError, match="loss: the plain model has a loss of nan"):
         measure_sensitivity(Idle(), CANDIDATES, lambda model: float("nan"))
     with pytest.raises(QatkitError, match="'half' does not quantize the weight"):
         measure_sensitivity(Idle(), {"half": Scheme(None, A8)}, loss)
-    with pytest.raises(QatkitError, match="candidates: no candidates were given"):
+    with pytest.raises(QatkitError, match="candidates: no candidates were passed"):
         measure_sensitivity(Idle(), {}, loss)
     model = Idle()
     prepare_qat(model, QuantSpec(), include=["idle"])
