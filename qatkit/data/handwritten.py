@@ -40,7 +40,7 @@ def digits(
 
     check_fractions(val_fraction, test_fraction, example=0.2)
     if size < 1:
-        raise QatkitError(f"{size} is out of range", key="size", advice="use 1 or more")
+        raise QatkitError(f"{size} is out of range", key="size", advice="use a positive integer")
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

@@ -200,7 +200,11 @@ def number_in(record: Mapping[str, Any], column: str) -> float | BadRecord:
         return BadRecord(f"column '{column}' contains an integer beyond the range of float32")
     if not math.isfinite(number):
         return BadRecord(f"column '{column}' contains {value!r}, not a finite number")
-    return number if abs(number) <= LARGEST else BadRecord(f"column '{column}' contains {value!r}, beyond float32")
+    return (
+        number
+        if abs(number) <= LARGEST
+        else BadRecord(f"column '{column}' contains {value!r}, which float32 cannot represent")
+    )
 
 
 class TableRows(Dataset[tuple[Tensor, Tensor]]):

@@ -64,7 +64,7 @@ def test_what_is_read_unsliced_does_not_depend_on_whether_the_processes_have_met
 def test_digits_have_any_size_from_one() -> None:
     assert digits(size=16).train[0][0].shape == (1, 16, 16)
     for size in (0, -8):
-        with pytest.raises(QatkitError, match=f"^size: {size} is out of range; use 1 or more"):
+        with pytest.raises(QatkitError, match=f"^size: {size} is out of range; use a positive integer"):
             digits(size=size)
     assert digits(0.1, 0.2, 0, 32, 5).batch_size == 32  # `size` was added later, so it comes last
 

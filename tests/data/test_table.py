@@ -58,8 +58,8 @@ def test_a_parquet_file_has_the_same_rows_and_several_targets_keep_their_units(t
         (["nan", 1, "north", 1, 1, "dear"], "column 'size' contains 'nan', not a finite number"),
         (["big", 1, "north", 1, 1, "dear"], "column 'size' contains 'big', not a finite number"),
         ([1, 1, "west", 1, 1, "dear"], r"column 'town' contains 'west', which is none of \['north', 'south'\]"),
-        ([1e39, 1, "north", 1, 1, "dear"], r"column 'size' contains '1e\+39', beyond float32"),
-        ([1, 1, "north", 1, 1, "free"], r"label \"free\" is neither one of \['cheap', 'dear'\] nor an index"),
+        ([1e39, 1, "north", 1, 1, "dear"], r"column 'size' contains '1e\+39', which float32 cannot"),
+        ([1, 1, "north", 1, 1, "free"], r"label \"free\" is neither one of \['cheap', 'dear'\] nor a class index"),
     ],
 )
 def test_a_bad_row_is_named_or_skipped(row: list[object], problem: str, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_an_integer_of_any_length_is_a_bad_record(tmp_path: Path) -> None:
         QatkitError, match=r"h\.jsonl:\d+: column 'label' contains an integer beyond the range of float32"
     ):
         table_regression(source(tmp_path / "h.jsonl"), ["label"], numeric=["size"]).prepare_data()
-    with pytest.raises(QatkitError, match=r"h\.jsonl:\d+: label 10+\.\.\. is neither one of \['a', 'b'\] nor an index"):
+    with pytest.raises(QatkitError, match=r"h\.jsonl:\d+: label 10+\.\.\. is neither one of .* nor a class index"):
         table_classification(source(tmp_path / "h.jsonl"), ["a", "b"], numeric=["number"]).prepare_data()
 
 
