@@ -23,7 +23,7 @@ def check_classes(classes: Sequence[str]) -> None:
         raise QatkitError(
             f"{list(classes)} is not a list of two or more different names",
             key="classes",
-            advice="name each class once, in the order of the model's outputs",
+            advice="list each class once, in the order of the model's outputs",
         )
 
 
@@ -47,7 +47,7 @@ def class_of(record: Mapping[str, Any], column: str, classes: Sequence[str]) -> 
         return BadRecord(f"{column} {_shown(value)} is not one of {list(classes)}, some of which are numbers")
     if number is not None and number.is_integer() and 0 <= number < len(classes):
         return int(number)
-    return BadRecord(f"{column} {_shown(value)} is neither one of {list(classes)} nor an index")
+    return BadRecord(f"{column} {_shown(value)} is neither one of {list(classes)} nor a class index")
 
 
 def position_of(value: Any, names: Sequence[str]) -> int | None:

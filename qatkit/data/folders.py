@@ -15,7 +15,7 @@ from qatkit.data.source import BadRecord, FilePath, Part, Source
 from qatkit.errors import QatkitError, QatkitWarning
 
 _HELD_OUT = {"val", "valid", "validation", "dev", "test"}
-_ADVICE = "put the files of each class in a folder of its own"
+_ADVICE = "put the files of each class in a separate subfolder"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def folder_part(folder: Path, kind: ClassFolders, split: str, key: str, skip_bad
     """
     files = files_of(folder)
     if not files:
-        raise QatkitError(f"'{folder}' has no folder with files", key=key, advice=_ADVICE)
+        raise QatkitError(f"'{folder}' contains no subfolder with files", key=key, advice=_ADVICE)
     names = class_folders(folder)
     known = {name: class_of({kind.label: name}, kind.label, kind.classes) for name in names}
     for name, number in known.items():

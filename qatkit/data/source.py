@@ -31,7 +31,7 @@ class BadRecord(Exception):
 
 def missing(record: Mapping[str, Any], column: str) -> BadRecord:
     """Return the reason why a record without a column cannot be used."""
-    return BadRecord(f"has no column '{column}', only {sorted(map(str, record))}")
+    return BadRecord(f"has no column '{column}'; its columns are {sorted(map(str, record))}")
 
 
 class FilePath(str):

@@ -67,7 +67,7 @@ def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
                     yield int(row["step"]), name, float(number)
     except (ValueError, TypeError, csv.Error) as error:  # TypeError: a row is longer than the header
         raise QatkitError(
-            f"{path} is corrupted ({error})",
+            f"{path} is corrupt ({error})",
             advice="restore the file, or delete it to omit this attempt's curves from the report",
         ) from error
 

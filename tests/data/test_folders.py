@@ -68,7 +68,7 @@ def table(folder: Path) -> Path:
         (splits, None, r"source\.path: '.*photos' has the folders \['train', 'val'\], which are splits, not classes"),
         (splits, ["cat", "dog"], r"source\.path: '.*photos' has the folders \['train', 'val'\], which are splits, not"),
         (flat, None, r"source\.path: '.*photos' has no folder with a class name; put the files of each class in a fol"),
-        (flat, ["cat", "dog"], r"source\.path: '.*photos' has no folder with files; put the files of each"),
+        (flat, ["cat", "dog"], r"source\.path: '.*photos' contains no subfolder with files; put the files of each"),
         (one, None, r"source\.path: '.*photos' has only the folder 'cat' with a class name; put the files of each"),
         (
             one,
@@ -81,7 +81,11 @@ def table(folder: Path) -> Path:
             r"source\.path: '.*photos' has the folder 'cat', which is not one of the classes",
         ),
         (empty, None, r"source\.path: '.*photos' has no files of the class 'dog'; add files in the folder 'dog', or"),
-        (hollow, None, r"source\.path: '.*photos' has no folder with files; put the files of each class in a folder"),
+        (
+            hollow,
+            None,
+            r"source\.path: '.*photos' contains no subfolder with files; put the files of each class in a separate",
+        ),
         (
             lambda folder: folder / "photos",
             None,

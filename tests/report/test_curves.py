@@ -55,6 +55,6 @@ def test_a_number_that_was_cut_off_is_left_out_and_a_damaged_file_is_named(tmp_p
     for text in ("epoch,step,loss\n0,1,2.x\n", "epoch,step,loss\n0,1,2.0,3,4\n", "epoch,step,loss\n0,one,2.0\n"):
         (tmp_path / "attempt_0" / "metrics.csv").write_text(text)
         with pytest.raises(
-            QatkitError, match=r"attempt_0/metrics\.csv is corrupted \(.*\); restore the file, or delete it"
+            QatkitError, match=r"attempt_0/metrics\.csv is corrupt \(.*\); restore the file, or delete it"
         ):
             read_curves(tmp_path)
