@@ -41,20 +41,20 @@ def classes_of(source: Source, classes: Sequence[str] | None) -> list[str]:
         if not folder.is_dir():
             if any(sign in source.path for sign in "*?[") or Path(source.path).suffix in READERS:
                 raise QatkitError(
-                    f"is not set, and '{source.path}' is a table, not a folder with one folder per class",
+                    f"is not set, and '{source.path}' is a table, not a folder with one subfolder per class",
                     key="classes",
                     advice="list the class names in the order of the model's outputs",
                 )
             raise QatkitError(
                 f"there is no folder '{source.path}'",
                 key="source.path",
-                advice="use an existing folder with one folder per class, or set classes for a data set on the hub",
+                advice="use an existing folder with one subfolder per class, or set classes for a dataset on the hub",
             )
         classes = class_folders(folder)
         _refuse_splits(folder, classes, "source.path")
         if len(classes) < 2:
-            listed = f"only the folder '{classes[0]}'" if classes else "no folder"
-            raise QatkitError(f"'{folder}' has {listed} with a class name", key="source.path", advice=_ADVICE)
+            found = f"only one subfolder, '{classes[0]}'" if classes else "no subfolder"
+            raise QatkitError(f"'{folder}' contains {found}", key="source.path", advice=_ADVICE)
     check_classes(classes)
     return list(classes)
 
@@ -81,23 +81,23 @@ def folder_part(folder: Path, kind: ClassFolders, split: str, key: str, skip_bad
         if isinstance(number, BadRecord) and not skip_bad:
             _refuse_splits(folder, names, key)
             raise QatkitError(
-                f"'{folder}' has the folder '{name}', which is not one of the classes {list(kind.classes)}",
+                f"'{folder}' contains the subfolder '{name}', which is not one of the classes {list(kind.classes)}",
                 key=key,
-                advice="rename the folder or add the class, or set source.skip_bad: true to skip its files",
+                advice="rename the subfolder or add the class, or set source.skip_bad: true to skip its files",
             )
     filled = {known[path.relative_to(folder).parts[0]] for path in files}
     empty = [name for index, name in enumerate(kind.classes) if index not in filled]
     if empty and split == "train":
         raise QatkitError(
-            f"'{folder}' has no files of the class '{empty[0]}'",
+            f"'{folder}' contains no files of the class '{empty[0]}'",
             key=key,
-            advice=f"add files in the folder '{empty[0]}', or remove it from the classes",
+            advice=f"add files to the subfolder '{empty[0]}', or remove it from the classes",
         )
     stray = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if stray:
         warnings.warn(
-            f"{key}: '{folder}' has files beside the folders of classes, which are not used: {len(stray)}, such as "
-            f"'{stray[0]}'",
+            f"{key}: '{folder}' contains files outside its class folders, such as '{stray[0]}'; these files "
+            f"({len(stray)}) are not used",
             QatkitWarning,
             stacklevel=2,
         )
@@ -115,10 +115,10 @@ def _refuse_splits(folder: Path, names: Sequence[str], key: str) -> None:
     lower = {name.lower() for name in names}
     if lower and (("train" in lower and lower & _HELD_OUT) or lower <= {"train", *_HELD_OUT}):
         raise QatkitError(
-            f"'{folder}' has the folders {list(names)}, which are splits, not classes",
+            f"'{folder}' contains the subfolders {list(names)}, which are splits, not classes",
             key=key,
             advice=f"set source.path: {folder / 'train'}, and source.val and source.test to the other folders; if they "
-            "are classes, name them as classes",
+            "are classes, list them under classes",
         )
 
 

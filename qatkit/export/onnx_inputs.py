@@ -80,7 +80,7 @@ def _batch_size(tensors: dict[str, Tensor]) -> int:
     sizes = {name: len(tensor) for name, tensor in tensors.items() if tensor.dim()}
     if not sizes:
         raise QatkitError(
-            f"{', '.join(tensors)} of the example has no dimension, and the first one is the batch",
+            f"{', '.join(tensors)} of the example has no dimension, but the first dimension must be the batch",
             advice="pass tensors [batch, ...]",
         )
     batch = Counter(sizes.values()).most_common(1)[0][0]

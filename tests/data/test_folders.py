@@ -1,4 +1,4 @@
-"""Folders with one folder per class: every file in them counts, or is named."""
+"""Folders with one subfolder: every file in them counts, or is named."""
 
 from __future__ import annotations
 
@@ -65,22 +65,22 @@ def table(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "classes", "problem"),
     [
-        (splits, None, r"source\.path: '.*photos' has the folders \['train', 'val'\], which are splits, not classes"),
-        (splits, ["cat", "dog"], r"source\.path: '.*photos' has the folders \['train', 'val'\], which are splits, not"),
-        (flat, None, r"source\.path: '.*photos' has no folder with a class name; put the files of each class in a fol"),
+        (splits, None, r"source\.path: '.*photos' contains the subfolders \['train', 'val'\], which are splits"),
+        (splits, ["cat", "dog"], r"source\.path: '.*photos' contains the subfolders \['train', 'val'\], which are"),
+        (flat, None, r"source\.path: '.*photos' contains no subfolder; put the files of each class in a"),
         (flat, ["cat", "dog"], r"source\.path: '.*photos' contains no subfolder with files; put the files of each"),
-        (one, None, r"source\.path: '.*photos' has only the folder 'cat' with a class name; put the files of each"),
+        (one, None, r"source\.path: '.*photos' contains only one subfolder, 'cat'; put the files of each"),
         (
             one,
             ["cat", "dog"],
-            r"source\.path: '.*photos' has no files of the class 'dog'; add files in the",
+            r"source\.path: '.*photos' contains no files of the class 'dog'; add files to the",
         ),
         (
             one,
             ["kat", "dog"],
-            r"source\.path: '.*photos' has the folder 'cat', which is not one of the classes",
+            r"source\.path: '.*photos' contains the subfolder 'cat', which is not one of the classes",
         ),
-        (empty, None, r"source\.path: '.*photos' has no files of the class 'dog'; add files in the folder 'dog', or"),
+        (empty, None, r"source\.path: '.*photos' contains no files of the class 'dog'; add files to the .*, or"),
         (
             hollow,
             None,
@@ -96,7 +96,7 @@ def table(folder: Path) -> Path:
             ["cat", "dog"],
             r"source\.path: '.*photos' matches no file; use the",
         ),
-        (table, None, r"classes: is not set, and '.*photos\.jsonl' is a table, not a folder with one folder per class"),
+        (table, None, r"classes: is not set, and '.*photos\.jsonl' is a table, not a folder with one subfolder"),
     ],
 )
 def test_a_folder_that_is_not_one_of_classes_is_named(
@@ -142,11 +142,11 @@ def test_hidden_files_do_not_count_linked_folders_do_and_files_beside_the_folder
     (more / "around").symlink_to(path / "dog")  # a circle
     assert samples(source(path)) == 90
     shutil.copy(path / "cat" / "0.png", path / "stray.png")
-    with pytest.warns(QatkitWarning, match=r"source\.path: '.*photos' has files beside .*: 1, such as 'stray\.png'"):
+    with pytest.warns(QatkitWarning, match=r"source\.path: '.*photos' contains files outside .* such as 'stray\.png'"):
         assert samples(source(path)) == 90
     (path / "stray.png").unlink()
     (path / "cat" / "broken.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(QatkitError, match=r"cat/broken\.png: column 'image': there is no file"):
+    with pytest.raises(QatkitError, match=r"cat/broken\.png: column 'image' refers to .*, which does not exist"):
         samples(source(path))
 
 

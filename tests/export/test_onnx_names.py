@@ -173,7 +173,7 @@ def test_forward_may_read_the_dtype_device_and_shape_of_a_quantized_weight(tmp_p
             "the model fails on the example: .*; if `forward` computes with the weight .*, exclude that layer",
         ),
         (Returning(lambda model, x, y: y), X[0], r"dynamic batch: Found the following conflicts .*: - Received user"),
-        (Scaled(), (torch.tensor(1.0),) * 4, "factor, table, x, y of the example has no dimension, and the first"),
+        (Scaled(), (torch.tensor(1.0),) * 4, "factor, table, x, y of the example has no dimension, but the first"),
     ],
     ids=["no tensor", "wrong shape", "weight", "no batch", "no dimension"],
 )
