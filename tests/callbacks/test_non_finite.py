@@ -141,7 +141,7 @@ def test_a_skipped_step_names_the_batch_and_the_tensor_that_hold_nan() -> None:
         trainer(NonFiniteSteps()).fit(Classifier(), spoiled_batches(40, 41, 100))
     ours = [str(each.message) for each in told if each.category is QatkitWarning]
     assert ours == [
-        "training: step 3 was skipped because its loss was non-finite: 'inputs' of batch 1 of 1 contains NaN or "
+        "training: step 3 was skipped because its loss was non-finite: 'inputs' of batch 1 of 1 contains non-finite "
         "infinite values; remove the non-finite samples from the data",
         "training: 2 steps up to step 8 were skipped because their loss or gradient was non-finite",
     ]
@@ -149,7 +149,7 @@ def test_a_skipped_step_names_the_batch_and_the_tensor_that_hold_nan() -> None:
 
 def test_of_accumulated_batches_the_bad_one_is_named() -> None:
     accumulating = trainer(NonFiniteSteps(), accumulate_grad_batches=4, max_steps=2)
-    with pytest.warns(QatkitWarning, match="step 2 was skipped.*: 'inputs' of batch 3 of 4 contains NaN"):
+    with pytest.warns(QatkitWarning, match="step 2 was skipped.*: 'inputs' of batch 3 of 4 contains non-finite"):
         accumulating.fit(Classifier(), spoiled_batches(100))
 
 
@@ -159,5 +159,7 @@ def test_a_skipped_step_on_good_data_says_no_more_than_that() -> None:
 
 
 def test_the_error_after_too_many_steps_names_the_data_too() -> None:
-    with pytest.raises(QatkitError, match=r"the loss \('inputs' of batch 1 of 1 contains NaN .*\) was non-finite"):
+    with pytest.raises(
+        QatkitError, match=r"the loss \('inputs' of batch 1 of 1 contains non-finite .*\) was non-finite"
+    ):
         trainer(NonFiniteSteps(limit=2)).fit(Classifier(), spoiled_batches(0, 16))

@@ -148,7 +148,7 @@ class Attention(LightningModule):
 def test_a_swapped_layer_that_never_runs_is_an_error_that_names_it() -> None:
     with pytest.raises(
         QatkitError,
-        match=r"never calls the forward of .* \['unused'\]; .* add these layers to exclude",
+        match=r"never calls forward on .* \['unused'\]; .* add these layers to exclude",
     ):
         trainer(QuantizationAwareTraining(W4, include=["unused", "head"])).fit(Attention(), batches())
     with pytest.raises(QatkitError, match="layer 'unused' never ran during calibration, so its input has no range"):
@@ -260,7 +260,7 @@ def test_a_batchnorm_that_cannot_be_folded_keeps_its_statistics_while_its_scale_
     norm.running_mean.fill_(0.3)
     weight = norm.weight.clone()
     module = Classifier(net)
-    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['net.1'\]"):
+    with pytest.warns(QatkitWarning, match=r"BatchNorm layers were not folded.*\['net.1'\]"):
         trainer(QuantizationAwareTraining(weight=QuantSpec(num_bits=4))).fit(module, batches(), batches(2))
     assert torch.equal(norm.running_mean, torch.full((16,), 0.3))
     assert not torch.equal(norm.weight, weight)

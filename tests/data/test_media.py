@@ -246,7 +246,7 @@ def test_a_path_beside_missing_bytes_is_relative_to_its_table(tmp_path: Path) ->
         ({"mean": [0.5]}, r"mean: \[0\.5\] has 1 values, but the images have 3 channels; use 3"),
         ({"mean": [0.5, nan, 0.5]}, r"mean: \[0\.5, nan, 0\.5\] is not finite"),
         ({"std": [inf, 1.0, 1.0]}, r"std: \[inf, 1\.0, 1\.0\] is not finite"),
-        ({"std": [0.0, 1.0, 1.0]}, r"std: \[0\.0, 1\.0, 1\.0\] is out of range; use numbers above 0"),
+        ({"std": [0.0, 1.0, 1.0]}, r"std: \[0\.0, 1\.0, 1\.0\] is out of range; use positive numbers"),
     ],
 )
 def test_an_impossible_image_format_is_refused(options: dict[str, Any], message: str) -> None:

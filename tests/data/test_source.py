@@ -133,7 +133,7 @@ def test_half_of_a_character_is_a_bad_record(tmp_path: Path) -> None:
     first, second = (text_in(record, "text") for _, record in read_file(path, lines=False))  # type: ignore[arg-type]
     assert first == "naïve 😀"
     assert isinstance(second, BadRecord)
-    assert "half a character" in str(second)
+    assert "half of a pair" in str(second)
 
 
 def test_json_that_is_nested_too_deeply_is_a_bad_record(tmp_path: Path) -> None:

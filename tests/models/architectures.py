@@ -177,7 +177,7 @@ ARCHITECTURES = [
               "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "expand_ratios": [1, 2],
               "num_block_repeats": [1, 1], "depthwise_padding": []}, 3),
         images(), 0.81, unsupported=["*depthwise_conv.depthwise_conv"],
-        warns=r"BatchNorm not folded, .*depthwise_norm.*'net.efficientnet.encoder.top_bn'",
+        warns=r"BatchNorm layers were not folded, .*depthwise_norm.*'net.efficientnet.encoder.top_bn'",
     ),
     Architecture(
         "ConvNeXt",
@@ -197,7 +197,7 @@ ARCHITECTURES = [
              {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "num_attention_heads": [1, 2],
               "sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
               "decoder_hidden_size": 16}, 3),
-        images(), 0.926, warns=r"BatchNorm not folded, .*'net.decode_head.batch_norm'",
+        images(), 0.926, warns=r"BatchNorm layers were not folded, .*'net.decode_head.batch_norm'",
     ),
     Architecture("U-Net", seeded(UNet), images(8, 1), 0.981),
     Architecture("YOLO", seeded(Yolo), images(16), 0.976, [0, 1]),

@@ -52,7 +52,7 @@ def trained(model: nn.Module) -> nn.Module:
 def test_the_folded_model_computes_the_same_function_and_keeps_what_cannot_be_folded() -> None:
     model, x = trained(Residual()), torch.randn(3, 4, 6, 6)
     expected = model(x)
-    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['block.bn3', 'free'\]"):
+    with pytest.warns(QatkitWarning, match=r"BatchNorm layers were not folded.*\['block.bn3', 'free'\]"):
         folds = fold_batchnorm(model)
     assert folds == [("block.conv1", "block.bn1"), ("block.conv2", "block.bn2")]
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
@@ -65,7 +65,7 @@ def test_a_convolution_over_sequences_is_folded_and_a_linear_layer_is_named() ->
         model(torch.randn(8, 4, 6) * 2 + 1)
     x = torch.randn(3, 4, 6)
     expected = model.eval()(x)
-    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['4'\]"):
+    with pytest.warns(QatkitWarning, match=r"BatchNorm layers were not folded.*\['4'\]"):
         folds = fold_batchnorm(model)
     assert folds == [("0", "1")]
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
@@ -108,6 +108,6 @@ def test_folding_keeps_frozen_layers_frozen_and_leaves_tied_convolutions_alone()
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     tied = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     tied[2].weight = tied[0].weight
-    with pytest.warns(QatkitWarning, match=r"BatchNorm not folded.*\['1', '3'\]"):
+    with pytest.warns(QatkitWarning, match=r"BatchNorm layers were not folded.*\['1', '3'\]"):
         assert fold_batchnorm(tied) == []
     assert tied[2].weight is tied[0].weight
