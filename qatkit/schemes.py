@@ -66,7 +66,8 @@ def check_kv_cache(spec: QuantSpec) -> None:
         )
     if spec.dynamic:
         raise QatkitError(
-            "true is not supported for caches, because the scale would change between steps", key="kv_cache.dynamic",
+            "true is not supported for the KV cache, because the scale would change between steps",
+            key="kv_cache.dynamic",
             advice="remove dynamic, or use strategy: token",
         )  # fmt: skip
     check_activation("kv_cache", spec)

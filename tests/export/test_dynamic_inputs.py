@@ -171,7 +171,7 @@ def test_a_contradictory_spec_is_refused(make: Callable[[], object], message: st
 def test_the_kv_cache_has_no_scale_per_batch() -> None:
     from qatkit.schemes import check_kv_cache
 
-    with pytest.raises(QatkitError, match=r"kv_cache\.dynamic: true is not supported for caches"):
+    with pytest.raises(QatkitError, match=r"kv_cache\.dynamic: true is not supported for the KV cache"):
         check_kv_cache(BATCH)
 
 
