@@ -84,6 +84,6 @@ def test_a_ramp_that_prunes_before_scores_exist_is_refused() -> None:
     for ramp in (Ramp(0.5), Ramp(0.5, start=0.2, initial=0.1)):
         with pytest.raises(
             QatkitError,
-            match="would prune before the first step, when no movement scores exist; use initial=0 and a start",
+            match="would prune before the first step, when no movement scores exist; use initial=0 and a positive",
         ):
             MovementPruning(ramp)
