@@ -35,6 +35,7 @@ COMMANDS = Table(
         Command("export", "Export a run's finished stages."),
         Command("verify", "Run exported files in their runtime and compare them with the trained models."),
         Command("report", "Measure exported files and write a report, or compare multiple runs."),
+        Command("bench", "Measure latency, throughput, load time, memory and size of exported files."),
         Command("sensitivity", "Measure the loss increase when each layer is quantized on its own."),
         Command("allocate", "Choose a format for each layer under a size budget."),
     ],

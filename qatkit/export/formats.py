@@ -49,6 +49,10 @@ class ExportFormat:
     """Files saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
     benchmark: str = ""
     """``(path, threads)``: return a callable whose latency the report measures; empty if no latency is measured."""
+    baselines: str = ""
+    """``(path, batches, folder)``: the runtime's own quantization of a floating-point file without training."""
+    runtime_module: str = ""
+    """Import name of the runtime whose latency is measured."""
     kernels: str = ""
     """``(path)``: return the kernels that the runtime chose; empty if unknown."""
     other_sums: bool = False
@@ -135,6 +139,8 @@ FORMATS = Table(
             extra="onnx",
             packages=("onnx", "onnxscript", "onnxruntime"),
             benchmark="qatkit.export.runtime:load_runtime",
+            baselines="qatkit.export.onnx_baselines:baselines",
+            runtime_module="onnxruntime",
             kernels="qatkit.export.runtime:integer_kernels",
             other_sums=True,
         ),

@@ -36,7 +36,7 @@ def report_run(run: Run) -> dict[str, Any]:
     verifications = {stage: read_verification(run, stage) for stage in run.rows}
     measured = Measurements(
         verification=verifications,
-        latency=compare(paths, _example(first_batch(data)), format=row.name) if row.benchmark else {},
+        latency=compare(paths, example_of(first_batch(data)), format=row.name) if row.benchmark else {},
         cost=_torch_latencies(run),
         language=evaluate_run(run, data) if run.recipe.evaluate else {},
     )
@@ -46,7 +46,8 @@ def report_run(run: Run) -> dict[str, Any]:
     return content
 
 
-def _example(batch: Any) -> Example:
+def example_of(batch: Any) -> Example:
+    """Return the inputs of a batch: the first positional one, or all by name."""
     args, tensors = model_inputs(batch)
     return args[0] if args else {name: tensor for name, tensor in tensors.items() if tensor is not None}
 

@@ -95,7 +95,7 @@ def compare(
     runtimes = {name: _load(path, threads, format) for name, path in paths.items()}
     rows: dict[str, list[Latency]] = {name: [] for name in paths}
     for size in batch_sizes:
-        calls = {name: _call(runtime, example, size) for name, runtime in runtimes.items()}
+        calls = {name: resized_call(runtime, example, size) for name, runtime in runtimes.items()}
         measured = side_by_side(calls, repeats)
         for name, (low, median, high) in measured.items():
             rows[name].append(
@@ -141,7 +141,8 @@ def _load(path: Path, threads: int, format: str | None) -> Callable[..., object]
     return load
 
 
-def _call(runtime: Callable[..., object], example: Example, size: int) -> Callable[[], object]:
+def resized_call(runtime: Callable[..., object], example: Example, size: int) -> Callable[[], object]:
+    """Return a function that calls the runtime with the example, repeated or truncated to a batch size."""
     if isinstance(example, Tensor):
         return partial(runtime, _batch(example, size))
     lengths = Counter(len(tensor) for tensor in example.values() if tensor.dim())

@@ -1,0 +1,130 @@
+"""`qatkit bench`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qatkit.cli.arguments import Allow, AsJson, RunArgument
+from qatkit.cli.inputs import open_run
+from qatkit.cli.output import echo, print_table
+
+if TYPE_CHECKING:
+    from qatkit.pipeline.serving import Bench
+
+
+class Against(StrEnum):
+    """What exported files are compared with."""
+
+    ptq = "ptq"
+
+
+def command(
+    run: RunArgument,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=2**20, metavar="N", help="A batch size. Repeatable.", show_default="1 and 64"),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the runtime.")] = 1,
+    against: Annotated[
+        Against | None,
+        typer.Option(help="Also measure the runtime's own quantization of the dense model, without training."),
+    ] = None,
+    allow: Allow = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency, throughput, load time, memory and size of exported files.
+
+    The first lines compare the last stage with the dense model, and with post-training quantization if --against is
+    set. A slower file is reported as such, with the layers that are not quantized.
+
+    Example: qatkit bench runs/digits_int8 --batch 1 --batch 16 --against ptq
+    """
+    this = open_run(run, allow, [])
+    from qatkit.pipeline.serving import bench_run
+
+    sizes = list(dict.fromkeys(batch or [1, 64]))
+    measured = bench_run(this, sizes, threads, against is not None)
+    if as_json:
+        echo(json.dumps(_content(measured, sizes, threads)))
+        return
+    for line in headlines(measured, sizes):
+        echo(line)
+    print_table(_table(measured, sizes))
+
+
+def headlines(measured: Bench, sizes: list[int]) -> list[str]:
+    """Sentences that compare the last stage with the dense model and with quantization without training."""
+    from qatkit.report.serving import speedup
+
+    last, lines, slower = measured.last, [], False
+    for other in dict.fromkeys([measured.dense, *measured.baselines]):
+        if other is None or other == last:
+            continue
+        ratios = {size: speedup(measured.served[other], measured.served[last], size) for size in sizes}
+        behind = min(ratio.high for ratio in ratios.values()) < 1
+        slower |= behind
+        words = ", ".join(f"{ratio} at batch size {size}" for size, ratio in ratios.items())
+        size_ratio = measured.served[other].bytes / measured.served[last].bytes
+        lines.append(
+            f"{'SLOWER: ' if behind else ''}{last} has {words} the speed of {other}, and is {size_ratio:.2f}x smaller"
+        )
+    if slower:
+        floating = measured.kernels[last].floating
+        kinds = ", ".join(f"{count} {kind}" for kind, count in floating.items()) or "none"
+        lines.append(f"products in floating point: {kinds}; {measured.coverage}")
+    return lines
+
+
+def _table(measured: Bench, sizes: list[int]) -> list[list[str]]:
+    head = ["file", "size", "load", "memory"]
+    head += [f"{what}, batch {size}" for size in sizes for what in ("p50", "p95", "samples/s")]
+    rows = [head]
+    for name, file in measured.served.items():
+        cells = [
+            name,
+            f"{file.bytes / 1e3:.1f} kB",
+            f"{file.load_seconds * 1e3:.1f} ms",
+            f"{file.peak_bytes / 1e6:.1f} MB",
+        ]
+        for size in sizes:
+            cells += [f"{file.percentile(size, percent) * 1e3:.3g} ms" for percent in (50, 95)]
+            cells.append(f"{file.throughput(size):.4g}")
+        rows.append(cells)
+    return rows
+
+
+def _content(measured: Bench, sizes: list[int], threads: int) -> dict[str, object]:
+    from dataclasses import asdict
+
+    from qatkit.report.serving import speedup
+
+    others = [name for name in measured.served if name != measured.last]
+    return {
+        "threads": threads,
+        "files": {
+            name: {
+                "bytes": file.bytes,
+                "load_s": file.load_seconds,
+                "peak_bytes": file.peak_bytes,
+                "kernels": asdict(measured.kernels[name]),
+                "latency": [
+                    {
+                        "batch_size": size,
+                        "p50_ms": file.percentile(size, 50) * 1e3,
+                        "p95_ms": file.percentile(size, 95) * 1e3,
+                        "samples_per_s": file.throughput(size),
+                    }
+                    for size in sizes
+                ],
+            }
+            for name, file in measured.served.items()
+        },
+        "speedup": {
+            name: {size: asdict(speedup(measured.served[name], measured.served[measured.last], size)) for size in sizes}
+            for name in others
+        },
+    }

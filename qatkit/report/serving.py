@@ -1,0 +1,143 @@
+"""Measure files as a server runs them: latency percentiles, throughput, load time and memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qatkit.export.formats import FORMATS
+from qatkit.report.bench import Example, resized_call
+
+SECONDS = 3.0
+"""Time per file and batch size, about."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster a file is than another one: the median of paired calls, with a 95% interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One file in its runtime."""
+
+    bytes: int
+    load_seconds: float
+    """Time to load the file in a new process."""
+    peak_bytes: int
+    """Growth of that process's peak memory during loading and the first calls."""
+    seconds: Mapping[int, np.ndarray[Any, Any]]
+    """Latency of every call, by batch size; calls with the same index follow each other closely."""
+
+    def percentile(self, batch: int, percent: float) -> float:
+        """A percentile of the latency at a batch size, in seconds."""
+        return float(np.percentile(self.seconds[batch], percent))
+
+    def throughput(self, batch: int) -> float:
+        """Samples per second at the median latency."""
+        return batch / self.percentile(batch, 50)
+
+
+def serve(
+    paths: Mapping[str, Path], example: Example, batch_sizes: Sequence[int], threads: int, format: str
+) -> dict[str, Served]:
+    """Measure files, with calls in alternation, so that machine load affects all of them equally.
+
+    Args:
+        paths: Files by name.
+        example: One input batch, repeated or truncated to each batch size.
+        batch_sizes: Batch sizes to measure.
+        threads: Threads of the runtime.
+        format: The files' export format.
+
+    Returns:
+        The measurements, by name.
+
+    Raises:
+        QatkitError: the runtime cannot load a file.
+    """
+    row = FORMATS[format]
+    footprints = {name: _footprint(path, example, batch_sizes, threads, format) for name, path in paths.items()}
+    runtimes = {name: row.call("benchmark", path, threads) for name, path in paths.items()}
+    seconds: dict[str, dict[int, np.ndarray[Any, Any]]] = {name: {} for name in paths}
+    for size in batch_sizes:
+        calls = {name: resized_call(runtime, example, size) for name, runtime in runtimes.items()}
+        for name, times in _alternate(calls).items():
+            seconds[name][size] = times
+    return {name: Served(row.size(path), *footprints[name], seconds[name]) for name, path in paths.items()}
+
+
+def speedup(slow: Served, fast: Served, batch: int) -> Ratio:
+    """How many times faster one file is than another one at a batch size.
+
+    Example:
+        >>> once, twice = (Served(0, 0, 0, {1: np.full(9, seconds)}) for seconds in (0.5, 0.25))
+        >>> str(speedup(once, twice, 1))
+        '2.00x (2.00 to 2.00)'
+    """
+    pairs = slow.seconds[batch] / fast.seconds[batch]
+    draws = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
+    low, high = np.percentile(np.median(pairs[draws], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(pairs)), float(low), float(high))
+
+
+def _alternate(calls: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray[Any, Any]]:
+    warm = {name: [_timed(call) for _ in range(5)] for name, call in calls.items()}
+    rounds = int(np.clip(SECONDS / np.mean([min(times) for times in warm.values()]), 20, 300))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(_timed(call))
+    return {name: np.array(times) for name, times in found.items()}
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _footprint(
+    path: Path, example: Example, batch_sizes: Sequence[int], threads: int, format: str
+) -> tuple[float, int]:
+    """Load time in seconds and bytes of memory in a new process."""
+    arrays = example.numpy() if isinstance(example, Tensor) else {name: each.numpy() for name, each in example.items()}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_load_and_run, path, arrays, batch_sizes, threads, format).result()
+
+
+def _load_and_run(path: Path, arrays: Any, batch_sizes: Sequence[int], threads: int, format: str) -> tuple[float, int]:
+    import resource
+
+    example = (
+        torch.from_numpy(arrays)
+        if isinstance(arrays, np.ndarray)
+        else {name: torch.from_numpy(each) for name, each in arrays.items()}
+    )
+    row = FORMATS[format]
+    import_module(row.runtime_module)
+    unit = 1 if sys.platform == "darwin" else 1024
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    runtime = row.call("benchmark", path, threads)
+    loaded = time.perf_counter() - start
+    for size in batch_sizes:
+        resized_call(runtime, example, size)()
+    return loaded, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
