@@ -83,8 +83,8 @@ class Measured:
     whole: bool = False
     """Whether the values are integers or booleans; each differs by 1 or not at all."""
     rounding_error: float = 0.0
-    """Mean of ``|trained - the same computed in float64|``, if the format's row requests it. It measures how far
-    rounding differences, which change single codes, affect the outputs.
+    """Mean of ``|trained - the same in float64 with random rounding errors|``, if the format's row requests it. It
+    measures how far rounding differences, which change single codes, affect the outputs.
     """
 
 

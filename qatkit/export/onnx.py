@@ -89,9 +89,9 @@ def bound(measured: Measured) -> Bound:
     """Return 1% of the quantization error if quantized inputs affect the output, otherwise 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding boundary, which changes one code of the next input.
-    Where such flips spread (LayerNorm, softmax), two models at the same distance from the exact result differ by at
-    most twice that distance. There, the bound is twice the difference between training and float64, and at most half of
-    the quantization error. Classes and other integers may differ in 1% of the values.
+    In deep networks, and behind LayerNorm and softmax, such flips spread. There, the bound is twice the difference
+    between the trained model and one whose values are rounded differently (`qatkit.export.rounding`), and at most half
+    of the quantization error. Classes and other integers may differ in 1% of the values.
     """
     if not measured.quantizes_inputs or measured.quantization_error == 0:
         return Bound("1e-4 of the mean output", 1e-4 * measured.mean_output)

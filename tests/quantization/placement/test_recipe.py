@@ -33,6 +33,7 @@ export: {format: onnx}
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*changed after it was verified:qatkit.errors.QatkitWarning")
 def test_the_run_is_verified_and_every_product_is_an_integer_product(tmp_path: Path) -> None:
     (tmp_path / "placed.yaml").write_text(RECIPE)
     done = qatkit("run", "placed.yaml", "--out", "run", cwd=tmp_path)
