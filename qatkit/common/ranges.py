@@ -54,7 +54,7 @@ class Range:
 
     def _words(self, too_high: bool) -> str:
         low, high = _short(self.low), _short(self.high)
-        sign = {(0, True): "positive ", (0, False): "non-negative "}.get((self.low, self.above), "")
+        sign = ("positive " if self.above else "non-negative ") if self.low == 0 else ""
         if isinstance(self.low, int):
             if too_high:
                 return f"use an integer of at most {high}"
