@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import logging
+import random
 import tempfile
 import time
 import warnings
@@ -160,8 +161,11 @@ def seconds(sessions: dict[str, Any], batch: int, rounds: int) -> dict[str, np.n
     """Latencies of interleaved calls by file, after a tenth of the rounds to warm up."""
     x = np.random.default_rng(0).random((batch, 1, 32, 32), dtype=np.float32)
     found: dict[str, list[float]] = {name: [] for name in sessions}
+    order, draw = list(sessions), random.Random(0)
     for _ in range(rounds + rounds // 10):
-        for name, session in sessions.items():
+        draw.shuffle(order)  # what a call finds in the caches depends on the call before
+        for name in order:
+            session = sessions[name]
             feed = {input_of(session): x}
             began = time.perf_counter()
             session.run(None, feed)

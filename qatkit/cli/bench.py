@@ -13,6 +13,8 @@ from qatkit.cli.inputs import open_run
 from qatkit.cli.output import echo, print_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from qatkit.pipeline.serving import Bench
 
 
@@ -67,10 +69,13 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
         ratios = {size: speedup(measured.served[other], measured.served[last], size) for size in sizes}
         behind = min(ratio.high for ratio in ratios.values()) < 1
         slower |= behind
-        words = ", ".join(f"{ratio} at batch size {size}" for size, ratio in ratios.items())
-        size_ratio = measured.served[other].bytes / measured.served[last].bytes
+        words = ", ".join(
+            f"{ratio.median:.2f}x at batch size {size} ({ratio.low:.2f} to {ratio.high:.2f})"
+            for size, ratio in ratios.items()
+        )
+        size_ratio = measured.served[last].bytes / measured.served[other].bytes
         lines.append(
-            f"{'SLOWER: ' if behind else ''}{last} has {words} the speed of {other}, and is {size_ratio:.2f}x smaller"
+            f"{'SLOWER: ' if behind else ''}speed of {last} relative to {other}: {words}; size: {size_ratio:.2f}x"
         )
     if slower:
         floating = measured.kernels[last].floating
@@ -79,22 +84,25 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
     return lines
 
 
-def _table(measured: Bench, sizes: list[int]) -> list[list[str]]:
+def _table(measured: Bench, sizes: list[int]) -> Table:
+    from rich.table import Table
+
+    table = Table()
     head = ["file", "size", "load", "memory"]
-    head += [f"{what}, batch {size}" for size in sizes for what in ("p50", "p95", "samples/s")]
-    rows = [head]
+    for header in [*head, *(f"{what}, batch {size}" for size in sizes for what in ("p50", "p95", "samples/s"))]:
+        table.add_column(header, overflow="fold")
     for name, file in measured.served.items():
         cells = [
             name,
             f"{file.bytes / 1e3:.1f} kB",
             f"{file.load_seconds * 1e3:.1f} ms",
-            f"{file.peak_bytes / 1e6:.1f} MB",
+            f"{file.resident_bytes / 1e6:.1f} MB",
         ]
         for size in sizes:
             cells += [f"{file.percentile(size, percent) * 1e3:.3g} ms" for percent in (50, 95)]
             cells.append(f"{file.throughput(size):.4g}")
-        rows.append(cells)
-    return rows
+        table.add_row(*cells)
+    return table
 
 
 def _content(measured: Bench, sizes: list[int], threads: int) -> dict[str, object]:
@@ -109,7 +117,7 @@ def _content(measured: Bench, sizes: list[int], threads: int) -> dict[str, objec
             name: {
                 "bytes": file.bytes,
                 "load_s": file.load_seconds,
-                "peak_bytes": file.peak_bytes,
+                "resident_bytes": file.resident_bytes,
                 "kernels": asdict(measured.kernels[name]),
                 "latency": [
                     {

@@ -32,6 +32,7 @@ def baselines(path: Path, batches: Iterable[Tensor | Mapping[str, Tensor]], fold
         QatkitError: ONNX Runtime cannot quantize the file.
     """
     import onnx
+    import onnxruntime
     from onnxruntime import quantization
 
     (only, *_) = [value.name for value in open_session(path, 1).get_inputs()]
@@ -43,6 +44,7 @@ def baselines(path: Path, batches: Iterable[Tensor | Mapping[str, Tensor]], fold
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends its own preprocessing, which follows, on the root logger
+    onnxruntime.set_default_logger_severity(3)
     try:
         # its symbolic shapes do not support newer operators; ONNX's own are enough
         quantization.shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
@@ -63,6 +65,7 @@ def baselines(path: Path, batches: Iterable[Tensor | Mapping[str, Tensor]], fold
         ) from error
     finally:
         root.setLevel(level)
+        onnxruntime.set_default_logger_severity(2)  # the default
     return {name: made}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +113,7 @@ def compare(
 
 
 def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, tuple[float, float, float]]:
-    """Time functions in alternation: A, B, C, A, B, C.
+    """Time functions in alternation, in a random order in each round.
 
     Args:
         calls: Functions by name.
@@ -123,9 +124,11 @@ def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -
     """
     counts = {name: _warm_up(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
     for _ in range(repeats):
-        for name, call in calls.items():
-            times[name].append(_time(call, counts[name]))
+        draw.shuffle(order)  # what a call finds in the caches depends on the call before
+        for name in order:
+            times[name].append(_time(calls[name], counts[name]))
     quartiles = {}
     for name, measured in times.items():
         low, median, high = quantiles(measured, n=4, method="inclusive") if repeats > 1 else measured * 3

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,9 +32,6 @@ class Ratio:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.low:.2f} to {self.high:.2f})"
-
 
 @dataclass(frozen=True)
 class Served:
@@ -42,8 +40,8 @@ class Served:
     bytes: int
     load_seconds: float
     """Time to load the file in a new process."""
-    peak_bytes: int
-    """Growth of that process's peak memory during loading and the first calls."""
+    resident_bytes: int
+    """Growth of that process's resident memory from loading and the first calls; 0 where the system does not tell."""
     seconds: Mapping[int, np.ndarray[Any, Any]]
     """Latency of every call, by batch size; calls with the same index follow each other closely."""
 
@@ -90,8 +88,8 @@ def speedup(slow: Served, fast: Served, batch: int) -> Ratio:
 
     Example:
         >>> once, twice = (Served(0, 0, 0, {1: np.full(9, seconds)}) for seconds in (0.5, 0.25))
-        >>> str(speedup(once, twice, 1))
-        '2.00x (2.00 to 2.00)'
+        >>> speedup(once, twice, 1).median
+        2.0
     """
     pairs = slow.seconds[batch] / fast.seconds[batch]
     draws = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
@@ -103,9 +101,11 @@ def _alternate(calls: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarra
     warm = {name: [_timed(call) for _ in range(5)] for name, call in calls.items()}
     rounds = int(np.clip(SECONDS / np.mean([min(times) for times in warm.values()]), 20, 300))
     found: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
-            found[name].append(_timed(call))
+        draw.shuffle(order)  # what a call finds in the caches depends on the call before
+        for name in order:
+            found[name].append(_timed(calls[name]))
     return {name: np.array(times) for name, times in found.items()}
 
 
@@ -125,8 +125,6 @@ def _footprint(
 
 
 def _load_and_run(path: Path, arrays: Any, batch_sizes: Sequence[int], threads: int, format: str) -> tuple[float, int]:
-    import resource
-
     example = (
         torch.from_numpy(arrays)
         if isinstance(arrays, np.ndarray)
@@ -134,10 +132,16 @@ def _load_and_run(path: Path, arrays: Any, batch_sizes: Sequence[int], threads: 
     )
     row = FORMATS[format]
     import_module(row.runtime_module)
-    unit = 1 if sys.platform == "darwin" else 1024
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = _resident_bytes(), time.perf_counter()
     runtime = row.call("benchmark", path, threads)
     loaded = time.perf_counter() - start
     for size in batch_sizes:
         resized_call(runtime, example, size)()
-    return loaded, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return loaded, _resident_bytes() - before
+
+
+def _resident_bytes() -> int:
+    statistics = Path("/proc/self/statm")
+    if not statistics.exists():
+        return 0
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
