@@ -286,7 +286,7 @@ def test_a_teacher_that_the_optimizer_trains_is_refused() -> None:
     ("make", "message"),
     [
         (lambda: KnowledgeDistillation(nn.Linear(8, 4)), r"shape \[16, 4\], the student's \[16, 3\].*vocab_size=len"),
-        (lambda: KnowledgeDistillation(teacher(), vocab_size=4), r"vocab_size: 4 tokens"),
+        (lambda: KnowledgeDistillation(teacher(), vocab_size=4), r"vocab_size: 4 exceeds"),
         (
             lambda: KnowledgeDistillation(teacher(), loss="l2"),
             "loss: unknown distillation loss 'l2'; did you mean 'kl'",

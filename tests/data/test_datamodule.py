@@ -102,5 +102,5 @@ def test_an_error_of_batching_in_a_worker_process_is_raised_as_it_is() -> None:
     loader = SplitDataModule([1, 2], [1, 2], [1, 2], collate=collate, workers=1).val_dataloader()  # type: ignore[arg-type]
     with pytest.raises(QatkitError, match=r"^data: the samples do not fit together; use others$"):
         list(loader)
-    with pytest.raises(QatkitError, match=r"^workers: -1 is out of range; use 0 or more$"):
+    with pytest.raises(QatkitError, match=r"^workers: -1 is out of range; use a non-negative integer$"):
         SplitDataModule([1], [1], [1], workers=-1)  # type: ignore[arg-type]

@@ -171,7 +171,7 @@ def test_a_model_is_called_in_its_own_way(
         (Net(tuple), (X, VALUES), {}, r"metric: MeanSquaredError does not accept .*tuple with '0' \[16, 4\], '1' "),
         (Net(), (X, VALUES), {"class_dim": 2}, r"class_dim: an output of shape \[16, 4\] has no dimension 2; pass"),
         (Net(), (X, VALUES), {"forward": lambda m, b: None}, r"forward: the model returned NoneType, which contains"),
-        (Detector(), (IMAGES, [{}] * 3), {"metric": Precision()}, r"metric: Precision computes dict with 'map'"),
+        (Detector(), (IMAGES, [{}] * 3), {"metric": Precision()}, r"metric: Precision returns dict with 'map'"),
         (
             Detector(99.0), (IMAGES, torch.zeros(0)), {"forward": lambda m, b: m(b[0])[0]["scores"]},
             r"batches: no prediction can be scored: the model returns none, or every label is ignored",

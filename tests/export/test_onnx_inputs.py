@@ -171,7 +171,7 @@ class Echo(nn.Module):
         (Two(), BOTH | {"other": BOTH["image"]}, "unexpected keyword argument 'other'"),
         (Two(), BOTH | {"shift": 2.0}, "input 'shift' is float, but every input of an ONNX file must be a"),
         (Two(), {"image": None, "depth": None}, "the example contains no tensor"),
-        (Star(), (torch.rand(2, 3), torch.rand(2, 3)), r"Star.forward takes '\*inputs', .*; replace it by"),
+        (Star(), (torch.rand(2, 3), torch.rand(2, 3)), r"Star.forward takes '\*inputs', .*; replace it with"),
         (Echo(), torch.rand(2, 3), "'x' is the name of both an input and an output; rename the output"),
     ],
     ids=["list", "too few", "too many", "number", "none", "star", "one name twice"],
