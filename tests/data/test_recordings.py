@@ -47,7 +47,7 @@ def test_a_bad_recording_is_named(tmp_path: Path) -> None:
     folder = write_tones(tmp_path / "tones", {"low": 300.0, "high": 1500.0})
     bad = folder / "low" / "bad.wav"
     for samples, problem in (
-        (np.array([0.0, np.nan] * 99), "contains NaN or infinite"),
+        (np.array([0.0, np.nan] * 99), "contains non-finite"),
         (np.zeros(0), "has no samples"),
     ):
         soundfile.write(bad, samples, 8000, subtype="FLOAT")

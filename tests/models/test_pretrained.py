@@ -165,8 +165,11 @@ def test_a_damaged_folder_is_named_with_what_is_wrong_in_it(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("index", "problem"),
     [
-        ({"weight_map": {"a": "../outside.safetensors"}}, r"names '\.\./outside\.safetensors', which is not a file in"),
-        ({"weight_map": {"a": "/outside.safetensors"}}, "names '/outside"),
+        (
+            {"weight_map": {"a": "../outside.safetensors"}},
+            r"refers to '\.\./outside\.safetensors', which is not a file in",
+        ),
+        ({"weight_map": {"a": "/outside.safetensors"}}, "refers to '/outside"),
         ({"weight_map": {"a": None}}, "is not a weight index"),
         ({"weight_map": []}, "is not a weight index"),
         ({}, "is not a weight index"),

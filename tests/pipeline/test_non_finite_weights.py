@@ -74,7 +74,7 @@ def test_a_stage_that_ends_with_a_non_finite_weight_is_not_finished(
     run = run_of(tmp_path, "stages.dense.max_steps=8")
     with monkeypatch.context() as patch:
         set_infinite_at(patch, 4)
-        with pytest.raises(QatkitError, match=r"stages\.dense: 'weight' of layer '\d' was NaN"):
+        with pytest.raises(QatkitError, match=r"stages\.dense: 'weight' of layer '\d' was non-finite"):
             run_stages(run)
     folder = run.folder("dense")
     assert run.find("dense") is None
