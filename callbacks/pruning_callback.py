@@ -123,7 +123,7 @@ class PruningCallback(Callback):
                 raise QatkitError(
                     f"layer '{name}' was saved with {recorded[name]} zeros in {weights[name].numel()} weights, but its "
                     f"loaded weight has {zeros}, so it was changed after loading",
-                    advice="load the checkpoint unchanged",
+                    advice="do not modify pruned weights after loading the checkpoint",
                 )
 
     def weights(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:

@@ -62,7 +62,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
-    """Write the folder; `batch` is not used."""
+    """Write the folder; `context` is not used."""
     export_compressed(model, path)
 
 

@@ -51,7 +51,7 @@ def _tied(first: str, second: str) -> QatkitError:
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
-    """Write a dense file; `batch` is not used."""
+    """Write a dense file; `context` is not used."""
     export_dense(model, path)
 
 

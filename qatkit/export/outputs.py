@@ -79,7 +79,7 @@ class Outputs:
 
     @property
     def max_error(self) -> float | None:
-        """The largest of these differences."""
+        """Maximum of ``|runtime - trained|`` over all outputs; None if the file did not run."""
         return max(output.largest for output in self.each.values()) if self.ran else None
 
     def _mean(self, total: str, count: str) -> float:

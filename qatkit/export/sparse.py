@@ -14,7 +14,7 @@ from qatkit.pruning.storage import load_sparse, save_sparse
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
-    """Write a sparse file; `batch` is not used."""
+    """Write a sparse file; `context` is not used."""
     export_sparse(model, path)
 
 

@@ -105,9 +105,9 @@ def verify(
         threads: Number of threads of the runtime; None uses the runtime's default.
         task: A task of `qatkit.tasks.TASKS` or its name, such as "segmentation". By default, it is inferred from the
             batches; see `qatkit.tasks.task_of`.
-        forward: ``(model, batch) -> outputs``, for models with a different call signature; it also calls the exported
-            file. The outputs are a tensor, or tensors in dicts, lists, tuples and dataclasses. With a task, they are
-            logits, or the outputs of a transformers model for that task.
+        forward: ``(model, batch) -> outputs``, for models that qatkit cannot call directly. It is called with the
+            trained model and with the loaded file. The outputs are a tensor, or tensors in dicts, lists, tuples and
+            dataclasses. With a task, they are logits, or the outputs of a transformers model for that task.
         metric: A torchmetrics metric to use instead of the task's metric. It is updated with the outputs and the labels
             (the batch's ``labels`` or its second element), and must compute one number.
         class_dim: The class dimension of the outputs, used with `metric`. If None, output values are compared instead

@@ -117,7 +117,9 @@ def check_arguments(
     for name, spec in (("weight", weight), ("activation", activation), ("kv_cache", kv_cache)):
         if isinstance(spec, Scheme):
             raise QatkitError(
-                "a Scheme contains two specs", key=name, advice="pass weight=w8a8.weight, activation=w8a8.activation"
+                "expected a QuantSpec, but got a Scheme, which has a weight spec and an activation spec",
+                key=name,
+                advice="pass weight=SCHEME.weight, activation=SCHEME.activation",
             )
         if spec is not None and not isinstance(spec, QuantSpec):
             raise QatkitError(f"{spec!r} is not a QuantSpec", key=name, advice="pass QuantSpec(num_bits=8)")

@@ -116,7 +116,9 @@ class StageConfig:
             )
         if self.model is not None and self.shrink is not None:
             raise QatkitError(
-                "a stage with its own model has nothing to shrink", key="shrink", advice="set the size in model.args"
+                "shrink is not supported in a stage that sets its own model",
+                key="shrink",
+                advice="set the size in model.args",
             )
         if self.lora is not None and self.prune is not None:
             raise QatkitError(

@@ -35,7 +35,7 @@ class Metric:
 
     @property
     def better(self) -> str:
-        """The corner with the better files in a figure of the metric against cost."""
+        """The direction of better results in a plot of the metric against cost."""
         return "Up and to the left" if self.higher_is_better else "Down and to the left"
 
     @property

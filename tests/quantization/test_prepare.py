@@ -152,7 +152,10 @@ def test_a_bitsandbytes_4bit_layer_is_a_linear_and_is_not_swapped() -> None:
         ({"include": ["norm"]}, r"'norm' selects 'norm', a LayerNorm, which cannot be quantized"),
         ({"include": "head"}, r"include: 'head' is not a list of globs; pass \['head'\]"),
         ({"weight": "W4A16"}, r"weight: 'W4A16' is not a QuantSpec; pass QuantSpec\(num_bits=8\)"),
-        ({"weight": scheme("W8A8")}, r"weight: a Scheme contains two specs; pass weight=w8a8.weight, activation="),
+        (
+            {"weight": scheme("W8A8")},
+            r"weight: expected a QuantSpec, but got a Scheme, .*; pass weight=SCHEME.weight",
+        ),
         ({"layers": {"head": W4}}, r"layers\['head'\]: QuantSpec\(.*\) is not a Scheme; pass scheme\('W8A16'\)"),
         ({"weight": QuantSpec(strategy="token")}, "weight.strategy: 'token' is supported only for activations"),
         (
