@@ -175,7 +175,7 @@ def test_a_teacher_that_no_stage_trained_is_warned_of(tmp_path: Path) -> None:
         (
             "llm/int4_qat",
             ["stages.qat.quantize.weight.num_bits=3"],
-            r"export\.format: stage 'qat': layer '.*q_proj': .* pack 3 bits .* weight: \{num_bits: 4\}",
+            r"export\.format: stage 'qat': layer '.*q_proj': .* pack 3-bit codes .* weight: \{num_bits: 4\}",
         ),
         (
             "llm/int4_qat",
