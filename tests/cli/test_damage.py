@@ -89,7 +89,7 @@ def test_a_write_that_fails_names_its_file(size: int, command: tuple[str, ...], 
     ("old", "new", "message"),
     [
         ("[16]", "[" * 90 + "16" + "]" * 90, r"blocks are nested more than 40 levels deep; reduce the nesting"),
-        ("[16]", "{a: " * 90 + "16" + "}" * 90, "more than 40 blocks"),
+        ("[16]", "{a: " * 90 + "16" + "}" * 90, "nested more than 40 levels"),
         ("finished", '"\\ud800"', "name: the character U+D800 is not text"),
         ("{top_k: 3}", '{top_k: 3, folder: "a\\0"}', "distill.cache.folder: the character U+0000 is not text"),
     ],
