@@ -136,7 +136,7 @@ IMPORTANCES = Table(
         ),
         ImportanceMeasure(
             "taylor",
-            "first-order change of the loss when the part is removed, on the calibration batches",
+            "first-order estimate of the change in loss when the part is removed, on the calibration batches",
             transformer="qatkit.pruning.weight_importance:taylor_importance",
             channels="qatkit.pruning.channel_importance:taylor_channel_scores",
             measures="loss",
