@@ -61,8 +61,8 @@ def test_a_changed_config_generation_config_or_tokenizer_is_named(model: Any, tm
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     (tmp_path / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 7}))
     assert compare_companions(names, model, Words("a c"), tmp_path) == [
-        'config.json: \'hidden_act\' is "gelu", and "silu" in the trained model',
-        "generation_config.json: 'eos_token_id' is 7, and 2 in the trained model",
+        'config.json: \'hidden_act\' is "gelu", but "silu" in the trained model',
+        "generation_config.json: 'eos_token_id' is 7, but 2 in the trained model",
         "words.txt: the content differs from the trained model's",
     ]
     (tmp_path / "words.txt").unlink()
