@@ -98,7 +98,7 @@ def warn_of_unprunable(model: nn.Module, include: Sequence[str] = ("*",), exclud
         ...     warnings.simplefilter("always")
         ...     warn_of_unprunable(nn.Sequential(nn.Linear(4, 4, bias=False), nn.ConvTranspose2d(4, 3, 2, bias=False)))
         >>> str(caught[0].message).partition(";")[0]
-        'not pruned, because these types are not supported: 1 (ConvTranspose2d), 75.0% of the weights'
+        'not pruned, because these types are not supported: 1 (ConvTranspose2d) (75.0% of the weights)'
     """
     skipped = {
         name: parameters

@@ -190,7 +190,7 @@ def test_a_checkpoint_that_lost_zeros_is_an_error(tmp_path: Path, callback: Any)
     content["state_dict"]["net.2.weight"][0] += 1e-3
     torch.save(content, tmp_path / "damaged.ckpt")
     lost = int((module.net[2].weight[0] == 0).sum())
-    message = f"layer 'net.2' was saved with 24 zeros of 48 weights, but its loaded weight has {24 - lost},"
+    message = f"layer 'net.2' was saved with 24 zeros in 48 weights, but its loaded weight has {24 - lost},"
     with pytest.raises(QatkitError, match=message):
         trainer(callback()).fit(Classifier(), batches(), ckpt_path=str(tmp_path / "damaged.ckpt"))
 

@@ -78,7 +78,7 @@ def test_a_finished_fit_counts_the_zeros_that_it_loaded(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     content["state_dict"]["net.0.weight"][0] = 1.0
     torch.save(content, tmp_path / "last.ckpt")
-    with pytest.raises(QatkitError, match=r"layer 'net\.0' was saved with 64 zeros of 128 weights, but its loaded"):
+    with pytest.raises(QatkitError, match=r"layer 'net\.0' was saved with 64 zeros in 128 weights, but its loaded"):
         trainer(MagnitudePruning(0.5), max_steps=6).fit(Classifier(), batches(), ckpt_path=str(tmp_path / "last.ckpt"))
 
 

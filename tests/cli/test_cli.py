@@ -63,7 +63,7 @@ def test_a_run_ends_with_exports_verifications_and_a_report(run: Path) -> None:
         ("ptq", "post-training"),
         ("qat", "trained"),
     ]
-    assert "| qat | trained w8a8 |" in (run / "report.md").read_text()
+    assert "| qat | trained w7a8 |" in (run / "report.md").read_text()
 
 
 def test_output_that_is_not_a_terminal_has_no_bars_and_no_escape_codes(run: Path) -> None:

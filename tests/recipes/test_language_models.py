@@ -76,6 +76,7 @@ def test_plain_transformers_loads_the_exported_folder_and_computes_what_was_trai
     assert all(len(group.unique()) <= 16 for group in weight.view(-1, 16))
 
 
+@pytest.mark.filterwarnings("ignore:.*changed after it was verified:qatkit.errors.QatkitWarning")
 def test_verification_compares_logits_and_perplexity_and_finds_one_changed_weight(
     finished: Run, tmp_path: Path
 ) -> None:
@@ -112,7 +113,7 @@ def test_the_report_judges_by_perplexity(finished: Run, tmp_path: Path) -> None:
     assert "accurac" not in text.lower()
     write_page([finished.out], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "Perplexity against size" in page
+    assert "Perplexity versus size" in page
     assert "Down and to the left is better." in page
     assert "validation perplexity " in page
     assert "Both models predict the same next token for all" in page
@@ -135,8 +136,8 @@ def test_a_language_model_and_a_classifier_share_a_page_but_no_axis(finished: Ru
     write_report(tmp_path / "classifier", report)
     write_page([finished.out, tmp_path / "classifier"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "<h3>Perplexity against size and latency</h3>" in page
-    assert "<h3>Accuracy against size and latency</h3>" in page
+    assert "<h3>Perplexity versus size and latency</h3>" in page
+    assert "<h3>Accuracy versus size and latency</h3>" in page
     for figure in ("all-perplexity-size", "all-accuracy-size", "run0-size", "run1-size"):
         assert page.count(f'data-figure="{figure}"') == 1, figure
     assert '<th scope="col">test perplexity</th>' in page

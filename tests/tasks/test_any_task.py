@@ -139,4 +139,4 @@ def test_the_command_judges_by_the_metric_of_the_task(case: Case, metric: str, t
     value = METRICS[metric].show(run.record("qat").metrics[f"test/{metric}"])
     assert f", test {metric} {value}\n" in done.out
     page = (tmp_path / "run" / "report.html").read_text()
-    assert f"{METRICS[metric].title} against size" in page
+    assert f"{METRICS[metric].title} versus size" in page

@@ -197,5 +197,5 @@ def test_a_measurement_survives_json_and_something_else_is_refused() -> None:
     )
     assert Sensitivity.from_plain(json.loads(json.dumps(sensitivity.to_plain()))) == sensitivity
     for content in ([], {"loss": 1.0}, {**sensitivity.to_plain(), "candidates": {"x": {"weight": {"bits": 4}}}}):
-        with pytest.raises(QatkitError, match="sensitivity: not written by `qatkit sensitivity`"):
+        with pytest.raises(QatkitError, match="sensitivity: the file was not written by `qatkit sensitivity`"):
             Sensitivity.from_plain(content)
