@@ -8,8 +8,8 @@ rows "tuning"); the best one by mean cosine similarity trains the models of the 
 stored in ``results/encoder_jobs.json``, and a stopped benchmark resumes there.
 
 Run: python benchmarks/encoder.py [--quick] [--jobs 2]
-The full mode takes about an hour of one core; --quick tests the mechanics on a tiny model with random weights, needs no
-network and writes no results.
+The full mode takes about two hours of one core; --quick tests the mechanics on a tiny model with random weights, needs
+no network and writes no results.
 """
 
 from __future__ import annotations

@@ -102,11 +102,14 @@ class Training:
     """The loss between embeddings."""
     init: str | None = "gptq"
     """Where the weights of a quantized model start; None if nothing is quantized."""
+    times: int = 1
+    """Factor of the number of steps."""
 
     def __str__(self) -> str:
         hidden = f" + {self.hidden:g} x hidden states" if self.hidden else ""
         start = f", from {self.init}" if self.init else ""
-        return f"lr {self.lr:g}, {self.loss}{hidden}{start}"
+        longer = f", {self.times} times the steps" if self.times > 1 else ""
+        return f"lr {self.lr:g}, {self.loss}{hidden}{start}{longer}"
 
 
 @dataclass(frozen=True)
@@ -125,22 +128,21 @@ class Job:
         return f"{self.format} | {self.method}{trained} | {self.split}"
 
 
-def _rates(form: str, *rates: float) -> list[Training]:
-    return [Training(lr, init=None if form == DEPTH else "gptq") for lr in rates]
-
-
 TRIED = {
-    "W8A8 static": [*_rates("W8A8 static", 3e-5, 1e-4, 3e-4), Training(1e-4, hidden=0)],
-    "W4 g128": _rates("W4 g128", 1e-4, 3e-4, 1e-3),
-    "W3 g32": _rates("W3 g32", 3e-4, 1e-3),
-    "W2 g32": [
-        *_rates("W2 g32", 3e-4, 1e-3),
-        Training(1e-3, hidden=0),
-        Training(1e-3, hidden=10),
-        Training(1e-3, loss="mse"),
-        Training(1e-3, init="mse"),
+    "W8A8 static": [
+        *(Training(lr) for lr in (3e-5, 1e-4, 3e-4)),
+        Training(1e-4, hidden=0),
+        Training(1e-5, times=3),
+        Training(1e-5, hidden=0, times=3),
     ],
-    DEPTH: [*_rates(DEPTH, 3e-4, 1e-3), Training(3e-4, hidden=0, init=None)],
+    "W4 g128": [Training(3e-5), Training(1e-4)],
+    "W3 g32": [Training(1e-4), Training(3e-4)],
+    "W2 g32": [Training(3e-4), Training(1e-3), Training(1e-3, hidden=0), Training(1e-3, loss="mse")],
+    DEPTH: [
+        Training(3e-4, init=None, times=4),
+        Training(1e-3, init=None, times=4),
+        Training(1e-3, hidden=0, init=None, times=4),
+    ],
 }
 """What each format tries, in fewer steps and on the documents for tuning. The best one trains the reported models."""
 
@@ -288,7 +290,7 @@ class Student(LightningModule):
 def train(model: nn.Module, job: Job, training: Training, scheme: Scheme, size: Size) -> None:
     """Train with the embeddings and hidden states of the float model, and learned scales if quantized."""
     torch.manual_seed(job.seed)
-    steps = size.tuning_steps if job.split == "tuning" else size.steps
+    steps = training.times * (size.tuning_steps if job.split == "tuning" else size.steps)
     layers = {"encoder.layer.*": "encoder.layer.*"}
     distillation = KnowledgeDistillation(
         dense_model(size), alpha=1.0, student="model", loss=training.loss, pooling="mean",
