@@ -15,11 +15,12 @@ import argparse
 import copy
 import json
 import logging
-import random
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ import onnxruntime
 import torch
 from harness import RESULTS, Claim, finish
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from onnxruntime import quantization as ort
 from qatkit.callbacks import KnowledgeDistillation, QuantizationAwareTraining
 from serve_models import FAMILIES
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ from torch.nn import functional as F
 from qatkit import QuantSpec
 from qatkit.data import digits
 from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx_baselines import quantize as quantize_free
 from qatkit.quantization import strip_qat
+from qatkit.report.bench import in_random_order
+from qatkit.report.serving import speedup
 
 FILES = ("fp32", "static", "dynamic", "qatkit")
 FLOAT = {
@@ -100,17 +103,6 @@ def train(model: nn.Module, steps: int, lr: float, callbacks: list[Any]) -> None
     model.eval()
 
 
-class Images(ort.CalibrationDataReader):  # type: ignore[misc]  # it has no types
-    """The training images, for the free quantization."""
-
-    def __init__(self, images: Tensor, path: Path) -> None:
-        name = input_of(open_session(path, 1))
-        self.batches = iter([{name: part.numpy()} for part in images.split(64)])
-
-    def get_next(self) -> Any:
-        return next(self.batches, None)
-
-
 def write(name: str, folder: Path, steps: int, images: Tensor) -> nn.Module:
     """Train a family, write its four files, and return the trained model."""
     torch.manual_seed(0)
@@ -119,13 +111,8 @@ def write(name: str, folder: Path, steps: int, images: Tensor) -> nn.Module:
     dense = copy.deepcopy(model)
     paths = {kind: folder / f"{kind}.onnx" for kind in FILES}
     export_onnx(dense, images[:2], paths["fp32"])
-    ort.shape_inference.quant_pre_process(paths["fp32"], folder / "prepared.onnx")
-    ort.quantize_static(
-        folder / "prepared.onnx", paths["static"], Images(images[:256], paths["fp32"]),
-        quant_format=ort.QuantFormat.QDQ, per_channel=True, activation_type=ort.QuantType.QUInt8,
-        weight_type=ort.QuantType.QInt8,
-    )  # fmt: skip
-    ort.quantize_dynamic(folder / "prepared.onnx", paths["dynamic"])
+    for kind in ("static", "dynamic"):
+        quantize_free(f"quantize_{kind}", paths["fp32"], images[:256].split(64), paths[kind])
     quantize = QuantizationAwareTraining(target="onnxruntime", weight=QuantSpec(7, observer="lsq"))
     distill = KnowledgeDistillation(dense, temperature=2.0, alpha=0.9, student="model")
     train(model, steps, 1e-3, [quantize, distill])
@@ -160,25 +147,20 @@ def input_of(session: Any) -> str:
 def seconds(sessions: dict[str, Any], batch: int, rounds: int) -> dict[str, np.ndarray[Any, Any]]:
     """Latencies of interleaved calls by file, after a tenth of the rounds to warm up."""
     x = np.random.default_rng(0).random((batch, 1, 32, 32), dtype=np.float32)
-    found: dict[str, list[float]] = {name: [] for name in sessions}
-    order, draw = list(sessions), random.Random(0)
-    for _ in range(rounds + rounds // 10):
-        draw.shuffle(order)  # what a call finds in the caches depends on the call before
-        for name in order:
-            session = sessions[name]
-            feed = {input_of(session): x}
+
+    def timer(session: Any) -> Callable[[], float]:
+        feed = {input_of(session): x}
+
+        def timed() -> float:
             began = time.perf_counter()
             session.run(None, feed)
-            found[name].append(time.perf_counter() - began)
-    return {name: np.array(values[rounds // 10 :]) for name, values in found.items()}
+            return time.perf_counter() - began
 
+        return timed
 
-def ratio(slow: np.ndarray[Any, Any], fast: np.ndarray[Any, Any]) -> tuple[float, float, float]:
-    """Median of the paired ratios, and the ends of its bootstrap interval of 95 %."""
-    pairs = slow / fast
-    draws = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
-    low, high = np.percentile(np.median(pairs[draws], axis=1), [2.5, 97.5])
-    return float(np.median(pairs)), float(low), float(high)
+    timers = {name: timer(session) for name, session in sessions.items()}
+    in_random_order(timers, rounds // 10)
+    return {name: np.array(values) for name, values in in_random_order(timers, rounds).items()}
 
 
 @torch.no_grad()
@@ -222,18 +204,18 @@ def measure(name: str, steps: int, rounds: dict[int, int]) -> tuple[list[dict[st
         }  # fmt: skip
         for (threads, batch), times in timed.items():
             key = f"x fp32, batch {batch}, {threads} thread{'s' * (threads > 1)}"
-            cells[key] = f"{ratio(times['fp32'], times[kind])[0]:.2f}"
+            cells[key] = f"{speedup(times['fp32'], times[kind]).median:.2f}"
         rows.append(cells)
     free = {
         key: min(("static", "dynamic"), key=lambda kind: float(np.median(times[kind]))) for key, times in timed.items()
     }
-    best = {key: ratio(times[free[key]], times["qatkit"]) for key, times in timed.items()}
+    best = {key: astuple(speedup(times[free[key]], times["qatkit"])) for key, times in timed.items()}
     beyond = 1.96 * float((right["qatkit"].astype(float) - right["static"]).std() / np.sqrt(len(test[1])))
     names = {key: f"batch {key[1]}, {key[0]} thread{'s' * (key[0] > 1)}" for key in timed}
     figures = {
         "to the better free file": {names[key]: best[key] for key in timed},
-        "fp32": {names[key]: ratio(times["fp32"], times["qatkit"])[0] for key, times in timed.items()},
-        "free fp32": {names[key]: ratio(times["fp32"], times[free[key]])[0] for key, times in timed.items()},
+        "fp32": {names[key]: speedup(times["fp32"], times["qatkit"]).median for key, times in timed.items()},
+        "free fp32": {names[key]: speedup(times["fp32"], times[free[key]]).median for key, times in timed.items()},
         "size": sizes["qatkit"] / min(sizes["static"], sizes["dynamic"]),
         "accuracy behind": float(right["static"].mean() - right["qatkit"].mean()),
         "interval": beyond,

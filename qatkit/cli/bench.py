@@ -66,7 +66,9 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
     for other in dict.fromkeys([measured.dense, *measured.baselines]):
         if other is None or other == last:
             continue
-        ratios = {size: speedup(measured.served[other], measured.served[last], size) for size in sizes}
+        ratios = {
+            size: speedup(measured.served[other].seconds[size], measured.served[last].seconds[size]) for size in sizes
+        }
         behind = min(ratio.high for ratio in ratios.values()) < 1
         slower |= behind
         words = ", ".join(
@@ -77,6 +79,7 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
         lines.append(
             f"{'SLOWER: ' if behind else ''}speed of {last} relative to {other}: {words}; size: {size_ratio:.2f}x"
         )
+    lines.sort(key=lambda line: not line.startswith("SLOWER"))
     if slower:
         floating = measured.kernels[last].floating
         kinds = ", ".join(f"{count} {kind}" for kind, count in floating.items()) or "none"
@@ -96,7 +99,7 @@ def _table(measured: Bench, sizes: list[int]) -> Table:
             name,
             f"{file.bytes / 1e3:.1f} kB",
             f"{file.load_seconds * 1e3:.1f} ms",
-            f"{file.resident_bytes / 1e6:.1f} MB",
+            "unknown" if file.resident_bytes is None else f"{file.resident_bytes / 1e6:.1f} MB",
         ]
         for size in sizes:
             cells += [f"{file.percentile(size, percent) * 1e3:.3g} ms" for percent in (50, 95)]
@@ -132,7 +135,10 @@ def _content(measured: Bench, sizes: list[int], threads: int) -> dict[str, objec
             for name, file in measured.served.items()
         },
         "speedup": {
-            name: {size: asdict(speedup(measured.served[name], measured.served[measured.last], size)) for size in sizes}
+            name: {
+                size: asdict(speedup(measured.served[name].seconds[size], measured.served[measured.last].seconds[size]))
+                for size in sizes
+            }
             for name in others
         },
     }

@@ -124,7 +124,7 @@ def export_onnx(
             text.
         target: The runtime and processor that run the file, a row of `qatkit.quantization.TARGETS`. With
             "onnxruntime-vnni" and "onnxruntime-arm", 8-bit weights stay signed. By default they become unsigned, which
-            is exact on every processor but several times slower; a warning says so.
+            is exact on every processor but can be several times slower; a warning says so.
 
     Raises:
         QatkitError: ONNX is not installed, QDQ does not support a layer's quantization, a layer is not calibrated, a
@@ -254,8 +254,8 @@ def _warn_of_unsigned(model: nn.Module) -> None:
     if slow:
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
         warnings.warn(
-            f"layer '{slow[0]}'{more}: 8-bit weights are stored as unsigned, which is exact on every processor but "
-            "several times slower than signed. Use target: onnxruntime (7 bits, fast everywhere), or target: "
+            f"layer '{slow[0]}'{more}: 8-bit weights are stored as unsigned, which is exact on every processor but can "
+            "be several times slower than signed. Use target: onnxruntime (7 bits, fast everywhere), or target: "
             "onnxruntime-vnni or onnxruntime-arm for a processor that adds in 32 bits",
             QatkitWarning,
             stacklevel=3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,48 +14,66 @@ from torch import Tensor
 from qatkit.errors import QatkitError
 from qatkit.export.runtime import open_session
 
+Batches = Iterable[Tensor | Mapping[str, Tensor]]
+"""Calibration batches: the only input, or inputs by name."""
 
-def baselines(path: Path, batches: Iterable[Tensor | Mapping[str, Tensor]], folder: Path) -> dict[str, Path]:
-    """Quantize a floating-point file as `onnxruntime.quantization` does it with its usual settings.
 
-    Models of text (with integer inputs) get `quantize_dynamic`. Others get `quantize_static` with QDQ nodes, one scale
-    per output channel, and ranges from the batches.
+def baselines(path: Path, batches: Batches, folder: Path) -> dict[str, Path]:
+    """Quantize a floating-point file with the function of ONNX Runtime that users would choose.
+
+    It is `quantize_dynamic` for a model of text (with integer inputs), and `quantize_static` for any other.
 
     Args:
         path: A floating-point ``.onnx`` file.
-        batches: Calibration batches: the only input, or inputs by name.
-        folder: Where the files are written.
+        batches: Calibration batches.
+        folder: Where the file is written.
 
     Returns:
-        One file, by the name of the function that made it.
+        One file, by the name of the function.
+
+    Raises:
+        QatkitError: ONNX Runtime cannot quantize the file.
+    """
+    inputs = open_session(path, 1).get_inputs()
+    name = "quantize_dynamic" if any("int" in value.type for value in inputs) else "quantize_static"
+    made = folder / f"{name}.onnx"
+    quantize(name, path, batches, made)
+    return {name: made}
+
+
+def quantize(name: str, path: Path, batches: Batches, made: Path) -> None:
+    """Quantize a floating-point file with a function of ONNX Runtime and its usual settings.
+
+    Args:
+        name: "quantize_dynamic"; or "quantize_static" with QDQ nodes, one scale per output channel, and ranges from the
+            batches.
+        path: A floating-point ``.onnx`` file.
+        batches: Calibration batches; `quantize_dynamic` reads none.
+        made: The quantized file.
 
     Raises:
         QatkitError: ONNX Runtime cannot quantize the file.
     """
     import onnx
     import onnxruntime
-    from onnxruntime import quantization
+    from onnxruntime import quantization as ort
 
-    (only, *_) = [value.name for value in open_session(path, 1).get_inputs()]
-    named = [{only: batch} if isinstance(batch, Tensor) else batch for batch in batches]
-    feeds = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in named]
-    of_text = any(np.issubdtype(array.dtype, np.integer) for feed in feeds[:1] for array in feed.values())
-    name = "quantize_dynamic" if of_text else "quantize_static"
-    made, prepared = folder / f"{name}.onnx", folder / "prepared.onnx"
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it recommends its own preprocessing, which follows, on the root logger
     onnxruntime.set_default_logger_severity(3)
     try:
-        # its symbolic shapes do not support newer operators; ONNX's own are enough
-        quantization.shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        if of_text:
-            quantization.quantize_dynamic(prepared, made)
-        else:
-            quantization.quantize_static(
-                prepared, made, _Reader(feeds), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-                activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-            )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = Path(folder) / "prepared.onnx"
+            # its symbolic shapes do not support newer operators; ONNX's own are enough
+            ort.shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+            if name == "quantize_dynamic":
+                ort.quantize_dynamic(prepared, made)
+            else:
+                ort.quantize_static(
+                    prepared, made, _Reader(path, batches), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+                    activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+                )  # fmt: skip
         onnx.checker.check_model(made)
     except Exception as error:  # its exceptions share no base class
         reason = str(error).strip().splitlines()
@@ -66,18 +85,15 @@ def baselines(path: Path, batches: Iterable[Tensor | Mapping[str, Tensor]], fold
     finally:
         root.setLevel(level)
         onnxruntime.set_default_logger_severity(2)  # the default
-    return {name: made}
 
 
 class _Reader:
     """The calibration batches, as `quantize_static` reads them."""
 
-    def __init__(self, feeds: list[dict[str, np.ndarray[Any, Any]]]) -> None:
-        self._feeds = iter(feeds)
+    def __init__(self, path: Path, batches: Batches) -> None:
+        first = open_session(path, 1).get_inputs()[0].name
+        named = ({first: batch} if isinstance(batch, Tensor) else batch for batch in batches)
+        self._feeds = ({name: tensor.numpy() for name, tensor in batch.items()} for batch in named)
 
     def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
         return next(self._feeds, None)
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        """Asked for by histogram calibration, which is not used."""
-        raise NotImplementedError

@@ -35,5 +35,6 @@ def with_rounding(model: nn.Module) -> nn.Module:
 
     for _, fake_quant in fake_quantizers(precise):
         if fake_quant.role == "activation":
+            # layers call this method of a quantizer, not the module, so that a hook would miss them
             fake_quant.with_scale = noisy(fake_quant.with_scale)  # type: ignore[method-assign, assignment]
     return precise

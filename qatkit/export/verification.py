@@ -201,8 +201,7 @@ def _beyond(bounds: Mapping[str, Bound], outputs: Outputs) -> list[str]:
             unknown = f"; rounding is not allowed for, as float64 fails: {outputs.not_in_float64}"
             failures.append(
                 f"outputs: the mean difference{of} from the trained model is {error:.3g}, but the bound ({bound.text}) "
-                "is "
-                f"{bound.limit:.3g} (largest difference {output.largest:.3g}, over {outputs.samples} samples"
+                f"is {bound.limit:.3g} (largest difference {output.largest:.3g}, over {outputs.samples} samples"
                 f"{unknown if outputs.not_in_float64 else ''})"
             )
     return failures

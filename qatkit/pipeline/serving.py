@@ -67,7 +67,11 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Path] = {}
         if against:
-            if dense is None or not row.baselines:
+            if not row.baselines:
+                raise QatkitError(
+                    f"{row.runtime} has no quantization of its own", key="--against", advice="omit --against"
+                )
+            if dense is None:
                 raise QatkitError(
                     "no stage in the comparison is in floating point, so there is nothing to quantize without training",
                     key="--against",

@@ -123,17 +123,26 @@ def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -
         First quartile, median and third quartile of the time per call in seconds, by name.
     """
     counts = {name: _warm_up(call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, draw = list(calls), random.Random(0)
-    for _ in range(repeats):
-        draw.shuffle(order)  # what a call finds in the caches depends on the call before
-        for name in order:
-            times[name].append(_time(calls[name], counts[name]))
+    times = in_random_order({name: partial(_time, call, counts[name]) for name, call in calls.items()}, repeats)
     quartiles = {}
     for name, measured in times.items():
         low, median, high = quantiles(measured, n=4, method="inclusive") if repeats > 1 else measured * 3
         quartiles[name] = (low, median, high)
     return quartiles
+
+
+def in_random_order(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every timer once per round, in a new order each time, and return the results by name.
+
+    What a call finds in the processor's caches depends on the call before it.
+    """
+    found: dict[str, list[float]] = {name: [] for name in timers}
+    order, draw = list(timers), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            found[name].append(timers[name]())
+    return found
 
 
 def _load(path: Path, threads: int, format: str | None) -> Callable[..., object]:

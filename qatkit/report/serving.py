@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qatkit.export.formats import FORMATS
-from qatkit.report.bench import Example, resized_call
+from qatkit.report.bench import Example, in_random_order, resized_call
 
 SECONDS = 3.0
 """Time per file and batch size, about."""
@@ -40,8 +40,9 @@ class Served:
     bytes: int
     load_seconds: float
     """Time to load the file in a new process."""
-    resident_bytes: int
-    """Growth of that process's resident memory from loading and the first calls; 0 where the system does not tell."""
+    resident_bytes: int | None
+    """Growth of that process's resident memory during loading and the first calls; None if the system has no
+    ``/proc``."""
     seconds: Mapping[int, np.ndarray[Any, Any]]
     """Latency of every call, by batch size; calls with the same index follow each other closely."""
 
@@ -83,15 +84,14 @@ def serve(
     return {name: Served(row.size(path), *footprints[name], seconds[name]) for name, path in paths.items()}
 
 
-def speedup(slow: Served, fast: Served, batch: int) -> Ratio:
-    """How many times faster one file is than another one at a batch size.
+def speedup(slow: np.ndarray[Any, Any], fast: np.ndarray[Any, Any]) -> Ratio:
+    """How many times faster one file is than another one, from paired latencies.
 
     Example:
-        >>> once, twice = (Served(0, 0, 0, {1: np.full(9, seconds)}) for seconds in (0.5, 0.25))
-        >>> speedup(once, twice, 1).median
+        >>> speedup(np.full(9, 0.5), np.full(9, 0.25)).median
         2.0
     """
-    pairs = slow.seconds[batch] / fast.seconds[batch]
+    pairs = slow / fast
     draws = np.random.default_rng(0).integers(0, len(pairs), (1000, len(pairs)))
     low, high = np.percentile(np.median(pairs[draws], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(pairs)), float(low), float(high))
@@ -100,13 +100,8 @@ def speedup(slow: Served, fast: Served, batch: int) -> Ratio:
 def _alternate(calls: Mapping[str, Callable[[], object]]) -> dict[str, np.ndarray[Any, Any]]:
     warm = {name: [_timed(call) for _ in range(5)] for name, call in calls.items()}
     rounds = int(np.clip(SECONDS / np.mean([min(times) for times in warm.values()]), 20, 300))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    order, draw = list(calls), random.Random(0)
-    for _ in range(rounds):
-        draw.shuffle(order)  # what a call finds in the caches depends on the call before
-        for name in order:
-            found[name].append(_timed(calls[name]))
-    return {name: np.array(times) for name, times in found.items()}
+    timed = in_random_order({name: partial(_timed, call) for name, call in calls.items()}, rounds)
+    return {name: np.array(times) for name, times in timed.items()}
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -117,14 +112,16 @@ def _timed(call: Callable[[], object]) -> float:
 
 def _footprint(
     path: Path, example: Example, batch_sizes: Sequence[int], threads: int, format: str
-) -> tuple[float, int]:
+) -> tuple[float, int | None]:
     """Load time in seconds and bytes of memory in a new process."""
     arrays = example.numpy() if isinstance(example, Tensor) else {name: each.numpy() for name, each in example.items()}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_load_and_run, path, arrays, batch_sizes, threads, format).result()
 
 
-def _load_and_run(path: Path, arrays: Any, batch_sizes: Sequence[int], threads: int, format: str) -> tuple[float, int]:
+def _load_and_run(
+    path: Path, arrays: Any, batch_sizes: Sequence[int], threads: int, format: str
+) -> tuple[float, int | None]:
     example = (
         torch.from_numpy(arrays)
         if isinstance(arrays, np.ndarray)
@@ -137,11 +134,12 @@ def _load_and_run(path: Path, arrays: Any, batch_sizes: Sequence[int], threads: 
     loaded = time.perf_counter() - start
     for size in batch_sizes:
         resized_call(runtime, example, size)()
-    return loaded, _resident_bytes() - before
+    after = _resident_bytes()
+    return loaded, None if before is None or after is None else after - before
 
 
-def _resident_bytes() -> int:
+def _resident_bytes() -> int | None:
     statistics = Path("/proc/self/statm")
     if not statistics.exists():
-        return 0
+        return None
     return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
