@@ -1,8 +1,8 @@
 """Encode records once into the user's cache, and memory-map them from there.
 
 split/NAME.bin    one value per token ("input_ids", "trained") or per record ("labels"), record after record
-split/ends.bin    the end of each record, in tokens (or bytes of an image, or values of a table) meta.json
-dtypes, and the counts of used and skipped records
+split/ends.bin    the end of each record, in tokens (or bytes of an image, or values of a table)
+meta.json         dtypes, and the counts of used and skipped records
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,27 @@ def test_flips_are_as_frequent_as_the_distance_to_the_boundary_says(monkeypatch:
     assert flips == pytest.approx(len(x) * 100 * noise / 2, rel=0.05)
 
 
+def test_values_on_a_boundary_count_although_float32_and_float64_agree_on_them() -> None:
+    """Halves are exact in both, so their difference says nothing of a runtime that multiplies by 1 / scale."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    prepare_qat(model, None, UINT8)
+    calibrate(model, [torch.tensor([[0.0], [255.0]])])
+    x = torch.arange(200.0).view(-1, 1) + 0.5
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model).double()(x.double()), model(x).double())
+        flips = (with_rounding(model)(x.double()) != model(x)).sum().item()
+    assert 60 < flips < 140, "each of 200 with probability 1/2"
+
+
 def test_a_deep_residual_network_in_which_flips_spread_passes(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = resnet((16, 32)).eval(), torch.rand(64, 1, 16, 16)
+    model, x = resnet((16, 32)).eval(), torch.rand(256, 1, 16, 16)
     prepare_for_target(model, "onnxruntime", x)
     calibrate(model, [x])
     export_onnx(model, x, tmp_path / "model.onnx")
-    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(64, dtype=torch.long))])
+    result = verify(model, tmp_path / "model.onnx", [(x, torch.zeros(256, dtype=torch.long))])
     assert result.passed, result.summary()
 
 
