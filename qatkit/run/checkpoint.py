@@ -1,6 +1,7 @@
 """Checkpoints of a stage in training, written durably and verified before they are read; the previous one is kept.
 
-stage/last.ckpt        the newest checkpoint stage/previous.ckpt    the one before it, in case the newest is corrupt
+stage/last.ckpt        the newest checkpoint
+stage/previous.ckpt    the one before it, in case the newest is corrupt
 stage/NAME.ckpt.json   the digests that the file may have: next to ``last.ckpt``, those of both files
 """
 
