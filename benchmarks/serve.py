@@ -1,7 +1,7 @@
 """Serve models in ONNX Runtime: qatkit's files beside fp32 and ONNX Runtime's own post-training quantization.
 
 Run: python benchmarks/serve.py [--only FAMILY] [--quick]
-Takes about ten minutes on two cores, which must be idle.
+Takes about fifteen minutes on two cores, which must be idle.
 
 Each family is trained on scikit-learn's digits at 32x32 pixels. Then four files are served in default sessions:
 fp32; `quantize_static` (QDQ, per channel, calibrated on the same images) and `quantize_dynamic`, both without
