@@ -33,6 +33,8 @@ PACKAGES = (
     "torchao",
     "liger-kernel",
 )
+FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+"""Instruction sets that decide which kernels a runtime has."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,32 @@ def finish(name: str, rows: list[dict[str, Any]], claims: list[Claim], seeds: Se
         "rows": rows,
         "claims": [asdict(claim) for claim in claims],
         "seeds": list(seeds),
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()},
+        "machine": machine(),
         "versions": {package: _version(package) for package in PACKAGES if _version(package)},
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"written: benchmarks/results/{name}.json")
     sys.exit(0 if all(claim.holds for claim in claims) else 1)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, with its `FLAGS`."""
+    found: dict[str, Any] = {
+        "cpus": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version()
+    }  # fmt: skip
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    fields = dict(map(_field, lines))
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return found | {"processor": fields.get("model name", ""), "flags": [flag for flag in FLAGS if flag in flags]}
+
+
+def _field(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name.strip(), value.strip()
 
 
 def _version(package: str) -> str:

@@ -26,7 +26,9 @@ def table(name: str) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in content["versions"].items())
     numbers = content["seeds"]
     seeds = f", seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else ""
-    made = f"`python benchmarks/{name}.py`: {content['machine']['cpus']} CPU cores{seeds}; {versions}."
+    machine = content["machine"]
+    processor = f" ({machine['processor']}: {', '.join(machine['flags'])})" if "processor" in machine else ""
+    made = f"`python benchmarks/{name}.py`: {machine['cpus']} CPU cores{processor}{seeds}; {versions}."
     return "\n".join([*lines, "", made, ""])
 
 
