@@ -231,7 +231,7 @@ def claims_of(figures: dict[str, dict[str, Any]]) -> list[Claim]:
     for name, each in figures.items():
         lows = [low for _, low, _ in each["to the better free file"].values()]
         medians = [middle for middle, _, _ in each["to the better free file"].values()]
-        text = f"{name}: speed over the better free file (lowest end of an interval)"
+        text = f"{name}: speed relative to the faster PTQ file, lower end of the 95% interval"
         claims.append(
             Claim(
                 text,
@@ -243,19 +243,21 @@ def claims_of(figures: dict[str, dict[str, Any]]) -> list[Claim]:
         slower = [key for key, value in each["fp32"].items() if value < 1 <= each["free fp32"][key]]
         claims.append(
             Claim(
-                f"{name}: slower than fp32 only where every free file is",
+                f"{name}: settings in which it is slower than fp32 and a PTQ file is not",
                 "none",
                 ", ".join(slower) or "none",
                 not slower,
             )
         )
         claims.append(
-            Claim(f"{name}: size over the smaller free file", "<= 1.02", f"{each['size']:.3f}", each["size"] <= 1.02)
+            Claim(
+                f"{name}: size relative to the smaller PTQ file", "<= 1.02", f"{each['size']:.3f}", each["size"] <= 1.02
+            )
         )
         behind, interval = each["accuracy behind"], each["interval"]
         claims.append(
             Claim(
-                f"{name}: accuracy behind the static file",
+                f"{name}: accuracy below that of static PTQ",
                 "<= its interval",
                 f"{100 * behind:.2f} of {100 * interval:.2f} points",
                 behind <= interval,
@@ -271,14 +273,16 @@ def claims_of(figures: dict[str, dict[str, Any]]) -> list[Claim]:
         )
         left = ", ".join(f"{count} {kind}" for kind, count in each["float kernels"].items())
         claims.append(
-            Claim(f"{name}: products, additions and poolings in floating point", "none", left or "none", not left)
+            Claim(
+                f"{name}: products, additions and poolings that run in floating point", "none", left or "none", not left
+            )
         )
     fast = [
         name for name, each in figures.items() if min(m for m, _, _ in each["to the better free file"].values()) >= 1.0
     ]
     claims.append(
         Claim(
-            "families whose medians are all at least the better free file's",
+            "models whose medians are at least those of the faster PTQ file in every setting",
             ">= half",
             f"{len(fast)} of {len(figures)}",
             2 * len(fast) >= len(figures),
