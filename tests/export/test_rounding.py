@@ -47,7 +47,10 @@ def test_values_on_a_boundary_count_although_float32_and_float64_agree_on_them()
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model).double()(x.double()), model(x).double())
         flips = (with_rounding(model)(x.double()) != model(x)).sum().item()
-    assert 60 < flips < 140, "each of 200 with probability 1/2"
+    # a quantizer divides in float32, so an error counts if it exceeds half a unit in the last place, in one direction
+    unit = 2.0 ** (x.double().log2().floor() - 23)
+    p = (1 - (unit / 2) / (x.double() * rounding.NOISE)) / 2
+    assert abs(flips - p.sum()) < 4 * (p * (1 - p)).sum().sqrt(), "each with the probability p"
 
 
 def test_a_deep_residual_network_in_which_flips_spread_passes(tmp_path: Path) -> None:
