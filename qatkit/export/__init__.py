@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qatkit.export.dense import export_dense as export_dense
     from qatkit.export.formats import FORMATS as FORMATS
     from qatkit.export.formats import ExportFormat as ExportFormat
+    from qatkit.export.gguf import export_gguf as export_gguf
     from qatkit.export.onnx import export_onnx as export_onnx
     from qatkit.export.runtime import integer_kernels as integer_kernels
     from qatkit.export.runtime import load_runtime as load_runtime
@@ -22,6 +23,7 @@ _HOMES = {
     "qatkit.export.compressed_tensors": ["export_compressed"],
     "qatkit.export.dense": ["export_dense"],
     "qatkit.export.formats": ["FORMATS", "ExportFormat"],
+    "qatkit.export.gguf": ["export_gguf"],
     "qatkit.export.onnx": ["export_onnx"],
     "qatkit.export.runtime": ["integer_kernels", "load_runtime"],
     "qatkit.export.sparse": ["export_sparse"],

@@ -183,6 +183,18 @@ FORMATS = Table(
             recognizes="qatkit.export.compressed_tensors:is_model_folder",
             companions=("tokenizer",),
         ),
+        ExportFormat(
+            name="gguf",
+            description="one file of trained codes and scales for llama.cpp and Ollama",
+            file_name="model.gguf",
+            check="qatkit.export.gguf:check",
+            write="qatkit.export.gguf:write",
+            read_back="qatkit.export.gguf:read_back",
+            bound="qatkit.export.gguf:bound",
+            runtime="transformers, reading the GGUF file,",
+            extra="gguf",
+            packages=("transformers", "gguf"),
+        ),
     ],
 )
 

@@ -336,8 +336,8 @@ def test_verification_needs_a_batch_a_known_file_type_and_a_file(
     export_onnx(trained, images[0][:2], tmp_path / "model.onnx")
     with pytest.raises(QatkitError, match="no batch"):
         verify(trained, tmp_path / "model.onnx", [])
-    with pytest.raises(QatkitError, match=r"no export format writes '\.gguf' files"):
-        verify(trained, tmp_path / "model.gguf", batches(images))
+    with pytest.raises(QatkitError, match=r"no export format writes '\.h5' files"):
+        verify(trained, tmp_path / "model.h5", batches(images))
     with pytest.raises(QatkitError, match="there is no such file or folder; export the model first"):
         verify(trained, tmp_path / "other.onnx", batches(images))
 

@@ -1,0 +1,121 @@
+"""Read back a GGUF file: the gguf package decodes every tensor, and transformers loads the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qatkit.export.dense import dense_state
+from qatkit.export.gguf_packing import BLOCK_TYPES
+from qatkit.export.gguf_tensors import Stored, file_metadata, stored_tensors
+from qatkit.export.interface import ReadBack
+from qatkit.quantization.prepare import quantized_weights
+
+
+@torch.no_grad()
+def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
+    """Compare a file's metadata, scales and decoded tensors to a model, and load it with transformers.
+
+    Args:
+        trained: The model, in eval mode on the CPU.
+        path: A file written by `export_gguf`.
+    """
+    import gguf
+
+    weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        return ReadBack(weights, [f"{path.name} cannot be read: {error}"], None)
+    tensors = stored_tensors(trained)
+    failures = metadata_differences(reader, file_metadata(trained, tensors))
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    for expected in tensors:
+        failures += _tensor_differences(expected, found.pop(expected.name, None))
+    failures += [f"'{name}': the trained model has no such tensor" for name in found]
+    try:
+        loaded = _load(trained, path)
+    except Exception as error:  # the exceptions of transformers share no base class
+        reason = " ".join(str(error).split())[:300]
+        return ReadBack(weights, [*failures, f"transformers cannot load {path.name}: {reason}"], None)
+    values = loaded.state_dict()
+    for key, expected_value in dense_state(trained).items():
+        failures += _differences(key, "values that transformers loads", values.get(key), expected_value)
+    return ReadBack(weights, failures, loaded)
+
+
+def metadata_differences(reader: Any, expected: dict[str, Any]) -> list[str]:
+    """Compare metadata values of a file to the expected ones; floats are stored in float32.
+
+    Args:
+        reader: A `gguf.GGUFReader`.
+        expected: The values by key.
+    """
+    failures = []
+    for key, value in expected.items():
+        if key not in reader.fields:
+            failures.append(f"metadata '{key}': not in the file")
+            continue
+        found = reader.fields[key].contents()
+        if found != (float(np.float32(value)) if isinstance(value, float) else value):
+            failures.append(f"metadata '{key}' is {_short(found)}, but {_short(value)} in the trained model")
+    return failures
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _tensor_differences(expected: Stored, found: Any) -> list[str]:
+    from gguf.quants import dequantize
+
+    if found is None:
+        return [f"'{expected.key}': the file has no tensor '{expected.name}'"]
+    if found.tensor_type.name != expected.type:
+        return [f"'{expected.key}': of type {found.tensor_type.name} instead of {expected.type}"]
+    failures = []
+    if (scales := expected.scales()) is not None:
+        block = BLOCK_TYPES[expected.type]
+        raw = np.ascontiguousarray(np.array(found.data).reshape(*scales.shape, -1)[..., block.scale_bytes])
+        stored = torch.from_numpy(raw.view(block.scale_type)[..., 0].astype(np.float32))
+        failures += _differences(expected.key, "scales", stored, scales)
+    decoded = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type)))
+    return failures + _differences(expected.key, "values", decoded, expected.values())
+
+
+def _differences(key: str, what: str, found: Tensor | None, expected: Tensor) -> list[str]:
+    if found is None:
+        return [f"'{key}': there are no {what}"]
+    if found.shape != expected.shape:
+        return [f"'{key}': {what} of shape {list(found.shape)} instead of {list(expected.shape)}"]
+    wrong = found.float() != expected.float()
+    if not wrong.any():
+        return []
+    first = wrong.nonzero()[0].tolist()
+    return [f"'{key}': {int(wrong.sum())} of {wrong.numel()} {what} differ, the first at {first}"]
+
+
+def _load(trained: nn.Module, path: Path) -> nn.Module:
+    kind = cast(Any, type(trained))
+    config = copy.deepcopy(cast(Any, trained.config))
+    with _quietly():
+        loaded: nn.Module = kind.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=trained.dtype, local_files_only=True
+        )
+    return loaded.eval()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hide the progress bars of transformers, which have no option for it."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,140 @@
+"""The content of the GGUF file of a model: tensors and metadata."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
+from qatkit.export.gguf_architectures import INSTEAD, architecture_of
+from qatkit.export.gguf_packing import Array, BlockType, block_type_of
+from qatkit.quantization.arithmetic import dequantize, quantize
+from qatkit.quantization.layers import QATLayer
+from qatkit.quantization.modules import FakeQuantize, full_tensor
+from qatkit.quantization.state import quantizer_prefixes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file."""
+
+    key: str
+    """The parameter or buffer; the first name of a tied one."""
+    name: str
+    """The name in the file."""
+    tensor: Tensor
+    """The parameter or buffer itself."""
+    layer: QATLayer | None = None
+    """The layer that quantizes it."""
+    heads: int = 0
+    """The number of heads whose rows are interleaved; 0 if the rows keep their order."""
+
+    @property
+    def quantizer(self) -> FakeQuantize | None:
+        """The fake quantizer of the tensor, or None."""
+        return None if self.layer is None else self.layer.weight_fake_quant
+
+    @property
+    def type(self) -> str:
+        """The name of the tensor's type in GGUF.
+
+        Unquantized matrices have the smallest floating-point type that holds their values, and all other tensors are
+        float32, as llama.cpp requires.
+        """
+        if self.quantizer is not None:
+            return self._block_type.name
+        value = full_tensor(self.tensor).float()
+        if value.dim() < 2:
+            return "F32"
+        halves = {"F16": torch.float16, "BF16": torch.bfloat16}
+        return next((name for name, dtype in halves.items() if torch.equal(value.to(dtype).float(), value)), "F32")
+
+    @property
+    def _block_type(self) -> BlockType:
+        assert self.quantizer is not None
+        block = block_type_of(self.quantizer.spec)
+        assert block is not None, "`check` refuses all other specs"
+        return block
+
+    def _coded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The codes, scales and zero points of a quantized tensor."""
+        assert self.layer is not None
+        assert self.quantizer is not None
+        matrix = full_tensor(self.layer.matrix)
+        scale, zero_point = self.quantizer.whole_qparams(matrix)
+        return quantize(matrix, scale, zero_point, self.quantizer.spec), scale, zero_point
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        """The rows of a tensor, or of its bytes, in the order of the file."""
+        if not self.heads:
+            return rows
+        return rows.reshape(self.heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+    def values(self) -> Tensor:
+        """Return the values of the tensor in the order of the file, in float32."""
+        if self.quantizer is None:
+            return self._arranged(full_tensor(self.tensor).float().cpu())
+        return self._arranged(dequantize(*self._coded(), self.quantizer.spec).cpu())
+
+    def scales(self) -> Tensor | None:
+        """Return the scales of a quantized tensor in the order of the file, ``[out, blocks]``, otherwise None."""
+        return None if self.quantizer is None else self._arranged(self._coded()[1].cpu())
+
+    def data(self) -> Array:
+        """Return the array that the file stores: bytes, float16 or float32."""
+        if self.quantizer is not None:
+            codes, scale, _ = self._coded()
+            packed = self._block_type.pack(codes.cpu().numpy(), scale.cpu().numpy())
+            return self._arranged(torch.from_numpy(packed)).numpy()
+        values = self.values()
+        if self.type == "BF16":  # NumPy has no such type
+            return values.bfloat16().view(torch.uint8).numpy()
+        return values.numpy().astype({"F16": np.float16, "F32": np.float32}[self.type])
+
+
+def stored_tensors(model: nn.Module) -> list[Stored]:
+    """Return the tensors of a model's file: every parameter and saved buffer, tied ones once.
+
+    Raises:
+        QatkitError: a tensor has no name in this architecture.
+    """
+    import gguf
+
+    row, config = architecture_of(model), cast(Any, model.config)
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == row.gguf)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    own, first = quantizer_prefixes(model), dict[int, tuple[str, Tensor]]()
+    for key, value in model.state_dict(keep_vars=True).items():
+        if not key.startswith(own):
+            first.setdefault(id(value), (key, value))
+    stored = []
+    for key, tensor in first.values():
+        if (name := names.get_name(key, try_suffixes=(".weight", ".bias"))) is None:
+            raise QatkitError(f"'{key}' has no name in GGUF's architecture '{row.gguf}'", advice=INSTEAD)
+        layer = model.get_submodule(key.rpartition(".")[0])
+        quantized = layer if isinstance(layer, QATLayer) and key.endswith(".weight") else None
+        stored.append(Stored(key, name, tensor, quantized, row.heads(key, config)))
+    return stored
+
+
+def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
+    """Return the metadata of a model's file by key."""
+    import gguf
+
+    row, config = architecture_of(model), cast(Any, model.config)
+    types = Counter(tensor.type for tensor in tensors if tensor.quantizer is not None)
+    most = types.most_common(1)[0][0] if types else "F32"
+    kind = getattr(gguf.LlamaFileType, f"MOSTLY_{most}", gguf.LlamaFileType.ALL_F32)
+    return {
+        "general.architecture": row.gguf,
+        "general.name": row.name,
+        "general.file_type": int(kind),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **row.metadata(config),
+        "tokenizer.ggml.model": "no_vocab",
+    }

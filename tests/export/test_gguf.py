@@ -1,0 +1,171 @@
+"""GGUF files: the gguf package decodes the trained weights, and transformers computes the trained logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qatkit import QatkitError, QuantSpec, prepare_qat, scheme
+from qatkit.export.formats import FORMATS
+from qatkit.export.gguf import export_gguf
+from qatkit.export.verification import verify
+from qatkit.models import cnn, llama
+from qatkit.pipeline.validation import validate_recipe
+from qatkit.quantization.prepare import quantized_weights
+from qatkit.recipe.loading import load_recipe
+
+TOKENS = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": TOKENS, "labels": TOKENS}
+
+
+def spec(name: str, **changes: Any) -> QuantSpec:
+    found = scheme(name).weight
+    assert found is not None
+    return QuantSpec(**{**found.__dict__, **changes})
+
+
+def trained(weight: QuantSpec | None, steps: int = 2, **shape: Any) -> nn.Module:
+    """A small Llama, trained for a few steps so that norms and scales are not the initial ones."""
+    torch.manual_seed(0)
+    given = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 96, "context": 32}
+    model = llama(300, **{**given, "tie_embeddings": False, **shape})
+    if weight is not None:
+        prepare_qat(model, weight, exclude=["lm_head"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=TOKENS).logits
+    return found
+
+
+def loaded(path: Path) -> nn.Module:
+    """The model that transformers makes from the file alone, in float32."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return model
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (spec("Q8_0"), "Q8_0"),
+        (spec("Q4_0", observer="lsq"), "Q4_0"),
+        (spec("Q4_0", scale_rule="qmax", observer="mse"), "Q4_0"),
+    ],
+    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse"],
+)
+def test_transformers_computes_the_trained_logits_from_the_file_alone(
+    weight: QuantSpec, kind: str, tmp_path: Path
+) -> None:
+    model, path = trained(weight), tmp_path / "model.gguf"
+    export_gguf(model, path)
+    assert torch.equal(logits(loaded(path)), logits(model))
+    types = {tensor.tensor_type.name for name, tensor in tensors(path).items() if "ffn" in name and "norm" not in name}
+    assert types == {kind}
+    check = verify(model, path, [BATCH])
+    assert check.passed, check.failures
+    assert (check.format, check.layers, check.allowed_error, check.mean_error) == ("gguf", 14, 0.0, 0.0)
+    assert check.quantization_error > 0
+
+
+def test_the_gguf_package_decodes_the_trained_weights_and_the_zeros_of_pruned_ones(tmp_path: Path) -> None:
+    model, path = trained(spec("Q4_0")), tmp_path / "model.gguf"
+    for _, weight, _ in quantized_weights(model):
+        weight.data[:, ::2] = 0
+    export_gguf(model, path)
+    found = tensors(path)["blk.1.ffn_down.weight"]
+    values = dequantize(found.data, found.tensor_type)
+    expected = model.get_submodule("model.layers.1.mlp.down_proj").fake_quantized_weight()
+    assert np.array_equal(values, expected.detach().numpy())
+    assert (values[:, ::2] == 0).all()
+    assert (values[:, 1::2] != 0).mean() > 0.5
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    model, path = trained(spec("Q8_0"), tie_embeddings=True), tmp_path / "model.gguf"
+    export_gguf(model, path)
+    assert "output.weight" not in tensors(path)
+    assert torch.equal(logits(loaded(path)), logits(model))
+    assert verify(model, path, [BATCH]).passed
+
+
+def test_a_model_without_quantization_is_stored_without_loss(tmp_path: Path) -> None:
+    model, path = trained(None), tmp_path / "model.gguf"
+    export_gguf(model, path)
+    assert {tensor.tensor_type.name for tensor in tensors(path).values()} == {"F32"}
+    assert torch.equal(logits(loaded(path)), logits(model))
+    assert verify(model, path, [BATCH]).passed
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_matrices_whose_values_fit_are_stored_in_half_precision(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    model, path = trained(spec("Q8_0")), tmp_path / "model.gguf"
+    embedding = model.get_submodule("model.embed_tokens").weight
+    embedding.data = embedding.to(dtype).float()
+    export_gguf(model, path)
+    assert tensors(path)["token_embd.weight"].tensor_type.name == kind
+    assert tensors(path)["output.weight"].tensor_type.name == "F32"
+    assert torch.equal(logits(loaded(path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (
+            spec("W4A16"),
+            r"no GGUF type stores weights with group_size: 128, scale_dtype: float32; set scheme: Q4_0, or weight: "
+            r"\{group_size: 32, scale_dtype: float16\} \(Q4_0\), or use export: \{format: dense\}",
+        ),
+        (
+            QuantSpec(8),
+            r".*with strategy: channel, scale_dtype: float32; set scheme: Q8_0, or weight: "
+            r"\{strategy: group, group_size: 32, scale_dtype: float16\}",
+        ),
+        (spec("Q4_0", num_bits=3), r".*with num_bits: 3; set scheme: Q4_0, or weight: \{num_bits: 4\}"),
+        (spec("Q8_0", symmetric=False), r".*with symmetric: false; set scheme: Q8_0, or weight: \{symmetric: true\}"),
+    ],
+    ids=["group 128", "channel", "3 bits", "asymmetric"],
+)
+def test_a_scheme_that_no_type_stores_is_refused_with_the_keys_that_fit(weight: QuantSpec, message: str) -> None:
+    model = llama(300, 128, 1, 2, 1, 128, 32)
+    prepare_qat(model, weight, exclude=["lm_head"])
+    with pytest.raises(QatkitError, match=rf"layer 'model\.layers\.0\.self_attn\.q_proj': {message}"):
+        FORMATS["gguf"].check_model(model)
+
+
+def test_quantized_activations_and_other_models_are_refused() -> None:
+    model = llama(300, 64, 1, 2, 1, 96, 32)
+    prepare_qat(model, spec("Q8_0"), scheme("W8A8").activation, exclude=["lm_head"])
+    with pytest.raises(QatkitError, match=r"llama\.cpp quantizes activations itself.*remove activation"):
+        FORMATS["gguf"].check_model(model)
+    with pytest.raises(
+        QatkitError, match=r"'gguf' is supported only for transformers models, but the model is a Chain"
+    ):
+        FORMATS["gguf"].check_model(cnn())
+    model = llama(300, 64, 1, 2, 1, 96, 32)
+    model.config.hidden_act = "gelu"
+    with pytest.raises(QatkitError, match=r"implements 'llama' only with hidden_act: 'silu', but the model has 'gelu'"):
+        FORMATS["gguf"].check_model(model)
+
+
+def test_the_limits_are_checked_before_training() -> None:
+    with pytest.raises(QatkitError, match=r"export\.format: stage 'ptq': layer '.*q_proj': no GGUF type.*Q4_0"):
+        validate_recipe(load_recipe("llm/int4_qat", ["export.format=gguf"]))
