@@ -100,12 +100,12 @@ class ExportFormat:
         Example:
             >>> from torch import nn
             >>> from qatkit import QuantSpec, prepare_qat
-            >>> model = nn.Sequential(nn.Conv1d(4, 4, 3))
-            >>> _ = prepare_qat(model, QuantSpec(num_bits=8))
+            >>> model = nn.Sequential(nn.Linear(4, 4))
+            >>> _ = prepare_qat(model, QuantSpec(num_bits=8, type="float"))
             >>> FORMATS["onnx"].check_model(model)  # doctest: +ELLIPSIS
             Traceback (most recent call last):
             ...
-            qatkit.errors.QatkitError: layer '0': ONNX export does not support a quantized Conv1d; exclude ...
+            qatkit.errors.QatkitError: layer '0': ONNX integer QDQ does not support weight quantization with ...
         """
         plan = implementation("qatkit.export.interface:PlannedExport")
         self.call("check", model, plan.of(model) if schemes is None else plan(schemes, kv_cache, task))

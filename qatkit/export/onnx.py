@@ -30,7 +30,9 @@ from qatkit.export.onnx_graph import name_after_layers, save, trace
 from qatkit.export.onnx_inputs import inputs_of, unknown_inputs
 from qatkit.export.onnx_points import name_points, to_qdq_points
 from qatkit.export.onnx_weights import compare_onnx_weights
-from qatkit.export.qdq import DYNAMIC, QDQ, is_signed_byte, to_qdq
+from qatkit.export.qdq import is_signed_byte, to_qdq
+from qatkit.export.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer_kernel, qdq_class
+from qatkit.export.qdq_nodes import DYNAMIC
 from qatkit.export.runtime import load_runtime
 from qatkit.export.saturation import SaturationCheck, saturates
 from qatkit.quantization.layers import QATLayer, swap_of
@@ -174,7 +176,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"layer '{name}': quantized {parts.kind} cannot be exported to ONNX", advice=f"exclude it, or {_INSTEAD}"
         )
     kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
-    if kind not in QDQ:
+    if qdq_class(kind) is None:
         raise QatkitError(
             f"layer '{name}': ONNX export does not support a quantized {_plain_name(layer)}",
             advice=f"exclude the layer, or {_INSTEAD}",
@@ -188,7 +190,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )
     inputs = scheme.activation
     if inputs is not None and inputs.scaled_per_batch:
-        _check_dynamic(name, layer, inputs)
+        _check_dynamic(name, layer, qdq_class(kind), inputs)
     if isinstance(layer, nn.Embedding):
         _check_embedding(name, layer, scheme)
     if inputs is not None and scheme.weight is None:
@@ -205,14 +207,14 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             )
 
 
-def _check_dynamic(name: str, layer: nn.Module, spec: QuantSpec) -> None:
+def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, spec: QuantSpec) -> None:
     if replace(spec, observer="minmax") != DYNAMIC:
         raise QatkitError(
             f"layer '{name}': ONNX Runtime does not support dynamic activation quantization with {_words(spec)}",
             advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor, dynamic: true}, or remove "
             "dynamic and calibrate the scale, or choose another format",
         )
-    if not isinstance(layer, nn.Linear):
+    if kind not in (QDQLinear, QDQTransposedLinear):
         raise QatkitError(
             f"layer '{name}': ONNX Runtime runs a {_plain_name(layer)} with dynamic activations in floating point",
             advice="set target: onnxruntime, whose activations are static, or exclude the layer",
@@ -250,6 +252,7 @@ def _warn_of_unsigned(model: nn.Module) -> None:
         if layer.input_fake_quant is not None
         and layer.weight_fake_quant is not None
         and is_signed_byte(layer.weight_fake_quant.spec)
+        and has_integer_kernel(type(layer))
     ]
     if slow:
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""

@@ -21,7 +21,7 @@ from qatkit.export.onnx_constants import decode_when_loaded
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
 from qatkit.export.output_tensors import kinds, tensors
-from qatkit.export.qdq import QDQ
+from qatkit.export.qdq_layers import QDQ
 from qatkit.export.runtime import NAMED, ONLY_OUTPUT
 from qatkit.spec import QuantSpec
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qatkit.export.qdq import InputQuantizer
+from qatkit.export.qdq_nodes import InputQuantizer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.placement.points import SUFFIX, point_parts
 

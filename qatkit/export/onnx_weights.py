@@ -97,9 +97,10 @@ class _File:
 
     def check_weight(self, name: str, prefix: str, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
         spec = fake_quant.spec
-        scale, zero_point = fake_quant.qparams(layer.weight)
-        codes = quantize(layer.weight, scale, zero_point, spec)
-        used = layer.fake_quantized_weight()
+        matrix = layer.matrix  # [out, in, ...], as in the file
+        scale, zero_point = fake_quant.qparams(matrix)
+        codes = quantize(matrix, scale, zero_point, spec)
+        used = fake_quant(matrix)
         keys = tuple(f"{prefix}weight.{part}" for part in ("codes", "scale", "zero_point"))
         stored = self.tensors.get(keys[0])
         if stored is not None and stored.dtype == np.uint8 and spec.symmetric:  # signed codes as unsigned ones
@@ -206,7 +207,7 @@ class _File:
         for node in self.proto.graph.node:  # in topological order
             if node.op_type in _LAYOUT and weights & set(node.input):
                 weights.add(node.output[0])
-            elif node.op_type in ("Conv", "Gemm", "MatMul") and weights & set(node.input):
+            elif node.op_type in _PRODUCTS and weights & set(node.input):
                 outputs.append(node.output[0])
         return outputs
 
@@ -257,6 +258,7 @@ class _File:
         return decoded
 
 
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LAYOUT = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
 """Operators that change the layout of a tensor, not its values."""
 

@@ -173,10 +173,10 @@ class _QATConvTranspose(QATLayer, nn.modules.conv._ConvTransposeNd):
 
     @property
     def matrix(self) -> Tensor:
-        return _swapped(self.weight, self.groups)
+        return swapped(self.weight, self.groups)
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        return _swapped(matrix, self.groups)
+        return swapped(matrix, self.groups)
 
     def _arguments(self, x: Tensor, output_size: list[int] | None) -> tuple[Any, ...]:
         sizes: Any = (self.stride, self.padding, self.kernel_size, self.weight.dim() - 2, self.dilation)
@@ -184,8 +184,10 @@ class _QATConvTranspose(QATLayer, nn.modules.conv._ConvTransposeNd):
         return (*self.operands(x), self.stride, self.padding, added, self.groups, self.dilation)
 
 
-def _swapped(weight: Tensor, groups: int) -> Tensor:
+def swapped(weight: Tensor, groups: int) -> Tensor:
     """Turn ``[in, out / groups, ...]`` into ``[out, in / groups, ...]``, or back; a view if `groups` is 1."""
+    if groups == 1:
+        return weight.transpose(0, 1)
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from qatkit.callbacks import QuantizationAwareTraining
 from torch import nn
 
-from qatkit import QatkitError, QuantSpec, prepare_qat, scheme
+from qatkit import QatkitError, QuantSpec, Scheme, prepare_qat, scheme
 from qatkit.export import FORMATS
 from qatkit.models import llama
 from qatkit.pipeline.export import check_export
@@ -18,6 +18,7 @@ from qatkit.recipe.loading import load_recipe
 from tests.callbacks.modules import Classifier, batches, network, trainer
 
 W8 = QuantSpec(num_bits=8)
+FP8 = {"net.1": Scheme(QuantSpec(num_bits=8, type="float"))}
 
 
 class Writer(LightningModule):
@@ -41,18 +42,18 @@ def convolutional() -> nn.Module:
 def test_a_layer_that_the_format_cannot_hold_is_refused_before_a_layer_changes() -> None:
     module = Classifier(convolutional())
     with pytest.raises(
-        QatkitError, match=r"^target: layer 'net\.1': ONNX export does not support a quantized Conv1d; exclude the"
+        QatkitError, match=r"^target: layer 'net\.1': ONNX integer QDQ does not support weight .* type: float"
     ):
-        trainer(QuantizationAwareTraining(W8, target="onnx")).fit(module, batches())
+        trainer(QuantizationAwareTraining(W8, layers=FP8, target="onnx")).fit(module, batches())
     assert type(module.net[1]) is nn.Conv1d
-    trainer(QuantizationAwareTraining(W8, target="dense"), max_steps=1).fit(module, batches())
+    trainer(QuantizationAwareTraining(W8, layers=FP8, target="dense"), max_steps=1).fit(module, batches())
 
 
 def test_an_excluded_layer_and_no_target_are_not_refused() -> None:
-    trainer(QuantizationAwareTraining(W8, exclude=["net.1"], target="onnx"), max_steps=1).fit(
+    trainer(QuantizationAwareTraining(W8, exclude=["net.1"], layers=FP8, target="onnx"), max_steps=1).fit(
         Classifier(convolutional()), batches()
     )
-    trainer(QuantizationAwareTraining(W8), max_steps=1).fit(Classifier(convolutional()), batches())
+    trainer(QuantizationAwareTraining(W8, layers=FP8), max_steps=1).fit(Classifier(convolutional()), batches())
 
 
 def test_the_text_is_that_of_validate() -> None:

@@ -1,0 +1,146 @@
+"""Layers of a QDQ graph: torch's layers with an integer weight, an input quantizer and an integer bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qatkit.export.qdq_nodes import Codes
+from qatkit.quantization.layers import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose1d,
+    QATConvTranspose2d,
+    QATEmbedding,
+    QATLayer,
+    QATLinear,
+    QATOutputProjection,
+    QATTransposedLinear,
+    swapped,
+)
+
+
+class QDQLinear(nn.Linear):
+    """A linear layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight, bias, late = _operands(self, input)
+        out = F.linear(x, weight, bias)
+        return out if late is None else out + late
+
+
+class QDQTransposedLinear(nn.Module):
+    """transformers' `Conv1D`, with the codes of its weight as ``[out, in]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight, bias, late = _operands(self, x)
+        out = F.linear(x, weight, bias)
+        return out if late is None else out + late
+
+
+class _QDQConv(nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight, bias, late = _operands(self, input)
+        out = cast(Tensor, cast(Any, self)._conv_forward(x, weight, bias))
+        return out if late is None else out + _over_positions(late, weight)
+
+
+class QDQConv1d(_QDQConv, nn.Conv1d):
+    """A convolution over sequences."""
+
+
+class QDQConv2d(_QDQConv, nn.Conv2d):
+    """A convolution over images."""
+
+
+class QDQConv3d(_QDQConv, nn.Conv3d):
+    """A convolution over volumes."""
+
+
+class _QDQConvTranspose(nn.modules.conv._ConvTransposeNd):
+    """A transposed convolution, with the codes of its weight as ``[out, in / groups, ...]``, one scale per output."""
+
+    function: Callable[..., Tensor]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x, weight, bias, late = _operands(self, input)
+        sizes: Any = (self.stride, self.padding, self.kernel_size, weight.dim() - 2, self.dilation)
+        added = self._output_padding(x, output_size, *sizes)
+        stored = swapped(weight, self.groups)
+        out = type(self).function(x, stored, bias, self.stride, self.padding, added, self.groups, self.dilation)
+        return out if late is None else out + _over_positions(late, weight)
+
+
+class QDQConvTranspose1d(_QDQConvTranspose, nn.ConvTranspose1d):
+    """A transposed convolution over sequences."""
+
+    function = staticmethod(F.conv_transpose1d)
+
+
+class QDQConvTranspose2d(_QDQConvTranspose, nn.ConvTranspose2d):
+    """A transposed convolution over images."""
+
+    function = staticmethod(F.conv_transpose2d)
+
+
+def _over_positions(bias: Tensor, weight: Tensor) -> Tensor:
+    return bias.view(-1, *[1] * (weight.dim() - 2))
+
+
+class QDQEmbedding(nn.Embedding):
+    """Rows of codes, which are decoded after they are gathered; the table stays in integers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        table = cast(Codes, self.weight)
+        rows = F.embedding(input, table.codes).float()
+        if table.zero_point is not None:
+            rows = rows - _rows(input, table.zero_point).float()
+        return rows * _rows(input, table.scale)
+
+
+def _rows(input: Tensor, values: Tensor) -> Tensor:
+    """The values ``[rows, 1]`` of the gathered rows, or the value ``[]`` of all rows."""
+    return F.embedding(input, values) if values.dim() else values
+
+
+QDQ: dict[type[QATLayer], type[nn.Module]] = {
+    QATLinear: QDQLinear,
+    QATOutputProjection: QDQLinear,
+    QATTransposedLinear: QDQTransposedLinear,
+    QATConv1d: QDQConv1d,
+    QATConv2d: QDQConv2d,
+    QATConv3d: QDQConv3d,
+    QATConvTranspose1d: QDQConvTranspose1d,
+    QATConvTranspose2d: QDQConvTranspose2d,
+    QATEmbedding: QDQEmbedding,
+}
+"""The layer of a QDQ graph for every quantized layer."""
+
+
+def qdq_class(kind: type[nn.Module] | None) -> type[nn.Module] | None:
+    """Return the layer of a QDQ graph for a class of quantized layers; None if ONNX export does not support it."""
+    supported = cast("dict[type, type[nn.Module]]", QDQ)
+    return next((supported[base] for base in getattr(kind, "__mro__", ()) if base in supported), None)
+
+
+def has_integer_kernel(kind: type[nn.Module] | None) -> bool:
+    """Return whether ONNX Runtime computes the products of quantized inputs and weights of a class in integers."""
+    return not issubclass(kind or nn.Module, QATConvTranspose1d | QATConvTranspose2d)
+
+
+def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The layer's input, weight and bias, and a bias to add after the layer.
+
+    A floating-point bias inside a layer with a quantized input is not safe: ONNX Runtime quantizes it to int32
+    (WeightBiasQuantization) and lets it overflow. Added after the layer, it keeps its value.
+    """
+    quantizer: Any = layer.input
+    weight, bias = (part() if isinstance(part, Codes) else part for part in (layer.weight, layer.bias))
+    weight, bias = cast(Tensor, weight), cast("Tensor | None", bias)
+    x = x if quantizer is None else quantizer(x)
+    late = layer.__dict__["quantized_input"] and not isinstance(layer.bias, Codes)
+    return (x, weight, None, bias) if late else (x, weight, bias, None)
