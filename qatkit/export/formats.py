@@ -47,6 +47,10 @@ class ExportFormat:
     """``(path)``: whether the content is of this format, if the file name is ambiguous."""
     companions: tuple[str, ...] = ()
     """Files saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
+    check_tokenizer: str = ""
+    """``(tokenizer)``: raise an error for an unsupported tokenizer, or do nothing for None; called before training."""
+    compare_tokenizer: str = ""
+    """``(path, tokenizer)``: compare the tokenizer in the file to the data's, and return all differences."""
     benchmark: str = ""
     """``(path, threads)``: return a callable whose latency the report measures; empty if no latency is measured."""
     baselines: str = ""
@@ -194,6 +198,8 @@ FORMATS = Table(
             runtime="transformers, reading the GGUF file,",
             extra="gguf",
             packages=("transformers", "gguf"),
+            check_tokenizer="qatkit.export.gguf_tokenizer:check_tokenizer",
+            compare_tokenizer="qatkit.export.gguf_read_back:compare_tokenizer",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from qatkit.export.gguf_architectures import INSTEAD, architecture_of
 from qatkit.export.gguf_packing import block_type_of, nearest_type
 from qatkit.export.gguf_read_back import compare_and_load
 from qatkit.export.gguf_tensors import file_metadata, stored_tensors
+from qatkit.export.gguf_tokenizer import tokenizer_metadata
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.quantization.layers import swap_of
 from qatkit.schemes import SCHEMES, Scheme
@@ -84,8 +85,8 @@ def _yaml(value: Any) -> str:
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
-    """Write a GGUF file."""
-    export_gguf(model, path)
+    """Write a GGUF file with the tokenizer of the data."""
+    export_gguf(model, path, context.tokenizer)
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
@@ -99,15 +100,17 @@ def bound(measured: Measured) -> Bound:
 
 
 @torch.no_grad()
-def export_gguf(model: nn.Module, path: Path | str) -> None:
+def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None) -> None:
     """Export a transformers model to a GGUF file with the codes and scales of training.
 
     Args:
         model: A transformers model, either plain or prepared by `prepare_qat`. It is not changed.
         path: The GGUF file, which is written atomically.
+        tokenizer: The fast tokenizer of transformers that is stored in the file, with its chat template. Without one,
+            the file has no vocabulary, and llama.cpp cannot read text with it.
 
     Raises:
-        QatkitError: the format does not support the model.
+        QatkitError: the format does not support the model or the tokenizer.
 
     Example:
         >>> import tempfile
@@ -127,7 +130,9 @@ def export_gguf(model: nn.Module, path: Path | str) -> None:
     import gguf
 
     tensors = stored_tensors(model)
-    metadata = file_metadata(model, tensors)
+    metadata = file_metadata(model, tensors) | tokenizer_metadata(
+        tokenizer, len(cast(Any, model).get_input_embeddings().weight)
+    )
     with atomic_path(Path(path)) as temporary:
         writer = gguf.GGUFWriter(temporary, metadata["general.architecture"])
         for key, value in metadata.items():

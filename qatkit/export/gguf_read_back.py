@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,12 @@ from torch import Tensor, nn
 from qatkit.export.dense import dense_state
 from qatkit.export.gguf_packing import BLOCK_TYPES
 from qatkit.export.gguf_tensors import Stored, file_metadata, stored_tensors
+from qatkit.export.gguf_tokenizer import tokenizer_metadata
 from qatkit.export.interface import ReadBack
 from qatkit.quantization.prepare import quantized_weights
+
+_UNREADABLE = (ValueError, OSError, IndexError, KeyError)
+"""What the gguf package raises for a file that is not GGUF, or that is cut off."""
 
 
 @torch.no_grad()
@@ -33,10 +38,10 @@ def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
     weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
+    except _UNREADABLE as error:
         return ReadBack(weights, [f"{path.name} cannot be read: {error}"], None)
     tensors = stored_tensors(trained)
-    failures = metadata_differences(reader, file_metadata(trained, tensors))
+    failures = _metadata_differences(reader, file_metadata(trained, tensors))
     found = {tensor.name: tensor for tensor in reader.tensors}
     for expected in tensors:
         failures += _tensor_differences(expected, found.pop(expected.name, None))
@@ -52,21 +57,37 @@ def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
     return ReadBack(weights, failures, loaded)
 
 
-def metadata_differences(reader: Any, expected: dict[str, Any]) -> list[str]:
-    """Compare metadata values of a file to the expected ones; floats are stored in float32.
+def compare_tokenizer(path: Path, tokenizer: Any) -> list[str]:
+    """Compare the tokenizer in a file to the tokenizer of the data; None stands for a file without vocabulary."""
+    import gguf
 
-    Args:
-        reader: A `gguf.GGUFReader`.
-        expected: The values by key.
-    """
+    try:
+        reader = gguf.GGUFReader(path)
+    except _UNREADABLE:
+        return []  # the comparison of the weights says so
+    embeddings = next((int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
+    expected = tokenizer_metadata(tokenizer, embeddings)
+    extra = [key for key in reader.fields if key.startswith("tokenizer.") and key not in expected]
+    unknown = [f"metadata '{key}': the trained model's tokenizer has no such entry" for key in extra]
+    return _metadata_differences(reader, expected) + unknown
+
+
+def _metadata_differences(reader: Any, expected: dict[str, Any]) -> list[str]:
     failures = []
     for key, value in expected.items():
         if key not in reader.fields:
             failures.append(f"metadata '{key}': not in the file")
             continue
         found = reader.fields[key].contents()
-        if found != (float(np.float32(value)) if isinstance(value, float) else value):
-            failures.append(f"metadata '{key}' is {_short(found)}, but {_short(value)} in the trained model")
+        if isinstance(value, float):
+            value = float(np.float32(value))
+        if found == value:
+            continue
+        at = ""
+        if isinstance(value, list) and isinstance(found, list):
+            pairs = zip_longest(found, value)
+            at, found, value = next((f"[{i}]", a, b) for i, (a, b) in enumerate(pairs) if a != b)
+        failures.append(f"metadata '{key}'{at} is {_short(found)}, but {_short(value)} in the trained model")
     return failures
 
 

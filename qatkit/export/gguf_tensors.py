@@ -123,7 +123,7 @@ def stored_tensors(model: nn.Module) -> list[Stored]:
 
 
 def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
-    """Return the metadata of a model's file by key."""
+    """Return the metadata of a model's file by key, except that of the tokenizer."""
     import gguf
 
     row, config = architecture_of(model), cast(Any, model.config)
@@ -136,5 +136,4 @@ def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
         "general.file_type": int(kind),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **row.metadata(config),
-        "tokenizer.ggml.model": "no_vocab",
     }

@@ -67,6 +67,8 @@ class ExportContext:
     """The task declared by the data; None if it is unknown."""
     target: Target | None = None
     """The runtime and processor that the model was trained for; None if the recipe names none."""
+    tokenizer: Any = None
+    """The tokenizer of the data; None if there is none."""
 
 
 @dataclass(frozen=True)

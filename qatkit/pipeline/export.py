@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.errors import QatkitError, QatkitWarning, under
 from qatkit.export.companions import save_companions
 from qatkit.export.formats import FORMATS, ExportFormat
 from qatkit.export.interface import ExportContext
@@ -61,6 +61,24 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
         raise error.with_fields(key="export.format", problem=f"stage '{stage}': {error.problem}") from None
 
 
+def check_export_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise an error if the recipe's export format does not support the tokenizer of the data.
+
+    Args:
+        recipe: The recipe; without an ``export`` block, nothing is checked.
+        tokenizer: The tokenizer, or None.
+
+    Raises:
+        QatkitError: the format stores the tokenizer in its file, and does not support this one.
+    """
+    if recipe.export is None:
+        return
+    row = FORMATS.row(recipe.export.format, "export.format")
+    if row.check_tokenizer:
+        with under("export.format"):
+            row.call("check_tokenizer", tokenizer)
+
+
 def _schemes(config: QuantizeConfig | None, model: nn.Module) -> dict[str, Scheme]:
     if config is None:
         return {}
@@ -93,8 +111,9 @@ def export_run(run: Run) -> list[Path]:
         model = run.load_model(stage).eval()
         quantize = run.recipe.stages[stage].quantize
         target = None if quantize is None or quantize.target is None else TARGETS[quantize.target]
-        row.call("write", model, path, ExportContext(batch, declared_task(data), target))
-        save_companions(row.companions, model, getattr(data, "tokenizer", None), run.out / "export" / stage)
+        tokenizer = getattr(data, "tokenizer", None)
+        row.call("write", model, path, ExportContext(batch, declared_task(data), target, tokenizer))
+        save_companions(row.companions, model, tokenizer, run.out / "export" / stage)
         paths.append(path)
     return paths
 

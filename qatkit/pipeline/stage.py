@@ -18,6 +18,7 @@ from qatkit.callbacks.batches import first_batches
 from qatkit.data.datamodule import unsliced
 from qatkit.data.tokenizers import check_tokenizer
 from qatkit.pipeline.degradation import warn_if_worse
+from qatkit.pipeline.export import check_export_tokenizer
 from qatkit.pipeline.finishing import finished_model, save_result
 from qatkit.pipeline.processes import is_first_process
 from qatkit.pipeline.progress import Style
@@ -74,7 +75,9 @@ def run_stage(run: Run, name: str, stage_print: StagePrint, tracking: Tracking, 
     rewound = _rewound(run, name, architecture)
     data = run.build_data(stage.batch_size)
     check_data(model, data)
-    check_tokenizer(model, getattr(data, "tokenizer", None))
+    tokenizer = getattr(data, "tokenizer", None)
+    check_tokenizer(model, tokenizer)
+    check_export_tokenizer(run.recipe, tokenizer)
     result = train(
         run.recipe,
         name,

@@ -56,7 +56,10 @@ def verify_run(run: Run) -> dict[str, Verification]:
         digests = _digests(run, stage)
         model = run.load_model(stage).eval()
         verification = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
-        verification = verification.with_failures(compare_companions(row.companions, model, tokenizer, folder))
+        failures = compare_companions(row.companions, model, tokenizer, folder)
+        if row.compare_tokenizer:
+            failures += row.call("compare_tokenizer", path, tokenizer)
+        verification = verification.with_failures(failures)
         content = asdict(verification) | {"digests": digests}
         write_signed(folder / VERDICT, content, SCHEMA, partial(json.dumps, indent=1))
         verifications[stage] = verification
