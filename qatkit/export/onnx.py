@@ -19,8 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError, QatkitWarning
@@ -33,12 +32,13 @@ from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.qdq import is_signed_byte, to_qdq
 from qatkit.export.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer_kernel, qdq_class
 from qatkit.export.qdq_nodes import DYNAMIC
+from qatkit.export.qdq_parts import EXPLICIT, part_layers, to_explicit
 from qatkit.export.runtime import load_runtime
 from qatkit.export.saturation import SaturationCheck, saturates
-from qatkit.quantization.layers import QATLayer, swap_of
+from qatkit.quantization.layers import QATLayer, QATLinear, swap_of
 from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import qat_layers
-from qatkit.quantization.state import quantizer_state
+from qatkit.quantization.state import layer_specs
 from qatkit.quantization.swaps import parts_class
 from qatkit.quantization.targets import TARGETS
 from qatkit.schemes import Scheme
@@ -148,13 +148,14 @@ def export_onnx(
     FORMATS["onnx"].check_packages()
     check(model, PlannedExport.of(model))  # reject everything before the first copy
     inputs = inputs_of(model, example, TASKS.row(task, "task") if isinstance(task, str) else task)
-    for name, layer in qat_layers(model):
+    for name, layer in [*qat_layers(model), *part_layers(model)]:
         _check_ready(name, layer)
-    specs = quantizer_state(model)[1]
     plain = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     config: Any = getattr(plain, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # the cache of keys and values is an output that no file holds
+    to_explicit(plain)
+    specs = layer_specs(plain)
     unsigned = target is None or not TARGETS.row(target, "target").wide_sums
     if unsigned:
         _warn_of_unsigned(plain)
@@ -171,26 +172,22 @@ def export_onnx(
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     parts = type(layer) if isinstance(layer, QATParts) else parts_class(layer)
-    if parts is not None:
-        raise QatkitError(
-            f"layer '{name}': quantized {parts.kind} cannot be exported to ONNX", advice=f"exclude it, or {_INSTEAD}"
-        )
     kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
-    if qdq_class(kind) is None:
+    if (qdq_class(kind) if parts is None else EXPLICIT.get(parts)) is None:
+        what = f"a quantized {_plain_name(layer)}" if parts is None else f"quantized {parts.kind}"
         raise QatkitError(
-            f"layer '{name}': ONNX export does not support a quantized {_plain_name(layer)}",
+            f"layer '{name}': ONNX export does not support {what}",
             advice=f"exclude the layer, or {_INSTEAD}",
         )
-    weight = cast(Tensor, layer.weight)
-    if weight.dtype != torch.float32:
-        dtype = str(weight.dtype).removeprefix("torch.")
+    dtype = str(next(layer.parameters(recurse=False)).dtype).removeprefix("torch.")
+    if dtype != "float32":
         raise QatkitError(
             f"layer '{name}': the weight is {dtype}, but the ONNX graph dequantizes to float32",
             advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
         )
     inputs = scheme.activation
     if inputs is not None and inputs.scaled_per_batch:
-        _check_dynamic(name, layer, qdq_class(kind), inputs)
+        _check_dynamic(name, layer, qdq_class(kind or QATLinear), inputs)
     if isinstance(layer, nn.Embedding):
         _check_embedding(name, layer, scheme)
     if inputs is not None and scheme.weight is None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qatkit.export.onnx_constants import decoding_nodes
 from qatkit.export.onnx_points import points_of
+from qatkit.export.qdq_parts import part_layers
 from qatkit.export.saturation import layers_at_risk
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATEmbedding, QATLayer
@@ -60,7 +61,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
     failures: list[str] = []
     points = points_of(model)
     grids = {id(fake_quant): name for name, fake_quant in points.items()}
-    for name, layer in qat_layers(model):
+    for name, layer in [*qat_layers(model), *part_layers(model)]:
         prefix = f"{name}." if name else ""
         if layer.weight_fake_quant is not None:
             names.add(f"{prefix}weight.codes")

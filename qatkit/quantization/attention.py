@@ -52,10 +52,11 @@ class QATMultiheadAttention(QATParts, nn.MultiheadAttention):
             shipped["in_proj_bias"] = torch.cat([bias for bias in biases if bias is not None])
         return shipped
 
+    def part_bias(self, part: str) -> Tensor | None:
+        return None if self.in_proj_bias is None else self.in_proj_bias.chunk(3)[PROJECTIONS.index(part)]
+
     def _bias(self, part: str, weight_scale: Tensor | None, input_scale: Tensor | None) -> Tensor | None:
-        if self.in_proj_bias is None:
-            return None
-        bias = self.in_proj_bias.chunk(3)[PROJECTIONS.index(part)]
+        bias = self.part_bias(part)
         return rounded_bias(bias, self.weight_quantizer(part), self.input_quantizer(part), weight_scale, input_scale)
 
     def _project(self, part: str, x: Tensor) -> Tensor:
@@ -89,12 +90,13 @@ class QATMultiheadAttention(QATParts, nn.MultiheadAttention):
         # the hint lets the kernel skip the mask, where the mask is nothing but causal
         hinted = is_causal and key_padding_mask is None and not need_weights
         if self.bias_k is not None and self.bias_v is not None:
-            k, v = (torch.cat([x, b.expand(len(x), 1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
+            k, v = (torch.cat([x, b.expand(x.shape[0], 1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
-        if mask is not None:
-            mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))  # added keys are never masked
+        added = (self.bias_k is not None) + self.add_zero_attn
+        if mask is not None and added:
+            mask = F.pad(mask, (0, added))  # added keys are never masked
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -120,9 +122,9 @@ class QATMultiheadAttention(QATParts, nn.MultiheadAttention):
         mask = None
         if attn_mask is not None:
             mask = _as_float(attn_mask, q.dtype)
-            mask = mask[None, None] if mask.dim() == 2 else mask.view(len(q), self.num_heads, *mask.shape[1:])
+            mask = mask[None, None] if mask.dim() == 2 else mask.view(q.shape[0], self.num_heads, *mask.shape[1:])
         if key_padding_mask is not None:
-            padding = _as_float(key_padding_mask, q.dtype).view(len(q), 1, 1, -1)
+            padding = _as_float(key_padding_mask, q.dtype).view(q.shape[0], 1, 1, -1)
             mask = padding if mask is None else mask + padding
         return mask
 

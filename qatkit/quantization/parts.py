@@ -31,6 +31,10 @@ class QATParts(nn.Module):
         """Return a part's latent weight ``[out, in]``; also works for the plain module."""
         raise NotImplementedError
 
+    def part_bias(self, part: str) -> Tensor | None:
+        """Return the bias ``[out]`` that is quantized with a part's product, or None."""
+        return None
+
     def shipped(self) -> dict[str, Tensor]:
         """Return the fake-quantized parameters used in the forward pass, by parameter name."""
         raise NotImplementedError

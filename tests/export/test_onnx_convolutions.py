@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +16,7 @@ from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels
 from qatkit.export.verification import Verification, verify
 from tests.export.conftest import UINT8
+from tests.export.files import change_constant, constants, first_changed
 from tests.support.matrix import representatives
 
 SHAPES: dict[type[nn.Module], tuple[int, ...]] = {
@@ -48,10 +47,6 @@ def checked(model: nn.Module, x: Tensor, path: Path) -> Verification:
     return verify(model, path, [(x, torch.zeros_like(model(x)))], threads=1, task="regression")
 
 
-def constant(path: Path, name: str) -> np.ndarray[Any, Any]:
-    return next(numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name == name)
-
-
 @pytest.mark.filterwarnings("ignore:layer '0' and 1 more. 8-bit weights are stored as unsigned")
 @pytest.mark.parametrize(("kind", "weight", "activation"), representatives(CASES, {0, 3, 6, 12, 15, 18}))
 def test_the_file_computes_what_training_computed(
@@ -76,7 +71,8 @@ def test_the_scale_of_a_transposed_convolution_belongs_to_its_output(kind: type[
     with torch.no_grad():
         model[2].weight[4:, 1] *= 100.0  # in group 1, output 1: channel 3 + 1
     export_onnx(model, x, tmp_path / "model.onnx")
-    codes, scale = (constant(tmp_path / "model.onnx", f"2.weight.{part}") for part in ("codes", "scale"))
+    file = constants(tmp_path / "model.onnx")
+    codes, scale = file["2.weight.codes"], file["2.weight.scale"]
     assert codes.shape[:2] == (6, 4)
     assert scale.argmax() == 4
     weight = model[2].weight.detach().double().numpy()
@@ -89,19 +85,17 @@ def test_the_scale_of_a_transposed_convolution_belongs_to_its_output(kind: type[
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [("codes", "codes of the weight: 1 of"), ("scale", "scales of the weight: 1 of 6"), ("bias.codes", "the bias: 1")],
+    [
+        ("weight.codes", "codes of the weight: 1 of"),
+        ("weight.scale", "scales of the weight: 1 of 6"),
+        ("bias.codes", "the bias: 1"),
+    ],
 )
 def test_a_changed_constant_of_a_transposed_convolution_is_named(part: str, message: str, tmp_path: Path) -> None:
     model, x = pair(nn.ConvTranspose1d, QuantSpec(7), UINT8)
     path = tmp_path / "model.onnx"
     export_onnx(model, x, path)
-    proto = onnx.load(path)
-    name = f"2.{part}" if "." in part else f"2.weight.{part}"
-    (tensor,) = (tensor for tensor in proto.graph.initializer if tensor.name == name)
-    values = numpy_helper.to_array(tensor).copy()
-    values.flat[0] = values.flat[0] * 2 if part == "scale" else values.flat[0] + 1
-    tensor.CopyFrom(numpy_helper.from_array(values, name))
-    onnx.save(proto, path)
+    change_constant(path, f"2.{part}", first_changed)
     failures = checked(model, x, path).failures
     assert any(failure.startswith(f"layer '2': {message}") for failure in failures), failures
 
@@ -121,7 +115,7 @@ def test_linear_layers_of_gpt2_run_as_other_linear_layers_do(
     prepare_qat(model, QuantSpec(7), activation)
     calibrate(model, [x])
     export_onnx(model, x, tmp_path / "model.onnx")
-    assert constant(tmp_path / "model.onnx", "0.weight.codes").shape == (8, 16)
+    assert constants(tmp_path / "model.onnx")["0.weight.codes"].shape == (8, 16)
     assert checked(model, x, tmp_path / "model.onnx").passed
     assert integer_kernels(tmp_path / "model.onnx").integer == kernels
 
@@ -129,4 +123,4 @@ def test_linear_layers_of_gpt2_run_as_other_linear_layers_do(
 def test_transposed_convolutions_have_no_integer_kernel_so_8_bit_weights_stay_signed(tmp_path: Path) -> None:
     model, x = pair(nn.ConvTranspose2d, QuantSpec(8), UINT8)
     export_onnx(model, x, tmp_path / "model.onnx")  # without a warning of slow kernels
-    assert constant(tmp_path / "model.onnx", "0.weight.codes").dtype == np.int8
+    assert constants(tmp_path / "model.onnx")["0.weight.codes"].dtype == np.int8

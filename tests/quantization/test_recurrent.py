@@ -147,7 +147,7 @@ def test_a_dense_file_tables_and_ptq_know_every_weight_and_onnx_refuses_them(tmp
     export_dense(model, tmp_path / "model.safetensors")
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(plain(x)[0], model(x)[0])
-    with pytest.raises(QatkitError, match="layer 'rnn': quantized recurrent layers cannot be exported to ONNX"):
+    with pytest.raises(QatkitError, match="layer 'rnn': ONNX export does not support quantized recurrent layers"):
         FORMATS["onnx"].call("check", model, PlannedExport.of(model))
     strip_qat(model)
     prepare_qat(model, W4, TOKEN)
