@@ -94,7 +94,9 @@ def _mx(bits: int) -> QuantSpec:
 
 _GGUF = QuantSpec(strategy="group", group_size=32, scale_dtype="float16")
 _Q8_0 = replace(_GGUF, num_bits=8)
+_Q5_0 = replace(_GGUF, num_bits=5, scale_rule="signed")
 _Q4_0 = replace(_GGUF, num_bits=4, scale_rule="signed")
+_TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="absmean")
 
 SCHEMES: dict[str, Scheme] = {
     "W8A8": Scheme(_INT8_CHANNEL, _INT8_TOKEN),
@@ -117,15 +119,17 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP8": Scheme(_mx(8), _mx(8)),
     "MXFP8A16": Scheme(_mx(8)),
     "Q4_0": Scheme(_Q4_0),
+    "Q5_0": Scheme(_Q5_0),
     "Q8_0": Scheme(_Q8_0),
+    "TQ2_0": Scheme(_TQ2_0),
 }
 
 
 def scheme(name: str, observer: str | None = None) -> Scheme:
     """Return the scheme with a name from compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
 
-    The GGUF schemes match the formats exactly: blocks of 32 weights, float16 scales and GGUF's scale rule. Converting a
-    model trained with such a scheme is therefore lossless.
+    The GGUF schemes match the formats exactly: blocks of 32 weights (256 in TQ2_0), float16 scales and GGUF's scale
+    rule. Exporting a model trained with such a scheme is therefore lossless.
 
     Args:
         name: Name of the scheme, case-insensitive.

@@ -32,8 +32,8 @@ class BlockType:
     """``(codes [out, in], scales [out, blocks])``: return the bytes ``[out, bytes of a row]``."""
     scale_bytes: slice
     """The bytes of the scale in a block."""
-    scale_type: str = "float16"
-    """The NumPy type of the scale's bytes; "uint8" for the exponent of a power of two."""
+    read_scale: Callable[[Array], Array]
+    """``(bytes of the scales [..., bytes])``: return the scales ``[...]`` in float32."""
 
     @property
     def block(self) -> int:
@@ -67,6 +67,10 @@ def _float16(scales: Array) -> Array:
     return stored[..., None].view(np.uint8)
 
 
+def _read_float16(stored: Array) -> Array:
+    return np.ascontiguousarray(stored).view(np.float16)[..., 0].astype(np.float32)
+
+
 def _q8_0(codes: Array, scales: Array) -> Array:
     return _joined(_float16(scales), _blocks(codes, scales).astype(np.int8).view(np.uint8))
 
@@ -75,17 +79,45 @@ def _q4_0(codes: Array, scales: Array) -> Array:
     return _joined(_float16(scales), _halves(_blocks(codes, scales) + 8))
 
 
+def _q5_0(codes: Array, scales: Array) -> Array:
+    unsigned = (_blocks(codes, scales) + 16).astype(np.uint8)
+    high = np.packbits(unsigned >> 4, axis=-1, bitorder="little")
+    return _joined(_float16(scales), high, _halves(unsigned & 15))
+
+
+def _mxfp4(codes: Array, scales: Array) -> Array:
+    exponents = np.frexp(scales)[1] - 1
+    assert np.array_equal(np.ldexp(np.float32(1), exponents), scales), "training rounds the scales to powers of two"
+    return _joined((exponents + 127).astype(np.uint8)[..., None], _halves(_blocks(codes, scales)))
+
+
+def _read_exponent(stored: Array) -> Array:
+    return np.ldexp(np.float32(1), stored[..., 0].astype(np.int32) - 127)
+
+
+def _tq2_0(codes: Array, scales: Array) -> Array:
+    """Four 2-bit codes per byte: those of a half block whose distance is 32."""
+    runs = (codes.reshape(*scales.shape, 2, 4, 32) + 1).astype(np.uint8)
+    packed = np.bitwise_or.reduce(runs << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=-2)
+    return _joined(packed.reshape(*scales.shape, 64), _float16(scales))
+
+
 def _spec(bits: int, size: int = 32, kind: str = "int", scale: Any = "float16", observer: str = "minmax") -> QuantSpec:
     return QuantSpec(
         num_bits=bits, type=kind, strategy="group", group_size=size, scale_dtype=scale, observer=observer
     )  # fmt: skip
 
 
+_FIRST = slice(0, 2)
+
 BLOCK_TYPES = Table(
     "GGUF type",
     [
-        BlockType("Q8_0", _spec(8), _q8_0, slice(0, 2)),
-        BlockType("Q4_0", _spec(4), _q4_0, slice(0, 2)),
+        BlockType("Q8_0", _spec(8), _q8_0, _FIRST, _read_float16),
+        BlockType("Q5_0", _spec(5), _q5_0, _FIRST, _read_float16),
+        BlockType("Q4_0", _spec(4), _q4_0, _FIRST, _read_float16),
+        BlockType("MXFP4", _spec(4, kind="float", scale="float8_e8m0fnu"), _mxfp4, slice(0, 1), _read_exponent),
+        BlockType("TQ2_0", _spec(2, 256, "ternary", observer="absmean"), _tq2_0, slice(64, 66), _read_float16),
     ],
 )
 """Every supported type by name."""

@@ -106,8 +106,7 @@ def _tensor_differences(expected: Stored, found: Any) -> list[str]:
     failures = []
     if (scales := expected.scales()) is not None:
         block = BLOCK_TYPES[expected.type]
-        raw = np.ascontiguousarray(np.array(found.data).reshape(*scales.shape, -1)[..., block.scale_bytes])
-        stored = torch.from_numpy(raw.view(block.scale_type)[..., 0].astype(np.float32))
+        stored = torch.from_numpy(block.read_scale(found.data.reshape(*scales.shape, -1)[..., block.scale_bytes]))
         failures += _differences(expected.key, "scales", stored, scales)
     decoded = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type)))
     return failures + _differences(expected.key, "values", decoded, expected.values())

@@ -19,7 +19,7 @@ class LayerConfig:
     """Quantization of the layers that a glob selects, as a scheme name or as specs."""
 
     scheme: str | None = None
-    """Name of a compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, Q8_0) scheme, instead of specs."""
+    """Name of a scheme of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, ...), instead of specs."""
     observer: str | None = None
     """Observer of the weight's scale if `scheme` is set, such as lsq. The default is minmax."""
     weight: QuantSpec | None = None

@@ -69,8 +69,10 @@ def tensors(path: Path) -> dict[str, Any]:
         (spec("Q8_0"), "Q8_0"),
         (spec("Q4_0", observer="lsq"), "Q4_0"),
         (spec("Q4_0", scale_rule="qmax", observer="mse"), "Q4_0"),
+        (spec("Q5_0", observer="lsq"), "Q5_0"),
+        (spec("MXFP4A16"), "MXFP4"),
     ],
-    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse"],
+    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse", "Q5_0-lsq", "MXFP4"],
 )
 def test_transformers_computes_the_trained_logits_from_the_file_alone(
     weight: QuantSpec, kind: str, tmp_path: Path
@@ -97,6 +99,41 @@ def test_the_gguf_package_decodes_the_trained_weights_and_the_zeros_of_pruned_on
     assert np.array_equal(values, expected.detach().numpy())
     assert (values[:, ::2] == 0).all()
     assert (values[:, 1::2] != 0).mean() > 0.5
+
+
+def test_every_layer_has_its_own_type_and_embeddings_and_the_output_layer_have_one_too(tmp_path: Path) -> None:
+    layers = {
+        "model.embed_tokens": scheme("Q5_0"),
+        "lm_head": scheme("Q8_0"),
+        "*_proj": scheme("Q4_0"),
+        "*.1.mlp.up_proj": scheme("MXFP4A16"),
+        "*.down_proj": scheme("TQ2_0"),
+    }
+    torch.manual_seed(0)
+    model, path = llama(300, 64, 2, 4, 2, 256, 32, tie_embeddings=False).eval(), tmp_path / "model.gguf"
+    prepare_qat(model, layers=layers)
+    export_gguf(model, path)
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors(path).items()}
+    assert (kinds["token_embd.weight"], kinds["output.weight"], kinds["output_norm.weight"]) == ("Q5_0", "Q8_0", "F32")
+    assert (kinds["blk.0.ffn_up.weight"], kinds["blk.1.ffn_up.weight"]) == ("Q4_0", "MXFP4")
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_k.weight"]) == ("TQ2_0", "Q4_0")
+    assert torch.equal(logits(loaded(path)), logits(model))
+    assert verify(model, path, [BATCH]).passed
+
+
+def test_tied_embeddings_are_quantized_together_or_not_at_all(tmp_path: Path) -> None:
+    model, path = llama(300, 64, 1, 4, 2, 96, 32).eval(), tmp_path / "model.gguf"
+    both = {"model.embed_tokens": scheme("Q8_0"), "lm_head": scheme("Q8_0")}
+    prepare_qat(model, layers=both)
+    export_gguf(model, path)
+    assert tensors(path)["token_embd.weight"].tensor_type.name == "Q8_0"
+    assert "output.weight" not in tensors(path)
+    assert torch.equal(logits(loaded(path)), logits(model))
+    assert verify(model, path, [BATCH]).passed
+    model = llama(300, 64, 1, 4, 2, 96, 32)
+    prepare_qat(model, layers={"lm_head": scheme("Q8_0")})
+    with pytest.raises(QatkitError, match="share one tied weight but quantize it differently"):
+        export_gguf(model, path)
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_d
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as ct_fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import choose_qparams_affine, dequantize_affine, quantize_affine
 
 from qatkit import QatkitError, QuantSpec, dequantize, fake_quantize, quantize, scheme
+from qatkit.export.gguf_packing import BLOCK_TYPES
 from qatkit.quantization.estimators import computed_qparams, mse_qparams
 from qatkit.quantization.scales import tensor_scale_of
 from qatkit.quantization.slices import aligned, from_slices, to_slices, value_range
@@ -154,7 +154,7 @@ def our_args(spec: QuantSpec, dynamic: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if not name.startswith("Q")])
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in BLOCK_TYPES])
 def test_a_scheme_says_what_compressed_tensors_preset_of_that_name_says(name: str) -> None:
     for spec, part in ((scheme(name).weight, "weights"), (scheme(name).activation, "input_activations")):
         theirs = ct(name, part)
@@ -176,7 +176,7 @@ def preset_names() -> list[str]:
     return list(PRESET_SCHEMES)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if not name.startswith("Q")])
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in BLOCK_TYPES])
 def test_a_scheme_computes_what_compressed_tensors_computes_in_float32(name: str) -> None:
     """Scales and values are equal (==). Asymmetric codes differ by 2**(bits-1): ours are unsigned, theirs signed."""
     spec = scheme(name).weight
@@ -231,36 +231,15 @@ def test_codes_of_compressed_tensors_decode_to_our_values() -> None:
     assert torch.equal(theirs, fake_quantize(w, scale, zero_point, spec))
 
 
-def pack(name: str, codes: Tensor, scale: Tensor) -> np.ndarray[Any, Any]:
-    """GGUF's blocks: a float16 scale and 32 codes; of 4 bits the low nibbles are the first half."""
-    scales = scale.numpy().astype(np.float16).reshape(-1, 1).view(np.uint8)
-    q = codes.numpy().reshape(-1, 32)
-    if name == "Q4_0":
-        q = (q + 8).astype(np.uint8)
-        q = q[:, :16] | (q[:, 16:] << 4)
-    return np.concatenate([scales, q.view(np.uint8)], axis=1).reshape(codes.shape[0], -1)
-
-
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
-@pytest.mark.parametrize("search", [computed_qparams, mse_qparams])
-def test_the_gguf_package_decodes_our_blocks_to_exactly_the_trained_values(name: str, search: Any) -> None:
-    spec, kind = scheme(name).weight, GGMLQuantizationType[name]
-    assert spec is not None
-    w = random(16, 128)
-    scale, zero_point = search(w, spec)
-    values = fake_quantize(w, scale, zero_point, spec)
-    packed = pack(name, quantize(w, scale, zero_point, spec), scale)
-    assert np.array_equal(gguf_dequantize(packed, kind), values.numpy())
-
-
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
 def test_a_gguf_scheme_starts_from_the_scales_of_the_gguf_package(name: str) -> None:
     """Equal float16 scales; codes differ where their float32 reciprocal and our division round a tie to other sides."""
     spec, kind = scheme(name).weight, GGMLQuantizationType[name]
     assert spec is not None
     w = random(16, 128)
     scale, zero_point = computed_qparams(w, spec)
-    ours = pack(name, quantize(w, scale, zero_point, spec), scale).reshape(64, -1)
+    codes = quantize(w, scale, zero_point, spec)
+    ours = BLOCK_TYPES[name].pack(codes.numpy(), scale.numpy()).reshape(64, -1)
     theirs = gguf_quantize(w.numpy(), kind).reshape(64, -1)
     assert np.array_equal(ours[:, :2], theirs[:, :2])
     assert (ours != theirs).mean() < 0.02

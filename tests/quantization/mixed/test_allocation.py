@@ -93,7 +93,7 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_least_that_can() -> Non
             allocate(sensitivity, **budgets)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
 def test_gguf_blocks_take_the_bytes_that_gguf_writes(name: str) -> None:
     weight = np.random.default_rng(0).standard_normal((6, 96)).astype(np.float32)
     packed = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[name])
