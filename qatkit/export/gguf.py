@@ -7,6 +7,7 @@ tensors are stored without loss.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from qatkit.common.files import atomic_path
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, did_you_mean
 from qatkit.export.dense import check as check_tied
 from qatkit.export.formats import FORMATS
 from qatkit.export.gguf_architectures import INSTEAD, architecture_of
@@ -86,7 +87,8 @@ def _yaml(value: Any) -> str:
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Write a GGUF file with the tokenizer of the data."""
-    export_gguf(model, path, context.tokenizer)
+    pooling = context.batch.get("pooling", "none") if isinstance(context.batch, Mapping) else "none"
+    export_gguf(model, path, context.tokenizer, pooling)
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
@@ -100,7 +102,7 @@ def bound(measured: Measured) -> Bound:
 
 
 @torch.no_grad()
-def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None) -> None:
+def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None, pooling: str = "none") -> None:
     """Export a transformers model to a GGUF file with the codes and scales of training.
 
     Args:
@@ -108,6 +110,7 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None) -> No
         path: The GGUF file, which is written atomically.
         tokenizer: The fast tokenizer of transformers that is stored in the file, with its chat template. Without one,
             the file has no vocabulary, and llama.cpp cannot read text with it.
+        pooling: For a BERT, how llama.cpp computes an embedding from hidden states: "none", "mean", "cls" or "last".
 
     Raises:
         QatkitError: the format does not support the model or the tokenizer.
@@ -133,6 +136,8 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None) -> No
     metadata = file_metadata(model, tensors) | tokenizer_metadata(
         tokenizer, len(cast(Any, model).get_input_embeddings().weight)
     )
+    if metadata["general.architecture"] == "bert":
+        metadata["bert.pooling_type"] = _pooling_type(pooling)
     with atomic_path(Path(path)) as temporary:
         writer = gguf.GGUFWriter(temporary, metadata["general.architecture"])
         for key, value in metadata.items():
@@ -145,6 +150,15 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None) -> No
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _pooling_type(pooling: str) -> int:
+    import gguf
+
+    names = [kind.name.lower() for kind in gguf.PoolingType]
+    if pooling not in names:
+        raise QatkitError(f"unknown pooling '{pooling}'", key="pooling", advice=did_you_mean(pooling, names))
+    return int(gguf.PoolingType[pooling.upper()])
 
 
 _ADD: dict[type, Any] = {

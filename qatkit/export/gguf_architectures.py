@@ -1,12 +1,8 @@
-"""The architectures of GGUF files: tensor names, layouts and metadata.
-
-Tensor names come from the gguf package. llama.cpp computes some operations of an architecture in its own way; the
-layout of the tensors takes that into account.
-"""
+"""The architectures of GGUF files: layouts and metadata of the models that llama.cpp implements."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +10,53 @@ from torch import nn
 
 from qatkit.common.tables import Table
 from qatkit.errors import QatkitError
+from qatkit.export.gguf_rope import check_rope, rope_metadata
 
 INSTEAD = "use export: {format: dense}"
 
-_DECODER = {
+_SHAPE = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
+_DECODER = _SHAPE | {
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_SILU = {"hidden_act": "silu"}
+_FULL_ATTENTION = _SILU | {"use_sliding_window": False}
+
+
+def _head_width(config: Any) -> int:
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
+
+
+def _within_window(config: Any) -> dict[str, Any]:
+    """llama.cpp attends to the whole context, which is the same as long as it fits into the sliding window."""
+    window = getattr(config, "sliding_window", None)
+    return {} if window is None else {"context_length": min(config.max_position_embeddings, window)}
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    return {"attention.sliding_window": config.sliding_window}
+
+
+def _check_gemma3(config: Any) -> str:
+    """llama.cpp has fixed choices where the config has settings."""
+    pattern = ["full_attention" if index % 6 == 5 else "sliding_attention" for index in range(config.num_hidden_layers)]
+    if list(config.layer_types) != pattern:
+        return "with full attention in every sixth layer, and sliding windows in the others"
+    if config.query_pre_attn_scalar != _head_width(config):
+        return f"with query_pre_attn_scalar: {_head_width(config)}, the width of a head"
+    return ""
+
+
+def _gpt2(config: Any) -> dict[str, Any]:
+    return {"feed_forward_length": config.n_inner or 4 * config.n_embd}
 
 
 @dataclass(frozen=True)
@@ -39,10 +69,20 @@ class Architecture:
     """The name of the architecture in GGUF."""
     fields: Mapping[str, str] = field(default_factory=lambda: _DECODER)
     """Attributes of the config by metadata key, without the architecture's prefix."""
-    settings: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
+    settings: Mapping[str, Any] = field(default_factory=lambda: _SILU)
     """Settings that llama.cpp's implementation assumes, by attribute of the config."""
+    more: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """Returns the metadata that is computed from the config, or fixed."""
+    problem: Callable[[Any], str] = lambda config: ""
+    """Returns how llama.cpp implements the architecture, if the config differs in a way that `settings` cannot say."""
     permuted: bool = False
     """Whether rows of query and key weights are interleaved, because llama.cpp rotates neighboring pairs."""
+    norm_offset: float = 0.0
+    """The number that the file adds to the weights of norms, because llama.cpp does not."""
+    omitted: str = ""
+    """Prefix of parameters that llama.cpp does not use and the file does not contain."""
+    loader: str = ""
+    """The class of transformers that loads the file; the model's own if empty, and none if "none"."""
 
     def heads(self, key: str, config: Any) -> int:
         """Return the number of heads whose rows are interleaved; 0 if the rows keep their order."""
@@ -51,27 +91,56 @@ class Architecture:
         return rows.get(layer, 0) if self.permuted else 0
 
     def metadata(self, config: Any) -> dict[str, Any]:
-        """Return the metadata of a model's shape by full key, with floats rounded to float32 by the file."""
+        """Return the metadata of a model's shape by full key; floats are rounded to float32 by the file."""
         values = {key: getattr(config, name) for key, name in self.fields.items()}
-        rotary = getattr(config, "rope_parameters", None)
-        if rotary:
-            width = _head_width(config)
-            values |= {
-                "attention.key_length": width,
-                "attention.value_length": width,
-                "rope.dimension_count": int(width * rotary.get("partial_rotary_factor", 1.0)),
-                "rope.freq_base": float(rotary["rope_theta"]),
-            }
-        window = getattr(config, "sliding_window", None)
-        if window is not None:  # llama.cpp attends to the whole context, which is the same within the window
-            values["context_length"] = min(values["context_length"], window)
-        return {f"{self.gguf}.{key}": value for key, value in values.items()}
+        rope = rope_metadata(config, _head_width(config))
+        return {f"{self.gguf}.{key}": value for key, value in (values | rope | self.more(config)).items()}
 
 
 ARCHITECTURES = Table(
     "GGUF architecture",
     [
         Architecture("llama", "llama", permuted=True),
+        Architecture("mistral", "llama", more=_within_window, permuted=True, loader="LlamaForCausalLM"),
+        Architecture("qwen2", "qwen2", settings=_FULL_ATTENTION),
+        Architecture("qwen3", "qwen3", settings=_FULL_ATTENTION | {"attention_bias": False}),
+        Architecture("phi3", "phi3", more=_within_window),
+        Architecture(
+            "gemma3_text",
+            "gemma3",
+            settings={
+                "hidden_activation": "gelu_pytorch_tanh",
+                "attention_bias": False,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "use_bidirectional_attention": False,
+            },
+            more=_gemma3,
+            problem=_check_gemma3,
+            norm_offset=1.0,
+        ),
+        Architecture(
+            "gpt2",
+            "gpt2",
+            fields=_SHAPE | {"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+            settings={
+                "activation_function": "gelu_new",
+                "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False,
+                "add_cross_attention": False,
+            },
+            more=_gpt2,
+        ),
+        Architecture(
+            "bert",
+            "bert",
+            fields=_SHAPE
+            | {"feed_forward_length": "intermediate_size", "attention.layer_norm_epsilon": "layer_norm_eps"},
+            settings={"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False},
+            more=lambda config: {"attention.causal": False},
+            omitted="pooler.",
+            loader="none",
+        ),
     ],
 )
 """Every supported architecture by the ``model_type`` of its config."""
@@ -102,12 +171,7 @@ def architecture_of(model: nn.Module) -> Architecture:
                 f"llama.cpp implements '{kind}' only with {name}: {needed!r}, but the model has {value!r}",
                 advice=INSTEAD,
             )
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if (rope := rotary.get("rope_type", "default")) != "default":
-        raise QatkitError(f"'gguf' does not support rotary embeddings of type '{rope}'", advice=INSTEAD)
+    if problem := row.problem(config):
+        raise QatkitError(f"llama.cpp implements '{kind}' only {problem}", advice=INSTEAD)
+    check_rope(config, INSTEAD)
     return row
-
-
-def _head_width(config: Any) -> int:
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.export.dense import dense_state
+from qatkit.export.gguf_architectures import architecture_of
 from qatkit.export.gguf_packing import BLOCK_TYPES
 from qatkit.export.gguf_tensors import Stored, file_metadata, stored_tensors
 from qatkit.export.gguf_tokenizer import tokenizer_metadata
 from qatkit.export.interface import ReadBack
-from qatkit.quantization.prepare import quantized_weights
+from qatkit.quantization.prepare import quantized_weights, strip_qat
 
 _UNREADABLE = (ValueError, OSError, IndexError, KeyError)
 """What the gguf package raises for a file that is not GGUF, or that is cut off."""
@@ -46,15 +47,33 @@ def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
     for expected in tensors:
         failures += _tensor_differences(expected, found.pop(expected.name, None))
     failures += [f"'{name}': the trained model has no such tensor" for name in found]
+    if architecture_of(trained).loader == "none":
+        return ReadBack(weights, failures, None if failures else _filled(trained, tensors, reader))
     try:
         loaded = _load(trained, path)
     except Exception as error:  # the exceptions of transformers share no base class
         reason = " ".join(str(error).split())[:300]
         return ReadBack(weights, [*failures, f"transformers cannot load {path.name}: {reason}"], None)
-    values = loaded.state_dict()
-    for key, expected_value in dense_state(trained).items():
-        failures += _differences(key, "values that transformers loads", values.get(key), expected_value)
+    values, offsets = loaded.state_dict(), {tensor.key: tensor.offset for tensor in tensors}
+    for key, value in dense_state(trained).items():
+        found_value, offset = values.get(key), offsets.get(key, 0.0)
+        if found_value is not None and offset:  # the sum is rounded in the file, as it is in the forward pass
+            found_value, value = found_value + offset, value + offset
+        failures += _differences(key, "values that transformers loads", found_value, value)
     return ReadBack(weights, failures, loaded)
+
+
+def _filled(trained: nn.Module, tensors: list[Stored], reader: Any) -> nn.Module:
+    """The plain model with the tensors of a file, decoded by the gguf package."""
+    from gguf.quants import dequantize
+
+    plain = copy.deepcopy(trained)
+    strip_qat(plain)
+    names = {tensor.name: tensor.key for tensor in tensors}
+    state = plain.state_dict()
+    for tensor in reader.tensors:
+        state[names[tensor.name]].copy_(torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))))
+    return plain
 
 
 def compare_tokenizer(path: Path, tokenizer: Any) -> list[str]:
@@ -100,16 +119,18 @@ def _tensor_differences(expected: Stored, found: Any) -> list[str]:
     from gguf.quants import dequantize
 
     if found is None:
-        return [f"'{expected.key}': the file has no tensor '{expected.name}'"]
+        return [f"'{expected.label}': the file has no tensor '{expected.name}'"]
     if found.tensor_type.name != expected.type:
-        return [f"'{expected.key}': of type {found.tensor_type.name} instead of {expected.type}"]
-    failures = []
+        return [f"'{expected.label}': of type {found.tensor_type.name} instead of {expected.type}"]
+    values, failures = expected.values(), []
+    if (shape := [int(size) for size in reversed(found.shape)]) != list(values.shape):
+        return [f"'{expected.label}': of shape {shape} instead of {list(values.shape)}"]
     if (scales := expected.scales()) is not None:
         block = BLOCK_TYPES[expected.type]
         stored = torch.from_numpy(block.read_scale(found.data.reshape(*scales.shape, -1)[..., block.scale_bytes]))
-        failures += _differences(expected.key, "scales", stored, scales)
+        failures += _differences(expected.label, "scales", stored, scales)
     decoded = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type)))
-    return failures + _differences(expected.key, "values", decoded, expected.values())
+    return failures + _differences(expected.label, "values", decoded, values)
 
 
 def _differences(key: str, what: str, found: Tensor | None, expected: Tensor) -> list[str]:
@@ -125,11 +146,16 @@ def _differences(key: str, what: str, found: Tensor | None, expected: Tensor) ->
 
 
 def _load(trained: nn.Module, path: Path) -> nn.Module:
-    kind = cast(Any, type(trained))
-    config = copy.deepcopy(cast(Any, trained.config))
+    """The model that transformers loads, with the trained config: the loader does not read all of the metadata."""
+    import transformers
+
+    model, name = cast(Any, trained), architecture_of(trained).loader
+    kind = getattr(transformers, name) if name else type(model)
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    config = kind.config_class.from_dict(settings, attn_implementation=model.config._attn_implementation)
     with _quietly():
         loaded: nn.Module = kind.from_pretrained(
-            path.parent, gguf_file=path.name, config=config, dtype=trained.dtype, local_files_only=True
+            path.parent, gguf_file=path.name, config=config, dtype=model.dtype, local_files_only=True
         )
     return loaded.eval()
 

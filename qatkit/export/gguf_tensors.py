@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.gguf_architectures import INSTEAD, architecture_of
 from qatkit.export.gguf_packing import Array, BlockType, block_type_of
+from qatkit.export.gguf_rope import rope_factors
 from qatkit.quantization.arithmetic import dequantize, quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.state import quantizer_prefixes
+
+_FLOAT32 = ("position_embd.weight", "token_types.weight")
+"""Matrices that llama.cpp adds to others, which it does only in float32."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Stored:
     """A tensor of the file."""
 
     key: str
-    """The parameter or buffer; the first name of a tied one."""
+    """The parameter or buffer; the first name of a tied one. Empty for a tensor that is computed from the config."""
     name: str
     """The name in the file."""
     tensor: Tensor
@@ -33,6 +37,15 @@ class Stored:
     """The layer that quantizes it."""
     heads: int = 0
     """The number of heads whose rows are interleaved; 0 if the rows keep their order."""
+    offset: float = 0.0
+    """The number that the file adds to the values."""
+    transposed: bool = False
+    """Whether the parameter is ``[in, out]``, and the file has ``[out, in]``."""
+
+    @property
+    def label(self) -> str:
+        """The name for messages."""
+        return self.key or self.name
 
     @property
     def quantizer(self) -> FakeQuantize | None:
@@ -48,8 +61,8 @@ class Stored:
         """
         if self.quantizer is not None:
             return self._block_type.name
-        value = full_tensor(self.tensor).float()
-        if value.dim() < 2:
+        value = self.values()
+        if value.dim() < 2 or self.name in _FLOAT32:
             return "F32"
         halves = {"F16": torch.float16, "BF16": torch.bfloat16}
         return next((name for name, dtype in halves.items() if torch.equal(value.to(dtype).float(), value)), "F32")
@@ -78,7 +91,8 @@ class Stored:
     def values(self) -> Tensor:
         """Return the values of the tensor in the order of the file, in float32."""
         if self.quantizer is None:
-            return self._arranged(full_tensor(self.tensor).float().cpu())
+            values = full_tensor(self.tensor).float().cpu()
+            return self._arranged(values.t() if self.transposed else values) + self.offset
         return self._arranged(dequantize(*self._coded(), self.quantizer.spec).cpu())
 
     def scales(self) -> Tensor | None:
@@ -93,8 +107,8 @@ class Stored:
             return self._arranged(torch.from_numpy(packed)).numpy()
         values = self.values()
         if self.type == "BF16":  # NumPy has no such type
-            return values.bfloat16().view(torch.uint8).numpy()
-        return values.numpy().astype({"F16": np.float16, "F32": np.float32}[self.type])
+            return values.bfloat16().contiguous().view(torch.uint8).numpy()
+        return values.contiguous().numpy().astype({"F16": np.float16, "F32": np.float32}[self.type])
 
 
 def stored_tensors(model: nn.Module) -> list[Stored]:
@@ -114,12 +128,30 @@ def stored_tensors(model: nn.Module) -> list[Stored]:
             first.setdefault(id(value), (key, value))
     stored = []
     for key, tensor in first.values():
+        layer = model.get_submodule(key.rpartition(".")[0])
+        weight = layer if isinstance(layer, QATLayer) and key.endswith(".weight") else None
+        if row.omitted and key.startswith(row.omitted):
+            if weight is not None:
+                raise QatkitError(f"'{key}' is not part of a GGUF file of a {row.name}", advice="exclude the layer")
+            continue
         if (name := names.get_name(key, try_suffixes=(".weight", ".bias"))) is None:
             raise QatkitError(f"'{key}' has no name in GGUF's architecture '{row.gguf}'", advice=INSTEAD)
-        layer = model.get_submodule(key.rpartition(".")[0])
-        quantized = layer if isinstance(layer, QATLayer) and key.endswith(".weight") else None
-        stored.append(Stored(key, name, tensor, quantized, row.heads(key, config)))
+        if name in _FLOAT32 and weight is not None:
+            raise QatkitError(
+                f"layer '{key.rpartition('.')[0]}': llama.cpp reads position and token type embeddings only in float32",
+                advice="exclude the layer",
+            )
+        offset = row.norm_offset if key.endswith("norm.weight") else 0.0
+        transposed = is_transposed(layer) and key.endswith(".weight")
+        stored.append(Stored(key, name, tensor, weight, row.heads(key, config), offset, transposed))
+    if (factors := rope_factors(config)) is not None:
+        stored.append(Stored("", "rope_freqs.weight", factors))
     return stored
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is the `Conv1D` of transformers, plain or quantized: a linear layer with a transposed weight."""
+    return any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
 
 
 def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
@@ -132,7 +164,7 @@ def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
     kind = getattr(gguf.LlamaFileType, f"MOSTLY_{most}", gguf.LlamaFileType.ALL_F32)
     return {
         "general.architecture": row.gguf,
-        "general.name": row.name,
+        "general.name": type(model).__name__,
         "general.file_type": int(kind),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **row.metadata(config),
