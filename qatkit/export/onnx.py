@@ -7,8 +7,9 @@ be unsigned after a ReLU (`symmetric: false`), and the layer after a convolution
 `qatkit.export.runtime.integer_kernels` counts the kernels that were chosen.
 
 Tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_point``, ``{layer}.input.scale``,
-``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). Codes of 2 to 8
-bits are all stored in 8 bits. Per-group weights are exact but run in floating point.
+``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). A layer with
+multiple weights has such tensors for each of them: ``{layer}.q_proj.weight.codes``. Codes of 2 to 8 bits are all stored
+in 8 bits. Per-group weights are exact but run in floating point.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.qdq import is_signed_byte, to_qdq
 from qatkit.export.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer_kernel, qdq_class
 from qatkit.export.qdq_nodes import DYNAMIC
-from qatkit.export.qdq_parts import EXPLICIT, part_layers, to_explicit
+from qatkit.export.qdq_parts import EXPLICIT, QDQMultiheadAttention, part_layers, to_explicit
 from qatkit.export.runtime import load_runtime
 from qatkit.export.saturation import SaturationCheck, saturates
-from qatkit.quantization.layers import QATLayer, QATLinear, swap_of
+from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.parts import QATParts
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import layer_specs
@@ -187,7 +188,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )
     inputs = scheme.activation
     if inputs is not None and inputs.scaled_per_batch:
-        _check_dynamic(name, layer, qdq_class(kind or QATLinear), inputs)
+        _check_dynamic(name, layer, qdq_class(kind) if parts is None else EXPLICIT[parts], inputs)
     if isinstance(layer, nn.Embedding):
         _check_embedding(name, layer, scheme)
     if inputs is not None and scheme.weight is None:
@@ -211,7 +212,7 @@ def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, sp
             advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor, dynamic: true}, or remove "
             "dynamic and calibrate the scale, or choose another format",
         )
-    if kind not in (QDQLinear, QDQTransposedLinear):
+    if kind not in (QDQLinear, QDQTransposedLinear, QDQMultiheadAttention):
         raise QatkitError(
             f"layer '{name}': ONNX Runtime runs a {_plain_name(layer)} with dynamic activations in floating point",
             advice="set target: onnxruntime, whose activations are static, or exclude the layer",

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-_LAYOUT = ("Transpose", "Reshape", "Cast", "Identity")
+_LAYOUT = ("Transpose", "Reshape", "Cast", "Identity", "Split", "Concat", "Unsqueeze")
+_PRODUCTS = ("MatMul", "LSTM", "GRU", "RNN")
 _DECODING = ("Cast", "Unsqueeze", "Sub", "Gather")
 
 
 def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
-    """Replace the DequantizeLinear nodes of weights that are inputs of a MatMul.
+    """Replace the DequantizeLinear nodes of weights that are inputs of a MatMul or of a recurrent layer.
 
     Args:
         graph_model: The graph after constant folding.
@@ -26,7 +27,7 @@ def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
     axes = None
     for node in list(graph):
         codes = node.inputs[0].name if node.inputs and node.inputs[0] is not None else None
-        if node.op_type != "DequantizeLinear" or codes not in weights or not _reaches_matmul(node.outputs[0]):
+        if node.op_type != "DequantizeLinear" or codes not in weights or not _reaches_product(node.outputs[0]):
             continue
         _, scale, zero_point = node.inputs
         cast = [
@@ -50,11 +51,18 @@ def decode_when_loaded(graph_model: Any, weights: set[str]) -> None:
         ir.convenience.replace_nodes_and_values(graph, node, [node], added, node.outputs, weight.outputs)
 
 
-def _reaches_matmul(value: Any) -> bool:
+def _reaches_product(value: Any) -> bool:
+    readers = [use.node for use in value.uses()]
     return any(
-        use.node.op_type == "MatMul" or (use.node.op_type in _LAYOUT and _reaches_matmul(use.node.outputs[0]))
-        for use in value.uses()
+        node.op_type in _PRODUCTS or (node.op_type in _LAYOUT and any(map(_reaches_product, node.outputs)))
+        for node in readers
     )
+
+
+def all_nodes(proto: Any) -> list[Any]:
+    """Return the nodes of a graph and of the bodies of its Scan nodes."""
+    bodies = [attribute.g for node in proto.node for attribute in node.attribute if attribute.name == "body"]
+    return [*proto.node, *(node for body in bodies for node in all_nodes(body))]
 
 
 def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ...], list[Any]]:
@@ -66,9 +74,10 @@ def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ..
         proto: A graph read from a file.
         constants: Names of its initializers.
     """
-    makers = {output: node for node in proto.node for output in node.output}
+    every = all_nodes(proto)
+    makers = {output: node for node in every for output in node.output}
     found: dict[tuple[str, ...], list[Any]] = {}
-    for node in proto.node:
+    for node in every:
         if node.op_type == "DequantizeLinear":
             found[tuple(node.input)] = [node]
         elif node.op_type == "Mul":

@@ -20,6 +20,7 @@ from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.onnx_constants import decode_when_loaded
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
+from qatkit.export.onnx_recurrent import BIAS, name_steps, recurrent_translations
 from qatkit.export.output_tensors import kinds, tensors
 from qatkit.export.qdq_layers import QDQ
 from qatkit.export.runtime import NAMED, ONLY_OUTPUT
@@ -54,6 +55,7 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
         ops.quantize_linear.default: quantize_linear,
         ops.dequantize_linear.default: dequantize_linear,
         ops.dynamic_quantize_linear.default: dynamic_quantize_linear,
+        **recurrent_translations(op),
     }
 
 
@@ -103,6 +105,8 @@ def _outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     try:
         with _quiet(), torch.no_grad():
             outputs = model(**inputs.tensors)
+    except QatkitError:
+        raise
     except Exception as error:  # a forward may raise anything
         raise QatkitError(
             f"the model fails on the example: {type(error).__name__}: {error}",
@@ -197,6 +201,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
 
     with _quiet():
         model = program.model
+        name_steps(model)
         for _ in range(2):  # rewriting exposes constants to fold, and folding exposes patterns to rewrite
             optimizer.fold_constants(model, should_fold=_keep_tables)
             model = rewriter.rewrite(model)
@@ -214,9 +219,12 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
 
 
 def _keep_tables(node: Any) -> bool | None:
-    """False for rows of codes at constant positions, which would become floats without a name; None by default."""
-    table = node.inputs[0].name if node.op_type == "Gather" and node.inputs[0] is not None else None
-    return False if table is not None and table.endswith((".codes", ".scale", ".zero_point")) else None
+    """False for rows of codes at constant positions, and for gates of a bias, which would lose their names."""
+    names = [value.name or "" for value in node.inputs if value is not None]
+    if node.op_type in ("Split", "Concat") and any(BIAS.search(name) for name in names):
+        return False
+    table = names[0] if node.op_type == "Gather" and names else ""
+    return False if table.endswith((".codes", ".scale", ".zero_point")) else None
 
 
 def _compact(specs: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qatkit.export.onnx_constants import decoding_nodes
+from qatkit.export.onnx_constants import all_nodes, decoding_nodes
 from qatkit.export.onnx_points import points_of
-from qatkit.export.qdq_parts import part_layers
+from qatkit.export.onnx_recurrent import BIAS
+from qatkit.export.qdq_parts import EXPLICIT, part_layers
 from qatkit.export.saturation import layers_at_risk
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATEmbedding, QATLayer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
+from qatkit.quantization.recurrent import QATRecurrent
 from qatkit.quantization.slices import value_range
 
 
@@ -75,6 +77,9 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
         failures += file.check_bias(name, prefix, layer, grid)
         if layer.input_fake_quant is not None and (codes := file.tensors.get(f"{prefix}weight.codes")) is not None:
             integer[name] = codes
+    for name, recurrent in model.named_modules():
+        if type(recurrent) in EXPLICIT and isinstance(recurrent, QATRecurrent):
+            failures += file.check_biases(name, recurrent)
     failures += file.check_parameters(model)
     for name, fake_quant in points.items():
         failures += file.check_quantizer(f"result '{name}'", name, fake_quant)
@@ -94,7 +99,7 @@ class _File:
             tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer
         }
         self.decoders = decoding_nodes(proto.graph, self.tensors)
-        self.encoders = {tuple(node.input)[1:] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
+        self.encoders = {tuple(node.input)[1:] for node in all_nodes(proto.graph) if node.op_type == "QuantizeLinear"}
 
     def check_weight(self, name: str, prefix: str, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
         spec = fake_quant.spec
@@ -148,6 +153,15 @@ class _File:
             if reader is None or reader.op_type != "DequantizeLinear" or tuple(reader.input) not in dynamic:
                 failures.append(f"layer '{name}': input: no DynamicQuantizeLinear node quantizes it")
         return failures
+
+    def check_biases(self, name: str, layer: QATRecurrent) -> list[str]:
+        """Compare the biases of a recurrent layer, which are not quantized and keep their names."""
+        return [
+            failure
+            for key, bias in layer.named_parameters(prefix=name, recurse=False)
+            if BIAS.search(key)
+            for failure in _differences(f"layer '{name}': {key.rpartition('.')[2]}", self.tensors.get(key), bias)
+        ]
 
     def check_parameters(self, model: nn.Module) -> list[str]:
         """Compare the parameters that are not quantized, where the file has them under their names.

@@ -10,23 +10,31 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from qatkit.export.qdq_recurrent import QDQRecurrent
 from qatkit.quantization.attention import QATMultiheadAttention
 from qatkit.quantization.layers import QATLinear
 from qatkit.quantization.parts import QATParts
+from qatkit.quantization.recurrent import QATGRU, QATLSTM, QATRNN
 
 
 class QDQMultiheadAttention(QATMultiheadAttention):
     """Multi-head attention whose input projections are layers: q_proj, k_proj and v_proj."""
-
-    replaced = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 
     def _project(self, part: str, x: Tensor) -> Tensor:
         out: Tensor = cast(nn.Module, self._modules[part])(x)
         return out
 
 
-EXPLICIT: dict[type[QATParts], type[QDQMultiheadAttention]] = {QATMultiheadAttention: QDQMultiheadAttention}
+EXPLICIT: dict[type[QATParts], type[QATParts]] = {
+    QATMultiheadAttention: QDQMultiheadAttention,
+    QATLSTM: QDQRecurrent,
+    QATGRU: QDQRecurrent,
+    QATRNN: QDQRecurrent,
+}
 """The class whose parts are layers, for every class of layers with multiple weights that ONNX export supports."""
+
+_SPLIT = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
+"""Parameters of attention layers that the layers of the parts replace; torch's own code asks whether they exist."""
 
 
 def part_layers(model: nn.Module) -> list[tuple[str, QATLinear]]:
@@ -49,15 +57,15 @@ def to_explicit(model: nn.Module) -> None:
             continue
         parts = cast(QATParts, layer)
         linears = {part: _part_layer(parts, part) for part in parts.part_names()}
-        for part in linears:
+        for part, linear in linears.items():
             for own in (f"{part}_fake_quant", f"{part}_input_fake_quant"):
                 parts._modules.pop(own, None)
-        kind = EXPLICIT[type(parts)]
-        for name in kind.replaced:
-            parts._parameters[name] = None  # torch's own code asks whether they exist
-        for part, linear in linears.items():
-            parts.register_module(part, linear)
-        parts.__class__ = cast("type[QATParts]", kind)
+            parts._parameters.pop(part, None)
+            parts._modules[part] = linear
+        for name in _SPLIT:
+            if name in parts._parameters:
+                parts._parameters[name] = None
+        parts.__class__ = EXPLICIT[type(parts)]
 
 
 def _part_layer(layer: QATParts, part: str) -> QATLinear:

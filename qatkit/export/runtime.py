@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
+from qatkit.export.onnx_constants import all_nodes
 from qatkit.export.output_tensors import nested
 
 _INTEGER = (
@@ -24,7 +25,19 @@ _INTEGER = (
     "ConvInteger",
     "MatMulNBits",
 )
-_FLOAT = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
+_FLOAT = (
+    "Conv",
+    "FusedConv",
+    "NhwcFusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+    "ConvTranspose",
+    "LSTM",
+    "GRU",
+    "RNN",
+)
 
 ONLY_OUTPUT = "output"
 """Name of the output of a model that returns one tensor; other outputs keep the model's names."""
@@ -118,7 +131,7 @@ def integer_kernels(path: Path) -> Kernels:
         open_session(path, 1, optimized)
         import onnx
 
-        counts = Counter(node.op_type for node in onnx.load(optimized).graph.node)
+        counts = Counter(node.op_type for node in all_nodes(onnx.load(optimized).graph))
     return Kernels(
         integer={name: counts[name] for name in _INTEGER if counts[name]},
         floating={name: counts[name] for name in _FLOAT if counts[name]},

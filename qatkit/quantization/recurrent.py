@@ -120,7 +120,7 @@ class QATRecurrent(QATParts, nn.RNNBase):
         project = self._product(f"hr_{suffix}") if self.proj_size else None
         outputs: list[Tensor] = [x] * len(x)
         for time in reversed(range(len(x))) if backwards else range(len(x)):
-            following = _cell(self.mode, from_input[time], product(state[0]), state)
+            following = next_state(self.mode, from_input[time], product(state[0]), state)
             if project is not None:
                 following = (project(following[0]), *following[1:])
             if lengths is not None:  # a sequence that is over, or not begun backwards, keeps its state
@@ -136,7 +136,7 @@ class QATRecurrent(QATParts, nn.RNNBase):
         return lambda x: F.linear(x if inputs is None else inputs(x), weight, bias)
 
 
-def _cell(mode: str, from_input: Tensor, from_hidden: Tensor, state: State) -> State:
+def next_state(mode: str, from_input: Tensor, from_hidden: Tensor, state: State) -> State:
     """Compute one step of a cell (equations of torch's `nn.LSTM`, `nn.GRU` and `nn.RNN`).
 
     Args:
