@@ -95,6 +95,8 @@ def _mx(bits: int) -> QuantSpec:
 _GGUF = QuantSpec(strategy="group", group_size=32, scale_dtype="float16")
 _Q8_0 = replace(_GGUF, num_bits=8)
 _Q5_0 = replace(_GGUF, num_bits=5, scale_rule="signed")
+_Q5_1 = replace(_GGUF, num_bits=5, symmetric=False, scale_rule="minimum")
+_Q4_1 = replace(_Q5_1, num_bits=4)
 _Q4_0 = replace(_GGUF, num_bits=4, scale_rule="signed")
 _TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="absmean")
 
@@ -119,7 +121,9 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP8": Scheme(_mx(8), _mx(8)),
     "MXFP8A16": Scheme(_mx(8)),
     "Q4_0": Scheme(_Q4_0),
+    "Q4_1": Scheme(_Q4_1),
     "Q5_0": Scheme(_Q5_0),
+    "Q5_1": Scheme(_Q5_1),
     "Q8_0": Scheme(_Q8_0),
     "TQ2_0": Scheme(_TQ2_0),
 }

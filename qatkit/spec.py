@@ -16,7 +16,7 @@ from qatkit.quantization.observers import OBSERVERS
 
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
 ScaleDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"]
-ScaleRule = Literal["qmax", "range", "signed"]
+ScaleRule = Literal["qmax", "range", "signed", "minimum"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class QuantSpec:
     scale_rule: ScaleRule = "qmax"
     """Divisor of the largest magnitude: the largest code (qmax, 127 with 8 bits); half the range of codes (range,
     127.5, as in compressed-tensors); or the smallest code, for the largest magnitude with its sign (signed, -8 with 4
-    bits, as in GGUF's Q4_0).
+    bits, as in GGUF's Q4_0). With a zero point, the range is divided by the largest code; minimum also rounds the scale
+    so that scale times zero point is a float16 number, which GGUF's Q4_1 stores instead of the zero point.
     """
     dynamic: bool = False
     """Compute the scale of an activation with ``strategy: tensor`` from each batch instead of calibrating it, as in
@@ -173,7 +174,12 @@ class QuantSpec:
             )
 
     def _check_scale(self) -> None:
-        if self.scale_rule != "qmax" and (not self.symmetric or self.type != "int"):
+        if self.scale_rule == "minimum" and (self.symmetric or self.scale_dtype != "float16"):
+            raise QatkitError(
+                "'minimum' is supported only for zero points and float16 scales", key="scale_rule",
+                advice="set symmetric: false and scale_dtype: float16, or remove scale_rule",
+            )  # fmt: skip
+        if self.scale_rule in ("range", "signed") and (not self.symmetric or self.type != "int"):
             raise QatkitError(
                 f"'{self.scale_rule}' is supported only for symmetric integers",
                 key="scale_rule",

@@ -6,7 +6,7 @@ A row of a weight is a sequence of blocks; a block is a scale followed by the co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from qatkit.spec import QuantSpec
 Array = np.ndarray[Any, Any]
 
 _FIELDS = ("num_bits", "symmetric", "strategy", "group_size", "scale_dtype", "type")
-"""Fields of a spec on which the bytes depend; the scale rule only decides which scale is stored."""
+"""Fields of a spec on which the bytes depend; with symmetric codes, the scale rule only decides about the scale."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class BlockType:
     name: str
     """The name in GGUF, which is also a name of `gguf.GGMLQuantizationType`."""
     spec: QuantSpec
-    """The quantization that fits, whatever its scale rule and observer."""
-    pack: Callable[[Array, Array], Array]
-    """``(codes [out, in], scales [out, blocks])``: return the bytes ``[out, bytes of a row]``."""
+    """The quantization that fits, with any observer."""
+    pack: Callable[[Array, Array, Array], Array]
+    """``(codes [out, in], scales [out, blocks], zero points)``: return the bytes ``[out, bytes of a row]``."""
     scale_bytes: slice
     """The bytes of the scale in a block."""
     read_scale: Callable[[Array], Array]
@@ -43,7 +43,8 @@ class BlockType:
 
     def differences(self, spec: QuantSpec) -> list[str]:
         """Return the names of the fields in which `spec` differs from this type."""
-        return [name for name in _FIELDS if getattr(spec, name) != getattr(self.spec, name)]
+        fields = (*_FIELDS, "scale_rule") if self.spec.scale_rule == "minimum" else _FIELDS
+        return [name for name in fields if getattr(spec, name) != getattr(self.spec, name)]
 
 
 def _halves(codes: Array) -> Array:
@@ -63,7 +64,7 @@ def _joined(*parts: Array) -> Array:
 
 def _float16(scales: Array) -> Array:
     stored = scales.astype(np.float16)
-    assert np.array_equal(stored.astype(np.float32), scales), "training rounds the scales to float16"
+    assert np.array_equal(stored.astype(np.float32), scales), "training rounds to float16"
     return stored[..., None].view(np.uint8)
 
 
@@ -71,21 +72,38 @@ def _read_float16(stored: Array) -> Array:
     return np.ascontiguousarray(stored).view(np.float16)[..., 0].astype(np.float32)
 
 
-def _q8_0(codes: Array, scales: Array) -> Array:
+def _q8_0(codes: Array, scales: Array, zero_points: Array) -> Array:
     return _joined(_float16(scales), _blocks(codes, scales).astype(np.int8).view(np.uint8))
 
 
-def _q4_0(codes: Array, scales: Array) -> Array:
+def _q4_0(codes: Array, scales: Array, zero_points: Array) -> Array:
     return _joined(_float16(scales), _halves(_blocks(codes, scales) + 8))
 
 
-def _q5_0(codes: Array, scales: Array) -> Array:
-    unsigned = (_blocks(codes, scales) + 16).astype(np.uint8)
-    high = np.packbits(unsigned >> 4, axis=-1, bitorder="little")
-    return _joined(_float16(scales), high, _halves(unsigned & 15))
+def _q4_1(codes: Array, scales: Array, zero_points: Array) -> Array:
+    return _joined(_float16(scales), _minimum(scales, zero_points), _halves(_blocks(codes, scales)))
 
 
-def _mxfp4(codes: Array, scales: Array) -> Array:
+def _q5_0(codes: Array, scales: Array, zero_points: Array) -> Array:
+    return _joined(_float16(scales), *_five_bits(_blocks(codes, scales) + 16))
+
+
+def _q5_1(codes: Array, scales: Array, zero_points: Array) -> Array:
+    return _joined(_float16(scales), _minimum(scales, zero_points), *_five_bits(_blocks(codes, scales)))
+
+
+def _five_bits(codes: Array) -> tuple[Array, Array]:
+    """The fifth bits of a block, and then the low nibbles."""
+    codes = codes.astype(np.uint8)
+    return np.packbits(codes >> 4, axis=-1, bitorder="little"), _halves(codes & 15)
+
+
+def _minimum(scales: Array, zero_points: Array) -> Array:
+    """The value of code 0."""
+    return _float16(-scales * zero_points)
+
+
+def _mxfp4(codes: Array, scales: Array, zero_points: Array) -> Array:
     exponents = np.frexp(scales)[1] - 1
     assert np.array_equal(np.ldexp(np.float32(1), exponents), scales), "training rounds the scales to powers of two"
     return _joined((exponents + 127).astype(np.uint8)[..., None], _halves(_blocks(codes, scales)))
@@ -95,7 +113,7 @@ def _read_exponent(stored: Array) -> Array:
     return np.ldexp(np.float32(1), stored[..., 0].astype(np.int32) - 127)
 
 
-def _tq2_0(codes: Array, scales: Array) -> Array:
+def _tq2_0(codes: Array, scales: Array, zero_points: Array) -> Array:
     """Four 2-bit codes per byte: those of a half block whose distance is 32."""
     runs = (codes.reshape(*scales.shape, 2, 4, 32) + 1).astype(np.uint8)
     packed = np.bitwise_or.reduce(runs << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=-2)
@@ -115,7 +133,9 @@ BLOCK_TYPES = Table(
     [
         BlockType("Q8_0", _spec(8), _q8_0, _FIRST, _read_float16),
         BlockType("Q5_0", _spec(5), _q5_0, _FIRST, _read_float16),
+        BlockType("Q5_1", replace(_spec(5), symmetric=False, scale_rule="minimum"), _q5_1, _FIRST, _read_float16),
         BlockType("Q4_0", _spec(4), _q4_0, _FIRST, _read_float16),
+        BlockType("Q4_1", replace(_spec(4), symmetric=False, scale_rule="minimum"), _q4_1, _FIRST, _read_float16),
         BlockType("MXFP4", _spec(4, kind="float", scale="float8_e8m0fnu"), _mxfp4, slice(0, 1), _read_exponent),
         BlockType("TQ2_0", _spec(2, 256, "ternary", observer="absmean"), _tq2_0, slice(64, 66), _read_float16),
     ],

@@ -102,8 +102,7 @@ class Stored:
     def data(self) -> Array:
         """Return the array that the file stores: bytes, float16 or float32."""
         if self.quantizer is not None:
-            codes, scale, _ = self._coded()
-            packed = self._block_type.pack(codes.cpu().numpy(), scale.cpu().numpy())
+            packed = self._block_type.pack(*(part.cpu().numpy() for part in self._coded()))
             return self._arranged(torch.from_numpy(packed)).numpy()
         values = self.values()
         if self.type == "BF16":  # NumPy has no such type

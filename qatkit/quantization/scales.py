@@ -124,9 +124,18 @@ def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = No
         dtype = getattr(torch, spec.scale_dtype)
         smallest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
         size = size.clamp(smallest, torch.finfo(dtype).max)
+        if spec.scale_rule == "minimum":
+            size = _short(size, spec.num_bits)
         if dtype is not torch.float32:
             size = size.to(dtype).float()
     return torch.where(scale < 0, -size, size) if spec.scale_rule == "signed" else size
+
+
+def _short(scale: Tensor, num_bits: int) -> Tensor:
+    """Round to so few significant bits that the product with any zero point is a finite float16 number."""
+    mantissa, exponent = torch.frexp(scale.clamp(max=2.0 ** (16 - num_bits)))
+    steps = 2.0 ** (11 - num_bits)  # float16 has 11 significant bits, of which the zero point takes `num_bits`
+    return (mantissa * steps).round() / steps * torch.exp2(exponent.float())
 
 
 def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:

@@ -70,9 +70,11 @@ def tensors(path: Path) -> dict[str, Any]:
         (spec("Q4_0", observer="lsq"), "Q4_0"),
         (spec("Q4_0", scale_rule="qmax", observer="mse"), "Q4_0"),
         (spec("Q5_0", observer="lsq"), "Q5_0"),
+        (spec("Q4_1", observer="lsq_plus"), "Q4_1"),
+        (spec("Q5_1", observer="mse"), "Q5_1"),
         (spec("MXFP4A16"), "MXFP4"),
     ],
-    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse", "Q5_0-lsq", "MXFP4"],
+    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse", "Q5_0-lsq", "Q4_1-lsq+", "Q5_1-mse", "MXFP4"],
 )
 def test_transformers_computes_the_trained_logits_from_the_file_alone(
     weight: QuantSpec, kind: str, tmp_path: Path
@@ -177,9 +179,14 @@ def test_matrices_whose_values_fit_are_stored_in_half_precision(dtype: torch.dty
             r"\{strategy: group, group_size: 32, scale_dtype: float16\}",
         ),
         (spec("Q4_0", num_bits=3), r".*with num_bits: 3; set scheme: Q4_0, or weight: \{num_bits: 4\}"),
+        (
+            spec("W4A16_ASYM", group_size=32),
+            r".*with scale_dtype: float32, scale_rule: qmax; set scheme: Q4_1, or weight: "
+            r"\{scale_dtype: float16, scale_rule: minimum\} \(Q4_1\)",
+        ),
         (spec("Q8_0", symmetric=False), r".*with symmetric: false; set scheme: Q8_0, or weight: \{symmetric: true\}"),
     ],
-    ids=["group 128", "channel", "3 bits", "asymmetric"],
+    ids=["group 128", "channel", "3 bits", "zero points", "8-bit zero points"],
 )
 def test_a_scheme_that_no_type_stores_is_refused_with_the_keys_that_fit(weight: QuantSpec, message: str) -> None:
     model = llama(300, 128, 1, 2, 1, 128, 32)

@@ -15,6 +15,7 @@ from qatkit import QuantSpec
 from qatkit.export.gguf_packing import BLOCK_TYPES, block_type_of, nearest_type
 from qatkit.quantization.arithmetic import fake_quantize, quantize
 from qatkit.quantization.estimators import computed_qparams, mse_qparams
+from qatkit.quantization.scales import round_scale
 
 TYPES = list(BLOCK_TYPES)
 
@@ -34,7 +35,7 @@ def weights(columns: int) -> Tensor:
 def test_the_gguf_package_decodes_the_trained_values_and_zeros(name: str, search: Any) -> None:
     row, w = BLOCK_TYPES[name], weights(512)
     scale, zero_point = search(w, row.spec)
-    packed = row.pack(quantize(w, scale, zero_point, row.spec).numpy(), scale.numpy())
+    packed = row.pack(quantize(w, scale, zero_point, row.spec).numpy(), scale.numpy(), zero_point.numpy())
     decoded = gguf_dequantize(packed, GGMLQuantizationType[name])
     assert np.array_equal(decoded, fake_quantize(w, scale, zero_point, row.spec).numpy())
     assert (decoded[w.numpy() == 0] == 0).all()
@@ -46,7 +47,7 @@ def test_the_gguf_package_decodes_the_trained_values_and_zeros(name: str, search
 def test_a_block_has_the_size_that_the_gguf_package_states(name: str) -> None:
     row = BLOCK_TYPES[name]
     scale, zero_point = computed_qparams(weights(256), row.spec)
-    packed = row.pack(quantize(weights(256), scale, zero_point, row.spec).numpy(), scale.numpy())
+    packed = row.pack(quantize(weights(256), scale, zero_point, row.spec).numpy(), scale.numpy(), zero_point.numpy())
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     assert (row.block, packed.shape) == (block, (12, 256 // block * size))
 
@@ -57,22 +58,43 @@ def test_every_code_keeps_its_place_and_a_negative_scale_its_sign(name: str) -> 
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(2**row.spec.num_bits, (4, 512), generator=generator)
     codes = codes.clamp(max=2) - 1 if row.spec.type == "ternary" else codes
-    codes = codes - 2 ** (row.spec.num_bits - 1) if row.spec.type == "int" else codes
-    scale = torch.full((4, 512 // row.block), 0.5)
-    signs = (1, 1) if row.spec.is_float else (1, -1)
-    plain, turned = (
-        gguf_dequantize(row.pack(codes.numpy(), (sign * scale).numpy()), GGMLQuantizationType[name]) for sign in signs
-    )
-    assert np.array_equal(turned, signs[1] * plain)
-    if not row.spec.is_float:
-        assert np.array_equal(plain, codes.numpy() * np.float32(0.5))
+    signed = row.spec.type == "int" and row.spec.symmetric
+    codes = codes - 2 ** (row.spec.num_bits - 1) if signed else codes
+    scale = torch.full((4, 512 // row.block), 0.5).numpy()
+    zero = torch.randint(2**row.spec.num_bits, scale.shape, generator=generator).numpy() * (not row.spec.symmetric)
+
+    def decoded(sign: int) -> Any:
+        return gguf_dequantize(row.pack(codes.numpy(), sign * scale, zero), GGMLQuantizationType[name])
+
+    if row.spec.is_float:
+        assert len(np.unique(decoded(1))) == 15, "two zeros"
+    else:
+        assert np.array_equal(decoded(1), (codes.numpy() - zero.repeat(row.block, axis=1)) * np.float32(0.5))
+        assert np.array_equal(decoded(-1), -decoded(1))
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+def test_the_minimum_of_every_zero_point_is_a_float16_number_and_the_scale_is_close(name: str) -> None:
+    """The product with every zero point is compared in float64, over the whole range of float16."""
+    spec = BLOCK_TYPES[name].spec
+    wide = torch.logspace(-9, 6, 4001)
+    short = round_scale(wide, spec).double()
+    minima = short[:, None] * torch.arange(2**spec.num_bits)
+    assert torch.equal(minima, minima.half().double())
+    normal = (wide > 2.0**-14) & (wide < 2.0 ** (16 - spec.num_bits))
+    error = ((short - wide.double()) / wide.double()).abs()
+    assert error[normal].max() <= 2.0 ** (spec.num_bits - 11)
+    assert (short > 0).all()
 
 
 def test_scales_that_are_not_of_the_stored_type_are_not_rounded_silently() -> None:
     codes = np.zeros((1, 32), dtype=np.int8)
     for name in ("Q8_0", "MXFP4"):
-        with pytest.raises(AssertionError, match="training rounds the scales"):
-            BLOCK_TYPES[name].pack(codes, np.array([[0.1]], dtype=np.float32))
+        with pytest.raises(AssertionError, match="training rounds"):
+            BLOCK_TYPES[name].pack(codes, np.array([[0.1]], dtype=np.float32), np.zeros((1, 1)))
+    scale = np.array([[1.0009765625]], dtype=np.float32)  # of float16, but not its product with 13
+    with pytest.raises(AssertionError, match="training rounds to float16"):
+        BLOCK_TYPES["Q4_1"].pack(codes, scale, np.array([[13.0]], dtype=np.float32))
 
 
 def test_a_spec_has_one_type_or_a_nearest_one() -> None:
@@ -80,5 +102,6 @@ def test_a_spec_has_one_type_or_a_nearest_one() -> None:
         assert block_type_of(row.spec) is row
     nearest = {QuantSpec(8): "Q8_0", QuantSpec(6): "Q5_0", QuantSpec(3): "Q4_0", QuantSpec(4, type="float"): "MXFP4"}
     assert [nearest_type(spec).name for spec in nearest] == list(nearest.values())
+    assert nearest_type(QuantSpec(4, symmetric=False)).name == "Q4_1"
     assert nearest_type(QuantSpec(2, type="ternary", observer="absmean")).name == "TQ2_0"
     assert all(block_type_of(spec) is None for spec in nearest)

@@ -47,6 +47,7 @@ EXTRA = [
     QuantSpec(4, strategy="group", group_size=32, type="float", scale_dtype="float8_e8m0fnu"),
     QuantSpec(8, strategy="group", group_size=32, type="float", scale_dtype="float8_e8m0fnu"),
     QuantSpec(4, strategy="group", group_size=32, scale_dtype="float16", scale_rule="signed"),
+    QuantSpec(4, False, "group", 32, scale_dtype="float16", scale_rule="minimum"),
     QuantSpec(8, scale_rule="range"),
     QuantSpec(4, scale_rule="range", scale_dtype="bfloat16"),
 ]
@@ -239,7 +240,7 @@ def test_a_gguf_scheme_starts_from_the_scales_of_the_gguf_package(name: str) -> 
     w = random(16, 128)
     scale, zero_point = computed_qparams(w, spec)
     codes = quantize(w, scale, zero_point, spec)
-    ours = BLOCK_TYPES[name].pack(codes.numpy(), scale.numpy()).reshape(64, -1)
+    ours = BLOCK_TYPES[name].pack(codes.numpy(), scale.numpy(), zero_point.numpy()).reshape(64, -1)
     theirs = gguf_quantize(w.numpy(), kind).reshape(64, -1)
     assert np.array_equal(ours[:, :2], theirs[:, :2])
     assert (ours != theirs).mean() < 0.02
@@ -317,6 +318,11 @@ def test_an_unknown_scheme_raises_an_error_with_the_nearest_name() -> None:
         ({"block_structure": [1, 2]}, "block_structure: .* has no effect with strategy 'channel'"),
         ({"scale_dtype": "float8_e8m0fnu"}, "scale_dtype: 'float8_e8m0fnu' is supported only for per-group floats"),
         ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is supported only for symmetric integers"),
+        (
+            {"scale_rule": "minimum", "symmetric": False},
+            "scale_rule: 'minimum' is supported only for zero points and float16 scales; set symmetric: false and "
+            "scale_dtype: float16",
+        ),
         ({"observer": "percentile", "percentile": 30.0}, "percentile: 30.0 is out of range; use more than 50"),
     ],
 )
