@@ -189,7 +189,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     inputs = scheme.activation
     if inputs is not None and inputs.scaled_per_batch:
         _check_dynamic(name, layer, qdq_class(kind) if parts is None else EXPLICIT[parts], inputs)
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         _check_embedding(name, layer, scheme)
     if inputs is not None and scheme.weight is None:
         raise QatkitError(
@@ -219,15 +219,15 @@ def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, sp
         )
 
 
-def _check_embedding(name: str, layer: nn.Embedding, scheme: Scheme) -> None:
+def _check_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag, scheme: Scheme) -> None:
     if scheme.weight is not None and scheme.weight.strategy == "group":
         raise QatkitError(
-            f"layer '{name}': ONNX export does not support an Embedding with scales per group",
+            f"layer '{name}': ONNX export does not support embeddings with scales per group",
             advice="set strategy: channel (one scale per row), or exclude the layer",
         )
     if layer.max_norm is not None:
         raise QatkitError(
-            f"layer '{name}': ONNX export does not support max_norm={layer.max_norm} of an Embedding, which changes "
+            f"layer '{name}': ONNX export does not support max_norm={layer.max_norm} of embeddings, which changes "
             "the weight during inference",
             advice="set max_norm=None, or exclude the layer",
         )

@@ -219,11 +219,11 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
 
 
 def _keep_tables(node: Any) -> bool | None:
-    """False for rows of codes at constant positions, and for gates of a bias, which would lose their names."""
+    """False for rows of codes, zero points and the gates of a bias, which would lose their names; None by default."""
     names = [value.name or "" for value in node.inputs if value is not None]
     if node.op_type in ("Split", "Concat") and any(BIAS.search(name) for name in names):
         return False
-    table = names[0] if node.op_type == "Gather" and names else ""
+    table = names[0] if node.op_type in ("Gather", "Cast") and names else ""
     return False if table.endswith((".codes", ".scale", ".zero_point")) else None
 
 

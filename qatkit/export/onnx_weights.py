@@ -20,7 +20,7 @@ from qatkit.export.onnx_recurrent import BIAS
 from qatkit.export.qdq_parts import EXPLICIT, part_layers
 from qatkit.export.saturation import layers_at_risk
 from qatkit.quantization.arithmetic import quantize
-from qatkit.quantization.layers import QATEmbedding, QATLayer
+from qatkit.quantization.layers import QATEmbedding, QATEmbeddingBag, QATLayer
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.recurrent import QATRecurrent
@@ -118,7 +118,9 @@ class _File:
             free = (low == 0) & (high == 0)
             scale = torch.where(free, torch.from_numpy(stored.copy()).view(scale.shape), scale)
         failures += self._compare(f"layer '{name}': scales of the weight", keys[1], scale)
-        gathered = isinstance(layer, QATEmbedding) and spec.symmetric  # signed codes need no zero point there
+        gathered = (
+            isinstance(layer, QATEmbedding | QATEmbeddingBag) and spec.symmetric
+        )  # signed codes need no zero point there
         if not gathered:
             failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)
         if any(key not in self.tensors for key in keys[: 2 if gathered else 3]):

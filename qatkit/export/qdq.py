@@ -12,7 +12,7 @@ from qatkit.errors import QatkitWarning
 from qatkit.export.qdq_layers import has_integer_kernel, qdq_class
 from qatkit.export.qdq_nodes import Codes, DynamicInputQuantizer, InputQuantizer
 from qatkit.quantization.arithmetic import quantize
-from qatkit.quantization.layers import QATEmbedding, QATLayer
+from qatkit.quantization.layers import QATEmbedding, QATEmbeddingBag, QATLayer
 from qatkit.spec import QuantSpec
 
 _INT32_MAX = 2**31 - 1
@@ -43,7 +43,7 @@ def to_qdq(name: str, layer: QATLayer, unsigned: bool = True) -> None:
         if unsigned and quantizer is not None and is_signed_byte(spec) and has_integer_kernel(type(layer)):
             codes, zero_point = _unsigned(codes), _unsigned(zero_point)
         weight = Codes(codes, scale.reshape(shape), zero_point, spec.group_size or 0)
-        if isinstance(layer, QATEmbedding):
+        if isinstance(layer, QATEmbedding | QATEmbeddingBag):
             weight = _table(weight, spec)
         if trained_bias is not None and isinstance(quantizer, InputQuantizer) and spec.group_size is None:
             bias = _integer_bias(name, trained_bias, weight, quantizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from qatkit.quantization.layers import (
     QATConvTranspose1d,
     QATConvTranspose2d,
     QATEmbedding,
+    QATEmbeddingBag,
     QATLayer,
     QATLinear,
     QATOutputProjection,
@@ -95,11 +97,39 @@ class QDQEmbedding(nn.Embedding):
     """Rows of codes, which are decoded after they are gathered; the table stays in integers."""
 
     def forward(self, input: Tensor) -> Tensor:
-        table = cast(Codes, self.weight)
-        rows = F.embedding(input, table.codes).float()
-        if table.zero_point is not None:
-            rows = rows - _rows(input, table.zero_point).float()
-        return rows * _rows(input, table.scale)
+        return _decoded_rows(cast(Codes, self.weight), input)
+
+
+class QDQEmbeddingBag(nn.EmbeddingBag):
+    """Rows of codes, decoded and reduced over each bag, without those of the padding index."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        rows = _decoded_rows(cast(Codes, self.weight), input)  # [bags, size, width], or [all, width] with offsets
+        kept = torch.ones_like(input, dtype=torch.bool) if self.padding_idx is None else input != self.padding_idx
+        if offsets is None:
+            bags = kept.unsqueeze(1)  # [bags, 1, size]
+        else:
+            starts = offsets[:-1] if self.include_last_offset else offsets
+            bag = (torch.arange(input.shape[0], device=input.device).unsqueeze(1) >= starts).sum(1) - 1
+            bags = (bag == torch.arange(starts.shape[0], device=input.device).unsqueeze(1)) & kept  # [bags, all]
+        if self.mode == "max":
+            low = torch.where(bags.unsqueeze(-1), rows.unsqueeze(-3), -torch.inf).amax(-2)
+            reduced = torch.where(bags.any(-1, keepdim=True), low, 0.0)
+        else:
+            weights = bags.float()
+            if per_sample_weights is not None:
+                weights = weights * per_sample_weights.unsqueeze(-2)
+            reduced = weights @ rows
+            if self.mode == "mean":
+                reduced = reduced / weights.sum(-1, keepdim=True).clamp(min=1)
+        return reduced.squeeze(1) if offsets is None else reduced
+
+
+def _decoded_rows(table: Codes, input: Tensor) -> Tensor:
+    rows = F.embedding(input, table.codes).float()
+    if table.zero_point is not None:
+        rows = rows - _rows(input, table.zero_point).float()
+    return rows * _rows(input, table.scale)
 
 
 def _rows(input: Tensor, values: Tensor) -> Tensor:
@@ -117,6 +147,7 @@ QDQ: dict[type[QATLayer], type[nn.Module]] = {
     QATConvTranspose1d: QDQConvTranspose1d,
     QATConvTranspose2d: QDQConvTranspose2d,
     QATEmbedding: QDQEmbedding,
+    QATEmbeddingBag: QDQEmbeddingBag,
 }
 """The layer of a QDQ graph for every quantized layer."""
 

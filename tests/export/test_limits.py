@@ -18,8 +18,8 @@ INT8 = "stages={dense: {max_steps: 1}, qat: {max_steps: 1, quantize: {weight: {n
     ("layer", "message"),
     [
         (
-            nn.EmbeddingBag(4, 4),
-            r"ONNX export does not support a quantized EmbeddingBag; exclude the layer, or use export: \{format: ",
+            nn.EmbeddingBag(4, 4, max_norm=2.0),
+            r"ONNX export does not support max_norm=2\.0 of embeddings, which .*; set",
         ),
         (nn.Linear(4, 4, dtype=torch.bfloat16), r"the weight is bfloat16, .*; train in float32"),
     ],
