@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
+from qatkit.export.kernel_reasons import float_reasons
 from qatkit.export.onnx_constants import all_nodes
 from qatkit.export.output_tensors import nested
 
@@ -93,6 +94,8 @@ class Kernels:
     """Counts of integer kernels, such as ``{"QLinearConv": 3, "QGemm": 1}``."""
     floating: dict[str, int]
     """Counts of floating-point kernels, such as ``{"Conv": 1}``; empty if all matrix products are integer."""
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    """Layers that run in floating point, by reason, such as ``{"the input is not quantized": ["head"]}``."""
 
 
 def load_runtime(path: Path | str, threads: int | None = None) -> Runtime:
@@ -131,10 +134,12 @@ def integer_kernels(path: Path) -> Kernels:
         open_session(path, 1, optimized)
         import onnx
 
-        counts = Counter(node.op_type for node in all_nodes(onnx.load(optimized).graph))
+        nodes = list(all_nodes(onnx.load(optimized, load_external_data=False).graph))
+    counts = Counter(node.op_type for node in nodes)
     return Kernels(
         integer={name: counts[name] for name in _INTEGER if counts[name]},
         floating={name: counts[name] for name in _FLOAT if counts[name]},
+        reasons=float_reasons(path, [node for node in nodes if node.op_type in _FLOAT]),
     )
 
 
