@@ -60,7 +60,10 @@ def command(
 
 def headlines(measured: Bench, sizes: list[int]) -> list[str]:
     """Sentences that compare the last stage with the dense model and with quantization without training."""
+    from dataclasses import asdict
+
     from qatkit.report.serving import speedup
+    from qatkit.report.speed import float_words
 
     last, lines, slower = measured.last, [], False
     for other in dict.fromkeys([measured.dense, *measured.baselines]):
@@ -81,9 +84,9 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
         )
     lines.sort(key=lambda line: not line.startswith("SLOWER"))
     if slower:
-        floating = measured.kernels[last].floating
-        kinds = ", ".join(f"{count} {kind}" for kind, count in floating.items()) or "none"
-        lines.append(f"products in floating point: {kinds}; {measured.coverage}")
+        kernels = asdict(measured.kernels[last])
+        floating = float_words(kernels) if kernels["floating"] else "none"
+        lines.append(f"products in floating point: {floating}; {measured.coverage}")
     return lines
 
 

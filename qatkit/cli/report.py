@@ -64,7 +64,8 @@ def present(content: dict[str, object], folder: Path, page: Path | None, quiet: 
         as_json: Print the report as JSON.
     """
     from qatkit.report.page import missing_packages, write_page
-    from qatkit.report.tables import kernel_notes, terminal_table
+    from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
+    from qatkit.report.tables import terminal_table
 
     if page is None and (missing := missing_packages()) is not None:
         where = f"no report.html: {missing}, then run: qatkit report {folder}"
@@ -76,6 +77,8 @@ def present(content: dict[str, object], folder: Path, page: Path | None, quiet: 
         echo(json.dumps(content))
     elif not quiet:
         print_table(terminal_table(content))
-        for note in kernel_notes(content):
+        for line in slowdowns(content):
+            echo(f"SLOWER: {line}")
+        for note in [*kernel_notes(content), *missing_baselines(content)]:
             echo(f"note: {note}")
         echo(f"report: {folder / 'report.md'}\n{where}")

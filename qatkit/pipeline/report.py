@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qatkit.common.files import write_atomically
+from qatkit.pipeline.baselines import Baselines, example_of, make_baselines, measure_baselines
 from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.pipeline.export import exported_path, first_batch, format_of, held_out_data
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.verify import read_verification
-from qatkit.report.bench import Example, compare, side_by_side
+from qatkit.report.bench import compare, side_by_side
 from qatkit.report.content import Measurements, report_content, write_report
 from qatkit.report.tables import markdown
 from qatkit.run.folder import Run
-from qatkit.tasks import call, model_inputs, one_sample
+from qatkit.tasks import call, one_sample
 
 
 def report_run(run: Run) -> dict[str, Any]:
@@ -34,9 +37,16 @@ def report_run(run: Run) -> dict[str, Any]:
     row, data = format_of(run), held_out_data(run)
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     verifications = {stage: read_verification(run, stage) for stage in run.rows}
+    quantized = any(run.record(stage).layers for stage in run.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_baselines(run, row, data, paths, Path(folder)) if quantized else Baselines(None, {})
+        files = {**paths, **made.files}
+        latency = compare(files, example_of(first_batch(data)), format=row.name) if row.benchmark else {}
+        baselines = measure_baselines(made, row, data, latency)
     measured = Measurements(
         verification=verifications,
-        latency=compare(paths, example_of(first_batch(data)), format=row.name) if row.benchmark else {},
+        latency=latency,
+        baselines=baselines,
         cost=_torch_latencies(run),
         language=evaluate_run(run, data) if run.recipe.evaluate else {},
     )
@@ -44,12 +54,6 @@ def report_run(run: Run) -> dict[str, Any]:
     write_report(run.out, content)
     write_atomically(run.out / "report.md", markdown(content))
     return content
-
-
-def example_of(batch: Any) -> Example:
-    """Return the inputs of a batch: the first positional one, or all by name."""
-    args, tensors = model_inputs(batch)
-    return args[0] if args else {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:

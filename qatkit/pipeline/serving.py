@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qatkit.errors import QatkitError
 from qatkit.export.runtime import Kernels
+from qatkit.pipeline.baselines import example_of, make_baselines
 from qatkit.pipeline.export import exported_path, first_batch, format_of, held_out_data
-from qatkit.pipeline.report import example_of
 from qatkit.quantization.coverage import coverage
-from qatkit.quantization.prepare import qat_weights
 from qatkit.report.serving import Served, serve
 from qatkit.run.folder import Run
-
-CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -61,26 +57,20 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
     for path in paths.values():
         if not path.exists():
             raise QatkitError("there is no such file", key=str(path), advice=f"run `qatkit export {run.out}`")
-    models = {stage: run.load_model(stage) for stage in paths}
-    dense = next((stage for stage, model in models.items() if not qat_weights(model)), None)
     last = list(paths)[-1]
+    if against and not row.baselines:
+        raise QatkitError(f"{row.runtime} has no quantization of its own", key="--against", advice="omit --against")
     with tempfile.TemporaryDirectory() as folder:
-        made: dict[str, Path] = {}
-        if against:
-            if not row.baselines:
-                raise QatkitError(
-                    f"{row.runtime} has no quantization of its own", key="--against", advice="omit --against"
-                )
-            if dense is None:
-                raise QatkitError(
-                    "no stage in the comparison is in floating point, so there is nothing to quantize without training",
-                    key="--against",
-                    advice="omit --against, or add a stage without quantize to the recipe",
-                )
-            data.setup("fit")
-            batches = [example_of(batch) for batch in islice(data.train_dataloader(), CALIBRATION_BATCHES)]
-            made = row.call("baselines", paths[dense], batches, Path(folder))
-        files = paths | made
+        made = make_baselines(run, row if against else replace(row, baselines=""), data, paths, Path(folder))
+        if against and made.failure:
+            raise QatkitError(made.failure, key=str(paths[made.dense or last]), advice="omit --against")
+        if against and made.dense is None:
+            raise QatkitError(
+                "no stage in the comparison is in floating point, so there is nothing to quantize without training",
+                key="--against",
+                advice="omit --against, or add a stage without quantize to the recipe",
+            )
+        files = {**paths, **made.files}
         served = serve(files, example_of(first_batch(data)), batch_sizes, threads, row.name)
         kernels = {name: row.call("kernels", path) for name, path in files.items()}
-    return Bench(served, dense, list(made), last, kernels, str(coverage(models[last])))
+    return Bench(served, made.dense, list(made.files), last, kernels, str(coverage(run.load_model(last))))

@@ -15,7 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from qatkit.errors import QatkitWarning
 from qatkit.pipeline.logger_check import check_logger
-from qatkit.pipeline.wandb_run import STEP, StageLogger, model_artifact, numbers_of, open_run, wandb_mode
+from qatkit.pipeline.wandb_run import (
+    STEP,
+    StageLogger,
+    model_artifact,
+    numbers_of,
+    numbers_of_baseline,
+    open_run,
+    wandb_mode,
+)
 from qatkit.recipe import Recipe
 
 
@@ -96,6 +104,10 @@ class Tracking:
             import wandb
 
             rows = {row["stage"]: numbers_of(row) for row in content["rows"]}
+            metric = content["rows"][0]["verification"]["metric"]
+            rows |= {
+                row["name"]: numbers_of_baseline(row, metric) for row in content["baselines"] if not row["failure"]
+            }
             columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
             cells = [[stage, *(numbers.get(name) for name in columns)] for stage, numbers in rows.items()]
             run.log({"comparison": wandb.Table(columns=["stage", *columns], data=cells)})

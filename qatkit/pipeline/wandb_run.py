@@ -130,6 +130,16 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def numbers_of_baseline(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """Return the numbers of a file that the runtime quantized without training, by name."""
+    return {
+        "kind": "post-training",
+        f"runtime/{metric}": row["runtime_metric"],
+        "bytes": row["bytes"],
+        **{f"latency_ms/batch_{point['batch_size']}": point["median_ms"] for point in row["latency"]},
+    }
+
+
 def model_artifact(content: Mapping[str, Any], row: Mapping[str, Any], path: Path) -> Any:
     """Create an artifact from an exported file, with its verification as metadata."""
     import wandb

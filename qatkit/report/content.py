@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -38,6 +38,7 @@ class _Report(TypedDict):
     format: str
     written: str
     rows: list[dict[str, Any]]
+    baselines: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     recipe: str
     machine: dict[str, Any]
@@ -56,6 +57,8 @@ class Measurements:
     """Latency of the plain model in PyTorch, if the stages have different models."""
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Results of the ``evaluate`` block."""
+    baselines: Sequence[dict[str, Any]] = ()
+    """What the runtime's own quantization reaches without training."""
 
 
 def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[str, Any]:
@@ -74,6 +77,7 @@ def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[
         "format": row.name,
         "written": datetime.now().astimezone().isoformat(" ", "minutes"),
         "rows": [_row(run, row, stage, measured) for stage in run.rows],
+        "baselines": list(measured.baselines),
         "stages": [_training(run, stage) for stage in run.recipe.stages],
         "recipe": (run.out / "recipe.yaml").read_text(encoding="utf-8"),
         "machine": machine,

@@ -10,6 +10,7 @@ from qatkit.report.figures import GROUPS, Point, curve_groups, tradeoff, trainin
 from qatkit.report.layer_figures import clipped_fraction, largest, layer_picture, weight_histogram
 from qatkit.report.metrics import metric_of
 from qatkit.report.sentences import headline, parity, tiles
+from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
 from qatkit.report.svg import KINDS, SERIES
 from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
 from qatkit.tasks.metrics import Metric
@@ -38,7 +39,8 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
     """
     columns, rows = merged_table([report])
     metric = metric_of(report)
-    entries = [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in report["rows"]]
+    shown = [*report["rows"], *_baseline_rows(report, metric)]
+    entries = [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in shown]
     return {
         "key": key,
         "name": name,
@@ -46,6 +48,8 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         "metric": metric,
         "note": split_note(report),
         "headline": headline(report),
+        "slower": slowdowns(report),
+        "speed": [*kernel_notes(report), *missing_baselines(report)],
         "tiles": tiles(report),
         "columns": columns,
         "rows": rows,
@@ -63,11 +67,13 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
 def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return the comparison of multiple runs: one table, and figures with common axes."""
     columns, rows = merged_table(reports)
-    owners = [index for index, report in enumerate(reports) for _ in report["rows"]]
+    owners = [index for index, report in enumerate(reports) for _ in comparison(report)]
     entries: dict[Metric, list[_Entry]] = {}
     for index, (report, name) in enumerate(zip(reports, names, strict=True)):
-        entries.setdefault(metric_of(report), []).extend(
-            (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)]) for row in report["rows"]
+        metric = metric_of(report)
+        entries.setdefault(metric, []).extend(
+            (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)])
+            for row in [*report["rows"], *_baseline_rows(report, metric)]
         )
     return {
         "columns": columns,
@@ -99,6 +105,16 @@ def merged_table(reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
 def _split(cell: str) -> tuple[str, str]:
     value, _, remark = cell.partition(" (")
     return value, remark.removesuffix(")")
+
+
+def _baseline_rows(report: dict[str, Any], metric: Metric) -> list[dict[str, Any]]:
+    """Baselines as rows of a figure, with the metric that their runtime reaches."""
+    judged = {"kind": "post-training", "verification": report["rows"][0]["verification"]}
+    return [
+        {**row, **judged, "stage": row["name"], f"test_{metric.name}": row["runtime_metric"]}
+        for row in report["baselines"]
+        if not row["failure"]
+    ]
 
 
 _Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, colour

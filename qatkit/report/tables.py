@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from qatkit.export.formats import FORMATS
 from qatkit.report.metrics import PERPLEXITY, metric_of
+from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,23 +62,25 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
                 "passed" if check["passed"] else "FAILED",
             ]
         )
-    return rows
+    return rows + [_baseline_cells(report, row) for row in report["baselines"] if not row["failure"]]
 
 
-def kernel_notes(report: dict[str, Any]) -> list[str]:
-    """Return a sentence for every quantized stage with layers that the runtime computes in floating point."""
-    notes = []
-    for row in report["rows"]:
-        kernels = row.get("kernels")
-        if row["layers"] and kernels and kernels["floating"]:
-            floating = ", ".join(f"{count} {name}" for name, count in kernels["floating"].items())
-            integer = ", ".join(f"{count} {name}" for name, count in kernels["integer"].items()) or "none"
-            notes.append(
-                f"{row['stage']}: some layers run on slower floating-point kernels (integer: {integer}; "
-                f"floating point: {floating}). A layer runs on integer kernels only if its input and output are "
-                "quantized; see docs/runtimes.md"
-            )
-    return notes
+def _baseline_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """The cells of a file that the runtime quantized itself; training has nothing to compare it with."""
+    first, runtime = report["rows"][0], FORMATS.row(report["format"], "report.json").runtime
+    return [
+        row["name"],
+        f"post-training by {runtime}",
+        "-",
+        metric_of(report).show(row["runtime_metric"]),
+        *("-" for _ in _language_headers(report)),
+        f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", False),
+        *(
+            f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", False)
+            for now, then in zip(row["latency"], first["latency"], strict=True)
+        ),
+        "-",
+    ]
 
 
 def model_table(report: dict[str, Any]) -> list[list[str]]:
@@ -170,7 +174,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Sparsity", "", *_table(table[0], table[1:]), "", "Zeros are counted in the saved weights."]
     if notes := sparse_notes(report):
         lines += ["", "## Sparse storage", "", *(f"- {note}" for note in notes)]
-    if notes := kernel_notes(report):
+    if notes := [*slowdowns(report), *kernel_notes(report), *missing_baselines(report)]:
         lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
     for row in report["rows"]:
         if row["layers"]:

@@ -153,6 +153,9 @@ def test_the_comparison_is_the_summary_of_the_run(killed_and_resumed: tuple[Path
         assert summary[f"{stage}/bytes"] == row["bytes"]
         assert summary[f"{stage}/latency_ms/batch_1"] == row["latency"][0]["median_ms"]
         assert summary[f"{stage}/parity"] == "passed"
+    (baseline,) = json.loads((out / "report.json").read_text())["baselines"]
+    assert summary["quantize_static/runtime/accuracy"] == baseline["runtime_metric"]
+    assert summary["quantize_static/bytes"] == baseline["bytes"]
 
 
 def test_the_curves_are_in_csv_files_too(killed_and_resumed: tuple[Path, Records, Records]) -> None:

@@ -124,7 +124,7 @@ def test_every_picture_is_drawn_with_its_marks(folder: Path, open_page: OpenPage
     )
     layers = ["conv1", "conv2", "classifier"]
     expected = {
-        **{f"run0-{name}": 3 for name in ("size", "latency1", "latency64")},
+        **{f"run0-{name}": 4 for name in ("size", "latency1", "latency64")},  # three stages and quantize_static
         "run0-dense-loss": 2,
         "run0-dense-accuracy": 1,
         "run0-qat-loss": 3,
@@ -147,10 +147,11 @@ def test_the_page_holds_the_whole_run(folder: Path, open_page: OpenPage) -> None
     page = open_page(folder / "report.html")
     report = json.loads((folder / "report.json").read_text())
     rows = page.locator("section:has(h2:text-is('Side by side')) tbody tr")
-    assert rows.locator("th").all_inner_texts() == ["dense", "ptq", "qat"]
+    assert rows.locator("th").all_inner_texts() == ["dense", "ptq", "qat", "quantize_static"]
     assert rows.locator(".passed").count() == 3
-    for row, text in zip(report["rows"], rows.all_inner_texts(), strict=True):
-        assert f"{row['test_accuracy']:.2%}" in text
+    accuracies = [row["test_accuracy"] for row in report["rows"]] + [report["baselines"][0]["runtime_metric"]]
+    for accuracy, text in zip(accuracies, rows.all_inner_texts(), strict=True):
+        assert f"{accuracy:.2%}" in text
     assert page.locator("pre").inner_text() == (folder / "recipe.yaml").read_text()
     facts = page.locator("dl.facts").inner_text()
     for name, number in report["versions"].items():
@@ -199,6 +200,9 @@ def test_both_themes_have_colours_of_their_own_that_can_be_read(folder: Path, op
 def test_a_phone_never_scrolls_sideways(folder: Path, open_page: OpenPage) -> None:
     page = open_page(folder / "report.html", width=390)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    table = page.locator("section:has(h2:text-is('Side by side')) .scroll")
+    assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
+    assert table.locator("td[data-column=parity]").first.bounding_box()["x"] < 390
     assert page.locator("[data-figure=run0-layers-tall]").is_visible()
     assert not page.locator("[data-figure=run0-layers-wide]").is_visible()
     sizes = page.evaluate(
@@ -227,7 +231,7 @@ def test_a_failed_verification_is_loud(changed: Callable[..., Path], open_page: 
     folder = changed("failed", fail)
     write_page([folder], folder / "report.html")
     page = open_page(folder / "report.html")
-    alarm = page.get_by_role("alert")
+    alarm = page.get_by_role("alert").first
     assert alarm.inner_text() == (
         "Parity of qat FAILED. ONNX Runtime does NOT compute what training computed. Do not deploy this file."
     )
@@ -236,6 +240,19 @@ def test_a_failed_verification_is_loud(changed: Callable[..., Path], open_page: 
     assert box["y"] < 300
     assert page.locator(".tile.bad .value").inner_text() == "FAILED"
     assert "layer 'conv2': 1 code differs" in page.locator("li.failed").inner_text()
+
+
+def test_a_slower_file_is_in_the_headline(changed: Callable[..., Path], open_page: OpenPage) -> None:
+    def slow_down(report: dict[str, Any]) -> None:
+        for row in report["baselines"]:
+            row["latency"] = copy.deepcopy(report["rows"][-1]["latency"])
+        for latency in report["rows"][-1]["latency"]:
+            latency.update(low_ms=40.0, median_ms=50.0, high_ms=60.0)
+
+    folder = changed("slow", slow_down)
+    write_page([folder], folder / "report.html")
+    alarms = open_page(folder / "report.html").get_by_role("alert").all_inner_texts()
+    assert [text.split(":")[0] for text in alarms] == ["qat is slower than dense", "qat is slower than quantize_static"]
 
 
 def test_layers_of_a_large_model_are_drawn_in_part_and_listed_in_full(
@@ -266,7 +283,7 @@ def test_several_runs_are_compared_in_one_page(
     def other(report: dict[str, Any]) -> None:
         report["rows"][2]["test_accuracy"] = 0.1234
         report["rows"].pop(1)
-        for row in report["rows"]:
+        for row in [*report["rows"], *report["baselines"]]:
             row["latency"] = copy.deepcopy(row["latency"][:1])
 
     second = changed("second", other)
@@ -279,9 +296,9 @@ def test_several_runs_are_compared_in_one_page(
     assert page.title() == "2 runs compared · qatkit"
     rows = page.locator("#compared tbody tr")
     names = [text.split("\n")[-1] for text in rows.locator("th").all_inner_texts()]
-    assert [name.lstrip("12") for name in names] == ["digits_int4 (small)"] * 3 + ["digits_int4 (second)"] * 2
-    assert "12.34%" in rows.nth(4).inner_text()
-    for figure, marks in (("size", 5), ("latency1", 5), ("latency64", 3)):
+    assert [name.lstrip("12") for name in names] == ["digits_int4 (small)"] * 4 + ["digits_int4 (second)"] * 3
+    assert "12.34%" in rows.nth(5).inner_text()
+    for figure, marks in (("size", 7), ("latency1", 7), ("latency64", 4)):
         assert page.locator(f"svg[data-figure=all-accuracy-{figure}] .mark").count() == marks
     for run in ("run0", "run1"):
         assert page.locator(f"#{run} svg[data-figure={run}-qat-weights0]").is_visible()

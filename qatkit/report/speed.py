@@ -1,0 +1,66 @@
+"""Sentences about speed: what is slower than what, and which layers run in floating point and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SHOWN = 5
+"""Layers named for each reason."""
+
+
+def slowdowns(report: dict[str, Any]) -> list[str]:
+    """Return a sentence for every file that the last quantized stage is slower than: the first stage, or a baseline.
+
+    A file is slower if the fastest quarter of its calls took longer than the slowest quarter of the other file's.
+    """
+    rows = report["rows"]
+    last = rows[-1]
+    if not last["layers"]:
+        return []
+    others = [(rows[0]["stage"], rows[0])] if last is not rows[0] else []
+    others += [(row["name"], row) for row in report["baselines"] if not row["failure"]]
+    sentences = []
+    for name, other in others:
+        slower = [
+            f"{then['median_ms'] / now['median_ms']:.2f}x at a batch of {now['batch_size']}"
+            for now, then in zip(last["latency"], other["latency"], strict=True)
+            if now["low_ms"] > then["high_ms"]
+        ]
+        if slower:
+            sentences.append(f"{last['stage']} is slower than {name}: {', '.join(slower)}")
+    return sentences
+
+
+def kernel_notes(report: dict[str, Any]) -> list[str]:
+    """Return a sentence for every quantized stage with products that the runtime computes in floating point."""
+    return [
+        f"{row['stage']}: {sum(row['kernels']['floating'].values())} of {_products(row['kernels'])} products run in "
+        f"floating point ({float_words(row['kernels'])})"
+        for row in report["rows"]
+        if row["layers"] and row["kernels"] and row["kernels"]["floating"]
+    ]
+
+
+def float_words(kernels: Mapping[str, Any]) -> str:
+    """Return the kernels that run in floating point, and the layers with the reasons.
+
+    Example:
+        >>> float_words({"floating": {"Conv": 2}, "reasons": {"the input is not quantized": ["stem", "head"]}})
+        '2 Conv; the input is not quantized: stem, head'
+    """
+    kinds = ", ".join(f"{count} {kind}" for kind, count in kernels["floating"].items())
+    reasons = [
+        f"{reason}: {', '.join(layers[:SHOWN])}" + (f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else "")
+        for reason, layers in kernels["reasons"].items()
+    ]
+    return "; ".join([kinds, *reasons])
+
+
+def missing_baselines(report: dict[str, Any]) -> list[str]:
+    """Return why the runtime's own quantization is not in the table, if it failed."""
+    return [f"no comparison with {row['name']}: {row['failure']}" for row in report["baselines"] if row["failure"]]
+
+
+def _products(kernels: Mapping[str, Any]) -> int:
+    return sum([*kernels["integer"].values(), *kernels["floating"].values()])
