@@ -8,7 +8,8 @@ from typing import Any
 
 from qatkit.export.onnx_constants import all_nodes
 
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NO_INTEGER_KERNEL = {"ConvTranspose": "transposed convolutions", **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrence")}
+_PRODUCTS = ("Conv", "Gemm", "MatMul", *_NO_INTEGER_KERNEL)
 _INTEGER_TYPES = (2, 3, 6, 21, 22)  # uint8, int8, int32, uint4, int4
 _PASS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Cast", "Identity")
 
@@ -58,12 +59,12 @@ class _Graph:
         name = self._layer(node, weight.name)
         if weight.data_type not in _INTEGER_TYPES:
             return name, "the weight is not quantized"
+        if (kind := _NO_INTEGER_KERNEL.get(node.op_type)) is not None:
+            return name, f"ONNX Runtime has no integer kernel for {kind}"
         if not self._is_quantized(data):
             return name, "the input is not quantized"
         if self._is_grouped(node.input[1]):
             return name, "the weight has one scale per group"
-        if node.op_type == "ConvTranspose":
-            return name, "ONNX Runtime has no integer kernel for transposed convolutions"
         if readers := self._read_in_floating_point(node.output[0]):
             return name, f"the output is not quantized, because {readers} reads it"
         return name, "ONNX Runtime has no integer kernel for its shapes and types"
