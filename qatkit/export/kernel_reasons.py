@@ -47,6 +47,12 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.outputs = {value.name for value in graph.output}
+        # the constants that a value is computed from; none for values that depend on an input of the model
+        self.leaves = {name: [name] for name in self.constants}
+        for node in nodes:  # a file lists nodes in the order of their computation
+            found = [self.leaves.get(name) for name in node.input if name]
+            if None not in found:
+                self.leaves |= dict.fromkeys(node.output, [leaf for leaves in found for leaf in leaves or ()])
 
     def reason(self, optimized: Any) -> tuple[str, str]:
         """The layer of a node of the optimized graph, and why it runs in floating point."""
@@ -99,13 +105,11 @@ class _Graph:
         return node
 
     def _constant(self, name: str) -> Any:
-        """The constant that a value is decoded from, or None."""
-        while name not in self.constants:
-            node = self.producers.get(name)
-            if node is None or node.op_type not in (*_PASS, "DequantizeLinear"):
-                return None
-            name = node.input[0]
-        return self.constants[name]
+        """The constant that a value is decoded from, codes before scales; None if the value depends on an input."""
+        leaves = self.leaves.get(name)
+        if not leaves:
+            return None
+        return self.constants[next((leaf for leaf in leaves if leaf.endswith(".codes")), leaves[0])]
 
     def _is_quantized(self, name: str) -> bool:
         node = self.producers.get(name)

@@ -52,3 +52,20 @@ def test_an_encoder_names_the_excluded_layer_and_the_products_of_activations(tmp
     found = reasons(model, texts, tmp_path)
     assert set(found["the weight is not quantized"]) == {"encoder.layer.0.attention.self.key", "pooler.dense"}
     assert len(found["it is a product of two activations that are not both quantized"]) == 2
+
+
+def test_recurrent_layers_and_transposed_convolutions_have_no_integer_kernels(tmp_path: Path) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.up = nn.GRU(4, 8, batch_first=True), nn.ConvTranspose1d(8, 2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(self.rnn(x)[0].transpose(1, 2))
+
+    model = Tagger()
+    prepare_qat(model, QuantSpec(8))
+    assert reasons(model, torch.rand(2, 5, 4), tmp_path) == {
+        "ONNX Runtime has no integer kernel for recurrence": ["rnn.weight_ih_l0"],
+        "ONNX Runtime has no integer kernel for transposed convolutions": ["up"],
+    }
