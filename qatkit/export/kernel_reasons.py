@@ -52,7 +52,8 @@ class _Graph:
         for node in nodes:  # a file lists nodes in the order of their computation
             found = [self.leaves.get(name) for name in node.input if name]
             if None not in found:
-                self.leaves |= dict.fromkeys(node.output, [leaf for leaves in found for leaf in leaves or ()])
+                leaves = [leaf for each in found for leaf in each or ()]
+                self.leaves |= {name: leaves for name in node.output}
 
     def reason(self, optimized: Any) -> tuple[str, str]:
         """The layer of a node of the optimized graph, and why it runs in floating point."""
