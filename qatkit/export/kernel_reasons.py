@@ -53,7 +53,7 @@ class _Graph:
             found = [self.leaves.get(name) for name in node.input if name]
             if None not in found:
                 leaves = [leaf for each in found for leaf in each or ()]
-                self.leaves |= {name: leaves for name in node.output}
+                self.leaves |= dict.fromkeys(node.output, leaves)
 
     def reason(self, optimized: Any) -> tuple[str, str]:
         """The layer of a node of the optimized graph, and why it runs in floating point."""
