@@ -25,6 +25,7 @@ def module_placement(
     forward: Callable[[LightningModule, Any], object],
     schemes: Mapping[str, Scheme],
     activation: QuantSpec,
+    float_outputs: bool = False,
 ) -> tuple[list[Fold], Placement]:
     """Fold BatchNorm, and return the folded pairs and the outputs to quantize, found by a forward pass in eval mode.
 
@@ -36,6 +37,7 @@ def module_placement(
         forward: Runs the module on a batch.
         schemes: The planned quantization by layer name.
         activation: Quantization of the outputs.
+        float_outputs: See `qatkit.quantization.targets.Target`.
 
     Raises:
         QatkitError: the module has no example input and the Trainer has no training data. The module is left unchanged.
@@ -50,7 +52,7 @@ def module_placement(
             converted = trainer.precision_plugin.convert_input(batch)
             return call(pl_module, converted) if example is not None else forward(pl_module, converted)
 
-    return fold_and_find(pl_module, run, schemes, activation)
+    return fold_and_find(pl_module, run, schemes, activation, float_outputs)
 
 
 def _first_batch(trainer: Trainer) -> Any:

@@ -110,7 +110,7 @@ class QuantizationAwareTraining(Callback):
                 advice="use a positive integer",
             )
         self.target = _format_of(target, runtime)
-        self.places = runtime is not None and activation is not None and not activation.dynamic
+        self.places = runtime if activation is not None and not activation.dynamic else None
         self.weight = weight
         self.activation = activation
         self.include = list(include)
@@ -146,9 +146,11 @@ class QuantizationAwareTraining(Callback):
         schemes = select(pl_module, *how)
         if self.target is not None:
             check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
-        if self.places and self.activation is not None:
-            forward = self.calibration_forward
-            self.folds, self.placement = module_placement(trainer, pl_module, forward, schemes, self.activation)
+        if self.places is not None and self.activation is not None:
+            forward, float_outputs = self.calibration_forward, self.places.float_outputs
+            self.folds, self.placement = module_placement(
+                trainer, pl_module, forward, schemes, self.activation, float_outputs
+            )
         else:
             self.folds = fold_batchnorm(pl_module)
         self.layers = prepare_qat(pl_module, *how, self.share_inputs)

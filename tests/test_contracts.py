@@ -57,7 +57,7 @@ TABLES = {
     "qatkit.cli.commands",
 }
 HEAVY = {"lightning", "transformers", "peft", "bitsandbytes", "datasets", "wandb", "onnx", "onnxruntime", "omegaconf"}
-HEAVY |= {"matplotlib", "jinja2", "torch", "safetensors"}
+HEAVY |= {"openvino", "matplotlib", "jinja2", "torch", "safetensors"}
 # What a part may import when it is imported; every other heavy import stands in the function that needs it.
 MAY_LOAD: dict[str, set[str]] = {
     "errors": set(),

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-_FAILED_WRITES = ("inline_container.cc", "PytorchStreamWriter", "Error while serializing: I/O error")
-"""Words of the errors of torch and safetensors, which are not OSErrors, if a file cannot be written."""
+_FAILED_WRITES = ("inline_container.cc", "PytorchStreamWriter", "Error while serializing: I/O error", "iostream error")
+"""Words of the errors of torch, safetensors and OpenVINO, which are not OSErrors, if a file cannot be written."""
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 

@@ -59,10 +59,12 @@ class ExportFormat:
     """Import name of the runtime whose latency is measured."""
     kernels: str = ""
     """``(path)``: return the kernels that the runtime chose; empty if unknown."""
-    other_sums: bool = False
-    """Whether the summation order of the runtime differs from PyTorch's. If so, and if inputs are quantized,
-    verification measures the effect of rounding.
+    rounding: str = ""
+    """``(model)``: return a float64 copy that rounds as the runtime does, whose summation order differs from PyTorch's.
+    Verification measures the effect if inputs are quantized. Empty if the runtime computes as PyTorch does.
     """
+    beside: tuple[str, ...] = ()
+    """Suffixes of further files with the same stem that belong to the exported file."""
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -81,8 +83,8 @@ class ExportFormat:
         return folder / self.file_name if self.file_name else folder
 
     def size(self, path: Path) -> int:
-        """Size in bytes of an exported file, or of the weights in an exported folder."""
-        files = path.glob("*.safetensors") if self.is_folder else [path]
+        """Size in bytes of an exported file with the files beside it, or of the weights in an exported folder."""
+        files = path.glob("*.safetensors") if self.is_folder else [path, *map(path.with_suffix, self.beside)]
         return sum(file.stat().st_size for file in files)
 
     def call(self, part: str, *args: Any) -> Any:
@@ -146,7 +148,25 @@ FORMATS = Table(
             baselines="qatkit.export.onnx_baselines:baselines",
             runtime_module="onnxruntime",
             kernels="qatkit.export.runtime:integer_kernels",
-            other_sums=True,
+            rounding="qatkit.export.rounding:with_rounding",
+        ),
+        ExportFormat(
+            name="openvino",
+            description="OpenVINO's own format (IR) with integer weights",
+            file_name="model.xml",
+            check="qatkit.export.openvino:check",
+            write="qatkit.export.openvino:write",
+            read_back="qatkit.export.openvino:read_back",
+            bound="qatkit.export.openvino:bound",
+            runtime="OpenVINO",
+            weights="integer weights",
+            extra="openvino",
+            packages=("onnx", "onnxscript", "openvino"),
+            benchmark="qatkit.export.openvino_runtime:load_openvino",
+            runtime_module="openvino",
+            kernels="qatkit.export.openvino_runtime:openvino_kernels",
+            rounding="qatkit.export.openvino_rounding:with_openvino_rounding",
+            beside=(".bin",),
         ),
         ExportFormat(
             name="dense",

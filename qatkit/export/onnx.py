@@ -34,7 +34,7 @@ from qatkit.export.qdq import is_signed_byte, to_qdq
 from qatkit.export.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer_kernel, qdq_class
 from qatkit.export.qdq_nodes import DYNAMIC
 from qatkit.export.qdq_parts import EXPLICIT, QDQMultiheadAttention, part_layers, to_explicit
-from qatkit.export.runtime import load_runtime
+from qatkit.export.runtime import Runtime, load_runtime, open_session
 from qatkit.export.saturation import SaturationCheck, saturates
 from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.parts import QATParts
@@ -82,7 +82,8 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
         failures = compared.failures + unknown_inputs(model, runtime.inputs)
         if not (saturates() and compared.at_risk):
             return ReadBack(compared.weights, failures, runtime)
-        checked = SaturationCheck(runtime, path, compared.at_risk)
+        exact = open_session(path, threads, entries={"session.x64quantprecision": "1"})
+        checked = SaturationCheck(runtime, Runtime(exact, threads), compared.at_risk)
         return ReadBack(compared.weights, failures, checked, checked.failures)
     except QatkitError as error:
         return ReadBack(compared.weights, [*compared.failures, str(error)], None)
@@ -147,6 +148,18 @@ def export_onnx(
         True
     """
     FORMATS["onnx"].check_packages()
+    write_graph(model, example, Path(path), task, target)
+
+
+def write_graph(
+    model: nn.Module,
+    example: Any,
+    path: Path,
+    task: Task | str | None = None,
+    target: str | None = None,
+    format: str = "onnx",
+) -> None:
+    """Write the file of `export_onnx` for a format that is made from it, whose targets a warning recommends."""
     check(model, PlannedExport.of(model))  # reject everything before the first copy
     inputs = inputs_of(model, example, TASKS.row(task, "task") if isinstance(task, str) else task)
     for name, layer in [*qat_layers(model), *part_layers(model)]:
@@ -159,7 +172,7 @@ def export_onnx(
     specs = layer_specs(plain)
     unsigned = target is None or not TARGETS.row(target, "target").wide_sums
     if unsigned:
-        _warn_of_unsigned(plain)
+        _warn_of_unsigned(plain, format)
     for name, layer in qat_layers(plain):
         to_qdq(name, layer, unsigned)
     to_qdq_points(plain)
@@ -167,7 +180,7 @@ def export_onnx(
     program = trace(plain, inputs, opset=21 if grouped else 20)
     name_after_layers(program.model, plain)
     name_points(program.model, plain)
-    with atomic_path(Path(path)) as temporary:
+    with atomic_path(path) as temporary:
         save(program, specs, temporary)
 
 
@@ -242,7 +255,7 @@ def _check_ready(name: str, layer: QATLayer) -> None:
             )
 
 
-def _warn_of_unsigned(model: nn.Module) -> None:
+def _warn_of_unsigned(model: nn.Module, format: str) -> None:
     """Say that 8-bit weights with quantized inputs get slower kernels."""
     slow = [
         name
@@ -254,12 +267,15 @@ def _warn_of_unsigned(model: nn.Module) -> None:
     ]
     if slow:
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        rows = [row for row in TARGETS.values() if row.format == format]
+        portable = next(row.name for row in rows if not row.wide_sums)
+        wide = " or ".join(row.name for row in rows if row.wide_sums)
         warnings.warn(
             f"layer '{slow[0]}'{more}: 8-bit weights are stored as unsigned, which is exact on every processor but can "
-            "be several times slower than signed. Use target: onnxruntime (7 bits, fast everywhere), or target: "
-            "onnxruntime-vnni or onnxruntime-arm for a processor that adds in 32 bits",
+            f"be several times slower than signed. Use target: {portable} (7 bits, fast everywhere), or target: {wide} "
+            "for a processor that adds in 32 bits",
             QatkitWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

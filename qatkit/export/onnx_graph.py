@@ -96,7 +96,7 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
         f"the exported file fixes {' and '.join(fixed)} to the sizes in the example, because PyTorch cannot export the "
         f"model with dynamic sizes: {problem}",
         QatkitWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return _named(program, found)
 

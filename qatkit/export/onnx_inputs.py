@@ -89,7 +89,7 @@ def _batch_size(tensors: dict[str, Tensor]) -> int:
             f"the batch of the example is {batch}, so the first dimension of {', '.join(others)} has a fixed size in "
             "the exported file",
             QatkitWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return batch
 

@@ -35,14 +35,19 @@ def points_of(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def name_points(graph_model: Any, model: nn.Module) -> None:
-    """Name the constants of output quantizers ``{module}.{part}.scale`` and ``.zero_point``."""
+    """Name the constants of output quantizers ``{module}.{part}.scale`` and ``.zero_point``.
+
+    A shared quantizer has its first name, as in `points_of`, because tracing uses a different one.
+    """
     initializers = graph_model.graph.initializers
+    first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for part in point_parts(module):
             prefix = f"{name}.{part}".removeprefix(".")
+            named = first.setdefault(id(module._modules[part + SUFFIX]), prefix)
             for key in ("scale", "zero_point"):
                 if (value := initializers.pop(f"{prefix}{SUFFIX}.{key}", None)) is not None:
-                    value.name = f"{prefix}.{key}"
+                    value.name = f"{named}.{key}"
                     initializers[value.name] = value
 
 

@@ -55,9 +55,14 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
     import onnx
 
     try:
-        file = _File(onnx.load(path))
+        file = OnnxFile(onnx.load(path))
     except Exception as error:  # protobuf's and onnx's exceptions share no base class
         return Comparison(0, [f"{path.name} is not an ONNX file: {error}"], [])
+    return compare_file(model, file)
+
+
+def compare_file(model: nn.Module, file: OnnxFile) -> Comparison:
+    """Compare the constants of a file that has been read to the model's; see `compare_onnx_weights`."""
     compared, names = 0, set()
     integer: dict[str, np.ndarray[Any, Any]] = {}
     failures: list[str] = []
@@ -88,7 +93,7 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
     return Comparison(compared, failures, layers_at_risk(integer))
 
 
-class _File:
+class OnnxFile:
     """The constants of an ONNX file, and its nodes that quantize and decode, by the tensors that they read."""
 
     def __init__(self, proto: Any) -> None:
@@ -98,6 +103,7 @@ class _File:
         self.tensors: dict[str, np.ndarray[Any, Any]] = {
             tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer
         }
+        self.outputs = {value.name for value in proto.graph.output}
         self.decoders = decoding_nodes(proto.graph, self.tensors)
         self.encoders = {tuple(node.input)[1:] for node in all_nodes(proto.graph) if node.op_type == "QuantizeLinear"}
 
@@ -172,12 +178,11 @@ class _File:
         """
         if any(key.endswith("running_var") for key, _ in model.named_buffers()):
             return []
-        outputs = {value.name for value in self.proto.graph.output}
         quantized = tuple(f"{name}." for name, _ in qat_layers(model) if name)
         return [
             failure
             for key, tensor in model.named_parameters(remove_duplicate=False)
-            if key in self.tensors and key not in outputs and not key.startswith(quantized)
+            if key in self.tensors and key not in self.outputs and not key.startswith(quantized)
             if self.tensors[key].shape == tuple(tensor.shape) and tensor.dtype != torch.bfloat16
             for failure in _differences(f"parameter '{key}'", self.tensors[key], tensor)
         ]

@@ -108,7 +108,7 @@ def compare_outputs(
         failures: The list to which differences are added.
         judges: Two judges: one for the trained model, and one for the runtime.
         forward: Calls a model on a batch.
-        precise: The trained model in float64, from `with_rounding`; None if the effect of rounding is not measured.
+        precise: The trained model in float64, with the runtime's rounding; None if its effect is not measured.
 
     Raises:
         QatkitError: there are no batches.

@@ -106,7 +106,7 @@ def _integer_bias(name: str, bias: Tensor, weight: Codes, quantizer: InputQuanti
             f"{int(too_large.nonzero()[0])}: bias {float(bias[too_large][0]):.3g}), so the bias is added in floating "
             "point after the layer; the results are the same, but a convolution runs without integer kernels",
             QatkitWarning,
-            stacklevel=5,  # past torch.no_grad's wrapper
+            stacklevel=6,  # past torch.no_grad's wrapper
         )
         return bias
     return Codes(values.to(torch.int32), scale)

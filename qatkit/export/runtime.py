@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,7 @@ class Runtime:
         Raises:
             QatkitError: an input is missing, has another dtype or size than in the file, or is not in the file.
         """
-        given = dict(zip(self.inputs, args, strict=False)) | kwargs
-        tensors = {name: value for name, value in given.items() if value is not None}
-        if len(args) > len(self.inputs) or tensors.keys() != set(self.inputs):
-            raise QatkitError(
-                f"the exported model expects {', '.join(self.inputs)}, but {', '.join(tensors) or 'nothing'} was passed"
-                + (f" in {len(args)} positional arguments" if len(args) > len(self.inputs) else ""),
-                advice="pass the inputs of the example that the model was exported with",
-            )
+        tensors = named_inputs(self.inputs, args, kwargs)
         try:
             computed = self._session.run(None, {name: value.detach().cpu().numpy() for name, value in tensors.items()})
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -84,6 +78,25 @@ class Runtime:
             ) from error
         flat = dict(zip(self._outputs, map(torch.from_numpy, computed), strict=True))
         return flat[ONLY_OUTPUT] if self._single else nested(flat)
+
+
+def named_inputs(
+    names: Sequence[str], args: Sequence[Tensor], kwargs: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Return the inputs of a loaded file by name, for a call with the model's own arguments.
+
+    Raises:
+        QatkitError: an input is missing, or is not in the file.
+    """
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    tensors = {name: value for name, value in given.items() if value is not None}
+    if len(args) > len(names) or tensors.keys() != set(names):
+        raise QatkitError(
+            f"the exported model expects {', '.join(names)}, but {', '.join(tensors) or 'nothing'} was passed"
+            + (f" in {len(args)} positional arguments" if len(args) > len(names) else ""),
+            advice="pass the inputs of the example that the model was exported with",
+        )
+    return tensors
 
 
 @dataclass(frozen=True)

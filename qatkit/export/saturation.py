@@ -8,6 +8,7 @@ clipped. 7-bit weights never overflow, and unsigned weights use exact kernels.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from qatkit.export.output_tensors import distances
-from qatkit.export.runtime import Runtime, open_session
 
 _LARGEST_PAIR = 32767 // 255
+EXACT_OPTION = "the session option session.x64quantprecision=1"
+"""ONNX Runtime's option for exact kernels, in the words of an error."""
 
 
 def saturates() -> bool:
@@ -56,13 +58,15 @@ class SaturationCheck:
 
     Args:
         runtime: The default session.
-        path: The file.
+        exact: The session with exact kernels.
         layers: Names of the layers whose kernels may saturate.
+        option: How to open a session with exact kernels.
     """
 
-    def __init__(self, runtime: Runtime, path: Path, layers: list[str]) -> None:
-        exact = open_session(path, runtime.threads, entries={"session.x64quantprecision": "1"})
-        self._runtime, self._exact, self._layers = runtime, Runtime(exact, runtime.threads), layers
+    def __init__(
+        self, runtime: Callable[..., Any], exact: Callable[..., Any], layers: list[str], option: str = EXACT_OPTION
+    ) -> None:
+        self._runtime, self._exact, self._layers, self._option = runtime, exact, layers, option
         self._largest = 0.0
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
@@ -83,6 +87,5 @@ class SaturationCheck:
             "outputs: this processor's 8-bit kernels saturate for the signed 8-bit weights of "
             f"{named}{more} (x86 without VNNI): a default session differs from exact kernels by up to "
             f"{self._largest:.3g}. Train with weight: {{num_bits: 7}}, which cannot saturate; export again, which "
-            "writes 8-bit weights as unsigned and is exact but slower; or serve the file with the session option "
-            "session.x64quantprecision=1"
+            f"writes 8-bit weights as unsigned and is exact but slower; or serve the file with {self._option}"
         ]

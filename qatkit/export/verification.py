@@ -21,7 +21,6 @@ from qatkit.export.formats import format_of_path
 from qatkit.export.interface import Bound, Measured, ReadBack
 from qatkit.export.judges import Judge, MetricJudge, TaskJudge
 from qatkit.export.outputs import Forward, Output, Outputs, compare_outputs
-from qatkit.export.rounding import with_rounding
 from qatkit.quantization.prepare import fake_quantizers, quantized_weights, strip_qat
 from qatkit.tasks import TASKS, Task, call
 
@@ -137,7 +136,7 @@ def verify(
     strip_qat(floating)
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
     quantizes_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
-    precise = with_rounding(trained) if row.other_sums and quantizes_inputs else None
+    precise = row.call("rounding", trained) if row.rounding and quantizes_inputs else None
     file: ReadBack = row.call("read_back", trained, path, threads)
     failures = list(file.failures)
     outputs = compare_outputs(

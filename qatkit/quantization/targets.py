@@ -29,6 +29,10 @@ class Target:
     """Default quantization of layer inputs, and of the tensors that the runtime's integer kernels read or write."""
     wide_sums: bool = False
     """Whether the processor adds signed 8-bit products in 32 bits, so that they cannot saturate."""
+    float_outputs: bool = False
+    """Whether integer convolutions may return floating-point values. Activation functions and a residual addition are
+    then computed on these values, before they are rounded.
+    """
 
 
 TARGETS = Table(
@@ -49,6 +53,15 @@ TARGETS = Table(
             "onnx", _WEIGHT7, _BATCH,
         ),
         Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT, wide_sums=True),
+        Target(
+            "openvino",
+            "OpenVINO on any x86 CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
+            "openvino", _WEIGHT7, _INPUT, float_outputs=True,
+        ),
+        Target(
+            "openvino-vnni", "OpenVINO on x86 with VNNI or AMX: weights have 8 bits", "openvino", _WEIGHT8, _INPUT,
+            wide_sums=True, float_outputs=True,
+        ),
     ],
 )  # fmt: skip
 

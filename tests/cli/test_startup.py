@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 HEAVY = {
-    "torch", "lightning", "transformers", "peft", "datasets", "wandb", "bitsandbytes", "onnx", "onnxruntime", "torchao",
-    "matplotlib",
+    "torch", "lightning", "transformers", "peft", "datasets", "wandb", "bitsandbytes", "onnx", "onnxruntime",
+    "openvino", "torchao", "matplotlib",
 }  # fmt: skip
 SCRIPT = """
 import sys

@@ -19,7 +19,11 @@ from qatkit.spec import QuantSpec
 
 
 def fold_and_find(
-    model: nn.Module, forward: Callable[[], object], schemes: Mapping[str, Scheme], activation: QuantSpec
+    model: nn.Module,
+    forward: Callable[[], object],
+    schemes: Mapping[str, Scheme],
+    activation: QuantSpec,
+    float_outputs: bool = False,
 ) -> tuple[list[Fold], Placement]:
     """Fold BatchNorm in place, and return the folded pairs and the outputs to quantize.
 
@@ -31,12 +35,13 @@ def fold_and_find(
         schemes: The planned quantization by layer name.
         activation: Quantization of the outputs. Layers whose input has a different quantization are not counted as
             readers.
+        float_outputs: See `qatkit.quantization.targets.Target`.
     """
     layers = [name for name, each in schemes.items() if each.weight is not None and each.activation == activation]
     recording = record(model, forward)
     if folds := fold_batchnorm(model):
         recording = record(model, forward)
-    return folds, decide(recording, layers, activation)
+    return folds, decide(recording, layers, activation, float_outputs)
 
 
 def prepare_for_target(
@@ -87,7 +92,8 @@ def prepare_for_target(
     if how[1].dynamic:
         fold_batchnorm(model)
         return prepare_qat(model, *how)
-    placement = fold_and_find(model, lambda: call(model, example), select(model, *how), how[1])[1]
+    schemes = select(model, *how)
+    placement = fold_and_find(model, lambda: call(model, example), schemes, how[1], row.float_outputs)[1]
     names = prepare_qat(model, *how)
     place(model, placement)
     return names

@@ -1,17 +1,30 @@
-"""Rules that select the outputs to quantize so that ONNX Runtime computes with integers.
+"""Rules that select the outputs to quantize so that ONNX Runtime or OpenVINO computes with integers.
 
 A convolution runs in integers only if its output is also quantized. An addition, multiplication, concatenation or
 pooling runs in integers only if all its inputs and its output are quantized. Every output has one quantizer, after the
 ReLU that is fused into the integer kernel, and all its readers share the scale. A linear layer computes in integers and
 returns floating-point values. Its output therefore stays unquantized, and so do additions that read such an output,
 such as the residual stream of a transformer.
+
+OpenVINO's convolutions may return floating-point values (`float_outputs`). It computes the activation function that
+follows, and one residual addition, inside the convolution's kernel, and skips the rounding before that addition. So the
+operand that the convolution makes is not quantized there, and other outputs only if integers are needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from qatkit.quantization.placement.operations import ACTIVATION, CONV, INTEGER, LINEAR, RELU, RESIZE, SAME  # fmt: skip
+from qatkit.quantization.placement.operations import (
+    ACTIVATION,
+    ADD,
+    CONV,
+    INTEGER,
+    LINEAR,
+    RELU,
+    RESIZE,
+    SAME,
+)
 from qatkit.quantization.placement.points import INPUTS, OUTPUT, Placement, Point
 from qatkit.quantization.placement.recorder import Call, Recording
 from qatkit.spec import QuantSpec
@@ -21,21 +34,23 @@ Place = tuple[str, str]
 _KEEPS = (SAME, RESIZE)
 
 
-def decide(recording: Recording, layers: Iterable[str], spec: QuantSpec) -> Placement:
+def decide(recording: Recording, layers: Iterable[str], spec: QuantSpec, float_outputs: bool = False) -> Placement:
     """Return the outputs to quantize in addition to layer inputs.
 
     Args:
         recording: One forward pass of the model.
         layers: Names of the layers whose weights and inputs will be quantized.
         spec: Quantization of the outputs, with ``strategy: tensor``.
+        float_outputs: See `qatkit.quantization.targets.Target`.
     """
-    return _Rules(recording, set(layers)).placement(spec)
+    return _Rules(recording, set(layers), float_outputs).placement(spec)
 
 
 class _Rules:
-    def __init__(self, recording: Recording, layers: set[str]) -> None:
+    def __init__(self, recording: Recording, layers: set[str], float_outputs: bool) -> None:
         self.recording = recording
         self.layers = layers
+        self.float_outputs = float_outputs
         self.source = recording.calls[0]
         self._resized = {call for call in recording.calls if call.kind == RESIZE}  # values that may be interpolated
         self._able: dict[Call, bool] = {}
@@ -44,6 +59,12 @@ class _Rules:
         self._needed: dict[Call, bool] = {}
         for call in reversed(recording.calls):
             self._needed[call] = any(self._needs(user) for user in _users(call))
+        self._unrounded = {
+            part
+            for call in recording.calls
+            if float_outputs and call.kind == ADD and self._able[call] and self._needed[call]
+            for part in self._fused_operand(call)
+        }
 
     def placement(self, spec: QuantSpec) -> Placement:
         points: dict[Call, Place] = {}
@@ -92,18 +113,35 @@ class _Rules:
         """Whether a call reads codes: then the result that it reads has to be quantized."""
         if user.kind in (CONV, LINEAR):
             return user.module in self.layers
-        return self._able[user] and (user.kind == ACTIVATION or (user.kind in (RELU, *INTEGER) and self._needed[user]))
+        if user.kind == ACTIVATION:
+            return self._able[user] and not self.float_outputs
+        return self._able[user] and user.kind in (RELU, *INTEGER) and self._needed[user]
 
     def _is_quantized(self, call: Call) -> bool:
-        if not self._able[call] or call.kind in _KEEPS:
+        if not self._able[call] or call.kind in _KEEPS or call in self._unrounded:
             return False
         if call.kind == ACTIVATION:  # in floating point: layers that read it quantize their input
             return any(user.kind in INTEGER and self._needs(user) for user in _users(call))
         if call.kind == RELU:
-            return self._needed[call] or any(self._origin(each).kind == CONV for each in call.inputs)
+            after_conv = any(self._origin(each).kind == CONV for each in call.inputs)
+            return self._needed[call] or (after_conv and not self.float_outputs)
         users = list(_users(call))
         absorbed = len(users) == 1 == len(call.users) and users[0].kind == RELU and self._place(users[0]) is not None
-        return not absorbed and (call.kind == CONV or self._needed[call])
+        return not absorbed and (self._needed[call] or (call.kind == CONV and not self.float_outputs))
+
+    def _fused_operand(self, add: Call) -> list[Call]:
+        """Return the calls that make one operand of an addition: a convolution and its activation function.
+
+        The addition is fused into the convolution if nothing else reads the operand. If both operands qualify, it is
+        fused into the one that is not quantized.
+        """
+        for operand in reversed(add.inputs):
+            calls = [operand]
+            while len(calls[-1].users) == 1 and calls[-1].kind in (SAME, RELU, ACTIVATION) and calls[-1].inputs:
+                calls.append(calls[-1].inputs[0])
+            if len(calls[-1].users) == 1 and calls[-1].kind == CONV:
+                return calls
+        return []
 
     def _place(self, call: Call) -> Place | None:
         """Return the module and the part of it that can quantize the result, or None if none can."""
