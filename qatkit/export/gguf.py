@@ -7,10 +7,12 @@ tensors are stored without loss.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from qatkit.errors import QatkitError, did_you_mean
 from qatkit.export.dense import check as check_tied
 from qatkit.export.formats import FORMATS
 from qatkit.export.gguf_architectures import INSTEAD, architecture_of
-from qatkit.export.gguf_packing import block_type_of, nearest_type
+from qatkit.export.gguf_packing import BlockType, block_type_of, nearest_type
 from qatkit.export.gguf_read_back import compare_and_load
 from qatkit.export.gguf_tensors import file_metadata, stored_tensors
 from qatkit.export.gguf_tokenizer import tokenizer_metadata
@@ -77,8 +79,12 @@ def _misfit(spec: QuantSpec) -> tuple[str, str]:
     differences = nearest.differences(spec)
     seen = ", ".join(f"{name}: {_yaml(value)}" for name in differences if (value := getattr(spec, name)) is not None)
     needed = ", ".join(f"{name}: {_yaml(getattr(nearest.spec, name))}" for name in differences)
-    named = f"scheme: {nearest.name}, or " if nearest.name in SCHEMES else ""
-    return f"no GGUF type stores weights with {seen}", f"set {named}weight: {{{needed}}} ({nearest.name})"
+    named = next(name for name, known in SCHEMES.items() if known == Scheme(known.weight) and _fits(known, nearest))
+    return f"no GGUF type stores weights with {seen}", f"set scheme: {named}, or weight: {{{needed}}} ({nearest.name})"
+
+
+def _fits(known: Scheme, block: BlockType) -> bool:
+    return known.weight is not None and not block.differences(known.weight)
 
 
 def _yaml(value: Any) -> str:
@@ -136,6 +142,7 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None, pooli
     metadata = file_metadata(model, tensors) | tokenizer_metadata(
         tokenizer, len(cast(Any, model).get_input_embeddings().weight)
     )
+    metadata["general.name"] = _name(model, metadata)
     if metadata["general.architecture"] == "bert":
         metadata["bert.pooling_type"] = _pooling_type(pooling)
     with atomic_path(Path(path)) as temporary:
@@ -144,12 +151,24 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None, pooli
             if key != "general.architecture":  # the writer adds it
                 _ADD[type(value)](writer, key, value)
         for tensor in tensors:
-            data, kind = tensor.data(), gguf.GGMLQuantizationType[tensor.type]
-            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+            kind = gguf.GGMLQuantizationType[tensor.type]
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), math.prod(shape), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:  # one at a time, so that a file may be larger than the free memory
+            writer.write_tensor_data(tensor.data())
         writer.close()
+
+
+def _name(model: nn.Module, metadata: Mapping[str, Any]) -> str:
+    """The name of the model. llama.cpp looks up tokens of Phi-3 in the vocabulary of a model with "phi3" in its name,
+    which that of Phi-4 does not have.
+    """
+    name = type(model).__name__
+    tokens = {"</s>", "<s>", "<unk>", "<|endoftext|>"}
+    return name if tokens <= set(metadata.get("tokenizer.ggml.tokens", ())) else name.replace("Phi3", "Phi")
 
 
 def _pooling_type(pooling: str) -> int:

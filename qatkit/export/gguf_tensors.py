@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,8 @@ from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.state import quantizer_prefixes
 
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Types of unquantized tensors, the smallest first."""
 _FLOAT32 = ("position_embd.weight", "token_types.weight")
 """Matrices that llama.cpp adds to others, which it does only in float32."""
 
@@ -53,6 +56,12 @@ class Stored:
         return None if self.layer is None else self.layer.weight_fake_quant
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the file."""
+        shape = tuple(self.tensor.shape)
+        return shape[::-1] if self.transposed else shape
+
+    @cached_property
     def type(self) -> str:
         """The name of the tensor's type in GGUF.
 
@@ -64,8 +73,8 @@ class Stored:
         value = self.values()
         if value.dim() < 2 or self.name in _FLOAT32:
             return "F32"
-        halves = {"F16": torch.float16, "BF16": torch.bfloat16}
-        return next((name for name, dtype in halves.items() if torch.equal(value.to(dtype).float(), value)), "F32")
+        exact = (name for name, dtype in _DTYPES.items() if torch.equal(value.to(dtype).float(), value))
+        return next(exact, "F32")  # NaN equals nothing
 
     @property
     def _block_type(self) -> BlockType:
@@ -100,14 +109,12 @@ class Stored:
         return None if self.quantizer is None else self._arranged(self._coded()[1].cpu())
 
     def data(self) -> Array:
-        """Return the array that the file stores: bytes, float16 or float32."""
+        """Return the bytes that the file stores, ``[..., bytes of a row]``."""
         if self.quantizer is not None:
             packed = self._block_type.pack(*(part.cpu().numpy() for part in self._coded()))
-            return self._arranged(torch.from_numpy(packed)).numpy()
-        values = self.values()
-        if self.type == "BF16":  # NumPy has no such type
-            return values.bfloat16().contiguous().view(torch.uint8).numpy()
-        return values.contiguous().numpy().astype({"F16": np.float16, "F32": np.float32}[self.type])
+            return np.ascontiguousarray(self._arranged(torch.from_numpy(packed)).numpy())
+        values = self.values().to(_DTYPES[self.type]).contiguous()
+        return values.view(torch.uint8).numpy()
 
 
 def stored_tensors(model: nn.Module) -> list[Stored]:
@@ -154,16 +161,18 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
-    """Return the metadata of a model's file by key, except that of the tokenizer."""
+    """Return the metadata of a model's file by key, except its name and its tokenizer."""
     import gguf
 
     row, config = architecture_of(model), cast(Any, model.config)
-    types = Counter(tensor.type for tensor in tensors if tensor.quantizer is not None)
-    most = types.most_common(1)[0][0] if types else "F32"
-    kind = getattr(gguf.LlamaFileType, f"MOSTLY_{most}", gguf.LlamaFileType.ALL_F32)
+    quantized = [tensor for tensor in tensors if tensor.quantizer is not None]
+    sizes = Counter[str]()
+    for tensor in quantized or tensors:
+        sizes[tensor.type] += tensor.tensor.numel()
+    most = sizes.most_common(1)[0][0]
+    kind = gguf.LlamaFileType[{"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(most, f"MOSTLY_{most}")]
     return {
         "general.architecture": row.gguf,
-        "general.name": type(model).__name__,
         "general.file_type": int(kind),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **row.metadata(config),

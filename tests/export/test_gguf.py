@@ -184,9 +184,10 @@ def test_matrices_whose_values_fit_are_stored_in_half_precision(dtype: torch.dty
             r".*with scale_dtype: float32, scale_rule: qmax; set scheme: Q4_1, or weight: "
             r"\{scale_dtype: float16, scale_rule: minimum\} \(Q4_1\)",
         ),
+        (spec("NVFP4A16"), r".*; set scheme: MXFP4A16, or weight: \{group_size: 32, scale_dtype: float8_e8m0fnu\}"),
         (spec("Q8_0", symmetric=False), r".*with symmetric: false; set scheme: Q8_0, or weight: \{symmetric: true\}"),
     ],
-    ids=["group 128", "channel", "3 bits", "zero points", "8-bit zero points"],
+    ids=["group 128", "channel", "3 bits", "zero points", "NVFP4", "8-bit zero points"],
 )
 def test_a_scheme_that_no_type_stores_is_refused_with_the_keys_that_fit(weight: QuantSpec, message: str) -> None:
     model = llama(300, 128, 1, 2, 1, 128, 32)
