@@ -86,7 +86,9 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
     if slower:
         kernels = asdict(measured.kernels[last])
         floating = float_words(kernels) if kernels["floating"] else "none"
-        lines.append(f"products in floating point: {floating}; {measured.coverage}")
+        packed = ", ".join(f"{count} {kind}" for kind, count in kernels["weight_only"].items())
+        weight_only = f"with packed weights and floating-point inputs: {packed}; " if packed else ""
+        lines.append(f"products in floating point: {floating}; {weight_only}{measured.coverage}")
     return lines
 
 

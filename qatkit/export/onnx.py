@@ -8,8 +8,10 @@ be unsigned after a ReLU (`symmetric: false`), and the layer after a convolution
 
 Tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_point``, ``{layer}.input.scale``,
 ``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). A layer with
-multiple weights has such tensors for each of them: ``{layer}.q_proj.weight.codes``. Codes of 2 to 8 bits are all stored
-in 8 bits. Per-group weights are exact but run in floating point.
+multiple weights has such tensors for each of them: ``{layer}.q_proj.weight.codes``.
+
+Weight-only layers are decoded once, when the file is loaded (`qatkit.export.onnx_constants`), or packed
+(`qatkit.export.packed`). There, codes of at most 4 bits take 4 bits; all others take a byte.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -30,10 +32,12 @@ from qatkit.export.onnx_graph import name_after_layers, save, trace
 from qatkit.export.onnx_inputs import inputs_of, unknown_inputs
 from qatkit.export.onnx_points import name_points, to_qdq_points
 from qatkit.export.onnx_weights import compare_onnx_weights
+from qatkit.export.packed import packing_of, scheme_of, to_packed
 from qatkit.export.qdq import is_signed_byte, to_qdq
 from qatkit.export.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer_kernel, qdq_class
 from qatkit.export.qdq_nodes import DYNAMIC
 from qatkit.export.qdq_parts import EXPLICIT, QDQMultiheadAttention, part_layers, to_explicit
+from qatkit.export.qdq_recurrent import QDQRecurrent
 from qatkit.export.runtime import Runtime, load_runtime, open_session
 from qatkit.export.saturation import SaturationCheck, saturates
 from qatkit.quantization.layers import QATLayer, swap_of
@@ -158,8 +162,13 @@ def write_graph(
     task: Task | str | None = None,
     target: str | None = None,
     format: str = "onnx",
+    packs: bool = True,
 ) -> None:
-    """Write the file of `export_onnx` for a format that is made from it, whose targets a warning recommends."""
+    """Write the file of `export_onnx` for a format that is made from it, whose targets a warning recommends.
+
+    Unless `packs`, no weight is packed (`qatkit.export.packed`): a runtime may have kernels for the nodes of
+    `qatkit.export.onnx_constants`.
+    """
     check(model, PlannedExport.of(model))  # reject everything before the first copy
     inputs = inputs_of(model, example, TASKS.row(task, "task") if isinstance(task, str) else task)
     for name, layer in [*qat_layers(model), *part_layers(model)]:
@@ -170,14 +179,19 @@ def write_graph(
         config.use_cache = False  # the cache of keys and values is an output that no file holds
     to_explicit(plain)
     specs = layer_specs(plain)
+    schemes = {name: scheme_of(layer) for name, layer in qat_layers(plain)}
+    inside = {layer for module in plain.modules() if isinstance(module, QDQRecurrent) for layer in module.children()}
     unsigned = target is None or not TARGETS.row(target, "target").wide_sums
     if unsigned:
         _warn_of_unsigned(plain, format)
     for name, layer in qat_layers(plain):
-        to_qdq(name, layer, unsigned)
+        packing = packing_of(type(layer), layer.matrix.shape[1], schemes[name])
+        if packing is None or layer in inside or not packs:
+            to_qdq(name, layer, unsigned)
+        else:
+            to_packed(layer, packing)
     to_qdq_points(plain)
-    grouped = any(layer_spec.get("weight", {}).get("group_size") for layer_spec in cast(Any, specs).values())
-    program = trace(plain, inputs, opset=21 if grouped else 20)
+    program = trace(plain, inputs, opset=21 if any(map(_needs_opset_21, schemes.values())) else 20)
     name_after_layers(program.model, plain)
     name_points(program.model, plain)
     with atomic_path(path) as temporary:
@@ -216,6 +230,14 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
                 f"layer '{name}': ONNX integer QDQ does not support {role} quantization with {_words(spec)}",
                 advice="set type: int with strategy tensor, channel or group, or choose another format",
             )
+
+
+def _needs_opset_21(scheme: Scheme) -> bool:
+    """Whether the weight is decoded per group, or stored in 4 bits."""
+    weight = scheme.weight
+    return weight is not None and (
+        weight.group_size is not None or (scheme.activation is None and weight.num_bits <= 4)
+    )
 
 
 def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, spec: QuantSpec) -> None:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.export import packed
 from qatkit.export.onnx_constants import decode_when_loaded
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
 from qatkit.export.onnx_recurrent import BIAS, name_steps, recurrent_translations
 from qatkit.export.output_tensors import kinds, tensors
+from qatkit.export.packed import PACKED
 from qatkit.export.qdq_layers import QDQ
 from qatkit.export.runtime import NAMED, ONLY_OUTPUT
 from qatkit.spec import QuantSpec
@@ -56,6 +58,7 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
         ops.dequantize_linear.default: dequantize_linear,
         ops.dynamic_quantize_linear.default: dynamic_quantize_linear,
         **recurrent_translations(op),
+        **packed.translations(),
     }
 
 
@@ -180,7 +183,7 @@ def name_after_layers(graph_model: Any, model: nn.Module) -> None:
     first = {id(layer): name for name, layer in model.named_modules()}
     initializers = graph_model.graph.initializers
     for alias, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, tuple(QDQ.values())) and first[id(layer)] != alias:
+        if isinstance(layer, (*QDQ.values(), *PACKED.values())) and first[id(layer)] != alias:
             for key in [key for key in initializers if key.startswith(f"{alias}.")]:
                 value = initializers.pop(key)
                 value.name = f"{first[id(layer)]}.{key.removeprefix(f'{alias}.')}"
@@ -241,12 +244,12 @@ def _compact(specs: dict[str, Any]) -> dict[str, Any]:
     return {"specs": distinct, "layers": layers}
 
 
-def _weights_alone(specs: dict[str, Any]) -> set[str]:
-    """Names of the codes of layers whose weight is quantized, not in groups, and whose input is not."""
+def _weights_alone(specs: dict[str, Any]) -> dict[str, QuantSpec]:
+    """The quantization of weights whose layer's input is not quantized, by the name of the codes."""
     return {
-        f"{name}.weight.codes".removeprefix(".")
+        f"{name}.weight.codes".removeprefix("."): QuantSpec(**parts["weight"])
         for name, parts in specs.items()
-        if "weight" in parts and "input" not in parts and parts["weight"]["group_size"] is None
+        if "weight" in parts and "input" not in parts
     }
 
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qatkit.export.differences import differences
 from qatkit.export.onnx_constants import all_nodes, decoding_nodes
+from qatkit.export.onnx_packed import check_packed, packed_readers
 from qatkit.export.onnx_points import points_of
 from qatkit.export.onnx_recurrent import BIAS
 from qatkit.export.qdq_parts import EXPLICIT, part_layers
@@ -104,10 +106,13 @@ class OnnxFile:
             tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer
         }
         self.outputs = {value.name for value in proto.graph.output}
+        self.packed = packed_readers(proto)
         self.decoders = decoding_nodes(proto.graph, self.tensors)
         self.encoders = {tuple(node.input)[1:] for node in all_nodes(proto.graph) if node.op_type == "QuantizeLinear"}
 
     def check_weight(self, name: str, prefix: str, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
+        if nodes := self.packed.get(f"{prefix}weight.codes"):
+            return check_packed(self.proto, nodes, name, layer, fake_quant)
         spec = fake_quant.spec
         matrix = layer.matrix  # [out, in, ...], as in the file
         scale, zero_point = fake_quant.qparams(matrix)
@@ -137,7 +142,7 @@ class OnnxFile:
             decoded = self._decode(keys)
         except Exception as error:  # onnxruntime's exceptions share no base class
             return [*failures, f"layer '{name}': the runtime cannot decode the weight: {error}"]
-        return failures + _differences(f"layer '{name}': weights as the runtime decodes them", decoded, used)
+        return failures + differences(f"layer '{name}': weights as the runtime decodes them", decoded, used)
 
     def check_quantizer(self, what: str, prefix: str, fake_quant: FakeQuantize) -> list[str]:
         scale, zero_point = fake_quant.qparams(torch.empty(0))
@@ -168,7 +173,7 @@ class OnnxFile:
             failure
             for key, bias in layer.named_parameters(prefix=name, recurse=False)
             if BIAS.search(key)
-            for failure in _differences(f"layer '{name}': {key.rpartition('.')[2]}", self.tensors.get(key), bias)
+            for failure in differences(f"layer '{name}': {key.rpartition('.')[2]}", self.tensors.get(key), bias)
         ]
 
     def check_parameters(self, model: nn.Module) -> list[str]:
@@ -184,7 +189,7 @@ class OnnxFile:
             for key, tensor in model.named_parameters(remove_duplicate=False)
             if key in self.tensors and key not in self.outputs and not key.startswith(quantized)
             if self.tensors[key].shape == tuple(tensor.shape) and tensor.dtype != torch.bfloat16
-            for failure in _differences(f"parameter '{key}'", self.tensors[key], tensor)
+            for failure in differences(f"parameter '{key}'", self.tensors[key], tensor)
         ]
 
     def check_bias(self, name: str, prefix: str, layer: QATLayer, grid: str) -> list[str]:
@@ -196,11 +201,11 @@ class OnnxFile:
         if codes is None:
             stored = self.tensors.get(f"{prefix}bias")
             if stored is not None or not self._outputs_of(prefix):
-                return _differences(what, stored if stored is None else stored.reshape(-1), bias)
+                return differences(what, stored if stored is None else stored.reshape(-1), bias)
             failures = []
             for output in self._outputs_of(prefix):  # one for every call of the layer
                 stored = self._added_to(output, bias.numel())
-                failures += _differences(what, stored if stored is None else stored.reshape(-1), bias)
+                failures += differences(what, stored if stored is None else stored.reshape(-1), bias)
             return failures
         weight_scale, input_scale = (self.tensors.get(f"{part}.scale") for part in (f"{prefix}weight", grid))
         if scale is None or weight_scale is None or input_scale is None:
@@ -208,7 +213,7 @@ class OnnxFile:
         if codes.shape != tuple(bias.shape) or codes.dtype != np.int32:
             return [f"{what}: {codes.dtype} of shape {list(codes.shape)} in the file, not int32 {list(bias.shape)}"]
         product = torch.from_numpy(np.asarray(weight_scale * input_scale)).reshape(scale.shape)
-        failures = _differences(f"{what}'s scale (weight scale x input scale)", scale, product)
+        failures = differences(f"{what}'s scale (weight scale x input scale)", scale, product)
         step = np.broadcast_to(scale.astype(np.float64), codes.shape)
         value = bias.double().numpy()
         wrong = np.abs(codes * step - value) > 2.0**-22 * np.abs(value)  # the error of two float32 roundings
@@ -250,7 +255,7 @@ class OnnxFile:
         stored = self.tensors.get(key)
         if stored is not None and stored.size == expected.numel() and not key.endswith("codes"):
             stored = stored.reshape(expected.shape)  # scales have no trailing dimensions of size 1 in ONNX
-        return _differences(what, stored, expected)
+        return differences(what, stored, expected)
 
     def _decode(self, keys: tuple[str, ...]) -> np.ndarray[Any, Any]:
         """Decode one weight with ONNX Runtime: the file's own nodes that decode it, alone in a graph.
@@ -283,20 +288,3 @@ class OnnxFile:
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LAYOUT = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
 """Operators that change the layout of a tensor, not its values."""
-
-
-def _differences(what: str, stored: np.ndarray[Any, Any] | None, expected: Tensor) -> list[str]:
-    if stored is None:
-        return [f"{what}: not in the file"]
-    if stored.shape != tuple(expected.shape):
-        return [f"{what}: shape {list(stored.shape)} in the file, {list(expected.shape)} in the model"]
-    model = expected.numpy()
-    wrong = stored.astype(np.float64) != model.astype(np.float64)
-    if not wrong.any():
-        return []
-    first = tuple(int(axis[0]) for axis in np.atleast_1d(wrong).nonzero())
-    pair = np.atleast_1d(stored)[first], np.atleast_1d(model)[first]
-    return [
-        f"{what}: {int(wrong.sum())} of {wrong.size} differ, the first at {list(first)}: "
-        f"{pair[0]} in the file, {pair[1]} in the model"
-    ]

@@ -119,7 +119,7 @@ def export_openvino(
     check(model, PlannedExport.of(model))
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
-        onnx.write_graph(model, example, graph, task, target, format="openvino")
+        onnx.write_graph(model, example, graph, task, target, format="openvino", packs=False)
         _save(read_onnx(graph), path)
 
 

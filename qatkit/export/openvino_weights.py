@@ -7,7 +7,7 @@ They are read and decoded by OpenVINO. As in `qatkit.export.onnx_weights`, const
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ class OpenVINOFile(OnnxFile):
         self.read = read
         self.outputs = {name for value in read.outputs for name in value.names}
         nodes = list(read.get_ordered_ops())
-        self.tensors = {node.get_friendly_name(): node.data for node in nodes if _kind(node) == "Constant"}
+        self.tensors = {node.get_friendly_name(): _values(node) for node in nodes if _kind(node) == "Constant"}
+        self.packed = {}
         self.decoders: dict[tuple[str, ...], list[Any]] = {}
         self.quantizers: dict[tuple[str, ...], list[Any]] = {}
         for node in nodes:
@@ -132,6 +133,15 @@ class OpenVINOFile(OnnxFile):
             if _kind(each) == "Gather":
                 each.input(1).replace_source_output(every.output(0))
         return evaluate(node)
+
+
+def _values(constant: Any) -> np.ndarray[Any, Any]:
+    """The values of a constant; OpenVINO returns two integers of 4 bits in one byte, unless they are converted."""
+    values: np.ndarray[Any, Any] = constant.data
+    if constant.get_element_type().bitwidth >= 8:
+        return values
+    signed = constant.get_element_type().get_type_name() == "i4"
+    return cast("np.ndarray[Any, Any]", constant.get_data(dtype=np.float32)).astype(np.int8 if signed else np.uint8)
 
 
 def _kind(node: Any) -> str:

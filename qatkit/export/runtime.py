@@ -25,7 +25,6 @@ _INTEGER = (
     "DynamicQuantizeMatMul",
     "MatMulInteger",
     "ConvInteger",
-    "MatMulNBits",
 )
 _FLOAT = (
     "Conv",
@@ -40,6 +39,7 @@ _FLOAT = (
     "GRU",
     "RNN",
 )
+_PACKED = "MatMulNBits"
 
 ONLY_OUTPUT = "output"
 """Name of the output of a model that returns one tensor; other outputs keep the model's names."""
@@ -109,6 +109,8 @@ class Kernels:
     """Counts of floating-point kernels, such as ``{"Conv": 1}``; empty if all matrix products are integer."""
     reasons: dict[str, list[str]] = field(default_factory=dict)
     """Layers that run in floating point, by reason, such as ``{"the input is not quantized": ["head"]}``."""
+    weight_only: dict[str, int] = field(default_factory=dict)
+    """Counts of kernels that decode packed weights and compute in floating point, such as ``{"MatMulNBits": 4}``."""
 
 
 def load_runtime(path: Path | str, threads: int | None = None) -> Runtime:
@@ -149,11 +151,19 @@ def integer_kernels(path: Path) -> Kernels:
 
         nodes = list(all_nodes(onnx.load(optimized, load_external_data=False).graph))
     counts = Counter(node.op_type for node in nodes)
+    quantizing = sum(_quantizes_input(node) for node in nodes if node.op_type == _PACKED)
+    integer = {name: counts[name] for name in _INTEGER if counts[name]}
     return Kernels(
-        integer={name: counts[name] for name in _INTEGER if counts[name]},
+        integer=integer | ({_PACKED: quantizing} if quantizing else {}),
         floating={name: counts[name] for name in _FLOAT if counts[name]},
         reasons=float_reasons(path, [node for node in nodes if node.op_type in _FLOAT]),
+        weight_only={_PACKED: counts[_PACKED] - quantizing} if counts[_PACKED] > quantizing else {},
     )
+
+
+def _quantizes_input(node: Any) -> bool:
+    """Whether a MatMulNBits node quantizes its input to 8 bits."""
+    return any(attribute.name == "accuracy_level" and attribute.i == 4 for attribute in node.attribute)
 
 
 def open_session(

@@ -110,7 +110,7 @@ def test_the_four_projections_compute_what_training_computed(
 def test_a_plain_attention_layer_with_the_decoded_weights_of_the_file_computes_the_same(
     x: Tensor, tmp_path: Path
 ) -> None:
-    path, model = tmp_path / "model.onnx", quantized(SelfAttention(), QuantSpec(4), None, {"x": x})
+    path, model = tmp_path / "model.onnx", quantized(SelfAttention(), QuantSpec(5), None, {"x": x})
     export_onnx(model, {"x": x}, path)
     file, plain = constants(path), nn.MultiheadAttention(16, 4)
 
