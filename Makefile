@@ -13,7 +13,7 @@ QUICK := $(addprefix tests/,common data distillation kernels lora pruning quanti
 .PHONY: demo demo-llm quick test slow coverage mutation oldest lint types docs bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/qatkit run vision/digits_int4 --out runs/demo
+	$(BIN)/qatkit run vision/digits_resnet --out runs/demo
 
 demo-llm: $(VENV)/.llm
 	$(BIN)/qatkit run llm/sparse24_kd_int4 --out runs/demo-llm

@@ -23,7 +23,7 @@ from qatkit.cli.main import main as qatkit
 from qatkit.common import records
 from qatkit.run import lock
 
-RECIPE = "vision/digits_int4"
+RECIPE = "vision/digits_resnet"
 
 
 class Timed:

@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 PICTURE = Path(__file__).parent.parent / "docs" / "report.png"
 WIDTH = 1200
 LIMIT = 300_000
-LAST = "Does the runtime compute what was trained?"  # the picture ends below this section
+LAST = "Does the runtime compute what training computed?"  # the picture ends below this section
 
 
 def main(run: Path) -> None:
