@@ -1,14 +1,15 @@
-"""The networks of `serve.py`, for images ``[batch, 1, 32, 32]`` of ten classes."""
+"""The networks of `serve.py`, for images of ten classes: ``[batch, 1, 32, 32]``, or 64 tokens of 8x8 pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit.models import cnn, mlp, resnet
+from qatkit.models import cnn, mlp, resnet, untrained_model
 
 
 class DenseNet(nn.Module):
@@ -85,10 +86,79 @@ def mobilenet() -> nn.Module:
     )  # fmt: skip
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "MLP": lambda: mlp(in_features=1024, hidden=(512, 512)),
-    "CNN": lambda: cnn(channels=(16, 32, 64), size=32),
-    "ResNet": lambda: resnet((16, 32, 64)),
-    "DenseNet": DenseNet,
-    "MobileNetV3": mobilenet,
+class Encoder(nn.Module):
+    """A transformer encoder with the means of its outputs as logits' input (Dosovitskiy et al., 2021)."""
+
+    def __init__(self, width: int = 128, layers: int = 3, patch: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, patch, patch)
+        self.positions = nn.Parameter(torch.zeros((32 // patch) ** 2, width))
+        block = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        logits: Tensor = self.head(self.blocks(tokens).mean(1))
+        return logits
+
+
+class RowReader(nn.Module):
+    """An LSTM that reads an image row by row."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(32, width, num_layers=2, batch_first=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.rnn(x[:, 0])[0][:, -1])
+        return logits
+
+
+class Bert(nn.Module):
+    """A BERT that reads the 64 gray levels of an 8x8 image as tokens."""
+
+    LEVELS = 17
+
+    def __init__(self) -> None:
+        super().__init__()
+        shape = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
+        fixed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
+        shape |= {"vocab_size": self.LEVELS, "num_labels": 10} | fixed
+        self.bert = untrained_model("bert", "SequenceClassification", shape)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.bert(input_ids=input_ids).logits
+        return logits
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network, how it is trained, and how qatkit quantizes it."""
+
+    build: Callable[[], nn.Module]
+    target: str | None = "onnxruntime"
+    """The target of `QuantizationAwareTraining`; None quantizes weights alone, to 8 bits."""
+    dense_steps: int = 400
+    steps: int = 100
+    lr: float = 3e-3
+    tokens: bool = False
+    """Whether it reads gray levels as tokens."""
+    integer: bool = True
+    """Whether all products, additions and poolings should run on integer kernels."""
+    deviation: float = 0.02
+    """Allowed deviation from float64, as a fraction of the quantization error; larger behind LayerNorm and softmax."""
+
+
+_TEXT = {"target": "onnxruntime-dynamic", "dense_steps": 1200, "lr": 1e-3, "integer": False, "deviation": 0.5}
+FAMILIES: dict[str, Family] = {
+    "MLP": Family(lambda: mlp(in_features=1024, hidden=(512, 512))),
+    "CNN": Family(lambda: cnn(channels=(16, 32, 64), size=32)),
+    "ResNet": Family(lambda: resnet((16, 32, 64))),
+    "DenseNet": Family(DenseNet),
+    "MobileNetV3": Family(mobilenet),
+    "ViT": Family(Encoder, **_TEXT),  # type: ignore[arg-type]
+    "BERT": Family(Bert, tokens=True, **_TEXT),  # type: ignore[arg-type]
+    "LSTM": Family(RowReader, target=None, integer=False, deviation=0.5),
 }
