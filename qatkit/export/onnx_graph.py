@@ -214,11 +214,25 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
         ClearMetadataAndDocStringPass()(model)  # source lines and paths of the exporting machine
         for value in (*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs):
             value.metadata_props.clear()
+        _shorten_names(model)
         model.producer_name = "qatkit"
         model.metadata_props["qatkit.specs"] = json.dumps(_compact(specs), separators=(",", ":"))
         proto = ir.to_proto(model)
         del proto.graph.value_info[:]  # runtimes infer shapes, and small files are smaller
         onnx.save(proto, path)
+
+
+def _shorten_names(model: Any) -> None:
+    """Give the values between QuantizeLinear and DequantizeLinear short names, which a small network's size depends on.
+
+    Layers and constants keep their names.
+    """
+    outputs = {value.name for value in model.graph.outputs}
+    nodes = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for index, node in enumerate(nodes):
+        node.name = None
+        if node.outputs[0].name not in outputs:
+            node.outputs[0].name = f"{node.op_type[0].lower()}{index}"
 
 
 def _keep_tables(node: Any) -> bool | None:
