@@ -6,6 +6,7 @@ To add a format, add a module next to this one with its four functions (check, w
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -64,7 +65,7 @@ class ExportFormat:
     Verification measures the effect if inputs are quantized. Empty if the runtime computes as PyTorch does.
     """
     beside: tuple[str, ...] = ()
-    """Suffixes of further files with the same stem that belong to the exported file."""
+    """Globs of further files that belong to the exported file, in which ``{stem}`` is its stem."""
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -84,8 +85,13 @@ class ExportFormat:
 
     def size(self, path: Path) -> int:
         """Size in bytes of an exported file with the files beside it, or of the weights in an exported folder."""
-        files = path.glob("*.safetensors") if self.is_folder else [path, *map(path.with_suffix, self.beside)]
+        files = list(path.glob("*.safetensors")) if self.is_folder else [path, *self.files_beside(path)]
         return sum(file.stat().st_size for file in files)
+
+    def files_beside(self, path: Path) -> list[Path]:
+        """Return the further files of an exported file."""
+        globs = [pattern.format(stem=glob.escape(path.stem)) for pattern in self.beside]
+        return sorted(file for pattern in globs for file in path.parent.glob(pattern))
 
     def call(self, part: str, *args: Any) -> Any:
         """Import the function that a field refers to, and call it."""
@@ -149,6 +155,7 @@ FORMATS = Table(
             runtime_module="onnxruntime",
             kernels="qatkit.export.runtime:integer_kernels",
             rounding="qatkit.export.rounding:with_rounding",
+            beside=(f"{{stem}}.{'[0-9a-f]' * 8}.onnx.data",),
         ),
         ExportFormat(
             name="openvino",
@@ -166,7 +173,7 @@ FORMATS = Table(
             runtime_module="openvino",
             kernels="qatkit.export.openvino_runtime:openvino_kernels",
             rounding="qatkit.export.openvino_rounding:with_openvino_rounding",
-            beside=(".bin",),
+            beside=("{stem}.bin",),
         ),
         ExportFormat(
             name="dense",

@@ -24,7 +24,6 @@ from typing import Any
 
 from torch import nn
 
-from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
@@ -126,7 +125,8 @@ def export_onnx(
         model: A plain float32 model, or a calibrated model prepared by `prepare_qat`.
         example: The inputs of one call: a tensor ``[batch, ...]``, a tuple of positional arguments, or a mapping of
             keyword arguments; only shapes and dtypes matter. None omits an optional input.
-        path: The output file, which is written atomically.
+        path: The output file, which is written atomically. Tensors of more than 2 GB in total are written to a file
+            next to it, such as ``model.1f2e3d4c.onnx.data``.
         task: A task of `qatkit.tasks.TASKS` or its name. It makes more dimensions dynamic: "sequence" for text,
             "height" and "width" for segmentation. By default, integers ``[batch, tokens]`` in a mapping are treated as
             text.
@@ -194,8 +194,7 @@ def write_graph(
     program = trace(plain, inputs, opset=21 if any(map(_needs_opset_21, schemes.values())) else 20)
     name_after_layers(program.model, plain)
     name_points(program.model, plain)
-    with atomic_path(path) as temporary:
-        save(program, specs, temporary)
+    save(program, specs, path)
 
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export import packed
 from qatkit.export.onnx_constants import decode_when_loaded
+from qatkit.export.onnx_external import save_model
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
 from qatkit.export.onnx_recurrent import BIAS, name_steps, recurrent_translations
@@ -191,15 +192,14 @@ def name_after_layers(graph_model: Any, model: nn.Module) -> None:
 
 
 def save(program: Any, specs: dict[str, Any], path: Path) -> None:
-    """Simplify a traced program and write it to a file.
+    """Simplify a traced program and write it to a file, atomically; large ones have a side file.
 
     Args:
         program: The program returned by `trace`.
         specs: Quantization by layer, stored in the file's metadata.
         path: The file.
     """
-    import onnx
-    from onnxscript import ir, optimizer, rewriter
+    from onnxscript import optimizer, rewriter
     from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
 
     with _quiet():
@@ -217,9 +217,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
         _shorten_names(model)
         model.producer_name = "qatkit"
         model.metadata_props["qatkit.specs"] = json.dumps(_compact(specs), separators=(",", ":"))
-        proto = ir.to_proto(model)
-        del proto.graph.value_info[:]  # runtimes infer shapes, and small files are smaller
-        onnx.save(proto, path)
+        save_model(model, path)
 
 
 def _shorten_names(model: Any) -> None:

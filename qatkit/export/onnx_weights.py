@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qatkit.export.differences import differences
 from qatkit.export.onnx_constants import all_nodes, decoding_nodes
+from qatkit.export.onnx_external import side_failures
 from qatkit.export.onnx_packed import check_packed, packed_readers
 from qatkit.export.onnx_points import points_of
 from qatkit.export.onnx_recurrent import BIAS
@@ -57,6 +58,8 @@ def compare_onnx_weights(model: nn.Module, path: Path) -> Comparison:
     import onnx
 
     try:
+        if failures := side_failures(path):
+            return Comparison(0, failures, [])
         file = OnnxFile(onnx.load(path))
     except Exception as error:  # protobuf's and onnx's exceptions share no base class
         return Comparison(0, [f"{path.name} is not an ONNX file: {error}"], [])
