@@ -11,6 +11,7 @@ import typer
 from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Quiet
 from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo, print_table
+from qatkit.errors import QatkitError
 
 
 def command(
@@ -30,18 +31,13 @@ def command(
 ) -> None:
     """Measure exported files and write a report, or compare multiple runs.
 
-    For a single run, the command writes report.json, report.md and report.html. For multiple runs, it writes only the
-    HTML page.
+    For a single run, the command writes report.json, report.md and report.html. For multiple runs, it measures their
+    files in one process and writes only the HTML page.
 
     Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """
     if len(runs) > 1:
-        from qatkit.report.page import write_page
-
-        page = out or Path("report.html")
-        write_page(runs, page)
-        if not quiet:
-            echo(f"page: {page}")
+        _compare(runs, out or Path("report.html"), allow, quiet)
         return
     this = open_run(runs[0], allow, allow_write)
     from qatkit.pipeline.report import report_run, track_run
@@ -51,6 +47,24 @@ def command(
         content = report_run(this)
         present(content, this.out, out, quiet, as_json)
         track_run(this, content, Tracking(this.recipe, this.out))
+
+
+def _compare(folders: list[Path], page: Path, allow: list[str] | None, quiet: bool) -> None:
+    """Measure the files of multiple runs in one process, and write a page that compares them."""
+    from qatkit.report.page import read_reports, write_page
+
+    read_reports(folders)  # a missing report is named before anything is measured
+    from qatkit.pipeline.joint import joint_reports
+
+    try:
+        joint = joint_reports([open_run(folder, allow, None) for folder in folders])
+    except QatkitError as error:
+        joint = None
+        if not quiet:
+            echo(f"note: latencies are those of each run's own report and not comparable between runs: {error}")
+    write_page(folders, page, joint)
+    if not quiet:
+        echo(f"page: {page}")
 
 
 def present(content: dict[str, object], folder: Path, page: Path | None, quiet: bool, as_json: bool) -> None:

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
@@ -19,6 +20,17 @@ from qatkit.export.formats import format_of_path
 
 Example = Tensor | Mapping[str, Tensor]
 """One input batch."""
+
+
+@dataclass(frozen=True)
+class File:
+    """An exported file whose latency is measured."""
+
+    path: Path
+    example: Example
+    """One input batch: a tensor ``[batch, ...]``, or tensors by input name."""
+    format: str | None = None
+    """The export format; None infers it from the file name."""
 
 
 class Latency(TypedDict):
@@ -90,13 +102,27 @@ def compare(
         QatkitError: latency is not measured for the format, the runtime cannot load a file, or an argument is not
             positive.
     """
+    return compare_files(
+        {name: File(path, example, format) for name, path in paths.items()}, batch_sizes, threads, repeats
+    )
+
+
+def compare_files(
+    files: Mapping[str, File], batch_sizes: Sequence[int] = (1, 64), threads: int = 1, repeats: int = 30
+) -> dict[str, list[Latency]]:
+    """Measure files with different inputs in alternation; the arguments are those of `compare`.
+
+    Raises:
+        QatkitError: latency is not measured for the format, the runtime cannot load a file, or an argument is not
+            positive.
+    """
     for key, value in (("threads", threads), ("repeats", repeats), *(("batch_sizes", size) for size in batch_sizes)):
         if value < 1:
             raise QatkitError(f"{value} is out of range", key=key, advice="pass a positive integer")
-    runtimes = {name: _load(path, threads, format) for name, path in paths.items()}
-    rows: dict[str, list[Latency]] = {name: [] for name in paths}
+    runtimes = {name: _load(file.path, threads, file.format) for name, file in files.items()}
+    rows: dict[str, list[Latency]] = {name: [] for name in files}
     for size in batch_sizes:
-        calls = {name: resized_call(runtime, example, size) for name, runtime in runtimes.items()}
+        calls = {name: resized_call(runtime, files[name].example, size) for name, runtime in runtimes.items()}
         measured = side_by_side(calls, repeats)
         for name, (low, median, high) in measured.items():
             rows[name].append(

@@ -22,12 +22,16 @@ def missing_packages() -> str | None:
     return f"{' and '.join(absent)} {verb} not installed; run: pip install 'qatkit[report]'" if absent else None
 
 
-def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
+def render(
+    reports: Sequence[dict[str, Any]], folders: Sequence[Path], joint: Sequence[dict[str, Any]] | None = None
+) -> str:
     """Render the page of one run, or of multiple runs with a comparison at the top.
 
     Args:
         reports: The content of each ``report.json``.
         folders: The run folder of each report; they distinguish runs with the same name.
+        joint: The same reports with latencies that were measured in one process, for the comparison; None if they were
+            not.
 
     Raises:
         QatkitError: matplotlib or jinja2 is not installed.
@@ -36,7 +40,9 @@ def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
         raise QatkitError(f"{missing}", key="report.html")
     import jinja2
 
-    from qatkit.report.sections import compared, section  # it imports matplotlib
+    # they import matplotlib
+    from qatkit.report.comparison import compared
+    from qatkit.report.sections import section
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qatkit.report"),
@@ -48,7 +54,7 @@ def render(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> str:
     names = run_names([report["name"] for report in reports], folders)
     return environment.get_template("report.html.j2").render(
         title=names[0] if len(names) == 1 else f"{len(names)} runs compared",
-        comparison=compared(reports, names) if len(reports) > 1 else None,
+        comparison=compared(joint or reports, names, joint is not None) if len(reports) > 1 else None,
         runs=[
             section(f"run{index}", report, name, len(reports))
             for index, (report, name) in enumerate(zip(reports, names, strict=True))
@@ -73,15 +79,28 @@ def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return unique
 
 
-def write_page(folders: Sequence[Path], page: Path) -> None:
+def read_reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read the ``report.json`` of each folder.
+
+    Raises:
+        QatkitError: a folder has no readable report, or was passed twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise QatkitError("the same run folder was passed twice", advice="pass each run folder only once")
+    return [read_report(folder) for folder in folders]
+
+
+def write_page(folders: Sequence[Path], page: Path, joint: Sequence[dict[str, Any]] | None = None) -> None:
     """Render the ``report.json`` of one or more runs as one HTML file.
+
+    Args:
+        folders: The run folders.
+        page: The HTML file.
+        joint: The reports for the comparison, see `render`.
 
     Raises:
         QatkitError: a folder has no readable report, or matplotlib or jinja2 is not installed.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise QatkitError("the same run folder was passed twice", advice="pass each run folder only once")
-    reports = [read_report(folder) for folder in folders]
-    text = render(reports, folders)
+    text = render(read_reports(folders), folders, joint)
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(page, text)

@@ -11,7 +11,7 @@ from qatkit.report.layer_figures import clipped_fraction, largest, layer_picture
 from qatkit.report.metrics import metric_of
 from qatkit.report.sentences import headline, parity, tiles
 from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
-from qatkit.report.svg import KINDS, SERIES
+from qatkit.report.svg import KINDS
 from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
 from qatkit.tasks.metrics import Metric
 
@@ -39,7 +39,7 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
     """
     columns, rows = merged_table([report])
     metric = metric_of(report)
-    shown = [*report["rows"], *_baseline_rows(report, metric)]
+    shown = [*report["rows"], *baseline_rows(report, metric)]
     entries = [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in shown]
     return {
         "key": key,
@@ -53,7 +53,7 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         "tiles": tiles(report),
         "columns": columns,
         "rows": rows,
-        "tradeoffs": _tradeoffs(key, metric, entries),
+        "tradeoffs": tradeoffs_of(key, metric, entries),
         "models": model_table(report),
         "zeros": zeros_table(report),
         "sparse": sparse_notes(report),
@@ -61,32 +61,6 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         "stages": [_training(key, metric, stage) for stage in report["stages"]],
         "histograms": _histograms(key, report["rows"], max(4, HISTOGRAMS // runs)),
         "layers": _layers(key, [row for row in report["rows"] if row["layers"]], max(8, BARS // runs)),
-    }
-
-
-def compared(reports: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Return the comparison of multiple runs: one table, and figures with common axes."""
-    columns, rows = merged_table(reports)
-    owners = [index for index, report in enumerate(reports) for _ in comparison(report)]
-    entries: dict[Metric, list[_Entry]] = {}
-    for index, (report, name) in enumerate(zip(reports, names, strict=True)):
-        metric = metric_of(report)
-        entries.setdefault(metric, []).extend(
-            (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)])
-            for row in [*report["rows"], *_baseline_rows(report, metric)]
-        )
-    return {
-        "columns": columns,
-        "rows": [(owner, names[owner], row) for owner, row in zip(owners, rows, strict=True)],
-        "colours": len(SERIES),
-        # files with different metrics cannot share an axis
-        "tradeoffs": [(metric, _tradeoffs(f"all-{metric.name}", metric, own)) for metric, own in entries.items()],
-        "failed": [
-            f"{name}, {row['stage']}"
-            for report, name in zip(reports, names, strict=True)
-            for row in report["rows"]
-            if not row["verification"]["passed"]
-        ],
     }
 
 
@@ -107,7 +81,7 @@ def _split(cell: str) -> tuple[str, str]:
     return value, remark.removesuffix(")")
 
 
-def _baseline_rows(report: dict[str, Any], metric: Metric) -> list[dict[str, Any]]:
+def baseline_rows(report: dict[str, Any], metric: Metric) -> list[dict[str, Any]]:
     """Baselines as rows of a figure, with the metric that their runtime reaches."""
     judged = {"kind": "post-training", "verification": report["rows"][0]["verification"]}
     return [
@@ -117,13 +91,13 @@ def _baseline_rows(report: dict[str, Any], metric: Metric) -> list[dict[str, Any
     ]
 
 
-_Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, colour
+Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, colour
 
 
-def _tradeoffs(key: str, metric: Metric, entries: Sequence[_Entry]) -> list[Picture]:
+def tradeoffs_of(key: str, metric: Metric, entries: Sequence[Entry]) -> list[Picture]:
     """Draw the metric versus size, and versus latency for each batch size."""
 
-    def point(entry: _Entry, cost: float, low: float, high: float) -> Point:
+    def point(entry: Entry, cost: float, low: float, high: float) -> Point:
         row, label, words, colour = entry
         samples = row["verification"]["samples"]
         return Point(label, words, row["kind"], colour, cost, low, high, metric.of(row), samples)

@@ -1,0 +1,48 @@
+"""Measure the exported files of several runs in one process, so that their latencies are comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qatkit.errors import QatkitError
+from qatkit.export.formats import FORMATS
+from qatkit.pipeline.baselines import example_of
+from qatkit.pipeline.export import exported_path, first_batch, held_out_data
+from qatkit.pipeline.verify import read_verification
+from qatkit.report.bench import File, compare_files
+from qatkit.report.content import read_report
+from qatkit.run.folder import Run
+
+
+def joint_reports(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the reports of runs, with latencies of all stages that were measured in alternation in one process.
+
+    The runtimes' own quantizations are left out, because their files are not kept.
+
+    Args:
+        runs: Runs with reports.
+
+    Raises:
+        QatkitError: a run has no report; its exported files are missing, have changed since verification, or have a
+            format whose latency is not measured.
+    """
+    reports = [read_report(run.out) for run in runs]
+    files: dict[str, File] = {}
+    for index, (run, report) in enumerate(zip(runs, reports, strict=True)):
+        row = FORMATS.row(report["format"], str(run.out / "report.json"))
+        if not row.benchmark:
+            raise QatkitError(f"the latency of '{row.name}' exports is not measured", key=str(run.out))
+        example = example_of(first_batch(held_out_data(run)))
+        for shown in report["rows"]:
+            read_verification(run, shown["stage"])
+            files[f"{index}/{shown['stage']}"] = File(exported_path(run, shown["stage"]), example, row.name)
+    measured = compare_files(files)
+    return [
+        {
+            **report,
+            "baselines": [],
+            "rows": [{**row, "latency": measured[f"{index}/{row['stage']}"]} for row in report["rows"]],
+        }
+        for index, report in enumerate(reports)
+    ]
