@@ -165,7 +165,7 @@ FORMATS = Table(
             write="qatkit.export.openvino:write",
             read_back="qatkit.export.openvino:read_back",
             bound="qatkit.export.openvino:bound",
-            runtime="OpenVINO",
+            runtime="OpenVINO (with INFERENCE_PRECISION_HINT=f32)",
             weights="integer weights",
             extra="openvino",
             packages=("onnx", "onnxscript", "openvino"),

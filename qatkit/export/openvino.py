@@ -34,10 +34,15 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """Raise an error if a model cannot be exported to OpenVINO. Weights are not read.
 
     Raises:
-        QatkitError: the ONNX export, from which the file is made, does not support a quantized layer; the KV cache is
-            quantized; or activations are quantized dynamically.
+        QatkitError: the ONNX export, from which the file is made, does not support a quantized layer; the KV cache or
+            the hidden state of a recurrent layer is quantized; or activations are quantized dynamically.
     """
     for name, scheme in planned.schemes.items():
+        if scheme.activation is not None and isinstance(model.get_submodule(name), nn.RNNBase):
+            raise QatkitError(
+                f"layer '{name}': OpenVINO does not support quantized hidden states of recurrent layers",
+                advice="exclude the layer, or quantize only its weights",
+            )
         if scheme.activation is not None and scheme.activation.scaled_per_batch:
             raise QatkitError(
                 f"layer '{name}': OpenVINO runs dynamic activation quantization in floating point",

@@ -111,8 +111,9 @@ class OpenVINOFile(OnnxFile):
         for added in _constants_added(output):
             while _kind(added) in _LAYOUT:
                 added = _operands(added)[0]
-            if (value := evaluate(added)).size == size:
-                return value
+            value = evaluate(added)
+            if value.size in (1, size):  # a bias of zeros becomes a single one
+                return np.broadcast_to(value.reshape(-1), size)
         return None
 
     def _decode(self, keys: tuple[str, ...]) -> np.ndarray[Any, Any]:

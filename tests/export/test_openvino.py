@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,71 @@ def test_other_quantization_is_exact_too(weight: QuantSpec, activation: QuantSpe
         torch.testing.assert_close(torch.from_numpy(user(x.numpy())[0]), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Pooled(nn.Module):
+    """A reduction between two linear layers, the first without a bias."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.reduce = nn.Linear(16, 16, bias=False), nn.Linear(16, 3), reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.reduce(self.first(x)))
+        return logits
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer whose last state is classified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.last = nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.cells(x)[0][:, -1])
+        return logits
+
+
+def quantized_and_verified(model: nn.Module, x: Tensor, path: Path) -> None:
+    calibrate(model, [x])
+    export_openvino(model.eval(), x, path, target="openvino")
+    result = verify(model, path, [(x, torch.zeros(len(x)).long())], threads=1)
+    assert result.passed, result.failures
+
+
+@pytest.mark.parametrize("reduce", [lambda y: y.mean(1), lambda y: y.sum(1) / 5, lambda y: y.amax(1)])
+def test_a_quantizer_after_a_reduction_has_the_right_scales(reduce: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(reduce).eval(), torch.randn(32, 5, 16)
+    prepare_for_target(model, "openvino", x)
+    quantized_and_verified(model, x, tmp_path / "model.xml")
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Conv1d(4, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 2, 2, 2)], (4, 16)),
+        ([nn.Conv2d(4, 8, 3, groups=4), nn.ReLU6(), nn.AvgPool2d(2), nn.Conv2d(8, 4, 1)], (4, 10, 10)),
+    ],
+)
+def test_other_convolutions_run_in_integers(layers: list[nn.Module], shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*copy.deepcopy(layers), nn.Flatten()).eval(), torch.randn(32, *shape)
+    prepare_for_target(model, "openvino", x)
+    quantized_and_verified(model, x, tmp_path / "model.xml")
+    assert openvino_kernels(tmp_path / "model.xml").floating == {}
+
+
+def test_recurrent_layers_have_integer_weights_but_no_quantized_states(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(32, 5, 16)
+    weights = copy.deepcopy(model)
+    prepare_qat(weights, QuantSpec(7))
+    quantized_and_verified(weights, x, tmp_path / "model.xml")
+    prepare_qat(model, QuantSpec(7), UINT8)
+    with pytest.raises(QatkitError, match=r"layer 'cells': OpenVINO does not support quantized hidden states"):
+        export_openvino(model, x, tmp_path / "model.xml")
+
+
 def test_unsigned_weights_run_in_floating_point_and_a_warning_names_the_targets(tmp_path: Path) -> None:
     model, x, path = mlp(), images(16), tmp_path / "model.xml"
     prepare_qat(model, QuantSpec(8), UINT8)
@@ -271,7 +337,7 @@ def test_a_recipe_is_trained_exported_verified_and_measured(tmp_path: Path) -> N
     assert '"integer": {"Convolution": ' in done.out
     done = qatkit("bench", "run", "--against", "ptq", cwd=tmp_path)
     assert done.code == 2
-    assert "OpenVINO has no quantization of its own" in done.err
+    assert "OpenVINO (with INFERENCE_PRECISION_HINT=f32) has no quantization of its own" in done.err
 
 
 @pytest.mark.parametrize(
