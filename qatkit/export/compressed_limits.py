@@ -73,7 +73,10 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
     if not spec.symmetric:
         return "transformers cannot load packed zero points", "set weight: {symmetric: true}"
     if spec.scale_rule == "signed":
-        return "scale_rule 'signed' (Q4_0) is a GGUF format with negative scales", "set scheme: W4A16"
+        return (
+            "scale_rule 'signed' (Q4_0) is a GGUF format with negative scales",
+            "set scheme: W4A16, use export: {format: gguf}",
+        )
     if not spec.is_float and spec.num_bits not in BITS:
         return (
             f"different versions of compressed-tensors pack {spec.num_bits}-bit codes differently",
