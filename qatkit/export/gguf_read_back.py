@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qatkit.export.companions import export_config
 from qatkit.export.dense import dense_state
 from qatkit.export.gguf_architectures import architecture_of
 from qatkit.export.gguf_packing import BLOCK_TYPES
@@ -151,7 +152,7 @@ def _load(trained: nn.Module, path: Path) -> nn.Module:
 
     model, name = cast(Any, trained), architecture_of(trained).loader
     kind = getattr(transformers, name) if name else type(model)
-    settings = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    settings = {key: value for key, value in export_config(model).to_dict().items() if key != "model_type"}
     config = kind.config_class.from_dict(settings, attn_implementation=model.config._attn_implementation)
     with _quietly():
         loaded: nn.Module = kind.from_pretrained(

@@ -86,7 +86,8 @@ def _sentencepiece(content: Content, tokens: list[str]) -> dict[str, Any]:
         rank.setdefault(left + right, index)
     schemes = [step.get("prepend_scheme") for step in _parts(content.get("pre_tokenizer"))]
     prefixed = "Prepend" in _steps(content, "normalizer") or any(scheme in ("always", "first") for scheme in schemes)
-    return {"scores": [float(-rank.get(token, 0)) for token in tokens], "add_space_prefix": prefixed}
+    last = len(content["model"]["merges"])  # tokens that no merge makes
+    return {"scores": [float(-rank.get(token, last)) for token in tokens], "add_space_prefix": prefixed}
 
 
 def _wordpiece(content: Content, tokens: list[str]) -> dict[str, Any]:

@@ -146,6 +146,16 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     assert verify(model, path, [BATCH]).passed
 
 
+def test_separate_output_weights_are_stored_although_the_config_says_tied(tmp_path: Path) -> None:
+    model, path = trained(spec("Q8_0")), tmp_path / "model.gguf"
+    model.config.tie_word_embeddings = True
+    export_gguf(model, path)
+    assert "output.weight" in tensors(path)
+    assert torch.equal(logits(loaded(path)), logits(model))
+    check = verify(model, path, [BATCH])
+    assert check.passed, check.failures
+
+
 def test_a_model_without_quantization_is_stored_without_loss(tmp_path: Path) -> None:
     model, path = trained(None), tmp_path / "model.gguf"
     export_gguf(model, path)
