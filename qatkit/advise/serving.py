@@ -58,7 +58,7 @@ def serving_memory(model: nn.Module, context: int, batch: int, kv_bits: int = 16
         >>> memory.cache == 2 * 2 * 2 * 64 * 1024 * 8 * 2
         True
     """
-    cache = _cached_numbers(model) * context * batch * kv_bits // 8
+    cache = cached_numbers(model) * context * batch * kv_bits // 8
     return [ServingMemory(name, weight_bytes(model, name), cache) for name in SCHEMES]
 
 
@@ -91,7 +91,7 @@ def _scales(numbers: int, inputs: int, spec: QuantSpec) -> int:
     return -(-numbers // (spec.group_size or inputs))
 
 
-def _cached_numbers(model: nn.Module) -> int:
+def cached_numbers(model: nn.Module) -> int:
     """Elements of keys and values per token, over all layers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

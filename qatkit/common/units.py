@@ -14,3 +14,16 @@ def format_bytes(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size / 1e3:.1f} kB"
+
+
+def format_count(number: float) -> str:
+    """Format a count with three significant digits and K, M, G or T.
+
+    Example:
+        >>> format_count(7_000_000_000), format_count(1234), format_count(12)
+        ('7G', '1.23K', '12')
+    """
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"

@@ -1,0 +1,71 @@
+"""The calls that a served model makes: prefill and decode of a language model, the forward pass of any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qatkit.advise.roofline import LayerCost, layer_costs, training
+from qatkit.advise.serving import cached_numbers
+
+Phases = Mapping[str, list[LayerCost]]
+"""Layers by phase."""
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model generates text token by token."""
+    config = getattr(model, "config", None)
+    return bool(getattr(model, "can_generate", bool)()) and not getattr(config, "is_encoder_decoder", False)
+
+
+def language_phases(model: nn.Module, batch: int, context: int) -> Phases:
+    """Return the costs of a causal language model in prefill, decode and training.
+
+    A decoded token attends to the whole context; the keys and values of the context are read.
+
+    Args:
+        model: A transformers causal language model on the meta device.
+        batch: Number of sequences.
+        context: Tokens per sequence.
+
+    Raises:
+        QatkitError: the model's config lacks the number of layers or heads.
+    """
+    prefill = _on_tokens(model, batch, context)
+    one = _on_tokens(model, batch, 1)
+    attentions = sum(1 for layer in one if _is_attention(layer))
+    cache = cached_numbers(model) * context * batch // max(attentions, 1)
+    decode = [
+        replace(layer, flops=layer.flops * context, stored=cache) if _is_attention(layer) else layer for layer in one
+    ]
+    return {"prefill": prefill, "decode": decode, "training": training(prefill)}
+
+
+def forward_phases(model: nn.Module, call: Callable[[], object]) -> Phases:
+    """Return the costs of any other model in one call and in a training step.
+
+    Args:
+        model: A model on the meta device.
+        call: Runs it once on one batch.
+    """
+    forward = layer_costs(model, call)
+    return {"forward": forward, "training": training(forward)}
+
+
+def _is_attention(layer: LayerCost) -> bool:
+    """Whether these are the products of attention, whose parameters belong to other modules."""
+    return layer.flops > 0 and layer.read == 0
+
+
+def _on_tokens(model: nn.Module, batch: int, tokens: int) -> list[LayerCost]:
+    dtype = next(model.parameters()).dtype
+    with torch.device("meta"):
+        ids = torch.zeros(batch, tokens, dtype=torch.long)
+        # a whole mask is not inspected, which a tensor without values would not allow
+        mask = torch.zeros(batch, 1, tokens, tokens, dtype=dtype)
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        return layer_costs(model, lambda: model(**arguments))

@@ -1,0 +1,102 @@
+"""`qatkit cost`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qatkit.cli.arguments import AsJson
+from qatkit.cli.output import echo, print_table
+from qatkit.errors import QatkitError
+
+
+@dataclass(frozen=True)
+class _Served:
+    """Where a latency comes from, and what serving at this latency costs."""
+
+    source: str
+    batch: int
+    latency_ms: float
+    per_thousand: float
+    devices: int | None = None
+    per_day: float | None = None
+
+
+def command(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, whose report contains measured latencies.")
+    ] = None,
+    price: Annotated[float, typer.Option(min=0.0, help="Price of the device per hour.")] = 1.0,
+    latency: Annotated[float | None, typer.Option(min=0.0, metavar="MS", help="Milliseconds per batch.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests per batch, with --latency.")] = 1,
+    requests: Annotated[float | None, typer.Option(min=0.0, help="Requests per day.")] = None,
+    tokens: Annotated[float, typer.Option(min=0.0, help="Tokens per request, for --api.")] = 500,
+    api: Annotated[
+        float | None, typer.Option(min=0.0, metavar="PRICE", help="Price of an API per thousand tokens.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute what serving costs, from measured latencies or one that you pass.
+
+    Prices are in the currency of --price and --api. A device is assumed to be busy all the time, or as busy as
+    --requests keeps it.
+
+    Example: qatkit cost runs/demo --price 2 --requests 500000
+    """
+    from qatkit.advise.price import api_per_day, break_even, per_day, per_thousand
+
+    if (run is None) == (latency is None):
+        raise QatkitError("pass either a run folder or --latency", key="RUN")
+    sources = [("--latency", batch, latency)] if latency is not None else _measured(run or Path())
+    served = []
+    for source, size, milliseconds in sources:
+        found = _Served(source, size, milliseconds, per_thousand(price, milliseconds / 1e3, size))
+        if requests is not None:
+            devices, daily = per_day(price, milliseconds / 1e3, size, requests)
+            found = _Served(source, size, milliseconds, found.per_thousand, devices, daily)
+        served.append(found)
+    bill = None if api is None or requests is None else api_per_day(requests, tokens, api)
+    even = None if api is None else break_even(price, tokens, api)
+    if as_json:
+        echo(json.dumps({"served": [asdict(each) for each in served], "api_per_day": bill, "break_even": even}))
+        return
+    print_table(_table(served))
+    if bill is not None:
+        echo(f"the API costs {bill:,.2f} per day for {requests:,.0f} requests of {tokens:,.0f} tokens")
+    if even is not None:
+        echo(f"one device is cheaper than the API above {even:,.0f} requests of {tokens:,.0f} tokens per day")
+
+
+def _measured(run: Path) -> list[tuple[str, int, float]]:
+    """Stages, batch sizes and latencies in milliseconds of a report."""
+    from qatkit.report.content import read_report
+
+    found = [
+        (row["stage"], each["batch_size"], each["median_ms"])
+        for row in read_report(run)["rows"]
+        for each in row["latency"]
+    ]
+    if not found:
+        raise QatkitError(
+            "the report contains no latencies, because they are not measured for its format",
+            key=str(run / "report.json"),
+            advice="pass --latency",
+        )
+    return found
+
+
+def _table(served: list[_Served]) -> Any:
+    from rich.table import Table
+
+    daily = served[0].per_day is not None
+    table = Table()
+    for header in ["latency of", "batch", "latency", "per 1,000 requests", *(["devices", "per day"] if daily else [])]:
+        table.add_column(header)
+    for each in served:
+        cells = [each.source, str(each.batch), f"{each.latency_ms:.3g} ms", f"{each.per_thousand:.3g}"]
+        table.add_row(*cells, *([str(each.devices), f"{each.per_day:,.2f}"] if daily else []))
+    return table

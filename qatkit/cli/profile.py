@@ -1,0 +1,216 @@
+"""`qatkit profile`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qatkit.cli.arguments import Allow, AsJson, Overrides
+from qatkit.cli.inputs import load
+from qatkit.cli.output import echo, print_table
+from qatkit.errors import QatkitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from qatkit.advise.devices import Device
+    from qatkit.advise.phases import Phases
+    from qatkit.advise.roofline import LayerCost
+
+SHOWN = 12
+"""Layers in the table."""
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A recipe, or a folder with the config.json of a transformers model.")
+    ],
+    overrides: Overrides = None,
+    device: Annotated[
+        str, typer.Option(help="The device: a name such as a100, h100, l4, rtx4090 or raspberry-pi-5, or local.")
+    ] = "local",
+    batch: Annotated[int, typer.Option(min=1, help="Samples or sequences per call.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a language model.")] = 2048,
+    dtype: Annotated[
+        str | None, typer.Option(help="The dtype without compression.", show_default="bf16, or fp32 without bf16")
+    ] = None,
+    allow: Allow = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the bottleneck of a model on a device, and what each technique would change.
+
+    The roofline model compares the operations and the bytes of each layer with the device's peak rate and memory
+    bandwidth. Its times are lower bounds. Weights are not read.
+
+    Example: qatkit profile llm/int4_qat --device a100 --context 4096
+    """
+    from qatkit.advise.devices import DEVICES
+    from qatkit.advise.local import local_device
+
+    chosen = local_device() if device == "local" else DEVICES.row(device, "--device")
+    base = dtype or ("bf16" if "bf16" in chosen.rates else "fp32")
+    from qatkit.advise.roofline import BYTES, rate_of, seconds
+
+    if base not in BYTES:
+        raise QatkitError(f"unknown dtype '{base}'", key="--dtype", advice=f"use one of: {', '.join(BYTES)}")
+    rate_of(chosen, base)
+    phases = _phases(model, overrides, batch, context, allow or [])
+    if as_json:
+        echo(json.dumps(_content(phases, chosen, base)))
+        return
+    ridge = rate_of(chosen, base) * 1e3 / chosen.bandwidth
+    echo(
+        f"{chosen.name}: {rate_of(chosen, base):.3g} TFLOP/s in {base}, {chosen.bandwidth:.4g} GB/s, so layers below "
+        f"{ridge:.3g} FLOP/byte are memory-bound ({chosen.source})"
+    )
+    for phase, layers in phases.items():
+        if phase == "training":  # three times the operations and bytes of each layer
+            total = sum(seconds(layer, chosen, base) for layer in layers)
+            echo(f"training step without the optimizer: at least {_time(total)}")
+        else:
+            print_table(_layers(phase, layers, chosen, base))
+    print_table(_techniques(phases, chosen, base))
+
+
+def _phases(what: str, overrides: Sequence[str] | None, batch: int, context: int, allow: Sequence[str]) -> Phases:
+    from qatkit.advise.phases import is_language_model, language_phases
+
+    folder = Path(what)
+    if folder.is_dir():
+        return language_phases(_model_of_config(folder), batch, context)
+    from qatkit.pipeline.profiling import forward_of
+    from qatkit.run.architecture import meta_model
+
+    recipe = load(what, list(overrides or []))
+    model = meta_model(recipe.model, allow).eval()
+    if is_language_model(model):
+        return language_phases(model, batch, context)
+    return forward_of(recipe, model, batch, allow)
+
+
+def _model_of_config(folder: Path) -> nn.Module:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            # some operators of experts exist in bfloat16 only
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise QatkitError(
+            f"transformers cannot build a causal language model from it: {reason[:300]}",
+            key=str(folder),
+            advice="pass a folder with the config.json of a causal language model, or a recipe",
+        ) from error
+    return model.eval()
+
+
+def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str) -> Table:
+    from rich.table import Table
+
+    from qatkit.advise.roofline import bound_of, seconds
+    from qatkit.common.units import format_bytes, format_count
+
+    total = sum(seconds(layer, device, dtype) for layer in layers)
+    table = Table(title=f"{phase}: at least {_time(total)}")
+    for header in ("layers", "type", "parameters", "FLOPs", "bytes", "FLOP/byte", "bound by", "time", "of all"):
+        table.add_column(header, overflow="fold")
+
+    def add(name: str, same: Sequence[LayerCost], kind: str = "", intensity: str = "", bound: str = "") -> float:
+        spent = sum(seconds(layer, device, dtype) for layer in same)
+        table.add_row(
+            name, kind, format_count(sum(layer.weights for layer in same)),
+            format_count(sum(layer.flops for layer in same)),
+            format_bytes(round(sum(layer.bytes(8 * _bytes_of(dtype), dtype) for layer in same))),
+            intensity, bound, _time(spent), f"{spent / total:.1%}",
+        )  # fmt: skip
+        return spent
+
+    groups = _alike(layers)
+    groups.sort(key=lambda group: -sum(seconds(layer, device, dtype) for layer in group[1]))
+    for name, same in groups[:SHOWN]:
+        first = same[0]
+        add(name, same, first.kind, f"{first.intensity(dtype):.3g}", bound_of(first, device, dtype))
+    if rest := [layer for _, same in groups[SHOWN:] for layer in same]:
+        add(f"{len(rest)} others", rest)
+    return table
+
+
+def _alike(layers: Sequence[LayerCost]) -> list[tuple[str, list[LayerCost]]]:
+    """Layers that differ only in the numbers of their names, such as the same layer of every block."""
+    groups: dict[tuple[Any, ...], list[LayerCost]] = {}
+    for layer in layers:
+        key = (re.sub(r"\d+", "*", layer.name), layer.kind, layer.weights, layer.flops, layer.activations)
+        groups.setdefault(key, []).append(layer)
+    return [
+        (f"{key[0]} ({len(same)} layers)" if len(same) > 1 else same[0].name or "(model)", same)
+        for key, same in groups.items()
+    ]
+
+
+def _techniques(phases: Phases, device: Device, dtype: str) -> Table:
+    from rich.table import Table
+
+    served = {phase: layers for phase, layers in phases.items() if phase != "training"}
+    table = Table(title="upper bounds of the speedup by technique")
+    for header in ("technique", *served):
+        table.add_column(header)
+    for name, ratios in _speedups(served, device, dtype).items():
+        table.add_row(name, *(f"{ratio:.2f}x" if ratio is not None else "not supported" for ratio in ratios.values()))
+    return table
+
+
+def _speedups(phases: Phases, device: Device, dtype: str) -> dict[str, dict[str, float | None]]:
+    """How many times faster each technique makes each phase at most; None if the device has no rate for its dtype."""
+    from qatkit.advise.roofline import TECHNIQUES, seconds
+
+    def ratio(layers: Sequence[LayerCost], technique: Any) -> float | None:
+        if (technique.dtype or dtype) not in device.rates:
+            return None
+        before = sum(seconds(layer, device, dtype) for layer in layers)
+        return before / sum(seconds(layer, device, dtype, technique) for layer in layers)
+
+    return {each.name: {phase: ratio(layers, each) for phase, layers in phases.items()} for each in TECHNIQUES}
+
+
+def _content(phases: Phases, device: Device, dtype: str) -> Mapping[str, Any]:
+    from dataclasses import asdict
+
+    from qatkit.advise.roofline import bound_of, seconds
+
+    return {
+        "device": asdict(device),
+        "dtype": dtype,
+        "phases": {
+            phase: [
+                {
+                    **asdict(layer),
+                    "bytes": layer.bytes(8 * _bytes_of(dtype), dtype),
+                    "intensity": layer.intensity(dtype),
+                    "bound": bound_of(layer, device, dtype),
+                    "seconds": seconds(layer, device, dtype),
+                }
+                for layer in layers
+            ]
+            for phase, layers in phases.items()
+        },
+        "speedup": _speedups(phases, device, dtype),
+    }
+
+
+def _bytes_of(dtype: str) -> float:
+    from qatkit.advise.roofline import BYTES
+
+    return BYTES[dtype]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"

@@ -1,0 +1,40 @@
+"""The price of serving, with the numbers of the docstrings' sources."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qatkit.advise.price import per_day, per_thousand
+from tests.cli.in_process import qatkit
+
+
+def test_two_dollars_an_hour_50_ms_and_batches_of_32_are_less_than_a_tenth_of_a_cent() -> None:
+    assert per_thousand(2.0, 0.05, 32) == pytest.approx(0.000868, rel=1e-3)
+
+
+@pytest.mark.parametrize(("requests", "devices"), [(1, 1), (86_400 * 640, 1), (86_400 * 640 + 640, 2), (0, 1)])
+def test_devices_are_added_when_a_day_is_full(requests: float, devices: int) -> None:
+    """32 requests per 50 ms are 640 per second."""
+    assert per_day(2.0, 0.05, 32, requests) == (devices, devices * 48.0)
+
+
+def test_the_command_compares_with_an_api(tmp_path: Path) -> None:
+    arguments = ("--price", "2", "--latency", "50", "--batch", "32", "--requests", "500000", "--api", "0.03")
+    done = qatkit("cost", *arguments, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "48.00" in done.out
+    assert "the API costs 7,500.00 per day for 500,000 requests of 500 tokens" in done.out
+    assert "above 3,200 requests" in done.out
+    done = qatkit("cost", *arguments, "--json", cwd=tmp_path)
+    assert json.loads(done.out)["served"][0]["per_day"] == 48.0
+
+
+def test_a_latency_or_a_run_is_needed_and_not_both(tmp_path: Path) -> None:
+    for arguments in ((), (".", "--latency", "5")):
+        done = qatkit("cost", *arguments, cwd=tmp_path)
+        assert (done.code, "pass either a run folder or --latency" in done.err) == (2, True)
+    done = qatkit("cost", ".", cwd=tmp_path)
+    assert (done.code, "report.json" in done.err) == (2, True)
