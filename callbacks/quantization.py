@@ -99,7 +99,7 @@ class QuantizationAwareTraining(Callback):
         runtime = TARGETS.get(target) if target is not None else None
         if runtime is not None:
             weight, activation = weight or runtime.weight, activation or runtime.activation
-            check_placed(activation)
+            check_placed(activation, runtime.name)
         check_arguments(weight, activation, include, exclude, layers or {}, kv_cache)
         if init is not None:
             METHODS.row(init, "init")
@@ -110,7 +110,7 @@ class QuantizationAwareTraining(Callback):
                 advice="use a positive integer",
             )
         self.target = _format_of(target, runtime)
-        self.places = runtime if activation is not None and not activation.dynamic else None
+        self.places = runtime if activation is not None and not activation.scaled_per_batch else None
         self.weight = weight
         self.activation = activation
         self.include = list(include)

@@ -20,9 +20,9 @@ import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.formats import FORMATS
@@ -52,8 +52,13 @@ from qatkit.tasks import TASKS, Task, model_inputs, task_of
 _INSTEAD = "use export: {format: dense}"
 
 
-def check(model: nn.Module, planned: PlannedExport) -> None:
+def check(model: nn.Module, planned: PlannedExport, packs: bool = True) -> None:
     """Raise an error if a model cannot be exported to ONNX for ONNX Runtime. Weights are not read.
+
+    Args:
+        model: The model.
+        planned: Its quantization.
+        packs: Whether weights may be packed (`qatkit.export.packed`).
 
     Raises:
         QatkitError: QDQ does not support a quantized layer, or the KV cache is quantized.
@@ -63,7 +68,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
             "ONNX export does not support KV cache quantization", advice=f"remove kv_cache, or {_INSTEAD}"
         )
     for name, scheme in planned.schemes.items():
-        _check_layer(name, model.get_submodule(name), scheme)
+        _check_layer(name, model.get_submodule(name), scheme, packs)
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
@@ -169,7 +174,7 @@ def write_graph(
     Unless `packs`, no weight is packed (`qatkit.export.packed`): a runtime may have kernels for the nodes of
     `qatkit.export.onnx_constants`.
     """
-    check(model, PlannedExport.of(model))  # reject everything before the first copy
+    check(model, PlannedExport.of(model), packs)  # reject everything before the first copy
     inputs = inputs_of(model, example, TASKS.row(task, "task") if isinstance(task, str) else task)
     for name, layer in [*qat_layers(model), *part_layers(model)]:
         _check_ready(name, layer)
@@ -197,7 +202,7 @@ def write_graph(
     save(program, specs, path)
 
 
-def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
+def _check_layer(name: str, layer: nn.Module, scheme: Scheme, packs: bool) -> None:
     parts = type(layer) if isinstance(layer, QATParts) else parts_class(layer)
     kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
     if (qdq_class(kind) if parts is None else EXPLICIT.get(parts)) is None:
@@ -213,10 +218,11 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
         )
     inputs = scheme.activation
-    if inputs is not None and inputs.scaled_per_batch:
+    packed = packs and kind is not None and packing_of(kind, _row_size(layer, kind), scheme) is not None
+    if inputs is not None and inputs.scaled_per_batch and not packed:
         _check_dynamic(name, layer, qdq_class(kind) if parts is None else EXPLICIT[parts], inputs)
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        _check_embedding(name, layer, scheme)
+        _check_embedding(name, layer, scheme, packed)
     if inputs is not None and scheme.weight is None:
         raise QatkitError(
             f"layer '{name}': the input is quantized but the weight is not, and ONNX Runtime would quantize the "
@@ -239,12 +245,18 @@ def _needs_opset_21(scheme: Scheme) -> bool:
     )
 
 
+def _row_size(layer: nn.Module, kind: type[QATLayer]) -> int:
+    """The number of inputs per output, or the size of an embedding's rows."""
+    return cast(Tensor, layer.weight).shape[0 if kind.transposed else 1]
+
+
 def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, spec: QuantSpec) -> None:
     if replace(spec, observer="minmax") != DYNAMIC:
         raise QatkitError(
             f"layer '{name}': ONNX Runtime does not support dynamic activation quantization with {_words(spec)}",
             advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor, dynamic: true}, or remove "
-            "dynamic and calibrate the scale, or choose another format",
+            "dynamic and calibrate the scale, or for ONNX Runtime set activation: {num_bits: 8, strategy: group, "
+            "group_size: G} with G of 16, 32, 64, 128 or 256 that divides the weight's group, or choose another format",
         )
     if kind not in (QDQLinear, QDQTransposedLinear, QDQMultiheadAttention):
         raise QatkitError(
@@ -253,11 +265,13 @@ def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, sp
         )
 
 
-def _check_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag, scheme: Scheme) -> None:
-    if scheme.weight is not None and scheme.weight.strategy == "group":
+def _check_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag, scheme: Scheme, packed: bool) -> None:
+    weight = scheme.weight
+    if weight is not None and weight.strategy == "group" and not packed:
         raise QatkitError(
-            f"layer '{name}': ONNX export does not support embeddings with scales per group",
-            advice="set strategy: channel (one scale per row), or exclude the layer",
+            f"layer '{name}': ONNX export does not support {_plain_name(layer)} with groups of {weight.group_size}",
+            advice="set strategy: channel (one scale per row), or for Embedding in ONNX Runtime a multiple of 16, or "
+            "exclude the layer",
         )
     if layer.max_norm is not None:
         raise QatkitError(
@@ -284,6 +298,7 @@ def _warn_of_unsigned(model: nn.Module, format: str) -> None:
         if layer.input_fake_quant is not None
         and layer.weight_fake_quant is not None
         and is_signed_byte(layer.weight_fake_quant.spec)
+        and layer.input_fake_quant.spec.strategy == "tensor"
         and has_integer_kernel(type(layer))
     ]
     if slow:

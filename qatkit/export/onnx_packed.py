@@ -13,8 +13,10 @@ from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize
 
-_INPUTS = {"MatMulNBits": ("codes", "scale", "zero_point")}
-"""The constants that each kind of node reads, after its input."""
+_CONSTANTS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}
+"""The positions of codes, scales and zero points among the inputs of each kind of node."""
+_DATA = {"MatMulNBits": 0, "GatherBlockQuantized": 1}
+"""The position of the input."""
 
 Node = Any
 Array = np.ndarray[Any, Any]
@@ -24,8 +26,8 @@ def packed_readers(proto: Any) -> dict[str, list[Node]]:
     """Return the nodes that read packed weights, by the name of the codes."""
     found: dict[str, list[Node]] = {}
     for node in proto.graph.node:
-        if node.op_type in _INPUTS:
-            found.setdefault(node.input[1], []).append(node)
+        if node.op_type in _CONSTANTS:
+            found.setdefault(node.input[_CONSTANTS[node.op_type][0]], []).append(node)
     return found
 
 
@@ -63,32 +65,37 @@ class _Weight:
     def check(self, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
         spec, node = fake_quant.spec, self.node
         prefix = f"{self.name}." if self.name else ""
-        keys = [f"{prefix}weight.{part}" for part in _INPUTS[node.op_type]][: 2 if spec.symmetric else 3]
-        read = [key for key in node.input[1:4] if key]
+        parts = ("codes", "scale") if spec.symmetric else ("codes", "scale", "zero_point")
+        keys = [f"{prefix}weight.{part}" for part in parts]
+        read = [node.input[at] for at in _CONSTANTS[node.op_type] if at < len(node.input) and node.input[at]]
         if read != keys:
             return [f"layer '{self.name}': its node reads {', '.join(read)}, not {', '.join(keys)}"]
+        level = 0 if layer.input_fake_quant is None else 4
+        if self.attributes.get("accuracy_level", 0) != level:
+            found = self.attributes.get("accuracy_level", 0)
+            return [f"layer '{self.name}': its node has accuracy level {found}, not {level}, as it was trained"]
         scale, zero_point = fake_quant.qparams(layer.matrix)
         outputs, inputs = layer.matrix.shape
         middle = 2 ** (self.bits - 1) if spec.symmetric else 0
         blocks = -(-inputs // self.block)
-        codes = self._unpacked(keys[0], (outputs, blocks * self.block))[:, :inputs].astype(np.int16) - middle
+        codes = self._unpacked(keys[0], outputs)[:, :inputs].astype(np.int16) - middle
         failures = differences(self._what("codes"), codes, quantize(layer.matrix, scale, zero_point, spec))
         failures += differences(self._what("scales"), self.scale, _per_block(scale, outputs, inputs, self.block))
         if not spec.symmetric:
-            points = self._unpacked(keys[2], (outputs, -1))[:, :blocks]
+            points = self._unpacked(keys[2], outputs)[:, :blocks]
             expected = _per_block(zero_point, outputs, inputs, self.block)
             failures += differences(self._what("zero points"), points, expected)
         return failures + differences(
             f"layer '{self.name}': weights as the runtime decodes them",
-            self._decoded(inputs),
+            self._decoded(outputs, inputs),
             fake_quant(layer.matrix),
         )
 
     def _what(self, part: str) -> str:
         return f"layer '{self.name}': {part} of the weight"
 
-    def _unpacked(self, key: str, shape: tuple[int, int]) -> Array:
-        """The integers of a tensor of bytes, unpacked by `onnx` as a tensor of 2-bit or 4-bit integers."""
+    def _unpacked(self, key: str, outputs: int) -> Array:
+        """The integers ``[out, ...]`` of a tensor of bytes, unpacked by `onnx` as one of 2-bit or 4-bit integers."""
         from onnx import TensorProto, numpy_helper
 
         tensor = TensorProto()
@@ -102,21 +109,26 @@ class _Weight:
                 raw_data=rows.tobytes(),
             )
             data = numpy_helper.to_array(tensor)
-        return data.reshape(shape)
+        return data.reshape(outputs, -1)
 
-    def _decoded(self, inputs: int) -> Array:
-        """The weight ``[out, in]``: the product of the file's node with the unit matrix, without bias."""
+    def _decoded(self, outputs: int, inputs: int) -> Array:
+        """The weight ``[out, in]`` from the file's node: its product with the unit matrix, or all rows."""
         import onnxruntime
         from onnx import NodeProto, TensorProto, helper
 
         node = NodeProto()
         node.CopyFrom(self.node)
         del node.input[4:]
-        node.input[0] = "unit"
+        for attribute in node.attribute:
+            attribute.i = 0 if attribute.name == "accuracy_level" else attribute.i
+        gathers = node.op_type == "GatherBlockQuantized"
+        data = np.arange(outputs) if gathers else np.eye(inputs, dtype=np.float32)
+        node.input[_DATA[node.op_type]] = "data"
+        kind = TensorProto.INT64 if gathers else TensorProto.FLOAT
         graph = helper.make_graph(
             [node],
             "decode",
-            [helper.make_tensor_value_info("unit", TensorProto.FLOAT, [inputs, inputs])],
+            [helper.make_tensor_value_info("data", kind, data.shape)],
             [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)],
             list(self.tensors.values()),
         )
@@ -124,8 +136,8 @@ class _Weight:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        product: Array = session.run(None, {"unit": np.eye(inputs, dtype=np.float32)})[0]
-        return product.T
+        decoded: Array = session.run(None, {"data": data})[0]
+        return decoded if gathers else decoded.T
 
 
 def _per_block(values: Tensor, outputs: int, inputs: int, block: int) -> Tensor:

@@ -196,7 +196,7 @@ class OnnxFile:
         ]
 
     def check_bias(self, name: str, prefix: str, layer: QATLayer, grid: str) -> list[str]:
-        bias = layer.operands(torch.zeros(1))[2]
+        bias = layer.operands(torch.zeros(layer.matrix.shape[1]))[2]
         codes, scale = (self.tensors.get(f"{prefix}bias.{part}") for part in ("codes", "scale"))
         what = f"layer '{name}': the bias"
         if bias is None:

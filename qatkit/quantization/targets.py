@@ -11,6 +11,8 @@ from qatkit.spec import QuantSpec
 _WEIGHT7, _WEIGHT8 = QuantSpec(num_bits=7), QuantSpec(num_bits=8)
 _INPUT = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
 _BATCH = replace(_INPUT, dynamic=True)
+_INT4 = QuantSpec(num_bits=4, strategy="group", group_size=32)
+_GROUPS = QuantSpec(num_bits=8, strategy="group", group_size=32)
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,10 @@ class Target:
     """The export format that it loads."""
     weight: QuantSpec
     """Default quantization of weights."""
-    activation: QuantSpec
-    """Default quantization of layer inputs, and of the tensors that the runtime's integer kernels read or write."""
+    activation: QuantSpec | None
+    """Default quantization of layer inputs, and of the tensors that the runtime's integer kernels read or write; None
+    if only weights are quantized.
+    """
     wide_sums: bool = False
     """Whether the processor adds signed 8-bit products in 32 bits, so that they cannot saturate."""
     float_outputs: bool = False
@@ -52,6 +56,12 @@ TARGETS = Table(
             "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as quantize_dynamic",
             "onnx", _WEIGHT7, _BATCH,
         ),
+        Target("onnxruntime-int4", "ONNX Runtime: linear layers with weights of 4 bits per group", "onnx", _INT4, None),
+        Target(
+            "onnxruntime-int4-int8",
+            "ONNX Runtime: weights of 4 bits, and inputs of 8 bits whose scales are computed per token and group",
+            "onnx", _INT4, _GROUPS,
+        ),
         Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT, wide_sums=True),
         Target(
             "openvino",
@@ -66,15 +76,23 @@ TARGETS = Table(
 )  # fmt: skip
 
 
-def check_placed(activation: QuantSpec) -> None:
-    """Raise an error if integer kernels do not support the quantization of activations.
+def check_placed(activation: QuantSpec | None, target: str) -> None:
+    """Raise an error if a target does not support the quantization of activations.
 
     Raises:
-        QatkitError: the scale is not per-tensor.
+        QatkitError: the target quantizes weights only; or the scale is not per-tensor, or not per-group.
     """
-    if activation.strategy != "tensor" or activation.is_float:
+    own = TARGETS[target].activation
+    if activation == own:
+        return
+    if own is None:
         raise QatkitError(
-            f"'{activation.strategy}' is not supported with target: integer kernels read one scale per tensor",
+            f"target '{target}' quantizes weights only", key="activation", advice="remove activation or target"
+        )
+    if activation is None or activation.strategy != own.strategy or activation.is_float:
+        seen = "no quantization" if activation is None else f"'{activation.strategy}'"
+        raise QatkitError(
+            f"{seen} is not supported with target '{target}': its integer kernels read one scale per {own.strategy}",
             key="activation.strategy",
-            advice="use strategy: tensor and type: int, or remove target",
+            advice=f"use strategy: {own.strategy} and type: int, or remove target",
         )

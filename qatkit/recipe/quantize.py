@@ -82,7 +82,7 @@ class QuantizeConfig(LayerConfig):
                     if getattr(self, name) is None:
                         object.__setattr__(self, name, getattr(row, name))
             if self.specs.activation is not None:
-                check_placed(self.specs.activation)
+                check_placed(self.specs.activation, self.target)
         if self.specs == Scheme() and not self.layers and self.kv_cache is None:
             raise QatkitError("neither weight nor activation is set", key="weight", advice="set weight: {num_bits: 8}")
         if self.kv_cache is not None:

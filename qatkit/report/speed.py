@@ -63,4 +63,4 @@ def missing_baselines(report: dict[str, Any]) -> list[str]:
 
 
 def _products(kernels: Mapping[str, Any]) -> int:
-    return sum([*kernels["integer"].values(), *kernels["floating"].values()])
+    return sum(sum(kernels[kind].values()) for kind in ("integer", "floating", "weight_only"))

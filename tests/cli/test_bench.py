@@ -76,7 +76,7 @@ def test_a_slower_file_is_said_first_with_what_stayed_in_floating_point() -> Non
 
 
 def test_packed_weights_are_not_called_floating_point() -> None:
-    kernels = {"dense": Kernels({}, {"MatMul": 3}), "qat": Kernels({}, {"MatMul": 1}, {"MatMulNBits": 2})}
+    kernels = {"dense": Kernels({}, {"MatMul": 3}), "qat": Kernels({}, {"MatMul": 1}, weight_only={"MatMulNBits": 2})}
     measured = Bench({"dense": served(1.0), "qat": served(2.0)}, "dense", [], "qat", kernels, "all layers")
     assert headlines(measured, [1])[-1] == (
         "products in floating point: 1 MatMul; with packed weights and floating-point inputs: 2 MatMulNBits; all layers"

@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from qatkit import QuantSpec, prepare_qat
+from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.export.onnx import export_onnx
 from qatkit.export.runtime import integer_kernels, load_runtime
 from qatkit.export.verification import Verification, verify
@@ -174,6 +174,59 @@ def test_convolutions_of_four_bits_take_four_bits(spec: QuantSpec, tmp_path: Pat
 
 def nodes(path: Path, kind: str) -> list[Any]:
     return [node for node in onnx.load(path).graph.node if node.op_type == kind]
+
+
+TABLES = {
+    "int4": (QuantSpec(4), 4 + 32 / 48),
+    "uint4": (QuantSpec(4, symmetric=False), 4 + 40 / 48),
+    "int2": (QuantSpec(2), 2 + 32 / 48),
+    "uint3 per tensor": (QuantSpec(3, symmetric=False, strategy="tensor"), 4 + 40 / 48),
+    "int4 in groups of 16": (grouped(4, 16), 4 + 32 / 16),
+    "uint4 in groups of 16": (grouped(4, 16, symmetric=False), 4 + 112 / 48),
+    "int8 in groups of 16": (grouped(8, 16), 8 + 32 / 16),
+    "uint8 in groups of 48": (grouped(8, 48, symmetric=False), 8 + 40 / 48),
+}
+
+
+def embedded(spec: QuantSpec, path: Path) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(50, 48)).eval(), torch.randint(50, (3, 5))
+    prepare_qat(model, spec, include=["0"])
+    export_onnx(model, ids, path)
+    return model, ids
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_embeddings_are_exact_and_small(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    spec, bits = TABLES[name]
+    model, ids = embedded(spec, path)
+    assert len(nodes(path, "GatherBlockQuantized")) == 1
+    rows = in_float64(model[0]).astype(np.float32)
+    assert (load_runtime(path, 1)(ids).numpy() == rows[ids.numpy()]).all()
+    constants = [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+    assert sum(value.nbytes for value in constants) * 8 == pytest.approx(50 * 48 * bits)
+    result = verify(model, path, [(ids, torch.zeros(3, 5, 48))], task="regression")
+    assert result.passed, result.failures
+    assert result.max_error == 0
+
+
+def test_a_changed_code_of_an_embedding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model, ids = embedded(QuantSpec(4), path)
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if t.name == "0.weight.codes")
+    values = numpy_helper.to_array(tensor).copy()
+    values[49, 23] ^= 1 << 4
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, path)
+    failures = verify(model, path, [(ids, torch.zeros(3, 5, 48))], task="regression").failures
+    assert any("layer '0': codes of the weight: 1 of 2400 differ, the first at [49, 47]" in each for each in failures)
+
+
+def test_groups_of_embeddings_that_fill_no_block_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(QatkitError, match=r"layer '0': ONNX export does not support Embedding with groups of 24"):
+        embedded(grouped(4, 24), tmp_path / "model.onnx")
 
 
 SIZES = {

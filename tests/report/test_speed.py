@@ -15,7 +15,7 @@ def latency(*milliseconds: float) -> list[dict[str, float]]:
 
 
 def row(stage: str, times: list[dict[str, float]], layers: int = 0, **kernels: Any) -> dict[str, Any]:
-    counts = {"integer": {}, "floating": {}, "reasons": {}} | kernels
+    counts = {"integer": {}, "floating": {}, "reasons": {}, "weight_only": {}} | kernels
     return {"stage": stage, "latency": times, "layers": [{}] * layers, "kernels": counts}
 
 

@@ -13,7 +13,7 @@ from qatkit.quantization.placement.recorder import record
 from qatkit.quantization.placement.rules import decide
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.quantization.selection import select
-from qatkit.quantization.targets import TARGETS
+from qatkit.quantization.targets import TARGETS, check_placed
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -89,7 +89,8 @@ def prepare_for_target(
     """
     row = TARGETS.row(target, "target")
     how = (weight or row.weight, activation or row.activation, include, exclude, layers)
-    if how[1].dynamic:
+    check_placed(how[1], target)
+    if how[1] is None or how[1].scaled_per_batch:
         fold_batchnorm(model)
         return prepare_qat(model, *how)
     schemes = select(model, *how)
