@@ -76,7 +76,7 @@ def packing_of(kind: type[nn.Module] | None, inputs: int, scheme: Scheme) -> Pac
         return None
     if (rounded := scheme.activation) is not None:
         block = rounded.group_size
-        if replace(rounded, group_size=32) != _ROUNDED or block not in MATMUL_BLOCKS or made is PackedEmbedding:
+        if block not in MATMUL_BLOCKS or rounded != replace(_ROUNDED, group_size=block) or made is PackedEmbedding:
             return None
         aligned = spec.group_size is None or spec.group_size % block == 0
         return Packing(4 if spec.num_bits <= 4 else 8, block, level=4) if aligned else None
@@ -90,7 +90,7 @@ def packing_of(kind: type[nn.Module] | None, inputs: int, scheme: Scheme) -> Pac
 def _smallest(bits: int, inputs: int, spec: QuantSpec, blocks: tuple[int, ...]) -> Packing | None:
     """The block size with the smallest storage whose blocks all have a single scale, or None."""
     group, whole = spec.group_size or inputs, blocks is MATMUL_BLOCKS
-    fitting = [Packing(bits, block) for block in reversed(blocks) if group == inputs or group % block == 0]
+    fitting = [Packing(bits, block) for block in blocks if group == inputs or group % block == 0]
     return min(fitting, key=lambda packing: packing.bytes_per_row(inputs, whole), default=None)
 
 

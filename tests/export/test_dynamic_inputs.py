@@ -141,7 +141,7 @@ def test_verify_names_what_was_changed(change: Callable[[Any], None], message: s
         (nn.Linear(8, 8), Scheme(QuantSpec(8), QuantSpec(8, strategy="tensor", dynamic=True)), "dynamic: true"),
         (nn.Linear(8, 8), Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), "strategy: tensor, dynamic: true"),
         (nn.Conv2d(1, 2, 3), Scheme(QuantSpec(8), BATCH), "Conv2d with dynamic activations in floating point"),
-        (nn.Embedding(8, 4), Scheme(QuantSpec(8, strategy="group", group_size=2)), "scales per group"),
+        (nn.Embedding(8, 4), Scheme(QuantSpec(8, strategy="group", group_size=2)), "with groups of 2"),
         (nn.Embedding(8, 4, max_norm=1.0), Scheme(QuantSpec(8)), "max_norm=1.0"),
     ],
 )
