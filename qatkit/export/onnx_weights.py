@@ -208,6 +208,8 @@ class OnnxFile:
             failures = []
             for output in self._outputs_of(prefix):  # one for every call of the layer
                 stored = self._added_to(output, bias.numel())
+                if stored is None and not bias.any():
+                    continue  # graph optimizers remove a bias of zeros
                 failures += differences(what, stored if stored is None else stored.reshape(-1), bias)
             return failures
         weight_scale, input_scale = (self.tensors.get(f"{part}.scale") for part in (f"{prefix}weight", grid))

@@ -124,3 +124,17 @@ def test_transposed_convolutions_have_no_integer_kernel_so_8_bit_weights_stay_si
     model, x = pair(nn.ConvTranspose2d, QuantSpec(8), UINT8)
     export_onnx(model, x, tmp_path / "model.onnx")  # without a warning of slow kernels
     assert constants(tmp_path / "model.onnx")["0.weight.codes"].dtype == np.int8
+
+
+def test_a_bias_of_zeros_that_graph_optimizers_remove_passes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval(), torch.rand(2, 3, 6)
+    for layer in (model[0], model[2]):
+        nn.init.zeros_(layer.bias)
+    prepare_qat(model, QuantSpec(8))
+    export_onnx(model, x, tmp_path / "model.onnx")
+    assert not {"0.bias", "2.bias"} <= constants(tmp_path / "model.onnx").keys()
+    assert checked(model, x, tmp_path / "model.onnx").passed
+    with torch.no_grad():
+        model[2].bias[0] = 1.0
+    assert "layer '2': the bias: not in the file" in checked(model, x, tmp_path / "model.onnx").failures
