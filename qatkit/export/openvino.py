@@ -1,8 +1,9 @@
 """OpenVINO export: a model in OpenVINO's own format (IR), with integer weights.
 
 The graph is that of the ONNX export (`qatkit.export.onnx`), converted by OpenVINO: constants keep their names and stay
-integers, ``{layer}.weight.codes`` in the ``.bin`` file. OpenVINO runs a layer with integer kernels if its input is
-quantized and its weight is symmetric and signed; `qatkit.export.openvino_runtime.openvino_kernels` counts them.
+integers, ``{layer}.weight.codes`` in the ``.bin`` file. In weight-only layers of up to 4 bits, two codes share a byte.
+OpenVINO runs a layer with integer kernels if its input is quantized and its weight is symmetric and signed;
+`qatkit.export.openvino_runtime.openvino_kernels` counts them.
 """
 
 from __future__ import annotations

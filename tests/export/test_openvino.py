@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -174,6 +175,35 @@ def test_other_quantization_is_exact_too(weight: QuantSpec, activation: QuantSpe
     user = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with torch.no_grad():  # the file itself says that inputs of layers are not quantized again
         torch.testing.assert_close(torch.from_numpy(user(x.numpy())[0]), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (QuantSpec(4), "i4"),
+        (QuantSpec(3, symmetric=False, strategy="group", group_size=16), "u4"),
+        (QuantSpec(5), "i8"),
+    ],
+)
+def test_two_codes_of_a_weight_only_layer_share_a_byte_and_a_changed_one_is_found(
+    weight: QuantSpec, kind: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x, path = nn.Sequential(nn.Linear(64, 33)), torch.randn(16, 64), tmp_path / "model.xml"
+    prepare_qat(model, weight)
+    export_openvino(model.eval(), x, path)
+    data = re.search(
+        r'name="0.weight.codes".*?<data element_type="(..)" .*?offset="(\d+)" size="(\d+)"', path.read_text(), re.S
+    )
+    assert data is not None
+    assert (data[1], int(data[3])) == (kind, 64 * 33 // (1 if kind == "i8" else 2))
+    batches = [(x, torch.zeros(16).long())]
+    assert verify(model, path, batches, threads=1).passed
+    stored = bytearray(path.with_suffix(".bin").read_bytes())
+    stored[int(data[2])] ^= 1
+    path.with_suffix(".bin").write_bytes(stored)
+    failures = verify(model, path, batches, threads=1).failures
+    assert any("layer '0': codes of the weight: 1 of 2112 differ, the first at [0, 0]" in each for each in failures)
 
 
 class Pooled(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qatkit.export.onnx import export_onnx
 from qatkit.export.saturation import saturates
+from qatkit.export.verification import verify
 from qatkit.quantization import calibrate, prepare_for_target
 from qatkit.spec import QuantSpec
 from tests.quantization.placement.networks import Denoiser, Dense, ResNet, UNet, trained_like
@@ -63,6 +64,18 @@ def test_every_layer_addition_and_concatenation_is_an_integer_kernel_and_exact(
         error = (model(x) - float_outputs).abs().mean()
     outputs = torch.from_numpy(runtime.run(None, {runtime.get_inputs()[0].name: x.numpy()})[0])
     assert (outputs - reference).abs().mean() <= 0.02 * error
+
+
+def test_a_quantizer_that_is_reused_after_a_resize_has_one_name_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = images(64)
+    model = trained_like(UNet())
+    prepare_for_target(model, "onnxruntime", x[:2])
+    calibrate(model, [x])
+    export_onnx(model.eval(), x[:2], tmp_path / "model.onnx")
+    labels = torch.zeros(64, 16, 16, dtype=torch.long)
+    result = verify(model, tmp_path / "model.onnx", [(x, labels)], threads=1, task="segmentation")
+    assert result.passed, result.failures
 
 
 @pytest.mark.skipif(not saturates(), reason="this processor multiplies 8-bit codes without overflow")
