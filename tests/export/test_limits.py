@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from qatkit import QatkitError
+from qatkit import QatkitError, QuantSpec
 from qatkit.pipeline.export import check_export
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.quantization.layers import SWAPS
+from qatkit.quantization.selection import select
+from qatkit.quantization.swaps import PARTS
 from qatkit.recipe.loading import load_recipe
 
 INT8 = "stages={dense: {max_steps: 1}, qat: {max_steps: 1, quantize: {weight: {num_bits: 8}, include: ['%s']}}}"
@@ -37,3 +40,16 @@ def test_dynamic_activations_are_refused_for_onnx_before_training() -> None:
     dynamic = "stages.qat.quantize.layers={classifier: {scheme: W8A8}}"
     with pytest.raises(QatkitError, match=r"stage 'qat': layer 'classifier': ONNX Runtime does not support .*token"):
         validate_recipe(load_recipe("vision/digits_int4", [dynamic]))
+
+
+def test_every_layer_that_can_be_quantized_by_type_is_accepted_for_onnx_before_training() -> None:
+    arguments: dict[type[nn.Module], tuple[int, ...]] = {
+        nn.Linear: (4, 4), nn.Embedding: (4, 4), nn.EmbeddingBag: (4, 4), nn.MultiheadAttention: (4, 2),
+        nn.LSTM: (4, 4), nn.GRU: (4, 4), nn.RNN: (4, 4),
+    }  # fmt: skip
+    kinds = [*SWAPS, *PARTS]
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.all = nn.ModuleList(kind(*arguments.get(kind, (4, 4, 3))) for kind in kinds)
+    recipe = load_recipe("vision/digits_int4", [INT8 % "all.[0-9]*", "export={format: onnx}"])
+    check_export(recipe, "qat", model.to("meta"), None)
+    assert len(select(model, QuantSpec(8), include=["all.[0-9]*"])) == len(kinds) + 1  # and one output projection
