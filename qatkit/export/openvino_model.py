@@ -81,7 +81,7 @@ def _keep_reduced(model: Any) -> None:
 
 
 def _pack(model: Any, layers: Mapping[str, Mapping[str, int]]) -> None:
-    """Store two codes per byte in layers whose weights alone are quantized, if all codes fit into 4 bits.
+    """Store two codes per byte in weight-only layers, if all codes fit into 4 bits.
 
     Integer kernels read bytes, so other layers keep them.
     """
