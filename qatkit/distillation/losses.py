@@ -118,8 +118,7 @@ def mse_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, label
     """
     check_shapes("mse_loss", student, teacher)
     counted = counted_mask(mask, labels)
-    student, teacher = zero_uncounted(student, counted), zero_uncounted(teacher.detach(), counted)
-    difference = student.float() - teacher.float()
+    difference = zero_uncounted(student, counted).float() - teacher.detach().float()
     return masked_mean(difference.square().mean(dim=-1), counted)
 
 
@@ -151,7 +150,7 @@ def binary_kl_loss(
     """
     check_shapes("binary_kl_loss", student, teacher)
     counted = counted_mask(mask, labels)
-    z, t = (zero_uncounted(part, counted).float() / temperature for part in (student, teacher.detach()))
+    z, t = (part.float() / temperature for part in (zero_uncounted(student, counted), teacher.detach()))
     p = t.sigmoid()
     each = p * (F.logsigmoid(t) - F.logsigmoid(z)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-z))
     return masked_mean(each.mean(dim=-1), counted) * temperature**2
@@ -176,8 +175,8 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, la
     """
     check_shapes("cosine_loss", student, teacher)
     counted = counted_mask(mask, labels)
-    ours, theirs = zero_uncounted(student, counted), zero_uncounted(teacher.detach(), counted)
-    return masked_mean(1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1), counted)
+    ours, theirs = zero_uncounted(student, counted).float(), teacher.detach().float()
+    return masked_mean(1 - F.cosine_similarity(ours, theirs, dim=-1), counted)
 
 
 def similarity_loss(
@@ -205,9 +204,9 @@ def similarity_loss(
     counted = counted_mask(mask, labels)
     if counted is not None:
         student, teacher = student[counted], teacher[counted]
-    ours, theirs = (F.normalize(part.flatten(0, -2).float(), dim=-1) for part in (student, teacher.detach()))
+    ours, theirs = (F.normalize(part.flatten(0, -2).float(), dim=1) for part in (student, teacher.detach()))
     difference = (ours @ ours.T - theirs @ theirs.T).square()
-    return difference.mean() if difference.numel() else ours.sum() * 0.0
+    return difference.mean() if difference.numel() else ours.sum()
 
 
 def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -227,7 +226,8 @@ def counted_mask(mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
 def zero_uncounted(values: Tensor, mask: Tensor | None) -> Tensor:
     """Set values at ignored positions to 0.
 
-    Call it before the computation, not after it: NaN or Inf times 0 is NaN, in the loss and in its gradient.
+    Call it on the student before the computation, not after it: NaN or Inf times 0 is NaN, in the loss and in its
+    gradient. The teacher needs it only if positions are combined before `masked_mean`, because it has no gradient.
 
     Args:
         values: ``[..., size]``.
@@ -292,8 +292,8 @@ def _log_probabilities(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     check_shapes(name, student, teacher)
     counted = counted_mask(mask, labels)
-    student, teacher = zero_uncounted(student, counted), zero_uncounted(teacher.detach(), counted)
-    return log_probabilities(student, temperature), log_probabilities(teacher, temperature), counted
+    log_q = log_probabilities(zero_uncounted(student, counted), temperature)
+    return log_q, log_probabilities(teacher.detach(), temperature), counted
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

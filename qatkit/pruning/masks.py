@@ -83,8 +83,8 @@ def nm_mask(weight: Tensor, n: int, m: int, name: str = "weight") -> Tensor:
     """
     check_nm(name, weight, n, m)
     rows = local(weight.detach()).movedim(1, -1).contiguous()
-    mask = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-    non_finite = torch.zeros((), dtype=torch.bool, device=rows.device)  # read once, after all chunks: one GPU sync
+    mask = torch.empty_like(rows, dtype=torch.bool)
+    non_finite = rows.new_zeros((), dtype=torch.bool)  # read once, after all chunks: one GPU sync
     for values, kept in zip(chunks(rows.view(-1), m), chunks(mask.view(-1), m), strict=True):
         groups = values.abs().view(-1, m)
         if len(groups):
@@ -187,13 +187,7 @@ def apply_masks(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def nonzeros(weight: Tensor) -> Tensor:
     """Return the mask of a pruned weight or local shard: True where it is nonzero."""
-    part = local(weight.detach())
-    if not part.is_contiguous():
-        return part.to(torch.bool)
-    mask = torch.empty(part.shape, dtype=torch.bool, device=part.device)
-    for values, kept in zip(chunks(part.view(-1)), chunks(mask.view(-1)), strict=True):
-        kept.copy_(values)
-    return mask
+    return local(weight.detach()).to(torch.bool)
 
 
 def count_zeros(weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qatkit import QatkitError
-from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss
+from qatkit.distillation.losses import jsd_loss, kd_loss, mse_loss, reverse_kl_loss, zero_uncounted
 from tests.distillation import tensors
 from tests.distillation.references import REFERENCES
 
@@ -47,13 +47,21 @@ def test_masked_positions_do_not_count_and_an_empty_mask_gives_a_zero_with_a_gra
     student, teacher = logits(0).requires_grad_(), logits(1)
     mask = torch.rand(6, 5) > 0.5
     torch.testing.assert_close(kd_loss(student, teacher, 2.0, mask), kd_loss(student[mask], teacher[mask], 2.0))
-    nothing = kd_loss(student, teacher, 2.0, torch.zeros(6, 5, dtype=torch.bool))
+    mask.fill_(False)[3, 2] = True
+    torch.testing.assert_close(kd_loss(student, teacher, 2.0, mask), kd_loss(student[3, 2], teacher[3, 2], 2.0))
+    nothing = kd_loss(student, teacher, 2.0, torch.zeros_like(mask))
     assert nothing.item() == 0
     nothing.backward()
 
 
+def test_only_values_at_positions_that_do_not_count_become_zero() -> None:
+    values = torch.tensor([[1.0, torch.nan], [torch.inf, 2.0], [3.0, 4.0]])
+    assert zero_uncounted(values, torch.tensor([False, False, True])).tolist() == [[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]]
+    assert zero_uncounted(values, None) is values
+
+
 def test_shapes_that_differ_are_refused_with_both_shapes() -> None:
-    with pytest.raises(ValueError, match=r"\[2, 3\], the teacher's \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"\[2, 3\], the teacher's \[2, 4\]; pass logits of equal shape$"):
         kd_loss(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
@@ -134,8 +142,11 @@ def test_the_jensen_shannon_divergence_tends_to_both_kullback_leibler_divergence
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1])
 def test_a_beta_out_of_range_is_refused_and_its_limits_are_named(beta: float) -> None:
-    with pytest.raises(QatkitError, match=rf"beta: {beta} is out of range; .*'kl' for 0 and 'reverse_kl' for 1"):
+    with pytest.raises(QatkitError) as caught:
         jsd_loss(logits(0), logits(1), beta=beta)
+    assert str(caught.value) == (
+        f"beta: {beta} is out of range; use a number between 0 and 1, or the loss 'kl' for 0 and 'reverse_kl' for 1"
+    )
 
 
 def test_the_squared_difference_is_that_of_torch() -> None:
@@ -155,7 +166,7 @@ def test_labels_of_minus_100_leave_positions_out_of_the_squared_difference() -> 
 
 @pytest.mark.parametrize("loss", [kd_loss, reverse_kl_loss, jsd_loss, mse_loss])
 def test_a_loss_names_itself_where_shapes_differ(loss: Any) -> None:
-    with pytest.raises(ValueError, match=loss.__name__):
+    with pytest.raises(ValueError, match=rf"^{loss.__name__}: the student's logits"):
         loss(torch.zeros(2, 3), torch.zeros(2, 4))
 
 

@@ -53,8 +53,35 @@ def test_the_declared_task_decides_what_an_answer_is() -> None:
     assert TaskJudge(TASKS["regression"]).agreements(ours, theirs, batch) == 0  # the values are not
 
 
+def test_the_task_of_a_batch_decides_what_an_answer_is() -> None:
+    ours, theirs = torch.tensor([[2.0, -1.0]]), torch.tensor([[2.0, 3.0]])
+    batch = {"task": "multilabel", "labels": torch.tensor([[1.0, 0.0]])}
+    assert TaskJudge(None).agreements(ours, theirs, batch) == 1  # one of two signs; the largest entries differ
+
+
 def test_the_error_for_an_unsuitable_metric_names_outputs_and_labels() -> None:
     judge = MetricJudge(torchmetrics.MeanSquaredError(), None)
     with pytest.raises(QatkitError, match=r"MeanSquaredError does not accept .*Tensor \[2, 3\].*Tensor \[2\]") as error:
         judge.add(torch.zeros(2, 3), BATCH)
     assert error.value.__cause__ is not None
+    assert error.value.advice == "let forward return the outputs that the metric expects"
+
+
+def test_a_metric_of_several_numbers_is_an_error() -> None:
+    judge = MetricJudge(torchmetrics.MeanSquaredError(num_outputs=2), None)
+    judge.add(torch.zeros(3, 2), (None, torch.ones(3, 2)))
+    with pytest.raises(QatkitError) as caught:
+        judge.value()
+    assert str(caught.value) == (
+        "metric: MeanSquaredError returns Tensor [2], not a single number; use a metric that returns a single number, "
+        'such as a subclass whose compute returns super().compute()["map"]'
+    )
+
+
+def test_a_batch_without_labels_is_an_error() -> None:
+    with pytest.raises(QatkitError) as caught:
+        MetricJudge(torchmetrics.MeanSquaredError(), None).add(torch.zeros(2), {"x": torch.zeros(2)})
+    assert str(caught.value) == (
+        "batches: a batch (keys ['x']) contains no labels for the metric; pass pairs (inputs, labels), or "
+        '{**batch, "labels": ...} for each batch'
+    )
