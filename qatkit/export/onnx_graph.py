@@ -26,6 +26,7 @@ from qatkit.export.onnx_recurrent import BIAS, name_steps, recurrent_translation
 from qatkit.export.output_tensors import kinds, tensors
 from qatkit.export.packed import PACKED
 from qatkit.export.qdq_layers import QDQ
+from qatkit.export.qdq_recurrent import QDQRecurrent
 from qatkit.export.runtime import NAMED, ONLY_OUTPUT
 from qatkit.spec import QuantSpec
 
@@ -184,7 +185,7 @@ def name_after_layers(graph_model: Any, model: nn.Module) -> None:
     first = {id(layer): name for name, layer in model.named_modules()}
     initializers = graph_model.graph.initializers
     for alias, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, (*QDQ.values(), *PACKED.values())) and first[id(layer)] != alias:
+        if isinstance(layer, (*QDQ.values(), *PACKED.values(), QDQRecurrent)) and first[id(layer)] != alias:
             for key in [key for key in initializers if key.startswith(f"{alias}.")]:
                 value = initializers.pop(key)
                 value.name = f"{first[id(layer)]}.{key.removeprefix(f'{alias}.')}"

@@ -207,3 +207,30 @@ def test_8_bit_weights_pass_with_the_warning_of_slow_kernels(tmp_path: Path) -> 
     with pytest.warns(QatkitWarning, match="layer 'rnn.weight_ih_l0' and 2 more: 8-bit weights are stored as unsigned"):
         export_onnx(model, x, path)
     assert failures(model, x, path) == []
+
+
+class Twice(nn.Module):
+    """A recurrent and an attention layer, each under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.attn = nn.LSTM(8, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.again, self.attn_again = self.rnn, self.attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.again(self.rnn(x)[0])[0]
+        y = self.attn(y, y, y)[0]
+        out: Tensor = self.attn_again(y, y, y)[0]
+        return out
+
+
+@pytest.mark.parametrize("activation", [None, UINT8])
+def test_a_layer_under_two_names_keeps_its_first_one(activation: QuantSpec | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, model, x = tmp_path / "model.onnx", Twice().eval(), torch.randn(4, 5, 8)
+    prepare_qat(model, QuantSpec(7), activation)
+    calibrate(model, [x])
+    export_onnx(model, x, path)
+    batch = (x, torch.zeros(4, 5, 8))
+    assert verify(model, path, [batch], threads=1, task="regression").failures == []
+    assert not [name for name in constants(path) if "again" in name]
