@@ -341,6 +341,7 @@ export_openvino(torch.nn.Linear(400, 200), torch.rand(2, 400), path)
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("moment", ["0", "1", "2", "full disk"])
 def test_an_interrupted_export_leaves_no_file_with_the_weights_of_another(moment: str, tmp_path: Path) -> None:
     path = tmp_path / "model.xml"
@@ -357,6 +358,7 @@ def test_an_interrupted_export_leaves_no_file_with_the_weights_of_another(moment
         assert not path.exists()
 
 
+@pytest.mark.medium
 def test_a_recipe_is_trained_exported_verified_and_measured(tmp_path: Path) -> None:
     (tmp_path / "served.yaml").write_text(RECIPE)
     done = qatkit("run", "served.yaml", "--out", "run", "--quiet", cwd=tmp_path)
