@@ -136,12 +136,18 @@ TRIED = {
         Training(1e-5, hidden=0, times=3),
     ],
     "W4 g128": [Training(3e-5), Training(1e-4)],
-    "W3 g32": [Training(1e-4), Training(3e-4)],
-    "W2 g32": [Training(3e-4), Training(1e-3), Training(1e-3, hidden=0), Training(1e-3, loss="mse")],
+    "W3 g32": [Training(1e-4), Training(3e-4), Training(1e-4, times=4), Training(3e-4, times=8)],
+    "W2 g32": [
+        *(Training(lr) for lr in (3e-4, 1e-3)),
+        Training(1e-3, hidden=0),
+        Training(1e-3, loss="mse"),
+        Training(1e-3, loss="mse", times=8),
+    ],
     DEPTH: [
         Training(3e-4, init=None, times=4),
         Training(1e-3, init=None, times=4),
         Training(1e-3, hidden=0, init=None, times=4),
+        Training(1e-3, init=None, times=16),
     ],
 }
 """What each format tries, in fewer steps and on the documents for tuning. The best one trains the reported models."""
