@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qatkit.errors import QatkitError
-from qatkit.export.openvino_runtime import OUTPUTS
+from qatkit.export.openvino_runtime import OUTPUTS, core
 from qatkit.export.runtime import NAMED, ONLY_OUTPUT
 
 _EXACT_PRODUCTS = (["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"], "0")
@@ -37,10 +37,9 @@ def read_onnx(path: Path) -> Any:
         QatkitError: OpenVINO does not support an operator of the graph.
     """
     import onnx
-    import openvino
 
     try:
-        model = openvino.Core().read_model(path)
+        model = core().read_model(path)
     except Exception as error:  # openvino's exceptions share no base class
         lines = [line for line in str(error).splitlines() if line.startswith("-- ")] or str(error).splitlines()[-1:]
         raise QatkitError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,22 +97,32 @@ def read_model(path: Path) -> Any:
         QatkitError: OpenVINO is not installed, or cannot read the file.
     """
     try:
-        import openvino
+        core()
     except ImportError as error:
         raise QatkitError("openvino is not installed", advice="run: pip install 'qatkit[openvino]'") from error
     try:
-        return openvino.Core().read_model(path)
+        return core().read_model(path)
     except Exception as error:  # openvino's exceptions share no base class
         reason = str(error).strip().splitlines()[-1:]
         raise QatkitError(f"OpenVINO cannot read it: {''.join(reason)}", key=str(path)) from error
 
 
-def _compiled(model: Any, threads: int | None, options: dict[str, str]) -> Any:
+@cache
+def core() -> Any:
+    """OpenVINO's entry point; there is one, because each would load and unload the CPU plugin with its threads.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _compiled(model: Any, threads: int | None, options: dict[str, str]) -> Any:
     given = PRECISE | options | ({} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)})
     try:
-        return openvino.Core().compile_model(model, "CPU", given)
+        return core().compile_model(model, "CPU", given)
     except Exception as error:  # openvino's exceptions share no base class
         raise QatkitError(f"OpenVINO cannot compile the model: {error}") from error
 
