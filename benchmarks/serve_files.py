@@ -74,11 +74,8 @@ def write(name: str, folder: Path, quick: bool) -> nn.Module:
     export_onnx(dense, example, paths["fp32"])
     for kind in ("static", "dynamic"):
         quantize_free(f"quantize_{kind}", paths["fp32"], inputs[:256].split(64), paths[kind])
-    # ONNX Runtime has no integer kernel for a convolution with dynamic activations
-    options: dict[str, Any] = {
-        "exclude": ["*patches"],
-        "weight": QuantSpec(8 if family.target is None else 7, observer="lsq"),
-    }
+    weight = QuantSpec(8 if family.target is None else 7, observer="lsq")
+    options: dict[str, Any] = {"weight": weight, "exclude": family.exclude}
     if family.target is not None:
         options["target"] = family.target
     if family.tokens:
