@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from qatkit import QuantSpec, calibrate, prepare_qat
 from qatkit.data import digits
+from qatkit.export import openvino_runtime
 from qatkit.export.verification import Verification, verify
 from qatkit.models import cnn
 from qatkit.quantization.folding import fold_batchnorm
@@ -29,6 +30,14 @@ def batches(images: Images) -> list[Images]:
 
 def checked(model: nn.Module, path: Path, images: Images) -> Verification:
     return verify(model, path, batches(images), threads=1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_openvino_thread() -> Iterator[None]:
+    """Processes of the suite share the cores; OpenVINO's plugin once crashed in one of its threads under this load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(openvino_runtime.PRECISE, "INFERENCE_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="session")
