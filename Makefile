@@ -9,6 +9,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # the folders of pure functions and modules: nothing in them trains for long or starts many processes
 QUICK := $(addprefix tests/,common data distillation kernels lora pruning quantization recipe stages tasks \
 	test_english.py test_contracts.py)
+# They get processes of their own: OpenVINO crashed in a process that had run thousands of other tests before
+OPENVINO := tests/export/test_openvino.py tests/export/test_openvino_weights.py
 
 .PHONY: demo demo-llm quick test slow coverage mutation oldest lint types docs bench clean
 
@@ -23,7 +25,8 @@ quick: lint types
 	$(PYTEST) -m "not slow and not medium" $(QUICK)
 
 test: lint types docs
-	$(PYTEST)
+	$(PYTEST) $(OPENVINO)
+	$(PYTEST) $(addprefix --ignore=,$(OPENVINO))
 
 # what takes minutes; CI runs it too
 slow: $(VENV)/.dev
