@@ -63,10 +63,18 @@ def tensors(outputs: Any) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else [tensor for part in outputs for tensor in tensors(part)]
 
 
-def largest_difference(model: nn.Module, x: Tensor, path: Path) -> float:
+def sequences_apart(model: nn.Module, x: Tensor, path: Path) -> float:
+    """The fraction of sequences in which an output of a step, or a final state, differs by more than 1e-6."""
     with torch.no_grad():
-        pairs = zip(tensors(model(x)), tensors(load_runtime(path, 1)(x)), strict=True)
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+        pairs = list(zip(tensors(model(x)), tensors(load_runtime(path, 1)(x)), strict=True))
+    steps_first = not model.rnn.batch_first
+    apart = []
+    for index, (ours, theirs) in enumerate(pairs):
+        by_sequence = (
+            (ours - theirs).abs().movedim(1 if index or steps_first else 0, 0)
+        )  # states are [layers, batch, ..]
+        apart.append(by_sequence.flatten(1).amax(1) > 1e-6)
+    return float(torch.stack(apart).any(0).float().mean())
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -76,11 +84,11 @@ def test_outputs_and_states_are_the_trained_ones_for_every_length(
 ) -> None:
     path, (model, x) = tmp_path / "model.onnx", quantized(kind, QuantSpec(7), activation, **options)
     export_onnx(model, {"x": x}, path, "token_classification")
-    other = (4, 11, 8) if options.get("batch_first", True) else (9, 6, 8)
-    for shape in (x.shape, other):
-        # a value halfway between two codes may round the other way, which changes the steps after it: not in every draw
-        draws = [torch.randn(shape) for _ in range(1 if activation is None else 3)]
-        assert any(failures(model, each, path) == [] and largest_difference(model, each, path) < 1e-6 for each in draws)
+    for time in (6, 11):
+        inputs = torch.randn((256, time, 8) if options.get("batch_first", True) else (time, 256, 8))
+        assert failures(model, inputs, path) == []
+        # a value halfway between two codes may round the other way, which changes the steps after it
+        assert sequences_apart(model, inputs, path) <= (0 if activation is None else 0.05)
     operator = kind.__name__
     kernels = integer_kernels(path)
     if activation is None:
