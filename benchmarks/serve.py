@@ -254,6 +254,9 @@ def main(only: str | None, quick: bool) -> None:
     warnings.simplefilter("ignore")
     path = RESULTS / "serve.json"
     stored = json.loads(path.read_text())["parts"] if only and path.exists() and not quick else {}
+    for name, (_, figures) in stored.items():
+        if not RUNTIMES.keys() <= figures.keys():
+            raise SystemExit(f"{path}: '{name}' was not measured in every runtime; run all families without --only")
     for name in FAMILIES:
         if only in (None, name):
             stored[name] = measure(name, quick)

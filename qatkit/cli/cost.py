@@ -27,14 +27,18 @@ class _Served:
 
 
 def command(
+    price: Annotated[float, typer.Option(min=0.0, help="Price of the device per hour.")],
     run: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="A run folder, whose report contains measured latencies.")
     ] = None,
-    price: Annotated[float, typer.Option(min=0.0, help="Price of the device per hour.")] = 1.0,
     latency: Annotated[float | None, typer.Option(min=0.0, metavar="MS", help="Milliseconds per batch.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Requests per batch, with --latency.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests per batch, with --latency.", show_default="1")
+    ] = None,
     requests: Annotated[float | None, typer.Option(min=0.0, help="Requests per day.")] = None,
-    tokens: Annotated[float, typer.Option(min=0.0, help="Tokens per request, for --api.")] = 500,
+    tokens: Annotated[
+        float | None, typer.Option(min=0.0, help="Tokens per request, with --api.", show_default="500")
+    ] = None,
     api: Annotated[
         float | None, typer.Option(min=0.0, metavar="PRICE", help="Price of an API per thousand tokens.")
     ] = None,
@@ -51,6 +55,11 @@ def command(
 
     if (run is None) == (latency is None):
         raise QatkitError("pass either a run folder or --latency", key="RUN")
+    if batch is not None and latency is None:
+        raise QatkitError("it has no effect without --latency", key="--batch", advice="remove it")
+    if tokens is not None and api is None:
+        raise QatkitError("it has no effect without --api", key="--tokens", advice="remove it, or add --api")
+    batch, tokens = batch or 1, 500 if tokens is None else tokens
     sources = [("--latency", batch, latency)] if latency is not None else _measured(run or Path())
     served = []
     for source, size, milliseconds in sources:

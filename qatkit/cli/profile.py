@@ -83,6 +83,10 @@ def _phases(what: str, overrides: Sequence[str] | None, batch: int, context: int
 
     folder = Path(what)
     if folder.is_dir():
+        if overrides:
+            raise QatkitError(
+                "a config has no recipe keys to override", key=overrides[0], advice="edit the config, or pass a recipe"
+            )
         return language_phases(_model_of_config(folder), batch, context)
     from qatkit.pipeline.profiling import forward_of
     from qatkit.run.architecture import meta_model

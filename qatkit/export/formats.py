@@ -140,7 +140,7 @@ FORMATS = Table(
     [
         ExportFormat(
             name="onnx",
-            description="ONNX with integer weights (QDQ) for ONNX Runtime, OpenVINO and TensorRT",
+            description="ONNX with integer weights for ONNX Runtime and OpenVINO",
             file_name="model.onnx",
             check="qatkit.export.onnx:check",
             write="qatkit.export.onnx:write",

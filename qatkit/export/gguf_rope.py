@@ -38,7 +38,7 @@ def check_rope(config: Any, instead: str) -> None:
     local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
     if local is not None and (local.get("rope_type", "default"), local["rope_theta"]) != ("default", _LOCAL_BASE):
         raise QatkitError(
-            f"llama.cpp has rope_theta: {_LOCAL_BASE} in layers with sliding windows, but the model has "
+            f"llama.cpp uses rope_theta: {_LOCAL_BASE} in layers with sliding windows, but the model has "
             f"{local['rope_theta']} ({local.get('rope_type', 'default')})",
             advice=instead,
         )

@@ -138,7 +138,7 @@ def stored_tensors(model: nn.Module) -> list[Stored]:
         weight = layer if isinstance(layer, QATLayer) and key.endswith(".weight") else None
         if row.omitted and key.startswith(row.omitted):
             if weight is not None:
-                raise QatkitError(f"'{key}' is not part of a GGUF file of a {row.name}", advice="exclude the layer")
+                raise QatkitError(f"GGUF files of '{row.name}' do not store '{key}'", advice="exclude the layer")
             continue
         if (name := names.get_name(key, try_suffixes=(".weight", ".bias"))) is None:
             raise QatkitError(f"'{key}' has no name in GGUF's architecture '{row.gguf}'", advice=INSTEAD)

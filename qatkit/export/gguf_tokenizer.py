@@ -160,7 +160,7 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int | None) -> dict[str, Any]
         return {"tokenizer.ggml.model": "no_vocab"}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise QatkitError(f"a tokenizer of type {type(tokenizer).__name__} has no tokenizer.json", advice=_ADVICE)
+        raise QatkitError(f"{type(tokenizer).__name__} is not a fast tokenizer", advice=_ADVICE)
     content = json.loads(backend.to_str())
     kind = next((row for row in TOKENIZER_KINDS.values() if row.recognizes(content)), None)
     if kind is None:

@@ -59,7 +59,7 @@ class _Graph:
         """The layer of a node of the optimized graph, and why it runs in floating point."""
         node = self._origin(optimized)
         if node is None:
-            return optimized.name, "ONNX Runtime made it from several nodes"
+            return optimized.name, "ONNX Runtime fused several nodes into it"
         data, weight = node.input[0], self._constant(node.input[1])
         if weight is None:
             return node.name, "it is a product of two activations that are not both quantized"
@@ -74,7 +74,7 @@ class _Graph:
             return name, "the weight has one scale per group"
         if readers := self._read_in_floating_point(node.output[0]):
             return name, f"the output is not quantized, because {readers} reads it"
-        return name, "ONNX Runtime has no integer kernel for its shapes and types"
+        return name, "ONNX Runtime has no integer kernel for these shapes and types"
 
     def _layer(self, node: Any, weight: str) -> str:
         """The layer of a product: its weight has the layer's name, or its bias has, if the weight was transposed."""

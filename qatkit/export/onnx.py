@@ -270,8 +270,8 @@ def _check_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag, scheme: S
     if weight is not None and weight.strategy == "group" and not packed:
         raise QatkitError(
             f"layer '{name}': ONNX export does not support {_plain_name(layer)} with groups of {weight.group_size}",
-            advice="set strategy: channel (one scale per row), or for Embedding in ONNX Runtime a multiple of 16, or "
-            "exclude the layer",
+            advice="set strategy: channel (one scale per row), or, for nn.Embedding with format: onnx, a group_size that "
+            "is a multiple of 16, or exclude the layer",
         )
     if layer.max_norm is not None:
         raise QatkitError(
@@ -309,7 +309,7 @@ def _warn_of_unsigned(model: nn.Module, format: str) -> None:
         warnings.warn(
             f"layer '{slow[0]}'{more}: 8-bit weights are stored as unsigned, which is exact on every processor but can "
             f"be several times slower than signed. Use target: {portable} (7 bits, fast everywhere), or target: {wide} "
-            "for a processor that adds in 32 bits",
+            "for a processor that accumulates in 32 bits",
             QatkitWarning,
             stacklevel=4,
         )

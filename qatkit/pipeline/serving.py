@@ -51,7 +51,9 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
     row, data = format_of(run), held_out_data(run)
     if not row.benchmark:
         raise QatkitError(
-            f"the latency of '{row.name}' exports is not measured", key="export.format", advice="use format: onnx"
+            f"the latency of '{row.name}' exports is not measured",
+            key="export.format",
+            advice="use format: onnx or openvino",
         )
     paths = {stage: exported_path(run, stage) for stage in run.rows}
     for path in paths.values():
@@ -59,7 +61,9 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
             raise QatkitError("there is no such file", key=str(path), advice=f"run `qatkit export {run.out}`")
     last = list(paths)[-1]
     if against and not row.baselines:
-        raise QatkitError(f"{row.runtime} has no quantization of its own", key="--against", advice="omit --against")
+        raise QatkitError(
+            f"'{row.name}' files have no baseline to compare with", key="--against", advice="omit --against"
+        )
     with tempfile.TemporaryDirectory() as folder:
         made = make_baselines(run, row if against else replace(row, baselines=""), data, paths, Path(folder))
         if against and made.failure:

@@ -56,7 +56,7 @@ TARGETS = Table(
             "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as quantize_dynamic",
             "onnx", _WEIGHT7, _BATCH,
         ),
-        Target("onnxruntime-int4", "ONNX Runtime: linear layers with weights of 4 bits per group", "onnx", _INT4, None),
+        Target("onnxruntime-int4", "ONNX Runtime: linear layers with 4-bit weights in groups", "onnx", _INT4, None),
         Target(
             "onnxruntime-int4-int8",
             "ONNX Runtime: weights of 4 bits, and inputs of 8 bits whose scales are computed per token and group",

@@ -34,7 +34,23 @@ def test_the_command_compares_with_an_api(tmp_path: Path) -> None:
 
 def test_a_latency_or_a_run_is_needed_and_not_both(tmp_path: Path) -> None:
     for arguments in ((), (".", "--latency", "5")):
-        done = qatkit("cost", *arguments, cwd=tmp_path)
+        done = qatkit("cost", "--price", "1", *arguments, cwd=tmp_path)
         assert (done.code, "pass either a run folder or --latency" in done.err) == (2, True)
-    done = qatkit("cost", ".", cwd=tmp_path)
+    done = qatkit("cost", ".", "--price", "1", cwd=tmp_path)
     assert (done.code, "report.json" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((".", "--price", "1", "--batch", "8"), "--batch: it has no effect without --latency"),
+        (("--latency", "5", "--price", "1", "--tokens", "8"), "--tokens: it has no effect without --api"),
+        (("--latency", "5"), "Missing option '--price'"),
+    ],
+)
+def test_options_without_effect_and_a_missing_price_are_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = qatkit("cost", *arguments, cwd=tmp_path)
+    assert done.code == 2
+    assert message in done.err

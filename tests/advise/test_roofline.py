@@ -156,3 +156,9 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     done = qatkit("profile", ".", "--device", "a100", cwd=tmp_path)
     assert done.code == 2
     assert "transformers cannot build a causal language model from it" in done.err
+
+
+def test_overrides_of_a_config_are_refused(tmp_path: Path) -> None:
+    done = qatkit("profile", ".", "model.args.hidden=8", "--device", "a100", cwd=tmp_path)
+    assert done.code == 2
+    assert "model.args.hidden=8: a config has no recipe keys to override" in done.err
