@@ -270,8 +270,8 @@ def _check_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag, scheme: S
     if weight is not None and weight.strategy == "group" and not packed:
         raise QatkitError(
             f"layer '{name}': ONNX export does not support {_plain_name(layer)} with groups of {weight.group_size}",
-            advice="set strategy: channel (one scale per row), or, for nn.Embedding with format: onnx, a group_size that "
-            "is a multiple of 16, or exclude the layer",
+            advice="set strategy: channel (one scale per row), or, for nn.Embedding with format: onnx, a group_size "
+            "that is a multiple of 16, or exclude the layer",
         )
     if layer.max_norm is not None:
         raise QatkitError(
