@@ -22,7 +22,7 @@ class Device:
     source: str
     """The document that states the numbers, or how they follow from it."""
     sparse: float = 1.0
-    """Factor of the rates of 16-bit and smaller dtypes with 2:4 sparsity."""
+    """Factor of the rates of 16-bit and smaller dtypes with 2:4 sparsity; 1 if the device does not support it."""
 
 
 _TENSOR_CORES = 2.0
@@ -44,7 +44,7 @@ DEVICES = Table(
         ),
         Device(
             "b200", 180, 8000, {"fp32": 75, "bf16": 2250, "fp8": 4500, "int8": 4500, "fp4": 9000},
-            "NVIDIA HGX B200 data sheet, per GPU, half of the rates with sparsity", _TENSOR_CORES,
+            "NVIDIA DGX B200 data sheet, per GPU, half of the rates with sparsity", _TENSOR_CORES,
         ),
         Device(
             "l4", 24, 300, {"fp32": 30.3, "bf16": 121, "fp8": 242.5, "int8": 242.5},

@@ -11,6 +11,7 @@ from torch import nn
 
 from qatkit.advise.roofline import LayerCost, layer_costs, training
 from qatkit.advise.serving import cached_numbers
+from qatkit.errors import QatkitError
 
 Phases = Mapping[str, list[LayerCost]]
 """Layers by phase."""
@@ -33,14 +34,21 @@ def language_phases(model: nn.Module, batch: int, context: int) -> Phases:
         context: Tokens per sequence.
 
     Raises:
-        QatkitError: the model's config lacks the number of layers or heads.
+        QatkitError: the model's config lacks the number of layers or heads, or the model has no attention.
     """
     prefill = _on_tokens(model, batch, context)
     one = _on_tokens(model, batch, 1)
-    attentions = sum(1 for layer in one if _is_attention(layer))
-    cache = cached_numbers(model) * context * batch // max(attentions, 1)
+    attentions = sum(layer.between_activations for layer in one)
+    if not attentions:
+        raise QatkitError(
+            f"no product of attention was found in {type(model).__name__}, so the time to read the KV cache is unknown",
+            key="MODEL",
+            advice="use a model with attention",
+        )
+    cache = cached_numbers(model) * context * batch // attentions
     decode = [
-        replace(layer, flops=layer.flops * context, stored=cache) if _is_attention(layer) else layer for layer in one
+        replace(layer, flops=layer.flops * context, stored=cache) if layer.between_activations else layer
+        for layer in one
     ]
     return {"prefill": prefill, "decode": decode, "training": training(prefill)}
 
@@ -54,11 +62,6 @@ def forward_phases(model: nn.Module, call: Callable[[], object]) -> Phases:
     """
     forward = layer_costs(model, call)
     return {"forward": forward, "training": training(forward)}
-
-
-def _is_attention(layer: LayerCost) -> bool:
-    """Whether these are the products of attention, whose parameters belong to other modules."""
-    return layer.flops > 0 and layer.read == 0
 
 
 def _on_tokens(model: nn.Module, batch: int, tokens: int) -> list[LayerCost]:

@@ -10,8 +10,7 @@ SECONDS_PER_DAY = 86_400
 def per_thousand(price_per_hour: float, latency: float, batch: int) -> float:
     """Return the price of a thousand requests on a device that is always busy.
 
-    It is ``price per second x latency / batch x 1000``. Sources that print $0.10 for $2 per hour, 50 ms and batches of
-    32 are off by a factor of a hundred.
+    It is ``price per second x latency / batch x 1000``.
 
     Args:
         price_per_hour: The price of the device.
@@ -47,11 +46,15 @@ def api_per_day(requests: float, tokens: float, price_per_thousand_tokens: float
     return requests * tokens / 1000 * price_per_thousand_tokens
 
 
-def break_even(price_per_hour: float, tokens: float, price_per_thousand_tokens: float) -> float:
-    """Return the requests per day above which a device of one's own is cheaper than the API.
+def break_even(
+    price_per_hour: float, latency: float, batch: int, tokens: float, price_per_thousand_tokens: float
+) -> float | None:
+    """Return the requests per day above which a device of one's own is cheaper than the API; None if it never is.
 
     Example:
-        >>> break_even(price_per_hour=2.0, tokens=500, price_per_thousand_tokens=0.03)
+        >>> break_even(2.0, latency=0.05, batch=32, tokens=500, price_per_thousand_tokens=0.03)
         3200.0
+        >>> break_even(2.0, latency=60.0, batch=1, tokens=500, price_per_thousand_tokens=0.03)
     """
-    return price_per_hour * 24 / (tokens / 1000 * price_per_thousand_tokens)
+    requests = price_per_hour * 24 / (tokens / 1000 * price_per_thousand_tokens)
+    return requests if requests <= SECONDS_PER_DAY / latency * batch else None

@@ -39,6 +39,10 @@ class LayerCost:
     """Elements of its inputs and outputs."""
     stored: int = 0
     """Elements that are read besides them, such as the KV cache."""
+    between_activations: bool = False
+    """Whether these are products of activations with each other, as in attention: no technique for weights changes
+    them.
+    """
 
     def bytes(self, weight_bits: float, dtype: str) -> float:
         """Bytes that move: weights with `weight_bits`, everything else in `dtype`."""
@@ -79,7 +83,7 @@ def layer_costs(model: nn.Module, call: Callable[[], object]) -> list[LayerCost]
     """Count the arithmetic and the data of each layer in one call.
 
     Args:
-        model: Any model; it may be on the meta device.
+        model: Any model, best on the meta device: some operators are counted only there.
         call: Runs the model once.
 
     Returns:
@@ -87,8 +91,9 @@ def layer_costs(model: nn.Module, call: Callable[[], object]) -> list[LayerCost]
 
     Example:
         >>> layer = nn.Linear(4, 2, bias=False)
-        >>> layer_costs(layer, lambda: layer(torch.zeros(3, 4)))
-        [LayerCost(name='', kind='Linear', weights=8, read=8, flops=48, activations=18, stored=0)]
+        >>> (cost,) = layer_costs(layer, lambda: layer(torch.zeros(3, 4)))
+        >>> cost.kind, cost.weights, cost.flops, cost.activations
+        ('Linear', 8, 48, 18)
     """
     found: dict[str, LayerCost] = {}
     stack: list[list[int]] = []
@@ -121,6 +126,7 @@ def layer_costs(model: nn.Module, call: Callable[[], object]) -> list[LayerCost]
                 read=earlier.read + read,
                 flops=earlier.flops + flops,
                 activations=earlier.activations + moved,
+                between_activations=flops > 0 and all(weight.dim() < 2 for weight in own),
             )
 
     handles = [
@@ -138,6 +144,16 @@ def layer_costs(model: nn.Module, call: Callable[[], object]) -> list[LayerCost]
     finally:
         for handle in handles:
             handle.remove()
+    for module, name in names.items():  # such as the projection that attention calls as a function
+        if left := [weight for weight in module.parameters(recurse=False) if id(weight) not in seen]:
+            seen.update(map(id, left))
+            while name and name not in found:
+                name = name.rpartition(".")[0]
+            count = sum(weight.numel() for weight in left)
+            layer = found.get(name, LayerCost(name, type(model).__name__, 0, 0, 0, 0))
+            found[name] = replace(
+                layer, weights=layer.weights + count, read=layer.read + count, between_activations=False
+            )
     return list(found.values())
 
 
@@ -158,13 +174,16 @@ def seconds(layer: LayerCost, device: Device, dtype: str, technique: Technique =
     Raises:
         QatkitError: the device has no rate for the dtype.
     """
+    if layer.between_activations:
+        technique = Technique("none")
     operands = technique.dtype or dtype
     rate = rate_of(device, operands)
     bits = technique.weight_bits or 8 * BYTES[dtype]
     if technique.sparse:
         bits, rate = bits / 2 + 1, rate * (1 if operands == "fp32" else device.sparse)
-    moved = replace(layer, read=round(technique.kept * layer.read)).bytes(bits, dtype)
-    return max(technique.kept * layer.flops / (rate * 1e12), moved / (device.bandwidth * 1e9))
+    kept = technique.kept
+    moved = kept * replace(layer, stored=0).bytes(bits, operands) + layer.stored * BYTES[dtype]
+    return max(kept * layer.flops / (rate * 1e12), moved / (device.bandwidth * 1e9))
 
 
 def rate_of(device: Device, dtype: str) -> float:

@@ -24,6 +24,8 @@ class _Served:
     per_thousand: float
     devices: int | None = None
     per_day: float | None = None
+    break_even: float | None = None
+    """Requests per day above which one device is cheaper than the API; None if it never is, or without an API."""
 
 
 def command(
@@ -46,8 +48,8 @@ def command(
 ) -> None:
     """Compute what serving costs, from measured latencies or one that you pass.
 
-    Prices are in the currency of --price and --api. A device is assumed to be busy all the time, or as busy as
-    --requests keeps it.
+    Prices are in the currency of --price and --api. The price per thousand requests assumes a device that is busy all
+    the time; --requests adds the devices that a day needs, which are paid for whole days.
 
     Example: qatkit cost runs/demo --price 2 --requests 500000
     """
@@ -59,25 +61,24 @@ def command(
         raise QatkitError("it has no effect without --latency", key="--batch", advice="remove it")
     if tokens is not None and api is None:
         raise QatkitError("it has no effect without --api", key="--tokens", advice="remove it, or add --api")
+    for name, value in (("--latency", latency), ("--api", api), ("--tokens", tokens)):
+        if value is not None and value <= 0:
+            raise QatkitError(f"{value:g} is out of range", key=name, advice="pass a positive number")
     batch, tokens = batch or 1, 500 if tokens is None else tokens
     sources = [("--latency", batch, latency)] if latency is not None else _measured(run or Path())
     served = []
     for source, size, milliseconds in sources:
-        found = _Served(source, size, milliseconds, per_thousand(price, milliseconds / 1e3, size))
-        if requests is not None:
-            devices, daily = per_day(price, milliseconds / 1e3, size, requests)
-            found = _Served(source, size, milliseconds, found.per_thousand, devices, daily)
-        served.append(found)
+        seconds = milliseconds / 1e3
+        devices, daily = (None, None) if requests is None else per_day(price, seconds, size, requests)
+        even = None if api is None else break_even(price, seconds, size, tokens, api)
+        served.append(_Served(source, size, milliseconds, per_thousand(price, seconds, size), devices, daily, even))
     bill = None if api is None or requests is None else api_per_day(requests, tokens, api)
-    even = None if api is None else break_even(price, tokens, api)
     if as_json:
-        echo(json.dumps({"served": [asdict(each) for each in served], "api_per_day": bill, "break_even": even}))
+        echo(json.dumps({"served": [asdict(each) for each in served], "api_per_day": bill}))
         return
-    print_table(_table(served))
+    print_table(_table(served, requests is not None, api is not None))
     if bill is not None:
         echo(f"the API costs {bill:,.2f} per day for {requests:,.0f} requests of {tokens:,.0f} tokens")
-    if even is not None:
-        echo(f"one device is cheaper than the API above {even:,.0f} requests of {tokens:,.0f} tokens per day")
 
 
 def _measured(run: Path) -> list[tuple[str, int, float]]:
@@ -98,14 +99,18 @@ def _measured(run: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def _table(served: list[_Served]) -> Any:
+def _table(served: list[_Served], daily: bool, compared: bool) -> Any:
     from rich.table import Table
 
-    daily = served[0].per_day is not None
     table = Table()
-    for header in ["latency of", "batch", "latency", "per 1,000 requests", *(["devices", "per day"] if daily else [])]:
+    headers = ["latency of", "batch", "latency", "per 1,000 requests at full load"]
+    headers += [*(["devices", "per day"] if daily else []), *(["cheaper than the API above"] if compared else [])]
+    for header in headers:
         table.add_column(header)
     for each in served:
         cells = [each.source, str(each.batch), f"{each.latency_ms:.3g} ms", f"{each.per_thousand:.3g}"]
-        table.add_row(*cells, *([str(each.devices), f"{each.per_day:,.2f}"] if daily else []))
+        cells += [str(each.devices), f"{each.per_day:,.2f}"] if daily else []
+        if compared:
+            cells.append("never" if each.break_even is None else f"{each.break_even:,.0f} requests per day")
+        table.add_row(*cells)
     return table

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qatkit.advise.phases import Phases
     from qatkit.advise.roofline import LayerCost
 
+_CONTEXT = 2048
 SHOWN = 12
 """Layers in the table."""
 
@@ -36,9 +37,11 @@ def command(
         str, typer.Option(help="The device: a name such as a100, h100, l4, rtx4090 or raspberry-pi-5, or local.")
     ] = "local",
     batch: Annotated[int, typer.Option(min=1, help="Samples or sequences per call.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a language model.")] = 2048,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sequence of a language model.", show_default="2048")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="The dtype without compression.", show_default="bf16, or fp32 without bf16")
+        str | None, typer.Option(help="The dtype without compression.", show_default="the faster of fp32 and bf16")
     ] = None,
     allow: Allow = None,
     as_json: AsJson = False,
@@ -54,7 +57,7 @@ def command(
     from qatkit.advise.local import local_device
 
     chosen = local_device() if device == "local" else DEVICES.row(device, "--device")
-    base = dtype or ("bf16" if "bf16" in chosen.rates else "fp32")
+    base = dtype or max((name for name in ("fp32", "bf16") if name in chosen.rates), key=chosen.rates.__getitem__)
     from qatkit.advise.roofline import BYTES, rate_of, seconds
 
     if base not in BYTES:
@@ -78,7 +81,9 @@ def command(
     print_table(_techniques(phases, chosen, base))
 
 
-def _phases(what: str, overrides: Sequence[str] | None, batch: int, context: int, allow: Sequence[str]) -> Phases:
+def _phases(
+    what: str, overrides: Sequence[str] | None, batch: int, context: int | None, allow: Sequence[str]
+) -> Phases:
     from qatkit.advise.phases import is_language_model, language_phases
 
     folder = Path(what)
@@ -87,14 +92,16 @@ def _phases(what: str, overrides: Sequence[str] | None, batch: int, context: int
             raise QatkitError(
                 "a config has no recipe keys to override", key=overrides[0], advice="edit the config, or pass a recipe"
             )
-        return language_phases(_model_of_config(folder), batch, context)
+        return language_phases(_model_of_config(folder), batch, context or _CONTEXT)
     from qatkit.pipeline.profiling import forward_of
     from qatkit.run.architecture import meta_model
 
     recipe = load(what, list(overrides or []))
     model = meta_model(recipe.model, allow).eval()
     if is_language_model(model):
-        return language_phases(model, batch, context)
+        return language_phases(model, batch, context or _CONTEXT)
+    if context is not None:
+        raise QatkitError("the model is not a language model", key="--context", advice="remove the option")
     return forward_of(recipe, model, batch, allow)
 
 
@@ -125,7 +132,7 @@ def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str)
 
     total = sum(seconds(layer, device, dtype) for layer in layers)
     table = Table(title=f"{phase}: at least {_time(total)}")
-    for header in ("layers", "type", "parameters", "FLOPs", "bytes", "FLOP/byte", "bound by", "time", "of all"):
+    for header in ("layers", "type", "parameters", "FLOPs", "bytes", "FLOP/byte", "bound by", "time", "fraction"):
         table.add_column(header, overflow="fold")
 
     def add(name: str, same: Sequence[LayerCost], kind: str = "", intensity: str = "", bound: str = "") -> float:
@@ -173,11 +180,11 @@ def _techniques(phases: Phases, device: Device, dtype: str) -> Table:
 
 
 def _speedups(phases: Phases, device: Device, dtype: str) -> dict[str, dict[str, float | None]]:
-    """How many times faster each technique makes each phase at most; None if the device has no rate for its dtype."""
+    """How many times faster each technique makes each phase at most; None if the device does not support it."""
     from qatkit.advise.roofline import TECHNIQUES, seconds
 
     def ratio(layers: Sequence[LayerCost], technique: Any) -> float | None:
-        if (technique.dtype or dtype) not in device.rates:
+        if (technique.dtype or dtype) not in device.rates or (technique.sparse and device.sparse == 1):
             return None
         before = sum(seconds(layer, device, dtype) for layer in layers)
         return before / sum(seconds(layer, device, dtype, technique) for layer in layers)

@@ -27,7 +27,7 @@ def test_the_command_compares_with_an_api(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "48.00" in done.out
     assert "the API costs 7,500.00 per day for 500,000 requests of 500 tokens" in done.out
-    assert "above 3,200 requests" in done.out
+    assert "3,200 requests per day" in done.out
     done = qatkit("cost", *arguments, "--json", cwd=tmp_path)
     assert json.loads(done.out)["served"][0]["per_day"] == 48.0
 
@@ -46,6 +46,9 @@ def test_a_latency_or_a_run_is_needed_and_not_both(tmp_path: Path) -> None:
         ((".", "--price", "1", "--batch", "8"), "--batch: it has no effect without --latency"),
         (("--latency", "5", "--price", "1", "--tokens", "8"), "--tokens: it has no effect without --api"),
         (("--latency", "5"), "Missing option '--price'"),
+        (("--latency", "0", "--price", "1"), "--latency: 0 is out of range"),
+        (("--latency", "5", "--price", "1", "--api", "0"), "--api: 0 is out of range"),
+        (("--latency", "5", "--price", "1", "--api", "1", "--tokens", "0"), "--tokens: 0 is out of range"),
     ],
 )
 def test_options_without_effect_and_a_missing_price_are_refused(
@@ -54,3 +57,24 @@ def test_options_without_effect_and_a_missing_price_are_refused(
     done = qatkit("cost", *arguments, cwd=tmp_path)
     assert done.code == 2
     assert message in done.err
+
+
+def test_a_device_that_is_too_slow_is_never_cheaper(tmp_path: Path) -> None:
+    done = qatkit("cost", "--price", "2", "--latency", "60000", "--api", "0.03", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "never" in done.out
+
+
+def test_latencies_are_those_of_a_report(tmp_path: Path) -> None:
+    (tmp_path / "placed.yaml").write_text(
+        'name: placed\nmodel: {factory: "qatkit.models:mlp", args: {hidden: [8]}}\n'
+        'data: {factory: "qatkit.data:digits", args: {val_fraction: 0.1, test_fraction: 0.1}}\n'
+        "trainer: {accelerator: cpu}\nstages: {dense: {max_steps: 2, batch_size: 32}}\nexport: {format: onnx}\n"
+    )
+    done = qatkit("run", "placed.yaml", "--out", "run", "--quiet", cwd=tmp_path)
+    assert done.code == 0, done.err
+    done = qatkit("cost", "run", "--price", "3.6", "--json", cwd=tmp_path)
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"][0]["latency"]
+    for found, row in zip(json.loads(done.out)["served"], rows, strict=True):
+        assert (found["source"], found["batch"]) == ("dense", row["batch_size"])
+        assert found["per_thousand"] == pytest.approx(row["median_ms"] / 1e3 / row["batch_size"])
