@@ -34,7 +34,8 @@ slow: $(VENV)/.dev
 
 # the lines that the tests run in their own processes; those run only by processes that tests start do not count
 coverage: $(VENV)/.dev
-	$(PYTEST) --cov --cov-report=term:skip-covered
+	$(PYTEST) --cov --cov-report= $(OPENVINO)
+	$(PYTEST) --cov --cov-append --cov-report=term:skip-covered $(addprefix --ignore=,$(OPENVINO))
 
 # changes the code line by line and reports which changes no test notices; see CONTRIBUTING.md
 mutation: $(VENV)/.dev

@@ -87,7 +87,7 @@ def mobilenet() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """A transformer encoder with the means of its outputs as logits' input (Dosovitskiy et al., 2021)."""
+    """A transformer encoder whose mean output feeds the classifier (Dosovitskiy et al., 2021)."""
 
     def __init__(self, width: int = 128, layers: int = 3, patch: int = 4) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Family:
 
     build: Callable[[], nn.Module]
     target: str | None = "onnxruntime"
-    """The target of `QuantizationAwareTraining`; None quantizes weights alone, to 8 bits."""
+    """The target of `QuantizationAwareTraining`; None is weight-only, with 8 bits."""
     dense_steps: int = 400
     steps: int = 100
     lr: float = 3e-3

@@ -37,6 +37,10 @@ def command(
     Example: qatkit report runs/digits_int8 runs/digits_int4 --out report.html
     """
     if len(runs) > 1:
+        if as_json:
+            raise QatkitError(
+                "it is supported for a single run only", key="--json", advice="remove it, or pass one run"
+            )
         _compare(runs, out or Path("report.html"), allow, quiet)
         return
     this = open_run(runs[0], allow, allow_write)
@@ -56,12 +60,17 @@ def _compare(folders: list[Path], page: Path, allow: list[str] | None, quiet: bo
     read_reports(folders)  # a missing report is named before anything is measured
     from qatkit.pipeline.joint import joint_reports
 
-    try:
-        joint = joint_reports([open_run(folder, allow, None) for folder in folders])
-    except QatkitError as error:
-        joint = None
-        if not quiet:
-            echo(f"note: latencies are those of each run's own report and not comparable between runs: {error}")
+    joint, reason = None, ""
+    if alone := [folder for folder in folders if not (folder / "recipe.yaml").exists()]:
+        reason = f"{alone[0]} contains a report and no run"
+    else:
+        runs = [open_run(folder, allow, None) for folder in folders]
+        try:
+            joint = joint_reports(runs)
+        except QatkitError as error:
+            reason = str(error)
+    if reason and not quiet:
+        echo(f"note: latencies are those of each run's own report and not comparable between runs: {reason}")
     write_page(folders, page, joint)
     if not quiet:
         echo(f"page: {page}")

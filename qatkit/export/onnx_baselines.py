@@ -78,7 +78,7 @@ def quantize(name: str, path: Path, batches: Batches, made: Path) -> None:
     except Exception as error:  # its exceptions share no base class
         reason = str(error).strip().splitlines()
         raise QatkitError(
-            f"ONNX Runtime's {name} fails: {reason[0] if reason else type(error).__name__}",
+            f"{name} fails: {reason[0] if reason else type(error).__name__}",
             key=str(path),
             advice="omit --against",
         ) from error

@@ -52,9 +52,12 @@ def make_baselines(
     if dense is None or not row.baselines:
         return Baselines(dense, {})
     try:
-        return Baselines(dense, row.call("baselines", paths[dense], _batches(data), folder))
+        files = row.call("baselines", paths[dense], _batches(data), folder)
     except QatkitError as error:
         return Baselines(dense, {}, error.problem)
+    if taken := files.keys() & paths.keys():
+        return Baselines(dense, {}, f"a stage has the same name, '{min(taken)}'; rename the stage")
+    return Baselines(dense, files)
 
 
 def measure_baselines(

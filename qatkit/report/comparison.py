@@ -34,7 +34,9 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: boo
             (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)]) for row in shown[index]
         )
     metrics = [metric_of(report) for report in reports]
-    best = front([(metric, row) for metric, own in zip(metrics, shown, strict=True) for row in own], joint)
+    data = [json.dumps(yaml.safe_load(report["recipe"]).get("data"), default=str) for report in reports]
+    kinds = zip(metrics, data, shown, strict=True)
+    best = front([(metric, same, row) for metric, same, own in kinds for row in own], joint)
     for cells, chosen in zip(rows, best, strict=True):
         cells[0] = (cells[0][0], FRONT if chosen else "")
     return {
@@ -54,19 +56,23 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: boo
     }
 
 
-def front(rows: Sequence[tuple[Metric, dict[str, Any]]], joint: bool) -> list[bool]:
+def front(rows: Sequence[tuple[Metric, str, dict[str, Any]]], joint: bool) -> list[bool]:
     """Return whether each file is on the Pareto front: no other one is as good in everything and better in something.
 
-    Files are compared by metric, size and, if they were measured together, by latency at each batch size; files with
-    different metrics are not compared.
+    Files are compared by metric, size and, if they were measured together, by latency at each batch size. Files with
+    different metrics, or with metrics on different data, are not compared.
+
+    Args:
+        rows: The metric, the data and the row of the report of each file.
+        joint: Whether the latencies are comparable.
     """
-    costs = [_costs(metric, row, joint) for metric, row in rows]
+    costs = [_costs(metric, row, joint) for metric, _, row in rows]
     return [
         not any(
-            metric is other_metric and theirs.keys() == own.keys() and _dominates(theirs, own)
-            for (other_metric, _), theirs in zip(rows, costs, strict=True)
+            (metric, data) == other[:2] and theirs.keys() == own.keys() and _dominates(theirs, own)
+            for other, theirs in zip(rows, costs, strict=True)
         )
-        for (metric, _), own in zip(rows, costs, strict=True)
+        for (metric, data, _), own in zip(rows, costs, strict=True)
     ]
 
 
@@ -102,6 +108,6 @@ def recipe_differences(recipes: Sequence[str], names: Sequence[str]) -> list[lis
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(tree, dict) or not tree:
-        return {prefix: tree if isinstance(tree, str) else json.dumps(tree)}
+        return {prefix: tree if isinstance(tree, str) else json.dumps(tree, default=str)}
     nested = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
     return {key: value for part in nested for key, value in part.items()}

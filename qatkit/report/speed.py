@@ -15,9 +15,10 @@ def slowdowns(report: dict[str, Any]) -> list[str]:
     A file is slower if the fastest quarter of its calls took longer than the slowest quarter of the other file's.
     """
     rows = report["rows"]
-    last = rows[-1]
-    if not last["layers"]:
+    quantized = [row for row in rows if row["layers"]]
+    if not quantized:
         return []
+    last = quantized[-1]
     others = [(rows[0]["stage"], rows[0])] if last is not rows[0] else []
     others += [(row["name"], row) for row in report["baselines"] if not row["failure"]]
     sentences = []
@@ -36,7 +37,7 @@ def kernel_notes(report: dict[str, Any]) -> list[str]:
     """Return a sentence for every quantized stage with products that the runtime computes in floating point."""
     return [
         f"{row['stage']}: {sum(row['kernels']['floating'].values())} of {_products(row['kernels'])} products run in "
-        f"floating point ({float_words(row['kernels'])})"
+        f"floating point ({float_words(row['kernels'])}); see docs/runtimes.md"
         for row in report["rows"]
         if row["layers"] and row["kernels"] and row["kernels"]["floating"]
     ]
@@ -59,7 +60,11 @@ def float_words(kernels: Mapping[str, Any]) -> str:
 
 def missing_baselines(report: dict[str, Any]) -> list[str]:
     """Return why the runtime's own quantization is not in the table, if it failed."""
-    return [f"no comparison with {row['name']}: {row['failure']}" for row in report["baselines"] if row["failure"]]
+    return [
+        f"no comparison with {row['name']}'s own quantization: {row['failure']}"
+        for row in report["baselines"]
+        if row["failure"]
+    ]
 
 
 def _products(kernels: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,20 @@ def row(accuracy: float, size: int, *latencies: float) -> dict[str, Any]:
 def test_a_file_is_on_the_front_unless_another_one_is_as_good_in_everything_and_better_in_something() -> None:
     accuracy = METRICS["accuracy"]
     rows = [
-        (accuracy, row(0.9, 100, 1.0, 9.0)),
-        (accuracy, row(0.9, 100, 1.0, 8.0)),
-        (accuracy, row(0.8, 50, 2.0, 9.0)),
+        (accuracy, "digits", row(0.9, 100, 1.0, 9.0)),
+        (accuracy, "digits", row(0.9, 100, 1.0, 8.0)),
+        (accuracy, "digits", row(0.8, 50, 2.0, 9.0)),
     ]
     assert front(rows, joint=True) == [False, True, True]
     assert front(rows, joint=False) == [True, True, True]  # equal in accuracy and size
-    assert front([*rows, (accuracy, row(0.95, 40, 0.5, 1.0))], joint=True) == [False, False, False, True]
+    assert front([*rows, (accuracy, "digits", row(0.95, 40, 0.5, 1.0))], joint=True) == [False, False, False, True]
 
 
 def test_a_small_loss_is_good_and_files_with_other_metrics_are_not_compared() -> None:
     loss = METRICS["loss"]
-    rows = [(loss, row(0.9, 100)), (loss, row(0.8, 100)), (METRICS["accuracy"], row(0.1, 200))]
+    rows = [(loss, "x", row(0.9, 100)), (loss, "x", row(0.8, 100)), (METRICS["accuracy"], "x", row(0.1, 200))]
     assert front(rows, joint=False) == [True, False, True]
+    assert front([*rows[:1], (loss, "y", row(0.8, 100))], joint=False) == [True, True]
 
 
 def test_recipes_differ_by_key_and_a_missing_key_is_a_dash() -> None:
@@ -76,6 +78,22 @@ def test_the_files_of_all_runs_are_measured_in_one_process_and_reports_stay_as_t
     assert "on the Pareto front" in text
     assert "<code>stages.int8.max_steps</code>" in text
     assert {path: path.read_bytes() for path in folder.glob("*/report.json")} == before
+
+
+def test_json_of_several_runs_is_refused(folder: Path) -> None:
+    done = qatkit("report", "one", "two", "--json", cwd=folder)
+    assert done.code == 2
+    assert "--json: it is supported for a single run only" in done.err
+
+
+def test_a_stage_with_the_name_of_a_baseline_keeps_its_row(tmp_path: Path) -> None:
+    (tmp_path / "pair.yaml").write_text(RECIPE.replace("int8:", "quantize_static:"))
+    done = qatkit("run", "pair.yaml", "--out", "run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "a stage has the same name, 'quantize_static'; rename the stage" in done.out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["stage"] for row in report["rows"]] == ["dense", "quantize_static"]
+    assert [row["failure"] != "" for row in report["baselines"]] == [True]
 
 
 def test_a_file_that_has_changed_is_not_measured(folder: Path) -> None:

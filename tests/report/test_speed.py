@@ -50,7 +50,8 @@ def test_layers_in_floating_point_are_named_with_the_reason() -> None:
     }
     rows = [row("dense", []), row("qat", [], layers=1, **kernels)]
     assert kernel_notes({"rows": rows}) == [
-        "qat: 7 of 10 products run in floating point (7 Conv; the input is not quantized: a, b, c, d, e and 2 more)"
+        "qat: 7 of 10 products run in floating point (7 Conv; the input is not quantized: a, b, c, d, e and 2 more); "
+        "see docs/runtimes.md"
     ]
     assert float_words({"floating": {"Gemm": 1}, "reasons": {}}) == "1 Gemm"
 
@@ -58,5 +59,10 @@ def test_layers_in_floating_point_are_named_with_the_reason() -> None:
 def test_a_baseline_that_failed_is_reported_with_the_reason() -> None:
     failed = {"name": "ONNX Runtime", "failure": "quantize_static fails: no shapes"}
     assert missing_baselines({"baselines": [failed]}) == [
-        "no comparison with ONNX Runtime: quantize_static fails: no shapes"
+        "no comparison with ONNX Runtime's own quantization: quantize_static fails: no shapes"
     ]
+
+
+def test_a_slow_quantized_stage_is_named_although_a_dense_one_follows() -> None:
+    rows = [row("dense", latency(1.0, 10.0)), row("qat", latency(2.0, 8.0), layers=1), row("dense2", latency(1.0, 1.0))]
+    assert slowdowns({"rows": rows, "baselines": []}) == ["qat is slower than dense: 0.50x at a batch of 1"]
