@@ -91,7 +91,7 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
         if not (saturates() and compared.at_risk):
             return ReadBack(compared.weights, failures, runtime)
         exact = open_session(path, threads, entries={"session.x64quantprecision": "1"})
-        checked = SaturationCheck(runtime, Runtime(exact, threads), compared.at_risk)
+        checked = SaturationCheck(runtime, Runtime(exact), compared.at_risk)
         return ReadBack(compared.weights, failures, checked, checked.failures)
     except QatkitError as error:
         return ReadBack(compared.weights, [*compared.failures, str(error)], None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import warnings
@@ -226,12 +227,16 @@ def _shorten_names(model: Any) -> None:
 
     Layers and constants keep their names.
     """
-    outputs = {value.name for value in model.graph.outputs}
-    nodes = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    for index, node in enumerate(nodes):
+    graph = model.graph
+    outputs = {value.name for value in graph.outputs}
+    inner = [value for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value is not None]
+    taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values(), *inner)}
+    numbers = itertools.count()
+    for node in [node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]:
         node.name = None
         if node.outputs[0].name not in outputs:
-            node.outputs[0].name = f"{node.op_type[0].lower()}{index}"
+            names = (f"{node.op_type[0].lower()}{number}" for number in numbers)
+            node.outputs[0].name = next(name for name in names if name not in taken)
 
 
 def _keep_tables(node: Any) -> bool | None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from qatkit.errors import QatkitError
 from qatkit.export.openvino_runtime import OUTPUTS, core
@@ -53,7 +49,6 @@ def read_onnx(path: Path) -> Any:
     path_in_file, value = _EXACT_PRODUCTS
     model.set_rt_info(value, path_in_file)
     _keep_reduced(model)
-    _pack(model, json.loads(metadata.get("qatkit.specs", "{}")).get("layers", {}))
     _number(model)
     return model
 
@@ -77,34 +72,6 @@ def _keep_reduced(model: Any) -> None:
             value.replace_source_output(squeezed.output(0))
         kept.set_friendly_name(node.get_friendly_name())
         squeezed.set_friendly_name(f"{node.get_friendly_name()}.squeezed")
-
-
-def _pack(model: Any, layers: Mapping[str, Mapping[str, int]]) -> None:
-    """Store two codes per byte in weight-only layers, if all codes fit into 4 bits.
-
-    Integer kernels read bytes, so other layers keep them.
-    """
-    import openvino
-
-    for node in model.get_ordered_ops():
-        name = node.get_friendly_name()
-        if node.get_type_name() != "Constant" or not name.endswith("weight.codes"):
-            continue
-        layer, codes = name.removesuffix("weight.codes").removesuffix("."), node.data
-        bits = {"int8": (openvino.Type.i4, -8, 7), "uint8": (openvino.Type.u4, 0, 15)}.get(str(codes.dtype))
-        decoded = all(value.get_node().get_type_name() == "Convert" for value in node.output(0).get_target_inputs())
-        alone = "input" not in layers.get(layer, {"input": 0})
-        if bits is None or not decoded or not alone or codes.min() < bits[1] or codes.max() > bits[2]:
-            continue
-        nibbles = np.zeros(codes.size + codes.size % 2, np.uint8)
-        nibbles[: codes.size] = codes.reshape(-1).astype(np.uint8) & 15
-        tensor = openvino.Tensor(bits[0], openvino.Shape(list(codes.shape)))
-        tensor.data.view(np.uint8).reshape(-1)[:] = nibbles[0::2] | nibbles[1::2] << 4
-        packed = openvino.opset13.constant(tensor)
-        packed.set_friendly_name(name)
-        packed.output(0).set_names(node.output(0).names)
-        for value in node.output(0).get_target_inputs():
-            value.replace_source_output(packed.output(0))
 
 
 def _number(model: Any) -> None:

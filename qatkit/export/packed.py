@@ -193,17 +193,7 @@ def _matmul_nbits(
 
 
 @_matmul_nbits.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    block: int,
-    inputs: int,
-    level: int,
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -215,10 +205,8 @@ def _gather_blocks(
 
 
 @_gather_blocks.register_fake
-def _(
-    rows: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, block: int, inputs: int
-) -> Tensor:
-    return scale.new_empty((*rows.shape, inputs))
+def _(rows: Tensor, codes: Tensor, scale: Tensor, *args: Any) -> Tensor:
+    return scale.new_empty((*rows.shape, args[-1]))
 
 
 class PackedLinear(nn.Linear):

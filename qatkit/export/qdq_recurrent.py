@@ -21,11 +21,6 @@ from qatkit.quantization.recurrent import QATRecurrent, State, next_state
 Steps = tuple[Tensor, Tensor, Tensor]
 """All hidden states ``[time, batch, hidden]``, and the last hidden and cell state; an LSTM alone has a cell state."""
 
-_NO_LENGTHS = QatkitError(
-    "ONNX export does not support packed sequences",
-    advice="pass padded tensors to recurrent layers, or use export: {format: dense}",
-)
-
 
 class QDQRecurrent(QATRecurrent):
     """`nn.LSTM`, `nn.GRU` or `nn.RNN` whose weights are quantized linear layers without a bias."""
@@ -37,7 +32,10 @@ class QDQRecurrent(QATRecurrent):
         self, suffix: str, x: Tensor, state: State, lengths: Tensor | None, backwards: bool
     ) -> tuple[Tensor, State]:
         if lengths is not None:
-            raise _NO_LENGTHS
+            raise QatkitError(
+                "ONNX export does not support packed sequences",
+                advice="pass padded tensors to recurrent layers, or use export: {format: dense}",
+            )
         of_input, of_hidden = (cast(Any, self._modules[f"weight_{part}_{suffix}"]) for part in ("ih", "hh"))
         input_bias, hidden_bias = (getattr(self, f"bias_{part}_{suffix}", None) for part in ("ih", "hh"))
         hidden, cell_state = (*state, None)[:2]

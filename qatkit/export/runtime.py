@@ -52,11 +52,9 @@ class Runtime:
 
     Args:
         session: An ONNX Runtime session.
-        threads: Threads per call; None uses the default of ONNX Runtime.
     """
 
-    def __init__(self, session: Any, threads: int | None) -> None:
-        self.threads = threads
+    def __init__(self, session: Any) -> None:
         self._session = session
         self.inputs = [value.name for value in session.get_inputs()]
         self._outputs = [value.name for value in session.get_outputs()]
@@ -135,7 +133,7 @@ def load_runtime(path: Path | str, threads: int | None = None) -> Runtime:
         ...     load_runtime(Path(folder) / "model.onnx", threads=1)(x).shape
         torch.Size([3, 4])
     """
-    return Runtime(open_session(Path(path), threads), threads)
+    return Runtime(open_session(Path(path), threads))
 
 
 def integer_kernels(path: Path) -> Kernels:

@@ -80,7 +80,8 @@ def check_placed(activation: QuantSpec | None, target: str) -> None:
     """Raise an error if a target does not support the quantization of activations.
 
     Raises:
-        QatkitError: the target quantizes weights only; or the scale is not per-tensor, or not per-group.
+        QatkitError: the target quantizes weights only; the type is not integer; or the scale is not per-tensor, or not
+            per-group.
     """
     own = TARGETS[target].activation
     if activation == own:
@@ -89,10 +90,16 @@ def check_placed(activation: QuantSpec | None, target: str) -> None:
         raise QatkitError(
             f"target '{target}' quantizes weights only", key="activation", advice="remove activation or target"
         )
-    if activation is None or activation.strategy != own.strategy or activation.is_float:
+    if activation is not None and activation.is_float:
+        raise QatkitError(
+            f"'{activation.type}' is not supported with target '{target}': its kernels compute with integers",
+            key="activation.type",
+            advice="use type: int, or remove target",
+        )
+    if activation is None or activation.strategy != own.strategy:
         seen = "no quantization" if activation is None else f"'{activation.strategy}'"
         raise QatkitError(
             f"{seen} is not supported with target '{target}': its integer kernels read one scale per {own.strategy}",
             key="activation.strategy",
-            advice=f"use strategy: {own.strategy} and type: int, or remove target",
+            advice=f"use strategy: {own.strategy}, or remove target",
         )

@@ -76,6 +76,29 @@ def test_a_single_output_in_a_mapping_is_verified(tmp_path: Path) -> None:
     assert result.passed, result.failures
 
 
+class Two(nn.Module):
+    """Its inputs are named as values of the file could be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, q2: Tensor, q0: Tensor) -> dict[str, Tensor]:
+        return {"d1": self.head(q0) + q2[:, :4]}
+
+
+def test_values_between_nodes_do_not_take_the_name_of_an_input_or_output(tmp_path: Path) -> None:
+    model, example = Two().eval(), {"q2": X, "q0": X + 1}
+    prepare_qat(model, QuantSpec(8), UINT8)
+    with torch.no_grad():
+        calibrate(model, [example], forward=lambda batch: model(**batch))
+        expected = model(**example)
+    export_onnx(model, example, tmp_path / "model.onnx")
+    found = load_runtime(tmp_path / "model.onnx", 1)(**example)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
 class Product(nn.Module):
     """Its input has the name of its parameter."""
 

@@ -206,6 +206,16 @@ def test_two_codes_of_a_weight_only_layer_share_a_byte_and_a_changed_one_is_foun
     assert any("layer '0': codes of the weight: 1 of 2112 differ, the first at [0, 0]" in each for each in failures)
 
 
+def test_a_weight_of_zeros_has_4_bits_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, path = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(16, 8), tmp_path / "model.xml"
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    prepare_qat(model, QuantSpec(4))
+    export_openvino(model.eval(), x, path)
+    result = verify(model, path, [(x, torch.zeros(16).long())], threads=1)
+    assert result.passed, result.failures
+
+
 class Pooled(nn.Module):
     """A reduction between two linear layers, the first without a bias."""
 

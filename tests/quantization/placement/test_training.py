@@ -177,6 +177,10 @@ def test_anybodys_lightning_module_trains_resumes_and_loads(tmp_path: Path) -> N
     [
         ({"target": "onnxrutime"}, "did you mean 'onnxruntime'"),
         ({"target": "onnxruntime", "activation": QuantSpec(8, strategy="token")}, "activation.strategy: 'token'"),
+        (
+            {"target": "onnxruntime", "activation": QuantSpec(8, type="float", strategy="tensor")},
+            "activation.type: 'float' is not supported with target 'onnxruntime'",
+        ),
     ],
 )
 def test_mistakes_are_named_at_once(arguments: dict[str, object], words: str) -> None:
