@@ -50,8 +50,10 @@ class ExportFormat:
     """Files saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
     check_tokenizer: str = ""
     """``(tokenizer)``: raise an error for an unsupported tokenizer, or do nothing for None; called before training."""
-    compare_tokenizer: str = ""
-    """``(path, tokenizer)``: compare the tokenizer in the file to the data's, and return all differences."""
+    compare_data: str = ""
+    """``(path, tokenizer, batch)``: compare what the file has from the data, such as its tokenizer, and return all
+    differences.
+    """
     benchmark: str = ""
     """``(path, threads)``: return a callable whose latency the report measures; empty if no latency is measured."""
     baselines: str = ""
@@ -226,7 +228,7 @@ FORMATS = Table(
             extra="gguf",
             packages=("transformers", "gguf"),
             check_tokenizer="qatkit.export.gguf_tokenizer:check_tokenizer",
-            compare_tokenizer="qatkit.export.gguf_read_back:compare_tokenizer",
+            compare_data="qatkit.export.gguf_read_back:compare_data",
         ),
     ],
 )

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from qatkit.common.files import atomic_path
-from qatkit.errors import QatkitError, did_you_mean
+from qatkit.errors import QatkitError
 from qatkit.export.dense import check as check_tied
 from qatkit.export.formats import FORMATS
 from qatkit.export.gguf_architectures import INSTEAD, architecture_of
 from qatkit.export.gguf_packing import BlockType, block_type_of, nearest_type
+from qatkit.export.gguf_pooling import POOLING, pooling_of, pooling_type
 from qatkit.export.gguf_read_back import compare_and_load
 from qatkit.export.gguf_tensors import file_metadata, stored_tensors
 from qatkit.export.gguf_tokenizer import tokenizer_metadata
@@ -93,8 +94,7 @@ def _yaml(value: Any) -> str:
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Write a GGUF file with the tokenizer of the data."""
-    pooling = context.batch.get("pooling", "none") if isinstance(context.batch, Mapping) else "none"
-    export_gguf(model, path, context.tokenizer, pooling)
+    export_gguf(model, path, context.tokenizer, pooling_of(context.batch))
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
@@ -144,7 +144,7 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None, pooli
     )
     metadata["general.name"] = _name(model, metadata)
     if metadata["general.architecture"] == "bert":
-        metadata["bert.pooling_type"] = _pooling_type(pooling)
+        metadata[POOLING] = pooling_type(pooling)
     with atomic_path(Path(path)) as temporary:
         writer = gguf.GGUFWriter(temporary, metadata["general.architecture"])
         for key, value in metadata.items():
@@ -169,15 +169,6 @@ def _name(model: nn.Module, metadata: Mapping[str, Any]) -> str:
     name = type(model).__name__
     tokens = {"</s>", "<s>", "<unk>", "<|endoftext|>"}
     return name if tokens <= set(metadata.get("tokenizer.ggml.tokens", ())) else name.replace("Phi3", "Phi")
-
-
-def _pooling_type(pooling: str) -> int:
-    import gguf
-
-    names = [kind.name.lower() for kind in gguf.PoolingType]
-    if pooling not in names:
-        raise QatkitError(f"unknown pooling '{pooling}'", key="pooling", advice=did_you_mean(pooling, names))
-    return int(gguf.PoolingType[pooling.upper()])
 
 
 _ADD: dict[type, Any] = {

@@ -18,6 +18,7 @@ from qatkit.export.companions import export_config
 from qatkit.export.dense import dense_state
 from qatkit.export.gguf_architectures import architecture_of
 from qatkit.export.gguf_packing import BLOCK_TYPES
+from qatkit.export.gguf_pooling import POOLING, pooling_of, pooling_type
 from qatkit.export.gguf_tensors import Stored, file_metadata, stored_tensors
 from qatkit.export.gguf_tokenizer import tokenizer_metadata
 from qatkit.export.interface import ReadBack
@@ -43,10 +44,14 @@ def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
     except _UNREADABLE as error:
         return ReadBack(weights, [f"{path.name} cannot be read: {error}"], None)
     tensors = stored_tensors(trained)
-    failures = _metadata_differences(reader, file_metadata(trained, tensors))
+    expected = file_metadata(trained, tensors)
+    failures = _metadata_differences(reader, expected)
+    own = f"{expected['general.architecture']}."
+    extra = [key for key in reader.fields if key.startswith(own) and key not in {*expected, POOLING}]
+    failures += [f"metadata '{key}': the trained model has no such entry" for key in extra]
     found = {tensor.name: tensor for tensor in reader.tensors}
-    for expected in tensors:
-        failures += _tensor_differences(expected, found.pop(expected.name, None))
+    for tensor in tensors:
+        failures += _tensor_differences(tensor, found.pop(tensor.name, None))
     failures += [f"'{name}': the trained model has no such tensor" for name in found]
     if architecture_of(trained).loader == "none":
         return ReadBack(weights, failures, None if failures else _filled(trained, tensors, reader))
@@ -75,6 +80,19 @@ def _filled(trained: nn.Module, tensors: list[Stored], reader: Any) -> nn.Module
     for tensor in reader.tensors:
         state[names[tensor.name]].copy_(torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))))
     return plain
+
+
+def compare_data(path: Path, tokenizer: Any, batch: Any) -> list[str]:
+    """Compare what a file has from the data: its tokenizer, and the pooling of a BERT, which a batch has."""
+    import gguf
+
+    try:
+        fields = (reader := gguf.GGUFReader(path)).fields
+    except _UNREADABLE:
+        return []  # the comparison of the weights says so
+    architecture = fields["general.architecture"].contents() if "general.architecture" in fields else None
+    pooling = {POOLING: pooling_type(pooling_of(batch))} if architecture == "bert" else {}
+    return compare_tokenizer(path, tokenizer) + _metadata_differences(reader, pooling)
 
 
 def compare_tokenizer(path: Path, tokenizer: Any) -> list[str]:

@@ -29,6 +29,12 @@ SPLITS = {
 }
 """llama.cpp's name of the pre-tokenizer by the regular expression that splits a text; "" is that of GPT-2."""
 
+_PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+_METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "", "split": False}
+_NO_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+"""Gemma's pre-tokenizer, which finds no space, because the normalizer has replaced them."""
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Types of tokens in GGUF."""
 
@@ -70,22 +76,36 @@ def _byte_level(content: Content, tokens: list[str]) -> dict[str, Any]:
     last = steps[-1]
     kinds = [step["type"] for step in steps]
     known = kinds in (["ByteLevel"], ["Split", "ByteLevel"]) and last["use_regex"] == (not split)
+    known &= all((step["behavior"], step["invert"]) == ("Isolated", False) for step in steps[:-1])
     if not known or split not in SPLITS or last["add_prefix_space"]:
         raise QatkitError(
             f"the tokenizer splits text in a way that is not known for llama.cpp ({' and '.join(kinds)}: {split!r})",
             advice=_ADVICE,
         )
-    return {"pre": SPLITS[split], "merges": _merges(content)}
+    if not (merges := _merges(content)):
+        raise QatkitError("the tokenizer has no merges, and a GGUF file cannot store an empty list", advice=_ADVICE)
+    return {"pre": SPLITS[split], "merges": merges}
 
 
 def _sentencepiece(content: Content, tokens: list[str]) -> dict[str, Any]:
     """llama.cpp joins the pair whose result has the highest score, and tokenizers the pair of the earliest merge."""
+    normalizers, splits = (_parts(content.get(part)) for part in ("normalizer", "pre_tokenizer"))
+    if normalizers:
+        known = normalizers in ([_PREPEND, _REPLACE], [_REPLACE]) and splits in ([], [_NO_SPLIT])
+    else:
+        known = [step | {"prepend_scheme": ""} for step in splits] == [_METASPACE]
+    if not known:
+        kinds = [step["type"] for step in (*normalizers, *splits)]
+        raise QatkitError(
+            "llama.cpp only replaces spaces in texts for a tokenizer with byte fallback, but this one has "
+            f"{' and '.join(kinds) or 'no normalizer'} with other settings",
+            advice=_ADVICE,
+        )
     rank: dict[str, int] = {}
     for index, merge in enumerate(content["model"]["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         rank.setdefault(left + right, index)
-    schemes = [step.get("prepend_scheme") for step in _parts(content.get("pre_tokenizer"))]
-    prefixed = "Prepend" in _steps(content, "normalizer") or any(scheme in ("always", "first") for scheme in schemes)
+    prefixed = _PREPEND in normalizers or any(step.get("prepend_scheme") in ("always", "first") for step in splits)
     last = len(content["model"]["merges"])  # tokens that no merge makes
     return {"scores": [float(-rank.get(token, last)) for token in tokens], "add_space_prefix": prefixed}
 
@@ -183,9 +203,22 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int | None) -> dict[str, Any]
         "add_bos_token": ids[0] == special["bos_token_id"],
         "add_eos_token": ids[-1] == special["eos_token_id"],
     }
-    template = tokenizer.chat_template
-    written = {"tokenizer.chat_template": template} if isinstance(template, str) else {}
+    template = _chat_template(tokenizer)
+    written = {} if template is None else {"tokenizer.chat_template": template}
     return {f"tokenizer.ggml.{key}": value for key, value in values.items()} | written
+
+
+def _chat_template(tokenizer: Any) -> str | None:
+    """The chat template; of several, the default."""
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return template
+    if "default" not in template:
+        raise QatkitError(
+            f"the tokenizer has the chat templates {', '.join(sorted(template)) or '(none)'}, and none is the default",
+            advice="set tokenizer.chat_template to one template",
+        )
+    return template["default"]
 
 
 def _tokens(content: Content, vocab_size: int | None) -> tuple[list[str], list[int]]:

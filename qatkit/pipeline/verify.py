@@ -14,7 +14,7 @@ from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.companions import compare_companions
 from qatkit.export.verification import Verification, verify
-from qatkit.pipeline.export import VERDICT, exported_path, format_of, held_out_data
+from qatkit.pipeline.export import VERDICT, exported_path, first_batch, format_of, held_out_data
 from qatkit.run.folder import Run
 from qatkit.tasks import declared_task
 
@@ -57,8 +57,8 @@ def verify_run(run: Run) -> dict[str, Verification]:
         model = run.load_model(stage).eval()
         verification = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
         failures = compare_companions(row.companions, model, tokenizer, folder)
-        if row.compare_tokenizer:
-            failures += row.call("compare_tokenizer", path, tokenizer)
+        if row.compare_data:
+            failures += row.call("compare_data", path, tokenizer, first_batch(data))
         verification = verification.with_failures(failures)
         content = asdict(verification) | {"digests": digests}
         write_signed(folder / VERDICT, content, SCHEMA, partial(json.dumps, indent=1))

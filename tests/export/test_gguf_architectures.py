@@ -20,7 +20,7 @@ from qatkit import QatkitError, prepare_qat, scheme
 from qatkit.export.formats import FORMATS
 from qatkit.export.gguf import export_gguf
 from qatkit.export.gguf_architectures import ARCHITECTURES
-from qatkit.export.gguf_read_back import compare_and_load
+from qatkit.export.gguf_read_back import compare_and_load, compare_data
 from qatkit.export.gguf_rope import rope_factors
 from qatkit.export.verification import verify
 from tests.export.test_gguf import BATCH, TOKENS, loaded, logits, tensors
@@ -115,6 +115,10 @@ def test_the_gguf_package_decodes_the_weights_of_a_bert(tmp_path: Path) -> None:
         "\u2581fox",
     ]
     assert [fields[f"tokenizer.ggml.{key}_token_id"].contents() for key in ("bos", "eos", "seperator")] == [2, 3, 3]
+    assert compare_data(path, word_pieces(), {"pooling": "mean"}) == []
+    assert compare_data(path, word_pieces(), {"pooling": "cls"}) == [
+        "metadata 'bert.pooling_type' is 1, but 2 in the trained model"
+    ]
     read = compare_and_load(model, path)
     assert read.failures == []
     assert read.runtime is not None
@@ -128,6 +132,16 @@ def word_pieces() -> Any:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return wrapped(tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+def test_metadata_that_the_config_does_not_have_is_named(tmp_path: Path) -> None:
+    model, path = quantized("llama, linear scaling"), tmp_path / "model.gguf"
+    export_gguf(model, path)
+    plain: Any = quantized("llama")
+    plain.load_state_dict(model.state_dict())
+    assert compare_and_load(plain, path).failures == [
+        f"metadata 'llama.rope.scaling.{key}': the trained model has no such entry" for key in ("type", "factor")
+    ]
 
 
 def test_the_metadata_is_that_of_the_config(tmp_path: Path) -> None:

@@ -116,4 +116,62 @@ def test_a_tokenizer_that_llama_cpp_does_not_support_is_refused() -> None:
         check_tokenizer(lower)
     with pytest.raises(QatkitError, match="has 290 tokens, but the model has 64 embeddings"):
         tokenizer_metadata(byte_level(), 64)
+    with pytest.raises(QatkitError, match="the tokenizer has no merges"):
+        check_tokenizer(byte_level(vocab_size=257))
     check_tokenizer(None)
+
+
+@pytest.mark.parametrize(("behavior", "invert"), [("removed", False), ("isolated", True)])
+def test_a_split_that_does_not_isolate_its_matches_is_refused(behavior: str, invert: bool) -> None:
+    split = next(split for split, name in SPLITS.items() if name == "qwen2")
+    tokenizer = byte_level(split)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior, invert),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    with pytest.raises(QatkitError, match="splits text in a way that is not known"):
+        check_tokenizer(tokenizer)
+
+
+REPLACE = normalizers.Replace(" ", "\u2581")
+LLAMA2 = normalizers.Sequence([normalizers.Prepend("\u2581"), REPLACE])
+GEMMA = pre_tokenizers.Split(" ", "merged_with_previous")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "split", "prefixed"), [(LLAMA2, None, True), (REPLACE, None, False), (REPLACE, GEMMA, False)]
+)
+def test_spaces_are_replaced_as_in_llama_2_and_gemma(normalizer: Any, split: Any, prefixed: bool) -> None:
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer = normalizer, split
+    assert tokenizer_metadata(tokenizer, None)["tokenizer.ggml.add_space_prefix"] is prefixed
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "split"),
+    [
+        (normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]), pre_tokenizers.Metaspace(split=False)),
+        (normalizers.Sequence([normalizers.NFKC(), REPLACE]), None),
+        (normalizers.Replace("a", "b"), None),
+        (None, pre_tokenizers.Metaspace(split=True)),
+        (None, pre_tokenizers.Metaspace("_", split=False)),
+        (LLAMA2, pre_tokenizers.Digits()),
+        (None, None),
+    ],
+)
+def test_other_changes_of_text_before_sentencepiece_are_refused(normalizer: Any, split: Any) -> None:
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer = normalizer, split
+    with pytest.raises(QatkitError, match="only replaces spaces in texts"):
+        check_tokenizer(tokenizer)
+
+
+def test_of_several_chat_templates_the_default_is_stored() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"tools": "a", "default": TEMPLATE}
+    assert tokenizer_metadata(tokenizer, None)["tokenizer.chat_template"] == TEMPLATE
+    tokenizer.chat_template = {"tools": "a", "search": "b"}
+    with pytest.raises(QatkitError, match="the chat templates search, tools, and none is the default"):
+        check_tokenizer(tokenizer)
