@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 from qatkit.recipe.loading import load_recipe
@@ -23,6 +24,8 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, value)
     for name in [name for name in os.environ if name.startswith("WANDB_") and name not in stranger(tmp_path)]:
         monkeypatch.delenv(name)
+    if wandb.setup().settings.mode != "online":  # read once per process, from the environment of an earlier test
+        wandb.teardown()
 
 
 def stranger(folder: Path) -> dict[str, str]:
