@@ -34,6 +34,8 @@ def packed_readers(proto: Any) -> dict[str, list[Node]]:
 def check_packed(proto: Any, nodes: list[Node], name: str, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
     """Compare the codes, scales and zero points of one layer to the model's, with ``==``, and decode the weight.
 
+    Nodes have to read the layer's bias, too, whose values `qatkit.export.onnx_weights` compares.
+
     Args:
         proto: The file.
         nodes: The nodes that read the layer's codes; several, if the model calls the layer more than once.
@@ -70,6 +72,14 @@ class _Weight:
         read = [node.input[at] for at in _CONSTANTS[node.op_type] if at < len(node.input) and node.input[at]]
         if read != keys:
             return [f"layer '{self.name}': its node reads {', '.join(read)}, not {', '.join(keys)}"]
+        if node.op_type == "MatMulNBits":
+            order, added = [*node.input[4:], "", ""][:2]
+            bias = "" if getattr(layer, "bias", None) is None else f"{prefix}bias"
+            if order or added != bias:
+                return [
+                    f"layer '{self.name}': its node has the order of inputs '{order}' and the bias '{added}', "
+                    f"not '' and '{bias}'"
+                ]
         level = 0 if layer.input_fake_quant is None else 4
         if self.attributes.get("accuracy_level", 0) != level:
             found = self.attributes.get("accuracy_level", 0)

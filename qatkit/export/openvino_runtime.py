@@ -22,7 +22,7 @@ WITHOUT_INTEGERS = {"LP_TRANSFORMS_MODE": "NO"}
 OUTPUTS = ("qatkit", "outputs")
 """Where the file has the names of the model's outputs in order, separated by line breaks; the only output of a model
 that returns one tensor has the name ""."""
-_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
 
 
 class OpenVINORuntime:
@@ -53,7 +53,7 @@ class OpenVINORuntime:
                 f"OpenVINO fails on these inputs: {error}",
                 advice="pass tensors of the dtypes and sizes of the example that the model was exported with",
             ) from error
-        return nested({name: torch.from_numpy(computed[index]) for index, name in enumerate(self._outputs)})
+        return nested(dict(zip(self._outputs, map(torch.from_numpy, computed.to_tuple()), strict=True)))
 
 
 def load_openvino(path: Path | str, threads: int | None = None) -> OpenVINORuntime:
@@ -82,12 +82,16 @@ def runtime_of(model: Any, threads: int | None, options: dict[str, str] | None =
     """Compile a model that has been read, with options in addition to `PRECISE`.
 
     Raises:
-        QatkitError: OpenVINO cannot compile it.
+        QatkitError: OpenVINO cannot compile it, or the file does not name all outputs.
     """
     if not model.has_rt_info(list(OUTPUTS)):
         raise QatkitError("the model does not name its outputs", advice="export it with qatkit")
-    names = model.get_rt_info(list(OUTPUTS)).astype(str)
-    return OpenVINORuntime(_compiled(model, threads, options or {}), names.split("\n"))
+    names = model.get_rt_info(list(OUTPUTS)).astype(str).split("\n")
+    if len(names) != len(model.outputs):
+        raise QatkitError(
+            f"the model has {len(model.outputs)} outputs, and names {len(names)}", advice="export it with qatkit"
+        )
+    return OpenVINORuntime(_compiled(model, threads, options or {}), names)
 
 
 def read_model(path: Path) -> Any:

@@ -216,6 +216,15 @@ def test_a_weight_of_zeros_has_4_bits_too(tmp_path: Path) -> None:
     assert result.passed, result.failures
 
 
+def test_a_file_with_an_output_without_a_name_is_refused(tmp_path: Path) -> None:
+    export_openvino(nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8), tmp_path / "model.xml")
+    model = openvino.Core().read_model(tmp_path / "model.xml")
+    model.add_outputs([model.inputs[0]])
+    openvino.save_model(model, tmp_path / "other.xml", compress_to_fp16=False)
+    with pytest.raises(QatkitError, match="the model has 2 outputs, and names 1; export it with qatkit"):
+        load_openvino(tmp_path / "other.xml")
+
+
 class Pooled(nn.Module):
     """A reduction between two linear layers, the first without a bias."""
 
@@ -276,6 +285,7 @@ def test_recurrent_layers_have_integer_weights_but_no_quantized_states(tmp_path:
     weights = copy.deepcopy(model)
     prepare_qat(weights, QuantSpec(7))
     quantized_and_verified(weights, x, tmp_path / "model.xml")
+    assert openvino_kernels(tmp_path / "model.xml").floating == {"RNNSeq": 1, "FullyConnected": 1}
     prepare_qat(model, QuantSpec(7), UINT8)
     with pytest.raises(QatkitError, match=r"layer 'cells': OpenVINO does not support quantized hidden states"):
         export_openvino(model, x, tmp_path / "model.xml")

@@ -123,6 +123,20 @@ def test_one_changed_constant_is_named(change: str, tmp_path: Path) -> None:
     assert any("weights as the runtime decodes them" in failure for failure in failures)
 
 
+@pytest.mark.parametrize(("at", "name"), [(4, "order"), (5, "")])
+def test_another_order_of_inputs_or_bias_is_named(at: int, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model, x = exported(grouped(4, 32), path)
+    proto = onnx.load(path)
+    node = next(node for node in proto.graph.node if "up.weight.codes" in node.input)
+    node.input[at] = name
+    proto.graph.initializer.append(numpy_helper.from_array(np.arange(96, dtype=np.int32), "order"))
+    onnx.save(proto, path)
+    expected = {4: "'order' and the bias 'up.bias'", 5: "'' and the bias ''"}[at]
+    message = f"layer 'up': its node has the order of inputs {expected}, not '' and 'up.bias'"
+    assert message in checked(model, x, path).failures
+
+
 def test_codes_take_four_bits_and_a_scale_per_group(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     exported(grouped(4, 32), path)
