@@ -72,6 +72,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new temporary folder; if the block ends without an error, it replaces `folder` with all of its files.
+
+    All files are flushed to disk before. A folder cannot be replaced in a single step: if the process is killed between
+    the two renames, there is no folder with this name, but never one with a part of the files.
+    """
+    temporary, replaced = temporary_path(folder), temporary_path(folder.with_name(f"{folder.name}.replaced"))
+    try:
+        with naming(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as opened:
+                        os.fsync(opened.fileno())
+            if folder.exists():
+                folder.rename(replaced)
+            temporary.rename(folder)
+            fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add `path` to an OSError in the block that has none, such as from a write to a full disk.
 

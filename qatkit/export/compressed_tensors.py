@@ -6,17 +6,15 @@ float32 as in training. Scales are not recomputed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qatkit.common.files import naming, temporary_path
+from qatkit.common.files import replaced_folder
 from qatkit.errors import QatkitError
 from qatkit.export.companions import export_config
 from qatkit.export.compressed_limits import INSTEAD, check_layers
@@ -126,7 +124,7 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
     plain = copy.deepcopy(model).cpu()
     strip_qat(plain)
     plain.config = export_config(plain)
-    with _replacing(Path(folder)) as temporary, quietly():
+    with replaced_folder(Path(folder)) as temporary, quietly():
         compressor = _compress(plain, schemes, scales, biases) if schemes else None
         cast(Any, plain).save_pretrained(temporary)
         if compressor is not None:
@@ -211,17 +209,3 @@ def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Te
     if inputs is not None and not inputs.dynamic:
         scales["input_scale"] = inputs.whole_qparams(torch.empty(0))[0].cpu()
     return scales
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder next to `folder` that replaces it at the end, or is deleted if the block raises."""
-    temporary = temporary_path(folder)
-    try:
-        temporary.mkdir(parents=True)
-        with naming(folder):
-            yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
