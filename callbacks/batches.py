@@ -49,7 +49,7 @@ def first_batches(loader: Any, count: int) -> Iterator[Any]:
 def as_training_does(
     trainer: Trainer, module: LightningModule, forward: Callable[[LightningModule, Any], Result]
 ) -> Callable[[Any], Result]:
-    """Return a function that runs `forward` on a batch with the device and precision of training.
+    """Return a function that runs `forward` on a batch, on the training device and in the training precision.
 
     Weights that FSDP2 gathers for the forward pass are sharded again afterwards.
     """

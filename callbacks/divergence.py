@@ -175,7 +175,7 @@ class NanWatch:
         self._first: Tensor | None = None
 
     def note(self, trainer: Trainer, output: Tensor, mask: Tensor | None) -> None:
-        """Record on the output's device whether it contains NaN; reading the result would stall every step.
+        """Record on the output's device whether the output contains NaN; reading the result would stall every step.
 
         Args:
             trainer: The Trainer, which provides the batch index.

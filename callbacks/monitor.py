@@ -27,7 +27,7 @@ COMPARISONS = 10
 
 @dataclass(frozen=True)
 class MonitorRow:
-    """The last observation of one layer; None marks values that do not exist or are not yet available."""
+    """The most recent observation of one layer; None marks values that do not exist or are not yet available."""
 
     name: str
     weights: int
@@ -51,7 +51,7 @@ class MonitorRow:
 class CompressionMonitor(Callback):
     """Observe the quantized layers of any LightningModule, and log summaries over all layers.
 
-    It observes at the start, every `every` optimizer steps, and at the end. Except at the start, it logs:
+    Observations are made at the start, every `every` optimizer steps, and at the end. All of them except the first log:
 
     - ``quant/weight_error``, ``quant/clip_rate``, ``quant/sparsity``: means over weights;
     - ``quant/scale_drift``: mean relative change of the scales that moved, since the start;
@@ -59,9 +59,9 @@ class CompressionMonitor(Callback):
     - ``distill/teacher_agreement``, with `KnowledgeDistillation`: fraction of training samples (tokens of a language
       model) on which student and teacher agree, measured in 10 of the steps since the previous observation.
 
-    `table` contains the layers of the last observation. At the end it is logged next to the metrics: as ``layers.csv``
-    by CSVLogger, as a table by WandbLogger, and as text by TensorBoardLogger. For a module without quantized layers,
-    the table contains only the sparsity of its weights, and no curves are logged.
+    `table` contains the layers of the last observation. At the end of training, it is logged next to the metrics: as
+    ``layers.csv`` by CSVLogger, as a table by WandbLogger, and as text by TensorBoardLogger. For a module without
+    quantized layers, the table contains only the sparsity of its weights, and no curves are logged.
 
     Training synchronizes with the device once per observation. In a process group all processes observe, and samples
     are counted across all processes. A checkpoint contains the mean of each scale at the start of training; the

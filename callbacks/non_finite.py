@@ -29,7 +29,7 @@ class NonFiniteSteps(Callback):
     overflows by design and skips those steps itself. Place this callback before all callbacks that read gradients.
 
     Args:
-        limit: Number of consecutive bad steps that stops training.
+        limit: Number of consecutive bad steps after which training stops.
 
     Raises:
         QatkitError: `limit` was reached. The error lists the step, the last checkpoint and any non-finite weight; the
@@ -169,7 +169,7 @@ def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
 
 
 def non_finite(module: nn.Module) -> str | None:
-    """Describe the first non-finite parameter or buffer with NaN. Inf in a buffer is allowed: it may be a mask.
+    """Describe the first non-finite parameter, or the first buffer with NaN. A buffer may contain Inf, such as a mask.
 
     Example:
         >>> layer = nn.Linear(2, 1)

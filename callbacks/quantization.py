@@ -126,7 +126,7 @@ class QuantizationAwareTraining(Callback):
         self.folds: list[Fold] = []
         """Folded (convolution, BatchNorm) pairs."""
         self.placement = Placement()
-        """The results that are quantized besides the inputs of layers."""
+        """Results of layers and operations that are quantized in addition to layer inputs."""
         self._module: weakref.ref[LightningModule] | None = None
         self._frozen: list[_BatchNorm] = []  # BatchNorm that could not be folded keeps its statistics
         self._ptq_done = False

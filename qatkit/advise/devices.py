@@ -20,9 +20,9 @@ class Device:
     rates: Mapping[str, float]
     """Peak rate in TFLOP/s (TOP/s for int8), by the dtype of both operands: "fp32", "bf16", "fp8", "int8", "fp4"."""
     source: str
-    """The document that states the numbers, or how they follow from it."""
+    """The source of the numbers, or how they are derived."""
     sparse: float = 1.0
-    """Factor of the rates of 16-bit and smaller dtypes with 2:4 sparsity; 1 if the device does not support it."""
+    """Speedup from 2:4 sparsity for 16-bit and smaller dtypes; 1 if the device does not support it."""
 
 
 _TENSOR_CORES = 2.0

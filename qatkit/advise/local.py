@@ -18,8 +18,8 @@ _SIDE = 1024
 def local_device() -> Device:
     """Measure this machine with all threads of torch; takes a few seconds.
 
-    The bandwidth is that of a copy, which reads and writes. Rates are those of products of square matrices in fp32 and
-    bf16; PyTorch's int8 product is far from what runtimes reach, so int8 is left out.
+    The bandwidth is measured with a copy, which reads and writes. The rates are measured with products of square
+    matrices in fp32 and bf16. int8 is omitted, because PyTorch's int8 product is much slower than that of runtimes.
     """
     source = torch.zeros(_BYTES // 4)
     target = torch.empty_like(source)

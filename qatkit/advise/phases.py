@@ -1,4 +1,4 @@
-"""The calls that a served model makes: prefill and decode of a language model, the forward pass of any other."""
+"""The phases of serving and training: prefill and decode of a language model, and the forward pass of other models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def language_phases(model: nn.Module, batch: int, context: int) -> Phases:
     attentions = sum(layer.between_activations for layer in one)
     if not attentions:
         raise QatkitError(
-            f"no product of attention was found in {type(model).__name__}, so the time to read the KV cache is unknown",
+            f"no attention operation was found in {type(model).__name__}, so the time to read the KV cache is unknown",
             key="MODEL",
             advice="use a model with attention",
         )

@@ -49,7 +49,7 @@ def api_per_day(requests: float, tokens: float, price_per_thousand_tokens: float
 def break_even(
     price_per_hour: float, latency: float, batch: int, tokens: float, price_per_thousand_tokens: float
 ) -> float | None:
-    """Return the requests per day above which a device of one's own is cheaper than the API; None if it never is.
+    """Return the requests per day above which your own device is cheaper than the API; None if it never is.
 
     Example:
         >>> break_even(2.0, latency=0.05, batch=32, tokens=500, price_per_thousand_tokens=0.03)

@@ -30,18 +30,18 @@ class LayerCost:
     name: str
     kind: str
     weights: int
-    """Number of parameters of the layer itself; tied ones belong to the first layer."""
+    """Number of parameters of the layer itself; tied parameters are counted in the first layer that has them."""
     read: int
-    """Number of parameters that a call reads; those of all experts, although tokens may need only some."""
+    """Number of parameters that a call reads, including those of all experts, although tokens may need only some."""
     flops: int
     """Floating-point operations of matrix products, convolutions and attention; a multiply-add counts as two."""
     activations: int
-    """Elements of its inputs and outputs."""
+    """Number of elements of the layer's inputs and outputs."""
     stored: int = 0
-    """Elements that are read besides them, such as the KV cache."""
+    """Number of other elements that a call reads, such as the KV cache."""
     between_activations: bool = False
-    """Whether these are products of activations with each other, as in attention: no technique for weights changes
-    them.
+    """Whether the layer multiplies activations by each other, as in attention, so that compressing weights does not
+    affect it.
     """
 
     def bytes(self, weight_bits: float, dtype: str) -> float:
@@ -64,9 +64,11 @@ class Technique:
     dtype: str | None = None
     """The dtype of both operands; None keeps the base dtype."""
     kept: float = 1.0
-    """Fraction of weights and operations that is left."""
+    """Fraction of weights and operations that remains."""
     sparse: bool = False
-    """2:4 sparsity: half of the weights with two bits of position each, and the device's sparse rates."""
+    """Whether weights are 2:4 sparse: half of them are stored, with two bits of position each, and the device's sparse
+    rates apply.
+    """
 
 
 TECHNIQUES = (
@@ -83,7 +85,7 @@ def layer_costs(model: nn.Module, call: Callable[[], object]) -> list[LayerCost]
     """Count the arithmetic and the data of each layer in one call.
 
     Args:
-        model: Any model, best on the meta device: some operators are counted only there.
+        model: Any model, preferably on the meta device, because some operators are counted only there.
         call: Runs the model once.
 
     Returns:

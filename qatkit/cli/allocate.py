@@ -33,7 +33,7 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Choose a format for each layer under a size budget.
+    """Choose a format for each layer within a size budget.
 
     The selected formats minimize the predicted loss. The result is printed as a `quantize` block for a recipe.
 

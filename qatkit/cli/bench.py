@@ -33,7 +33,7 @@ def command(
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the runtime.")] = 1,
     against: Annotated[
         Against | None,
-        typer.Option(help="Also measure the runtime's own quantization of the dense model, without training."),
+        typer.Option(help="Also measure the dense model quantized by the runtime's own post-training quantization."),
     ] = None,
     allow: Allow = None,
     as_json: AsJson = False,
@@ -41,7 +41,7 @@ def command(
     """Measure latency, throughput, load time, memory and size of exported files.
 
     The first lines compare the last stage with the dense model, and with post-training quantization if --against is
-    set. A slower file is reported as such, with the layers that are not quantized.
+    set. If the last stage is slower, they say so and list the layers that are not quantized.
 
     Example: qatkit bench runs/digits_int8 --batch 1 --batch 16 --against ptq
     """
@@ -88,7 +88,7 @@ def headlines(measured: Bench, sizes: list[int]) -> list[str]:
         floating = float_words(kernels) if kernels["floating"] else "none"
         packed = ", ".join(f"{count} {kind}" for kind, count in kernels["weight_only"].items())
         weight_only = f"with packed weights and floating-point inputs: {packed}; " if packed else ""
-        lines.append(f"products in floating point: {floating}; {weight_only}{measured.coverage}")
+        lines.append(f"matrix products in floating point: {floating}; {weight_only}{measured.coverage}")
     return lines
 
 

@@ -37,8 +37,8 @@ COMMANDS = Table(
         Command("verify", "Run exported files in their runtime and compare them with the trained models."),
         Command("report", "Measure exported files and write a report, or compare multiple runs."),
         Command("bench", "Measure latency, throughput, load time, memory and size of exported files."),
-        Command("cost", "Compute what serving costs, from measured latencies or one that you pass."),
+        Command("cost", "Compute the cost of serving from measured latencies, or from one that you pass."),
         Command("sensitivity", "Measure the loss increase when each layer is quantized on its own."),
-        Command("allocate", "Choose a format for each layer under a size budget."),
+        Command("allocate", "Choose a format for each layer within a size budget."),
     ],
 )

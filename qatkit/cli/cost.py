@@ -46,10 +46,10 @@ def command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute what serving costs, from measured latencies or one that you pass.
+    """Compute the cost of serving from measured latencies, or from one that you pass.
 
-    Prices are in the currency of --price and --api. The price per thousand requests assumes a device that is busy all
-    the time; --requests adds the devices that a day needs, which are paid for whole days.
+    Prices are in the currency of --price and --api. The price per thousand requests assumes that the device is always
+    busy. --requests adds the number of devices needed, and their price for a full day.
 
     Example: qatkit cost runs/demo --price 2 --requests 500000
     """

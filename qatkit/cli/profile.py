@@ -34,21 +34,25 @@ def command(
     ],
     overrides: Overrides = None,
     device: Annotated[
-        str, typer.Option(help="The device: a name such as a100, h100, l4, rtx4090 or raspberry-pi-5, or local.")
+        str,
+        typer.Option(
+            help="Name of a device, such as a100, h100, l4, rtx4090 or raspberry-pi-5, or local for this machine."
+        ),
     ] = "local",
     batch: Annotated[int, typer.Option(min=1, help="Samples or sequences per call.")] = 1,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens per sequence of a language model.", show_default="2048")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="The dtype without compression.", show_default="the faster of fp32 and bf16")
+        str | None,
+        typer.Option(help="The dtype of the uncompressed model.", show_default="the faster of fp32 and bf16"),
     ] = None,
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the bottleneck of a model on a device, and what each technique would change.
 
-    The roofline model compares the operations and the bytes of each layer with the device's peak rate and memory
+    The roofline model compares each layer's arithmetic and memory traffic with the device's peak rate and memory
     bandwidth. Its times are lower bounds. Weights are not read.
 
     Example: qatkit profile llm/int4_qat --device a100 --context 4096

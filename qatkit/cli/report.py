@@ -39,7 +39,7 @@ def command(
     if len(runs) > 1:
         if as_json:
             raise QatkitError(
-                "it is supported for a single run only", key="--json", advice="remove it, or pass one run"
+                "this option supports only a single run", key="--json", advice="remove it, or pass one run"
             )
         _compare(runs, out or Path("report.html"), allow, quiet)
         return
@@ -62,7 +62,7 @@ def _compare(folders: list[Path], page: Path, allow: list[str] | None, quiet: bo
 
     joint, reason = None, ""
     if alone := [folder for folder in folders if not (folder / "recipe.yaml").exists()]:
-        reason = f"{alone[0]} contains a report and no run"
+        reason = f"{alone[0]} contains a report but no run"
     else:
         runs = [open_run(folder, allow, None) for folder in folders]
         try:
@@ -70,7 +70,7 @@ def _compare(folders: list[Path], page: Path, allow: list[str] | None, quiet: bo
         except QatkitError as error:
             reason = str(error)
     if reason and not quiet:
-        echo(f"note: latencies are those of each run's own report and not comparable between runs: {reason}")
+        echo(f"note: the latencies come from each run's own report and are not comparable between runs: {reason}")
     write_page(folders, page, joint)
     if not quiet:
         echo(f"page: {page}")

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _FAILED_WRITES = ("inline_container.cc", "PytorchStreamWriter", "Error while serializing: I/O error", "iostream error")
-"""Words of the errors of torch, safetensors and OpenVINO, which are not OSErrors, if a file cannot be written."""
+"""Phrases in the errors of torch, safetensors and OpenVINO if a file cannot be written; these errors are not OSErrors.
+"""
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 

@@ -68,9 +68,9 @@ Collate = Callable[[Sequence[Any]], Any]
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A `DataLoader` whose worker processes pass on a `QatkitError` as it is; torch passes on the text of a traceback.
+    """A `DataLoader` whose workers pass on a `QatkitError` unchanged; torch passes on only the text of a traceback.
 
-    Its `dataset` and `collate_fn` are those that it was given; only the workers see the ones that catch errors.
+    Its `dataset` and `collate_fn` are the original ones; only the workers use wrappers that catch errors.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # of a private class of torch

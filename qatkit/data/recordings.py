@@ -136,7 +136,7 @@ def waveform(content: bytes, column: str, sampling_rate: int) -> NDArray[np.floa
     if not len(mono):
         raise BadRecord(f"column '{column}' has no samples")
     if lost or (exact and announced - len(mono) > PADDING):
-        raise BadRecord(f"column '{column}' is truncated: its header announces more samples than its {len(mono)}")
+        raise BadRecord(f"column '{column}' is truncated: it has {len(mono)} samples, but its header announces more")
     if not RATES[0] <= rate <= RATES[1]:
         raise BadRecord(f"column '{column}' has a sampling rate of {rate} Hz, outside {RATES[0]} to {RATES[1]} Hz")
     if not np.isfinite(mono).all():

@@ -167,7 +167,7 @@ class Inputs:
                 return value
             position = position_of(str(value), known)
             if position is None:
-                return BadRecord(f"column '{column}' contains {str(value)!r}, which is none of {known}")
+                return BadRecord(f"column '{column}' contains {str(value)!r}, which is not one of {known}")
             vector += [float(position == index) for index in range(len(known))]
         return vector
 

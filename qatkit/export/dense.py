@@ -61,7 +61,7 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """Return the error bound: 0, or none if activations are quantized, which a dense file does not store."""
+    """Return the error bound: 0, or none if activations are quantized, because a dense file does not quantize them."""
     if measured.quantizes_inputs:
         return Bound("none, since the file does not quantize activations", None)
     return EXACT

@@ -51,23 +51,23 @@ class ExportFormat:
     check_tokenizer: str = ""
     """``(tokenizer)``: raise an error for an unsupported tokenizer, or do nothing for None; called before training."""
     compare_data: str = ""
-    """``(path, tokenizer, batch)``: compare what the file has from the data, such as its tokenizer, and return all
-    differences.
+    """``(path, tokenizer, batch)``: compare the parts of the file that come from the data, such as the tokenizer, and
+    return all differences.
     """
     benchmark: str = ""
     """``(path, threads)``: return a callable whose latency the report measures; empty if no latency is measured."""
     baselines: str = ""
-    """``(path, batches, folder)``: the runtime's own quantization of a floating-point file without training."""
+    """``(path, batches, folder)``: quantize a floating-point file with the runtime's own PTQ."""
     runtime_module: str = ""
     """Import name of the runtime whose latency is measured."""
     kernels: str = ""
     """``(path)``: return the kernels that the runtime chose; empty if unknown."""
     rounding: str = ""
-    """``(model)``: return a float64 copy that rounds as the runtime does, whose summation order differs from PyTorch's.
-    Verification measures the effect if inputs are quantized. Empty if the runtime computes as PyTorch does.
+    """``(model)``: return a float64 copy that rounds like the runtime, whose summation order differs from PyTorch's. If
+    inputs are quantized, verification measures the effect. Empty if the runtime computes exactly like PyTorch.
     """
     beside: tuple[str, ...] = ()
-    """Globs of further files that belong to the exported file, in which ``{stem}`` is its stem."""
+    """Globs for additional files that belong to the exported file; ``{stem}`` is its name without the suffix."""
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -86,12 +86,12 @@ class ExportFormat:
         return folder / self.file_name if self.file_name else folder
 
     def size(self, path: Path) -> int:
-        """Size in bytes of an exported file with the files beside it, or of the weights in an exported folder."""
+        """Size in bytes of an exported file with its additional files, or of the weights in an exported folder."""
         files = list(path.glob("*.safetensors")) if self.is_folder else [path, *self.files_beside(path)]
         return sum(file.stat().st_size for file in files)
 
     def files_beside(self, path: Path) -> list[Path]:
-        """Return the further files of an exported file."""
+        """Return the additional files of an exported file."""
         globs = [pattern.format(stem=glob.escape(path.stem)) for pattern in self.beside]
         return sorted(file for pattern in globs for file in path.parent.glob(pattern))
 

@@ -60,8 +60,8 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )
     if scheme.activation is not None:
         raise QatkitError(
-            f"layer '{name}': llama.cpp quantizes activations itself, in blocks with 8 bits, so trained quantization "
-            "of activations is not used",
+            f"layer '{name}': llama.cpp quantizes activations itself, to 8 bits in blocks, so trained activation "
+            "quantization would not be used",
             advice=f"remove activation, or set scheme: Q4_0 or Q8_0, or {INSTEAD}",
         )
     assert scheme.weight is not None
@@ -114,8 +114,8 @@ def export_gguf(model: nn.Module, path: Path | str, tokenizer: Any = None, pooli
     Args:
         model: A transformers model, either plain or prepared by `prepare_qat`. It is not changed.
         path: The GGUF file, which is written atomically.
-        tokenizer: The fast tokenizer of transformers that is stored in the file, with its chat template. Without one,
-            the file has no vocabulary, and llama.cpp cannot read text with it.
+        tokenizer: A fast transformers tokenizer to store in the file, with its chat template. Without a tokenizer, the
+            file has no vocabulary, so llama.cpp cannot process text with it.
         pooling: For a BERT, how llama.cpp computes an embedding from hidden states: "none", "mean", "cls" or "last".
 
     Raises:

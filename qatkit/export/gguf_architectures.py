@@ -72,17 +72,17 @@ class Architecture:
     settings: Mapping[str, Any] = field(default_factory=lambda: _SILU)
     """Settings that llama.cpp's implementation assumes, by attribute of the config."""
     more: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """Returns the metadata that is computed from the config, or fixed."""
+    """Returns metadata that is computed from the config or constant."""
     problem: Callable[[Any], str] = lambda config: ""
-    """Returns how llama.cpp implements the architecture, if the config differs in a way that `settings` cannot say."""
+    """Returns what llama.cpp requires, if the config differs from it in a way that `settings` cannot express."""
     permuted: bool = False
     """Whether rows of query and key weights are interleaved, because llama.cpp rotates neighboring pairs."""
     norm_offset: float = 0.0
-    """The number that the file adds to the weights of norms, because llama.cpp does not."""
+    """The number that is added to the weights of norms in the file, because llama.cpp does not add it."""
     omitted: str = ""
     """Prefix of parameters that llama.cpp does not use and the file does not contain."""
     loader: str = ""
-    """The class of transformers that loads the file; the model's own if empty, and none if "none"."""
+    """The transformers class that loads the file: the model's own if empty, no class if "none"."""
 
     def heads(self, key: str, config: Any) -> int:
         """Return the number of heads whose rows are interleaved; 0 if the rows keep their order."""
@@ -91,7 +91,7 @@ class Architecture:
         return rows.get(layer, 0) if self.permuted else 0
 
     def metadata(self, config: Any) -> dict[str, Any]:
-        """Return the metadata of a model's shape by full key; floats are rounded to float32 by the file."""
+        """Return the metadata that describes a model's shape, by full key; the file stores floats in float32."""
         values = {key: getattr(config, name) for key, name in self.fields.items()}
         rope = rope_metadata(config, _head_width(config))
         return {f"{self.gguf}.{key}": value for key, value in (values | rope | self.more(config)).items()}

@@ -17,7 +17,7 @@ from qatkit.spec import QuantSpec
 Array = np.ndarray[Any, Any]
 
 _FIELDS = ("num_bits", "symmetric", "strategy", "group_size", "scale_dtype", "type")
-"""Fields of a spec on which the bytes depend; with symmetric codes, the scale rule only decides about the scale."""
+"""The spec fields that determine the bytes; with symmetric codes, the scale rule affects only the scale."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BlockType:
     name: str
     """The name in GGUF, which is also a name of `gguf.GGMLQuantizationType`."""
     spec: QuantSpec
-    """The quantization that fits, with any observer."""
+    """The quantization that this type stores exactly, with any observer."""
     pack: Callable[[Array, Array, Array], Array]
     """``(codes [out, in], scales [out, blocks], zero points)``: return the bytes ``[out, bytes of a row]``."""
     scale_bytes: slice

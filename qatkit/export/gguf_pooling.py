@@ -1,4 +1,4 @@
-"""How llama.cpp computes an embedding from hidden states, which the data of a BERT says."""
+"""How llama.cpp computes an embedding from the hidden states of a BERT, as declared by the data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ POOLING = "bert.pooling_type"
 
 
 def pooling_of(batch: Any) -> str:
-    """Return the pooling of a batch of the data; "none" if it has none."""
+    """Return the pooling that a batch declares; "none" if it declares none."""
     return str(batch.get("pooling", "none")) if isinstance(batch, Mapping) else "none"
 
 
 def pooling_type(pooling: str) -> int:
-    """Return the number of a pooling in GGUF.
+    """Return the number by which GGUF identifies a pooling.
 
     Raises:
-        QatkitError: there is no pooling of this name.
+        QatkitError: there is no pooling with this name.
 
     Example:
         >>> pooling_type("mean")

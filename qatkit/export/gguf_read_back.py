@@ -25,7 +25,7 @@ from qatkit.export.interface import ReadBack
 from qatkit.quantization.prepare import quantized_weights, strip_qat
 
 _UNREADABLE = (ValueError, OSError, IndexError, KeyError)
-"""What the gguf package raises for a file that is not GGUF, or that is cut off."""
+"""Exceptions that the gguf package raises for a file that is truncated or not GGUF."""
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def _filled(trained: nn.Module, tensors: list[Stored], reader: Any) -> nn.Module
 
 
 def compare_data(path: Path, tokenizer: Any, batch: Any) -> list[str]:
-    """Compare what a file has from the data: its tokenizer, and the pooling of a BERT, which a batch has."""
+    """Compare the parts of a file that come from the data: the tokenizer and, for a BERT, the pooling."""
     import gguf
 
     try:

@@ -61,7 +61,7 @@ def rope_metadata(config: Any, head_width: int) -> dict[str, Any]:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """Return the divisors of the frequencies of Llama 3.1, float32, which the file stores as a tensor; otherwise None.
+    """Return Llama 3.1's frequency divisors, float32, which the file stores as a tensor; None for other models.
 
     Example:
         >>> from transformers import LlamaConfig

@@ -23,7 +23,7 @@ from qatkit.quantization.state import quantizer_prefixes
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """Types of unquantized tensors, the smallest first."""
 _FLOAT32 = ("position_embd.weight", "token_types.weight")
-"""Matrices that llama.cpp adds to others, which it does only in float32."""
+"""Matrices that llama.cpp adds to other tensors, which it supports only in float32."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Stored:
     """A tensor of the file."""
 
     key: str
-    """The parameter or buffer; the first name of a tied one. Empty for a tensor that is computed from the config."""
+    """Name of the parameter or buffer, or its first name if it is tied. Empty for a tensor computed from the config."""
     name: str
     """The name in the file."""
     tensor: Tensor
@@ -43,7 +43,7 @@ class Stored:
     offset: float = 0.0
     """The number that the file adds to the values."""
     transposed: bool = False
-    """Whether the parameter is ``[in, out]``, and the file has ``[out, in]``."""
+    """Whether the parameter is ``[in, out]`` but the file stores ``[out, in]``."""
 
     @property
     def label(self) -> str:

@@ -27,7 +27,7 @@ SPLITS = {
     rf"{_UPPER}|{_LOWER}|\p{{N}}|{_REST_SLASH}": "tekken",
     rf"{_UPPER}{_CONTRACTIONS}?|{_LOWER}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_REST_SLASH}": "gpt-4o",
 }
-"""llama.cpp's name of the pre-tokenizer by the regular expression that splits a text; "" is that of GPT-2."""
+"""llama.cpp's names of pre-tokenizers, by the regular expression that splits the text; "" stands for GPT-2's."""
 
 _PREPEND = {"type": "Prepend", "prepend": "\u2581"}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
@@ -79,7 +79,8 @@ def _byte_level(content: Content, tokens: list[str]) -> dict[str, Any]:
     known &= all((step["behavior"], step["invert"]) == ("Isolated", False) for step in steps[:-1])
     if not known or split not in SPLITS or last["add_prefix_space"]:
         raise QatkitError(
-            f"the tokenizer splits text in a way that is not known for llama.cpp ({' and '.join(kinds)}: {split!r})",
+            f"no pre-tokenizer of llama.cpp is known to split text as this tokenizer does ({' and '.join(kinds)}: "
+            f"{split!r})",
             advice=_ADVICE,
         )
     if not (merges := _merges(content)):
@@ -97,7 +98,7 @@ def _sentencepiece(content: Content, tokens: list[str]) -> dict[str, Any]:
     if not known:
         kinds = [step["type"] for step in (*normalizers, *splits)]
         raise QatkitError(
-            "llama.cpp only replaces spaces in texts for a tokenizer with byte fallback, but this one has "
+            "with byte fallback, llama.cpp normalizes text only by replacing spaces, but this tokenizer has "
             f"{' and '.join(kinds) or 'no normalizer'} with other settings",
             advice=_ADVICE,
         )
@@ -112,7 +113,7 @@ def _sentencepiece(content: Content, tokens: list[str]) -> dict[str, Any]:
 
 def _wordpiece(content: Content, tokens: list[str]) -> dict[str, Any]:
     if not (content.get("normalizer") or {}).get("lowercase"):
-        raise QatkitError("llama.cpp converts texts for BERT to lower case, and the tokenizer does not", advice=_ADVICE)
+        raise QatkitError("llama.cpp converts text for BERT to lower case, but the tokenizer does not", advice=_ADVICE)
     return {"token_type_count": 2}
 
 
@@ -150,7 +151,7 @@ _SPECIAL = {
     "padding_token_id": ("pad",),
     "mask_token_id": ("mask",),
 }
-"""Keys of special tokens, and the names of the tokenizer's attributes, of which the first that is set counts."""
+"""Metadata keys of special tokens, each with tokenizer attributes, of which the first that is set is used."""
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -167,11 +168,11 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def tokenizer_metadata(tokenizer: Any, vocab_size: int | None) -> dict[str, Any]:
-    """Return the metadata of a tokenizer by key; without one, the metadata says so.
+    """Return the metadata of a tokenizer by key; without a tokenizer, the metadata says so.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or None.
-        vocab_size: The number of embeddings; unused ones get unused tokens. None if it is unknown.
+        vocab_size: The number of embeddings; those without a token get an unused token. None if it is unknown.
 
     Raises:
         QatkitError: llama.cpp does not support the tokenizer, or it has more tokens than the model.
@@ -215,7 +216,7 @@ def _chat_template(tokenizer: Any) -> str | None:
         return template
     if "default" not in template:
         raise QatkitError(
-            f"the tokenizer has the chat templates {', '.join(sorted(template)) or '(none)'}, and none is the default",
+            f"the tokenizer has the chat templates {', '.join(sorted(template)) or '(none)'}, but none is the default",
             advice="set tokenizer.chat_template to one template",
         )
     return template["default"]

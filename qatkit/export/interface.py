@@ -54,12 +54,12 @@ class ReadBack:
     runtime: Callable[..., Any] | None
     """The file loaded in its runtime, with the model's call signature; None if it cannot be loaded."""
     after: Callable[[], list[str]] | None = None
-    """Returns the problems found during calls of the runtime; called after the last of them."""
+    """Returns the problems found while the runtime ran; called after the last batch."""
 
 
 @dataclass(frozen=True)
 class ExportContext:
-    """What a format may need to know besides the model."""
+    """Information that a format may need in addition to the model."""
 
     batch: Any
     """One test batch, for formats that trace."""

@@ -1,4 +1,4 @@
-"""Say why ONNX Runtime computes a matrix product in floating point."""
+"""Explain why ONNX Runtime computes a matrix product in floating point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def float_reasons(path: Path, nodes: Iterable[Any]) -> dict[str, list[str]]:
 
     Args:
         path: The exported ``.onnx`` file.
-        nodes: The floating-point products of the graph that ONNX Runtime made of it.
+        nodes: The floating-point matrix products in the graph that ONNX Runtime derived from the file.
 
     Returns:
         Names of layers, or of nodes that belong to no layer, such as ``{"the input is not quantized": ["head"]}``.

@@ -101,7 +101,7 @@ def bound(measured: Measured) -> Bound:
     """Return 1% of the quantization error if quantized inputs affect the output, otherwise 1e-4 of the mean output.
 
     A different summation order may move a value across a rounding boundary, which changes one code of the next input.
-    In deep networks, and behind LayerNorm and softmax, such flips spread. There, the bound is twice the difference
+    In deep networks, and after LayerNorm and softmax, such flips spread. There, the bound is twice the difference
     between the trained model and one whose values are rounded differently (`qatkit.export.rounding`), and at most half
     of the quantization error. Classes and other integers may differ in 1% of the values.
     """
@@ -255,8 +255,9 @@ def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, sp
         raise QatkitError(
             f"layer '{name}': ONNX Runtime does not support dynamic activation quantization with {_words(spec)}",
             advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor, dynamic: true}, or remove "
-            "dynamic and calibrate the scale, or for ONNX Runtime set activation: {num_bits: 8, strategy: group, "
-            "group_size: G} with G of 16, 32, 64, 128 or 256 that divides the weight's group, or choose another format",
+            "dynamic and calibrate the scale, or for ONNX Runtime set activation: {num_bits: 8, strategy: "
+            "group, group_size: G}, where G is 16, 32, 64, 128 or 256 and divides the weight's group size, or "
+            "choose another format",
         )
     if kind not in (QDQLinear, QDQTransposedLinear, QDQMultiheadAttention):
         raise QatkitError(

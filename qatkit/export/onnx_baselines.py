@@ -21,7 +21,7 @@ Batches = Iterable[Tensor | Mapping[str, Tensor]]
 def baselines(path: Path, batches: Batches, folder: Path) -> dict[str, Path]:
     """Quantize a floating-point file with the function of ONNX Runtime that users would choose.
 
-    It is `quantize_dynamic` for a model of text (with integer inputs), and `quantize_static` for any other.
+    It is `quantize_dynamic` for a text model (with integer inputs), and `quantize_static` for any other model.
 
     Args:
         path: A floating-point ``.onnx`` file.

@@ -15,9 +15,9 @@ from qatkit.common.files import atomic_path, naming, sha256_of, temporary_path
 from qatkit.export.formats import FORMATS
 
 LIMIT = 2**31 - 2**24
-"""Bytes of tensors that one file may have: a protobuf message has less than 2 GiB, and the graph needs some of them."""
+"""Maximum bytes of tensors in one file: a protobuf message is limited to 2 GiB, and the graph takes some of them."""
 _SMALL = 1024
-"""Tensors of fewer bytes stay in the file of the graph."""
+"""Tensors with fewer bytes stay in the file of the graph."""
 _DIGEST = "qatkit.data_sha256"
 """Metadata key of the side file's digest."""
 
@@ -56,7 +56,7 @@ def side_failures(path: Path) -> list[str]:
         if not side.is_file():
             failures.append(f"{name}: the file with the tensors of {path.name} is missing")
         elif sha256_of(side) != metadata.get(_DIGEST):
-            failures.append(f"{name}: the content differs from the one that was exported")
+            failures.append(f"{name}: the content has changed since the export")
     return failures
 
 

@@ -80,7 +80,7 @@ def _batch_size(tensors: dict[str, Tensor]) -> int:
     sizes = {name: len(tensor) for name, tensor in tensors.items() if tensor.dim()}
     if not sizes:
         raise QatkitError(
-            f"{', '.join(tensors)} of the example has no dimension, but the first dimension must be the batch",
+            f"{', '.join(tensors)} of the example has no dimensions, but the first dimension must be the batch",
             advice="pass tensors [batch, ...]",
         )
     batch = Counter(sizes.values()).most_common(1)[0][0]
@@ -135,12 +135,12 @@ def _by_name(model: nn.Module, example: Any) -> dict[str, Tensor]:
 
 
 def unknown_inputs(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Describe the inputs of a file that no parameter of the model's `forward` has the name of."""
+    """Describe the inputs of a file whose names match no parameter of the model's `forward`."""
     parameters = inspect.signature(model.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return []
     return [
-        f"input '{name}': {type(model).__name__}.forward has no parameter of this name"
+        f"input '{name}': {type(model).__name__}.forward has no parameter with this name"
         for name in names
         if name not in parameters
     ]

@@ -34,7 +34,7 @@ def packed_readers(proto: Any) -> dict[str, list[Node]]:
 def check_packed(proto: Any, nodes: list[Node], name: str, layer: QATLayer, fake_quant: FakeQuantize) -> list[str]:
     """Compare the codes, scales and zero points of one layer to the model's, with ``==``, and decode the weight.
 
-    Nodes have to read the layer's bias, too, whose values `qatkit.export.onnx_weights` compares.
+    The nodes must also read the layer's bias, whose values `qatkit.export.onnx_weights` compares.
 
     Args:
         proto: The file.

@@ -163,7 +163,7 @@ _EQUATIONS: dict[str, Callable[[_Step, Any, Any, list[Any]], list[Any]]] = {
 
 
 def name_steps(graph_model: Any) -> None:
-    """Name the values in the bodies of Scan nodes, so that they do not have names of the graph around them."""
+    """Name the values in the bodies of Scan nodes, so that they do not reuse names of the surrounding graph."""
     for index, node in enumerate(node for node in graph_model.graph if node.op_type == "Scan"):
         body = node.attributes["body"].as_graph()
         values = [*body.inputs, *(output for each in body for output in each.outputs)]

@@ -158,7 +158,7 @@ class OnnxFile:
         return failures
 
     def check_dynamic(self, name: str, prefix: str) -> list[str]:
-        """Whether every product of a layer's weight reads an input that DynamicQuantizeLinear made."""
+        """Whether every product with a layer's weight reads the output of a DynamicQuantizeLinear node."""
         makers = {output: node for node in self.proto.graph.node for output in node.output}
         dynamic = {tuple(node.output) for node in self.proto.graph.node if node.op_type == "DynamicQuantizeLinear"}
         failures = []
@@ -180,9 +180,9 @@ class OnnxFile:
         ]
 
     def check_parameters(self, model: nn.Module) -> list[str]:
-        """Compare the parameters that are not quantized, where the file has them under their names.
+        """Compare the unquantized parameters that the file stores under their own names.
 
-        The exporter's optimizer names transposed ones otherwise, and folds BatchNorm into other layers' parameters.
+        The exporter's optimizer renames transposed parameters, and folds BatchNorm into the parameters of other layers.
         """
         if any(key.endswith("running_var") for key, _ in model.named_buffers()):
             return []

@@ -91,8 +91,8 @@ def export_openvino(
     """Write a plain or fake-quantized model to OpenVINO's format, with a dynamic batch dimension.
 
     The model is not changed; the files compute the outputs of the model in eval mode. On processors with AMX, OpenVINO
-    computes everything that is not an integer in bfloat16. Compile the model with ``{"INFERENCE_PRECISION_HINT":
-    "f32"}`` to compute what training computed.
+    runs floating-point layers in bfloat16. To reproduce the results of training, compile the model with
+    ``{"INFERENCE_PRECISION_HINT": "f32"}``.
 
     Args:
         model: A plain float32 model, or a calibrated model prepared by `prepare_qat` or `prepare_for_target`.
@@ -121,7 +121,9 @@ def export_openvino(
     path = Path(path)
     FORMATS["openvino"].check_packages()
     if path.suffix != ".xml":
-        raise QatkitError(f"OpenVINO does not load '{path.suffix}' files", key=str(path), advice="end the path in .xml")
+        raise QatkitError(
+            f"OpenVINO does not load '{path.suffix}' files", key=str(path), advice="use a path that ends in .xml"
+        )
     check(model, PlannedExport.of(model))
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"

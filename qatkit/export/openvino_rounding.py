@@ -17,9 +17,10 @@ def with_openvino_rounding(model: nn.Module) -> nn.Module:
     """Return a float64 copy whose activations are rounded as OpenVINO's FakeQuantize does.
 
     Training computes ``round(x / scale) + zero_point``; OpenVINO multiplies by the reciprocal of the scale and adds the
-    zero point before it rounds. A value in the middle between two codes may so get the other one, always in the same
-    direction. Such values are common in data of few levels, such as pixels of 17 shades. Half of the values also have a
-    random relative error, as in `qatkit.export.rounding.with_rounding`, for sums in another order.
+    zero point before it rounds. A value halfway between two codes may therefore get the other one, always in the same
+    direction. Such values are common in data with few distinct values, such as pixels with 17 gray levels. Half of the
+    values also have a random relative error, as in `qatkit.export.rounding.with_rounding`, because sums are computed in
+    a different order.
 
     Args:
         model: A calibrated model with static activation scales.
@@ -47,7 +48,7 @@ def openvino_grid(x: Tensor, fake_quant: FakeQuantize) -> Tensor:
     """Round values to the grid of a static per-tensor quantizer with the float32 arithmetic of FakeQuantize.
 
     Args:
-        x: Values in any floating-point dtype, which is also that of the result.
+        x: Values in any floating-point dtype, which is also the dtype of the result.
         fake_quant: The quantizer of an activation.
     """
     scale, zero_point = (value.float() for value in fake_quant.qparams(torch.empty(0)))

@@ -16,12 +16,13 @@ from qatkit.export.output_tensors import nested
 from qatkit.export.runtime import Kernels, named_inputs
 
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}
-"""The option with which OpenVINO computes what training computed: by default, processors with AMX use bfloat16."""
+"""The option that makes OpenVINO reproduce training: by default, it uses bfloat16 on processors with AMX."""
 WITHOUT_INTEGERS = {"LP_TRANSFORMS_MODE": "NO"}
-"""The option with which all integers are decoded, so that no kernel can saturate."""
+"""The option that makes OpenVINO decode all integers, so that no kernel can saturate."""
 OUTPUTS = ("qatkit", "outputs")
-"""Where the file has the names of the model's outputs in order, separated by line breaks; the only output of a model
-that returns one tensor has the name ""."""
+"""Where the file stores the names of the model's outputs, in order and separated by line breaks; the only output of a
+model that returns one tensor has the name "".
+"""
 _PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNCell", "RNNSeq")
 
 
@@ -39,10 +40,10 @@ class OpenVINORuntime:
         self._outputs = outputs
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
-        """The output of the model; several are returned in dicts and tuples, as the model returns them.
+        """The output of the model; multiple tensors are in dicts and tuples, as in the model's own output.
 
         Raises:
-            QatkitError: an input is missing, has another dtype or size than in the file, or is not in the file.
+            QatkitError: an input is missing, differs from the file in dtype or size, or is not in the file.
         """
         tensors = named_inputs(self.inputs, args, kwargs)
         try:
@@ -51,7 +52,7 @@ class OpenVINORuntime:
         except Exception as error:  # openvino's exceptions share no base class
             raise QatkitError(
                 f"OpenVINO fails on these inputs: {error}",
-                advice="pass tensors of the dtypes and sizes of the example that the model was exported with",
+                advice="pass tensors with the dtypes and sizes of the example with which the model was exported",
             ) from error
         return nested(dict(zip(self._outputs, map(torch.from_numpy, computed.to_tuple()), strict=True)))
 
@@ -113,7 +114,7 @@ def read_model(path: Path) -> Any:
 
 @cache
 def core() -> Any:
-    """OpenVINO's entry point; there is one, because each would load and unload the CPU plugin with its threads.
+    """OpenVINO's entry point. It is shared, because each instance would load and unload the CPU plugin's threads.
 
     Raises:
         ImportError: OpenVINO is not installed.

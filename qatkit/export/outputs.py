@@ -29,8 +29,9 @@ class Output:
     magnitude: float = 0.0
     """Of the finite values; 1 for each integer."""
     measured: int = 0
-    """Values that the model without fake quantization returns in the same shape: the number of detected boxes may
-    differ."""
+    """Number of values that the model without fake quantization returns in the same shape; the number of boxes may
+    differ.
+    """
     quantization: float = 0.0
     rounding: float = 0.0
     error: float = 0.0
@@ -61,7 +62,7 @@ class Outputs:
     each: Mapping[str, Output]
     """By the place of each tensor in the outputs; "" if it is the only one."""
     not_in_float64: str = ""
-    """The reason why the effect of rounding is unknown; empty if it was measured, or not asked for."""
+    """The reason why the effect of rounding is unknown; empty if it was measured or not requested."""
     ran: bool = False
     """Whether the file computed all batches."""
     agreement: float | None = None

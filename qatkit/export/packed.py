@@ -1,11 +1,10 @@
 """Layers whose weights are packed into bytes: the nodes MatMulNBits and GatherBlockQuantized of ONNX Runtime.
 
 They hold several codes per byte, one scale per block of inputs and, unless the codes are symmetric, one zero point per
-block. ONNX Runtime decodes weights while it multiplies them, and OpenVINO loads both nodes, too.
-
-Which layers are packed is decided by `packing_of`; every other weight is a constant of whole bytes
-(`qatkit.export.qdq`). The tensors keep the layers' names: ``{layer}.weight.codes`` (uint8, the first code in the lowest
-bits), ``.scale`` and ``.zero_point`` (packed like the codes).
+block. ONNX Runtime decodes weights while it multiplies them, and OpenVINO also loads both nodes. `packing_of` decides
+which layers are packed; every other weight is a constant of whole bytes (`qatkit.export.qdq`). The tensors keep the
+layers' names: ``{layer}.weight.codes`` (uint8, the first code in the lowest bits), ``.scale`` and ``.zero_point``
+(packed like the codes).
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ class Packed(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the decoded values: a `forward` may convert its input to ``layer.weight.dtype``."""
+        """The dtype of the decoded values, because a `forward` may convert its input to ``layer.weight.dtype``."""
         return self.scale.dtype
 
     @property

@@ -94,14 +94,14 @@ def _over_positions(bias: Tensor, weight: Tensor) -> Tensor:
 
 
 class QDQEmbedding(nn.Embedding):
-    """Rows of codes, which are decoded after they are gathered; the table stays in integers."""
+    """An embedding that gathers rows of codes and then decodes them; the table stays integer."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _decoded_rows(cast(Codes, self.weight), input)
 
 
 class QDQEmbeddingBag(nn.EmbeddingBag):
-    """Rows of codes, decoded and reduced over each bag, without those of the padding index."""
+    """An embedding bag: rows of codes are decoded and reduced over each bag, except those of the padding index."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         rows = _decoded_rows(cast(Codes, self.weight), input)  # [bags, size, width], or [all, width] with offsets
@@ -159,7 +159,7 @@ def qdq_class(kind: type[nn.Module] | None) -> type[nn.Module] | None:
 
 
 def has_integer_kernel(kind: type[nn.Module] | None) -> bool:
-    """Return whether ONNX Runtime computes the products of quantized inputs and weights of a class in integers."""
+    """Return whether ONNX Runtime has an integer kernel for a quantized layer class with quantized inputs."""
     return not issubclass(kind or nn.Module, QATConvTranspose1d | QATConvTranspose2d)
 
 

@@ -64,7 +64,7 @@ class Codes(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the decoded values: a `forward` may convert its input to ``layer.weight.dtype``."""
+        """The dtype of the decoded values, because a `forward` may convert its input to ``layer.weight.dtype``."""
         return self.scale.dtype
 
     @property

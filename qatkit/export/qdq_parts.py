@@ -34,7 +34,7 @@ EXPLICIT: dict[type[QATParts], type[QATParts]] = {
 """The class whose parts are layers, for every class of layers with multiple weights that ONNX export supports."""
 
 _SPLIT = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
-"""Parameters of attention layers that the layers of the parts replace; torch's own code asks whether they exist."""
+"""Parameters of attention layers that the layers of the parts replace; torch's own code checks whether they exist."""
 
 
 def part_layers(model: nn.Module) -> list[tuple[str, QATLinear]]:

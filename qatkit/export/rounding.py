@@ -12,14 +12,15 @@ from qatkit.quantization.prepare import fake_quantizers
 
 NOISE = 2.0**-23
 """Relative error of a value before it is rounded to codes, one unit in the last place of float32: a runtime multiplies
-sums by scales in another order than training."""
+sums by scales in a different order than training.
+"""
 
 
 def with_rounding(model: nn.Module) -> nn.Module:
     """Return a float64 copy in which every input of a quantizer has a random relative error of up to `NOISE`.
 
-    A value next to a rounding boundary may so get the next code. Where such steps spread from layer to layer, two exact
-    implementations differ by much more than float32 noise; this model shows by how much.
+    A value near a rounding boundary may therefore get an adjacent code. Where such changes spread from layer to layer,
+    two exact implementations differ by much more than float32 noise; this model shows by how much.
 
     Args:
         model: A calibrated model.

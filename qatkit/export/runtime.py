@@ -61,10 +61,10 @@ class Runtime:
         self._single = self._outputs == [ONLY_OUTPUT] and NAMED not in session.get_modelmeta().custom_metadata_map
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
-        """The output of the model; several are returned in dicts and tuples, as the model returns them.
+        """The output of the model; multiple tensors are in dicts and tuples, as in the model's own output.
 
         Raises:
-            QatkitError: an input is missing, has another dtype or size than in the file, or is not in the file.
+            QatkitError: an input is missing, differs from the file in dtype or size, or is not in the file.
         """
         tensors = named_inputs(self.inputs, args, kwargs)
         try:
@@ -72,7 +72,7 @@ class Runtime:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise QatkitError(
                 f"ONNX Runtime fails on these inputs: {error}",
-                advice="pass tensors of the dtypes and sizes of the example that the model was exported with",
+                advice="pass tensors with the dtypes and sizes of the example with which the model was exported",
             ) from error
         flat = dict(zip(self._outputs, map(torch.from_numpy, computed), strict=True))
         return flat[ONLY_OUTPUT] if self._single else nested(flat)
@@ -92,7 +92,7 @@ def named_inputs(
         raise QatkitError(
             f"the exported model expects {', '.join(names)}, but {', '.join(tensors) or 'nothing'} was passed"
             + (f" in {len(args)} positional arguments" if len(args) > len(names) else ""),
-            advice="pass the inputs of the example that the model was exported with",
+            advice="pass the same inputs as in the example with which the model was exported",
         )
     return tensors
 

@@ -20,7 +20,7 @@ from qatkit.export.output_tensors import distances
 
 _LARGEST_PAIR = 32767 // 255
 EXACT_OPTION = "the session option session.x64quantprecision=1"
-"""ONNX Runtime's option for exact kernels, in the words of an error."""
+"""ONNX Runtime's option for exact kernels, as phrased in an error."""
 
 
 def saturates() -> bool:

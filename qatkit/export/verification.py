@@ -197,7 +197,9 @@ def _beyond(bounds: Mapping[str, Bound], outputs: Outputs) -> list[str]:
         error, bound = output.error / max(output.values, 1), bounds[name]
         if bound.limit is not None and not error <= bound.limit:  # NaN fails too
             of = f" of '{name}'" if len(outputs.each) > 1 else ""
-            unknown = f"; rounding is not allowed for, as float64 fails: {outputs.not_in_float64}"
+            unknown = (
+                f"; the effect of rounding is unknown, because the model fails in float64: {outputs.not_in_float64}"
+            )
             failures.append(
                 f"outputs: the mean difference{of} from the trained model is {error:.3g}, but the bound ({bound.text}) "
                 f"is {bound.limit:.3g} (largest difference {output.largest:.3g}, over {outputs.samples} samples"

@@ -1,4 +1,4 @@
-"""The runtime's own quantization without training, which a run's exported files are compared with."""
+"""The runtime's own post-training quantization, with which a run's exported files are compared."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Baselines:
     """Files that the runtime quantized without training."""
 
     dense: str | None
-    """The first stage in floating point, from which they were made; None if the comparison has none."""
+    """The first floating-point stage, from which the files were made; None if the comparison has no such stage."""
     files: Mapping[str, Path]
     """Files by the name of the function that made them."""
     failure: str = ""
-    """Why there are none, although the runtime quantizes."""
+    """The reason why there are no files, although the runtime can quantize."""
 
 
 def make_baselines(
@@ -63,7 +63,7 @@ def make_baselines(
 def measure_baselines(
     made: Baselines, row: ExportFormat, data: LightningDataModule, latency: Mapping[str, list[Any]]
 ) -> list[dict[str, Any]]:
-    """Return what the report shows of each file: metric in the runtime, size, latency and kernels.
+    """Return the report's values for each file: metric in the runtime, size, latency and kernels.
 
     Args:
         made: The files.

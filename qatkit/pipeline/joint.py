@@ -16,9 +16,9 @@ from qatkit.run.folder import Run
 
 
 def joint_reports(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the reports of runs, with latencies of all stages that were measured in alternation in one process.
+    """Return the reports of runs, with the latencies of all stages measured alternately in one process.
 
-    The runtimes' own quantizations are left out, because their files are not kept.
+    Files quantized by a runtime itself are omitted, because they are not kept.
 
     Args:
         runs: Runs with reports.

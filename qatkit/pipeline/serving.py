@@ -1,4 +1,4 @@
-"""The bench step, which measures a run's exported files beside the runtime's own quantization."""
+"""The bench step, which compares a run's exported files with the runtime's own post-training quantization."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Bench:
     """The measured files of a run."""
 
     served: dict[str, Served]
-    """By stage, and by the name of the function that quantized without training."""
+    """Measurements by stage or, for a file that the runtime quantized, by the name of its function."""
     dense: str | None
-    """The stage in floating point; None if the comparison has none."""
+    """The floating-point stage; None if the comparison has none."""
     baselines: list[str]
     """Names of the files that were quantized without training."""
     last: str

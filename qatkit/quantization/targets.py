@@ -53,7 +53,8 @@ TARGETS = Table(
         ),
         Target(
             "onnxruntime-dynamic",
-            "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as quantize_dynamic",
+            "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as in "
+            "quantize_dynamic",
             "onnx", _WEIGHT7, _BATCH,
         ),
         Target("onnxruntime-int4", "ONNX Runtime: linear layers with 4-bit weights in groups", "onnx", _INT4, None),

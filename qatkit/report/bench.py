@@ -1,4 +1,4 @@
-"""Measure the latency of exported files in alternation, so that machine load affects all of them equally."""
+"""Measure the latency of exported files alternately, so that machine load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def compare(
     repeats: int = 30,
     format: str | None = None,
 ) -> dict[str, list[Latency]]:
-    """Measure the latency of multiple files in alternation, so that machine load affects all of them equally.
+    """Measure the latency of multiple files alternately, so that machine load affects all of them equally.
 
     Args:
         paths: Files by name.
@@ -110,7 +110,7 @@ def compare(
 def compare_files(
     files: Mapping[str, File], batch_sizes: Sequence[int] = (1, 64), threads: int = 1, repeats: int = 30
 ) -> dict[str, list[Latency]]:
-    """Measure files with different inputs in alternation; the arguments are those of `compare`.
+    """Measure files with different inputs alternately; the arguments are those of `compare`.
 
     Raises:
         QatkitError: latency is not measured for the format, the runtime cannot load a file, or an argument is not
@@ -139,7 +139,7 @@ def compare_files(
 
 
 def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -> dict[str, tuple[float, float, float]]:
-    """Time functions in alternation, in a random order in each round.
+    """Time functions alternately, in a random order in each round.
 
     Args:
         calls: Functions by name.

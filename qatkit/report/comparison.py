@@ -18,7 +18,7 @@ FRONT = "on the Pareto front"
 
 
 def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: bool) -> dict[str, Any]:
-    """Return what the page shows of all runs together.
+    """Return the page's values for all runs together.
 
     Args:
         reports: The content of each ``report.json``.
@@ -57,7 +57,7 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: boo
 
 
 def front(rows: Sequence[tuple[Metric, str, dict[str, Any]]], joint: bool) -> list[bool]:
-    """Return whether each file is on the Pareto front: no other one is as good in everything and better in something.
+    """Return whether each file is on the Pareto front: no other file is at least as good and better somewhere.
 
     Files are compared by metric, size and, if they were measured together, by latency at each batch size. Files with
     different metrics, or with metrics on different data, are not compared.

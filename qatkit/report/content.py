@@ -58,7 +58,7 @@ class Measurements:
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Results of the ``evaluate`` block."""
     baselines: Sequence[dict[str, Any]] = ()
-    """What the runtime's own quantization reaches without training."""
+    """Results of the runtime's own post-training quantization."""
 
 
 def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[str, Any]:

@@ -26,7 +26,7 @@ SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster a file is than another one: the median of paired calls, with a 95% interval."""
+    """The speed of one file relative to another: the median over paired calls, with a 95% interval."""
 
     median: float
     low: float
@@ -44,7 +44,7 @@ class Served:
     """Growth of that process's resident memory during loading and the first calls; None if the system has no
     ``/proc``."""
     seconds: Mapping[int, np.ndarray[Any, Any]]
-    """Latency of every call, by batch size; calls with the same index follow each other closely."""
+    """Latency of every call, by batch size; calls with the same index ran in the same round."""
 
     def percentile(self, batch: int, percent: float) -> float:
         """A percentile of the latency at a batch size, in seconds."""
@@ -58,7 +58,7 @@ class Served:
 def serve(
     paths: Mapping[str, Path], example: Example, batch_sizes: Sequence[int], threads: int, format: str
 ) -> dict[str, Served]:
-    """Measure files, with calls in alternation, so that machine load affects all of them equally.
+    """Measure files with alternating calls, so that machine load affects all of them equally.
 
     Args:
         paths: Files by name.
@@ -85,7 +85,7 @@ def serve(
 
 
 def speedup(slow: np.ndarray[Any, Any], fast: np.ndarray[Any, Any]) -> Ratio:
-    """How many times faster one file is than another one, from paired latencies.
+    """Return the speed of one file relative to another, from paired latencies.
 
     Example:
         >>> speedup(np.full(9, 0.5), np.full(9, 0.25)).median

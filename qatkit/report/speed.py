@@ -1,4 +1,4 @@
-"""Sentences about speed: what is slower than what, and which layers run in floating point and why."""
+"""Sentences about speed: slowdowns, and the layers that run in floating point with the reasons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN = 5
 
 
 def slowdowns(report: dict[str, Any]) -> list[str]:
-    """Return a sentence for every file that the last quantized stage is slower than: the first stage, or a baseline.
+    """Return a sentence for each file, of the first stage or a baseline, that is faster than the last quantized stage.
 
     A file is slower if the fastest quarter of its calls took longer than the slowest quarter of the other file's.
     """
@@ -36,8 +36,8 @@ def slowdowns(report: dict[str, Any]) -> list[str]:
 def kernel_notes(report: dict[str, Any]) -> list[str]:
     """Return a sentence for every quantized stage with products that the runtime computes in floating point."""
     return [
-        f"{row['stage']}: {sum(row['kernels']['floating'].values())} of {_products(row['kernels'])} products run in "
-        f"floating point ({float_words(row['kernels'])}); see docs/runtimes.md"
+        f"{row['stage']}: {sum(row['kernels']['floating'].values())} of {_products(row['kernels'])} matrix products "
+        f"run in floating point ({float_words(row['kernels'])}); see docs/runtimes.md"
         for row in report["rows"]
         if row["layers"] and row["kernels"] and row["kernels"]["floating"]
     ]

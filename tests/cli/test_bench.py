@@ -71,7 +71,7 @@ def test_a_slower_file_is_said_first_with_what_stayed_in_floating_point() -> Non
     )
     assert headlines(measured, [1]) == [
         "SLOWER: speed of qat relative to dense: 0.50x at batch size 1 (0.50 to 0.50); size: 0.25x",
-        "products in floating point: 1 Conv; quantized: 1 of 2 layers",
+        "matrix products in floating point: 1 Conv; quantized: 1 of 2 layers",
     ]
 
 
@@ -79,7 +79,8 @@ def test_packed_weights_are_not_called_floating_point() -> None:
     kernels = {"dense": Kernels({}, {"MatMul": 3}), "qat": Kernels({}, {"MatMul": 1}, weight_only={"MatMulNBits": 2})}
     measured = Bench({"dense": served(1.0), "qat": served(2.0)}, "dense", [], "qat", kernels, "all layers")
     assert headlines(measured, [1])[-1] == (
-        "products in floating point: 1 MatMul; with packed weights and floating-point inputs: 2 MatMulNBits; all layers"
+        "matrix products in floating point: 1 MatMul; with packed weights and floating-point inputs: 2 MatMulNBits; "
+        "all layers"
     )
 
 

@@ -57,7 +57,7 @@ def test_a_parquet_file_has_the_same_rows_and_several_targets_keep_their_units(t
         (["", 1, "north", 1, 1, "dear"], "column 'size' is empty"),
         (["nan", 1, "north", 1, 1, "dear"], "column 'size' contains 'nan', not a finite number"),
         (["big", 1, "north", 1, 1, "dear"], "column 'size' contains 'big', not a finite number"),
-        ([1, 1, "west", 1, 1, "dear"], r"column 'town' contains 'west', which is none of \['north', 'south'\]"),
+        ([1, 1, "west", 1, 1, "dear"], r"column 'town' contains 'west', which is not one of \['north', 'south'\]"),
         ([1e39, 1, "north", 1, 1, "dear"], r"column 'size' contains '1e\+39', which float32 cannot"),
         ([1, 1, "north", 1, 1, "free"], r"label \"free\" is neither one of \['cheap', 'dear'\] nor a class index"),
     ],

@@ -100,7 +100,7 @@ def test_a_changed_and_a_missing_side_file_fail_verification(path: Path) -> None
     content = bytearray(side.read_bytes())
     content[-1] ^= 1
     side.write_bytes(bytes(content))
-    assert checked(model, path).failures[0] == f"{side.name}: the content differs from the one that was exported"
+    assert checked(model, path).failures[0] == f"{side.name}: the content has changed since the export"
     side.unlink()
     result = checked(model, path)
     assert result.failures[0] == f"{side.name}: the file with the tensors of model.onnx is missing"

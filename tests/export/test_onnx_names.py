@@ -196,7 +196,7 @@ def test_forward_may_read_the_dtype_device_and_shape_of_a_quantized_weight(tmp_p
             "the model fails on the example: .*; if `forward` computes with the weight .*, exclude that layer",
         ),
         (Returning(lambda model, x, y: y), X[0], r"dynamic batch: Found the following conflicts .*: - Received user"),
-        (Scaled(), (torch.tensor(1.0),) * 4, "factor, table, x, y of the example has no dimension, but the first"),
+        (Scaled(), (torch.tensor(1.0),) * 4, "factor, table, x, y of the example has no dimensions, but the first"),
     ],
     ids=["no tensor", "wrong shape", "weight", "no batch", "no dimension"],
 )
@@ -215,7 +215,7 @@ def test_a_model_that_the_file_cannot_hold_is_refused_with_its_reason(
     [
         (X.double(), r"ONNX Runtime fails on these inputs: .*Actual: \(tensor\(double\)\) , expected: \(tensor\(float"),
         (X[:, :7], "ONNX Runtime fails on these inputs: (.|\n)*Got: 7 Expected: 8"),
-        (X.bfloat16(), "ONNX Runtime fails on these inputs: .*BFloat16.*; pass tensors of the dtypes and sizes"),
+        (X.bfloat16(), "ONNX Runtime fails on these inputs: .*BFloat16.*; pass tensors with the dtypes and sizes"),
     ],
     ids=["dtype", "size", "bfloat16"],
 )

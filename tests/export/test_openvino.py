@@ -415,7 +415,7 @@ def test_mistakes_are_answered_by_validate(old: str, new: str, words: str, tmp_p
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     model, x = nn.Linear(4, 2), torch.rand(2, 4)
-    with pytest.raises(QatkitError, match=r"OpenVINO does not load '.onnx' files; end the path in .xml"):
+    with pytest.raises(QatkitError, match=r"OpenVINO does not load '.onnx' files; use a path that ends in .xml"):
         export_openvino(model, x, tmp_path / "model.onnx")
     export_onnx(model, x, tmp_path / "model.onnx")
     with pytest.raises(QatkitError, match="the model does not name its outputs; export it with qatkit"):

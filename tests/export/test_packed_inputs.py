@@ -65,7 +65,7 @@ def test_another_accuracy_level_is_named(tmp_path: Path) -> None:
 def test_groups_of_inputs_that_are_no_block_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(48, 8))
     prepare_qat(model, QuantSpec(8), grouped(8, 24))
-    with pytest.raises(QatkitError, match=r"layer '0': .*strategy: group.*group_size: G} with G of 16, 32, 64, 128"):
+    with pytest.raises(QatkitError, match=r"layer '0': .*strategy: group.*group_size: G}, where G is 16, 32, 64, 128"):
         export_onnx(model, torch.rand(4, 48), tmp_path / "model.onnx")
 
 

@@ -114,7 +114,7 @@ def test_a_mean_difference_at_the_bound_passes_and_one_above_it_fails() -> None:
     )
     assert _beyond(bounds, outputs(above)) == [f"{text})"]
     assert _beyond(bounds, outputs(above, not_in_float64="TypeError: float32 only")) == [
-        f"{text}; rounding is not allowed for, as float64 fails: TypeError: float32 only)"
+        f"{text}; the effect of rounding is unknown, because the model fails in float64: TypeError: float32 only)"
     ]
     assert _beyond(bounds, outputs(above, ran=False)) == []
     assert _beyond({"": Bound("not bounded", None)}, outputs(above)) == []

@@ -74,7 +74,7 @@ def test_the_files_of_all_runs_are_measured_in_one_process_and_reports_stay_as_t
     assert done.code == 0, done.err
     assert done.out == "page: report.html\n"
     text = (folder / "report.html").read_text()
-    assert "All files were measured in alternation in one process" in text
+    assert "All files were measured alternately in one process" in text
     assert "on the Pareto front" in text
     assert "<code>stages.int8.max_steps</code>" in text
     assert {path: path.read_bytes() for path in folder.glob("*/report.json")} == before
@@ -83,7 +83,7 @@ def test_the_files_of_all_runs_are_measured_in_one_process_and_reports_stay_as_t
 def test_json_of_several_runs_is_refused(folder: Path) -> None:
     done = qatkit("report", "one", "two", "--json", cwd=folder)
     assert done.code == 2
-    assert "--json: it is supported for a single run only" in done.err
+    assert "--json: this option supports only a single run" in done.err
 
 
 def test_a_stage_with_the_name_of_a_baseline_keeps_its_row(tmp_path: Path) -> None:

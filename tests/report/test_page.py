@@ -291,7 +291,7 @@ def test_several_runs_are_compared_in_one_page(
     result = CliRunner().invoke(app, ["report", str(folder), str(second)])
     assert result.exit_code == 0, result.output
     note, page_line = result.output.splitlines()
-    assert f"not comparable between runs: {second} contains a report and no run" in note
+    assert f"not comparable between runs: {second} contains a report but no run" in note
     assert page_line == "page: report.html"
     page = open_page(tmp_path / "report.html")
     assert page.said == []  # type: ignore[attr-defined]

@@ -50,8 +50,8 @@ def test_layers_in_floating_point_are_named_with_the_reason() -> None:
     }
     rows = [row("dense", []), row("qat", [], layers=1, **kernels)]
     assert kernel_notes({"rows": rows}) == [
-        "qat: 7 of 10 products run in floating point (7 Conv; the input is not quantized: a, b, c, d, e and 2 more); "
-        "see docs/runtimes.md"
+        "qat: 7 of 10 matrix products run in floating point (7 Conv; the input is not quantized: a, b, c, d, e and "
+        "2 more); see docs/runtimes.md"
     ]
     assert float_words({"floating": {"Gemm": 1}, "reasons": {}}) == "1 Gemm"
 

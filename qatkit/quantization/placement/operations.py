@@ -1,4 +1,4 @@
-"""The kinds of torch functions for placement, by how a runtime executes them in integers."""
+"""Kinds of torch functions, by how a runtime's integer kernels execute them."""
 
 from __future__ import annotations
 

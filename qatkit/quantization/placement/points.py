@@ -50,7 +50,8 @@ class Placement:
 
     points: tuple[Point, ...] = ()
     calls: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Number of operations by kind that one call of a module runs itself. A `forward` that runs others raises an error.
+    """Number of operations by kind that one call of a module runs itself. A `forward` that runs different operations
+    raises an error.
     """
     spec: QuantSpec = field(default_factory=lambda: QuantSpec(symmetric=False, strategy="tensor"))
     """Quantization of the outputs."""

@@ -1,14 +1,15 @@
 """Rules that select the outputs to quantize so that ONNX Runtime or OpenVINO computes with integers.
 
-A convolution runs in integers only if its output is also quantized. An addition, multiplication, concatenation or
-pooling runs in integers only if all its inputs and its output are quantized. Every output has one quantizer, after the
-ReLU that is fused into the integer kernel, and all its readers share the scale. A linear layer computes in integers and
-returns floating-point values. Its output therefore stays unquantized, and so do additions that read such an output,
-such as the residual stream of a transformer.
+A convolution uses an integer kernel only if its output is also quantized. An addition, multiplication, concatenation or
+pooling uses one only if all its inputs and its output are quantized. Every output has one quantizer, after the ReLU
+that is fused into the integer kernel, and all its readers share the scale. The integer kernel of a linear layer returns
+floating-point values. Its output therefore stays unquantized, and so do additions that read such an output, such as the
+residual stream of a transformer.
 
 OpenVINO's convolutions may return floating-point values (`float_outputs`). It computes the activation function that
-follows, and one residual addition, inside the convolution's kernel, and skips the rounding before that addition. So the
-operand that the convolution makes is not quantized there, and other outputs only if integers are needed.
+follows, and one residual addition, inside the convolution's kernel, and skips the rounding before that addition. The
+operand that comes from the convolution is therefore not quantized, and other outputs only if an integer kernel reads
+them.
 """
 
 from __future__ import annotations

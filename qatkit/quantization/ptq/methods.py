@@ -72,7 +72,7 @@ METHODS = Table(
         ),
         Method(
             "awq",
-            "scale salient inputs up, then clip ranges to minimize the output error (AWQ)",
+            "scale up the weights of salient inputs, then clip ranges to minimize the output error (AWQ)",
             from_inputs=f"{_PTQ}.awq:clipped_weight",
             move_scales=f"{_PTQ}.awq:awq_fold",
             stored_scales=True,
