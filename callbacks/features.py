@@ -135,7 +135,7 @@ class FeatureMatch:
         trainer.optimizers[0].param_groups[0]["params"] += list(self.projections.parameters())
 
     def average_gradients(self, trainer: Trainer) -> None:
-        """Average the gradients of the learned projections, which the strategy does not wrap, over processes."""
+        """Average the gradients of the learned projections over processes, because the strategy does not wrap them."""
         if self.projections is None or trainer.world_size == 1:
             return
         for weight in self.projections.parameters():

@@ -51,7 +51,7 @@ class MonitorRow:
 class CompressionMonitor(Callback):
     """Observe the quantized layers of any LightningModule, and log summaries over all layers.
 
-    Observations are made at the start, every `every` optimizer steps, and at the end. All of them except the first log:
+    Observations are made at the start, every `every` optimizer steps, and at the end. All but the first log:
 
     - ``quant/weight_error``, ``quant/clip_rate``, ``quant/sparsity``: means over weights;
     - ``quant/scale_drift``: mean relative change of the scales that moved, since the start;

@@ -46,7 +46,7 @@ class NonFiniteSteps(Callback):
             raise QatkitError(f"{limit} is out of range", key="limit", advice="use a positive integer")
         self.limit = limit
         self.skipped = 0
-        """Steps that were skipped since training started or was resumed."""
+        """Number of steps skipped since training started or was resumed."""
         self._inputs = InputCheck()  # of the batches of this step
         self.in_a_row = 0
         # whether a loss of this step was non-finite; kept on the device to avoid a sync per batch

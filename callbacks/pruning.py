@@ -200,8 +200,8 @@ class MagnitudePruning(PruningCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.nm is None and self._level < UPDATES:
             warnings.warn(
-                f"ramp: training ended at {self._sparsity_at(max(self._level, 0)):.1%} of {self.ramp.final:.1%} "
-                f"sparsity; end the ramp earlier, for example with Ramp({self.ramp.final}, end=0.5)",
+                f"ramp: training ended at a sparsity of {self._sparsity_at(max(self._level, 0)):.1%}, before the ramp "
+                f"reached {self.ramp.final:.1%}; end the ramp earlier, such as Ramp({self.ramp.final}, end=0.5)",
                 QatkitWarning,
                 stacklevel=2,
             )

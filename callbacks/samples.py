@@ -22,7 +22,7 @@ from qatkit.errors import QatkitError
 
 
 class TextSamples(Callback):
-    """Complete prompts with the model, and record the completions in a file and as a table on W&B or TensorBoard.
+    """Complete prompts with the model, and record the completions in a file, and in W&B or TensorBoard if enabled.
 
     Decoding is greedy, in eval mode and with isolated random state, so training results are bit-identical with and
     without this callback. A resumed run removes samples written after its checkpoint.

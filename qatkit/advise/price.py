@@ -1,4 +1,4 @@
-"""What serving costs: per request, per day, and compared with an API that charges per token."""
+"""The cost of serving: per request, per day, and compared with an API that charges per token."""
 
 from __future__ import annotations
 

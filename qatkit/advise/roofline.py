@@ -1,4 +1,4 @@
-"""The roofline model: per layer, whether arithmetic or memory limits its speed, and what a scheme changes.
+"""The roofline model: whether arithmetic or memory limits the speed of each layer, and the effect of compression.
 
 A layer takes the longer of two times: its operations at the device's peak rate, and its bytes at the memory bandwidth
 (Williams et al., 2009, https://doi.org/10.1145/1498765.1498785). This is a lower bound; caches, launches and
@@ -56,7 +56,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Technique:
-    """What a compression technique changes on the roofline."""
+    """The effect of a compression technique on the roofline."""
 
     name: str
     weight_bits: float | None = None

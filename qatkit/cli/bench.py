@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Against(StrEnum):
-    """What exported files are compared with."""
+    """The baseline with which exported files are compared."""
 
     ptq = "ptq"
 

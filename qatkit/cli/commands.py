@@ -30,7 +30,7 @@ COMMANDS = Table(
         Command("show", "Print a recipe."),
         Command("validate", "Check a recipe and predict its memory use, without loading data or training."),
         Command("plan", "Predict memory use for training and serving, without loading weights."),
-        Command("profile", "Find the bottleneck of a model on a device, and what each technique would change."),
+        Command("profile", "Find a model's bottleneck on a device, and the largest speedup of each technique."),
         Command("run", "Run a recipe: train, export, verify, measure and report."),
         Command("cache-teacher", "Compute and store a recipe's teacher outputs."),
         Command("export", "Export a run's finished stages."),

@@ -50,7 +50,7 @@ def command(
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the bottleneck of a model on a device, and what each technique would change.
+    """Find a model's bottleneck on a device, and the largest speedup of each technique.
 
     The roofline model compares each layer's arithmetic and memory traffic with the device's peak rate and memory
     bandwidth. Its times are lower bounds. Weights are not read.

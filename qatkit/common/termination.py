@@ -17,11 +17,11 @@ from subprocess import Popen, TimeoutExpired
 
 CODE = 143  # 128 + SIGTERM
 STEP_LIMIT = 20.0
-"""Seconds that training has to reach a point where it can be saved; the write itself has no limit."""
+"""Seconds in which training must reach a point where it can be saved; the write itself has no limit."""
 END_LIMIT = 5.0
-"""Seconds to end in other cases, such as outside training or after the checkpoint has been written."""
+"""Seconds in which a process must end in other cases, such as outside training or after a checkpoint was written."""
 _LAG = 2.0
-"""Seconds that other processes of a run wait longer than the first one, which ends them."""
+"""Additional seconds that the other processes of a run wait for the first one, which ends them."""
 
 
 class Terminated(BaseException):
@@ -38,11 +38,11 @@ class Termination:
     def __init__(self, report: Callable[[str], None]) -> None:
         self.received = False
         self.saved = ""
-        """What was saved because of the signal, for the message."""
+        """Describes what was saved because of the signal, for the message."""
         self.hint: Callable[[], str] = str
         """Returns advice about resuming, for the message."""
         self.children: list[Callable[[], list[Popen[bytes]]]] = []
-        """Return processes that this one has started, and that must not outlive it."""
+        """Functions that return processes started by this one, which must not outlive it."""
         self.follows = False
         """Whether another process of a distributed run decides when this one ends, and prints the message."""
         self._leader: int | None = None

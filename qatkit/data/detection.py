@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qatkit.data.record_datamodule import RecordDataModule
 
 SLACK = 1.0
-"""Pixels by which a box may extend beyond its image."""
+"""Number of pixels by which a box may extend beyond its image."""
 LARGEST = 2.0**31
 """Upper limit for coordinates in pixels, because the sum of larger numbers could overflow."""
 

@@ -183,7 +183,7 @@ def media_module(
 
     Args:
         source: The records.
-        options: Everything besides the source that determines the stored samples, as plain data.
+        options: All other inputs that determine the stored samples, as plain data.
         media: Names of the media columns.
         sample_of: Returns the values of a record to store, or the reason why it cannot be used.
         decode: Creates a sample from stored values, a generator for random augmentation, and whether to augment.

@@ -80,7 +80,7 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
     if not spec.is_float and spec.num_bits not in BITS:
         return (
             f"different versions of compressed-tensors pack {spec.num_bits}-bit codes differently",
-            "set weight: {num_bits: 4}, 2 or 8",
+            "set weight: {num_bits: 4} (or 2 or 8)",
         )
     if not spec.is_float and spec.strategy == "block":
         return "compressed_tensors supports block scales only for fp8", "set strategy: group"

@@ -70,9 +70,9 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """Return the error bound: 0, or the same as for ONNX with quantized inputs in half precision.
+    """Return the error bound: 0, or the bound of the ONNX format if inputs are quantized in half precision.
 
-    transformers quantizes inputs as in training, but in their own dtype, in which scales are less precise.
+    transformers quantizes inputs as in training, but in the dtype of the inputs, in which scales are less precise.
     """
     if measured.half_precision and measured.quantizes_inputs:
         limit = max(0.01 * measured.quantization_error, 1e-6 * measured.mean_output)

@@ -33,7 +33,7 @@ _PREPEND = {"type": "Prepend", "prepend": "\u2581"}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 _METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "", "split": False}
 _NO_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-"""Gemma's pre-tokenizer, which finds no space, because the normalizer has replaced them."""
+"""Gemma's pre-tokenizer, which never finds a space, because the normalizer has replaced all of them."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Types of tokens in GGUF."""
@@ -151,7 +151,7 @@ _SPECIAL = {
     "padding_token_id": ("pad",),
     "mask_token_id": ("mask",),
 }
-"""Metadata keys of special tokens, each with tokenizer attributes, of which the first that is set is used."""
+"""Metadata keys of special tokens. Each has a list of tokenizer attributes; the first one that is set is used."""
 
 
 def check_tokenizer(tokenizer: Any) -> None:

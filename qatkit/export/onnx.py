@@ -169,10 +169,10 @@ def write_graph(
     format: str = "onnx",
     packs: bool = True,
 ) -> None:
-    """Write the file of `export_onnx` for a format that is made from it, whose targets a warning recommends.
+    """Write the file of `export_onnx` as an intermediate file of another format.
 
-    Unless `packs`, no weight is packed (`qatkit.export.packed`): a runtime may have kernels for the nodes of
-    `qatkit.export.onnx_constants`.
+    Warnings recommend targets of `format`. Unless `packs` is set, no weight is packed (`qatkit.export.packed`), because
+    a runtime may have kernels for the nodes of `qatkit.export.onnx_constants`.
     """
     check(model, PlannedExport.of(model), packs)  # reject everything before the first copy
     inputs = inputs_of(model, example, TASKS.row(task, "task") if isinstance(task, str) else task)

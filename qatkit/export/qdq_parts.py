@@ -31,7 +31,7 @@ EXPLICIT: dict[type[QATParts], type[QATParts]] = {
     QATGRU: QDQRecurrent,
     QATRNN: QDQRecurrent,
 }
-"""The class whose parts are layers, for every class of layers with multiple weights that ONNX export supports."""
+"""Maps every class of layers with multiple weights that ONNX export supports to the class whose parts are layers."""
 
 _SPLIT = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 """Parameters of attention layers that the layers of the parts replace; torch's own code checks whether they exist."""

@@ -67,7 +67,7 @@ class TorchRows:
             teacher: Logits over the temperature, overwritten; ``[rows, fewer]`` if the student has padding classes
                 after those of the teacher. Or the teacher's top-k classes.
             labels: Class indices ``[rows]``, valid ones wherever `label_weights` is above 0.
-            weights: Weight of each row in the divergence ``[rows]``, in the dtype of the arithmetic.
+            weights: Weight of each row in the divergence ``[rows]``, in the dtype of the computation.
             label_weights: Weight of each row in the cross-entropy ``[rows]``.
         """
         scratch = list(self.scratch[:, : len(student)])

@@ -14,7 +14,7 @@ from qatkit.models.pretrained import Attention, Dtype, load, ready_to_train
 _NOT_ENTRIES = {
     "model_type", "name_or_path", "transformers_version", "dtype", "attn_implementation", "experts_implementation",
 }  # fmt: skip
-"""Attributes of a config that are arguments of their own, or that a recipe must not set."""
+"""Attributes of a config that have their own argument, or that a recipe must not set."""
 
 
 def pretrained_model(

@@ -77,7 +77,7 @@ def masked_lm(
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: as `causal_lm`.
+        QatkitError: for the same reasons as in `causal_lm`.
     """
     return load("MaskedLM", "masked language model", name_or_path, dtype, attn_implementation, gradient_checkpointing)
 
@@ -167,7 +167,7 @@ def embedding_model(
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
 
     Raises:
-        QatkitError: as `causal_lm`.
+        QatkitError: for the same reasons as in `causal_lm`.
     """
     model = load("", "model without a head", name_or_path, dtype, attn_implementation, gradient_checkpointing)
     pooler = getattr(model, "pooler", None)

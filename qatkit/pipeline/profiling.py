@@ -18,7 +18,7 @@ from qatkit.tasks import call, one_sample
 
 
 def forward_of(recipe: Recipe, model: nn.Module, batch: int, allow: Sequence[str] = ()) -> Phases:
-    """Return the costs of a model on `batch` samples like the first one of the recipe's test split.
+    """Return the costs of a model on `batch` samples shaped like the first one in the recipe's test split.
 
     Args:
         recipe: The recipe.

@@ -169,6 +169,6 @@ def _check_stage(run: Run, name: str, stage_print: StagePrint) -> None:
             find_checkpoint(folder)  # raises if none is intact, so that --force trains the stage again
     if recorded not in (None, stage_print.fingerprint):
         raise QatkitError(
-            f"stage '{name}' in {run.out} was trained from another version of the previous stage",
+            f"stage '{name}' in {run.out} was trained from a different version of the previous stage",
             advice="use --force to rerun the stage",
         )

@@ -43,7 +43,7 @@ class Trained:
     """The full state dict on the CPU; if the model was sharded, it is empty on all ranks except 0."""
     folds: list[Fold]
     placement: Placement
-    """The tensors that are quantized besides layer inputs."""
+    """The tensors that are quantized in addition to layer inputs."""
     held: list[str]
     """Layers whose pruned weights stay zero."""
     quantize: QuantizeConfig | None

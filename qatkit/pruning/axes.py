@@ -29,7 +29,7 @@ BLOCK = {
 }
 """Axes of the parameters of one layer; "head" is heads * head_dim, and "group" is kv_heads * head_dim."""
 OPTIONAL = ("self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj")
-"""Optional parameters of a layer; importance is measured at the others."""
+"""Optional parameters of a layer, at which importance is never measured."""
 SHARED = {"embed_tokens": ("whole", "hidden"), "norm": ("hidden",)}
 """Axes of the parameters outside the layers."""
 HEADS = {"lm_head": ("whole", "hidden"), "score": ("whole", "hidden")}

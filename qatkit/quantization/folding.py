@@ -60,8 +60,8 @@ def fold_batchnorm(model: nn.Module) -> list[Fold]:
     left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         warnings.warn(
-            f"BatchNorm layers were not folded, because their only input is not a Conv1d, Conv2d or Conv3d, or because "
-            f"torch.fx cannot trace their module: {left}; these layers stay in floating point",
+            "BatchNorm layers were not folded, because they do not directly follow a Conv1d, Conv2d or Conv3d, or "
+            f"because torch.fx cannot trace their module: {left}; these layers stay in floating point",
             QatkitWarning,
             stacklevel=2,
         )

@@ -78,7 +78,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Train some batches on generated text, for which a model continues prompts from the data during training."""
+    """Train on generated text in some batches: during training, a model continues prompts from the data."""
 
     fraction: Fraction = 1.0
     """Fraction of batches to generate, 0 to 1."""

@@ -88,8 +88,8 @@ def compare(
 
     Args:
         paths: Files by name.
-        example: One input batch that all files accept: a tensor ``[batch, ...]``, or tensors by input name, of which
-            those with the most frequent first dimension are repeated or truncated to each batch size.
+        example: One input batch that all files accept: a tensor ``[batch, ...]``, or tensors by input name. Tensors
+            with the most frequent first dimension are repeated or truncated to each batch size.
         batch_sizes: Batch sizes to measure.
         threads: Threads of the runtime.
         repeats: Number of rounds; each round times every file once, with enough calls to take 2 ms.
@@ -160,7 +160,7 @@ def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -
 def in_random_order(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every timer once per round, in a new order each time, and return the results by name.
 
-    What a call finds in the processor's caches depends on the call before it.
+    The order varies, because the previous call determines what is in the processor's caches.
     """
     found: dict[str, list[float]] = {name: [] for name in timers}
     order, draw = list(timers), random.Random(0)

@@ -1,4 +1,6 @@
-"""The comparison of multiple runs: one table with the Pareto front, common figures, and what differs in the recipes."""
+"""The comparison of multiple runs: one table with the Pareto front, common figures, and the differences between the
+recipes.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def test_training_that_stops_before_the_ramp_ends_warns_of_the_sparsity() -> Non
 
     prune = MagnitudePruning(ramp=Ramp(0.8, end=1.0))
     with pytest.warns(
-        QatkitWarning, match=r"ramp: training ended at 70\.0% of 80\.0% sparsity; .* Ramp\(0\.8, end=0\.5"
+        QatkitWarning,
+        match=r"ramp: training ended at a sparsity of 70\.0%, before the ramp reached 80\.0%; .* Ramp\(0\.8, end=0\.5",
     ):
         trainer(prune, Stops(), max_steps=10).fit(Classifier(), batches())
 

@@ -50,7 +50,7 @@ class Recording:
     irregular: set[str]
     """Modules that ran different operations in different calls."""
     times: Counter[str]
-    """Number of calls by simple module or layer."""
+    """Number of calls of each simple module or layer."""
     sequential: set[str]
     """Names of `nn.Sequential` modules, which would run an added quantizer as a layer."""
     single_input: set[str]

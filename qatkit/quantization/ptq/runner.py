@@ -46,10 +46,10 @@ def apply_ptq(
 
     Blocks that run in sequence (the layers of a transformer) are processed one by one, each with the outputs of the
     preceding quantized blocks. Layers outside the blocks are processed last. A model without a list of blocks is
-    treated as one block. Inputs are not quantized during this step. The following layers keep their scales, and a
-    warning lists them. They are embeddings; grouped, transposed and 3-D convolutions; layers with multiple weights
-    (fused experts, the input projections of attention); and layers with shared or unused weights. In a process group,
-    every rank computes independently, so pass the same batches to every rank, and shard the model afterwards.
+    treated as one block. Inputs are not quantized during this step. These layers keep their scales, and a warning lists
+    them: embeddings; grouped, transposed and 3-D convolutions; layers with multiple weights (fused experts, the input
+    projections of attention); and layers with shared or unused weights. In a process group, every rank computes
+    independently, so pass the same batches to every rank, and shard the model afterwards.
 
     Args:
         model: A model prepared by `prepare_qat`.
