@@ -155,7 +155,7 @@ def losses_of(
     """
     if isinstance(loss, Mapping) and set(loss) != set(keys or ()):
         raise QatkitError(
-            f"it lists the outputs {list(loss)}, but the compared outputs are {list(keys or ())}",
+            f"this mapping lists the outputs {list(loss)}, but the compared outputs are {list(keys or ())}",
             key="loss",
             advice="use the same names in both, such as outputs={'boxes': 0.2, 'scores': 1.0} and "
             "loss={'boxes': 'mse', 'scores': 'kl'}",

@@ -36,19 +36,19 @@ DEVICES = Table(
         ),
         Device(
             "h100", 80, 3350, {"fp32": 67, "bf16": 989.4, "fp8": 1978.9, "int8": 1978.9},
-            "NVIDIA H100 SXM data sheet, half of the rates with sparsity", _TENSOR_CORES,
+            "NVIDIA H100 SXM data sheet, half of the sparse rates", _TENSOR_CORES,
         ),
         Device(
             "h200", 141, 4800, {"fp32": 67, "bf16": 989.4, "fp8": 1978.9, "int8": 1978.9},
-            "NVIDIA H200 SXM data sheet, half of the rates with sparsity", _TENSOR_CORES,
+            "NVIDIA H200 SXM data sheet, half of the sparse rates", _TENSOR_CORES,
         ),
         Device(
             "b200", 180, 8000, {"fp32": 75, "bf16": 2250, "fp8": 4500, "int8": 4500, "fp4": 9000},
-            "NVIDIA DGX B200 data sheet, per GPU, half of the rates with sparsity", _TENSOR_CORES,
+            "NVIDIA DGX B200 data sheet, per GPU, half of the sparse rates", _TENSOR_CORES,
         ),
         Device(
             "l4", 24, 300, {"fp32": 30.3, "bf16": 121, "fp8": 242.5, "int8": 242.5},
-            "NVIDIA L4 data sheet, half of the rates with sparsity", _TENSOR_CORES,
+            "NVIDIA L4 data sheet, half of the sparse rates", _TENSOR_CORES,
         ),
         Device(
             "l40s", 48, 864, {"fp32": 91.6, "bf16": 362, "fp8": 733, "int8": 733}, "NVIDIA L40S data sheet",
@@ -75,7 +75,7 @@ DEVICES = Table(
         ),
         Device(
             "jetson-orin", 64, 204.8, {"fp32": 5.3, "bf16": 42.5, "int8": 85},
-            "NVIDIA Jetson AGX Orin technical brief, GPU, half of the rates with sparsity", _TENSOR_CORES,
+            "NVIDIA Jetson AGX Orin technical brief, GPU, half of the sparse rates", _TENSOR_CORES,
         ),
         Device(
             "raspberry-pi-5", 8, 17.1, {"fp32": 0.154, "int8": 0.614},

@@ -58,9 +58,9 @@ def command(
     if (run is None) == (latency is None):
         raise QatkitError("pass either a run folder or --latency", key="RUN")
     if batch is not None and latency is None:
-        raise QatkitError("it has no effect without --latency", key="--batch", advice="remove it")
+        raise QatkitError("this option has no effect without --latency", key="--batch", advice="remove it")
     if tokens is not None and api is None:
-        raise QatkitError("it has no effect without --api", key="--tokens", advice="remove it, or add --api")
+        raise QatkitError("this option has no effect without --api", key="--tokens", advice="remove it, or add --api")
     for name, value in (("--latency", latency), ("--api", api), ("--tokens", tokens)):
         if value is not None and value <= 0:
             raise QatkitError(f"{value:g} is out of range", key=name, advice="pass a positive number")

@@ -100,8 +100,8 @@ def check_tokenizer(model: Any, tokenizer: Any) -> None:
     theirs, ours = (each(PROBE, add_special_tokens=False)["input_ids"] for each in (own, tokenizer))
     if theirs != ours:
         raise QatkitError(
-            f"it tokenizes text differently ({ours[:5]}) from the tokenizer of the model '{name}' ({theirs[:5]}), so "
-            "the pretrained weights would not match",
+            f"this tokenizer splits text differently ({ours[:5]}) from the tokenizer of the model '{name}' "
+            f"({theirs[:5]}), so the pretrained weights would not match",
             key="data.args.tokenizer",
             advice=f"set tokenizer: {name}",
         )

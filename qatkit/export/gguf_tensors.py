@@ -21,7 +21,7 @@ from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.state import quantizer_prefixes
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-"""Types of unquantized tensors, the smallest first."""
+"""Types of unquantized tensors, smallest first."""
 _FLOAT32 = ("position_embd.weight", "token_types.weight")
 """Matrices that llama.cpp adds to other tensors, which it supports only in float32."""
 

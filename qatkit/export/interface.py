@@ -66,7 +66,7 @@ class ExportContext:
     task: Task | None = None
     """The task declared by the data; None if it is unknown."""
     target: Target | None = None
-    """The runtime and processor that the model was trained for; None if the recipe names none."""
+    """The runtime and processor that the model was trained for; None if the recipe sets no target."""
     tokenizer: Any = None
     """The tokenizer of the data; None if there is none."""
 

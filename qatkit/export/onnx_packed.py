@@ -83,7 +83,7 @@ class _Weight:
         level = 0 if layer.input_fake_quant is None else 4
         if self.attributes.get("accuracy_level", 0) != level:
             found = self.attributes.get("accuracy_level", 0)
-            return [f"layer '{self.name}': its node has accuracy level {found}, not {level}, as it was trained"]
+            return [f"layer '{self.name}': its node has accuracy level {found}, but it was trained for level {level}"]
         scale, zero_point = fake_quant.qparams(layer.matrix)
         outputs, inputs = layer.matrix.shape
         middle = 2 ** (self.bits - 1) if spec.symmetric else 0

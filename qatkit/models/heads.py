@@ -156,7 +156,7 @@ def _check_entries(entries: Mapping[str, Any], config: Any, key: str) -> None:
             )
         if name.startswith("backbone") or name in ("use_timm_backbone", "use_pretrained_backbone"):
             raise QatkitError(
-                "it would load code or weights of other packages",
+                "this entry would load code or weights of other packages",
                 key=place,
                 advice="remove it, or use pretrained_model",
             )

@@ -68,7 +68,7 @@ class ShrinkConfig:
             )
         if self.channels is not None and (len(given) > 1 or self.keep_layers is not None):
             raise QatkitError(
-                "it is supported only for convolutional networks, and the other sizes only for transformers",
+                "this size is supported only for convolutional networks, and the others only for transformers",
                 key="channels",
                 advice="set either channels or the other sizes",
             )

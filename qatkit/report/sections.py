@@ -82,7 +82,7 @@ def _split(cell: str) -> tuple[str, str]:
 
 
 def baseline_rows(report: dict[str, Any], metric: Metric) -> list[dict[str, Any]]:
-    """Baselines as rows of a figure, with the metric that their runtime reaches."""
+    """Return the baselines as rows of a figure, with their metric in the runtime."""
     judged = {"kind": "post-training", "verification": report["rows"][0]["verification"]}
     return [
         {**row, **judged, "stage": row["name"], f"test_{metric.name}": row["runtime_metric"]}

@@ -114,7 +114,7 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
     first, last = report["rows"][0], report["rows"][-1]
     single, metric = last is first, metric_of(report)
     samples, task = last["verification"]["samples"], task_of_report(report)
-    note = f"each of the {samples:,} {task.counted} counts for {1 / samples:.2%}"
+    note = f"each of the {samples:,} {task.counted} accounts for {1 / samples:.2%}"
     if not metric.percent:
         loss = f", mean loss {last['test_loss']:.3f}" if "loss" in task.metrics else ""
         note = f"over {samples:,} {task.counted}{loss}"

@@ -70,7 +70,7 @@ def _baseline_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
     first, runtime = report["rows"][0], FORMATS.row(report["format"], "report.json").runtime
     return [
         row["name"],
-        f"post-training by {runtime}",
+        f"PTQ by {runtime}",
         "-",
         metric_of(report).show(row["runtime_metric"]),
         *("-" for _ in _language_headers(report)),

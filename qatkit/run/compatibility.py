@@ -48,9 +48,8 @@ def check_data(model: nn.Module, data: Any) -> None:
     padding, theirs = getattr(data, "padding", None), getattr(config.get_text_config(), "pad_token_id", None)
     if classes is not None and padding is not None and padding != theirs and reads_last_token(config.model_type):
         raise QatkitError(
-            f"it pads with token {padding}, but the model, which reads the class from the last token before the "
-            "padding, "
-            f"expects token {theirs}",
+            f"the data is padded with token {padding}, but the model, which reads the class from the last token "
+            f"before the padding, expects token {theirs}",
             key="data.args.tokenizer",
             advice=f"use the model's tokenizer, or set pad_token_id: {padding} in the model's config.json",
         )

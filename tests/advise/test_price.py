@@ -43,8 +43,8 @@ def test_a_latency_or_a_run_is_needed_and_not_both(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((".", "--price", "1", "--batch", "8"), "--batch: it has no effect without --latency"),
-        (("--latency", "5", "--price", "1", "--tokens", "8"), "--tokens: it has no effect without --api"),
+        ((".", "--price", "1", "--batch", "8"), "--batch: this option has no effect without --latency"),
+        (("--latency", "5", "--price", "1", "--tokens", "8"), "--tokens: this option has no effect without --api"),
         (("--latency", "5"), "Missing option '--price'"),
         (("--latency", "0", "--price", "1"), "--latency: 0 is out of range"),
         (("--latency", "5", "--price", "1", "--api", "0"), "--api: 0 is out of range"),

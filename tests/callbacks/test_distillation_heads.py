@@ -84,11 +84,11 @@ def test_detection_heads_have_their_own_losses_and_weights_and_the_file_is_verif
     [
         (
             {"loss": {"boxes": "mse"}},
-            r"loss: it lists the outputs \['boxes'\], but the compared outputs are \[\]; use the same",
+            r"loss: this mapping lists the outputs \['boxes'\], but the compared outputs are \[\]; use the same",
         ),
         (
             {"loss": {"boxes": "mse"}, "outputs": WEIGHTED},
-            r"loss: it lists the outputs \['boxes'\], but the compared outputs are \['heads\.b",
+            r"loss: this mapping lists the outputs \['boxes'\], but the compared outputs are \['heads\.b",
         ),
         ({"loss": {"a": "mes"}, "outputs": ["a"]}, r"loss: unknown distillation loss 'mes'; did you mean 'mse'"),
     ],

@@ -45,7 +45,7 @@ def test_what_was_measured_is_written_as_json_table_and_picture(folder: Path) ->
     assert [list(group.options) for group in found.groups] == [["int8", "int4"]] * 2 + [["int8", "int4", "W4A16"]]
     assert found.others == ()  # BatchNorm is folded before, as in training
     left_out = next(line for line in (folder / "run" / "sensitivity.md").read_text().splitlines() if "'conv1'" in line)
-    assert left_out.startswith("- W4A16 is left out: ")
+    assert left_out.startswith("- W4A16 is omitted: ")
     assert "<svg" in (folder / "run" / "sensitivity.svg").read_text()
 
 

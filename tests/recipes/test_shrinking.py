@@ -171,7 +171,7 @@ def test_a_resumed_shrink_stage_ends_with_the_same_bits(images: Run, tmp_path: P
         ("{heads: 2, layers_by: last}", r"stages\.cut\.shrink\.layers_by: 'last' has no effect without layers"),
         (
             "{channels: 0.5, layers: 2}",
-            r"stages\.cut\.shrink\.channels: it is supported only for convolutional networks",
+            r"stages\.cut\.shrink\.channels: this size is supported only for convolutional networks",
         ),
         ("{layers: 2, keep_layers: [0]}", r"stages\.cut\.shrink\.keep_layers: \[0\] and layers=2 are both set"),
     ],

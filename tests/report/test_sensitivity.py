@@ -18,7 +18,7 @@ MEASURED = Sensitivity(
         Group(("stem",), 1000, {"int8": Option(1016, -1e-5), "int4": Option(516, 0.25)}),
         Group(("a_b.q$x$", "a_b.k$x$"), 200, {"int8": Option(216, 0.001)}),
     ),
-    left_out=("int4 is left out: it does not fit",),
+    left_out=("int4 is omitted: it does not fit",),
 )
 
 
@@ -27,7 +27,7 @@ def test_the_table_has_a_row_per_group_and_says_what_was_left_out() -> None:
     assert "| layers | weights | int8 | int4 |" in lines
     assert "| `stem` | 1,000 | -1e-05 (8.13 bits) | +0.25 (4.13 bits) |" in lines
     assert "| `a_b.q$x$ + a_b.k$x$` | 200 | +0.001 (8.64 bits) | - |" in lines
-    assert lines[-1] == "- int4 is left out: it does not fit"
+    assert lines[-1] == "- int4 is omitted: it does not fit"
 
 
 def test_the_picture_stands_alone_with_a_mark_for_each_option_in_the_order_of_its_increase() -> None:

@@ -141,7 +141,7 @@ def _fitting(
             select(model, layers={escape(layer): scheme for layer in layers})
             fits[name] = scheme
         except QatkitError as error:
-            reasons.append(f"{name} is left out: {error}")
+            reasons.append(f"{name} is omitted: {error}")
     if not fits:
         raise QatkitError(
             f"no candidate fits layers {list(layers)}:\n  " + "\n  ".join(reasons), key="candidates",
@@ -178,7 +178,7 @@ def _measure(
             size = sum(stored_bytes(weight.shape, spec) for weight, spec in stored.values())
             options[name] = Option(bytes=size, increase=value - plain)
         else:
-            left_out.append(f"{name} is left out: the loss is {value} when it is applied to {list(layers)}")
+            left_out.append(f"{name} is omitted: the loss is {value} when it is applied to {list(layers)}")
     if not options:
         raise QatkitError(
             f"the loss is non-finite with every candidate for layers {list(layers)}", advice="exclude the layers"

@@ -41,7 +41,7 @@ _OF: dict[str, list[Any]] = {
 }  # fmt: skip
 KINDS: dict[Function, str] = {function: kind for kind, functions in _OF.items() for function in functions}
 _SAME_NAMES = ("boolean_dispatch", "fn", "_max_pool2d", "max_pool2d", "_max_pool2d_with_indices")
-"""Names of the functions that torch's dispatchers of max pooling call."""
+"""Names of the functions that torch's max-pooling dispatchers call."""
 
 INTEGER = frozenset((ADD, MUL, CAT, POOL, SIGMOID))
 """Kinds, other than layers, that have an integer kernel."""

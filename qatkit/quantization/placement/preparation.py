@@ -64,9 +64,9 @@ def prepare_for_target(
         model: Any module.
         target: A name in `qatkit.quantization.TARGETS`, such as "onnxruntime".
         example: One input of the model: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        weight: Quantization of weights, instead of the target's.
-        activation: Quantization of activations, instead of the target's; must be per-tensor. If it is dynamic, only
-            layer inputs are quantized.
+        weight: Quantization of weights, which overrides the target's.
+        activation: Quantization of activations, which overrides the target's; must be per-tensor. If it is dynamic,
+            only layer inputs are quantized.
         include: Globs over layer names; each must match a layer.
         exclude: Globs over names of layers to leave unquantized; each must match a layer.
         layers: Quantization by glob; the last matching glob wins.

@@ -154,7 +154,7 @@ def test_fused_experts_are_measured_where_every_expert_has_scales_of_its_own() -
     assert (group.layers, group.weights) == (("model.layers.0.mlp.experts",), 4 * 3 * 32 * 48)
     assert group.options["int4"].bytes == group.weights // 2 + 4 * 4 * (2 * 48 + 32)  # a scale for each expert's output
     (said,) = found.left_out
-    assert "W8A8 is left out" in said
+    assert "W8A8 is omitted" in said
     assert "only the weight of layer 'model.layers.0.mlp.experts' can be quantized" in said
 
 
@@ -224,7 +224,7 @@ def test_a_candidate_that_does_not_fit_is_left_out_of_that_layer_and_said() -> N
     assert [list(group.options) for group in found.groups] == [["W4A16", "W8A8"], ["W8A8"]]
     (said,) = found.left_out
     assert said.startswith(
-        "W4A16 is left out: layers['1'].weight.group_size: 128 does not divide in_features=24 of layer '1'"
+        "W4A16 is omitted: layers['1'].weight.group_size: 128 does not divide in_features=24 of layer '1'"
     )
     del candidates["W8A8"]
     with pytest.raises(QatkitError, match=r"candidates: no candidate fits layers \['1'\]"):
@@ -241,7 +241,7 @@ def test_a_format_that_breaks_the_model_is_left_out() -> None:
     binary = Scheme(QuantSpec(num_bits=2, strategy="tensor"), QuantSpec(num_bits=2, strategy="tensor"))
     found = measure_sensitivity(model, {"int2": binary, "int8": CANDIDATES["int8"]}, loss, include=["0"])
     assert list(found.groups[0].options) == ["int8"]
-    assert found.left_out == ("int2 is left out: the loss is inf when it is applied to ['0']",)
+    assert found.left_out == ("int2 is omitted: the loss is inf when it is applied to ['0']",)
 
 
 class Idle(nn.Module):
