@@ -61,7 +61,7 @@ def log(name: str, report: dict[str, Any]) -> str:
         "",
         *_table(headers(report), comparison(report)),
         "",
-        f"{split_note(report)} Size is the size of the exported file on disk.",
+        f"{split_note(report)} Size is the exported file's size on disk.",
         "",
         *(f"- {row['stage']}: {row['verification']['text']}" for row in report["rows"]),
         "",

@@ -121,7 +121,7 @@ def _model_of_config(folder: Path) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise QatkitError(
-            f"transformers cannot build a causal language model from it: {reason[:300]}",
+            f"transformers cannot build a causal language model from this folder: {reason[:300]}",
             key=str(folder),
             advice="pass a folder with the config.json of a causal language model, or a recipe",
         ) from error

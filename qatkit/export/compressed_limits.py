@@ -74,7 +74,7 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
         return "transformers cannot load packed zero points", "set weight: {symmetric: true}"
     if spec.scale_rule == "signed":
         return (
-            "scale_rule 'signed' (Q4_0) is a GGUF format with negative scales",
+            "scale_rule 'signed' belongs to a GGUF format (Q4_0), which has negative scales",
             "set scheme: W4A16, use export: {format: gguf}",
         )
     if not spec.is_float and spec.num_bits not in BITS:

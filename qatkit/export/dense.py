@@ -151,7 +151,7 @@ def load_and_compare(model: nn.Module, path: Path, load: Callable[[Path], dict[s
     try:
         loaded.load_state_dict(load(path), strict=True)
     except (RuntimeError, KeyError, SafetensorError, QatkitError) as error:
-        return ReadBack(weights, [f"{path.name} does not load into the plain model: {error}"], None)
+        return ReadBack(weights, [f"{path.name} cannot be loaded into the plain model: {error}"], None)
     failures = []
     for key, tensor in loaded.state_dict().items():
         wrong = (tensor != expected[key]) & ~(tensor.isnan() & expected[key].isnan())

@@ -95,7 +95,7 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
         program = None
     if program is None:
         raise QatkitError(
-            f"PyTorch cannot export this model with a dynamic batch: {problem}",
+            f"PyTorch cannot export this model with a dynamic batch size: {problem}",
             advice="make `forward` traceable by torch.export, or use export: {format: dense}",
         ) from problem
     warnings.warn(

@@ -77,8 +77,8 @@ class _Weight:
             bias = "" if getattr(layer, "bias", None) is None else f"{prefix}bias"
             if order or added != bias:
                 return [
-                    f"layer '{self.name}': its node has the order of inputs '{order}' and the bias '{added}', "
-                    f"not '' and '{bias}'"
+                    f"layer '{self.name}': its node has the input order '{order}' and the bias '{added}' instead of "
+                    f"'' and '{bias}'"
                 ]
         level = 0 if layer.input_fake_quant is None else 4
         if self.attributes.get("accuracy_level", 0) != level:

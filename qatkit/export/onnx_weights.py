@@ -94,7 +94,7 @@ def compare_file(model: nn.Module, file: OnnxFile) -> Comparison:
     for name, fake_quant in points.items():
         failures += file.check_quantizer(f"result '{name}'", name, fake_quant)
     for extra in sorted(key for key in file.tensors if key.endswith("weight.codes") and key not in names):
-        failures.append(f"'{extra}' is in the file, but the model quantizes no such layer")
+        failures.append(f"'{extra}' is in the file, but the model has no such quantized layer")
     return Comparison(compared, failures, layers_at_risk(integer))
 
 
@@ -225,8 +225,8 @@ class OnnxFile:
         if wrong.any():
             first = int(wrong.nonzero()[0][0])
             failures.append(
-                f"{what}: {int(wrong.sum())} of {wrong.size} codes represent another value, the first at [{first}]: "
-                f"{codes[first]} x {step[first]:.6g} = {codes[first] * step[first]:.6g} in the file, "
+                f"{what}: {int(wrong.sum())} of {wrong.size} codes represent a different value, the first at "
+                f"[{first}]: {codes[first]} x {step[first]:.6g} = {codes[first] * step[first]:.6g} in the file, "
                 f"{value[first]:.6g} in the model"
             )
         return failures

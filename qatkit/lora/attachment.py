@@ -86,7 +86,7 @@ def target_layers(model: nn.Module, targets: Sequence[str] = ("*",)) -> list[str
         tied = uses.setdefault(id(module.weight), name)
         if tied != name:
             raise QatkitError(
-                f"layer '{name}' shares its weight with '{tied}', which merging would change as well",
+                f"layer '{name}' shares its weight with '{tied}', which merging would also change",
                 key="targets",
                 advice="use patterns that do not match the layer",
             )

@@ -142,7 +142,7 @@ def _same_processes(trainer: Trainer, name: str, folder: Path, resumed: bool) ->
         return  # trained without the runner
     if resumed and started.processes not in (None, trainer.world_size):
         raise QatkitError(
-            f"stage '{name}' was started on {started.processes} processes but would resume on {trainer.world_size}",
+            f"stage '{name}' was started with {started.processes} processes but would resume with {trainer.world_size}",
             key="trainer.devices",
             advice=f"set trainer.devices={started.processes}, or use --force to retrain the stage",
         )

@@ -27,7 +27,7 @@ def group_of(tensors: Mapping[str, Tensor]) -> distributed.ProcessGroup | None:
             own = tensor.device_mesh.get_group(dimension)  # type: ignore[attr-defined]  # of a DTensor
             if group is not None and own is not group:
                 raise QatkitError(
-                    f"the weight of layer '{name}' is sharded over different ranks from those of the layers before it",
+                    f"the weight of layer '{name}' is sharded over different ranks than the layers before it",
                     advice="use one callback for each group of layers (include=[...])",
                 )
             group = own

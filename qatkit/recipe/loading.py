@@ -177,7 +177,7 @@ def _resolve(raw: dict[str, Any]) -> dict[str, Any]:
     for path, text in _interpolations(raw, ""):
         if "${" in _REFERENCE.sub("", text) or "\\${" in text:
             raise QatkitError(
-                f"{show(text)} is not a plain reference to a key, and recipes run no code",
+                f"{show(text)} is not a plain reference to a key, and recipes cannot run code",
                 key=path,
                 advice="use the value itself, or ${key}",
             )

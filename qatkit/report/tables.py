@@ -165,7 +165,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
 def markdown(report: dict[str, Any]) -> str:
     """Return the complete report as Markdown: comparison, verification, and all layers."""
     lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
-    lines += [f"{split_note(report)} Size is the size of the exported file on disk.", "", "## Parity", ""]
+    lines += [f"{split_note(report)} Size is the exported file's size on disk.", "", "## Parity", ""]
     for row in report["rows"]:
         lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
     if table := model_table(report):

@@ -78,8 +78,8 @@ class InputCheck:
         """Warn if a batch of an evaluated split contains non-finite values."""
         if (found := self.found(split)) is not None:
             warnings.warn(
-                f"data: {found}, and the metrics include the predictions for them; remove the non-finite samples from "
-                "the data",
+                f"data: {found}; the metrics include the predictions for this data; remove the non-finite samples "
+                "from the data",
                 QatkitWarning,
                 stacklevel=1,  # a caller in Lightning would be silenced together with Lightning's own warnings
             )

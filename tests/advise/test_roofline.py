@@ -194,7 +194,7 @@ def test_unknown_devices_and_dtypes_are_refused(arguments: tuple[str, ...], mess
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     done = qatkit("profile", ".", "--device", "a100", cwd=tmp_path)
     assert done.code == 2
-    assert "transformers cannot build a causal language model from it" in done.err
+    assert "transformers cannot build a causal language model from this folder" in done.err
 
 
 def test_overrides_of_a_config_are_refused(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_model_without_quantization_is_a_plain_folder(tmp_path: Path) -> None:
     ("quantize", "message"),
     [
         (Scheme(QuantSpec(2, type="ternary", observer="absmean")), r"ternary codes; set weight: \{num_bits: 2\}"),
-        (specs("Q4_0"), r"GGUF format with negative scales; set scheme: W4A16"),
+        (specs("Q4_0"), r"GGUF format \(Q4_0\), which has negative scales; set scheme: W4A16"),
         (specs("W4A16_ASYM"), r"zero points; set weight: \{symmetric: true\}"),
         (specs("W3A16"), r"pack 3-bit codes differently; set weight: \{num_bits: 4\}"),
         (specs("NVFP4A16"), r"only in bfloat16, so equality cannot be verified; set scheme: FP8_DYNAMIC or W4A16"),

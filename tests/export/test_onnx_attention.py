@@ -201,7 +201,7 @@ def test_a_target_quantizes_the_projections_too(tmp_path: Path) -> None:
         ("attn.k_proj.weight.codes", "layer 'attn.k_proj': codes of the weight: 1 of 256 differ"),
         ("attn.v_proj.weight.scale", "layer 'attn.v_proj': scales of the weight: 1 of 16 differ"),
         ("attn.q_proj.input.scale", "layer 'attn.q_proj': input: scale: 1 of 1 differ"),
-        ("attn.v_proj.bias.codes", "layer 'attn.v_proj': the bias: 1 of 16 codes represent another value"),
+        ("attn.v_proj.bias.codes", "layer 'attn.v_proj': the bias: 1 of 16 codes represent a different value"),
     ],
 )
 def test_a_changed_part_is_named(name: str, message: str, x: Tensor, tmp_path: Path) -> None:

@@ -195,7 +195,11 @@ def test_forward_may_read_the_dtype_device_and_shape_of_a_quantized_weight(tmp_p
             X,
             "the model fails on the example: .*; if `forward` computes with the weight .*, exclude that layer",
         ),
-        (Returning(lambda model, x, y: y), X[0], r"dynamic batch: Found the following conflicts .*: - Received user"),
+        (
+            Returning(lambda model, x, y: y),
+            X[0],
+            r"dynamic batch size: Found the following conflicts .*: - Received user",
+        ),
         (Scaled(), (torch.tensor(1.0),) * 4, "factor, table, x, y of the example has no dimensions, but the first"),
     ],
     ids=["no tensor", "wrong shape", "weight", "no batch", "no dimension"],

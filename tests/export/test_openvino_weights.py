@@ -106,7 +106,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "scale": (replaced("0.weight.scale", bump), r"layer '0': scales of the weight: 1 of 4 differ"),
     "zero point": (replaced("3.weight.zero_point", bump), r"layer '3': zero points of the weight: 1 of 8 differ"),
     "no zero point": (without_zero_point, r"layer '3': zero points of the weight: not in the file"),
-    "bias code": (replaced("0.bias.codes", bump), r"layer '0': the bias: 1 of 4 codes represent another value"),
+    "bias code": (replaced("0.bias.codes", bump), r"layer '0': the bias: 1 of 4 codes represent a different value"),
     "bias scale": (replaced("0.bias.scale", bump), r"layer '0': the bias's scale .* 1 of 4 differ"),
     "no bias": (without_bias, r"layer '0': the bias: "),
     "input scale": (replaced("0.input.scale", bump), r"layer '0': input: scale: 1 of 1 differ"),

@@ -133,7 +133,7 @@ def test_another_order_of_inputs_or_bias_is_named(at: int, name: str, tmp_path: 
     proto.graph.initializer.append(numpy_helper.from_array(np.arange(96, dtype=np.int32), "order"))
     onnx.save(proto, path)
     expected = {4: "'order' and the bias 'up.bias'", 5: "'' and the bias ''"}[at]
-    message = f"layer 'up': its node has the order of inputs {expected}, not '' and 'up.bias'"
+    message = f"layer 'up': its node has the input order {expected} instead of '' and 'up.bias'"
     assert message in checked(model, x, path).failures
 
 

@@ -185,7 +185,7 @@ def constant_is_gone(graph: Any) -> None:
         (one_code, r"layer 'conv2': weights as the runtime decodes them: 1 of 4608 differ"),
         (one_scale, r"layer 'conv2': scales of the weight: 1 of 32 differ, the first at \[5, 0\]"),
         (one_zero_point, r"layer 'conv2': zero points of the weight: 1 of 32 differ"),
-        (one_bias, r"layer 'conv2': the bias: 1 of 32 codes represent another value, the first at \[7\]"),
+        (one_bias, r"layer 'conv2': the bias: 1 of 32 codes represent a different value, the first at \[7\]"),
         (bias_scale, r"layer 'conv2': the bias's scale \(weight scale x input scale\): 1 of 32 differ"),
         (input_scale, r"layer 'conv2': input: scale: 1 of 1 differ"),
         (input_zero_point, r"layer 'conv2': input: zero point: 1 of 1 differ"),
@@ -312,7 +312,7 @@ def test_a_layer_that_only_the_file_quantizes_fails(
 ) -> None:
     export_onnx(quantized(weight=QuantSpec(8)), images[0][:2], tmp_path / "model.onnx")
     failures = checked(trained, tmp_path / "model.onnx", images).failures
-    assert any("'conv1.weight.codes' is in the file, but the model quantizes no such layer" in f for f in failures)
+    assert any("'conv1.weight.codes' is in the file, but the model has no such quantized layer" in f for f in failures)
 
 
 def test_a_broken_file_fails(quantized: Quantized, images: Images, tmp_path: Path) -> None:

@@ -66,12 +66,12 @@ def test_a_stage_that_ruins_its_model_says_from_what_to_what(tmp_path: Path) -> 
 def test_validation_and_test_data_with_nan_are_named(tmp_path: Path) -> None:
     found = told(run_of(tmp_path, "data.args.spoiled=true", "stages.dense.max_steps=30"), until="dense")
     assert found == [
-        "data: 'inputs' of validation batch 2 of 3 contains non-finite values, and the metrics include the "
-        "predictions for them; remove the non-finite samples from the data",
-        "data: 'inputs' of validation batch 2 of 3 contains non-finite values, and the metrics include the "
-        "predictions for them; remove the non-finite samples from the data",
-        "data: 'inputs' of test batch 1 of 6 contains non-finite values, and the metrics include the predictions "
-        "for them; remove the non-finite samples from the data",
+        "data: 'inputs' of validation batch 2 of 3 contains non-finite values; the metrics include the "
+        "predictions for this data; remove the non-finite samples from the data",
+        "data: 'inputs' of validation batch 2 of 3 contains non-finite values; the metrics include the "
+        "predictions for this data; remove the non-finite samples from the data",
+        "data: 'inputs' of test batch 1 of 6 contains non-finite values; the metrics include the predictions "
+        "for this data; remove the non-finite samples from the data",
     ]
 
 

@@ -252,7 +252,7 @@ def test_a_checkpoint_is_not_continued_on_another_number_of_processes(tmp_path: 
 
     inputs = stage_inputs(run.recipe, "dense")
     write_started(folder, Started(inputs, fingerprint(inputs, None), processes=4))
-    with pytest.raises(QatkitError, match=r"trainer.devices: stage 'dense' was started on 4 processes but would"):
+    with pytest.raises(QatkitError, match=r"trainer.devices: stage 'dense' was started with 4 processes but would"):
         run_stages(run)
 
 

@@ -143,7 +143,7 @@ def test_no_resolver_is_ever_called(
 ) -> None:
     monkeypatch.setenv("QATKIT_SECRET", "leaked")
     message = refusal(recipe_file, override)
-    assert_says(message, key, "${", "recipes run no code", "use the value itself, or ${key}")
+    assert_says(message, key, "${", "recipes cannot run code", "use the value itself, or ${key}")
     assert "leaked" not in message
 
 
