@@ -157,7 +157,7 @@ class Fused:
     def finish(
         self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any], present: Tensor | None, alpha: float
     ) -> TeacherOutputs:
-        """Finish a call by setting the output's loss and replacing its logits by None.
+        """Finish a call by setting the output's loss and replacing its logits with None.
 
         The value of the loss is the cross-entropy. ``(1 - alpha)`` times the loss has the gradient of ``alpha *
         divergence + (1 - alpha) * cross_entropy``, so terms that a training step adds keep their weight. With

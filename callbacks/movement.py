@@ -29,7 +29,7 @@ class MovementPruning(MagnitudePruning):
 
     Args:
         ramp: Sparsity as a function of training progress. It must start at sparsity 0 and after the first step, because
-            there are no scores before.
+            no scores exist before then.
         scope: "layer" prunes every layer to the same sparsity; "model" ranks the weights of all layers together.
         include: Globs over layer names of the LightningModule; each must match a layer.
         exclude: Globs over layer names to exclude.

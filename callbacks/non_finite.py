@@ -169,7 +169,8 @@ def non_finite_anywhere(trainer: Trainer, module: nn.Module) -> str | None:
 
 
 def non_finite(module: nn.Module) -> str | None:
-    """Describe the first non-finite parameter, or the first buffer with NaN. A buffer may contain Inf, such as a mask.
+    """Describe the first non-finite parameter, or the first buffer with NaN. Inf is allowed in buffers, which may be
+    masks.
 
     Example:
         >>> layer = nn.Linear(2, 1)

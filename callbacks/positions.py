@@ -28,7 +28,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def find_tensor(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], batch: Any) -> Tensor | None:
     """Look up a tensor by name in the arguments of a call, then in the batch.
 
-    If the batch is a tuple or list, its second element is the labels.
+    If the batch is a tuple or list, the labels are its second element.
     """
     for source in (kwargs, *args, batch):
         if isinstance(source, Mapping) and isinstance(source.get(name), Tensor):

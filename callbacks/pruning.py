@@ -39,8 +39,8 @@ class MagnitudePruning(PruningCallback):
     """Set the smallest weights to zero, in one step or along a ramp, and keep them at zero.
 
     Without a ramp, the weights are pruned once before training, which then recovers the accuracy. Masks are exact:
-    ``round(sparsity * n)`` of ``n`` weights are zero, the same ones on any number of processes. Place this callback
-    before `QuantizationAwareTraining`, so that quantization ranges are calibrated on the pruned model.
+    ``round(sparsity * n)`` of ``n`` weights are zero, and the same weights for any number of processes. Place this
+    callback before `QuantizationAwareTraining`, so that quantization ranges are calibrated on the pruned model.
 
     Args:
         sparsity: Fraction of pruned weights, between 0 and 1 (exclusive). Set exactly one of `sparsity`, `ramp` and

@@ -26,8 +26,8 @@ def check_target(
         kv_cache: Whether the KV cache will be quantized.
 
     Raises:
-        QatkitError: the format does not support the trained model. The message is the same as from `qatkit validate`;
-            layer names are relative to the transformers model, if there is one.
+        QatkitError: the format does not support the trained model. The message is the same as that of `qatkit
+            validate`; layer names are relative to the transformers model, if there is one.
     """
     prefix, model = exported_part(pl_module, list(schemes))
     task = TASKS.get(str(getattr(getattr(trainer, "datamodule", None), "task", None)))

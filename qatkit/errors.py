@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _LONG_WORD = re.compile(r"\S{500,}")
-"""A name or value without spaces that would fill the terminal; paths of runs are shorter."""
+"""Matches a name or value without spaces that would fill the terminal; paths of run folders are shorter."""
 
 
 class QatkitError(ValueError):

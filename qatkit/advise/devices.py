@@ -1,4 +1,4 @@
-"""Peak rates and memory bandwidth of devices, from their makers' documents."""
+"""Peak rates and memory bandwidth of devices, from the manufacturers' documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qatkit.common.tables import Table
 
 @dataclass(frozen=True)
 class Device:
-    """A processor with its memory; rates are peaks without sparsity."""
+    """A processor with its memory; rates are peak rates without sparsity."""
 
     name: str
     memory: float

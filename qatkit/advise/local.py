@@ -16,7 +16,7 @@ _SIDE = 1024
 
 
 def local_device() -> Device:
-    """Measure this machine with all threads of torch; takes a few seconds.
+    """Measure this machine with all of torch's threads, which takes a few seconds.
 
     The bandwidth is measured with a copy, which reads and writes. The rates are measured with products of square
     matrices in fp32 and bf16. int8 is omitted, because PyTorch's int8 product is much slower than that of runtimes.

@@ -26,7 +26,7 @@ def is_language_model(model: nn.Module) -> bool:
 def language_phases(model: nn.Module, batch: int, context: int) -> Phases:
     """Return the costs of a causal language model in prefill, decode and training.
 
-    A decoded token attends to the whole context; the keys and values of the context are read.
+    A decoded token attends to the whole context, so all of the context's keys and values are read.
 
     Args:
         model: A transformers causal language model on the meta device.

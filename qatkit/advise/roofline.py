@@ -45,7 +45,7 @@ class LayerCost:
     """
 
     def bytes(self, weight_bits: float, dtype: str) -> float:
-        """Bytes that move: weights with `weight_bits`, everything else in `dtype`."""
+        """Number of bytes moved: weights in `weight_bits` bits each, everything else in `dtype`."""
         return self.read * weight_bits / 8 + (self.activations + self.stored) * BYTES[dtype]
 
     def intensity(self, dtype: str) -> float:

@@ -59,7 +59,7 @@ def command(
 
 
 def headlines(measured: Bench, sizes: list[int]) -> list[str]:
-    """Sentences that compare the last stage with the dense model and with quantization without training."""
+    """Sentences that compare the last stage with the dense model and with post-training quantization."""
     from dataclasses import asdict
 
     from qatkit.report.serving import speedup

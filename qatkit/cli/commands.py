@@ -1,4 +1,4 @@
-"""The table of commands. To add a command, add a row here and a file of the same name, which is imported on use."""
+"""The table of commands. To add a command, add a row here and a file with the same name, which is imported on use."""
 
 from __future__ import annotations
 

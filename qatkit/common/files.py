@@ -77,7 +77,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield a new temporary folder; if the block ends without an error, it replaces `folder` with all of its files.
 
     All files are flushed to disk before. A folder cannot be replaced in a single step: if the process is killed between
-    the two renames, there is no folder with this name, but never one with a part of the files.
+    the two renames, there is no folder with this name, but never one with only some of the files.
     """
     temporary, replaced = temporary_path(folder), temporary_path(folder.with_name(f"{folder.name}.replaced"))
     try:

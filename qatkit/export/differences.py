@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def differences(what: str, stored: np.ndarray[Any, Any] | None, expected: Tensor) -> list[str]:
-    """Compare a constant to the model's with ``==``, and describe the first difference and their number.
+    """Compare a constant to the model's with ``==``, and describe the first difference and the number of differences.
 
     Args:
         what: What is compared, for the description.

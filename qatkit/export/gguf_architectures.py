@@ -72,7 +72,7 @@ class Architecture:
     settings: Mapping[str, Any] = field(default_factory=lambda: _SILU)
     """Settings that llama.cpp's implementation assumes, by attribute of the config."""
     more: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """Returns metadata that is computed from the config or constant."""
+    """Returns metadata that is constant, or computed from the config."""
     problem: Callable[[Any], str] = lambda config: ""
     """Returns what llama.cpp requires, if the config differs from it in a way that `settings` cannot express."""
     permuted: bool = False

@@ -45,7 +45,7 @@ def check_rope(config: Any, instead: str) -> None:
 
 
 def rope_metadata(config: Any, head_width: int) -> dict[str, Any]:
-    """Return the metadata of rotary embeddings, and of the width of heads, by key without the architecture's prefix."""
+    """Return the metadata of rotary embeddings and of the head width, by key without the architecture's prefix."""
     parameters = _parameters(config)
     if not parameters:
         return {}

@@ -1,4 +1,4 @@
-"""Score the outputs of a model over batches, by a task of the table or by a torchmetrics metric."""
+"""Score the outputs of a model over batches, with a task from the table or with a torchmetrics metric."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _DIGEST = "qatkit.data_sha256"
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Write a model of onnx_ir, and remove the side files of the export that it replaces."""
+    """Write an onnx_ir model, and remove the side files of the export that it replaces."""
     import onnx
     from onnxscript import ir
 

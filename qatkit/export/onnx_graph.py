@@ -194,7 +194,7 @@ def name_after_layers(graph_model: Any, model: nn.Module) -> None:
 
 
 def save(program: Any, specs: dict[str, Any], path: Path) -> None:
-    """Simplify a traced program and write it to a file, atomically; large ones have a side file.
+    """Simplify a traced program and write it to a file, atomically; large models have a side file.
 
     Args:
         program: The program returned by `trace`.

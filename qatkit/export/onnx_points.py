@@ -14,7 +14,7 @@ from qatkit.quantization.placement.points import SUFFIX, point_parts
 
 @torch.no_grad()
 def to_qdq_points(model: nn.Module) -> None:
-    """Replace the output quantizers by QDQ nodes, in place."""
+    """Replace the output quantizers with QDQ nodes, in place."""
     made: dict[int, nn.Module] = {}
     for module in list(model.modules()):
         for part in point_parts(module):
@@ -52,7 +52,7 @@ def name_points(graph_model: Any, model: nn.Module) -> None:
 
 
 def pool_globally(graph_model: Any) -> None:
-    """Replace means over image positions by GlobalAveragePool, which has an integer kernel."""
+    """Replace means over image positions with GlobalAveragePool, which has an integer kernel."""
     from onnxscript import ir
 
     graph = graph_model.graph

@@ -24,7 +24,7 @@ _NUMBERED = re.compile(r"(.+?)_\d+")
 
 
 def read_onnx(path: Path) -> Any:
-    """Read an ONNX file that `export_onnx` has written into an OpenVINO model, which is ready to be saved.
+    """Convert an ONNX file written by `export_onnx` to an OpenVINO model that is ready to be saved.
 
     Args:
         path: The ONNX file.

@@ -133,7 +133,7 @@ def _compiled(model: Any, threads: int | None, options: dict[str, str]) -> Any:
 
 
 def evaluate(node: Any) -> np.ndarray[Any, Any]:
-    """Compute the value of a node that depends on constants only, with OpenVINO."""
+    """Compute, with OpenVINO, the value of a node that depends only on constants."""
     import openvino
 
     if node.get_type_name() == "Constant":

@@ -60,7 +60,7 @@ class Outputs:
     metric: str
     trained_metric: float
     each: Mapping[str, Output]
-    """By the place of each tensor in the outputs; "" if it is the only one."""
+    """The comparison of each output tensor, by its path in the outputs; "" if it is the only one."""
     not_in_float64: str = ""
     """The reason why the effect of rounding is unknown; empty if it was measured or not requested."""
     ran: bool = False

@@ -59,7 +59,7 @@ def packing_of(kind: type[nn.Module] | None, inputs: int, scheme: Scheme) -> Pac
 
     MatMulNBits is several times slower with 2-bit and 8-bit codes than with 4-bit codes, unless it also quantizes its
     input. Weights of 2 and 3 bits are therefore stored in 4 bits, and weights of more than 4 bits are not packed. Rows
-    of embeddings are gathered with 2, 4 and 8 bits; with 8 bits, only those with scales per group are packed.
+    of embeddings are gathered in 2, 4 or 8 bits; 8-bit embeddings are packed only if they have per-group scales.
 
     Args:
         kind: The quantized class of the layer.
@@ -250,7 +250,7 @@ PACKED: dict[type[QATLayer], type[nn.Module]] = {
     QATTransposedLinear: PackedTransposedLinear,
     QATEmbedding: PackedEmbedding,
 }
-"""The layer with packed weights for every quantized layer that has one."""
+"""Maps classes of quantized layers to their layers with packed weights."""
 
 
 def packed_class(kind: type[nn.Module] | None) -> type[nn.Module] | None:

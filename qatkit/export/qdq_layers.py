@@ -149,7 +149,7 @@ QDQ: dict[type[QATLayer], type[nn.Module]] = {
     QATEmbedding: QDQEmbedding,
     QATEmbeddingBag: QDQEmbeddingBag,
 }
-"""The layer of a QDQ graph for every quantized layer."""
+"""Maps every class of quantized layers to its layer in a QDQ graph."""
 
 
 def qdq_class(kind: type[nn.Module] | None) -> type[nn.Module] | None:

@@ -51,7 +51,7 @@ def part_layers(model: nn.Module) -> list[tuple[str, QATLinear]]:
 
 
 def to_explicit(model: nn.Module) -> None:
-    """Replace the weights of layers with multiple weights by linear layers, in place."""
+    """In layers with multiple weights, replace the weights with linear layers, in place."""
     for layer in list(model.modules()):
         if type(layer) not in EXPLICIT:
             continue

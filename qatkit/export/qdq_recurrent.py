@@ -1,9 +1,9 @@
 """Recurrent layers in a QDQ graph: the ONNX operators LSTM, GRU and RNN, or a Scan over single steps.
 
-Weight-only quantization becomes the ONNX operator of the cell, whose weights are dequantized when the file is loaded.
-If inputs and hidden states are quantized, the products with the input run for all steps at once, and a Scan computes
-the steps, because the hidden state is quantized before each product. LSTMs with projections also become a Scan: the
-ONNX operator has no projection.
+A weight-only layer becomes the ONNX operator of the cell, whose weights are dequantized when the file is loaded. If
+inputs and hidden states are quantized, the products with the input run for all steps at once, and a Scan computes the
+steps, because the hidden state is quantized before each product. LSTMs with projections also become a Scan: the ONNX
+operator has no projection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qatkit.export.qdq_nodes import Codes, InputQuantizer
 from qatkit.quantization.recurrent import QATRecurrent, State, next_state
 
 Steps = tuple[Tensor, Tensor, Tensor]
-"""All hidden states ``[time, batch, hidden]``, and the last hidden and cell state; an LSTM alone has a cell state."""
+"""All hidden states ``[time, batch, hidden]``, and the last hidden and cell state; only an LSTM has a cell state."""
 
 
 class QDQRecurrent(QATRecurrent):

@@ -44,7 +44,7 @@ _PACKED = "MatMulNBits"
 ONLY_OUTPUT = "output"
 """Name of the output of a model that returns one tensor; other outputs keep the model's names."""
 NAMED = "qatkit.named_output"
-"""Metadata key of a model that returns one tensor in a mapping, with the name `ONLY_OUTPUT`."""
+"""Metadata key that marks a model whose only output is in a mapping, under the name `ONLY_OUTPUT`."""
 
 
 class Runtime:

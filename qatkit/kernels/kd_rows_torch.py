@@ -24,7 +24,7 @@ row ``[rows, 1]`` and its gradient with respect to the student's scaled logits."
 
 
 class TorchRows:
-    """Replaces rows of logits by their gradient, with scratch memory shared by all calls.
+    """Replaces rows of logits with their gradient, with scratch memory shared by all calls.
 
     Args:
         rows: The largest number of rows in one call.

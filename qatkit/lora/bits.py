@@ -5,7 +5,7 @@ gradients are lost, and dequantizing, merging or saving reads garbage. A single 
 enough to cause this. `make_safe` disables repacking.
 
 For an 8-bit weight, bitsandbytes keeps two copies of codes and scales, and moves only one when a model moves to another
-device. Without a fix, a weight packed on the CPU would then be multiplied with inputs on the GPU, and a weight loaded
+device. Without a fix, a weight packed on the CPU would then be multiplied by inputs on the GPU, and a weight loaded
 after a move would be ignored. `make_safe` makes each layer use its current weight on any device.
 """
 
@@ -53,7 +53,7 @@ def quantize_base(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace linear layers by frozen 4-bit or 8-bit layers, in place, one at a time.
+    """Replace linear layers with frozen 4-bit or 8-bit layers, in place, one at a time.
 
     Args:
         model: Any module.

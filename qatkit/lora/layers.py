@@ -121,7 +121,7 @@ def adapt(layer: nn.Module, rank: int, alpha: float, held: bool = False) -> None
 
 @torch.no_grad()
 def merge_layer(layer: AdaptedWeight, device: torch.device | None = None) -> None:
-    """Replace W by the merged weight, computed on `device`, and remove the factors, in place."""
+    """Replace W with the merged weight, computed on `device`, and remove the factors, in place."""
     layer.weight.copy_(layer.merged_weight(device))
     del layer.lora_A, layer.lora_B, layer.lora_alpha, layer.held
     layer.__class__ = next(plain for plain, adapted in SWAPS.items() if adapted is type(layer))  # type: ignore[assignment]

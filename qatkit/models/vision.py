@@ -12,7 +12,7 @@ from qatkit.errors import QatkitError
 
 
 class Chain(nn.Sequential):
-    """A sequence of layers that can return the arguments of `cnn` or `mlp` that build it."""
+    """A sequence of layers that can return the `cnn` or `mlp` arguments from which it can be rebuilt."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the factory arguments of the current layers; a shrunk model is rebuilt from them."""
@@ -23,7 +23,7 @@ class Chain(nn.Sequential):
 
 
 def cnn(channels: Sequence[int] = (16, 32, 32), num_classes: int = 10, in_channels: int = 1, size: int = 8) -> Chain:
-    """Build a classifier from 3x3 convolutions with BatchNorm and ReLU; 2x2 pooling follows each except the first.
+    """Build a classifier from 3x3 convolutions with BatchNorm and ReLU; 2x2 pooling follows each but the first.
 
     The last layer is linear on flattened rather than average-pooled features. Max pooling and flattening do not change
     codes, so every layer of the exported graph, including the last, has codes as input.

@@ -67,7 +67,7 @@ class StartMetric(Callback):
     def __init__(self, task: Task | None) -> None:
         self.task = task
         self.before: Before | None = None
-        """None until it is measured, and without validation data."""
+        """None until it is measured, or if there is no validation data."""
 
     @override
     def state_dict(self) -> dict[str, Any]:

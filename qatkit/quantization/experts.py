@@ -1,8 +1,8 @@
 """Fake quantization of fused experts in mixture-of-experts models.
 
 transformers 5 stores each projection of all experts as one three-dimensional parameter, and has multiple
-implementations of the product (a loop, a batched or a grouped product). All of them read the parameter as an attribute
-of the module, so this attribute returns the fake-quantized weight.
+implementations of the product (a loop, a batched product or a grouped product). All of them read the parameter as an
+attribute of the module, so this attribute returns the fake-quantized weight.
 """
 
 from __future__ import annotations

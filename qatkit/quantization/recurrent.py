@@ -23,9 +23,9 @@ State = tuple[Tensor, ...]
 class QATRecurrent(QATParts, nn.RNNBase):
     """Base class of recurrent layers with fake-quantized weights for all gates.
 
-    Weight-only quantization runs torch's own kernels with the fake-quantized weights. With quantized inputs and hidden
-    states, steps run one at a time, because the hidden state is quantized before each product. Biases are added in
-    floating point.
+    With weight-only quantization, torch's own kernels run with the fake-quantized weights. With quantized inputs and
+    hidden states, steps run one at a time, because the hidden state is quantized before each product. Biases are added
+    in floating point.
     """
 
     kind = "recurrent layers"

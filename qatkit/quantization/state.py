@@ -1,4 +1,4 @@
-"""Save and load the quantizers of a model: specs, scales and zero points, bit-identical."""
+"""Save and load the quantizers of a model: specs, scales and zero points, bit for bit."""
 
 from __future__ import annotations
 

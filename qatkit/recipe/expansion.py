@@ -13,7 +13,7 @@ from qatkit.recipe.stage import StageConfig
 
 
 def expanded(stages: Mapping[str, StageConfig], seed: int) -> dict[str, StageConfig]:
-    """Replace every stage with a ``lottery`` block by the stages of its expansion.
+    """Expand every stage that has a ``lottery`` block into multiple stages.
 
     Args:
         stages: The stages of a recipe by name, in order.

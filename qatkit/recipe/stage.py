@@ -51,7 +51,7 @@ class StageConfig:
     distill: DistillConfig | None = None
     prune: PruneConfig | None = None
     hold_sparsity: bool = True
-    """Keep weights that an earlier stage pruned at zero."""
+    """Keep pruned weights of earlier stages at zero."""
     quantize: QuantizeConfig | None = None
     lora: LoraConfig | None = None
     lottery: LotteryConfig | None = None

@@ -25,7 +25,7 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Generate text from fixed prompts at regular intervals, without an effect on training."""
+    """Generate text from fixed prompts at regular intervals, without affecting training."""
 
     every: Count = MISSING
     """Number of optimizer steps between generations."""

@@ -40,7 +40,7 @@ def _language_cells(row: dict[str, Any]) -> list[str]:
 
 
 def comparison(report: dict[str, Any]) -> list[list[str]]:
-    """Return the cells of the comparison, row by row, in the order of `headers`; ratios are to the first row."""
+    """Return the cells of the comparison by row, in the order of `headers`; ratios are relative to the first row."""
     first, metric = report["rows"][0], metric_of(report)
     rows = []
     for row in report["rows"]:
@@ -122,7 +122,7 @@ def zeros_table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def sparse_notes(report: dict[str, Any]) -> list[str]:
-    """Return a sentence for every sparse file that compares its size with dense storage."""
+    """For every sparse file, return a sentence that compares its size with dense storage."""
     return [
         f"{row['stage']}: the file takes {row['bytes'] / 1000:.1f} kB, {row['bytes'] / row['dense_bytes']:.1%} of the "
         f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take in dense storage"

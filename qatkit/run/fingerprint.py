@@ -22,7 +22,7 @@ from qatkit.recipe.factories import resolve
 from qatkit.recipe.loading import flatten
 
 _SAMPLE = 2**20
-"""Bytes read at each of 65 positions of a large file."""
+"""Number of bytes read at each of 65 positions in a large file."""
 _MARKERS = ("config.json", "tokenizer_config.json", "tokenizer.json")
 """A folder with one of these files belongs to a model or a tokenizer."""
 _LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -30,7 +30,7 @@ _LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _TRAINER_KEYS = ("accelerator", "devices", "strategy", "precision", "compile")
 
 _CONTENT = " (content)"
-"""The end of the keys whose values are digests of files."""
+"""The suffix of keys whose values are file digests."""
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, Any]:

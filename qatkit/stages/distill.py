@@ -108,7 +108,7 @@ def check(
 
 
 def resolved(config: DistillConfig, student: nn.Module, teacher: nn.Module) -> DistillConfig:
-    """Replace globs in ``hidden`` and ``attention`` by the names of the matching layers.
+    """Replace globs in ``hidden`` and ``attention`` with the names of the matching layers.
 
     Raises:
         QatkitError: a name or glob matches no layer.

@@ -1,4 +1,4 @@
-"""AWQ: scale weights of salient inputs up so that they lose less precision, then clip ranges."""
+"""AWQ: scale up the weights of salient inputs so that they lose less precision, then clip ranges."""
 
 from __future__ import annotations
 
