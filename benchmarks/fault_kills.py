@@ -17,7 +17,7 @@ from fault_runs import Command, contents, differing, do, run_arguments
 
 AT_OPERATION, BY_CLOCK, BEFORE_RECORD = (
     "SIGKILL at a file operation",
-    "SIGKILL by the clock",
+    "SIGKILL after a set time",
     "SIGKILL between the last step and the record",
 )
 

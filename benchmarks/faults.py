@@ -176,7 +176,7 @@ def mutated_recipes(size: Size, folder: Path, workers: int) -> list[Row]:
     ]
     valid = [mutated for mutated, end in pairs if end.code == 0]
     count = f"{len({mutated.recipe for mutated in changed})} recipes"
-    rows = [row(f"mutated recipe, of which {len(valid)} are valid", count, "single", wrong)]
+    rows = [row(f"mutated recipe, {len(valid)} of them valid", count, "single", wrong)]
     some = valid[:: max(1, len(valid) // size.run)][: size.run]
     ran = [try_valid(mutated, folder / f"valid_{index}") for index, mutated in enumerate(some)]
     outcomes = ("ran", "refused", "refused in training")
@@ -184,7 +184,7 @@ def mutated_recipes(size: Size, folder: Path, workers: int) -> list[Row]:
         [f"{m.recipe}, {m.names}: {each}"] if each not in outcomes else [] for m, each in zip(some, ran, strict=True)
     ]
     counts = ", ".join(f"{ran.count(outcome)} {outcome}" for outcome in outcomes)
-    return [*rows, row(f"valid mutated recipe, run: {counts}", count, "single", wrong)]
+    return [*rows, row(f"valid mutated recipe, outcomes: {counts}", count, "single", wrong)]
 
 
 def bases() -> dict[str, Row]:
