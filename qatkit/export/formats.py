@@ -68,6 +68,8 @@ class ExportFormat:
     """
     beside: tuple[str, ...] = ()
     """Globs for additional files that belong to the exported file; ``{stem}`` is its name without the suffix."""
+    weight_files: tuple[str, ...] = ("*.safetensors",)
+    """Globs of the files with the weights in an exported folder."""
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -87,8 +89,9 @@ class ExportFormat:
 
     def size(self, path: Path) -> int:
         """Size in bytes of an exported file with its additional files, or of the weights in an exported folder."""
-        files = list(path.glob("*.safetensors")) if self.is_folder else [path, *self.files_beside(path)]
-        return sum(file.stat().st_size for file in files)
+        if not self.is_folder:
+            return sum(file.stat().st_size for file in (path, *self.files_beside(path)))
+        return sum(file.stat().st_size for pattern in self.weight_files for file in path.glob(pattern))
 
     def files_beside(self, path: Path) -> list[Path]:
         """Return the additional files of an exported file."""
@@ -229,6 +232,23 @@ FORMATS = Table(
             packages=("transformers", "gguf"),
             check_tokenizer="qatkit.export.gguf_tokenizer:check_tokenizer",
             compare_data="qatkit.export.gguf_read_back:compare_data",
+        ),
+        ExportFormat(
+            name="onnx_genai",
+            description="a folder with a decoder and its cache for onnxruntime-genai",
+            file_name="",
+            check="qatkit.export.genai:check",
+            write="qatkit.export.genai:write",
+            read_back="qatkit.export.genai:read_back",
+            bound="qatkit.export.genai:bound",
+            runtime="onnxruntime-genai",
+            weights="integer weights",
+            extra="genai",
+            packages=("transformers", "onnx", "onnx_ir", "onnxruntime_genai"),
+            recognizes="qatkit.export.genai:is_genai_folder",
+            companions=("tokenizer",),
+            compare_data="qatkit.export.genai_runtime:compare_data",
+            weight_files=("model.onnx", "model.onnx.data"),
         ),
     ],
 )
