@@ -309,7 +309,7 @@ def _format_of(target: str | None, runtime: Target | None) -> ExportFormat | Non
     if target is None:
         return None
     if runtime is not None:
-        return FORMATS[runtime.format]
+        return FORMATS[runtime.formats[0]]
     if target not in FORMATS:
         known = [*TARGETS, *FORMATS]
         raise QatkitError(

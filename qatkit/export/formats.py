@@ -247,6 +247,7 @@ FORMATS = Table(
             packages=("transformers", "onnx", "onnx_ir", "onnxruntime_genai"),
             recognizes="qatkit.export.genai:is_genai_folder",
             companions=("tokenizer",),
+            check_tokenizer="qatkit.export.genai:check_tokenizer",
             compare_data="qatkit.export.genai_runtime:compare_data",
             weight_files=("model.onnx", "model.onnx.data"),
         ),

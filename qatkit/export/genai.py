@@ -35,7 +35,7 @@ from qatkit.schemes import Scheme
 
 CONFIG = "genai_config.json"
 """The file that onnxruntime-genai opens."""
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type``: the builder keeps their layers whole, as transformers has them."""
 _INSTEAD = "use export: {format: gguf} or {format: compressed_tensors}"
 
@@ -55,6 +55,13 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
             f"'onnx_genai' supports only causal language models of model_type {', '.join(MODEL_TYPES)}, "
             f"but the model is {what}",
             advice=_INSTEAD,
+        )
+    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if window is not None and window < context:
+        raise QatkitError(
+            f"the model attends to the last {window} of {context} tokens, which onnxruntime-genai does not compute as "
+            "transformers does",
+            advice=f"set sliding_window: null, or max_position_embeddings: {window}, or {_INSTEAD}",
         )
     if planned.kv_cache:
         raise QatkitError(
@@ -88,6 +95,19 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise an error if there is no tokenizer: onnxruntime-genai opens no folder without one.
+
+    Raises:
+        QatkitError: the tokenizer is None.
+    """
+    if tokenizer is None:
+        raise QatkitError(
+            "'onnx_genai' stores the tokenizer beside the model, but the data have none",
+            advice="use text data such as qatkit.data:text, or pass tokenizer=, or use export: {format: dense}",
+        )
+
+
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
     """Write the folder with the tokenizer of the data."""
     export_genai(model, path, context.tokenizer)
@@ -109,7 +129,7 @@ def is_genai_folder(path: Path) -> bool:
 
 
 @torch.no_grad()
-def export_genai(model: nn.Module, folder: Path | str, tokenizer: Any = None) -> None:
+def export_genai(model: nn.Module, folder: Path | str, tokenizer: Any) -> None:
     """Export a causal language model to a folder that onnxruntime-genai loads, with the codes and scales of training.
 
     The model builder of onnxruntime-genai runs in a process of its own, and needs disk space for the floating-point
@@ -121,9 +141,10 @@ def export_genai(model: nn.Module, folder: Path | str, tokenizer: Any = None) ->
         tokenizer: The tokenizer of transformers to store in the folder. Its special tokens are those that end a text.
 
     Raises:
-        QatkitError: the format does not support the model, or the builder failed.
+        QatkitError: the format does not support the model, there is no tokenizer, or the builder failed.
     """
     check(model, PlannedExport.of(model))
+    check_tokenizer(tokenizer)
     plain = copy.deepcopy(model).cpu().eval()
     strip_qat(plain)
     plain.load_state_dict(dense_state(model))
@@ -131,8 +152,7 @@ def export_genai(model: nn.Module, folder: Path | str, tokenizer: Any = None) ->
     with replaced_folder(Path(folder)) as temporary, tempfile.TemporaryDirectory() as scratch:
         source, built = Path(scratch) / "source", Path(scratch) / "built"
         cast(Any, plain).save_pretrained(source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(source)
+        tokenizer.save_pretrained(source)
         del plain
         _build(source, built)
         pack_graph(model, built / GRAPH, temporary / GRAPH)

@@ -60,6 +60,8 @@ def pack_graph(model: nn.Module, source: Path, target: Path) -> None:
                 advice="exclude the layer, or use export: {format: gguf}",
             )
         _replace(made.graph, values.pop(0), name, layer, gathered)
+    for key in [key for key, value in made.graph.initializers.items() if not value.uses()]:
+        del made.graph.initializers[key]  # biases that the products add now
     made.producer_version = ""  # the builder writes the revision of any repository around the environment
     ir.save(made, target, external_data=DATA)
 

@@ -304,7 +304,7 @@ def _warn_of_unsigned(model: nn.Module, format: str) -> None:
     ]
     if slow:
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-        rows = [row for row in TARGETS.values() if row.format == format]
+        rows = [row for row in TARGETS.values() if format in row.formats]
         portable = next(row.name for row in rows if not row.wide_sums)
         wide = " or ".join(row.name for row in rows if row.wide_sums)
         warnings.warn(

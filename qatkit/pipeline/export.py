@@ -48,11 +48,11 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
         return
     row = FORMATS.row(recipe.export.format, "export.format")
     config = recipe.stages[stage].quantize
-    if config is not None and config.target is not None and TARGETS[config.target].format != row.name:
+    if config is not None and config.target is not None and row.name not in TARGETS[config.target].formats:
         raise QatkitError(
             f"'{row.name}' is not the format of target '{config.target}' in stage '{stage}'",
             key="export.format",
-            advice=f"use {TARGETS[config.target].format}, or remove quantize.target",
+            advice=f"use {' or '.join(TARGETS[config.target].formats)}, or remove quantize.target",
         )
     try:
         row.check_model(model, _schemes(config, model), config is not None and config.kv_cache is not None, task)

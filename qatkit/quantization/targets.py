@@ -23,8 +23,8 @@ class Target:
     """The name in ``quantize: {target: NAME}`` and ``QuantizationAwareTraining(target=NAME)``."""
     description: str
     """One-line description for help texts and docs."""
-    format: str
-    """The export format that it loads."""
+    formats: tuple[str, ...]
+    """The export formats that it loads; callbacks check the first one before training."""
     weight: QuantSpec
     """Default quantization of weights."""
     activation: QuantSpec | None
@@ -45,32 +45,37 @@ TARGETS = Table(
         Target(
             "onnxruntime",
             "ONNX Runtime on any CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
-            "onnx", _WEIGHT7, _INPUT,
+            ("onnx",), _WEIGHT7, _INPUT,
         ),
         Target(
-            "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", "onnx", _WEIGHT8, _INPUT,
+            "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT,
             wide_sums=True,
         ),
         Target(
             "onnxruntime-dynamic",
             "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as in "
             "quantize_dynamic",
-            "onnx", _WEIGHT7, _BATCH,
+            ("onnx",), _WEIGHT7, _BATCH,
         ),
-        Target("onnxruntime-int4", "ONNX Runtime: linear layers with 4-bit weights in groups", "onnx", _INT4, None),
+        Target(
+            "onnxruntime-int4", "ONNX Runtime: linear layers with 4-bit weights in groups", ("onnx", "onnx_genai"),
+            _INT4, None,
+        ),
         Target(
             "onnxruntime-int4-int8",
             "ONNX Runtime: weights of 4 bits, and inputs of 8 bits whose scales are computed per token and group",
-            "onnx", _INT4, _GROUPS,
+            ("onnx", "onnx_genai"), _INT4, _GROUPS,
         ),
-        Target("onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", "onnx", _WEIGHT8, _INPUT, wide_sums=True),
+        Target(
+            "onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT, wide_sums=True,
+        ),
         Target(
             "openvino",
             "OpenVINO on any x86 CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
-            "openvino", _WEIGHT7, _INPUT, float_outputs=True,
+            ("openvino",), _WEIGHT7, _INPUT, float_outputs=True,
         ),
         Target(
-            "openvino-vnni", "OpenVINO on x86 with VNNI or AMX: weights have 8 bits", "openvino", _WEIGHT8, _INPUT,
+            "openvino-vnni", "OpenVINO on x86 with VNNI or AMX: weights have 8 bits", ("openvino",), _WEIGHT8, _INPUT,
             wide_sums=True, float_outputs=True,
         ),
     ],
