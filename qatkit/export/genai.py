@@ -47,7 +47,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         QatkitError: the model's architecture, or the quantization of a layer or of the KV cache, is not supported; or a
             package is missing.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     found = getattr(config, "model_type", None)
     if found not in MODEL_TYPES or getattr(model, "lm_head", None) is None:
         what = f"a {type(model).__name__}" if found is None else f"a {type(model).__name__} of model_type '{found}'"

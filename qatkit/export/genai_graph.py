@@ -47,8 +47,9 @@ def pack_graph(model: nn.Module, source: Path, target: Path) -> None:
     made = ir.load(source)
     found: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)
     for value in made.graph.initializers.values():
-        if len(value.shape) == 2:
-            found[digest(value.const_value.numpy())].append(value)
+        tensor: Any = value.const_value
+        if tensor.numpy().ndim == 2:
+            found[digest(tensor.numpy())].append(value)
     for name, layer in qat_layers(model):
         gathered = packed_class(type(layer)) is PackedEmbedding
         assert layer.weight_fake_quant is not None
