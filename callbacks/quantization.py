@@ -205,7 +205,7 @@ class QuantizationAwareTraining(Callback):
         sharded = isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy)
         if sharded and self.places and self.activation is not None and self.activation.learned:
             raise QatkitError(
-                f"'{self.activation.observer}' is not supported with target on {type(trainer.strategy).__name__}: "
+                f"'{self.activation.observer}' is not supported with a target on {type(trainer.strategy).__name__}: "
                 "layers in different shards would share a learned scale",
                 key="activation.observer",
                 advice="use minmax or mse for activations",

@@ -94,7 +94,7 @@ def _over_positions(bias: Tensor, weight: Tensor) -> Tensor:
 
 
 class QDQEmbedding(nn.Embedding):
-    """An embedding that gathers rows of codes and then decodes them; the table stays integer."""
+    """An embedding that gathers rows of codes and then decodes them, so that the table keeps integer codes."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _decoded_rows(cast(Codes, self.weight), input)

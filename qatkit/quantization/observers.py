@@ -85,7 +85,7 @@ OBSERVERS = Table(
         ),
         Observer(
             "kl",
-            "the range with the smallest KL divergence over calibration",
+            "the range with the smallest KL divergence over the calibration values",
             from_statistics=f"{_RANGES}:kl_range",
             weights=False,
             histogram=True,

@@ -59,7 +59,7 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: boo
 
 
 def front(rows: Sequence[tuple[Metric, str, dict[str, Any]]], joint: bool) -> list[bool]:
-    """Return whether each file is on the Pareto front: no other file is at least as good and better in something.
+    """Return whether each file is on the Pareto front: no other file matches it everywhere and beats it somewhere.
 
     Files are compared by metric, size and, if they were measured together, by latency at each batch size. Files with
     different metrics, or with metrics on different data, are not compared.

@@ -61,7 +61,7 @@ def build_optimizer(name: OptimizerName, model: nn.Module, groups: Sequence[dict
 
 
 def full_moments(model: nn.Module) -> set[int]:
-    """Return the IDs of parameters whose moments have 32 bits regardless of size."""
+    """Return the IDs of parameters whose moments are kept in 32 bits regardless of size."""
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return learned_scales(model) | {id(module.weight) for module in embeddings}
 

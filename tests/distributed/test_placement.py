@@ -37,4 +37,4 @@ def test_two_processes_give_the_weights_and_scales_of_one_bit_for_bit(
 def test_learned_scales_that_shards_would_share_are_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "fsdp2", "lsq")
     assert done.returncode != 0
-    assert "activation.observer: 'lsq' is not supported with target on ModelParallelStrategy" in done.stderr
+    assert "activation.observer: 'lsq' is not supported with a target on ModelParallelStrategy" in done.stderr
