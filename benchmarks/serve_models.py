@@ -137,23 +137,29 @@ class Bert(nn.Module):
 class Family:
     """A network, how it is trained, and how qatkit quantizes it."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], nn.Module] | None
+    """None if the network is trained elsewhere."""
     target: str | None = "onnxruntime"
-    """The target of `QuantizationAwareTraining`; None is weight-only, with 8 bits."""
-    dense_steps: int = 400
+    """The target for ONNX Runtime, to which "openvino" corresponds; None is weight-only, with 8 bits, in both."""
+    dense_steps: int = 200
     steps: int = 100
     lr: float = 3e-3
+    tuning_lr: float = 1e-3
+    """The learning rate while quantized."""
+    batch: int = 64
     exclude: tuple[str, ...] = ()
     """Layers that stay in floating point."""
-    tokens: bool = False
-    """Whether it reads gray levels as tokens."""
+    embeddings: str | None = None
+    """The embedding tables, with 8-bit weights, of a network that reads tokens."""
     integer: bool = True
     """Whether all products, additions and poolings should run on integer kernels."""
     deviation: float = 0.02
     """Allowed deviation from float64, as a fraction of the quantization error; larger behind LayerNorm and softmax."""
+    metric: str = "accuracy"
 
 
-_TEXT = {"target": "onnxruntime-dynamic", "dense_steps": 1200, "lr": 1e-3, "integer": False, "deviation": 0.5}
+_ENCODER = {"target": "onnxruntime-dynamic", "integer": False, "deviation": 0.5, "batch": 32, "lr": 1e-3}
+_ENCODER |= {"dense_steps": 600, "tuning_lr": 3e-4}
 FAMILIES: dict[str, Family] = {
     "MLP": Family(lambda: mlp(in_features=1024, hidden=(512, 512))),
     "CNN": Family(lambda: cnn(channels=(16, 32, 64), size=32)),
@@ -161,7 +167,11 @@ FAMILIES: dict[str, Family] = {
     "DenseNet": Family(DenseNet),
     "MobileNetV3": Family(mobilenet),
     # ONNX Runtime has no integer kernel for a convolution with dynamic activations
-    "ViT": Family(Encoder, exclude=("*patches",), **_TEXT),  # type: ignore[arg-type]
-    "BERT": Family(Bert, tokens=True, **_TEXT),  # type: ignore[arg-type]
-    "LSTM": Family(RowReader, target=None, integer=False, deviation=0.5),
-}
+    "ViT": Family(Encoder, exclude=("*patches",), **_ENCODER),  # type: ignore[arg-type]
+    "BERT": Family(Bert, embeddings="*_embeddings", **_ENCODER),  # type: ignore[arg-type]
+    "MiniLM": Family(
+        None, "onnxruntime-dynamic", steps=80, tuning_lr=1e-5, batch=8, exclude=("*pooler.*",),
+        embeddings="*_embeddings", integer=False, deviation=0.5, metric="mean cosine",
+    ),
+    "LSTM": Family(RowReader, target=None, dense_steps=400, tuning_lr=3e-4, integer=False, deviation=0.5),
+}  # fmt: skip
