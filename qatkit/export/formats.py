@@ -69,7 +69,7 @@ class ExportFormat:
     beside: tuple[str, ...] = ()
     """Globs for additional files that belong to the exported file; ``{stem}`` is its name without the suffix."""
     weight_files: tuple[str, ...] = ("*.safetensors",)
-    """Globs of the files with the weights in an exported folder."""
+    """Globs of the files that hold the weights in an exported folder."""
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 

@@ -1,7 +1,7 @@
 """Export to onnxruntime-genai: a folder with a decoder in ONNX that keeps a cache of keys and values.
 
-The model builder of onnxruntime-genai writes the graph, in floating point. The weights of quantized layers are then
-replaced by the codes and scales of training (`qatkit.export.genai_graph`); the builder would compute new scales.
+The model builder of onnxruntime-genai writes the graph in floating point. The weights of quantized layers are then
+replaced with the trained codes and scales (`qatkit.export.genai_graph`), because the builder would compute new scales.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qatkit.schemes import Scheme
 CONFIG = "genai_config.json"
 """The file that onnxruntime-genai opens."""
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``config.model_type``: the builder keeps their layers whole, as transformers has them."""
+"""Values of ``config.model_type`` whose layers the builder keeps separate, as in transformers."""
 _INSTEAD = "use export: {format: gguf} or {format: compressed_tensors}"
 
 
@@ -44,7 +44,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """Raise an error if a model cannot be exported for onnxruntime-genai. Weights are not read.
 
     Raises:
-        QatkitError: the model's architecture, or the quantization of a layer or of the KV cache, is not supported; or a
+        QatkitError: the model's architecture or the quantization of a layer or of the KV cache is not supported, or a
             package is missing.
     """
     config: Any = getattr(model, "config", None)
@@ -59,8 +59,8 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
     if window is not None and window < context:
         raise QatkitError(
-            f"the model attends to the last {window} of {context} tokens, which onnxruntime-genai does not compute as "
-            "transformers does",
+            f"the model attends to the last {window} of {context} tokens only, which onnxruntime-genai computes "
+            "differently from transformers",
             advice=f"set sliding_window: null, or max_position_embeddings: {window}, or {_INSTEAD}",
         )
     if planned.kv_cache:
@@ -89,21 +89,21 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         bits = "2, 4 or 8" if gathered else "at most 4"
         raise QatkitError(
             f"layer '{name}': 'onnx_genai' supports only linear layers and embeddings with integer weights of {bits} "
-            "bits, whose activations are not quantized or quantized to 8 bits in groups",
-            advice=f"set weight: {{num_bits: 4, strategy: group, group_size: G}} with G of {sizes}, "
+            "bits, and activations that are not quantized or have 8 bits in groups",
+            advice=f"set weight: {{num_bits: 4, strategy: group, group_size: G}} where G is one of {sizes}, "
             f"or exclude the layer, or {_INSTEAD}",
         )
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise an error if there is no tokenizer: onnxruntime-genai opens no folder without one.
+    """Raise an error if there is no tokenizer: onnxruntime-genai cannot open a folder without one.
 
     Raises:
         QatkitError: the tokenizer is None.
     """
     if tokenizer is None:
         raise QatkitError(
-            "'onnx_genai' stores the tokenizer beside the model, but the data have none",
+            "'onnx_genai' stores a tokenizer beside the model, but the data have none",
             advice="use text data such as qatkit.data:text, or pass tokenizer=, or use export: {format: dense}",
         )
 
@@ -132,13 +132,13 @@ def is_genai_folder(path: Path) -> bool:
 def export_genai(model: nn.Module, folder: Path | str, tokenizer: Any) -> None:
     """Export a causal language model to a folder that onnxruntime-genai loads, with the codes and scales of training.
 
-    The model builder of onnxruntime-genai runs in a process of its own, and needs disk space for the floating-point
-    weights twice.
+    The model builder of onnxruntime-genai runs in a separate process and needs enough disk space for two copies of the
+    floating-point weights.
 
     Args:
         model: A transformers model, either plain or prepared by `prepare_qat`. It is not changed.
         folder: The output folder, which is replaced atomically.
-        tokenizer: The tokenizer of transformers to store in the folder. Its special tokens are those that end a text.
+        tokenizer: A transformers tokenizer, which is stored in the folder. Its special tokens mark the end of a text.
 
     Raises:
         QatkitError: the format does not support the model, there is no tokenizer, or the builder failed.

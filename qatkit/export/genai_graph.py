@@ -1,6 +1,6 @@
-"""Replace the floating-point weights in a decoder's graph by packed codes and scales.
+"""Replace the floating-point weights in a decoder's graph with packed codes and scales.
 
-onnxruntime-genai's builder names tensors in its own way, so a layer's weight is found by its values.
+The model builder of onnxruntime-genai renames tensors, so a layer's weight is identified by its values.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def pack_graph(model: nn.Module, source: Path, target: Path) -> None:
 
     Args:
         model: The model, prepared by `prepare_qat`.
-        source: The floating-point graph of its dense weights.
-        target: The output file; the tensors are in a file beside it.
+        source: The floating-point graph that contains the model's dense weights.
+        target: The output file. The tensors are stored in a file beside it.
 
     Raises:
-        QatkitError: the graph does not have a layer's weight, or does not use it in a product or a gather.
+        QatkitError: the graph does not contain a layer's weight, or uses it in a node other than a product or a gather.
     """
     import onnx_ir as ir
 
@@ -57,7 +57,7 @@ def pack_graph(model: nn.Module, source: Path, target: Path) -> None:
         values = found[digest(weight if gathered else weight.T)]
         if not values:
             raise QatkitError(
-                f"layer '{name}': the graph of onnxruntime-genai does not contain its weight",
+                f"layer '{name}': the onnxruntime-genai graph does not contain its weight",
                 advice="exclude the layer, or use export: {format: gguf}",
             )
         _replace(made.graph, values.pop(0), name, layer, gathered)
@@ -71,7 +71,7 @@ def _replace(graph: Any, weight: Any, name: str, layer: QATLayer, gathered: bool
     for node, index in weight.uses():
         if (node.op_type, index) != (("Gather", 0) if gathered else ("MatMul", 1)):
             raise QatkitError(
-                f"layer '{name}': onnxruntime-genai reads its weight in a {node.op_type}",
+                f"layer '{name}': onnxruntime-genai reads its weight in a {node.op_type} node",
                 advice="exclude the layer, or use export: {format: gguf}",
             )
     constants = _constants(graph, name, layer)

@@ -1,4 +1,4 @@
-"""Compare a folder for onnxruntime-genai to the model, and run it: at once in ONNX Runtime, and token by token."""
+"""Compare a folder for onnxruntime-genai to the model, and run it on whole texts and token by token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qatkit.quantization.prepare import qat_layers, quantized_weights
 
 CONFIG = "genai_config.json"
 STEPS = 24
-"""Tokens that are read one by one."""
+"""The number of tokens that are read one at a time."""
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def compare_and_load(trained: nn.Module, path: Path, threads: int | None) -> Rea
 
 def _weight_failures(trained: nn.Module, proto: Any) -> list[str]:
     readers, layers = packed_readers(proto), dict(qat_layers(trained))
-    failures = [f"'{key}': the model quantizes no such layer" for key in readers if _layer(key) not in layers]
+    failures = [f"'{key}': the model has no such quantized layer" for key in readers if _layer(key) not in layers]
     for name, layer in layers.items():
         nodes = readers.get(f"{name}.weight.codes")
         if nodes is None:
@@ -87,14 +87,14 @@ def _config_failures(trained: nn.Module, config: Mapping[str, Any]) -> list[str]
     own = export_config(trained)
     expected = {"vocab_size": own.vocab_size, "context_length": own.max_position_embeddings}
     return [
-        f"{CONFIG}: {key} is {config.get(key)}, but {value} in the trained model"
+        f"{CONFIG}: {key} is {config.get(key)}, but the trained model has {value}"
         for key, value in expected.items()
         if config.get(key) != value
     ]
 
 
 def compare_data(path: Path, tokenizer: Any, batch: Any) -> list[str]:
-    """Compare the special tokens of a folder to those of the tokenizer of the data."""
+    """Compare the end token of a folder to that of the data's tokenizer."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError):
@@ -104,11 +104,11 @@ def compare_data(path: Path, tokenizer: Any, batch: Any) -> list[str]:
     ends = found if isinstance(found, list) else [found]
     if expected is None or expected in ends:
         return []
-    return [f"{CONFIG}: eos_token_id is {found}, but {expected} in the tokenizer of the data"]
+    return [f"{CONFIG}: eos_token_id is {found}, but the tokenizer of the data has {expected}"]
 
 
 class GenaiRuntime:
-    """A folder in ONNX Runtime, called as the model is; the cache of keys and values is empty.
+    """Runs a folder in ONNX Runtime, called like the model, with an empty cache of keys and values.
 
     Args:
         path: The folder.
@@ -128,7 +128,7 @@ class GenaiRuntime:
         """The logits ``[batch, tokens, vocabulary]``, by name.
 
         Raises:
-            QatkitError: there are padded tokens before others, or inputs that the graph does not have.
+            QatkitError: a text is padded on the left, or there are inputs that the graph does not have.
         """
         if given := [name for name, value in others.items() if value is not None]:
             raise QatkitError(f"onnxruntime-genai does not take {', '.join(given)}", advice="pass input_ids only")
@@ -145,9 +145,9 @@ class GenaiRuntime:
         return {"logits": logits}
 
     def stepwise_failures(self) -> list[str]:
-        """Read the first tokens of the first text one by one in onnxruntime-genai, whose cache then holds the others.
+        """Let onnxruntime-genai read the start of the first text token by token, with earlier tokens in its cache.
 
-        Logits must be those of the whole text, except for the rounding of another order of summation.
+        The logits must equal those of the whole text, up to rounding: the order of summation differs.
         """
         import onnxruntime_genai as genai
 
@@ -168,5 +168,7 @@ class GenaiRuntime:
         apart = float((torch.from_numpy(np.stack(found)) - expected).abs().mean() / expected.abs().mean())
         limit = 1e-4
         if apart > limit:
-            return [f"token by token, logits differ by {apart:.2g} of their mean size, more than {limit:.2g}"]
+            return [
+                f"token by token, the logits differ by {apart:.2g} of their mean magnitude; the limit is {limit:.2g}"
+            ]
         return []

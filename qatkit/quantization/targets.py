@@ -24,7 +24,7 @@ class Target:
     description: str
     """One-line description for help texts and docs."""
     formats: tuple[str, ...]
-    """The export formats that it loads; callbacks check the first one before training."""
+    """The export formats that the runtime loads. Callbacks check the first one before training."""
     weight: QuantSpec
     """Default quantization of weights."""
     activation: QuantSpec | None

@@ -173,7 +173,7 @@ def test_another_end_of_text_is_found(folder: Path) -> None:
     other = byte_level()
     other.eos_token = "a"
     assert compare_data(folder, other, BATCH) == [  # 2 is that of the config
-        f"genai_config.json: eos_token_id is [0, 2], but {other.eos_token_id} in the tokenizer of the data"
+        f"genai_config.json: eos_token_id is [0, 2], but the tokenizer of the data has {other.eos_token_id}"
     ]
 
 
@@ -198,7 +198,7 @@ def test_models_that_it_cannot_hold_are_refused_before_training(
 def test_half_precision_and_a_missing_tokenizer_are_refused() -> None:
     with pytest.raises(QatkitError, match="is bfloat16, but the weights are decoded to float32"):
         FORMATS["onnx_genai"].check_model(made().bfloat16(), {})
-    with pytest.raises(QatkitError, match="stores the tokenizer beside the model, but the data have none"):
+    with pytest.raises(QatkitError, match="stores a tokenizer beside the model, but the data have none"):
         FORMATS["onnx_genai"].call("check_tokenizer", None)
 
 
