@@ -24,7 +24,7 @@ class Divergence:
     on_logits: str
     """``module:function(student, teacher, mask=)`` for full outputs, with ``temperature=`` and ``beta=`` if used."""
     on_top_k: str = ""
-    """The same for a teacher's top-k classes, as in `sparse_kd_loss`; empty if the divergence needs full outputs."""
+    """The same for top-k classes, such as `sparse_kd_loss`; empty if the divergence needs full outputs."""
     rows: str = ""
     """Row kernel for logits, as in `qatkit.kernels.kd_rows_torch`; empty if logits must be materialized."""
     top_k_rows: str = ""

@@ -90,7 +90,7 @@ def _compare(expected: Path, exported: Path) -> list[str]:
     try:
         saved = json.loads(exported.read_text(encoding="utf-8"))
     except ValueError as error:
-        return [f"{exported.name}: is not JSON ({error})"]
+        return [f"{exported.name} is not JSON ({error})"]
     if not isinstance(trained, dict) or not isinstance(saved, dict):
         return [f"{exported.name}: the content differs from the trained model's"]
     return [

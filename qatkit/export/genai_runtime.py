@@ -87,7 +87,7 @@ def _config_failures(trained: nn.Module, config: Mapping[str, Any]) -> list[str]
     own = export_config(trained)
     expected = {"vocab_size": own.vocab_size, "context_length": own.max_position_embeddings}
     return [
-        f"{CONFIG}: {key} is {config.get(key)}, but the trained model has {value}"
+        f"{CONFIG}: {key} is {config.get(key)}, but {value} in the trained model"
         for key, value in expected.items()
         if config.get(key) != value
     ]
@@ -104,7 +104,7 @@ def compare_data(path: Path, tokenizer: Any, batch: Any) -> list[str]:
     ends = found if isinstance(found, list) else [found]
     if expected is None or expected in ends:
         return []
-    return [f"{CONFIG}: eos_token_id is {found}, but the tokenizer of the data has {expected}"]
+    return [f"{CONFIG}: eos_token_id is {found}, but {expected} in the tokenizer of the data"]
 
 
 class GenaiRuntime:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
-"""torch's gates in the order of ONNX (input, output, forget, cell; update, reset, new), by torch's name of the cell."""
+"""Indices of torch's gates in ONNX order (input, output, forget, cell; update, reset, new), by torch's cell name."""
 
 BIAS = re.compile(r"(^|\.)bias_[ih]h_l\d+(_reverse)?$")
 """Matches the names of the biases of recurrent layers."""

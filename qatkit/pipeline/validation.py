@@ -77,7 +77,7 @@ def validate_recipe(recipe: Recipe, allow: Sequence[str] = ()) -> dict[str, Cove
                 _check_windows(recipe.evaluate, recipe.data.args, data, model)
         if stage.early_stopping is not None and task is not None and "loss" not in task.metrics:
             raise QatkitError(
-                f"models for the task '{task.name}' report no validation loss, which early stopping monitors",
+                f"early stopping monitors the validation loss, but models for the task '{task.name}' do not report one",
                 key=f"stages.{name}.early_stopping",
                 advice="remove the block, and set max_steps",
             )
@@ -112,7 +112,7 @@ def _check_windows(config: EvaluateConfig, args: Mapping[str, Any], data: Callab
     longest = positions_of(model)
     if config.context is not None and longest is not None and config.context > longest:
         raise QatkitError(
-            f"{config.context} exceeds the {longest} positions of the model",
+            f"{config.context} exceeds the model's {longest} positions",
             key="context",
             advice=f"use at most {longest}",
         )

@@ -142,7 +142,7 @@ def next_state(mode: str, from_input: Tensor, from_hidden: Tensor, state: State)
     Args:
         mode: torch's name of the cell.
         from_input: Product of the input and its weights, with the bias, ``[batch, gates * hidden]``.
-        from_hidden: The same of the hidden state.
+        from_hidden: Product of the hidden state and its weights, with the bias, in the same shape.
         state: The state before the step.
     """
     if mode == "LSTM":

@@ -57,7 +57,7 @@ def check_data(model: nn.Module, data: Any) -> None:
     longest = positions_of(model)
     if context is not None and longest is not None and context > longest:
         raise QatkitError(
-            f"{context} exceeds the {longest} positions of the model",
+            f"{context} exceeds the model's {longest} positions",
             key="data.args.context",
             advice=f"use {longest} or less",
         )

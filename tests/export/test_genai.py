@@ -173,7 +173,7 @@ def test_another_end_of_text_is_found(folder: Path) -> None:
     other = byte_level()
     other.eos_token = "a"
     assert compare_data(folder, other, BATCH) == [  # 2 is that of the config
-        f"genai_config.json: eos_token_id is [0, 2], but the tokenizer of the data has {other.eos_token_id}"
+        f"genai_config.json: eos_token_id is [0, 2], but {other.eos_token_id} in the tokenizer of the data"
     ]
 
 

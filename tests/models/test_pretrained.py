@@ -87,7 +87,7 @@ def test_data_that_the_model_was_not_made_for_is_refused_before_training() -> No
     check_data(model, data(tokenizer=range(300), context=64))
     with pytest.raises(QatkitError, match=r"the tokenizer has 301 tokens, but the model's vocabulary has 300"):
         check_data(model, data(tokenizer=range(301)))
-    with pytest.raises(QatkitError, match=r"data\.args\.context: 65 exceeds the 64 positions of the model"):
+    with pytest.raises(QatkitError, match=r"data\.args\.context: 65 exceeds the model's 64 positions"):
         check_data(model, data(context=65))
     classifier = tiny("bert", "SequenceClassification", num_labels=3)
     with pytest.raises(QatkitError, match=r"data\.args\.classes: 2 classes do not match the 3 outputs"):

@@ -8,8 +8,8 @@ residual stream of a transformer.
 
 OpenVINO's convolutions may return floating-point values (`float_outputs`). It computes the activation function that
 follows, and one residual addition, inside the convolution's kernel, and skips the rounding before that addition. The
-operand that comes from the convolution is therefore not quantized, and other outputs only if an integer kernel reads
-them.
+operand that comes from the convolution is therefore not quantized, and other outputs are quantized only if an integer
+kernel reads them.
 """
 
 from __future__ import annotations
