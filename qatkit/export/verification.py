@@ -139,13 +139,14 @@ def verify(
     precise = row.call("rounding", trained) if row.rounding and quantizes_inputs else None
     file: ReadBack = row.call("read_back", trained, path, threads)
     failures = list(file.failures)
+    judge = _judge(task, metric, class_dim)
     outputs = compare_outputs(
         trained,
         floating if quantizers else None,
         file.runtime,
         batches,
         failures,
-        (_judge(task, metric, class_dim), _judge(task, metric, class_dim)),
+        (judge, copy.deepcopy(judge)),
         forward or call,
         precise,
     )

@@ -11,7 +11,7 @@ import torch
 import torchmetrics
 from torch import nn
 
-from qatkit import QatkitError, QuantSpec, prepare_qat
+from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat, strip_qat
 from qatkit.export.dense import export_dense
 from qatkit.export.interface import Bound, Measured
 from qatkit.export.judges import MetricJudge, TaskJudge
@@ -56,6 +56,16 @@ def test_every_field_of_a_verification_is_what_its_name_says(model: nn.Module, t
         "text": "passed: all 4 weights of 1 quantized layers match the trained ones; over 3 test samples, outputs "
         "differ by 0 on average (bound: exactly equal outputs, 0); the accuracy is 0.6667 (trained: 0.6667)",
     }
+
+
+def test_outputs_without_a_bound_have_no_allowed_error(model: nn.Module, tmp_path: Path) -> None:
+    strip_qat(model)
+    prepare_qat(model, QuantSpec(4), QuantSpec(8, symmetric=False, strategy="tensor"))
+    calibrate(model, [X])
+    export_dense(model, tmp_path / "model.safetensors")
+    found = verify(model, tmp_path / "model.safetensors", [(X, LABELS)])
+    assert (found.passed, found.allowed_error) == (True, None)
+    assert found.bound == "none, since the file does not quantize activations"
 
 
 def test_additional_failures_follow_the_first_ones(model: nn.Module, tmp_path: Path) -> None:
