@@ -18,11 +18,12 @@ from typing import Any
 from harness import Claim, finish, spread
 
 from qatkit.export.runtime import integer_kernels
-from qatkit.pipeline.export import export_run, exported_path
+from qatkit.pipeline.export import export_run
 from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.exports import exports_of
 from qatkit.run.folder import Run
 
 CNN = ("digits_int8", "digits_int4", "digits_int2")
@@ -46,7 +47,7 @@ def main(seeds: list[int]) -> None:
                 export_run(run)
                 verify_run(run)
                 reports[name].append(report_run(run))
-                counted = integer_kernels(exported_path(run, "qat"))
+                counted = integer_kernels(exports_of(run)[-1].path)
                 kernels[name] = ", ".join(f"{count} {op}" for op, count in (counted.integer | counted.floating).items())
     rows = []
     for name in RECIPES:

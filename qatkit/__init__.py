@@ -13,6 +13,7 @@ from qatkit.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from qatkit.errors import QatkitError as QatkitError
     from qatkit.errors import QatkitWarning as QatkitWarning
+    from qatkit.export.exporting import export_model as export_model
     from qatkit.pruning.masks import magnitude_mask as magnitude_mask
     from qatkit.pruning.masks import nm_mask as nm_mask
     from qatkit.pruning.schedule import Ramp as Ramp
@@ -39,6 +40,7 @@ _HOMES = {
     "qatkit.errors": ["QatkitError", "QatkitWarning"],
     "qatkit.schemes": ["Scheme", "scheme"],
     "qatkit.spec": ["QuantSpec"],
+    "qatkit.export.exporting": ["export_model"],
     "qatkit.pruning.masks": ["magnitude_mask", "nm_mask"],
     "qatkit.pruning.schedule": ["Ramp"],
     "qatkit.quantization.arithmetic": ["dequantize", "fake_quantize", "quantize"],

@@ -90,7 +90,7 @@ def test_one_of_each_kind_is_validated_run_verified_and_reported(extended: Path)
     report = json.loads((extended / "run" / "report.json").read_text())
     rows = {row["stage"]: row for row in report["rows"]}
     assert all(row["verification"]["passed"] for row in rows.values())
-    assert (extended / "run" / "export" / "powers" / "model.npz").exists()
+    assert (extended / "run" / "export" / "powers" / "npz" / "model.npz").exists()
     page = (extended / "run" / "report.html").read_text()
     assert "NumPy" in page
     assert "grade" in json.dumps(report) or "grade" in page

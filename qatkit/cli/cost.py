@@ -82,12 +82,13 @@ def command(
 
 
 def _measured(run: Path) -> list[tuple[str, int, float]]:
-    """Stages, batch sizes and latencies in milliseconds of a report."""
+    """Files, batch sizes and latencies in milliseconds of a report."""
     from qatkit.report.content import read_report
 
+    report = read_report(run)
     found = [
-        (row["stage"], each["batch_size"], each["median_ms"])
-        for row in read_report(run)["rows"]
+        (row["file"], each["batch_size"], each["median_ms"])
+        for row in [*report["rows"], *report["others"]]
         for each in row["latency"]
     ]
     if not found:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from qatkit.cli.arguments import Allow, AllowWrite, RunArgument
+from qatkit.cli.exits import VERIFICATION_FAILED
 from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo
 
 
-def command(run: RunArgument, allow: Allow = None, allow_write: AllowWrite = None) -> None:
+def command(
+    run: RunArgument,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="Export and verify this format, in addition to the recipe's."),
+    ] = None,
+    allow: Allow = None,
+    allow_write: AllowWrite = None,
+) -> None:
     """Export a run's finished stages.
 
-    The recipe's `export` block sets the format.
+    The recipe's `export` block sets the formats. With --format, the exit code is 1 if a file fails verification.
 
-    Example: qatkit export runs/digits_int4
+    Example: qatkit export runs/digits_int4 --format dense
     """
     this = open_run(run, allow, allow_write)
-    from qatkit.pipeline.export import export_run, format_of
+    from qatkit.pipeline.export import add_format, export_run
+    from qatkit.pipeline.verify import verify_run
+    from qatkit.run.exports import exports_of
 
     with writing(this):
-        paths = export_run(this)
-    for path in paths:
-        echo(f"{path} ({format_of(this).size(path):,} bytes)")
+        _ = export_run(this) if format is None else add_format(this, format)
+        for exported in exports_of(this, format):
+            echo(f"{exported.path} ({exported.bytes:,} bytes)")
+        checked = {} if format is None else verify_run(this, format)
+    for name, verification in checked.items():
+        echo(f"{name}: {verification.summary()}")
+    if not all(verification.passed for verification in checked.values()):
+        raise typer.Exit(VERIFICATION_FAILED)

@@ -9,6 +9,7 @@ from qatkit.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from qatkit.export.compressed_tensors import export_compressed as export_compressed
     from qatkit.export.dense import export_dense as export_dense
+    from qatkit.export.exporting import export_model as export_model
     from qatkit.export.formats import FORMATS as FORMATS
     from qatkit.export.formats import ExportFormat as ExportFormat
     from qatkit.export.gguf import export_gguf as export_gguf
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "qatkit.export.compressed_tensors": ["export_compressed"],
     "qatkit.export.dense": ["export_dense"],
+    "qatkit.export.exporting": ["export_model"],
     "qatkit.export.formats": ["FORMATS", "ExportFormat"],
     "qatkit.export.gguf": ["export_gguf"],
     "qatkit.export.onnx": ["export_onnx"],

@@ -87,6 +87,10 @@ class ExportFormat:
         """Return the exported file in a stage's export folder, or the folder itself."""
         return folder / self.file_name if self.file_name else folder
 
+    def folder_of(self, path: Path) -> Path:
+        """Return the folder of an exported file and its companions, or the exported folder itself."""
+        return path if self.is_folder else path.parent
+
     def size(self, path: Path) -> int:
         """Size in bytes of an exported file with its additional files, or of the weights in an exported folder."""
         if not self.is_folder:
@@ -125,7 +129,7 @@ class ExportFormat:
             qatkit.errors.QatkitError: layer '0': ONNX integer QDQ does not support weight quantization with ...
         """
         plan = implementation("qatkit.export.interface:PlannedExport")
-        self.call("check", model, plan.of(model) if schemes is None else plan(schemes, kv_cache, task))
+        self.call("check", model, plan.of(model, task) if schemes is None else plan(schemes, kv_cache, task))
 
     def check_packages(self) -> None:
         """Raise an error if a package that the format needs is missing.

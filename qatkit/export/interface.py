@@ -28,7 +28,7 @@ class PlannedExport:
     """The task declared by the data; None if it is unknown."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> PlannedExport:
+    def of(cls, model: nn.Module, task: Task | None = None) -> PlannedExport:
         """Return the quantization of a model prepared by `prepare_qat`; empty for a plain model."""
         schemes = {
             weight.name.removesuffix(f".{weight.part}"): Scheme(
@@ -36,7 +36,8 @@ class PlannedExport:
             )
             for weight in qat_weights(model)
         }
-        return cls(schemes, any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model)))
+        kv_cache = any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model))
+        return cls(schemes, kv_cache, task)
 
 
 def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:

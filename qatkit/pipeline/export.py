@@ -1,20 +1,22 @@
-"""The export step, which writes every finished stage of the comparison in the recipe's format."""
+"""The export step, which writes every finished stage of the comparison in each format of the run."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from qatkit.errors import QatkitError, QatkitWarning, under
-from qatkit.export.companions import save_companions
+from qatkit.export.exporting import write_export
 from qatkit.export.formats import FORMATS, ExportFormat
 from qatkit.export.interface import ExportContext
 from qatkit.quantization.selection import select
 from qatkit.quantization.targets import TARGETS
 from qatkit.recipe import QuantizeConfig, Recipe
+from qatkit.run.exports import Exported, exports_of, formats_by_key
 from qatkit.run.folder import Run
 from qatkit.schemes import Scheme
 from qatkit.tasks.table import Task, declared_task
@@ -24,7 +26,7 @@ if TYPE_CHECKING:  # `qatkit validate` imports this module
 
 
 VERDICT = "verification.json"
-"""The file in a stage's export folder that `qatkit verify` writes."""
+"""The file in the export folder of a stage and format that `qatkit verify` writes."""
 
 
 def exported_stages(recipe: Recipe) -> list[str]:
@@ -33,50 +35,70 @@ def exported_stages(recipe: Recipe) -> list[str]:
 
 
 def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None) -> None:
-    """Raise an error if the recipe's export format does not support the result of a stage. Weights are not read.
+    """Raise an error if one of the recipe's export formats does not support the result of a stage.
+
+    Weights are not read.
 
     Args:
-        recipe: The recipe, whose ``export`` block sets the format; without this block, nothing is checked.
+        recipe: The recipe, whose ``export`` block sets the formats; without this block, nothing is checked.
         stage: A stage in the comparison.
         model: The stage's model, with plain layers; may be on the meta device.
         task: The task that the data declares.
 
     Raises:
-        QatkitError: the format does not support the result; the error includes the stage and, if known, the layer.
+        QatkitError: a format does not support the result; the error includes the stage and, if known, the layer.
     """
-    if recipe.export is None:
-        return
-    row = FORMATS.row(recipe.export.format, "export.format")
+    rows = formats_by_key(recipe)
     config = recipe.stages[stage].quantize
-    if config is not None and config.target is not None and row.name not in TARGETS[config.target].formats:
-        raise QatkitError(
-            f"'{row.name}' is not the format of target '{config.target}' in stage '{stage}'",
-            key="export.format",
-            advice=f"use {' or '.join(TARGETS[config.target].formats)}, or remove quantize.target",
-        )
+    if rows and config is not None and config.target is not None:
+        needed, key = TARGETS[config.target].formats, next(iter(rows))
+        if not {row.name for row in rows.values()} & set(needed):
+            raise QatkitError(
+                f"'{rows[key].name}' is not the format of target '{config.target}' in stage '{stage}'",
+                key=key,
+                advice=f"use {' or '.join(needed)}, or remove quantize.target",
+            )
+    for key, row in rows.items():
+        check_format(row, key, stage, config, model, task)
+
+
+def check_format(
+    row: ExportFormat, key: str, stage: str, config: QuantizeConfig | None, model: nn.Module, task: Task | None
+) -> None:
+    """Raise an error if a format does not support the result of a stage, or if a package is missing.
+
+    Args:
+        row: The format.
+        key: The recipe key or the option that names it, for errors.
+        stage: The stage.
+        config: The stage's ``quantize`` block, or None.
+        model: The stage's model, with plain layers; may be on the meta device.
+        task: The task that the data declares.
+
+    Raises:
+        QatkitError: as above; the error includes the stage and, if known, the layer.
+    """
     try:
         row.check_model(model, _schemes(config, model), config is not None and config.kv_cache is not None, task)
         row.check_packages()
     except QatkitError as error:
-        raise error.with_fields(key="export.format", problem=f"stage '{stage}': {error.problem}") from None
+        raise error.with_fields(key=key, problem=f"stage '{stage}': {error.problem}") from None
 
 
 def check_export_tokenizer(recipe: Recipe, tokenizer: Any) -> None:
-    """Raise an error if the recipe's export format does not support the tokenizer of the data.
+    """Raise an error if one of the recipe's export formats does not support the tokenizer of the data.
 
     Args:
         recipe: The recipe; without an ``export`` block, nothing is checked.
         tokenizer: The tokenizer, or None.
 
     Raises:
-        QatkitError: the format stores the tokenizer in its file, and does not support this one.
+        QatkitError: a format stores the tokenizer in its file, and does not support this one.
     """
-    if recipe.export is None:
-        return
-    row = FORMATS.row(recipe.export.format, "export.format")
-    if row.check_tokenizer:
-        with under("export.format"):
-            row.call("check_tokenizer", tokenizer)
+    for key, row in formats_by_key(recipe).items():
+        if row.check_tokenizer:
+            with under(key):
+                row.call("check_tokenizer", tokenizer)
 
 
 def _schemes(config: QuantizeConfig | None, model: nn.Module) -> dict[str, Scheme]:
@@ -89,54 +111,65 @@ def _schemes(config: QuantizeConfig | None, model: nn.Module) -> dict[str, Schem
 
 
 def export_run(run: Run) -> list[Path]:
-    """Export every stage in the comparison in the recipe's format.
+    """Export every stage in the comparison in each format of `formats_of`.
 
     Returns:
         The exported files or folders.
 
     Raises:
-        QatkitError: a stage is not finished, the format does not support the trained model, or a file would be written
+        QatkitError: a stage is not finished, a format does not support the trained model, or a file would be written
             outside the run's folder.
     """
     run.check_writes()
     run.check_recipe()
-    row, data = format_of(run), held_out_data(run)
-    batch = first_batch(data)
-    paths = []
-    for stage in run.rows:
-        run.record(stage)
-        path = exported_path(run, stage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (run.out / "export" / stage / VERDICT).unlink(missing_ok=True)  # it is about the file that is replaced
-        model = run.load_model(stage).eval()
-        quantize = run.recipe.stages[stage].quantize
-        target = None if quantize is None or quantize.target is None else TARGETS[quantize.target]
-        tokenizer = getattr(data, "tokenizer", None)
-        row.call("write", model, path, ExportContext(batch, declared_task(data), target, tokenizer))
-        save_companions(row.companions, model, tokenizer, run.out / "export" / stage)
-        paths.append(path)
-    return paths
+    return _write(run, exports_of(run), held_out_data(run))
 
 
-def exported_path(run: Run, stage: str) -> Path:
-    """Return the path of a stage's exported file or folder."""
-    return format_of(run).path(run.out / "export" / stage)
+def add_format(run: Run, name: str) -> list[Path]:
+    """Export every stage in the comparison in one more format, which need not be in the recipe.
 
+    The format is checked for all stages before the first is written. From then on, it belongs to the run: `formats_of`
+    finds its files.
 
-def format_of(run: Run) -> ExportFormat:
-    """Return the recipe's export format.
+    Args:
+        run: A run with finished stages.
+        name: The format's name.
+
+    Returns:
+        The exported files or folders.
 
     Raises:
-        QatkitError: the recipe has no ``export`` block.
+        QatkitError: the format is unknown, a stage is not finished, the format does not support the trained model or
+            the tokenizer, or a file would be written outside the run's folder.
     """
-    if run.recipe.export is None:
-        raise QatkitError(
-            "the recipe has no such block",
-            key="export",
-            advice="add export: {format: onnx}",
-            origin=str(run.out / "recipe.yaml"),
-        )
-    return FORMATS.row(run.recipe.export.format, "export.format")
+    run.check_writes()
+    run.check_recipe()
+    row, data = FORMATS.row(name, "--format"), held_out_data(run)
+    models, task = run.stage_models(), declared_task(data)
+    for stage in run.rows:
+        run.record(stage)
+        check_format(row, "--format", stage, run.recipe.stages[stage].quantize, models[stage], task)
+    if row.check_tokenizer:
+        with under("--format"):
+            row.call("check_tokenizer", getattr(data, "tokenizer", None))
+    for stage in run.rows:
+        (run.out / "export" / stage / row.name).mkdir(parents=True, exist_ok=True)
+    return _write(run, exports_of(run, only=name), data)
+
+
+def _write(run: Run, exports: Sequence[Exported], data: LightningDataModule) -> list[Path]:
+    batch, task, tokenizer = first_batch(data), declared_task(data), getattr(data, "tokenizer", None)
+    for stage in run.rows:
+        run.record(stage)
+    for each in exports:
+        model = run.load_model(each.stage).eval()
+        quantize = run.recipe.stages[each.stage].quantize
+        target = None if quantize is None or quantize.target is None else TARGETS[quantize.target]
+        each.path.parent.mkdir(parents=True, exist_ok=True)
+        (each.folder / VERDICT).unlink(missing_ok=True)  # it is about the file that is replaced
+        own = target if target is not None and each.format.name in target.formats else None
+        write_export(each.format, model, each.path, ExportContext(batch, task, own, tokenizer))
+    return [each.path for each in exports]
 
 
 def held_out_data(run: Run) -> LightningDataModule:

@@ -8,10 +8,11 @@ from typing import Any
 from qatkit.errors import QatkitError
 from qatkit.export.formats import FORMATS
 from qatkit.pipeline.baselines import example_of
-from qatkit.pipeline.export import exported_path, first_batch, held_out_data
+from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.pipeline.verify import read_verification
 from qatkit.report.bench import File, compare_files
 from qatkit.report.content import read_report
+from qatkit.run.exports import exports_of
 from qatkit.run.folder import Run
 
 
@@ -34,15 +35,19 @@ def joint_reports(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if not row.benchmark:
             raise QatkitError(f"the latency of '{row.name}' exports is not measured", key=str(run.out))
         example = example_of(first_batch(held_out_data(run)))
-        for shown in report["rows"]:
-            read_verification(run, shown["stage"])
-            files[f"{index}/{shown['stage']}"] = File(exported_path(run, shown["stage"]), example, row.name)
+        for exported in exports_of(run):
+            read_verification(run, exported)
+            if exported.format.benchmark:
+                files[f"{index}/{exported.name}"] = File(exported.path, example, exported.format.name)
     measured = compare_files(files)
     return [
         {
             **report,
             "baselines": [],
-            "rows": [{**row, "latency": measured[f"{index}/{row['stage']}"]} for row in report["rows"]],
+            **{
+                key: [{**row, "latency": measured.get(f"{index}/{row['file']}", [])} for row in report[key]]
+                for key in ("rows", "others")
+            },
         }
         for index, report in enumerate(reports)
     ]

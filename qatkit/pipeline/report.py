@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from qatkit.common.files import write_atomically
 from qatkit.pipeline.baselines import Baselines, example_of, make_baselines, measure_baselines
 from qatkit.pipeline.evaluation import evaluate_run
-from qatkit.pipeline.export import exported_path, first_batch, format_of, held_out_data
+from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.pipeline.tracking import Tracking
 from qatkit.pipeline.verify import read_verification
-from qatkit.report.bench import compare, side_by_side
+from qatkit.report.bench import Example, File, Latency, compare_files, side_by_side
 from qatkit.report.content import Measurements, report_content, write_report
 from qatkit.report.tables import markdown
+from qatkit.run.exports import Exported, exports_of
 from qatkit.run.folder import Run
 from qatkit.tasks import call, one_sample
 
@@ -34,15 +36,15 @@ def report_run(run: Run) -> dict[str, Any]:
     """
     run.check_writes()
     run.check_recipe()
-    row, data = format_of(run), held_out_data(run)
-    paths = {stage: exported_path(run, stage) for stage in run.rows}
-    verifications = {stage: read_verification(run, stage) for stage in run.rows}
+    exports, data = exports_of(run), held_out_data(run)
+    main = exports[0].format
+    verifications = {exported.name: read_verification(run, exported) for exported in exports}
+    paths = {exported.stage: exported.path for exported in exports if exported.format is main}
     quantized = any(run.record(stage).layers for stage in run.rows)
     with tempfile.TemporaryDirectory() as folder:
-        made = make_baselines(run, row, data, paths, Path(folder)) if quantized else Baselines(None, {})
-        files = {**paths, **made.files}
-        latency = compare(files, example_of(first_batch(data)), format=row.name) if row.benchmark else {}
-        baselines = measure_baselines(made, row, data, latency)
+        made = make_baselines(run, main, data, paths, Path(folder)) if quantized else Baselines(None, {})
+        latency = _latencies(exports, made, example_of(first_batch(data)))
+        baselines = measure_baselines(made, main, data, latency)
     measured = Measurements(
         verification=verifications,
         latency=latency,
@@ -50,7 +52,7 @@ def report_run(run: Run) -> dict[str, Any]:
         cost=_torch_latencies(run),
         language=evaluate_run(run, data) if run.recipe.evaluate else {},
     )
-    content = report_content(run, row, measured)
+    content = report_content(run, exports, measured)
     write_report(run.out, content)
     write_atomically(run.out / "report.md", markdown(content))
     return content
@@ -59,8 +61,19 @@ def report_run(run: Run) -> dict[str, Any]:
 def track_run(run: Run, content: dict[str, Any], tracking: Tracking) -> None:
     """Send the report and the exported files to the recipe's tracker, if it has one, and close the tracker."""
     pages = [run.out / name for name in ("report.html", "report.md", "report.json")]
-    models = {row["stage"]: exported_path(run, row["stage"]) for row in content["rows"]}
+    models = {exported.name: exported.path for exported in exports_of(run)}
     tracking.log_report(content, [page for page in pages if page.exists()], models)
+
+
+def _latencies(exports: Sequence[Exported], made: Baselines, example: Example) -> dict[str, list[Latency]]:
+    """Latencies of all files whose format has a benchmark, in alternation, by name."""
+    files = {
+        exported.name: File(exported.path, example, exported.format.name)
+        for exported in exports
+        if exported.format.benchmark
+    }
+    files |= {name: File(path, example, exports[0].format.name) for name, path in made.files.items()}
+    return compare_files(files) if files else {}
 
 
 def _torch_latencies(run: Run) -> dict[str, dict[str, float]]:

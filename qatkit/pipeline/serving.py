@@ -10,9 +10,11 @@ from pathlib import Path
 from qatkit.errors import QatkitError
 from qatkit.export.runtime import Kernels
 from qatkit.pipeline.baselines import example_of, make_baselines
-from qatkit.pipeline.export import exported_path, first_batch, format_of, held_out_data
+from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.quantization.coverage import coverage
+from qatkit.report.bench import File
 from qatkit.report.serving import Served, serve
+from qatkit.run.exports import exports_of, formats_of
 from qatkit.run.folder import Run
 
 
@@ -21,13 +23,13 @@ class Bench:
     """The measured files of a run."""
 
     served: dict[str, Served]
-    """Measurements by stage or, for a file that the runtime quantized, by the name of its function."""
+    """Measurements by export or, for a file that the runtime quantized, by the name of its function."""
     dense: str | None
     """The floating-point stage; None if the comparison has none."""
     baselines: list[str]
     """Names of the files that were quantized without training."""
     last: str
-    """The last stage."""
+    """The last stage, in the first of the measured formats."""
     kernels: dict[str, Kernels]
     """The kernels of every file."""
     coverage: str
@@ -48,17 +50,19 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
             training.
     """
     run.check_recipe()
-    row, data = format_of(run), held_out_data(run)
-    if not row.benchmark:
+    exports = [exported for exported in exports_of(run) if exported.format.benchmark]
+    if not exports:
         raise QatkitError(
-            f"the latency of '{row.name}' exports is not measured",
+            f"the latency of {_quoted(run)} exports is not measured",
             key="export.format",
             advice="use format: onnx or openvino",
         )
-    paths = {stage: exported_path(run, stage) for stage in run.rows}
-    for path in paths.values():
-        if not path.exists():
-            raise QatkitError("there is no such file", key=str(path), advice=f"run `qatkit export {run.out}`")
+    for exported in exports:
+        if not exported.path.exists():
+            raise QatkitError("there is no such file", key=str(exported.path), advice=f"run `qatkit export {run.out}`")
+    row, data = exports[0].format, held_out_data(run)
+    paths = {exported.stage: exported.path for exported in exports if exported.format is row}
+    names = {exported.stage: exported.name for exported in exports if exported.format is row}
     last = list(paths)[-1]
     if against and not row.baselines:
         raise QatkitError(
@@ -74,7 +78,14 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
                 key="--against",
                 advice="omit --against, or add a stage without quantize to the recipe",
             )
-        files = {**paths, **made.files}
-        served = serve(files, example_of(first_batch(data)), batch_sizes, threads, row.name)
-        kernels = {name: row.call("kernels", path) for name, path in files.items()}
-    return Bench(served, made.dense, list(made.files), last, kernels, str(coverage(run.load_model(last))))
+        example = example_of(first_batch(data))
+        files = {exported.name: File(exported.path, example, exported.format.name) for exported in exports}
+        files |= {name: File(path, example, row.name) for name, path in made.files.items()}
+        served = serve(files, batch_sizes, threads)
+        kernels = {name: file.row.call("kernels", file.path) for name, file in files.items()}
+    dense = None if made.dense is None else names[made.dense]
+    return Bench(served, dense, list(made.files), names[last], kernels, str(coverage(run.load_model(last))))
+
+
+def _quoted(run: Run) -> str:
+    return " and ".join(f"'{row.name}'" for row in formats_of(run))

@@ -97,13 +97,14 @@ class Tracking:
         Args:
             content: The content of ``report.json``.
             pages: The files of the report.
-            models: The exported file of every stage in the comparison.
+            models: The exported files by name.
         """
 
         def send(run: Any) -> None:
             import wandb
 
-            rows = {row["stage"]: numbers_of(row) for row in content["rows"]}
+            files = [*content["rows"], *content["others"]]
+            rows = {row["file"]: numbers_of(row) for row in files}
             metric = content["rows"][0]["verification"]["metric"]
             rows |= {
                 row["name"]: numbers_of_baseline(row, metric) for row in content["baselines"] if not row["failure"]
@@ -119,8 +120,8 @@ class Tracking:
             for page in pages:
                 report.add_file(str(page.resolve()), policy="immutable")
             run.log_artifact(report)
-            for row in content["rows"]:
-                run.log_artifact(model_artifact(content, row, models[row["stage"]]))
+            for row in files:
+                run.log_artifact(model_artifact(content, row, models[row["file"]]))
 
         self._guarded(send)
         self.close()

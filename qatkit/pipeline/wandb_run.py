@@ -144,8 +144,8 @@ def model_artifact(content: Mapping[str, Any], row: Mapping[str, Any], path: Pat
     """Create an artifact from an exported file, with its verification as metadata."""
     import wandb
 
-    metadata = {"stage": row["stage"], "format": content["format"], **numbers_of(row), **row["verification"]}
-    artifact = wandb.Artifact(f"{content['name']}-{row['stage']}", type="model", metadata=metadata)
+    metadata = {"stage": row["stage"], "format": row["format"], **numbers_of(row), **row["verification"]}
+    artifact = wandb.Artifact(f"{content['name']}-{row['file'].replace('/', '-')}", type="model", metadata=metadata)
     # not copied: an offline run would otherwise store every model twice
     if path.is_dir():
         artifact.add_dir(str(path.resolve()), policy="immutable")

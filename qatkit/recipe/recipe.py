@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from qatkit.common.ranges import Range, Seed, check_ranges
 from qatkit.errors import QatkitError, did_you_mean, under
@@ -13,6 +13,7 @@ from qatkit.export.formats import FORMATS
 from qatkit.recipe.common import MISSING, FactoryConfig
 from qatkit.recipe.evaluate import EvaluateConfig
 from qatkit.recipe.expansion import check_rewind, expanded
+from qatkit.recipe.schema import BLOCKS
 from qatkit.recipe.stage import StageConfig
 
 SCHEMA_VERSION = 1
@@ -42,7 +43,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The export format of the trained models."""
+    """An export format of the trained models."""
 
     format: str = MISSING
     """A name in `qatkit.export.formats.FORMATS`, such as onnx."""
@@ -64,7 +65,8 @@ class Recipe:
     stages: dict[str, StageConfig] = MISSING
     seed: Seed = 0
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    export: ExportConfig | None = None
+    export: Any = field(default=None, metadata={BLOCKS: ExportConfig})
+    """An `ExportConfig`, or a list of them for several formats; None exports nothing."""
     evaluate: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Recipe:
         if self.stages == MISSING:
             return
         self._check_names()
+        self._check_formats()
         object.__setattr__(self, "stages", expanded(self.stages, self.seed))
         self._check_references()
         self._check_order()
@@ -103,6 +106,25 @@ class Recipe:
                 key=f"stages.{first}.model",
                 advice="set the top-level model instead",
             )
+
+    def _check_formats(self) -> None:
+        if self.export == []:
+            raise QatkitError("is empty", key="export", advice="use [{format: onnx}], or remove the key")
+        first: dict[str, str] = {}
+        for key, config in self.exports.items():
+            if (before := first.setdefault(config.format, key)) != key:
+                raise QatkitError(
+                    f"'{config.format}' is also in {before}, and both would be written to the same files",
+                    key=f"{key}.format",
+                    advice="list each format once",
+                )
+
+    @property
+    def exports(self) -> dict[str, ExportConfig]:
+        """The export formats by dotted key: ``export``, or ``export[0]`` and so on; the first is the main format."""
+        if isinstance(self.export, list):
+            return {f"export[{index}]": config for index, config in enumerate(self.export)}
+        return {} if self.export is None else {"export": self.export}
 
     def _check_references(self) -> None:
         names = list(self.stages)

@@ -22,6 +22,10 @@ from qatkit.recipe.common import MISSING
 OLD_KEYS = {"LotteryConfig": {"share": "fraction"}}
 """Renamed keys by class, each with its replacement."""
 
+BLOCKS = "blocks"
+"""Key in the metadata of a field that holds one block or a list of blocks: the class of the blocks. OmegaConf has no
+such type, so the field itself is annotated as `Any`."""
+
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
 
@@ -90,7 +94,12 @@ def _read_object(cls: type[Any], value: Any, path: str, resolved: bool) -> Any:
     for field in fields(cls):
         here = join_key(path, field.name)
         if field.name in value:
-            arguments[field.name] = read(hints[field.name], value[field.name], here, resolved)
+            block = value[field.name]
+            hint = field.metadata.get(BLOCKS, hints[field.name])
+            if BLOCKS in field.metadata and isinstance(block, list):
+                hint = list[hint]  # type: ignore[valid-type]  # a type that is known only at run time
+            if block is not None or BLOCKS not in field.metadata:
+                arguments[field.name] = read(hint, block, here, resolved)
         elif field.default == MISSING or (field.default is NO_DEFAULT and field.default_factory is NO_DEFAULT):
             raise QatkitError("is missing", key=here, advice="set the key")
     if not resolved:

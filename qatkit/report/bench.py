@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import format_of_path
+from qatkit.export.formats import ExportFormat, format_of_path
 
 Example = Tensor | Mapping[str, Tensor]
 """One input batch."""
@@ -31,6 +31,11 @@ class File:
     """One input batch: a tensor ``[batch, ...]``, or tensors by input name."""
     format: str | None = None
     """The export format; None infers it from the file name."""
+
+    @property
+    def row(self) -> ExportFormat:
+        """The row of the export format."""
+        return format_of_path(self.path, self.format)
 
 
 class Latency(TypedDict):
@@ -119,7 +124,7 @@ def compare_files(
     for key, value in (("threads", threads), ("repeats", repeats), *(("batch_sizes", size) for size in batch_sizes)):
         if value < 1:
             raise QatkitError(f"{value} is out of range", key=key, advice="pass a positive integer")
-    runtimes = {name: _load(file.path, threads, file.format) for name, file in files.items()}
+    runtimes = {name: _load(file, threads) for name, file in files.items()}
     rows: dict[str, list[Latency]] = {name: [] for name in files}
     for size in batch_sizes:
         calls = {name: resized_call(runtime, files[name].example, size) for name, runtime in runtimes.items()}
@@ -171,11 +176,10 @@ def in_random_order(timers: Mapping[str, Callable[[], float]], rounds: int) -> d
     return found
 
 
-def _load(path: Path, threads: int, format: str | None) -> Callable[..., object]:
-    row = format_of_path(path, format)
-    if not row.benchmark:
-        raise QatkitError(f"the latency of '{row.name}' exports is not measured", key=str(path))
-    load: Callable[..., object] = row.call("benchmark", path, threads)
+def _load(file: File, threads: int) -> Callable[..., object]:
+    if not file.row.benchmark:
+        raise QatkitError(f"the latency of '{file.row.name}' exports is not measured", key=str(file.path))
+    load: Callable[..., object] = file.row.call("benchmark", file.path, threads)
     return load
 
 

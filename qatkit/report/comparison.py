@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML has no types of its own
 from qatkit.report.metrics import metric_of
 from qatkit.report.sections import Entry, baseline_rows, merged_table, tradeoffs_of
 from qatkit.report.svg import SERIES
-from qatkit.report.tables import comparison
+from qatkit.report.tables import comparison, files_of
 from qatkit.tasks.metrics import Metric
 
 FRONT = "on the Pareto front"
@@ -29,11 +29,11 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: boo
     """
     columns, rows = merged_table(reports)
     owners = [index for index, report in enumerate(reports) for _ in comparison(report)]
-    shown = [[*report["rows"], *baseline_rows(report, metric_of(report))] for report in reports]
+    shown = [[*files_of(report), *baseline_rows(report, metric_of(report))] for report in reports]
     entries: dict[Metric, list[Entry]] = {}
     for index, (report, name) in enumerate(zip(reports, names, strict=True)):
         entries.setdefault(metric_of(report), []).extend(
-            (row, str(index + 1), f"{name}, {row['stage']}", SERIES[index % len(SERIES)]) for row in shown[index]
+            (row, str(index + 1), f"{name}, {row['file']}", SERIES[index % len(SERIES)]) for row in shown[index]
         )
     metrics = [metric_of(report) for report in reports]
     data = [json.dumps(yaml.safe_load(report["recipe"]).get("data"), default=str) for report in reports]
@@ -50,9 +50,9 @@ def compared(reports: Sequence[dict[str, Any]], names: Sequence[str], joint: boo
         # files with different metrics cannot share an axis
         "tradeoffs": [(metric, tradeoffs_of(f"all-{metric.name}", metric, own)) for metric, own in entries.items()],
         "failed": [
-            f"{name}, {row['stage']}"
+            f"{name}, {row['file']}"
             for report, name in zip(reports, names, strict=True)
-            for row in report["rows"]
+            for row in files_of(report)
             if not row["verification"]["passed"]
         ],
     }

@@ -19,15 +19,15 @@ from torch import nn
 
 from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
-from qatkit.export.formats import ExportFormat
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.report.curves import read_curves
 from qatkit.report.histograms import weight_histograms
+from qatkit.run.exports import Exported
 from qatkit.run.folder import Run
 from qatkit.run.stage_files import check_logs, measured_zeros
 
-SCHEMA = 1
+SCHEMA = 2
 """Schema version of ``report.json``; incremented when the meaning of a key changes or a key is removed."""
 
 
@@ -38,6 +38,7 @@ class _Report(TypedDict):
     format: str
     written: str
     rows: list[dict[str, Any]]
+    others: list[dict[str, Any]]
     baselines: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     recipe: str
@@ -47,41 +48,45 @@ class _Report(TypedDict):
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measured values of a report, by stage."""
+    """Measured values of a report."""
 
     verification: Mapping[str, dict[str, Any]]
-    """The fields of a `Verification`."""
+    """The fields of a `Verification`, by the name of the export."""
     latency: Mapping[str, list[Any]] = field(default_factory=dict)
-    """Latency of the exported file in its runtime, one entry per batch size; empty if it is not measured."""
+    """Latency of an exported file in its runtime by name, one entry per batch size; empty if it is not measured."""
     cost: Mapping[str, dict[str, float]] = field(default_factory=dict)
-    """Latency of the plain model in PyTorch, if the stages have different models."""
+    """Latency of the plain model in PyTorch by stage, if the stages have different models."""
     language: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    """Results of the ``evaluate`` block."""
+    """Results of the ``evaluate`` block by stage."""
     baselines: Sequence[dict[str, Any]] = ()
     """Results of the runtime's own post-training quantization."""
 
 
-def report_content(run: Run, row: ExportFormat, measured: Measurements) -> dict[str, Any]:
+def report_content(run: Run, exports: Sequence[Exported], measured: Measurements) -> dict[str, Any]:
     """Assemble the report of a run.
 
     Args:
         run: The run, with all stages finished and exported.
-        row: The export format.
+        exports: All exports, those in the main format first.
         measured: Measured values.
     """
+    formats = list({exported.format.name: exported.format for exported in exports}.values())
+    main = [exported for exported in exports if exported.format is formats[0]]
     machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "threads": torch.get_num_threads()}
     versions = {name: version(name) for name in ("qatkit", "torch", "lightning")}
+    packages = {name: number for row in formats for name, number in row.versions().items()}
     return {
         "schema": SCHEMA,
         "name": run.recipe.name,
-        "format": row.name,
+        "format": formats[0].name,
         "written": datetime.now().astimezone().isoformat(" ", "minutes"),
-        "rows": [_row(run, row, stage, measured) for stage in run.rows],
+        "rows": [_row(run, exported, measured) for exported in main],
+        "others": [_file(run, exported, measured) for exported in exports if exported not in main],
         "baselines": list(measured.baselines),
         "stages": [_training(run, stage) for stage in run.recipe.stages],
         "recipe": (run.out / "recipe.yaml").read_text(encoding="utf-8"),
         "machine": machine,
-        "versions": versions | row.versions() | {"python": platform.python_version()},
+        "versions": versions | packages | {"python": platform.python_version()},
     }
 
 
@@ -109,27 +114,37 @@ def _text(content: Any) -> str:
     return re.sub(r"\[\n\s*(-?\d[^\[\]{}\"]*?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
 
 
-def _row(run: Run, row: ExportFormat, stage: str, measured: Measurements) -> dict[str, Any]:
-    """One row of the comparison: an exported stage with its size, metrics, latency and verification."""
-    record, config = run.record(stage), run.recipe.stages[stage]
-    path = row.path(run.out / "export" / stage)
-    metrics = {key: value for key, value in record.metrics.items() if key.startswith("test/")}
-    return {
-        "stage": stage,
-        "kind": "dense" if stage in run.uncompressed else "trained" if config.max_steps else "post-training",
-        "adapters": config.lora.title if config.lora is not None and config.max_steps else "",
-        **{f"test_{key.removeprefix('test/')}": value for key, value in metrics.items()},
-        "bytes": row.size(path),
-        "dense_bytes": row.call("dense_bytes", path) if row.dense_bytes else None,
+def _row(run: Run, exported: Exported, measured: Measurements) -> dict[str, Any]:
+    """One stage of the comparison: its export in the main format, and what is known of its model."""
+    stage = exported.stage
+    record = run.record(stage)
+    return _file(run, exported, measured) | {
         "cost": record.cost | measured.cost.get(stage, {}),
-        "latency": measured.latency.get(stage, []),
-        "kernels": asdict(row.call("kernels", path)) if row.kernels else None,
-        "verification": measured.verification[stage],
         "language": measured.language.get(stage),
-        "layers": record.layers,
         "zeros": measured_zeros(run.folder(stage)),
         "histograms": _histograms(run, stage),
         "seconds": record.seconds,
+    }
+
+
+def _file(run: Run, exported: Exported, measured: Measurements) -> dict[str, Any]:
+    """One exported file with its size, metrics, latency and verification."""
+    stage, row, path = exported.stage, exported.format, exported.path
+    record, config = run.record(stage), run.recipe.stages[stage]
+    metrics = {key: value for key, value in record.metrics.items() if key.startswith("test/")}
+    return {
+        "file": exported.name,
+        "stage": stage,
+        "format": row.name,
+        "kind": "dense" if stage in run.uncompressed else "trained" if config.max_steps else "post-training",
+        "adapters": config.lora.title if config.lora is not None and config.max_steps else "",
+        **{f"test_{key.removeprefix('test/')}": value for key, value in metrics.items()},
+        "bytes": exported.bytes,
+        "dense_bytes": row.call("dense_bytes", path) if row.dense_bytes else None,
+        "latency": measured.latency.get(exported.name, []),
+        "kernels": asdict(row.call("kernels", path)) if row.kernels else None,
+        "verification": measured.verification[exported.name],
+        "layers": record.layers,
     }
 
 

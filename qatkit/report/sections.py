@@ -12,7 +12,16 @@ from qatkit.report.metrics import metric_of
 from qatkit.report.sentences import headline, parity, tiles
 from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
 from qatkit.report.svg import KINDS
-from qatkit.report.tables import comparison, headers, model_table, sparse_notes, split_note, zeros_table
+from qatkit.report.tables import (
+    comparison,
+    files_of,
+    format_words,
+    headers,
+    model_table,
+    sparse_notes,
+    split_note,
+    zeros_table,
+)
 from qatkit.tasks.metrics import Metric
 
 HISTOGRAMS, BARS = 12, 24
@@ -39,14 +48,15 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
     """
     columns, rows = merged_table([report])
     metric = metric_of(report)
-    shown = [*report["rows"], *baseline_rows(report, metric)]
-    entries = [(row, row["stage"], row["stage"], KINDS[row["kind"]]) for row in shown]
+    shown = [*files_of(report), *baseline_rows(report, metric)]
+    entries = [(row, row["file"], row["file"], KINDS[row["kind"]]) for row in shown]
     return {
         "key": key,
         "name": name,
         "report": report,
         "metric": metric,
         "note": split_note(report),
+        "formats": format_words(report),
         "headline": headline(report),
         "slower": slowdowns(report),
         "speed": [*kernel_notes(report), *missing_baselines(report)],
@@ -57,7 +67,7 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         "models": model_table(report),
         "zeros": zeros_table(report),
         "sparse": sparse_notes(report),
-        "parity": [(row["stage"], parity(row["verification"])) for row in report["rows"]],
+        "parity": [(row["file"], parity(row["verification"])) for row in files_of(report)],
         "stages": [_training(key, metric, stage) for stage in report["stages"]],
         "histograms": _histograms(key, report["rows"], max(4, HISTOGRAMS // runs)),
         "layers": _layers(key, [row for row in report["rows"] if row["layers"]], max(8, BARS // runs)),
@@ -85,7 +95,7 @@ def baseline_rows(report: dict[str, Any], metric: Metric) -> list[dict[str, Any]
     """Return the baselines as rows of a figure, with their metric in the runtime."""
     judged = {"kind": "post-training", "verification": report["rows"][0]["verification"]}
     return [
-        {**row, **judged, "stage": row["name"], f"test_{metric.name}": row["runtime_metric"]}
+        {**row, **judged, "file": row["name"], f"test_{metric.name}": row["runtime_metric"]}
         for row in report["baselines"]
         if not row["failure"]
     ]

@@ -139,14 +139,13 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
                 state="",
             )
         )
-    failed = [row["stage"] for row in report["rows"] if not row["verification"]["passed"]]
+    files = [*report["rows"], *report["others"]]
+    failed = [row["file"] for row in files if not row["verification"]["passed"]]
     shown.append(
         Tile(
             label="parity of training and runtime",
             value="FAILED" if failed else "verified",
-            note=f"see below: {', '.join(failed)}"
-            if failed
-            else f"all {len(report['rows'])} files, reloaded from disk",
+            note=f"see below: {', '.join(failed)}" if failed else f"all {len(files)} files, reloaded from disk",
             state="bad" if failed else "good",
         )
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qatkit.export.formats import FORMATS
-from qatkit.report.bench import Example, in_random_order, resized_call
+from qatkit.report.bench import File, in_random_order, resized_call
 
 SECONDS = 3.0
 """Time per file and batch size, about."""
@@ -55,33 +55,28 @@ class Served:
         return batch / self.percentile(batch, 50)
 
 
-def serve(
-    paths: Mapping[str, Path], example: Example, batch_sizes: Sequence[int], threads: int, format: str
-) -> dict[str, Served]:
+def serve(files: Mapping[str, File], batch_sizes: Sequence[int], threads: int) -> dict[str, Served]:
     """Measure files with alternating calls, so that machine load affects all of them equally.
 
     Args:
-        paths: Files by name.
-        example: One input batch, repeated or truncated to each batch size.
+        files: Files by name, each with an input batch that is repeated or truncated to each batch size.
         batch_sizes: Batch sizes to measure.
-        threads: Threads of the runtime.
-        format: The files' export format.
+        threads: Threads of the runtimes.
 
     Returns:
         The measurements, by name.
 
     Raises:
-        QatkitError: the runtime cannot load a file.
+        QatkitError: a runtime cannot load its file.
     """
-    row = FORMATS[format]
-    footprints = {name: _footprint(path, example, batch_sizes, threads, format) for name, path in paths.items()}
-    runtimes = {name: row.call("benchmark", path, threads) for name, path in paths.items()}
-    seconds: dict[str, dict[int, np.ndarray[Any, Any]]] = {name: {} for name in paths}
+    footprints = {name: _footprint(file, batch_sizes, threads) for name, file in files.items()}
+    runtimes = {name: file.row.call("benchmark", file.path, threads) for name, file in files.items()}
+    seconds: dict[str, dict[int, np.ndarray[Any, Any]]] = {name: {} for name in files}
     for size in batch_sizes:
-        calls = {name: resized_call(runtime, example, size) for name, runtime in runtimes.items()}
+        calls = {name: resized_call(runtime, files[name].example, size) for name, runtime in runtimes.items()}
         for name, times in _alternate(calls).items():
             seconds[name][size] = times
-    return {name: Served(row.size(path), *footprints[name], seconds[name]) for name, path in paths.items()}
+    return {name: Served(file.row.size(file.path), *footprints[name], seconds[name]) for name, file in files.items()}
 
 
 def speedup(slow: np.ndarray[Any, Any], fast: np.ndarray[Any, Any]) -> Ratio:
@@ -110,13 +105,12 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _footprint(
-    path: Path, example: Example, batch_sizes: Sequence[int], threads: int, format: str
-) -> tuple[float, int | None]:
+def _footprint(file: File, batch_sizes: Sequence[int], threads: int) -> tuple[float, int | None]:
     """Load time in seconds and bytes of memory in a new process."""
+    example = file.example
     arrays = example.numpy() if isinstance(example, Tensor) else {name: each.numpy() for name, each in example.items()}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_load_and_run, path, arrays, batch_sizes, threads, format).result()
+        return pool.submit(_load_and_run, file.path, arrays, batch_sizes, threads, file.row.name).result()
 
 
 def _load_and_run(

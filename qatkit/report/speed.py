@@ -36,9 +36,9 @@ def slowdowns(report: dict[str, Any]) -> list[str]:
 def kernel_notes(report: dict[str, Any]) -> list[str]:
     """Return a sentence for every quantized stage with products that the runtime computes in floating point."""
     return [
-        f"{row['stage']}: {sum(row['kernels']['floating'].values())} of {_products(row['kernels'])} matrix products "
+        f"{row['file']}: {sum(row['kernels']['floating'].values())} of {_products(row['kernels'])} matrix products "
         f"run in floating point ({float_words(row['kernels'])}); see docs/runtimes.md"
-        for row in report["rows"]
+        for row in [*report["rows"], *report["others"]]
         if row["layers"] and row["kernels"] and row["kernels"]["floating"]
     ]
 

@@ -15,10 +15,19 @@ if TYPE_CHECKING:
 
 def headers(report: dict[str, Any]) -> list[str]:
     """Return the columns of the comparison, including one for each measured batch size."""
-    sizes = [latency["batch_size"] for latency in report["rows"][0]["latency"]]
+    speed = [f"batch of {size}" for size in _sizes(report)]
     judged = f"test {metric_of(report).name}"
-    speed = [f"batch of {n}" for n in sizes]
     return ["stage", "kind", judged, "in the runtime", *_language_headers(report), "size", *speed, "parity"]
+
+
+def files_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of all exported files: the stages in the main format, then those in the other formats."""
+    return [*report["rows"], *report["others"]]
+
+
+def _sizes(report: dict[str, Any]) -> list[int]:
+    """The batch sizes of which a latency was measured."""
+    return list(dict.fromkeys(each["batch_size"] for row in files_of(report) for each in row["latency"]))
 
 
 def _language_headers(report: dict[str, Any]) -> list[str]:
@@ -43,26 +52,35 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
     """Return the cells of the comparison by row, in the order of `headers`; ratios are relative to the first row."""
     first, metric = report["rows"][0], metric_of(report)
     rows = []
-    for row in report["rows"]:
-        check = row["verification"]
+    for row in files_of(report):
+        check, main = row["verification"], row["format"] == report["format"]
         loss = f" (loss {row['test_loss']:.4f})" if metric is PERPLEXITY else ""
         bits = sorted({f"w{layer['weight_bits']}a{layer['activation_bits']}" for layer in row["layers"]})
+        language = _language_cells(row) if main else ["-" for _ in _language_headers(report)]
         rows.append(
             [
-                row["stage"],
+                row["file"],
                 " ".join(word for word in (row["kind"], row.get("adapters"), *bits) if word),
                 metric.show(metric.of(row)) + loss,
                 metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
-                *_language_cells(row),
+                *language,
                 f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
-                *(
-                    f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", row is first)
-                    for now, then in zip(row["latency"], first["latency"], strict=True)
-                ),
+                *_latency_cells(report, row),
                 "passed" if check["passed"] else "FAILED",
             ]
         )
     return rows + [_baseline_cells(report, row) for row in report["baselines"] if not row["failure"]]
+
+
+def _latency_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """One cell per batch size, with the speed relative to the first row if that was measured."""
+    first = report["rows"][0]
+    own, then = ({each["batch_size"]: each["median_ms"] for each in part["latency"]} for part in (row, first))
+    cells = []
+    for size in _sizes(report):
+        ratio = _ratio(then[size] / own[size], "speed", row is first) if size in own and size in then else ""
+        cells.append(f"{own[size]:.3f} ms{ratio}" if size in own else "-")
+    return cells
 
 
 def _baseline_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -75,10 +93,7 @@ def _baseline_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
         metric_of(report).show(row["runtime_metric"]),
         *("-" for _ in _language_headers(report)),
         f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", False),
-        *(
-            f"{now['median_ms']:.3f} ms" + _ratio(then["median_ms"] / now["median_ms"], "speed", False)
-            for now, then in zip(row["latency"], first["latency"], strict=True)
-        ),
+        *_latency_cells(report, row),
         "-",
     ]
 
@@ -124,9 +139,9 @@ def zeros_table(report: dict[str, Any]) -> list[list[str]]:
 def sparse_notes(report: dict[str, Any]) -> list[str]:
     """For every sparse file, return a sentence that compares its size with dense storage."""
     return [
-        f"{row['stage']}: the file takes {row['bytes'] / 1000:.1f} kB, {row['bytes'] / row['dense_bytes']:.1%} of the "
+        f"{row['file']}: the file takes {row['bytes'] / 1000:.1f} kB, {row['bytes'] / row['dense_bytes']:.1%} of the "
         f"{row['dense_bytes'] / 1000:.1f} kB that the same weights take in dense storage"
-        for row in report["rows"]
+        for row in files_of(report)
         if row.get("dense_bytes")
     ]
 
@@ -150,11 +165,22 @@ def _ratio(ratio: float, word: str, itself: bool) -> str:
     return "" if itself else f" ({ratio:.2f}x {word})"
 
 
+def format_words(report: dict[str, Any]) -> str:
+    """Return the names of the export formats, the main one first.
+
+    Example:
+        >>> format_words({"rows": [{"format": "onnx"}], "others": [{"format": "openvino"}, {"format": "dense"}]})
+        'onnx, openvino and dense'
+    """
+    *first, last = dict.fromkeys(row["format"] for row in files_of(report))
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def terminal_table(report: dict[str, Any]) -> Table:
     """Return the comparison as a `rich` table."""
     from rich.table import Table
 
-    table = Table(title=f"{report['name']} ({report['format']})")
+    table = Table(title=f"{report['name']} ({format_words(report)})")
     for header in headers(report):
         table.add_column(header, overflow="fold")
     for cells in comparison(report):
@@ -166,8 +192,8 @@ def markdown(report: dict[str, Any]) -> str:
     """Return the complete report as Markdown: comparison, verification, and all layers."""
     lines = [f"# {report['name']}", "", *_table(headers(report), comparison(report)), ""]
     lines += [f"{split_note(report)} Size is the exported file's size on disk.", "", "## Parity", ""]
-    for row in report["rows"]:
-        lines.append(f"- **{row['stage']}**: {row['verification']['text']}")
+    for row in files_of(report):
+        lines.append(f"- **{row['file']}**: {row['verification']['text']}")
     if table := model_table(report):
         lines += ["", "## Models", "", *_table(table[0], table[1:])]
     if table := zeros_table(report):

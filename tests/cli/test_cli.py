@@ -55,8 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_ends_with_exports_verifications_and_a_report(run: Path) -> None:
     for stage in ("dense", "ptq", "qat"):
-        assert (run / "export" / stage / "model.onnx").is_file()
-        assert json.loads((run / "export" / stage / "verification.json").read_text())["passed"]
+        assert (run / "export" / stage / "onnx" / "model.onnx").is_file()
+        assert json.loads((run / "export" / stage / "onnx" / "verification.json").read_text())["passed"]
     report = json.loads((run / "report.json").read_text())
     assert [(row["stage"], row["kind"]) for row in report["rows"]] == [
         ("dense", "dense"),
@@ -96,7 +96,7 @@ def test_a_terminal_sees_a_bar_for_each_stage_with_metrics(tmp_path: Path) -> No
 
 
 def test_a_tampered_file_fails_verify_with_exit_code_1_and_the_layer(run: Path) -> None:
-    path = run / "export" / "qat" / "model.onnx"
+    path = run / "export" / "qat" / "onnx" / "model.onnx"
     kept = path.read_bytes()
     model = onnx.load(path)
     codes = next(tensor for tensor in model.graph.initializer if tensor.name.startswith("conv2.weight.codes"))

@@ -23,8 +23,8 @@ READ_BY = {
     "stages/dense/model/model.safetensors": RUN,
     "stages/qat/quantizers.safetensors": ("export", "run"),
     "stages/dense/logs/attempt_0/metrics.csv": ("report", "run"),
-    "export/qat/verification.json": ("report", "run"),
-    "export/dense/model.safetensors": ("report", "run"),
+    "export/qat/dense/verification.json": ("report", "run"),
+    "export/dense/dense/model.safetensors": ("report", "run"),
     "teachers/qat/cache.json": ("cache-teacher", *RUN[1:]),
     "teachers/qat/000000.arrow": ("cache-teacher", *RUN[1:]),
 }
@@ -74,7 +74,7 @@ def largest_file(size: int) -> Iterator[None]:
     ("size", "command", "name"),
     [
         (100, RUN, "run/recipe.yaml"),
-        (3000, ("export", "run"), "export/dense/model.safetensors"),
+        (3000, ("export", "run"), "export/dense/dense/model.safetensors"),
         (3000, ("run", "recipe.yaml", "stages.qat.lr=1e-2", "--force", "--out", "run"), "stages/qat/last.ckpt"),
     ],
 )

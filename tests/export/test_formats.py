@@ -44,11 +44,11 @@ def test_a_format_of_one_row_is_validated_exported_verified_and_reported(tmp_pat
     torch.set_num_threads(1)
     result = CliRunner().invoke(app, ["run", "vision/digits_int4", *SHORT, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "export" / "qat" / "model.toy").is_file()
+    assert (tmp_path / "export" / "qat" / "toy" / "model.toy").is_file()
     report = json.loads((tmp_path / "report.json").read_text())
     check = report["rows"][-1]["verification"]
     assert (report["format"], check["format"], check["passed"], check["allowed_error"]) == ("toy", "toy", True, 1e-6)
-    assert report["rows"][-1]["bytes"] == (tmp_path / "export" / "qat" / "model.toy").stat().st_size
+    assert report["rows"][-1]["bytes"] == (tmp_path / "export" / "qat" / "toy" / "model.toy").stat().st_size
     assert "a toy bound" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert "The toy runtime computes what training computed." in page

@@ -383,7 +383,7 @@ def test_a_recipe_is_trained_exported_verified_and_measured(tmp_path: Path) -> N
     (tmp_path / "served.yaml").write_text(RECIPE)
     done = qatkit("run", "served.yaml", "--out", "run", "--quiet", cwd=tmp_path)
     assert done.code == 0, done.err
-    assert (tmp_path / "run" / "export" / "int7" / "model.bin").exists()
+    assert (tmp_path / "run" / "export" / "int7" / "openvino" / "model.bin").exists()
     done = qatkit("bench", "run", "--batch", "1", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
     assert '"integer": {"Convolution": ' in done.out

@@ -16,6 +16,7 @@ from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import read_verification, verify_run
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.exports import exports_of
 from qatkit.run.folder import Run
 
 SHORT = ["stages.dense.max_steps=5", "stages.qat.max_steps=5", "model.args.channels=[8,8]", "export.format=dense"]
@@ -31,25 +32,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made
 
 
-@pytest.mark.parametrize("changed", ["export/qat/model.safetensors", "stages/qat/model/model.safetensors"])
+@pytest.mark.parametrize("changed", ["export/qat/dense/model.safetensors", "stages/qat/model/model.safetensors"])
 def test_a_verdict_about_another_file_is_refused_by_that_files_name(changed: str, run: Run) -> None:
-    assert read_verification(run, "qat")["passed"]
+    assert read_verification(run, exports_of(run)[-1])["passed"]
     path = run.out / changed
     content = path.read_bytes()
     tensors = load_file(path)
     tensors["conv1.weight"].view(-1)[0] += 1
     save_file(tensors, path)
     with pytest.raises(QatkitError, match=rf"{changed}: the file has changed since verification; run `qatkit export"):
-        read_verification(run, "qat")
+        read_verification(run, exports_of(run)[-1])
     path.write_bytes(content)
-    assert read_verification(run, "qat")["passed"]
+    assert read_verification(run, exports_of(run)[-1])["passed"]
 
 
 def test_verify_names_a_file_that_changed_too_little_to_fail(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(run.out, out)
     copied = Run(run.recipe, out)
-    path = out / "export" / "dense" / "model.safetensors"
+    path = out / "export" / "dense" / "dense" / "model.safetensors"
     verify_run(copied)  # nothing changed: nothing is said
     with path.open("r+b") as file:
         header = file.read(200).replace(b'"format"', b'"Format"')
@@ -58,21 +59,21 @@ def test_verify_names_a_file_that_changed_too_little_to_fail(run: Run, tmp_path:
     with pytest.warns(QatkitWarning, match=r"dense/model\.safetensors: the file changed after it was verified"):
         verify_run(copied)
     export_run(copied)
-    assert not (out / "export" / "dense" / "verification.json").exists()
+    assert not (out / "export" / "dense" / "dense" / "verification.json").exists()
     verify_run(copied)  # an export is no surprise
 
 
 def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, tmp_path: Path) -> None:
-    path = run.out / "export" / "dense" / "verification.json"
+    path = run.out / "export" / "dense" / "dense" / "verification.json"
     content = path.read_text()
     path.unlink()
-    with pytest.raises(QatkitError, match="stage 'dense' has not been verified; run `qatkit verify"):
-        read_verification(run, "dense")
+    with pytest.raises(QatkitError, match="'dense' has not been verified; run `qatkit verify"):
+        read_verification(run, exports_of(run)[0])
     path.write_text(content[:100])
     with pytest.raises(
         QatkitError, match=r"verification\.json is corrupt \(.*\); restore the file, or run `qatkit verify"
     ):
-        read_verification(run, "dense")
+        read_verification(run, exports_of(run)[0])
     path.write_text(content)
 
 

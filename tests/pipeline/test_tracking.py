@@ -135,12 +135,12 @@ def test_the_report_and_the_exported_models_are_artifacts_that_state_their_parit
     for stage in STAGES:
         artifact = artifacts[f"digits_int4-{stage}"]
         metadata = json.loads(artifact.metadata)
-        verification = json.loads((out / "export" / stage / "verification.json").read_text())
+        verification = json.loads((out / "export" / stage / "onnx" / "verification.json").read_text())
         assert metadata["parity"] == "passed"
         assert metadata["format"] == "onnx"
         assert (metadata["layers"], metadata["mean_error"]) == (verification["layers"], verification["mean_error"])
         (item,) = artifact.manifest.contents
-        assert Path(item.local_path) == (out / "export" / stage / "model.onnx").resolve()
+        assert Path(item.local_path) == (out / "export" / stage / "onnx" / "model.onnx").resolve()
         assert item.size == metadata["bytes"]
 
 

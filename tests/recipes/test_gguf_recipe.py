@@ -38,7 +38,7 @@ def test_the_file_has_the_tokenizer_of_the_data_and_verification_finds_another(
     torch.set_num_threads(1)
     run = Run(load_recipe("llm/int4_qat", OVERRIDES), tmp_path / "run")
     run_stages(run)
-    paths = {path.parent.name: path for path in export_run(run)}
+    paths = {path.parts[-3]: path for path in export_run(run)}
     checks = verify_run(run)
     assert {name: (check.passed, check.mean_error) for name, check in checks.items()} == {
         "dense": (True, 0.0), "ptq": (True, 0.0), "qat": (True, 0.0)

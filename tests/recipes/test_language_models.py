@@ -64,7 +64,7 @@ def test_a_stage_is_measured_as_transformers_measures_its_model(finished: Run) -
 
 
 def test_plain_transformers_loads_the_exported_folder_and_computes_what_was_trained(finished: Run) -> None:
-    folder = finished.out / "export" / "qat"
+    folder = finished.out / "export" / "qat" / "dense"
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer("def decode(self, value):", return_tensors="pt")["input_ids"]
@@ -90,7 +90,7 @@ def test_verification_compares_logits_and_perplexity_and_finds_one_changed_weigh
         assert "tokens, outputs differ by 0 on average" in check.text
     copy = Run(finished.recipe, tmp_path / "copy")
     shutil.copytree(finished.out, copy.out)
-    path = copy.out / "export" / "qat" / "model.safetensors"
+    path = copy.out / "export" / "qat" / "dense" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] += 0.1
     save_file(tensors, path)
@@ -170,7 +170,7 @@ def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finish
     shutil.copytree(finished.out / "stages", tmp_path / "stages")
     shutil.copy(finished.out / "recipe.yaml", tmp_path)
     run = Run(load_recipe("llm/int4_qat", SMALL), tmp_path)
-    assert [path.name for path in export_run(run)] == ["dense", "ptq", "qat"]
+    assert [path.parent.name for path in export_run(run)] == ["dense", "ptq", "qat"]
     assert all(check.passed for check in verify_run(run).values())
     report = {row["stage"]: row for row in report_run(run)["rows"]}
     assert report["qat"]["verification"]["runtime_metric"] == report["qat"]["verification"]["trained_metric"]
@@ -183,7 +183,7 @@ def test_int4_codes_are_shipped_to_transformers_with_tokenizer_and_config(finish
     assert 0 < scores["dense"]["loss"] < report["dense"]["test_loss"]  # more is seen before each token
     header = "| in the runtime | perplexity, context 16, stride 4 | agreement with dense | KL to dense | size |"
     assert header in (tmp_path / "report.md").read_text()
-    folder = tmp_path / "export" / "qat"
+    folder = tmp_path / "export" / "qat" / "compressed_tensors"
     tokens = AutoTokenizer.from_pretrained(folder)("def decode(self, value):", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits

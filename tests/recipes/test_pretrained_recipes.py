@@ -62,7 +62,7 @@ def test_the_text_becomes_the_tokens_of_the_model_and_its_tokenizer_is_shipped(f
     run_stages(run)
     export_run(run)
     theirs = AutoTokenizer.from_pretrained(folder)
-    assert AutoTokenizer.from_pretrained(run.out / "export" / "qlora").get_vocab() == theirs.get_vocab()
+    assert AutoTokenizer.from_pretrained(run.out / "export" / "qlora" / "dense").get_vocab() == theirs.get_vocab()
     data = stdlib_text(32, include=["email/*"], val_fraction=0.2, test_fraction=0.1, tokenizer=str(folder))
     text = theirs.decode(data.train[0]["input_ids"])  # type: ignore[index]
     assert len(text.split()) > 3

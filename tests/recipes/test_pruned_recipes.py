@@ -64,7 +64,7 @@ def test_two_of_four_zeros_survive_distillation_and_int4_training_and_ship_as_co
         assert not torch.equal(layer.weight, before), "the rest was trained"
     export_run(done)
     assert verify_run(done)["qat"].passed
-    shipped = load_file(done.out / "export" / "qat" / "model.safetensors")
+    shipped = load_file(done.out / "export" / "qat" / "dense" / "model.safetensors")
     for name, _ in qat_layers(final):
         assert not shipped[f"{name}.weight"][pruned.get_submodule(name).weight == 0].any()  # type: ignore[index, operator]
 

@@ -77,7 +77,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_plain_from_pretrained_loads_the_smaller_model_with_equal_outputs(text: Run) -> None:
-    loaded, notes = AutoModelForCausalLM.from_pretrained(text.out / "export" / "recover", output_loading_info=True)
+    folder = text.out / "export" / "recover" / "dense"
+    loaded, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not notes["missing_keys"]
     assert not notes["unexpected_keys"]
     config = loaded.config
@@ -94,7 +95,8 @@ def test_the_report_shows_parameters_multiplications_and_time_before_and_after(t
     rows = {row["stage"]: row for row in report_run(text)["rows"]}
     dense, cut = rows["dense"]["cost"], rows["cut"]["cost"]
     for stage, cost in (("dense", dense), ("cut", cut)):
-        assert cost["parameters"] == AutoModelForCausalLM.from_pretrained(text.out / "export" / stage).num_parameters()
+        loaded = AutoModelForCausalLM.from_pretrained(text.out / "export" / stage / "dense")
+        assert cost["parameters"] == loaded.num_parameters()
     per_token = {
         "dense": 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64),
         "cut": 2 * (2 * 24 * 16 + 2 * 24 * 8 + 3 * 24 * 32),

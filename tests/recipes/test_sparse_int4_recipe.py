@@ -69,7 +69,7 @@ def test_transformers_computes_the_trained_numbers_to_the_last_bit(shown: tuple[
     run, _ = shown
     tokens = torch.arange(16)[None]
     for stage in run.rows:
-        loaded = AutoModelForCausalLM.from_pretrained(run.out / "export" / stage).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(run.out / "export" / stage / "compressed_tensors").eval()
         with torch.no_grad():
             assert torch.equal(loaded(tokens).logits, run.load_model(stage).eval()(tokens).logits), stage
 
@@ -88,7 +88,7 @@ def test_two_of_every_four_codes_in_the_file_are_0_where_pruning_put_the_zeros(
     shown: tuple[Run, str], stage: str, before: str
 ) -> None:
     run, _ = shown
-    file = load_file(run.out / "export" / stage / "model.safetensors")
+    file = load_file(run.out / "export" / stage / "compressed_tensors" / "model.safetensors")
     pruned = run.load_model(before).state_dict()
     packed = [key.removesuffix(".weight_packed") for key in file if key.endswith(".weight_packed")]
     assert set(packed) == set(run.record(before).zeros) == set(run.record(stage).zeros)

@@ -66,7 +66,7 @@ def test_files_take_turns_and_are_warm_before_the_first_measurement(
         timed.append(call.func.name)  # type: ignore[attr-defined]  # a Recorded
         return 1e-3 * timed.count(timed[-1])
 
-    monkeypatch.setattr(module, "_load", lambda path, threads, format: Recorded(path))
+    monkeypatch.setattr(module, "_load", lambda file, threads: Recorded(file.path))
     monkeypatch.setattr(module, "_time", time_it)
     rows = compare(files, torch.rand(3, 64), batch_sizes=(7,), repeats=5)
     rounds = [timed[start : start + 2] for start in range(0, 10, 2)]

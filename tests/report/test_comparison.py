@@ -92,12 +92,12 @@ def test_a_stage_with_the_name_of_a_baseline_keeps_its_row(tmp_path: Path) -> No
     assert done.code == 0, done.err
     assert "a stage has the same name, 'quantize_static'; rename the stage" in done.out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [row["stage"] for row in report["rows"]] == ["dense", "quantize_static"]
+    assert [row["file"] for row in report["rows"]] == ["dense", "quantize_static"]
     assert [row["failure"] != "" for row in report["baselines"]] == [True]
 
 
 def test_a_file_that_has_changed_is_not_measured(folder: Path) -> None:
-    file = folder / "two" / "export" / "int8" / "model.onnx"
+    file = folder / "two" / "export" / "int8" / "onnx" / "model.onnx"
     content = file.read_bytes()
     try:
         file.write_bytes(content + b" ")

@@ -89,10 +89,10 @@ def test_a_language_model_is_judged_by_its_perplexity() -> None:
         check = {**CHECK, "samples": 92_000, "task": "causal"}
         return {
             "stage": stage, "kind": kind, "bytes": size, "test_accuracy": 0.4, "test_loss": loss,
-            "test_perplexity": math.exp(loss), "latency": [], "verification": check,
+            "test_perplexity": math.exp(loss), "file": stage, "latency": [], "verification": check,
         }  # fmt: skip
 
-    report = {"rows": [row("dense", "dense", 8_000_000, 2.0), row("qat", "trained", 2_000_000, 2.1)]}
+    report = {"rows": [row("dense", "dense", 8_000_000, 2.0), row("qat", "trained", 2_000_000, 2.1)], "others": []}
     assert headline(report) == (
         "4.0 times smaller than the dense model (2.0 MB instead of 8.0 MB), at 8.166 test perplexity instead of 7.389."
     )

@@ -16,7 +16,7 @@ def latency(*milliseconds: float) -> list[dict[str, float]]:
 
 def row(stage: str, times: list[dict[str, float]], layers: int = 0, **kernels: Any) -> dict[str, Any]:
     counts = {"integer": {}, "floating": {}, "reasons": {}, "weight_only": {}} | kernels
-    return {"stage": stage, "latency": times, "layers": [{}] * layers, "kernels": counts}
+    return {"stage": stage, "file": stage, "latency": times, "layers": [{}] * layers, "kernels": counts}
 
 
 def baseline(times: list[dict[str, float]]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_layers_in_floating_point_are_named_with_the_reason() -> None:
         "reasons": {"the input is not quantized": list("abcdefg")},
     }
     rows = [row("dense", []), row("qat", [], layers=1, **kernels)]
-    assert kernel_notes({"rows": rows}) == [
+    assert kernel_notes({"rows": rows, "others": []}) == [
         "qat: 7 of 10 matrix products run in floating point (7 Conv; the input is not quantized: a, b, c, d, e and "
         "2 more); see docs/runtimes.md"
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from qatkit.pipeline.verify import read_verification
 from qatkit.recipe.loading import load_recipe
+from qatkit.run.exports import exports_of
 from qatkit.run.folder import Run
 from qatkit.tasks import METRICS, TASKS
 from tests.cli.in_process import qatkit
@@ -112,10 +113,11 @@ def test_a_recipe_trains_distils_exports_and_verifies_files(
     run = Run(load_recipe(tmp_path / "any.yaml", overrides), tmp_path / "run", ["tests"])
     monkeypatch.chdir(tmp_path)
     task = TASKS[run.build_data(16).task]
-    for stage in ("dense", "qat"):
+    for exported in exports_of(run):
+        stage = exported.stage
         value = run.record(stage).metrics[f"test/{task.metric}"]
         assert (value > bound) == METRICS[task.metric].higher_is_better, f"{stage}: {value}"
-        verification = read_verification(run, stage)
+        verification = read_verification(run, exported)
         assert verification["passed"]
         assert (verification["task"], verification["agreement"]) == (task.name, 1.0)
         assert verification["trained_metric"] == pytest.approx(value, rel=1e-5)

@@ -43,7 +43,7 @@ def test_the_run_is_verified_and_every_product_is_an_integer_product(tmp_path: P
     assert [point.part for point in placement_of(model).points].count(
         "output"
     ) == 15  # of 3 x 4 in blocks, stem, shortcut and pooling
-    file = tmp_path / "run" / "export" / "int7" / "model.onnx"
+    file = tmp_path / "run" / "export" / "int7" / "onnx" / "model.onnx"
     assert integer_kernels(file).floating == {}
     kinds = Counter(node.op_type for node in onnx.load(file).graph.node)
     assert kinds["GlobalAveragePool"] == 1
@@ -64,7 +64,7 @@ def test_eight_bits_stay_signed_for_a_processor_that_adds_in_32_bits(tmp_path: P
     text = RECIPE.replace("target: onnxruntime", "target: onnxruntime-vnni").replace("max_steps: 20", "max_steps: 2")
     (tmp_path / "placed.yaml").write_text(text.replace("resnet", "mlp").replace("channels: [4, 8]", "in_features: 64"))
     assert qatkit("run", "placed.yaml", "--out", "run", "--quiet", cwd=tmp_path).code == int(saturates())
-    graph = onnx.load(tmp_path / "run" / "export" / "int7" / "model.onnx").graph
+    graph = onnx.load(tmp_path / "run" / "export" / "int7" / "onnx" / "model.onnx").graph
     codes = [tensor for tensor in graph.initializer if tensor.name.endswith("weight.codes")]
     assert {tensor.data_type for tensor in codes} == {onnx.TensorProto.INT8}
 

@@ -1,0 +1,80 @@
+"""The exported files of a run: ``export/STAGE/FORMAT`` for every stage in the comparison and every format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qatkit.errors import QatkitError
+from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.recipe import Recipe
+from qatkit.run.folder import Run
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The place of a stage's export in one format."""
+
+    stage: str
+    format: ExportFormat
+    name: str
+    """The name in tables: the stage in the run's main format, otherwise ``STAGE/FORMAT``."""
+    folder: Path
+    """The folder of all files."""
+
+    @property
+    def path(self) -> Path:
+        """The exported file, or the folder if the format writes one."""
+        return self.format.path(self.folder)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        return self.format.size(self.path)
+
+
+def exports_of(run: Run, only: str | None = None) -> list[Exported]:
+    """Return all exports of a run, those in its main format first; the files need not exist.
+
+    Args:
+        run: The run.
+        only: The name of the only format to include. By default, all formats of `formats_of` are included.
+
+    Raises:
+        QatkitError: the run has no export format.
+    """
+    rows = formats_of(run)
+    return [
+        Exported(stage, row, stage if row is rows[0] else f"{stage}/{row.name}", run.out / "export" / stage / row.name)
+        for row in rows
+        for stage in run.rows
+        if only in (None, row.name)
+    ]
+
+
+def formats_of(run: Run) -> list[ExportFormat]:
+    """Return the formats of a run: those of the recipe, and those of which its folder has files. The first is the main.
+
+    Raises:
+        QatkitError: there are none.
+    """
+    rows = list(formats_by_key(run.recipe).values())
+    known = {row.name for row in rows}
+    rows += [
+        row
+        for row in FORMATS.values()
+        if row.name not in known and any((run.out / "export" / stage / row.name).is_dir() for stage in run.rows)
+    ]
+    if not rows:
+        raise QatkitError(
+            "the recipe has no such block",
+            key="export",
+            advice="add export: {format: onnx}, or run `qatkit export --format`",
+            origin=str(run.out / "recipe.yaml"),
+        )
+    return rows
+
+
+def formats_by_key(recipe: Recipe) -> dict[str, ExportFormat]:
+    """Return the recipe's export formats by the key that names each, such as ``export.format``."""
+    return {f"{key}.format": FORMATS.row(config.format, f"{key}.format") for key, config in recipe.exports.items()}
