@@ -103,7 +103,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """
     if tokenizer is None:
         raise QatkitError(
-            "'onnx_genai' stores a tokenizer beside the model, but the data have none",
+            "'onnx_genai' stores a tokenizer beside the model, but the data has none",
             advice="use text data such as qatkit.data:text, or pass tokenizer=, or use export: {format: dense}",
         )
 

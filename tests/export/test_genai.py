@@ -154,7 +154,7 @@ Q = "model.layers.0.self_attn.q_proj"
             "'model.layers.1.mlp.up_proj.weight': model.onnx does not contain these values",
         ),
         (another_context, "genai_config.json: context_length is 64, but 128 in the trained model"),
-        (another_level, f"layer '{Q}': its node has accuracy level 4, not 0, as it was trained"),
+        (another_level, f"layer '{Q}': its node has accuracy level 4, but it was trained for level 0"),
         (cut_off, "model cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -198,7 +198,7 @@ def test_models_that_it_cannot_hold_are_refused_before_training(
 def test_half_precision_and_a_missing_tokenizer_are_refused() -> None:
     with pytest.raises(QatkitError, match="is bfloat16, but the weights are decoded to float32"):
         FORMATS["onnx_genai"].check_model(made().bfloat16(), {})
-    with pytest.raises(QatkitError, match="stores a tokenizer beside the model, but the data have none"):
+    with pytest.raises(QatkitError, match="stores a tokenizer beside the model, but the data has none"):
         FORMATS["onnx_genai"].call("check_tokenizer", None)
 
 

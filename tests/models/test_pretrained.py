@@ -74,7 +74,7 @@ def test_a_decoder_reads_the_class_off_the_end_of_a_text_however_a_batch_is_fill
     torch.testing.assert_close(logits, alone)
     check_data(model, texts)
     model.config.pad_token_id = 2  # type: ignore[union-attr]
-    with pytest.raises(QatkitError, match=r"pads with token 300, but the model, .*, expects token 2"):
+    with pytest.raises(QatkitError, match=r"the data is padded with token 300, but the model, .*, expects token 2"):
         check_data(model, texts)
 
 
