@@ -42,6 +42,10 @@ class Scheme:
 
 def check_activation(key: str, spec: QuantSpec) -> None:
     """Raise an error for `key` if this spec is supported only for weights."""
+    if spec.super_blocks:
+        raise QatkitError(
+            f"'{spec.scale_dtype}' is supported only for weights", key=f"{key}.scale_dtype", advice="remove scale_dtype"
+        )
     if spec.strategy in ("channel", "block"):
         raise QatkitError(
             f"'{spec.strategy}' is supported only for weights", key=f"{key}.strategy",
@@ -98,6 +102,12 @@ _Q5_0 = replace(_GGUF, num_bits=5, scale_rule="signed")
 _Q5_1 = replace(_GGUF, num_bits=5, symmetric=False, scale_rule="minimum")
 _Q4_1 = replace(_Q5_1, num_bits=4)
 _Q4_0 = replace(_GGUF, num_bits=4, scale_rule="signed")
+_K = replace(_GGUF, observer="mse")
+_Q2_K = replace(_K, num_bits=2, symmetric=False, group_size=16, scale_dtype="uint4")
+_Q3_K = replace(_K, num_bits=3, group_size=16, scale_dtype="int6")
+_Q4_K = replace(_K, num_bits=4, symmetric=False, scale_dtype="uint6")
+_Q5_K = replace(_Q4_K, num_bits=5)
+_Q6_K = replace(_K, num_bits=6, group_size=16, scale_dtype="int8")
 _TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="absmean")
 
 SCHEMES: dict[str, Scheme] = {
@@ -125,6 +135,11 @@ SCHEMES: dict[str, Scheme] = {
     "Q5_0": Scheme(_Q5_0),
     "Q5_1": Scheme(_Q5_1),
     "Q8_0": Scheme(_Q8_0),
+    "Q2_K": Scheme(_Q2_K),
+    "Q3_K": Scheme(_Q3_K),
+    "Q4_K": Scheme(_Q4_K),
+    "Q5_K": Scheme(_Q5_K),
+    "Q6_K": Scheme(_Q6_K),
     "TQ2_0": Scheme(_TQ2_0),
 }
 
@@ -133,12 +148,13 @@ def scheme(name: str, observer: str | None = None) -> Scheme:
     """Return the scheme with a name from compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
 
     The GGUF schemes match the formats exactly: blocks of 32 weights (256 in TQ2_0), float16 scales and GGUF's scale
-    rule. Exporting a model trained with such a scheme is therefore lossless.
+    rule; in the K-quants (Q4_K), super-blocks of 256 weights with integer scales. Exporting a model trained with such a
+    scheme is therefore lossless.
 
     Args:
         name: Name of the scheme, case-insensitive.
         observer: Observer of the weight's scale, such as "lsq". The default is "minmax", because scheme names do not
-            specify an observer.
+            specify an observer; for TQ2_0, it is "absmean", and for K-quants "mse".
 
     Raises:
         QatkitError: The name is unknown, or the observer is not supported.

@@ -13,9 +13,9 @@ from qatkit.common.ranges import INT32
 from qatkit.errors import QatkitError, did_you_mean
 from qatkit.quantization.elements import ELEMENTS, Element
 from qatkit.quantization.observers import OBSERVERS
+from qatkit.quantization.scale_dtypes import SCALE_DTYPES, SUPER_BLOCK
 
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
-ScaleDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e8m0fnu"]
 ScaleRule = Literal["qmax", "range", "signed", "minimum"]
 
 
@@ -24,8 +24,8 @@ class QuantSpec:
     """The quantization of one tensor, in the terms of compressed-tensors.
 
     Symmetric integers are signed, in ``[-2**(b-1), 2**(b-1) - 1]``, with zero point 0. Asymmetric integers are
-    unsigned, in ``[0, 2**b - 1]``; their range always includes zero, so zero is represented exactly. Ternary codes are
-    -1, 0 and 1.
+    unsigned, in ``[0, 2**b - 1]``; their range always includes zero, so zero is represented exactly (except with
+    integer scales, which have minima instead of zero points). Ternary codes are -1, 0 and 1.
 
     Raises:
         QatkitError: A field is out of range or conflicts with another field.
@@ -38,7 +38,7 @@ class QuantSpec:
     num_bits: int = 8
     """Bits per code: 2 to 8 for int, 2 for ternary, and 4, 6 or 8 for float."""
     symmetric: bool = True
-    """Use signed codes around zero (True), or unsigned integers with a zero point (False)."""
+    """Use signed codes around zero (True), or unsigned integers with a zero point or a minimum (False)."""
     strategy: Strategy = "channel"
     """Granularity of the scales: per tensor, per output channel, per group of inputs, per block of outputs and inputs,
     or (for activations) per token.
@@ -53,9 +53,12 @@ class QuantSpec:
     percentile a percentile, and kl the range with the smallest KL divergence. lsq learns the scale, and lsq_plus also
     learns the zero point.
     """
-    scale_dtype: ScaleDtype = "float32"
+    scale_dtype: str = "float32"
     """The dtype to which scales are rounded, both in training and in the exported file. float8_e8m0fnu scales are
-    powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4).
+    powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4). Integer
+    scales (int6, int8, and uint4 or uint6 with ``symmetric: false``) are combined with one float16 scale per
+    super-block of 256 inputs (GGUF's K-quants). A second such pair then gives every group a minimum instead of a zero
+    point.
     """
     type: str = "int"
     """Element type of a code: int, ternary (-1, 0, 1), float (e2m1, e2m3 or e4m3, by number of bits) or float_e5m2."""
@@ -88,7 +91,8 @@ class QuantSpec:
             )
         ELEMENTS.row(str(self.type), "type")
         OBSERVERS.row(str(self.observer), "observer")
-        for name, kind in (("strategy", Strategy), ("scale_dtype", ScaleDtype), ("scale_rule", ScaleRule)):
+        SCALE_DTYPES.row(str(self.scale_dtype), "scale_dtype")
+        for name, kind in (("strategy", Strategy), ("scale_rule", ScaleRule)):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise QatkitError(
                     f"unknown {name} {value!r}", key=name, advice=did_you_mean(str(value), get_args(kind))
@@ -191,6 +195,33 @@ class QuantSpec:
                 key="scale_dtype",
                 advice="set type: float and strategy: group, or use float16",
             )  # fmt: skip
+        if self.super_blocks:
+            self._check_super_blocks()
+
+    def _check_super_blocks(self) -> None:
+        where = f"with scale_dtype '{self.scale_dtype}'"
+        symmetric = SCALE_DTYPES[self.scale_dtype].signed
+        if self.type != "int" or self.strategy != "group" or SUPER_BLOCK % (self.group_size or 1):
+            raise QatkitError(
+                f"'{self.scale_dtype}' is supported only for integers in groups that divide {SUPER_BLOCK} inputs, as "
+                "in GGUF's K-quants",
+                key="scale_dtype", advice="set type: int, strategy: group and group_size: 16 or 32, or use float16",
+            )  # fmt: skip
+        if self.symmetric is not symmetric:
+            raise QatkitError(
+                f"{str(self.symmetric).lower()} is not supported {where}", key="symmetric",
+                advice=f"set symmetric: {str(symmetric).lower()}",
+            )  # fmt: skip
+        if self.scale_rule != "qmax":
+            raise QatkitError(
+                f"'{self.scale_rule}' has no effect {where}, whose scales come from a search", key="scale_rule",
+                advice="remove scale_rule",
+            )  # fmt: skip
+        if OBSERVERS[self.observer].computed:
+            raise QatkitError(
+                f"'{self.observer}' is not supported {where}, whose scales come from a search", key="observer",
+                advice="use mse (frozen scales), lsq or, with symmetric: false, lsq_plus (learned)",
+            )  # fmt: skip
 
     @property
     def element(self) -> Element:
@@ -213,6 +244,11 @@ class QuantSpec:
         return self.element.code_range(self.num_bits, self.symmetric)[1]
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether a weight of zero is zero after quantization."""
+        return not self.has_minimum
+
+    @property
     def learned(self) -> bool:
         """Whether the scale is a learned Parameter."""
         return OBSERVERS[self.observer].learned
@@ -224,8 +260,18 @@ class QuantSpec:
 
     @property
     def two_level(self) -> bool:
-        """Whether scales are small floats combined with one float32 scale per tensor (NVFP4)."""
-        return self.scale_dtype == "float8_e4m3fn"
+        """Whether scales are combined with an outer scale, per tensor (NVFP4) or per super-block (K-quants)."""
+        return bool(SCALE_DTYPES[self.scale_dtype].outer)
+
+    @property
+    def super_blocks(self) -> bool:
+        """Whether scales are integers times the float16 scale of a super-block (K-quants)."""
+        return SCALE_DTYPES[self.scale_dtype].outer == "super-block"
+
+    @property
+    def has_minimum(self) -> bool:
+        """Whether every group has a minimum instead of a zero point: ``value = code * scale - minimum``."""
+        return self.super_blocks and not self.symmetric
 
 
 def _choice(options: tuple[object, ...]) -> str:

@@ -52,6 +52,7 @@ TABLES = {
     "qatkit.quantization.elements",
     "qatkit.quantization.observers",
     "qatkit.quantization.ptq.methods",
+    "qatkit.quantization.scale_dtypes",
     "qatkit.quantization.targets",
     "qatkit.tasks.table",
     "qatkit.cli.commands",

@@ -70,6 +70,8 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
         )
     if spec.scale_dtype.startswith("float8"):
         return f"{spec.scale_dtype} scales are loaded only in bfloat16", "set scheme: FP8_DYNAMIC"
+    if spec.super_blocks:
+        return "compressed_tensors does not store the super-blocks of GGUF's K-quants", "set scheme: W4A16"
     if not spec.symmetric:
         return "transformers cannot load packed zero points", "set weight: {symmetric: true}"
     if spec.scale_rule == "signed":

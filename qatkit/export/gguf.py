@@ -24,7 +24,7 @@ from qatkit.export.gguf_architectures import INSTEAD, architecture_of
 from qatkit.export.gguf_packing import BlockType, block_type_of, nearest_type
 from qatkit.export.gguf_pooling import POOLING, pooling_of, pooling_type
 from qatkit.export.gguf_read_back import compare_and_load
-from qatkit.export.gguf_tensors import file_metadata, stored_tensors
+from qatkit.export.gguf_tensors import file_metadata, is_transposed, stored_tensors
 from qatkit.export.gguf_tokenizer import tokenizer_metadata
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.quantization.layers import swap_of
@@ -53,7 +53,8 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
 
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
-    if swap_of(_plain_class(layer)) is None or layer._parameters["weight"].dim() != 2:  # type: ignore[union-attr]
+    weight = layer._parameters.get("weight")
+    if swap_of(_plain_class(layer)) is None or weight is None or weight.dim() != 2:
         raise QatkitError(
             f"layer '{name}': 'gguf' supports only linear layers and embeddings, but this is a {type(layer).__name__}",
             advice=f"exclude the layer, or {INSTEAD}",
@@ -66,7 +67,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
         )
     assert scheme.weight is not None
     if block_type_of(scheme.weight) is None:
-        problem, advice = _misfit(scheme.weight)
+        problem, advice = _misfit(scheme.weight, weight.shape[0 if is_transposed(layer) else 1])
         raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
 
 
@@ -74,9 +75,9 @@ def _plain_class(layer: nn.Module) -> type[nn.Module]:
     return next((kind for kind in type(layer).__mro__ if swap_of(kind) is not None), type(layer))
 
 
-def _misfit(spec: QuantSpec) -> tuple[str, str]:
+def _misfit(spec: QuantSpec, inputs: int) -> tuple[str, str]:
     """What differs from the nearest type, and the keys that would fit."""
-    nearest = nearest_type(spec)
+    nearest = nearest_type(spec, inputs)
     differences = nearest.differences(spec)
     seen = ", ".join(f"{name}: {_yaml(value)}" for name in differences if (value := getattr(spec, name)) is not None)
     needed = ", ".join(f"{name}: {_yaml(getattr(nearest.spec, name))}" for name in differences)

@@ -146,8 +146,8 @@ def _tensor_differences(expected: Stored, found: Any) -> list[str]:
         return [f"'{expected.label}': of shape {shape} instead of {list(values.shape)}"]
     if (scales := expected.scales()) is not None:
         block = BLOCK_TYPES[expected.type]
-        stored = torch.from_numpy(block.read_scale(found.data.reshape(*scales.shape, -1)[..., block.scale_bytes]))
-        failures += _differences(expected.label, "scales", stored, scales)
+        stored = torch.from_numpy(block.read_scales(found.data.reshape(*scales.shape[:2], -1)))
+        failures += _differences(expected.label, "scales", stored.view(scales.shape), scales)
     decoded = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type)))
     return failures + _differences(expected.label, "values", decoded, values)
 

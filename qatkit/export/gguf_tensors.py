@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.gguf_architectures import INSTEAD, architecture_of
-from qatkit.export.gguf_packing import Array, BlockType, block_type_of
+from qatkit.export.gguf_bits import Array
+from qatkit.export.gguf_packing import BLOCK_TYPES, BlockType, block_type_of
 from qatkit.export.gguf_rope import rope_factors
 from qatkit.quantization.arithmetic import dequantize, quantize
 from qatkit.quantization.layers import QATLayer
@@ -84,7 +85,7 @@ class Stored:
         return block
 
     def _coded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The codes, scales and zero points of a quantized tensor."""
+        """The codes, scales and zero points (or minima) of a quantized tensor."""
         assert self.layer is not None
         assert self.quantizer is not None
         matrix = full_tensor(self.layer.matrix)
@@ -105,13 +106,30 @@ class Stored:
         return self._arranged(dequantize(*self._coded(), self.quantizer.spec).cpu())
 
     def scales(self) -> Tensor | None:
-        """Return the scales of a quantized tensor in the order of the file, ``[out, blocks]``, otherwise None."""
-        return None if self.quantizer is None else self._arranged(self._coded()[1].cpu())
+        """Return the numbers of a quantized tensor's blocks except codes, in the order of the file.
+
+        They are the scales ``[out, blocks]``; of super-blocks, the outer scales, the scales and the minima
+        ``[out, blocks, numbers]``.
+        """
+        if self.quantizer is None:
+            return None
+        numbers = self._coded()[1:]
+        if not self.quantizer.spec.super_blocks:
+            return self._arranged(numbers[0].cpu())
+        outer = self._outer()
+        own = [part.cpu().view(*outer.shape[:2], -1) for part in numbers[: outer.shape[2]]]
+        return self._arranged(torch.cat([outer, *own], dim=-1))
+
+    def _outer(self) -> Tensor:
+        """The outer scale; empty if there is none."""
+        assert self.quantizer is not None
+        outer = self.quantizer.outer_scale
+        return torch.empty(0) if outer is None else outer.cpu()
 
     def data(self) -> Array:
         """Return the bytes that the file stores, ``[..., bytes of a row]``."""
         if self.quantizer is not None:
-            packed = self._block_type.pack(*(part.cpu().numpy() for part in self._coded()))
+            packed = self._block_type.pack(*(part.cpu().numpy() for part in (*self._coded(), self._outer())))
             return np.ascontiguousarray(self._arranged(torch.from_numpy(packed)).numpy())
         values = self.values().to(_DTYPES[self.type]).contiguous()
         return values.view(torch.uint8).numpy()
@@ -170,7 +188,8 @@ def file_metadata(model: nn.Module, tensors: list[Stored]) -> dict[str, Any]:
     for tensor in quantized or tensors:
         sizes[tensor.type] += tensor.tensor.numel()
     most = sizes.most_common(1)[0][0]
-    kind = gguf.LlamaFileType[{"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(most, f"MOSTLY_{most}")]
+    plain = {"F32": "ALL_F32"}.get(most, f"MOSTLY_{most}")
+    kind = gguf.LlamaFileType[BLOCK_TYPES[most].file_type if most in BLOCK_TYPES else plain]
     return {
         "general.architecture": row.gguf,
         "general.file_type": int(kind),

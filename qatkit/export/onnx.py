@@ -230,6 +230,11 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme, packs: bool) -> No
             advice="set weight: {num_bits: 8}, or remove activation",
         )
     for role, spec in (("weight", scheme.weight), ("activation", inputs)):
+        if spec is not None and spec.has_minimum:
+            raise QatkitError(
+                f"layer '{name}': ONNX has zero points, but no minima as in K-quants ({_words(spec)})",
+                advice="set scheme: Q6_K or Q3_K, or use export: {format: gguf}",
+            )
         if spec is not None and (spec.type != "int" or spec.strategy == "block"):
             raise QatkitError(
                 f"layer '{name}': ONNX integer QDQ does not support {role} quantization with {_words(spec)}",

@@ -33,16 +33,27 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
     """
     slices = to_slices(x.detach(), spec)
     scale, zero_point = aligned(scale, x, spec), aligned(zero_point, x, spec)
-    values = _round_clipped(slices.float() / scale, zero_point, spec)
-    return from_slices(grid_of(spec).encode(values, zero_point), x.shape, spec)
+    values = _round_clipped(_unscaled(slices, scale, zero_point, spec), zero_point, spec)
+    return from_slices(grid_of(spec).encode(values, _code_of_zero(zero_point, spec)), x.shape, spec)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Compute the values that codes represent, ``(codes - zero_point) * scale``, in float32."""
+    """Compute the values that codes represent, in float32.
+
+    They are ``(codes - zero_point) * scale``, or ``codes * scale - zero_point`` if the spec has a minimum, which takes
+    the place of the zero point.
+    """
     scale, zero_point = aligned(scale, codes, spec), aligned(zero_point, codes, spec)
     # to_slices pads with zeros, which torch does not do for float8
     slices = to_slices(codes.view(torch.uint8), spec).view(codes.dtype)
-    return from_slices(grid_of(spec).decode(slices, zero_point) * scale, codes.shape, spec)
+    values = grid_of(spec).decode(slices, _code_of_zero(zero_point, spec))
+    return from_slices(_scaled(values, scale, zero_point, spec), codes.shape, spec)
+
+
+def exact_codes(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Compute the codes of `x` before rounding and clipping, as ``to_slices(x)``, float32."""
+    scale, zero_point = aligned(scale, x, spec), aligned(zero_point, x, spec)
+    return _unscaled(to_slices(x, spec), scale, zero_point, spec) + _code_of_zero(zero_point, spec)
 
 
 def fake_quantize(
@@ -58,12 +69,13 @@ def fake_quantize(
     The gradient of `x` passes unchanged inside the range and is zero outside. The scale's gradient is equation 3 of LSQ
     (Esser et al., 2020, https://arxiv.org/abs/1902.08153): ``round(v) - v`` inside and the clipped code outside, with
     ``v = x / scale``, summed over the slice. The zero point's gradient is ``-scale`` outside and zero inside, so a
-    learned offset has the gradient of LSQ+ (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576, equation 5).
+    learned offset has the gradient of LSQ+ (Bhalgat et al., 2020, https://arxiv.org/abs/2004.09576, equation 5). The
+    gradient of a minimum is -1 outside and zero inside.
 
     Args:
         x: Any float tensor.
         scale: The scale in its stored shape, float32.
-        zero_point: Integers in float32, in the shape of `scale`.
+        zero_point: Integers in float32, in the shape of `scale`; minima if the spec has them.
         spec: Element type, number of bits, symmetry and strategy.
         gradient_scale: Factor for the gradients of scale and zero point; LSQ uses ``1 / sqrt(slice size * qmax)``.
         clips: Pass False if the scale is always computed from `x` itself. No value is then clipped, so the gradient is
@@ -87,14 +99,32 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def _code_of_zero(zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the number that is added to values on the grid to get codes: 0 if the spec has minima."""
+    return torch.zeros_like(zero_point) if spec.has_minimum else zero_point
+
+
+def _unscaled(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    return (x.float() + zero_point) / scale if spec.has_minimum else x.float() / scale
+
+
+def _scaled(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    return values * scale - zero_point if spec.has_minimum else values * scale
+
+
 def _round_clipped(v: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """Round ``v = x / scale`` to the grid around zero.
 
     The zero point is added to the result, not before rounding, which keeps ties to even.
     """
-    if spec.symmetric:
+    if spec.symmetric or spec.has_minimum:
         return grid_of(spec).round(v.clamp(spec.qmin, spec.qmax))
     return torch.minimum(torch.maximum(v, spec.qmin - zero_point), spec.qmax - zero_point).round()
+
+
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    values = _round_clipped(_unscaled(x, scale, zero_point, spec), zero_point, spec)
+    return in_dtype(_scaled(values, scale, zero_point, spec), x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -104,15 +134,15 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.spec, ctx.gradient_scale = spec, gradient_scale
-        return in_dtype(_round_clipped(x.float() / scale, zero_point, spec) * scale, x.dtype)
+        return _rounded(x, scale, zero_point, spec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
-        v = x.float() / scale
-        inside = (v >= spec.qmin - zero_point) & (v <= spec.qmax - zero_point)
+        v, code_of_zero = _unscaled(x, scale, zero_point, spec), _code_of_zero(zero_point, spec)
+        inside = (v >= spec.qmin - code_of_zero) & (v <= spec.qmax - code_of_zero)
         grad_x = torch.where(inside, grad, 0)
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
@@ -120,7 +150,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad_scale = (grad.float() * slope).sum_to_size(scale.shape) * ctx.gradient_scale
         if ctx.needs_input_grad[2]:
             outside = torch.where(inside, 0, grad.float()).sum_to_size(zero_point.shape)
-            grad_zero_point = outside * -scale * ctx.gradient_scale
+            grad_zero_point = outside * (-1 if spec.has_minimum else -scale) * ctx.gradient_scale
         return grad_x, grad_scale, grad_zero_point, None, None
 
 
@@ -129,7 +159,7 @@ class _FakeQuantizeWithin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        return in_dtype(_round_clipped(x.float() / scale, zero_point, spec) * scale, x.dtype)
+        return _rounded(x, scale, zero_point, spec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -74,11 +74,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
 
 
 def _is_static(fake_quant: FakeQuantize) -> bool:
-    return not fake_quant.computed or fake_quant.tensor_scale is not None
+    return not fake_quant.computed or fake_quant.outer_scale is not None
 
 
 def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[RangeObserver], count: int) -> None:
-    kept = calibrated[0][1].scale if calibrated[0][1].scale is not None else calibrated[0][1].tensor_scale
+    kept = calibrated[0][1].scale if calibrated[0][1].scale is not None else calibrated[0][1].outer_scale
     assert kept is not None
     device = kept.device
     # [-low, high] per layer and the number of batches, in one buffer for one MAX. A rank without a value has -inf. NaN
@@ -119,7 +119,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
     chosen: list[tuple[torch.Tensor, ...]] = []
     for (_, fake_quant), observer, ends, part in zip(calibrated, observers, ranges, parts, strict=True):
         low, high = -ends[:1], ends[1:]
-        if fake_quant.tensor_scale is not None:
+        if fake_quant.outer_scale is not None:
             chosen.append((tensor_scale_of(torch.maximum(-low, high), fake_quant.spec),))
             continue
         mean = (part[:2] / part[2].clamp(min=1)).float()
@@ -128,7 +128,7 @@ def _set_scales(calibrated: list[tuple[str, FakeQuantize]], observers: list[Rang
     # the model is changed only from here on: an interrupt during a search leaves every scale unchanged
     for (_, fake_quant), qparams in zip(calibrated, chosen, strict=True):
         if len(qparams) == 1:
-            fake_quant.set_tensor_scale(*qparams)
+            fake_quant.set_outer_scale(*qparams)
         else:
             fake_quant.set_qparams(*qparams)
 

@@ -12,6 +12,7 @@ from qatkit.quantization.arithmetic import fake_quantize
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.scales import choose_qparams, round_scale, tensor_scale_of
 from qatkit.quantization.slices import aligned, to_slices, value_range
+from qatkit.quantization.super_blocks import range_qparams, search_qparams
 from qatkit.spec import QuantSpec
 
 QParams = tuple[Tensor, Tensor]
@@ -19,7 +20,7 @@ QParams = tuple[Tensor, Tensor]
 _ESTIMATORS: dict[str, Callable[[Tensor, QuantSpec, Tensor | None], QParams]] = {}
 
 
-def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> QParams:
+def computed_qparams(x: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None) -> QParams:
     """Compute scale and zero point directly from a tensor.
 
     The scale is computed from the range or, for ternary codes, from the mean magnitude.
@@ -27,7 +28,7 @@ def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = N
     Args:
         x: The tensor, any float dtype.
         spec: Its quantization.
-        tensor_scale: For two-level scales, ``[1]``; computed from `x` by default.
+        outer_scale: For two-level scales, ``[1]``; computed from `x` by default.
 
     Returns:
         Scale and zero point in their stored shape, float32.
@@ -40,7 +41,7 @@ def computed_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = N
     name = spec.element.computed_by
     if name not in _ESTIMATORS:  # torch.compile cannot follow an import: `FakeQuantize` loads it before it is traced
         load_estimator(spec)
-    return _ESTIMATORS[name](x, spec, tensor_scale)
+    return _ESTIMATORS[name](x, spec, outer_scale)
 
 
 def load_estimator(spec: QuantSpec) -> None:
@@ -49,12 +50,14 @@ def load_estimator(spec: QuantSpec) -> None:
     _ESTIMATORS[name] = implementation(OBSERVERS[name].from_tensor)
 
 
-def minmax_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> QParams:
+def minmax_qparams(x: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None) -> QParams:
     """Compute the scale that maps the range of every slice to the range of codes."""
-    return choose_qparams(*value_range(x, spec), spec, tensor_scale)
+    if spec.super_blocks:
+        return range_qparams(x, spec)
+    return choose_qparams(*value_range(x, spec), spec, outer_scale)
 
 
-def absmean_qparams(x: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> QParams:
+def absmean_qparams(x: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None) -> QParams:
     """Use the mean magnitude of every slice as its scale, as in BitNet b1.58.
 
     See Ma et al. (2024, https://arxiv.org/abs/2402.17764), equations 1 to 3.
@@ -77,7 +80,7 @@ def mse_qparams(
 ) -> QParams:
     """Find the scale and zero point that minimize the squared error over shrunk ranges.
 
-    Ranges shrink in equal steps, starting from the full range.
+    Ranges shrink in equal steps, starting from the full range. Super-blocks have a search of their own.
 
     Args:
         x: The tensor, any float dtype.
@@ -90,15 +93,17 @@ def mse_qparams(
     Returns:
         Scale and zero point in their stored shape, float32.
     """
+    if spec.super_blocks:
+        return search_qparams(x, spec, weights)
     if smallest is None:
         smallest = spec.element.narrowest
     x = x.detach().float()
     low, high = value_range(x, spec)
-    tensor_scale = tensor_scale_of(torch.maximum(-low, high), spec) if spec.two_level else None
-    best_scale, best_zero_point = choose_qparams(low, high, spec, tensor_scale)
+    outer_scale = tensor_scale_of(torch.maximum(-low, high), spec) if spec.two_level else None
+    best_scale, best_zero_point = choose_qparams(low, high, spec, outer_scale)
     best = _squared_error(x, best_scale, best_zero_point, spec, weights)
     for fraction in torch.linspace(1.0, smallest, steps, dtype=torch.float32)[1:].tolist():
-        scale, zero_point = choose_qparams(low * fraction, high * fraction, spec, tensor_scale)
+        scale, zero_point = choose_qparams(low * fraction, high * fraction, spec, outer_scale)
         error = _squared_error(x, scale, zero_point, spec, weights)
         better = error < best
         best = torch.where(better, error, best)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.quantization.experts import is_experts
 from qatkit.quantization.layers import swap_of
+from qatkit.quantization.scale_dtypes import SUPER_BLOCK
 from qatkit.quantization.swaps import parts_class, plain_parts
 from qatkit.schemes import Scheme
 
@@ -136,6 +137,12 @@ def _check_weight(name: str, layer: nn.Module, weight: Tensor | None, inputs: in
         )  # fmt: skip
     if spec.group_size is None:
         return
+    if spec.super_blocks and inputs % SUPER_BLOCK:
+        smaller = f"set layers: {{{name}: {{scheme: Q4_0}}}} (blocks of 32), or " if inputs % 32 == 0 else ""
+        raise QatkitError(
+            f"super-blocks of {SUPER_BLOCK} do not divide in_features={inputs} of layer '{name}'",
+            key="weight.scale_dtype", advice=f"{smaller}exclude the layer",
+        )  # fmt: skip
     if inputs % spec.group_size:
         raise QatkitError(
             f"{spec.group_size} does not divide in_features={inputs} of layer '{name}'", key="weight.group_size",

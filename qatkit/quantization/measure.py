@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qatkit.quantization.arithmetic import dequantize, quantize
+from qatkit.quantization.arithmetic import dequantize, exact_codes, quantize
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.prepare import qat_weights
-from qatkit.quantization.slices import aligned, to_slices
 from qatkit.spec import QuantSpec
 
 
@@ -79,7 +78,7 @@ def measure_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: Quan
     values = dequantize(codes, scale, zero_point, spec)
     error = (values - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny)
     # integer codes round to the last code up to half a step beyond it; only values further out are clipped
-    v = to_slices(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
+    v = exact_codes(weight, scale, zero_point, spec)
     half = 0.0 if spec.is_float else 0.5
     clipped = ((v < spec.qmin - half) | (v > spec.qmax + half)).float().mean()
     return codes, torch.stack([error, clipped, (values == 0).float().mean()])

@@ -15,7 +15,8 @@ from qatkit.quantization.grids import grid_of
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.ranges import RangeObserver
 from qatkit.quantization.scales import round_scale, round_zero_point, tensor_scale_of
-from qatkit.quantization.slices import value_range
+from qatkit.quantization.slices import outer_shape, value_range
+from qatkit.quantization.super_blocks import steps_of
 from qatkit.spec import QuantSpec
 
 Role = Literal["weight", "activation"]
@@ -47,7 +48,7 @@ class FakeQuantize(nn.Module):
     scale: Tensor | None
     offset: Tensor | None
     zero_point: Tensor | None
-    tensor_scale: Tensor | None
+    outer_scale: Tensor | None
 
     def __init__(self, spec: QuantSpec, role: Role, shape: tuple[int, ...], device: torch.device | None = None) -> None:
         super().__init__()
@@ -60,11 +61,12 @@ class FakeQuantize(nn.Module):
         self.shared = False  # True if several layers of one module read the same input through this quantizer
         self._inside = False  # True while that module runs: the last result is cached
         self._last: tuple[Tensor, int, bool, tuple[Tensor, Tensor | None]] | None = None
-        self.scale = self.offset = self.zero_point = self.tensor_scale = None
+        self.scale = self.offset = self.zero_point = self.outer_scale = None
         if spec.two_level and not (self.computed and role == "weight"):
-            del self.tensor_scale
-            self.register_buffer("tensor_scale", torch.full((1,), torch.nan, dtype=torch.float32, device=device))
-        self.ready = self.computed and self.tensor_scale is None
+            del self.outer_scale
+            outer = outer_shape(shape, spec)
+            self.register_buffer("outer_scale", torch.full(outer, torch.nan, dtype=torch.float32, device=device))
+        self.ready = self.computed and self.outer_scale is None
         grid_of(spec)  # imported here, because torch.compile cannot follow an import
         load_estimator(spec)
         if self.computed:
@@ -86,39 +88,45 @@ class FakeQuantize(nn.Module):
         """Set the initial scale from a weight, unless the scale is computed on every call."""
         if self.computed:
             return
-        if self.tensor_scale is not None:
+        if self.outer_scale is not None and not self.spec.super_blocks:
             low, high = value_range(weight, self.spec)
-            _assign(self.tensor_scale, tensor_scale_of(torch.maximum(-low, high), self.spec))
+            _assign(self.outer_scale, tensor_scale_of(torch.maximum(-low, high), self.spec))
         self.set_qparams(*estimate(weight, self.spec))
 
     @torch.no_grad()
-    def set_qparams(self, scale: Tensor, zero_point: Tensor, tensor_scale: Tensor | None = None) -> None:
-        """Overwrite the stored scale and zero point, sharded or not."""
+    def set_qparams(self, scale: Tensor, zero_point: Tensor, outer_scale: Tensor | None = None) -> None:
+        """Overwrite the stored scale and zero point, sharded or not.
+
+        The steps of super-blocks are by default those of which the scales are multiples.
+        """
         assert self.scale is not None
         _assign(self.scale, scale)
         if self.offset is not None:
-            _assign(self.offset, -zero_point.to(scale.device) * scale)
+            _assign(self.offset, -zero_point.to(scale.device) * (1 if self.spec.has_minimum else scale))
         elif self.zero_point is not None:
             _assign(self.zero_point, zero_point)
-        if tensor_scale is not None:
-            self.set_tensor_scale(tensor_scale)
+        if self.spec.super_blocks and outer_scale is None:
+            outer_scale = steps_of(scale.float(), zero_point.float(), self.spec)
+        if outer_scale is not None:
+            self.set_outer_scale(outer_scale)
         self.ready = True
 
     @torch.no_grad()
-    def set_tensor_scale(self, tensor_scale: Tensor) -> None:
-        """Overwrite the per-tensor scale of two-level scales, ``[1]``."""
-        assert self.tensor_scale is not None
-        _assign(self.tensor_scale, tensor_scale)
+    def set_outer_scale(self, outer_scale: Tensor) -> None:
+        """Overwrite the outer scale of two-level scales; see `outer_shape`."""
+        assert self.outer_scale is not None
+        _assign(self.outer_scale, outer_scale)
         self.ready = self.computed or self.ready
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the float32 scale and zero point for `x`, rounded as in the exported file."""
         if self.computed:
-            return computed_qparams(x, self.spec, self.tensor_scale)
+            return computed_qparams(x, self.spec, self.outer_scale)
         assert self.scale is not None
-        scale: Tensor = _RoundScale.apply(self.scale, self.spec, self.tensor_scale)  # type: ignore[no-untyped-call]
+        scale: Tensor = _RoundScale.apply(self.scale, self.spec, self.outer_scale)  # type: ignore[no-untyped-call]
         if self.offset is not None:
-            return scale, _RoundZeroPoint.apply(-self.offset / scale, self.spec)  # type: ignore[no-untyped-call]
+            zero_point = -self.offset if self.spec.has_minimum else -self.offset / scale
+            return scale, _RoundZeroPoint.apply(zero_point, self.spec, self.outer_scale)  # type: ignore[no-untyped-call]
         assert self.zero_point is not None
         return scale, self.zero_point
 
@@ -196,11 +204,11 @@ class FakeQuantize(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in ("scale", "offset", "zero_point", "tensor_scale"):
+        for name in ("scale", "offset", "zero_point", "outer_scale"):
             if (value := state_dict.get(prefix + name)) is not None:
                 state_dict[prefix + name] = value.float()  # with assign=True it replaces the float32 tensor
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        kept = self.scale if self.scale is not None else self.tensor_scale
+        kept = self.scale if self.scale is not None else self.outer_scale
         if kept is not None:
             self.ready = not bool(full_tensor(kept).isnan().any())
 
@@ -213,10 +221,10 @@ class _RoundScale(torch.autograd.Function):
     """`round_scale` with a straight-through gradient, times the sign of the scale."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None) -> Tensor:
+    def forward(ctx: Any, scale: Tensor, spec: QuantSpec, outer_scale: Tensor | None) -> Tensor:
         ctx.save_for_backward(scale)
-        ctx.signed = spec.scale_rule == "signed"
-        return round_scale(scale, spec, tensor_scale)
+        ctx.signed = spec.scale_rule == "signed" or spec.super_blocks
+        return round_scale(scale, spec, outer_scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -228,12 +236,12 @@ class _RoundZeroPoint(torch.autograd.Function):
     """`round_zero_point` with a straight-through gradient."""
 
     @staticmethod
-    def forward(ctx: Any, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-        return round_zero_point(zero_point, spec)
+    def forward(ctx: Any, zero_point: Tensor, spec: QuantSpec, outer_scale: Tensor | None) -> Tensor:
+        return round_zero_point(zero_point, spec, outer_scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

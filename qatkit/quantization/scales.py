@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from qatkit.quantization.elements import E4M3_MAX
+from qatkit.quantization.scale_dtypes import SCALE_DTYPES
 from qatkit.spec import QuantSpec
 
 
 def choose_qparams(
-    low: Tensor, high: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None
+    low: Tensor, high: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the scale and zero point of slices whose values lie in ``[low, high]``.
 
@@ -20,7 +21,7 @@ def choose_qparams(
         low: Smallest values, float32, any shape.
         high: Largest values, the same shape.
         spec: Bit width, symmetry, scale rule and the dtype to which scales are rounded.
-        tensor_scale: For two-level scales, the result of `tensor_scale_of`. By default, it is computed from these
+        outer_scale: For two-level scales, the result of `tensor_scale_of`. By default, it is computed from these
             ranges.
 
     Returns:
@@ -35,8 +36,8 @@ def choose_qparams(
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     largest = torch.maximum(-low, high)
-    if spec.two_level and tensor_scale is None:
-        tensor_scale = tensor_scale_of(largest, spec)
+    if spec.two_level and outer_scale is None:
+        outer_scale = tensor_scale_of(largest, spec)
     if not spec.symmetric:
         scale = divided(high - low, spec.qmax)
     elif spec.scale_dtype == "float8_e8m0fnu":
@@ -49,7 +50,7 @@ def choose_qparams(
         scale = divided(largest, spec.qmax)
     widest = scale.abs().amax() if scale.numel() else scale.new_ones(())
     scale = torch.where(scale != 0, scale, torch.where(widest > 0, widest, torch.ones_like(widest)))
-    scale = round_scale(scale, spec, tensor_scale)
+    scale = round_scale(scale, spec, outer_scale)
     if spec.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, round_zero_point(-low / scale, spec)
@@ -75,7 +76,7 @@ def divided(x: Tensor, number: float) -> Tensor:
 def tensor_scale_of(largest: Tensor, spec: QuantSpec) -> Tensor:
     """Compute the per-tensor scale that maps the largest slice scale to e4m3's maximum.
 
-    Like the global scale of compressed-tensors, it is a divisor: a slice is scaled by ``e4m3 / tensor_scale``.
+    Like the global scale of compressed-tensors, it is a divisor: a slice is scaled by ``e4m3 / outer_scale``.
 
     Args:
         largest: Magnitudes, float32, any shape.
@@ -102,13 +103,16 @@ def _mx_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(largest > 0, torch.exp2((exponent + carries.int() - emax).float().clamp(-127, 127)), 0.0)
 
 
-def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = None) -> Tensor:
+def round_scale(scale: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None) -> Tensor:
     """Round a scale to a nonzero value of ``spec.scale_dtype``, returned in float32.
 
     Scales are negative only with the signed rule; otherwise, only their magnitude is used. The minimum of float16
     scales is 2**-24, the smallest subnormal: with the smallest normal number, weights of 1e-5 would all be rounded to
     zero.
     """
+    if spec.super_blocks:
+        assert outer_scale is not None
+        return multiples(scale, outer_scale[..., 0], SCALE_DTYPES[spec.scale_dtype].levels)
     size = scale.float().abs()
     if spec.scale_dtype == "float8_e8m0fnu":
         # the nearest power of two on a logarithmic axis; the last bit of a logarithm itself depends on the device
@@ -116,10 +120,10 @@ def round_scale(scale: Tensor, spec: QuantSpec, tensor_scale: Tensor | None = No
         power = torch.exp2((exponent - (mantissa <= 0.5**0.5).int()).float())
         size = torch.where(size.isnan(), size, power)  # the exponent of NaN is undefined
     elif spec.two_level:
-        assert tensor_scale is not None
-        # the reciprocal of float32's smallest numbers is infinite, so the quotient e4m3 / tensor_scale is kept finite
-        small = (size * tensor_scale).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
-        size = small / tensor_scale
+        assert outer_scale is not None
+        # the reciprocal of float32's smallest numbers is infinite, so the quotient e4m3 / outer_scale is kept finite
+        small = (size * outer_scale).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        size = small / outer_scale
     else:
         dtype = getattr(torch, spec.scale_dtype)
         smallest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
@@ -138,6 +142,25 @@ def _short(scale: Tensor, num_bits: int) -> Tensor:
     return (mantissa * steps).round() / steps * torch.exp2(exponent.float())
 
 
-def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Round a zero point to the nearest integer code, so that zero is represented exactly."""
+def multiples(x: Tensor, steps: Tensor, levels: tuple[int, int]) -> Tensor:
+    """Round ``[out, groups]`` to multiples of the steps ``[out, super-blocks]``, by factors within `levels`.
+
+    The product of a float16 number and an integer of at most 8 bits is exact in float32. A factor is 0 only if 0 is the
+    smallest level.
+    """
+    steps = steps.repeat_interleave(x.shape[-1] // steps.shape[-1], dim=-1)
+    factors = (x.float() / steps).round().clamp(*levels)
+    if levels[0] < 0:
+        factors = torch.where(factors == 0, torch.where(x.sign() * steps.sign() < 0, -1.0, 1.0), factors)
+    return factors * steps
+
+
+def round_zero_point(zero_point: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None) -> Tensor:
+    """Round a zero point to the nearest integer code, so that zero is represented exactly.
+
+    A minimum is rounded to a multiple of its super-block's step.
+    """
+    if spec.has_minimum:
+        assert outer_scale is not None
+        return multiples(zero_point, outer_scale[..., 1], (0, SCALE_DTYPES[spec.scale_dtype].levels[1]))
     return zero_point.round().clamp(spec.qmin, spec.qmax)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qatkit.quantization.scale_dtypes import SUPER_BLOCK
 from qatkit.spec import QuantSpec
 
 
@@ -84,3 +85,20 @@ def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
         rows, columns = spec.block_structure
         return (-(-shape[0] // rows), -(-shape[1] // columns))
     return (shape[0], 1 if spec.group_size is None else shape[1] // spec.group_size)
+
+
+def outer_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
+    """Return the shape of the outer scale for two-level scales of the given shape.
+
+    It is ``[1]`` per tensor; per super-block, ``[out, super-blocks, 1]`` or, with the scale of the minima,
+    ``[out, super-blocks, 2]``.
+
+    Example:
+        >>> from qatkit import scheme
+        >>> outer_shape([8, 32], scheme("Q4_K").weight)
+        (8, 4, 2)
+    """
+    if not spec.super_blocks:
+        return (1,)
+    assert spec.group_size is not None
+    return (shape[0], shape[1] * spec.group_size // SUPER_BLOCK, 2 if spec.has_minimum else 1)

@@ -32,15 +32,15 @@ def quantizer_state(model: nn.Module) -> tuple[dict[str, Tensor], Specs]:
     Returns:
         Tensors named ``{layer}.{part}.scale`` and ``{layer}.{part}.zero_point`` (float32, CPU; none for dynamic
         activations), where the part is "weight", "input" or, in layers with multiple weights, the name of a weight,
-        such as "q_proj", or of its input, "q_proj_input". Two-level scales add ``{layer}.{part}.tensor_scale``. The
-        specs are returned as ``{layer}: {part: spec}``.
+        such as "q_proj", or of its input, "q_proj_input". Two-level scales add ``{layer}.{part}.outer_scale``; the
+        zero points of specs with minima are these. The specs are returned as ``{layer}: {part: spec}``.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         for part, fake_quant in _parts(module).items():
             kept: dict[str, Tensor] = {}
-            if fake_quant.tensor_scale is not None:
-                kept["tensor_scale"] = full_tensor(fake_quant.tensor_scale)
+            if fake_quant.outer_scale is not None:
+                kept["outer_scale"] = full_tensor(fake_quant.outer_scale)
             if not fake_quant.dynamic:
                 # the weight is gathered only where its scale is computed from it
                 x = full_tensor(_weight(module, part)) if fake_quant.computed else torch.empty(0)
@@ -130,10 +130,10 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
     for name in dict.fromkeys([*specs, *(point.module for point in placement.points)]):
         module = model.get_submodule(name)
         for part, fake_quant in _parts(module).items():
-            kept = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "tensor_scale")}
-            if kept["tensor_scale"] is not None:
-                fake_quant.set_tensor_scale(kept["tensor_scale"])
+            kept = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "outer_scale")}
             if kept["scale"] is None or kept["zero_point"] is None:
+                if kept["outer_scale"] is not None:
+                    fake_quant.set_outer_scale(kept["outer_scale"])
                 continue
             if kept["scale"].isnan().any():
                 raise QatkitError(
@@ -141,7 +141,7 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
                     key=path.name, advice="calibrate the model and save it again",
                 )  # fmt: skip
             if not fake_quant.computed:
-                fake_quant.set_qparams(kept["scale"], kept["zero_point"])
+                fake_quant.set_qparams(kept["scale"], kept["zero_point"], kept["outer_scale"])
             elif not torch.equal(fake_quant.qparams(_weight(module, part).detach())[0].cpu(), kept["scale"]):
                 raise QatkitError(
                     f"the weight of layer '{name}' does not match its recorded scale", key=path.name,

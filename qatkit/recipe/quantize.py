@@ -21,7 +21,7 @@ class LayerConfig:
     scheme: str | None = None
     """Name of a scheme of compressed-tensors (W4A16, FP8_DYNAMIC, NVFP4, ...) or GGUF (Q4_0, ...), instead of specs."""
     observer: str | None = None
-    """Observer of the weight's scale if `scheme` is set, such as lsq. The default is minmax."""
+    """Observer of the weight's scale if `scheme` is set, such as lsq. The default is minmax, or mse with K-quants."""
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
     """Quantization of each layer's input. With ``strategy: tensor``, scales are calibrated and frozen unless
@@ -62,8 +62,8 @@ class QuantizeConfig(LayerConfig):
     kv_cache: QuantSpec | None = None
     """Quantization of the KV cache, with ``strategy: tensor`` or ``token``."""
     init: str | None = None
-    """PTQ method that sets the starting point: rtn, mse, gptq, awq or smoothquant. By default, stored scales start
-    where the squared error is smallest.
+    """PTQ method that sets the starting point: rtn, mse, importance, gptq, awq or smoothquant. By default, stored
+    scales start where the squared error is smallest.
     """
     share_inputs: bool = False
     """Share one static scale among layers that read the same input (q/k/v, gate/up) instead of one scale per layer."""
@@ -115,6 +115,12 @@ class QuantizeConfig(LayerConfig):
     def moves_zeros(self) -> bool:
         """Whether the starting point makes pruned weights nonzero."""
         return self.init is not None and not METHODS[self.init].keeps_zeros
+
+    @property
+    def drops_zeros(self) -> bool:
+        """Whether quantization makes pruned weights of a layer nonzero."""
+        schemes = [self.specs, *(layer.specs for layer in self.layers.values())]
+        return any(specs.weight is not None and not specs.weight.keeps_zeros for specs in schemes)
 
     @property
     def arguments(self) -> dict[str, Any]:

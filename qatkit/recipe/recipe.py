@@ -167,6 +167,12 @@ class Recipe:
                         key="quantize.init",
                         advice="use awq or mse, or set hold_sparsity: false",
                     )
+                if pruned[name] and stage.quantize is not None and stage.quantize.drops_zeros:
+                    raise QatkitError(
+                        "the minima of Q2_K, Q4_K and Q5_K would make pruned weights non-zero",
+                        key="quantize",
+                        advice="use Q3_K, Q6_K or Q4_0, or set hold_sparsity: false",
+                    )
             if stage.rewind is not None:
                 check_rewind(name, self.stages, self._ancestors(name), pruned[name])
             if stage.lora is not None:

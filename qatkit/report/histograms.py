@@ -11,9 +11,9 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+from qatkit.quantization.arithmetic import exact_codes
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.prepare import quantized_weights
-from qatkit.quantization.slices import aligned, to_slices
 
 INSIDE = 64
 """Bins over the range of the codes: a power of two, so that code boundaries are bin boundaries (2 to 6 bits)."""
@@ -45,7 +45,7 @@ def weight_histograms(model: nn.Module) -> dict[str, Histogram]:
     for name, sharded, fake_quant in quantized_weights(model):
         spec, weight = fake_quant.spec, full_tensor(sharded).float()
         scale, zero_point = fake_quant.whole_qparams(weight)
-        place = to_slices(weight, spec) / aligned(scale, weight, spec) + aligned(zero_point, weight, spec)
+        place = exact_codes(weight, scale, zero_point, spec)
         width = (spec.qmax - spec.qmin + 1) / INSIDE
         bins = ((place - (spec.qmin - 0.5)) / width).floor().clamp(-OUTSIDE, INSIDE + OUTSIDE - 1).long() + OUTSIDE
         counts = torch.bincount(bins.flatten(), minlength=INSIDE + 2 * OUTSIDE)

@@ -73,13 +73,17 @@ def tensors(path: Path) -> dict[str, Any]:
         (spec("Q4_1", observer="lsq_plus"), "Q4_1"),
         (spec("Q5_1", observer="mse"), "Q5_1"),
         (spec("MXFP4A16"), "MXFP4"),
+        (spec("Q4_K"), "Q4_K"),
+        (spec("Q4_K", observer="lsq_plus"), "Q4_K"),
+        (spec("Q3_K", observer="lsq"), "Q3_K"),
     ],
-    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse", "Q5_0-lsq", "Q4_1-lsq+", "Q5_1-mse", "MXFP4"],
+    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse", "Q5_0-lsq", "Q4_1-lsq+", "Q5_1-mse", "MXFP4", "Q4_K", "Q4_K-lsq+", "Q3_K-lsq"],
 )
 def test_transformers_computes_the_trained_logits_from_the_file_alone(
     weight: QuantSpec, kind: str, tmp_path: Path
 ) -> None:
-    model, path = trained(weight), tmp_path / "model.gguf"
+    shape = {"hidden": 256, "intermediate": 256} if weight.super_blocks else {}
+    model, path = trained(weight, **shape), tmp_path / "model.gguf"
     export_gguf(model, path)
     assert torch.equal(logits(loaded(path)), logits(model))
     types = {tensor.tensor_type.name for name, tensor in tensors(path).items() if "ffn" in name and "norm" not in name}
@@ -105,20 +109,22 @@ def test_the_gguf_package_decodes_the_trained_weights_and_the_zeros_of_pruned_on
 
 def test_every_layer_has_its_own_type_and_embeddings_and_the_output_layer_have_one_too(tmp_path: Path) -> None:
     layers = {
-        "model.embed_tokens": scheme("Q5_0"),
-        "lm_head": scheme("Q8_0"),
+        "model.embed_tokens": scheme("Q2_K"),
+        "lm_head": scheme("Q6_K"),
         "*_proj": scheme("Q4_0"),
         "*.1.mlp.up_proj": scheme("MXFP4A16"),
         "*.down_proj": scheme("TQ2_0"),
+        "*.o_proj": scheme("Q5_K"),
     }
     torch.manual_seed(0)
-    model, path = llama(300, 64, 2, 4, 2, 256, 32, tie_embeddings=False).eval(), tmp_path / "model.gguf"
+    model, path = llama(300, 256, 2, 4, 2, 256, 32, tie_embeddings=False).eval(), tmp_path / "model.gguf"
     prepare_qat(model, layers=layers)
     export_gguf(model, path)
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors(path).items()}
-    assert (kinds["token_embd.weight"], kinds["output.weight"], kinds["output_norm.weight"]) == ("Q5_0", "Q8_0", "F32")
+    assert (kinds["token_embd.weight"], kinds["output.weight"], kinds["output_norm.weight"]) == ("Q2_K", "Q6_K", "F32")
     assert (kinds["blk.0.ffn_up.weight"], kinds["blk.1.ffn_up.weight"]) == ("Q4_0", "MXFP4")
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.attn_k.weight"]) == ("TQ2_0", "Q4_0")
+    assert kinds["blk.1.attn_output.weight"] == "Q5_K"
     assert torch.equal(logits(loaded(path)), logits(model))
     assert verify(model, path, [BATCH]).passed
 
@@ -195,12 +201,17 @@ def test_matrices_whose_values_fit_are_stored_in_half_precision(dtype: torch.dty
             r"\{scale_dtype: float16, scale_rule: minimum\} \(Q4_1\)",
         ),
         (spec("NVFP4A16"), r".*; set scheme: MXFP4A16, or weight: \{group_size: 32, scale_dtype: float8_e8m0fnu\}"),
+        (
+            spec("Q2_K", group_size=32),
+            r".*with group_size: 32; set scheme: Q2_K, or weight: \{group_size: 16\} \(Q2_K\)",
+        ),
         (spec("Q8_0", symmetric=False), r".*with symmetric: false; set scheme: Q8_0, or weight: \{symmetric: true\}"),
     ],
-    ids=["group 128", "channel", "3 bits", "zero points", "NVFP4", "8-bit zero points"],
+    ids=["group 128", "channel", "3 bits", "zero points", "NVFP4", "K-quant", "8-bit zero points"],
 )
 def test_a_scheme_that_no_type_stores_is_refused_with_the_keys_that_fit(weight: QuantSpec, message: str) -> None:
-    model = llama(300, 128, 1, 2, 1, 128, 32)
+    hidden = 256 if weight.super_blocks else 128
+    model = llama(300, hidden, 1, 2, 1, hidden, 32)
     prepare_qat(model, weight, exclude=["lm_head"])
     with pytest.raises(QatkitError, match=rf"layer 'model\.layers\.0\.self_attn\.q_proj': {message}"):
         FORMATS["gguf"].check_model(model)

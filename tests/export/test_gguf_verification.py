@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from qatkit.export.gguf import export_gguf
+from qatkit.export.gguf_read_back import _tensor_differences
+from qatkit.export.gguf_super_blocks import LAYOUTS
+from qatkit.export.gguf_tensors import stored_tensors
 from qatkit.export.verification import Verification, verify
 from tests.export.test_gguf import BATCH, spec, trained
 
@@ -81,6 +84,30 @@ def test_a_changed_weight_is_named(
         assert failure.startswith(message), check.failures
     assert any("values that transformers loads differ" in failure for failure in check.failures)
     assert any(failure.startswith("outputs: ") for failure in check.failures)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_a_changed_step_scale_minimum_or_code_of_a_super_block_is_named(name: str, tmp_path: Path) -> None:
+    model = trained(spec(name), steps=0, layers=1, hidden=256, intermediate=256)
+    path, layout = tmp_path / "model.gguf", LAYOUTS[name]
+    weight = "'model.layers.0.self_attn.v_proj.weight'"
+    code = next(at for at in range(210) if at not in {*range(256)[layout.steps], *range(256)[layout.scales]})
+    for at in (*range(256)[layout.steps], layout.scales.start, layout.scales.start + 4, layout.scales.stop - 1):
+        check = changed_byte(model, path, at)
+        assert any(failure.startswith(f"{weight}: ") and "scales differ" in failure for failure in check), (at, check)
+    assert any(
+        failure.startswith(f"{weight}: ") and "values differ" in failure for failure in changed_byte(model, path, code)
+    )
+
+
+def changed_byte(model: nn.Module, path: Path, at: int) -> list[str]:
+    """Verify a file with one changed bit in the first super-block of a value projection."""
+    export_gguf(model, path)
+    reader = gguf.GGUFReader(path, "r+")
+    data(reader, "blk.0.attn_v.weight")[0, at] ^= 16
+    reader.data.flush()
+    tensor = next(tensor for tensor in stored_tensors(model) if tensor.name == "blk.0.attn_v.weight")
+    return _tensor_differences(tensor, next(found for found in reader.tensors if found.name == tensor.name))
 
 
 def test_a_changed_norm_and_a_changed_setting_are_named(model: nn.Module, tmp_path: Path) -> None:

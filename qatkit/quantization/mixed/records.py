@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.slices import scale_shape
+from qatkit.quantization.scale_dtypes import SCALE_DTYPES
+from qatkit.quantization.slices import outer_shape, scale_shape
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
-
-_SCALE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e8m0fnu": 1}
 
 
 def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """Compute the bytes of a quantized weight: packed codes, scales and zero points.
 
-    Codes and zero points are packed at `num_bits` without gaps; scales are stored in their dtype, and two-level scales
-    add one float32. The header and alignment of a file are not included.
+    Codes and zero points are packed at `num_bits` without gaps; scales are stored in their dtype, and minima like
+    scales. Outer scales have 32 bits per tensor, and 16 bits per super-block. The header and alignment of a file are
+    not included.
 
     Args:
         shape: Shape of the weight, ``[out, in, ...]``.
@@ -27,13 +27,15 @@ def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
 
     Example:
         >>> from qatkit import scheme
-        >>> stored_bytes([1, 32], scheme("Q4_0").weight), stored_bytes([1, 32], scheme("Q8_0").weight)
-        (18, 34)
+        >>> stored_bytes([1, 32], scheme("Q4_0").weight), stored_bytes([1, 256], scheme("Q4_K").weight)
+        (18, 144)
     """
-    scales = math.prod(scale_shape(shape, spec))
+    own = scale_shape(shape, spec)
+    scales, bits = math.prod(own), SCALE_DTYPES[spec.scale_dtype].bits
     codes = math.ceil(math.prod(shape) * spec.num_bits / 8)
-    zero_points = 0 if spec.symmetric else math.ceil(scales * spec.num_bits / 8)
-    return codes + zero_points + scales * _SCALE_BYTES[spec.scale_dtype] + 4 * spec.two_level
+    zero_points = 0 if spec.symmetric else math.ceil(scales * (bits if spec.has_minimum else spec.num_bits) / 8)
+    outer = math.prod(outer_shape(own, spec)) * (2 if spec.super_blocks else 4) if spec.two_level else 0
+    return codes + zero_points + math.ceil(scales * bits / 8) + outer
 
 
 @dataclass(frozen=True)

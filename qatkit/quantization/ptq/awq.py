@@ -107,7 +107,8 @@ def awq_clip(
 
     This is the clipping search of Lin et al., 2023: `estimators.mse_qparams` minimizes the error of the weights; this
     search minimizes the output error of each slice, with all other slices unquantized. The scale with the smallest
-    squared weight error is also tried, and is always used for block scales and two-level scales.
+    squared weight error is also tried, and is always used for block scales and the two-level scales of NVFP4. For
+    super-blocks, every squared error is weighted by the mean square of its input.
 
     Args:
         weight: ``[out, in]``.
@@ -126,6 +127,8 @@ def awq_clip(
         torch.Size([4, 2])
     """
     weight = weight.detach().float()
+    if spec.super_blocks:
+        return mse_qparams(weight, spec, weights=hessian.diagonal().expand_as(weight))
     best = mse_qparams(weight, spec)
     if spec.strategy == "block" or spec.two_level:
         return best

@@ -70,7 +70,7 @@ def gptq(
     inverse = _inverse_factor(hessian[order][:, order], damping)
     costs = torch.empty_like(inverse[0])
     costs[order] = inverse.diagonal().square().reciprocal()
-    floors = (1.0,) if spec.observer == "minmax" else FLOORS
+    floors = (1.0,) if spec.observer == "minmax" or spec.super_blocks else FLOORS
     tried = [_qparams(weight, spec, floor, costs) for floor in floors]
     grids = [torch.stack([_by_row(part, weight, spec) for part in parts]) for parts in zip(*tried, strict=True)]
 
@@ -79,7 +79,7 @@ def gptq(
         qparams = [_qparams(part, spec, floor, costs[columns]) for part, floor in zip(left, floors, strict=True)]
         return torch.stack([scale for scale, _ in qparams]), torch.stack([zero_point for _, zero_point in qparams])
 
-    # with two-level scales, the per-tensor scale and those of the groups are fixed
+    # with two-level scales, the outer scale and those of the groups are fixed
     grows = spec.strategy == "group" and not act_order and not spec.two_level
     rounded, *swept_grids = _sweep(weight, inverse, order, grids, spec, block_size, regroup if grows else None)
     nearest = torch.stack([fake_quantize(weight, *qparams, spec) for qparams in tried])

@@ -64,6 +64,13 @@ METHODS = Table(
             stored_scales=True,
         ),
         Method(
+            "importance",
+            "scales that minimize the squared error of the weights, weighted by the mean square of their inputs "
+            "(llama.cpp's importance matrix)",
+            from_inputs=f"{_PTQ}.importance:importance",
+            stored_scales=True,
+        ),
+        Method(
             "gptq",
             "round the weights one column at a time, each correcting the errors before it (GPTQ)",
             from_inputs=f"{_PTQ}.gptq:gptq",

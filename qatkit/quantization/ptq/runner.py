@@ -257,7 +257,7 @@ class _BatchMethod:
         matrix = layer.matrix
         self.undo.keep(layer.weight, *fake_quant.parameters(), *fake_quant.buffers())
         if fake_quant.spec.two_level:
-            fake_quant.initialize(matrix)  # sets the per-tensor scale
+            fake_quant.initialize(matrix)  # sets the outer scale
         weight, *qparams = implementation(self.method.from_inputs)(matrix.flatten(1), hessian, fake_quant.spec)
         layer.set_matrix(weight.view_as(matrix))
         fake_quant.set_qparams(*qparams)
