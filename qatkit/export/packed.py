@@ -71,7 +71,7 @@ def packing_of(kind: type[nn.Module] | None, inputs: int, scheme: Scheme) -> Pac
         Packing(bits=4, block=32, level=0)
     """
     spec, made = scheme.weight, packed_class(kind)
-    if made is None or spec is None or spec.type != "int" or spec.strategy == "block":
+    if made is None or spec is None or spec.type != "int" or spec.strategy == "block" or spec.has_minimum:
         return None
     if (rounded := scheme.activation) is not None:
         block = rounded.group_size
