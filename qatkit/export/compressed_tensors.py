@@ -18,9 +18,10 @@ from qatkit.common.files import replaced_folder
 from qatkit.errors import QatkitError
 from qatkit.export.companions import export_config
 from qatkit.export.compressed_limits import INSTEAD, check_layers
-from qatkit.export.compressed_weights import compare_and_load, quietly
+from qatkit.export.compressed_weights import compare_and_load
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
+from qatkit.export.transformers_folder import quantization_method, quietly
 from qatkit.quantization.experts import QATExperts, is_experts
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers, strip_qat
@@ -81,8 +82,8 @@ def bound(measured: Measured) -> Bound:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder contains a transformers model."""
-    return (path / "config.json").is_file()
+    """Whether a folder contains a transformers model, plain or compressed."""
+    return quantization_method(path) in ("", "compressed-tensors")
 
 
 def export_compressed(model: nn.Module, folder: Path | str) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qatkit.export.interface import ReadBack
+from qatkit.export.transformers_folder import compare_tensors, load_folder, quietly
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import qat_layers, quantized_weights
@@ -49,11 +46,11 @@ def compare_and_load(trained: nn.Module, folder: Path) -> ReadBack:
             stored = unpack_from_int32(packed, layer.weight_fake_quant.spec.num_bits, shape)
         scale, zero_point = layer.weight_fake_quant.qparams(layer.matrix)
         codes = quantize(layer.matrix, scale, zero_point, layer.weight_fake_quant.spec)
-        failures += _compare(f"{name}.weight", "codes", stored, codes)
-        failures += _compare(f"{name}.weight_scale", "scales", tensors.get(f"{name}.weight_scale"), scale)
+        failures += compare_tensors(f"{name}.weight", "codes", stored, codes)
+        failures += compare_tensors(f"{name}.weight_scale", "scales", tensors.get(f"{name}.weight_scale"), scale)
         if (inputs := layer.input_fake_quant) is not None and not inputs.dynamic:
             stored = tensors.get(f"{name}.input_scale")
-            failures += _compare(f"{name}.input_scale", "scales", stored, _static_scale(inputs))
+            failures += compare_tensors(f"{name}.input_scale", "scales", stored, _static_scale(inputs))
         expected |= {f"{name}.{part}": value for part, value in layer.shipped().items()}
     try:
         loaded = _load(folder)
@@ -62,40 +59,17 @@ def compare_and_load(trained: nn.Module, folder: Path) -> ReadBack:
         return ReadBack(weights, [*failures, f"transformers cannot load {folder.name}: {reason}"], None)
     decoded = loaded.state_dict()
     for key, value in expected.items():
-        failures += _compare(key, "values", decoded.get(key), value)
+        failures += compare_tensors(key, "values", decoded.get(key), value)
     return ReadBack(weights, failures, loaded)
 
 
 def _load(folder: Path) -> nn.Module:
-    import transformers
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = getattr(transformers, config["architectures"][0])
-    with quietly():
-        loaded: nn.Module = kind.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
-        if (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
+    loaded = load_folder(folder)
+    if (quantizer := getattr(loaded, "hf_quantizer", None)) is not None:
+        with quietly():
             quantizer.compressor.decompress_model(loaded)  # else the first forward pass would
     return loaded
 
 
-def _compare(key: str, what: str, stored: Tensor | None, expected: Tensor) -> list[str]:
-    if stored is None:
-        return [f"'{key}': the folder has no such {what}"]
-    if stored.shape != expected.shape:
-        return [f"'{key}': {what} of shape {list(stored.shape)} instead of {list(expected.shape)}"]
-    wrong = stored.float() != expected.float()  # bfloat16, float8 and int8 are exact in float32
-    if not wrong.any():
-        return []
-    first = wrong.nonzero()[0].tolist()
-    return [f"'{key}': {int(wrong.sum())} of {wrong.numel()} {what} differ, the first at {first}"]
-
-
 def _static_scale(fake_quant: FakeQuantize) -> Tensor:
     return fake_quant.qparams(torch.empty(0))[0]
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Hide the progress bars of transformers and compressed-tensors, which have no option for it."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
