@@ -178,7 +178,7 @@ def _mark(plain: Any, schemes: Mapping[str, Scheme]) -> None:
     linear = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
     others = [name for name in linear if name not in schemes]
     kinds = {name: _config(scheme.weight) for name, scheme in schemes.items()}
-    config = TorchAoConfig(FqnToConfig(kinds), modules_to_not_convert=others)  # type: ignore[no-untyped-call]
+    config = TorchAoConfig(FqnToConfig(kinds), modules_to_not_convert=others)
     plain.config.quantization_config = config
     plain.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
 
