@@ -107,7 +107,7 @@ class MagnitudePruning(PruningCallback):
                 raise QatkitError(
                     f"{self.layer_sparsity} has no effect with {other}",
                     key="layers",
-                    advice=f"remove either layers or {other}",
+                    advice=f"remove either the argument layers or {other}",
                 )
         if block is not None and (nm is not None or scope == "model"):
             raise QatkitError(

@@ -1,7 +1,7 @@
 """Predict memory use for a training step by running it on fake tensors, which have shapes but no values.
 
 It runs the actual training step: the model's own code, the fake quantizers, the loss and the teacher. Fake tensors
-allocate no memory; every allocation and release of the real tensors is recorded.
+allocate no memory; instead, each allocation and release that real tensors would make is recorded.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def command(
         list[int] | None,
         typer.Option(min=1, max=2**20, metavar="N", help="A batch size. Repeatable.", show_default="1 and 64"),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of the runtime.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Number of threads that the runtime uses.")] = 1,
     against: Annotated[
         Against | None,
         typer.Option(help="Also measure the dense model quantized by the runtime's own post-training quantization."),

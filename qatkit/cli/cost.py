@@ -31,7 +31,7 @@ class _Served:
 def command(
     price: Annotated[float, typer.Option(min=0.0, help="Price of the device per hour.")],
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, whose report contains measured latencies.")
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder whose report contains measured latencies.")
     ] = None,
     latency: Annotated[float | None, typer.Option(min=0.0, metavar="MS", help="Milliseconds per batch.")] = None,
     batch: Annotated[

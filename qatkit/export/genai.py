@@ -186,5 +186,5 @@ def _build(source: Path, built: Path) -> None:
         lines = done.stderr.strip().splitlines() or ["no error message"]
         raise QatkitError(
             f"the model builder of onnxruntime-genai failed: {lines[-1]}",
-            advice=f"report the model's config to onnxruntime-genai, or {_INSTEAD}",
+            advice=f"open an issue with onnxruntime-genai that includes the model's config, or {_INSTEAD}",
         )

@@ -31,7 +31,7 @@ def compare_and_load(trained: nn.Module, path: Path, threads: int | None) -> Rea
     Args:
         trained: The model, in eval mode on the CPU.
         path: A folder written by `export_genai`.
-        threads: Threads of the runtime.
+        threads: Number of threads that the runtime uses.
     """
     import onnx
 
@@ -112,7 +112,7 @@ class GenaiRuntime:
 
     Args:
         path: The folder.
-        threads: Threads of the runtime; None uses its default.
+        threads: Number of threads that the runtime uses; None uses its default.
 
     Raises:
         QatkitError: ONNX Runtime cannot load the graph.

@@ -86,7 +86,7 @@ def all_nodes(proto: Any) -> list[Any]:
 def decoding_nodes(proto: Any, constants: Collection[str]) -> dict[tuple[str, ...], list[Any]]:
     """Return the nodes that decode each weight, in order, keyed by the names of its codes, scale and zero point.
 
-    The nodes of an embedding first gather rows, and have the row indices as an additional input.
+    For an embedding, the first nodes gather rows, and they take the row indices as an additional input.
 
     Args:
         proto: A graph read from a file.

@@ -42,7 +42,7 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
     Args:
         run: A run with exported files.
         batch_sizes: Batch sizes to measure.
-        threads: Threads of the runtime.
+        threads: Number of threads that the runtime uses.
         against: Also measure the runtime's own quantization of the floating-point file.
 
     Raises:

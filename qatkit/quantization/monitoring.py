@@ -21,9 +21,9 @@ class LayerWatch:
     """Measures one layer repeatedly; it keeps two bytes for each of at most `SAMPLE` weights.
 
     Oscillation is defined as in Nagel et al. (2022, https://arxiv.org/abs/2203.11086): the integer weight changes in
-    the direction opposite to its previous change. The paper measures every step and averages a frequency. Here, only
-    observed steps are compared, so the fraction is a lower bound: a weight that changes and returns between two
-    observations is missed.
+    the direction opposite to its previous change. The paper checks for oscillation at every step and keeps a running
+    average of its frequency. Here, only observed steps are compared, so the fraction is a lower bound: a weight that
+    changes and returns between two observations is missed.
 
     Example:
         >>> from qatkit import QuantSpec, prepare_qat

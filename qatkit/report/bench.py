@@ -62,7 +62,7 @@ def bench(
         example: One input batch: a tensor ``[batch, ...]``, or tensors by input name; repeated or truncated to each
             batch size.
         batch_sizes: Batch sizes to measure.
-        threads: Threads of the runtime.
+        threads: Number of threads that the runtime uses.
         repeats: Timed blocks per batch size.
 
     Raises:

@@ -61,7 +61,7 @@ def serve(files: Mapping[str, File], batch_sizes: Sequence[int], threads: int) -
     Args:
         files: Files by name, each with an input batch that is repeated or truncated to each batch size.
         batch_sizes: Batch sizes to measure.
-        threads: Threads of the runtimes.
+        threads: Number of threads that the runtimes use.
 
     Returns:
         The measurements, by name.
