@@ -108,6 +108,7 @@ _Q3_K = replace(_K, num_bits=3, group_size=16, scale_dtype="int6")
 _Q4_K = replace(_K, num_bits=4, symmetric=False, scale_dtype="uint6")
 _Q5_K = replace(_Q4_K, num_bits=5)
 _Q6_K = replace(_K, num_bits=6, group_size=16, scale_dtype="int8")
+_IQ4_NL = replace(_GGUF, num_bits=4, type="nonlinear", scale_rule="signed", observer="mse")
 _TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="absmean")
 
 SCHEMES: dict[str, Scheme] = {
@@ -135,6 +136,7 @@ SCHEMES: dict[str, Scheme] = {
     "Q5_0": Scheme(_Q5_0),
     "Q5_1": Scheme(_Q5_1),
     "Q8_0": Scheme(_Q8_0),
+    "IQ4_NL": Scheme(_IQ4_NL),
     "Q2_K": Scheme(_Q2_K),
     "Q3_K": Scheme(_Q3_K),
     "Q4_K": Scheme(_Q4_K),
@@ -154,7 +156,7 @@ def scheme(name: str, observer: str | None = None) -> Scheme:
     Args:
         name: Name of the scheme, case-insensitive.
         observer: Observer of the weight's scale, such as "lsq". The default is "minmax", because scheme names do not
-            specify an observer; for TQ2_0, it is "absmean", and for K-quants "mse".
+            specify an observer; for TQ2_0, it is "absmean", and for IQ4_NL and K-quants "mse".
 
     Raises:
         QatkitError: The name is unknown, or the observer is not supported.

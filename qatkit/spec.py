@@ -36,7 +36,7 @@ class QuantSpec:
     """
 
     num_bits: int = 8
-    """Bits per code: 2 to 8 for int, 2 for ternary, and 4, 6 or 8 for float."""
+    """Bits per code: 2 to 8 for int, 2 for ternary, 4 for nonlinear, and 4, 6 or 8 for float."""
     symmetric: bool = True
     """Use signed codes around zero (True), or unsigned integers with a zero point or a minimum (False)."""
     strategy: Strategy = "channel"
@@ -61,7 +61,9 @@ class QuantSpec:
     point.
     """
     type: str = "int"
-    """Element type of a code: int, ternary (-1, 0, 1), float (e2m1, e2m3 or e4m3, by number of bits) or float_e5m2."""
+    """Element type of a code: int, ternary (-1, 0, 1), nonlinear (the values of GGUF's IQ4_NL), float (e2m1, e2m3 or
+    e4m3, by number of bits) or float_e5m2.
+    """
     block_structure: tuple[int, int] | None = None
     """Outputs and inputs per scale, only for ``strategy: block``."""
     percentile: float = 99.99
@@ -183,7 +185,9 @@ class QuantSpec:
                 "'minimum' is supported only for zero points and float16 scales", key="scale_rule",
                 advice="set symmetric: false and scale_dtype: float16, or remove scale_rule",
             )  # fmt: skip
-        if self.scale_rule in ("range", "signed") and (not self.symmetric or self.type != "int"):
+        if self.scale_rule not in ("qmax", "minimum") and not (
+            self.symmetric and self.scale_rule in self.element.scale_rules
+        ):
             raise QatkitError(
                 f"'{self.scale_rule}' is supported only for symmetric integers",
                 key="scale_rule",
@@ -246,7 +250,7 @@ class QuantSpec:
     @property
     def keeps_zeros(self) -> bool:
         """Whether a weight of zero is zero after quantization."""
-        return not self.has_minimum
+        return self.element.has_zero and not self.has_minimum
 
     @property
     def learned(self) -> bool:

@@ -76,6 +76,10 @@ def _q4_1(codes: Array, scales: Array, zero_points: Array, outer: Array) -> Arra
     return joined(float16(scales), float16(-scales * zero_points), _nibbles(_blocks(codes, scales)))
 
 
+def _iq4_nl(codes: Array, scales: Array, zero_points: Array, outer: Array) -> Array:
+    return joined(float16(scales), _nibbles(_blocks(codes, scales)))
+
+
 def _q5_0(codes: Array, scales: Array, zero_points: Array, outer: Array) -> Array:
     return joined(float16(scales), *_five_bits(_blocks(codes, scales) + 16))
 
@@ -138,6 +142,7 @@ BLOCK_TYPES = Table(
         BlockType("Q5_1", _with_minimum(5), _q5_1, _read_first, "MOSTLY_Q5_1"),
         BlockType("Q4_0", _spec(4), _q4_0, _read_first, "MOSTLY_Q4_0"),
         BlockType("Q4_1", _with_minimum(4), _q4_1, _read_first, "MOSTLY_Q4_1"),
+        BlockType("IQ4_NL", _spec(4, kind="nonlinear"), _iq4_nl, _read_first, "MOSTLY_IQ4_NL"),
         _k_quant("Q6_K", "MOSTLY_Q6_K"),
         _k_quant("Q5_K", "MOSTLY_Q5_K_S"),
         _k_quant("Q4_K", "MOSTLY_Q4_K_S"),

@@ -35,6 +35,9 @@ FLOAT_FORMATS: Mapping[str, Mapping[int, FloatFormat]] = {
 }
 """Layouts from the Open Compute Project (OCP MX 1.0 and OFP8) by element type and bit width."""
 
+NONLINEAR = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+"""The values of GGUF's IQ4_NL."""
+
 E4M3_MAX = FLOAT_FORMATS["float"][8].largest
 
 
@@ -62,6 +65,10 @@ class Element:
     """Whether codes may be unsigned with a zero point (``symmetric: false``)."""
     weight_only: bool = False
     """Whether the type is supported only for weights."""
+    scale_rules: tuple[str, ...] = ("qmax",)
+    """The supported values of `QuantSpec.scale_rule`."""
+    has_zero: bool = True
+    """Whether 0 is one of the values."""
 
 
 def _integer_range(bits: int, symmetric: bool) -> Bounds:
@@ -91,6 +98,7 @@ ELEMENTS = Table(
             code_range=_integer_range,
             integer=True,
             asymmetric=True,
+            scale_rules=("qmax", "range", "signed", "minimum"),
         ),
         Element(
             "ternary",
@@ -103,6 +111,17 @@ ELEMENTS = Table(
             narrowest=0.01,  # with one outlier in a slice, a tenth of the range would round all other values to zero
             integer=True,
             weight_only=True,
+        ),
+        Element(
+            "nonlinear",
+            "16 values that are denser around zero, of GGUF's IQ4_NL",
+            bits=(4,),
+            grid="qatkit.quantization.grids:nonlinear_grid",
+            code_range=lambda bits, symmetric: (NONLINEAR[0], NONLINEAR[-1]),
+            observers=("minmax", "mse", "lsq"),
+            weight_only=True,
+            scale_rules=("qmax", "signed"),
+            has_zero=False,
         ),
         Element(
             "float",

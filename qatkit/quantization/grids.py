@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qatkit.common.tables import implementation
-from qatkit.quantization.elements import FLOAT_FORMATS, FloatFormat
+from qatkit.quantization.elements import FLOAT_FORMATS, NONLINEAR, FloatFormat
 from qatkit.spec import QuantSpec
 
 
@@ -94,7 +94,7 @@ class Codebook:
     """An arbitrary list of values; a code is the index of its value.
 
     Args:
-        values: Values in ascending order; must include 0.
+        values: Values in ascending order.
 
     Example:
         >>> grid = Codebook([-1.0, -0.25, 0.0, 0.25, 1.0])
@@ -120,6 +120,11 @@ class Codebook:
 def integer_grid(spec: QuantSpec) -> Grid:
     """Return the grid of integer or ternary codes."""
     return IntegerGrid(spec.symmetric)
+
+
+def nonlinear_grid(spec: QuantSpec) -> Grid:
+    """Return the grid of IQ4_NL's values."""
+    return Codebook(list(NONLINEAR))
 
 
 def float_grid(spec: QuantSpec) -> Grid:

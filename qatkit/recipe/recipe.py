@@ -169,7 +169,7 @@ class Recipe:
                     )
                 if pruned[name] and stage.quantize is not None and stage.quantize.drops_zeros:
                     raise QatkitError(
-                        "the minima of Q2_K, Q4_K and Q5_K would make pruned weights non-zero",
+                        "Q2_K, Q4_K, Q5_K and IQ4_NL have no value for zero, so pruned weights would be non-zero",
                         key="quantize",
                         advice="use Q3_K, Q6_K or Q4_0, or set hold_sparsity: false",
                     )

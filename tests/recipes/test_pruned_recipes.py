@@ -280,7 +280,11 @@ def test_gptq_is_refused_where_it_would_move_the_zeros_before_anything_runs(tmp_
     run_of(tmp_path, "stages.qat.quantize.init=gptq", "stages.ptq.hold_sparsity=false")
 
 
-@pytest.mark.parametrize("quantize", ["{scheme: Q4_K}", "{scheme: Q8_0, layers: {'*': {scheme: Q2_K}}}"])
-def test_minima_are_refused_where_they_would_move_the_zeros(quantize: str, tmp_path: Path) -> None:
-    with pytest.raises(QatkitError, match=r"stages\.qat\.quantize: the minima of Q2_K, Q4_K and Q5_K.*use Q3_K"):
+@pytest.mark.parametrize(
+    "quantize", ["{scheme: Q4_K}", "{scheme: IQ4_NL}", "{scheme: Q8_0, layers: {'*': {scheme: Q2_K}}}"]
+)
+def test_types_without_a_zero_are_refused_where_they_would_move_the_zeros(quantize: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        QatkitError, match=r"stages\.qat\.quantize: Q2_K, Q4_K, Q5_K and IQ4_NL have no value.*use Q3_K"
+    ):
         run_of(tmp_path, f"stages.qat.quantize={quantize}")
