@@ -15,11 +15,9 @@ of 95 %.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,23 +80,17 @@ def _speed_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def source() -> dict[str, Any]:
-    """What all results depend on, besides qatkit."""
-    files = sorted(Path(__file__).parent.glob("serve*.py"))
-    return {"sha256": hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest(), "machine": machine()}
-
-
 def measured(only: str | None) -> dict[str, Any]:
     """The results of the families, of which those without a stored result are measured.
 
     Raises:
-        SystemExit: the stored results are of other scripts or of another machine.
+        SystemExit: the stored results are of another machine.
     """
-    content: dict[str, Any] = {"source": source(), "families": {}}
+    content: dict[str, Any] = {"machine": machine(), "families": {}}
     if JOURNAL.exists():
         content = json.loads(JOURNAL.read_text())
-        if content["source"] != source():
-            raise SystemExit(f"{JOURNAL} is of {content['source']} and not of {source()}; delete it to start again")
+        if content["machine"] != machine():
+            raise SystemExit(f"{JOURNAL} is of {content['machine']} and not of {machine()}; delete it to start again")
     families: dict[str, Any] = content["families"]
     for name in FAMILIES:
         if name == only or (only is None and name not in families):

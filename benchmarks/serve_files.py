@@ -112,7 +112,9 @@ def classifier(family: Family, quick: bool) -> Network:
 def quantization(family: Family, runtime: str) -> QuantizationAwareTraining:
     """How qatkit quantizes a family for a runtime."""
     target = family.target if family.target is None or runtime == "ONNX Runtime" else "openvino"
-    options: dict[str, Any] = {"weight": QuantSpec(8 if target is None else 7, observer="lsq"), "target": target}
+    # quantize_dynamic, too, has one scale for each weight of an LSTM
+    alone = QuantSpec(8, strategy="tensor", observer="lsq")
+    options: dict[str, Any] = {"weight": alone if target is None else QuantSpec(7, observer="lsq"), "target": target}
     if family.embeddings is not None:
         options |= {"include": ["*", family.embeddings], "layers": {family.embeddings: Scheme(QuantSpec(8))}}
     return QuantizationAwareTraining(exclude=family.exclude, **options)
