@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
     """A runtime that returns the negative outputs."""
     calls.append(("read_back", path, threads, model.training, any(p.requires_grad for p in model.parameters())))
     return ReadBack(4, ["a code differs"], lambda x: -model(x), after)
+
+
+def read_back_broken(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
+    """A runtime that raises."""
+
+    def runtime(x: Tensor) -> Tensor:
+        raise RuntimeError("there is no kernel")
+
+    return ReadBack(4, ["a code differs"], runtime)
 
 
 def after() -> list[str]:
@@ -105,6 +115,7 @@ def test_a_format_gets_the_trained_model_and_what_was_measured_and_all_failures_
         "outputs: the mean difference from the trained model is 1.52, but the bound (a quarter) is 0.25 (largest "
         "difference 2.57, over 3 samples)",
     ]
+    assert result.summary().startswith("FAILED: a code differs")
     assert (result.passed, result.weights, result.mean_error) == (False, 4, pytest.approx(2 * mean))
     assert (result.trained_metric, result.runtime_metric, result.agreement) == (
         pytest.approx(2 / 3),
@@ -148,3 +159,16 @@ def test_both_models_are_scored_by_the_task_or_the_metric(path: Path) -> None:
     metric = verify(layer(), path, [(X, values)], metric=error, class_dim=-1)
     assert (metric.task, metric.metric, metric.samples, metric.agreement) == ("", "MeanSquaredError", 3, 0.0)
     assert (metric.trained_metric, metric.runtime_metric) == (0.0, pytest.approx(root**2))
+
+
+def test_a_runtime_that_raises_is_a_failure_after_those_of_the_weights(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = replace(RECORDED, read_back=f"{__name__}:read_back_broken")
+    monkeypatch.setitem(FORMATS._rows, "recorded", broken)
+    result = verify(layer(), path, [(X, LABELS)])
+    assert result.failures == [
+        "a code differs",
+        "outputs: the runtime fails on batch 1 (expected: Tensor [3, 2]): there is no kernel",
+    ]
+    assert (result.passed, result.mean_error, result.runtime_metric) == (False, None, None)
