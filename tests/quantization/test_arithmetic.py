@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qatkit import QatkitError, QuantSpec, choose_qparams, dequantize, fake_quantize, quantize
+from qatkit import QatkitError, QuantSpec, choose_qparams, dequantize, fake_quantize, quantize, scheme
+from qatkit.quantization.arithmetic import exact_codes
 from qatkit.quantization.slices import value_range
 
 SPECS = [
@@ -162,3 +163,18 @@ def test_an_all_zero_channel_gets_the_widest_scale_and_an_all_zero_tensor_gets_o
 def test_an_invalid_spec_raises_an_error_with_the_fix(fields: dict[str, object], message: str) -> None:
     with pytest.raises(QatkitError, match=message):
         QuantSpec(**fields)  # type: ignore[arg-type]
+
+
+def test_exact_codes_are_those_before_rounding_with_a_zero_point_and_with_a_minimum() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, -1.0, 6.0, 9.0]])
+    scale, zero_point = torch.tensor([[0.5, 2.0], [1.0, 3.0]]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    groups = QuantSpec(4, symmetric=False, strategy="group", group_size=2)
+    codes = exact_codes(x, scale, zero_point, groups)  # x / scale + zero point
+    assert codes.tolist() == [[[3.0, 5.0], [3.5, 4.0]], [[3.0, 2.0], [6.0, 7.0]]]
+    signed = exact_codes(x, torch.tensor([[0.5], [2.0]]), torch.zeros(2, 1), QuantSpec(4))
+    assert signed.flatten().tolist() == [2.0, 4.0, 6.0, 8.0, 0.0, -0.5, 3.0, 4.5]
+    own = scheme("Q4_K").weight
+    assert own is not None
+    block = torch.full((1, 256), 3.0)
+    minima = exact_codes(block, torch.full((1, 8), 0.5), torch.full((1, 8), 2.0), own)  # (x + minimum) / scale
+    assert minima.unique().tolist() == [10.0]
