@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 from pathlib import Path
 
@@ -94,3 +95,14 @@ def test_the_serving_benchmark_measures_four_files_of_a_family_in_its_quick_mode
     assert rows["fp32"][5] == "0 of 3"
     assert rows["qatkit"][5] == rows["static"][5] == "3 of 3"
     assert float(rows["qatkit"][4]) < 0.3 * float(rows["fp32"][4]), "7-bit codes take a byte each"
+
+
+@pytest.mark.skipif("QATKIT_LLAMA_CPP" not in os.environ, reason="QATKIT_LLAMA_CPP names no folder with node-llama-cpp")
+def test_the_k_quants_are_compared_with_llama_cpp_in_its_quick_mode() -> None:
+    folder = os.environ["QATKIT_LLAMA_CPP"]
+    command = [warm.python(), str(ROOT / "benchmarks" / "kquants.py"), "--quick", "--llama-cpp", folder]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [line.split(" | ") for line in out.splitlines() if line.count(" | ") == 9]
+    assert [row[0] for row in rows] == ["Q4_K", "Q3_K", "Q2_K", "TQ2_0"]
+    for *_, loss, in_runtime in rows:
+        assert abs(float(loss) / float(in_runtime) - 1) < 0.01

@@ -123,18 +123,28 @@ class FakeQuantize(nn.Module):
         if self.computed:
             return computed_qparams(x, self.spec, self.outer_scale)
         assert self.scale is not None
-        scale: Tensor = _RoundScale.apply(self.scale, self.spec, self.outer_scale)  # type: ignore[no-untyped-call]
-        if self.offset is not None:
-            zero_point = -self.offset if self.spec.has_minimum else -self.offset / scale
-            return scale, _RoundZeroPoint.apply(zero_point, self.spec, self.outer_scale)  # type: ignore[no-untyped-call]
-        assert self.zero_point is not None
-        return scale, self.zero_point
+        return self._rounded(self.scale, self.offset, self.zero_point)
+
+    def _rounded(self, scale: Tensor, offset: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Round the stored numbers as in the exported file."""
+        scale = _RoundScale.apply(scale, self.spec, self.outer_scale)  # type: ignore[no-untyped-call]
+        if offset is not None:
+            exact = -offset if self.spec.has_minimum else -offset / scale
+            return scale, _RoundZeroPoint.apply(exact, self.spec, self.outer_scale)  # type: ignore[no-untyped-call]
+        assert zero_point is not None
+        return scale, zero_point
 
     def whole_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return `qparams` for an unsharded `weight`, gathered and without gradients."""
         with torch.no_grad():
-            scale, zero_point = self.qparams(weight)
-            return full_tensor(scale), full_tensor(zero_point)
+            if self.computed:
+                scale, zero_point = self.qparams(weight)
+                return full_tensor(scale), full_tensor(zero_point)
+            assert self.scale is not None
+            # gathered before they are rounded, because outer scales are never sharded
+            offset = None if self.offset is None else full_tensor(self.offset)
+            stored = None if self.zero_point is None else full_tensor(self.zero_point)
+            return self._rounded(full_tensor(self.scale), offset, stored)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_scale(x)[0]
