@@ -32,6 +32,7 @@ COMMANDS = Table(
         Command("plan", "Predict memory use for training and serving, without loading weights."),
         Command("profile", "Find a model's bottleneck on a device, and the largest speedup of each technique."),
         Command("run", "Run a recipe: train, export, verify, measure and report."),
+        Command("sweep", "Run a recipe with all combinations of values, and compare the results in one page."),
         Command("cache-teacher", "Compute and store a recipe's teacher outputs."),
         Command("export", "Export a run's finished stages."),
         Command("verify", "Run exported files in their runtime and compare them with the trained models."),

@@ -50,7 +50,7 @@ def command(
     with writing(this, quiet or as_json):
         content = report_run(this)
         present(content, this.out, out, quiet, as_json)
-        track_run(this, content, Tracking(this.recipe, this.out))
+        track_run(this, content, Tracking(this))
 
 
 def _compare(folders: list[Path], page: Path, allow: list[str] | None, quiet: bool) -> None:

@@ -35,6 +35,9 @@ def command(
         bool,
         typer.Option("--force", help="Retrain stages whose inputs have changed, and ignore the memory prediction."),
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Measure latency and write the report after verification.")
+    ] = True,
     allow: Allow = None,
     allow_write: AllowWrite = None,
     skip_bad: SkipBad = False,
@@ -59,7 +62,7 @@ def command(
     # Lightning sets its log level on import; its startup messages are not useful here
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     this = new_run(loaded, out, allow, allow_write)
-    tracking, progress = Tracking(this.recipe, this.out), _progress(quiet, as_json)
+    tracking, progress = Tracking(this), _progress(quiet, as_json)
     if (ending := termination()) is not None:
         ending.hint = partial(resume_advice, this)
     if not is_first_process():
@@ -75,7 +78,7 @@ def command(
         if not (quiet or as_json):
             _print_stages(this, trained)
         if until is None and loaded.export is not None:
-            _finish(this, tracking, quiet, as_json)
+            _finish(this, tracking, report, quiet, as_json)
         elif not (quiet or as_json):
             reason = "--until is set" if until else "the recipe has no export block"
             echo(f"export and report are skipped: {reason}")
@@ -110,17 +113,18 @@ def _metric(metrics: dict[str, float], task: Task | None) -> str:
     return f"test {metric.name} {metric.show(metrics[f'test/{metric.name}'])}"
 
 
-def _finish(this: Run, tracking: Tracking, quiet: bool, as_json: bool) -> None:
-    """Export, verify and report."""
-    from qatkit.pipeline.export import export_run
+def _finish(this: Run, tracking: Tracking, report: bool, quiet: bool, as_json: bool) -> None:
+    """Export, verify and, unless it is disabled, report."""
     from qatkit.pipeline.report import report_run, track_run
-    from qatkit.pipeline.verify import verify_run
+    from qatkit.pipeline.verify import export_and_verify
 
-    export_run(this)
-    checked = verify_run(this)
-    content = report_run(this)
-    present(content, this.out, None, quiet, as_json)
-    track_run(this, content, tracking)
+    checked = export_and_verify(this)
+    if report:
+        content = report_run(this)
+        present(content, this.out, None, quiet, as_json)
+        track_run(this, content, tracking)
+    else:
+        tracking.close()
     failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
     for stage, verification in failed.items():
         echo(f"verification of '{stage}' failed: {verification.summary()}", err=True)

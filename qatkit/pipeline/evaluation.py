@@ -57,7 +57,7 @@ def evaluate_run(run: Run, data: LightningDataModule) -> dict[str, dict[str, Any
     if config.tasks:
         check_harness(config.tasks, run.allow)
     for stage in run.rows:
-        path = run.out / "export" / stage / "evaluation.json"
+        path = run.export_folder(stage) / "evaluation.json"
         of = [run.record(stage).fingerprint, run.record(reference).fingerprint if reference else "", asdict(config)]
         kept = read_signed(path, _Kept, SCHEMA, f"delete {path} to rerun the evaluation")
         if kept is not None and kept["of"] == of:

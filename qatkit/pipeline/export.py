@@ -120,9 +120,14 @@ def export_run(run: Run) -> list[Path]:
         QatkitError: a stage is not finished, a format does not support the trained model, or a file would be written
             outside the run's folder.
     """
+    return write_exports(run, exports_of(run))
+
+
+def write_exports(run: Run, exports: Sequence[Exported]) -> list[Path]:
+    """Write exports of a run, as `export_run` does."""
     run.check_writes()
     run.check_recipe()
-    return _write(run, exports_of(run), held_out_data(run))
+    return _write(run, exports, held_out_data(run))
 
 
 def add_format(run: Run, name: str) -> list[Path]:

@@ -20,6 +20,11 @@ LAUNCHER = "QATKIT_LAUNCHER"
 """Environment variable with the ID of the process that launches the others."""
 
 
+def has_launcher() -> bool:
+    """Whether another process of qatkit has started this one."""
+    return LAUNCHER in os.environ
+
+
 @contextmanager
 def as_launcher() -> Iterator[None]:
     """Pass the ID of this process to the processes that it launches inside the block."""

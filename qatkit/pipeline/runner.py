@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from qatkit.common.device import check_accelerator, device_count
 from qatkit.common.files import write_atomically
@@ -13,7 +14,7 @@ from qatkit.data.streaming import StreamingDataModule
 from qatkit.errors import QatkitError, QatkitWarning, did_you_mean
 from qatkit.pipeline.finishing import delete_training_files
 from qatkit.pipeline.logger_check import check_logger
-from qatkit.pipeline.processes import as_launcher, end_with_parent, is_first_process
+from qatkit.pipeline.processes import as_launcher, end_with_parent, has_launcher, is_first_process
 from qatkit.pipeline.progress import Style
 from qatkit.pipeline.stage import StagePrint, run_stage
 from qatkit.pipeline.tracking import Tracking
@@ -23,6 +24,7 @@ from qatkit.run.fingerprint import fingerprint, refuse_changes, stage_inputs
 from qatkit.run.folder import Run
 from qatkit.run.lock import locked
 from qatkit.run.record import read_record, read_started
+from qatkit.run.sharing import shared_name
 from qatkit.run.stage_files import check_files
 
 
@@ -57,6 +59,8 @@ def run_stages(
     if not is_first_process():
         end_with_parent()
         return _run_stages(run, until, force, progress, tracking)
+    if has_launcher():  # a sweep
+        end_with_parent()
     with as_launcher(), locked(run.out):
         return _run_stages(run, until, force, progress, tracking)
 
@@ -70,7 +74,7 @@ def _run_stages(
     if until is not None and until not in names:
         raise QatkitError(f"'{until}' is not a stage", key="--until", advice=did_you_mean(until, names))
     wanted = names[: names.index(until) + 1] if until else names
-    prints = _stage_prints(run, names)
+    prints = stage_prints(run)
     if is_first_process():
         _check_folder(run, prints, force)
         write_atomically(run.out / "recipe.yaml", recipe_to_yaml(run.recipe))
@@ -83,10 +87,11 @@ def _run_stages(
         for name in finished:  # a process that was killed after it finished the stage left them
             delete_training_files(run.folder(name))
     _check_batch_sizes(run, trained)
-    shared = tracking or Tracking(run.recipe, run.out)
+    shared = tracking or Tracking(run)
     try:
         for name in trained:
-            run_stage(run, name, prints[name], shared, progress)
+            with _locked_if_shared(run, name):
+                run_stage(run, name, prints[name], shared, progress)
     finally:
         if tracking is None:
             shared.close()
@@ -128,9 +133,14 @@ def resume_advice(run: Run) -> str:
     return f"stage '{unfinished[0]}' has no checkpoint yet; run the same command again to restart it{kept}"
 
 
-def _stage_prints(run: Run, names: Sequence[str]) -> dict[str, StagePrint]:
+def _locked_if_shared(run: Run, stage: str) -> AbstractContextManager[None]:
+    return locked(run.folder(stage)) if run.is_shared(stage) and is_first_process() else nullcontext()
+
+
+def stage_prints(run: Run) -> dict[str, StagePrint]:
+    """Return the inputs and the fingerprint of every stage of a run."""
     prints: dict[str, StagePrint] = {}
-    for name in names:
+    for name in run.recipe.stages:
         inputs, parent = stage_inputs(run.recipe, name), run.recipe.parent_of(name)
         # a teacher need not be among the stages that the model comes from
         teacher = run.recipe.teacher_of(name) if run.recipe.stages[name].distill else None
@@ -142,6 +152,12 @@ def _stage_prints(run: Run, names: Sequence[str]) -> dict[str, StagePrint]:
 def _check_folder(run: Run, prints: dict[str, StagePrint], force: bool) -> None:
     """Reject stages of a different recipe, finished or started; with `force`, delete them."""
     for name, stage_print in prints.items():
+        if run.is_shared(name) and run.folder(name).name != shared_name(name, stage_print.fingerprint):
+            raise QatkitError(
+                f"stage '{name}' belongs to a sweep, and its inputs have changed",
+                key=str(run.out),
+                advice="use another --out",
+            )
         try:
             _check_stage(run, name, stage_print)
         except QatkitError:

@@ -24,33 +24,34 @@ from qatkit.pipeline.wandb_run import (
     open_run,
     wandb_mode,
 )
-from qatkit.recipe import Recipe
+from qatkit.run.folder import Run
 
 
 class Tracking:
     """The loggers of a run folder, which also receive the results of each finished stage and of the run.
 
     Args:
-        recipe: The resolved recipe; its `trainer.logger` selects the loggers.
-        out: The run's folder.
+        run: The run; `trainer.logger` of its recipe selects the loggers.
 
     Example:
         >>> from qatkit.recipe.loading import load_recipe
-        >>> tracking = Tracking(load_recipe("vision/digits_int4"), Path("runs/mine"))
+        >>> from qatkit.run.folder import Run
+        >>> tracking = Tracking(Run(load_recipe("vision/digits_int4"), Path("runs/mine")))
         >>> [type(logger).__name__ for logger in tracking.loggers("dense")]
         ['CSVLogger']
     """
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe = recipe
-        self.out = out
+    def __init__(self, run: Run) -> None:
+        self.recipe = run.recipe
+        self.out = run.out
+        self._folder = run.folder
         self._run: Any = None
         self._lost = False
 
     def loggers(self, stage: str) -> list[Logger]:
         """Return the loggers of a stage, CSV first; only rank 0 writes."""
         check_logger(self.recipe.trainer)
-        logs = self.out / "stages" / stage / "logs"
+        logs = self._folder(stage) / "logs"
         attempts = len(list(logs.glob("*"))) if logs.exists() else 0
         # a resumed stage writes next to the earlier attempts: CSVLogger would delete them
         loggers: list[Logger] = [CSVLogger(logs.parent, name="logs", version=f"attempt_{attempts}")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,10 @@ from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.exporting import with_companions
 from qatkit.export.verification import Verification, verify
-from qatkit.pipeline.export import VERDICT, first_batch, held_out_data
+from qatkit.pipeline.export import VERDICT, first_batch, held_out_data, write_exports
 from qatkit.run.exports import Exported, exports_of
 from qatkit.run.folder import Run
+from qatkit.run.lock import locked
 from qatkit.tasks import declared_task
 
 if TYPE_CHECKING:
@@ -47,10 +50,53 @@ def verify_run(run: Run, only: str | None = None) -> dict[str, Verification]:
     Raises:
         QatkitError: a stage has not been exported, or a file would be written outside the run's folder.
     """
+    return verify_exports(run, exports_of(run, only))
+
+
+def verify_exports(run: Run, exports: Sequence[Exported]) -> dict[str, Verification]:
+    """Verify exports of a run, as `verify_run` does."""
     run.check_writes()
     run.check_recipe()
-    exports, data = exports_of(run, only), held_out_data(run)
+    data = held_out_data(run)
     return {exported.name: _verify_file(run, exported, data) for exported in exports}
+
+
+def export_and_verify(run: Run) -> dict[str, Verification]:
+    """Export and verify every stage in the comparison in each format of the run.
+
+    Exports of a shared stage that another run of the sweep has verified are left as they are.
+
+    Returns:
+        One verification per file, by name.
+
+    Raises:
+        QatkitError: for the same reasons as in `export_run` and `verify_run`.
+    """
+    exports = exports_of(run)
+
+    def missing() -> list[Exported]:
+        return [each for each in exports if not (run.is_shared(each.stage) and is_verified(run, each))]
+
+    with ExitStack() as locks:
+        for stage in sorted({each.stage for each in missing()}):  # in the same order in every process
+            if run.is_shared(stage):
+                locks.enter_context(locked(run.folder(stage), wait=True))
+        written = missing()  # another process may have written some of them meanwhile
+        write_exports(run, written)
+        checked = verify_exports(run, written)
+    return {
+        each.name: checked[each.name] if each.name in checked else Verification(**read_verification(run, each))
+        for each in exports
+    }
+
+
+def is_verified(run: Run, exported: Exported) -> bool:
+    """Whether an export has been verified and has not changed since."""
+    try:
+        read_verification(run, exported)
+    except QatkitError:
+        return False
+    return True
 
 
 def _verify_file(run: Run, exported: Exported, data: LightningDataModule) -> Verification:
@@ -75,7 +121,7 @@ def _changed_export(run: Run, exported: Exported) -> Path | None:
         content = read_signed(exported.folder / VERDICT, _Verified, SCHEMA, "")
     except QatkitError:  # a corrupt record is replaced
         return None
-    return None if content is None else changed_file(content["digests"], run.out)
+    return None if content is None else changed_file(content["digests"], run.recorded_from(exported.stage))
 
 
 def read_verification(run: Run, exported: Exported) -> dict[str, Any]:
@@ -91,7 +137,7 @@ def read_verification(run: Run, exported: Exported) -> dict[str, Any]:
     if content is None:
         raise QatkitError(f"'{exported.name}' has not been verified", advice=f"run {verify_again}")
     digests = content.pop("digests")
-    if (changed := changed_file(digests, run.out)) is not None:
+    if (changed := changed_file(digests, run.recorded_from(exported.stage))) is not None:
         raise QatkitError(
             "the file has changed since verification",
             key=str(changed),
@@ -104,4 +150,5 @@ def _digests(run: Run, exported: Exported) -> dict[str, str]:
     """Digests of an export and of the stage's weights, by path in the run folder."""
     files = [path for path in exported.folder.rglob("*") if path.is_file() and path.name != VERDICT]
     stage = run.folder(exported.stage)
-    return file_digests([*files, *stage.glob("*.safetensors"), *stage.glob("model/*.safetensors")], run.out)
+    files += [*stage.glob("*.safetensors"), *stage.glob("model/*.safetensors")]
+    return file_digests(files, run.recorded_from(exported.stage))

@@ -80,7 +80,9 @@ def report_content(run: Run, exports: Sequence[Exported], measured: Measurements
         "name": run.recipe.name,
         "format": formats[0].name,
         "written": datetime.now().astimezone().isoformat(" ", "minutes"),
-        "rows": [_row(run, exported, measured) for exported in main],
+        "rows": [
+            stage_row(run, exported, measured) | {"histograms": _histograms(run, exported.stage)} for exported in main
+        ],
         "others": [_file(run, exported, measured) for exported in exports if exported not in main],
         "baselines": list(measured.baselines),
         "stages": [_training(run, stage) for stage in run.recipe.stages],
@@ -114,15 +116,20 @@ def _text(content: Any) -> str:
     return re.sub(r"\[\n\s*(-?\d[^\[\]{}\"]*?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
 
 
-def _row(run: Run, exported: Exported, measured: Measurements) -> dict[str, Any]:
-    """One stage of the comparison: its export in the main format, and what is known of its model."""
+def stage_row(run: Run, exported: Exported, measured: Measurements) -> dict[str, Any]:
+    """Return a row of the comparison: an exported file, and what is known of its model.
+
+    Args:
+        run: The run; the stage is finished.
+        exported: The file.
+        measured: Measured values.
+    """
     stage = exported.stage
     record = run.record(stage)
     return _file(run, exported, measured) | {
         "cost": record.cost | measured.cost.get(stage, {}),
         "language": measured.language.get(stage),
         "zeros": measured_zeros(run.folder(stage)),
-        "histograms": _histograms(run, stage),
         "seconds": record.seconds,
     }
 

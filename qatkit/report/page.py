@@ -36,13 +36,32 @@ def render(
     Raises:
         QatkitError: matplotlib or jinja2 is not installed.
     """
-    if (missing := missing_packages()) is not None:
-        raise QatkitError(f"{missing}", key="report.html")
-    import jinja2
-
+    page = template("report.html.j2")
     # they import matplotlib
     from qatkit.report.comparison import compared
     from qatkit.report.sections import section
+
+    names = run_names([report["name"] for report in reports], folders)
+    text: str = page.render(
+        title=names[0] if len(names) == 1 else f"{len(names)} runs compared",
+        comparison=compared(joint or reports, names, joint is not None) if len(reports) > 1 else None,
+        runs=[
+            section(f"run{index}", report, name, len(reports))
+            for index, (report, name) in enumerate(zip(reports, names, strict=True))
+        ],
+    )
+    return text
+
+
+def template(name: str) -> Any:
+    """Return a template of a page.
+
+    Raises:
+        QatkitError: matplotlib or jinja2 is not installed.
+    """
+    if (missing := missing_packages()) is not None:
+        raise QatkitError(f"{missing}", key="report.html")
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qatkit.report"),
@@ -51,15 +70,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = run_names([report["name"] for report in reports], folders)
-    return environment.get_template("report.html.j2").render(
-        title=names[0] if len(names) == 1 else f"{len(names)} runs compared",
-        comparison=compared(joint or reports, names, joint is not None) if len(reports) > 1 else None,
-        runs=[
-            section(f"run{index}", report, name, len(reports))
-            for index, (report, name) in enumerate(zip(reports, names, strict=True))
-        ],
-    )
+    return environment.get_template(name)
 
 
 def run_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:

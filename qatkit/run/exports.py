@@ -45,7 +45,7 @@ def exports_of(run: Run, only: str | None = None) -> list[Exported]:
     """
     rows = formats_of(run)
     return [
-        Exported(stage, row, stage if row is rows[0] else f"{stage}/{row.name}", run.out / "export" / stage / row.name)
+        Exported(stage, row, stage if row is rows[0] else f"{stage}/{row.name}", run.export_folder(stage) / row.name)
         for row in rows
         for stage in run.rows
         if only in (None, row.name)

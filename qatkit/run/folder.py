@@ -18,6 +18,7 @@ from qatkit.run.architecture import Architecture, build_architecture
 from qatkit.run.compatibility import with_tokenizer
 from qatkit.run.fingerprint import refuse_other_recipe
 from qatkit.run.record import StageRecord, read_record
+from qatkit.run.sharing import shared_stages, sweep_folder
 from qatkit.run.stage_files import load_stage
 from qatkit.run.stage_models import StageModels, starting_model
 
@@ -40,6 +41,7 @@ class Run:
         self.out = out
         self.allow = tuple(allow)
         self.allow_write = tuple(allow_write)
+        self._shared = shared_stages(out)
 
     def check_writes(self, training: bool = False) -> None:
         """Raise an error if files outside the run's folder would be written or deleted; call it before every write.
@@ -53,7 +55,8 @@ class Run:
         """
         for key, path in self.recipe.written_paths.items() if training else ():
             check_path(path, self.out, self.allow_write, key)
-        check_links(self.out, self.allow_write)
+        for folder in (self.out, *self._shared.values()):
+            check_links(folder, self.allow_write)
 
     def check_recipe(self) -> None:
         """Raise an error if finished stages were trained with a different recipe.
@@ -66,8 +69,20 @@ class Run:
                 refuse_other_recipe(stage, record.inputs, self.recipe, self.out / "recipe.yaml")
 
     def folder(self, stage: str) -> Path:
-        """Return the folder of a stage's files."""
-        return self.out / "stages" / stage
+        """Return the folder of a stage's files; runs of a sweep share the folders of equal stages."""
+        return self._shared.get(stage, self.out / "stages" / stage)
+
+    def is_shared(self, stage: str) -> bool:
+        """Whether a stage's files and exports may belong to several runs of a sweep."""
+        return stage in self._shared
+
+    def export_folder(self, stage: str) -> Path:
+        """Return the folder of a stage's exports, one folder per format."""
+        return self.folder(stage) / "export" if self.is_shared(stage) else self.out / "export" / stage
+
+    def recorded_from(self, stage: str) -> Path:
+        """Return the folder to which paths in the records of a stage's exports are relative."""
+        return sweep_folder(self.out) if self.is_shared(stage) else self.out
 
     def build_model(self, architecture: Architecture | None = None, seed: int | None = None) -> nn.Module:
         """Build a model with its factory, with reproducible initial weights.

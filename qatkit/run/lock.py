@@ -62,10 +62,14 @@ class Holder:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, which is created if it does not exist; nested calls in one process share the lock.
 
     The lock of a process that was killed on this machine is taken over.
+
+    Args:
+        folder: The folder.
+        wait: Wait until no other process on this machine holds the lock.
 
     Raises:
         QatkitError: another process holds the lock; the error includes its host and ID.
@@ -76,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(folder)
+    descriptor = _wait(folder) if wait else _acquire(folder)
     _held[key] = descriptor
     try:
         yield
@@ -101,6 +105,16 @@ def lock_holder(folder: Path) -> Holder | None:
     except (OSError, ValueError, RecursionError):
         return None
     return Holder(**content) if misfit(Holder, content) is None else None
+
+
+def _wait(folder: Path) -> int:
+    while True:
+        try:
+            return _acquire(folder)
+        except QatkitError:
+            if (holder := lock_holder(folder)) is not None and not holder.is_local:
+                raise
+            time.sleep(0.1)
 
 
 def _acquire(folder: Path) -> int:

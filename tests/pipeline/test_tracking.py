@@ -164,7 +164,7 @@ def test_the_curves_are_in_csv_files_too(killed_and_resumed: tuple[Path, Records
 
 
 def test_samples_are_a_table_of_their_stage(nobody: None, tmp_path: Path) -> None:
-    tracking = Tracking(recipe("wandb"), tmp_path / "run")
+    tracking = Tracking(Run(recipe("wandb"), tmp_path / "run"))
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "tokenizer"))
     samples = TextSamples(3, ["Ada counts the", "Alan"], tmp_path / "samples.jsonl", 4, tokenizer)
     trainer = Trainer(

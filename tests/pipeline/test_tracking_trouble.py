@@ -29,7 +29,7 @@ def test_without_an_account_the_run_is_offline_whatever_is_asked(
 ) -> None:
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
-    tracking = Tracking(recipe("wandb"), tmp_path)
+    tracking = Tracking(Run(recipe("wandb"), tmp_path))
     names = [type(logger).__name__ for logger in tracking.loggers("dense")]
     tracking.close()
     assert names == ["CSVLogger", "StageLogger"]
@@ -39,7 +39,7 @@ def test_without_an_account_the_run_is_offline_whatever_is_asked(
 @pytest.mark.usefixtures("nobody")
 def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = wandb.init(mode="offline", dir=tmp_path / "theirs", id="theirs")
-    tracking = Tracking(recipe("wandb"), tmp_path)
+    tracking = Tracking(Run(recipe("wandb"), tmp_path))
     (_, logger) = tracking.loggers("dense")
     logger.log_metrics({"loss": 1.0}, step=0)
     tracking.close()
@@ -56,7 +56,7 @@ def test_a_run_that_the_user_has_open_stays_theirs(tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("nobody")
 def test_disabled_means_csv_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracking = Tracking(recipe("wandb"), tmp_path)
+    tracking = Tracking(Run(recipe("wandb"), tmp_path))
     assert [type(logger).__name__ for logger in tracking.loggers("dense")] == ["CSVLogger"]
     assert not list(tmp_path.glob("wandb*"))
 
@@ -72,7 +72,7 @@ def test_a_run_that_cannot_start_online_is_kept_offline(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(wandb, "login", lambda **_: True)
     monkeypatch.setattr(wandb, "init", unreachable)
-    tracking = Tracking(recipe("wandb"), tmp_path)
+    tracking = Tracking(Run(recipe("wandb"), tmp_path))
     with pytest.warns(QatkitWarning, match=r"cannot start online \(CommError: no route to host\); .*wandb sync"):
         assert len(tracking.loggers("dense")) == 2
     tracking.close()
