@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,29 @@ def language_phases(model: nn.Module, batch: int, context: int) -> Phases:
         for layer in one
     ]
     return {"prefill": prefill, "decode": decode, "training": training(prefill)}
+
+
+def model_of_config(folder: Path) -> nn.Module:
+    """Return the causal language model of a folder with a ``config.json`` on the meta device; weights are not read.
+
+    Raises:
+        QatkitError: transformers cannot build a causal language model from the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            # some operators of experts exist in bfloat16 only
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise QatkitError(
+            f"transformers cannot build a causal language model from this folder: {reason[:300]}",
+            key=str(folder),
+            advice="pass a folder with the config.json of a causal language model, or a recipe",
+        ) from error
+    return model.eval()
 
 
 def forward_phases(model: nn.Module, call: Callable[[], object]) -> Phases:

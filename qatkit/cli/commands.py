@@ -31,6 +31,7 @@ COMMANDS = Table(
         Command("validate", "Check a recipe and predict its memory use, without loading data or training."),
         Command("plan", "Predict memory use for training and serving, without loading weights."),
         Command("profile", "Find a model's bottleneck on a device, and the largest speedup of each technique."),
+        Command("advise", "Propose compression plans for a model and a device, and write a recipe."),
         Command("run", "Run a recipe: train, export, verify, measure and report."),
         Command("sweep", "Run a recipe with all combinations of values, and compare the results in one page."),
         Command("cache-teacher", "Compute and store a recipe's teacher outputs."),

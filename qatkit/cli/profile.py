@@ -17,7 +17,6 @@ from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import nn
 
     from qatkit.advise.devices import Device
     from qatkit.advise.phases import Phases
@@ -88,7 +87,7 @@ def command(
 def _phases(
     what: str, overrides: Sequence[str] | None, batch: int, context: int | None, allow: Sequence[str]
 ) -> Phases:
-    from qatkit.advise.phases import is_language_model, language_phases
+    from qatkit.advise.phases import is_language_model, language_phases, model_of_config
 
     folder = Path(what)
     if folder.is_dir():
@@ -96,7 +95,7 @@ def _phases(
             raise QatkitError(
                 "a config has no recipe keys to override", key=overrides[0], advice="edit the config, or pass a recipe"
             )
-        return language_phases(_model_of_config(folder), batch, context or _CONTEXT)
+        return language_phases(model_of_config(folder), batch, context or _CONTEXT)
     from qatkit.pipeline.profiling import forward_of
     from qatkit.run.architecture import meta_model
 
@@ -107,25 +106,6 @@ def _phases(
     if context is not None:
         raise QatkitError("the model is not a language model", key="--context", advice="remove the option")
     return forward_of(recipe, model, batch, allow)
-
-
-def _model_of_config(folder: Path) -> nn.Module:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            # some operators of experts exist in bfloat16 only
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise QatkitError(
-            f"transformers cannot build a causal language model from this folder: {reason[:300]}",
-            key=str(folder),
-            advice="pass a folder with the config.json of a causal language model, or a recipe",
-        ) from error
-    return model.eval()
 
 
 def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str) -> Table:
