@@ -1,4 +1,4 @@
-"""Named quantization schemes: compressed-tensors presets and GGUF integer formats."""
+"""Named quantization schemes: compressed-tensors presets, GGUF's integer formats and MLX's affine mode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from qatkit.errors import QatkitError, did_you_mean
 from qatkit.quantization.observers import OBSERVERS
-from qatkit.spec import QuantSpec
+from qatkit.spec import QuantSpec, ScaleRule
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ _Q6_K = replace(_K, num_bits=6, group_size=16, scale_dtype="int8")
 _IQ4_NL = replace(_GGUF, num_bits=4, type="nonlinear", scale_rule="signed", observer="mse")
 _TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="absmean")
 
+
+def _mlx(bits: int) -> QuantSpec:
+    """Groups of 64, mlx-lm's default. With 8 bits, rule minimum would leave the scale only 3 significant bits."""
+    rule: ScaleRule = "minimum" if bits < 8 else "qmax"
+    return QuantSpec(bits, False, "group", 64, scale_dtype="float16", scale_rule=rule)
+
+
 SCHEMES: dict[str, Scheme] = {
     "W8A8": Scheme(_INT8_CHANNEL, _INT8_TOKEN),
     "INT8": Scheme(_INT8_CHANNEL, _INT8_TOKEN),
@@ -131,6 +138,7 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP6A8": Scheme(_mx(6), _mx(8)),
     "MXFP8": Scheme(_mx(8), _mx(8)),
     "MXFP8A16": Scheme(_mx(8)),
+    **{f"MLX{bits}": Scheme(_mlx(bits)) for bits in (2, 3, 4, 5, 6, 8)},
     "Q4_0": Scheme(_Q4_0),
     "Q4_1": Scheme(_Q4_1),
     "Q5_0": Scheme(_Q5_0),
@@ -147,11 +155,11 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def scheme(name: str, observer: str | None = None) -> Scheme:
-    """Return the scheme with a name from compressed-tensors (`W4A16`) or GGUF (`Q4_0`).
+    """Return the scheme with a name from compressed-tensors (`W4A16`) or GGUF (`Q4_0`), or for MLX (`MLX4`).
 
     The GGUF schemes match the formats exactly: blocks of 32 weights (256 in TQ2_0), float16 scales and GGUF's scale
     rule; in the K-quants (Q4_K), super-blocks of 256 weights with integer scales. Exporting a model trained with such a
-    scheme is therefore lossless.
+    scheme is therefore lossless. So is exporting an MLX scheme to MLX.
 
     Args:
         name: Name of the scheme, case-insensitive.

@@ -26,6 +26,13 @@ AllowWrite = Annotated[
         help="A file or folder outside the run folder that may be written to, directly or through a link. Repeatable.",
     ),
 ]
+Python = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The interpreter of an environment with MLX, made by `qatkit environment mlx`, to run MLX files in.",
+    ),
+]
 SkipBad = Annotated[
     bool,
     typer.Option("--skip-bad", help="Skip and count invalid records in data.args.source instead of failing."),

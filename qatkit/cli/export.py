@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qatkit.cli.arguments import Allow, AllowWrite, RunArgument
+from qatkit.cli.arguments import Allow, AllowWrite, Python, RunArgument
 from qatkit.cli.exits import VERIFICATION_FAILED
 from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo
@@ -18,6 +18,7 @@ def command(
         str | None,
         typer.Option("--format", metavar="FORMAT", help="Export and verify this format, in addition to the recipe's."),
     ] = None,
+    python: Python = None,
     allow: Allow = None,
     allow_write: AllowWrite = None,
 ) -> None:
@@ -36,7 +37,7 @@ def command(
         _ = export_run(this) if format is None else add_format(this, format)
         for exported in exports_of(this, format):
             echo(f"{exported.path} ({exported.bytes:,} bytes)")
-        checked = {} if format is None else verify_run(this, format)
+        checked = {} if format is None else verify_run(this, format, python)
     for name, verification in checked.items():
         echo(f"{name}: {verification.summary()}")
     if not all(verification.passed for verification in checked.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def save_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, fold
                 companion.save_pretrained(folder)
 
 
-def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path) -> list[str]:
+def compare_companions(
+    names: Iterable[str], model: nn.Module, tokenizer: Any, folder: Path, skip: Collection[str] = ()
+) -> list[str]:
     """Compare the companion files in an exported folder to the trained model's.
 
     Args:
@@ -64,12 +66,13 @@ def compare_companions(names: Iterable[str], model: nn.Module, tokenizer: Any, f
         model: The trained model.
         tokenizer: The tokenizer of the data, or None.
         folder: The exported folder.
+        skip: Companions that are not compared.
 
     Returns:
         Descriptions of all differences.
     """
     failures: list[str] = []
-    for name in ("config", "generation_config", "tokenizer"):
+    for name in sorted({"config", "generation_config", "tokenizer"}.difference(skip)):
         with tempfile.TemporaryDirectory() as temporary:
             save_companions([name], model, tokenizer, Path(temporary))
             for expected in sorted(Path(temporary).iterdir()):

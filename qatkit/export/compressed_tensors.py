@@ -21,6 +21,7 @@ from qatkit.export.compressed_limits import INSTEAD, check_layers
 from qatkit.export.compressed_weights import compare_and_load
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
+from qatkit.export.mlx_content import is_mlx_folder
 from qatkit.export.transformers_folder import quantization_method, quietly
 from qatkit.quantization.experts import QATExperts, is_experts
 from qatkit.quantization.modules import FakeQuantize, full_tensor
@@ -83,7 +84,7 @@ def bound(measured: Measured) -> Bound:
 
 def is_model_folder(path: Path) -> bool:
     """Whether a folder contains a transformers model, plain or compressed."""
-    return quantization_method(path) in ("", "compressed-tensors")
+    return quantization_method(path) in ("", "compressed-tensors") and not is_mlx_folder(path)
 
 
 def export_compressed(model: nn.Module, folder: Path | str) -> None:

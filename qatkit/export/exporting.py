@@ -36,6 +36,7 @@ def export_model(
     metric: Metric | None = None,
     class_dim: int | None = None,
     threads: int | None = None,
+    python: Path | None = None,
 ) -> Verification:
     """Export a model, load the file in its runtime, and compare it to the model.
 
@@ -54,6 +55,7 @@ def export_model(
         metric: As in `verify`.
         class_dim: As in `verify`.
         threads: As in `verify`.
+        python: As in `verify`.
 
     Returns:
         The comparison. If the file differs from the model, `passed` is False, and the differences are in `failures`.
@@ -91,7 +93,7 @@ def export_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _evaluating(model):
         write_export(row, model, path, ExportContext(first, known, runtime, tokenizer))
-    result = verify(model, path, chain([first], iterator), row.name, threads, known, forward, metric, class_dim)
+    result = verify(model, path, chain([first], iterator), row.name, threads, known, forward, metric, class_dim, python)
     return with_companions(result, row, model, path, tokenizer, first)
 
 
@@ -121,7 +123,7 @@ def with_companions(
         tokenizer: The tokenizer of the data, or None.
         batch: One batch.
     """
-    failures = compare_companions(row.companions, model, tokenizer, row.folder_of(path))
+    failures = compare_companions(row.companions, model, tokenizer, row.folder_of(path), row.own_files)
     if row.compare_data:
         failures += row.call("compare_data", path, tokenizer, batch)
     return verification.with_failures(failures)

@@ -48,6 +48,8 @@ class ExportFormat:
     """``(path)``: whether the content is of this format, if the file name is ambiguous."""
     companions: tuple[str, ...] = ()
     """Files saved next to the weights so that `from_pretrained` loads them: "config", "tokenizer"."""
+    own_files: tuple[str, ...] = ()
+    """Such files that the format writes in its own form; `read_back` compares them."""
     check_tokenizer: str = ""
     """``(tokenizer)``: raise an error for an unsupported tokenizer, or do nothing for None; called before training."""
     compare_data: str = ""
@@ -70,6 +72,10 @@ class ExportFormat:
     """Globs for additional files that belong to the exported file; ``{stem}`` is its name without the suffix."""
     weight_files: tuple[str, ...] = ("*.safetensors",)
     """Globs of the files that hold the weights in an exported folder."""
+    environment: tuple[str, ...] = ()
+    """Requirements of a runtime that conflicts with qatkit's own packages. `read_back` then has one more argument: the
+    interpreter of an environment with these packages, or None.
+    """
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -268,6 +274,20 @@ FORMATS = Table(
             check_tokenizer="qatkit.export.genai:check_tokenizer",
             compare_data="qatkit.export.genai_runtime:compare_data",
             weight_files=("model.onnx", "model.onnx.data"),
+        ),
+        ExportFormat(
+            name="mlx",
+            description="a folder of trained codes and scales for MLX on Apple silicon",
+            file_name="",
+            check="qatkit.export.mlx:check",
+            write="qatkit.export.mlx:write",
+            read_back="qatkit.export.mlx:read_back",
+            bound="qatkit.export.mlx:bound",
+            runtime="MLX",
+            recognizes="qatkit.export.mlx_content:is_mlx_folder",
+            companions=("tokenizer",),
+            own_files=("config",),
+            environment=("mlx==0.32.4", "mlx-cpu==0.32.4; sys_platform == 'linux'", "mlx-lm==0.32.2"),
         ),
     ],
 )

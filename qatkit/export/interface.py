@@ -56,6 +56,8 @@ class ReadBack:
     """The file loaded in its runtime, with the model's call signature; None if it cannot be loaded."""
     after: Callable[[], list[str]] | None = None
     """Returns the problems found while the runtime ran; called after the last batch."""
+    name: str = ""
+    """The program that runs the file, if it is not always that of the format's row."""
 
 
 @dataclass(frozen=True)

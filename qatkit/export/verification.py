@@ -62,6 +62,8 @@ class Verification:
     """Metric of the trained model."""
     runtime_metric: float | None
     """Metric of the file in its runtime."""
+    runtime: str
+    """The program that ran the file, as the subject of a sentence."""
     text: str
     """The result in one line of text."""
 
@@ -87,6 +89,7 @@ def verify(
     forward: Forward | None = None,
     metric: Metric | None = None,
     class_dim: int | None = None,
+    python: Path | None = None,
 ) -> Verification:
     """Compare an exported file to the model from which it was exported.
 
@@ -111,6 +114,8 @@ def verify(
             (the batch's ``labels`` or its second element), and must compute one number.
         class_dim: The class dimension of the outputs, used with `metric`. If None, output values are compared instead
             of classes.
+        python: The interpreter of an environment with the runtime, for formats whose runtime conflicts with qatkit's
+            packages, such as MLX. If None, their files are decoded by formula, and their outputs computed by PyTorch.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.
@@ -137,7 +142,9 @@ def verify(
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
     quantizes_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
     precise = row.call("rounding", trained) if row.rounding and quantizes_inputs else None
-    file: ReadBack = row.call("read_back", trained, path, threads)
+    if python is not None and not row.environment:
+        raise QatkitError(f"'{row.name}' files run in this environment", key="python", advice="remove it")
+    file: ReadBack = row.call("read_back", trained, path, threads, *([python] if row.environment else []))
     failures = list(file.failures)
     judge = _judge(task, metric, class_dim)
     outputs = compare_outputs(
@@ -175,7 +182,8 @@ def verify(
         metric=outputs.metric,
         trained_metric=outputs.trained_metric,
         runtime_metric=outputs.runtime_metric,
-        text=_summary(failures, file.weights, layers, bound, outputs),
+        runtime=file.name or row.runtime,
+        text=_summary(failures, file, layers, bound, outputs),
     )
 
 
@@ -231,15 +239,16 @@ def _judge(task: Task | str | None, metric: Metric | None, class_dim: int | None
     return TaskJudge(TASKS.row(task, "task") if isinstance(task, str) else task)
 
 
-def _summary(failures: list[str], weights: int, layers: int, bound: Bound, outputs: Outputs) -> str:
+def _summary(failures: list[str], file: ReadBack, layers: int, bound: Bound, outputs: Outputs) -> str:
     if failures:
         return _failed(failures)
-    codes = f"all {weights} weights of {layers} quantized layers match the trained ones; " if layers else ""
+    codes = f"all {file.weights} weights of {layers} quantized layers match the trained ones; " if layers else ""
     limit = bound.text if bound.limit is None else f"{bound.text}, {bound.limit:.2g}"
     over = f"{outputs.samples} {outputs.counted}"
+    by = f"; computed by {file.name}" if file.name else ""
     return (
         f"passed: {codes}over {over}, outputs differ by {outputs.mean_error:.2g} on average (bound: "
-        f"{limit}); the {outputs.metric} is {outputs.runtime_metric:.4f} (trained: {outputs.trained_metric:.4f})"
+        f"{limit}); the {outputs.metric} is {outputs.runtime_metric:.4f} (trained: {outputs.trained_metric:.4f}){by}"
     )
 
 

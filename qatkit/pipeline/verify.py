@@ -25,7 +25,7 @@ from qatkit.tasks import declared_task
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of ``verification.json``."""
 
 
@@ -36,12 +36,13 @@ class _Verified(Verification):
     digests: dict[str, str]
 
 
-def verify_run(run: Run, only: str | None = None) -> dict[str, Verification]:
+def verify_run(run: Run, only: str | None = None, python: Path | None = None) -> dict[str, Verification]:
     """Reload every exported file from disk, and compare it to the trained model on the test split.
 
     Args:
         run: A run with exported files.
         only: The name of the only format to verify. By default, all formats of the run are verified.
+        python: The interpreter of an environment with the runtime, for formats that need one; see `verify`.
 
     Returns:
         One verification per file, by name. Each is also written to
@@ -50,15 +51,15 @@ def verify_run(run: Run, only: str | None = None) -> dict[str, Verification]:
     Raises:
         QatkitError: a stage has not been exported, or a file would be written outside the run's folder.
     """
-    return verify_exports(run, exports_of(run, only))
+    return verify_exports(run, exports_of(run, only), python)
 
 
-def verify_exports(run: Run, exports: Sequence[Exported]) -> dict[str, Verification]:
+def verify_exports(run: Run, exports: Sequence[Exported], python: Path | None = None) -> dict[str, Verification]:
     """Verify exports of a run, as `verify_run` does."""
     run.check_writes()
     run.check_recipe()
     data = held_out_data(run)
-    return {exported.name: _verify_file(run, exported, data) for exported in exports}
+    return {exported.name: _verify_file(run, exported, data, python) for exported in exports}
 
 
 def export_and_verify(run: Run) -> dict[str, Verification]:
@@ -99,7 +100,7 @@ def is_verified(run: Run, exported: Exported) -> bool:
     return True
 
 
-def _verify_file(run: Run, exported: Exported, data: LightningDataModule) -> Verification:
+def _verify_file(run: Run, exported: Exported, data: LightningDataModule, python: Path | None) -> Verification:
     path, row = exported.path, exported.format
     if not path.exists():
         raise QatkitError("there is no such file or folder", key=str(path), advice=f"run `qatkit export {run.out}`")
@@ -108,7 +109,8 @@ def _verify_file(run: Run, exported: Exported, data: LightningDataModule) -> Ver
         warnings.warn(problem, QatkitWarning, stacklevel=2)
     digests = _digests(run, exported)
     model, tokenizer = run.load_model(exported.stage).eval(), getattr(data, "tokenizer", None)
-    verification = verify(model, path, data.test_dataloader(), row.name, task=declared_task(data))
+    task, own = declared_task(data), python if row.environment else None
+    verification = verify(model, path, data.test_dataloader(), row.name, task=task, python=own)
     verification = with_companions(verification, row, model, path, tokenizer, first_batch(data))
     content = asdict(verification) | {"digests": digests}
     write_signed(exported.folder / VERDICT, content, SCHEMA, partial(json.dumps, indent=1))

@@ -40,7 +40,7 @@ def parity(check: dict[str, Any]) -> Parity:
     if not check["passed"]:
         return Parity(
             passed=False,
-            headline=f"{row.runtime} does NOT compute what training computed. Do not deploy this file.",
+            headline=f"{check['runtime']} does NOT compute what training computed. Do not deploy this file.",
             sentences=check["failures"],
         )
     sentences = []
@@ -52,7 +52,7 @@ def parity(check: dict[str, Any]) -> Parity:
     samples, same = check["samples"], round(check["agreement"] * check["samples"])
     count = f"all {samples:,}" if same == samples else f"{same:,} of {samples:,}"
     sentences.append(f"Both models predict the same {task.agreement} for {count} {task.counted}.")
-    return Parity(passed=True, headline=f"{row.runtime} computes what training computed.", sentences=sentences)
+    return Parity(passed=True, headline=f"{check['runtime']} computes what training computed.", sentences=sentences)
 
 
 def _difference(check: dict[str, Any]) -> str:

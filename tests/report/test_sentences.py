@@ -16,6 +16,7 @@ CHECK: dict[str, Any] = {
     "passed": True,
     "failures": [],
     "format": "onnx",
+    "runtime": "ONNX Runtime",
     "layers": 4,
     "weights": 15248,
     "samples": 360,

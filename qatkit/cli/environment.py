@@ -1,0 +1,42 @@
+"""`qatkit environment`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatkit.cli.output import echo
+from qatkit.errors import QatkitError
+
+
+def command(
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="An export format whose runtime needs one: mlx.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The environment to create.")],
+) -> None:
+    """Create a Python environment with a runtime that conflicts with qatkit's packages.
+
+    Pass its interpreter, which the command prints, to `qatkit verify --python`.
+
+    Example: qatkit environment mlx mlx-env
+    """
+    from qatkit.export.formats import FORMATS
+
+    row = FORMATS.row(format, "FORMAT")
+    if not row.environment:
+        raise QatkitError(
+            f"'{row.name}' files run in the environment of qatkit",
+            key="FORMAT",
+            advice=f"run: pip install 'qatkit[{row.extra}]'" if row.extra else "install nothing",
+        )
+    if folder.exists():
+        raise QatkitError("already exists", key=str(folder), advice="pass a new folder")
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    if subprocess.run([python, "-m", "pip", "install", "--quiet", *row.environment]).returncode:
+        raise QatkitError("pip cannot install the packages", key=str(folder), advice="see its message above")
+    echo(str(python))
