@@ -10,8 +10,9 @@ Tensors keep the layers' names: ``{layer}.weight.codes``, ``.scale``, ``.zero_po
 ``.zero_point``, ``{layer}.bias.codes``, ``.scale`` (or ``{layer}.bias`` if it stays in floating point). A layer with
 multiple weights has such tensors for each of them: ``{layer}.q_proj.weight.codes``.
 
-Weight-only layers are decoded once, when the file is loaded (`qatkit.export.onnx_constants`), or packed
-(`qatkit.export.packed`). There, codes of at most 4 bits take 4 bits; all others take a byte.
+Linear layers with dynamic activations multiply integers instead (`qatkit.export.onnx_dynamic`), and signed codes have
+no zero point there. Weight-only layers are decoded once, when the file is loaded (`qatkit.export.onnx_constants`), or
+packed (`qatkit.export.packed`). There, codes of at most 4 bits take 4 bits; all others take a byte.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from qatkit.export.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer
 from qatkit.export.qdq_nodes import DYNAMIC
 from qatkit.export.qdq_parts import EXPLICIT, QDQMultiheadAttention, part_layers, to_explicit
 from qatkit.export.qdq_recurrent import QDQRecurrent
-from qatkit.export.runtime import Runtime, load_runtime, open_session
+from qatkit.export.runtime import Runtime, check_dtypes, load_runtime, open_session
 from qatkit.export.saturation import SaturationCheck, saturates
 from qatkit.quantization.layers import QATLayer, swap_of
 from qatkit.quantization.parts import QATParts
@@ -100,11 +101,14 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 def bound(measured: Measured) -> Bound:
     """Return 1% of the quantization error if quantized inputs affect the output, otherwise 1e-4 of the mean output.
 
+    Without quantized inputs, a model with parameters in half precision may differ by 1% of the mean output.
     A different summation order may move a value across a rounding boundary, which changes one code of the next input.
     In deep networks, and after LayerNorm and softmax, such flips spread. There, the bound is twice the difference
     between the trained model and one whose values are rounded differently (`qatkit.export.rounding`), and at most half
     of the quantization error. Classes and other integers may differ in 1% of the values.
     """
+    if not measured.quantizes_inputs and measured.half_precision and not measured.whole:
+        return Bound("1% of the mean output, for half precision", 0.01 * measured.mean_output)
     if not measured.quantizes_inputs or measured.quantization_error == 0:
         return Bound("1e-4 of the mean output", 1e-4 * measured.mean_output)
     if measured.whole:
@@ -157,6 +161,7 @@ def export_onnx(
         True
     """
     FORMATS["onnx"].check_packages()
+    check_dtypes(model)
     write_graph(model, example, Path(path), task, target)
 
 
@@ -221,6 +226,12 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme, packs: bool) -> No
     packed = packs and kind is not None and packing_of(kind, _row_size(layer, kind), scheme) is not None
     if inputs is not None and inputs.scaled_per_batch and not packed:
         _check_dynamic(name, layer, qdq_class(kind) if parts is None else EXPLICIT[parts], inputs)
+        if scheme.weight is not None and scheme.weight.group_size is not None:
+            raise QatkitError(
+                f"layer '{name}': ONNX Runtime runs weights in groups of {scheme.weight.group_size} with dynamic "
+                "activations in floating point",
+                advice="set weight.strategy: channel, or for 4-bit weights target: onnxruntime-int4-int8",
+            )
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         _check_embedding(name, layer, scheme, packed)
     if inputs is not None and scheme.weight is None:

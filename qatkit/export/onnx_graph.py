@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export import packed
 from qatkit.export.onnx_constants import decode_when_loaded
+from qatkit.export.onnx_dynamic import dynamic_linear
 from qatkit.export.onnx_external import save_model
 from qatkit.export.onnx_inputs import Axes, Inputs
 from qatkit.export.onnx_points import pool_globally
@@ -52,14 +53,11 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
             return op.DequantizeLinear(codes, scale, zero_point, axis=1, block_size=block_size)
         return op.DequantizeLinear(codes, scale, zero_point, axis=0)
 
-    def dynamic_quantize_linear(x: Any) -> Any:
-        return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
-
     ops = torch.ops.qatkit
     return {
         ops.quantize_linear.default: quantize_linear,
         ops.dequantize_linear.default: dequantize_linear,
-        ops.dynamic_quantize_linear.default: dynamic_quantize_linear,
+        ops.dynamic_linear.default: functools.partial(dynamic_linear, op),
         **recurrent_translations(op),
         **packed.translations(),
     }
@@ -202,7 +200,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
         path: The file.
     """
     from onnxscript import optimizer, rewriter
-    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
 
     with _quiet():
         model = program.model
@@ -211,6 +209,7 @@ def save(program: Any, specs: dict[str, Any], path: Path) -> None:
             optimizer.fold_constants(model, should_fold=_keep_tables)
             model = rewriter.rewrite(model)
             optimizer.remove_unused_nodes(model)
+        CommonSubexpressionEliminationPass()(model)  # equal constants, and the input of several layers
         pool_globally(model)
         decode_when_loaded(model, _weights_alone(specs))
         ClearMetadataAndDocStringPass()(model)  # source lines and paths of the exporting machine
@@ -244,7 +243,7 @@ def _keep_tables(node: Any) -> bool | None:
     names = [value.name or "" for value in node.inputs if value is not None]
     if node.op_type in ("Split", "Concat") and any(BIAS.search(name) for name in names):
         return False
-    table = names[0] if node.op_type in ("Gather", "Cast") and names else ""
+    table = names[0] if node.op_type in ("Gather", "Cast", "Transpose") and names else ""
     return False if table.endswith((".codes", ".scale", ".zero_point")) else None
 
 

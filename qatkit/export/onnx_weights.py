@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from qatkit.export.differences import differences
 from qatkit.export.onnx_constants import all_nodes, decoding_nodes
+from qatkit.export.onnx_dynamic import integer_products
 from qatkit.export.onnx_external import side_failures
+from qatkit.export.onnx_folding import batch_norms, holds_a_fold
 from qatkit.export.onnx_packed import check_packed, packed_readers
 from qatkit.export.onnx_points import points_of
 from qatkit.export.onnx_recurrent import BIAS
@@ -110,6 +112,7 @@ class OnnxFile:
         }
         self.outputs = {value.name for value in proto.graph.output}
         self.packed = packed_readers(proto)
+        self.products = integer_products(proto.graph)
         self.decoders = decoding_nodes(proto.graph, self.tensors)
         self.encoders = {tuple(node.input)[1:] for node in all_nodes(proto.graph) if node.op_type == "QuantizeLinear"}
 
@@ -121,7 +124,7 @@ class OnnxFile:
         scale, zero_point = fake_quant.qparams(matrix)
         codes = quantize(matrix, scale, zero_point, spec)
         used = fake_quant(matrix)
-        keys = tuple(f"{prefix}weight.{part}" for part in ("codes", "scale", "zero_point"))
+        read = keys = tuple(f"{prefix}weight.{part}" for part in ("codes", "scale", "zero_point"))
         stored = self.tensors.get(keys[0])
         if stored is not None and stored.dtype == np.uint8 and spec.symmetric:  # signed codes as unsigned ones
             codes, zero_point = codes.int() + 128, zero_point + 128
@@ -132,17 +135,17 @@ class OnnxFile:
             free = (low == 0) & (high == 0)
             scale = torch.where(free, torch.from_numpy(stored.copy()).view(scale.shape), scale)
         failures += self._compare(f"layer '{name}': scales of the weight", keys[1], scale)
-        gathered = (
-            isinstance(layer, QATEmbedding | QATEmbeddingBag) and spec.symmetric
-        )  # signed codes need no zero point there
-        if not gathered:
+        products = self.products.get(keys[0], [])
+        if bool(zero_point.any()) or not (products or isinstance(layer, QATEmbedding | QATEmbeddingBag)):
             failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)
-        if any(key not in self.tensors for key in keys[: 2 if gathered else 3]):
+        else:
+            read = keys[:2]  # signed codes need no zero point there
+        if any(key not in self.tensors for key in read):
             return failures
-        if keys not in self.decoders:
+        if not (keys in self.decoders or products) or any(each.weight != read for each in products):
             return [*failures, f"layer '{name}': no node decodes the codes with their scale and zero point"]
         try:
-            decoded = self._decode(keys)
+            decoded = products[0].decoded(self.proto) if products else self._decode(keys)
         except Exception as error:  # onnxruntime's exceptions share no base class
             return [*failures, f"layer '{name}': the runtime cannot decode the weight: {error}"]
         return failures + differences(f"layer '{name}': weights as the runtime decodes them", decoded, used)
@@ -158,17 +161,12 @@ class OnnxFile:
         return failures
 
     def check_dynamic(self, name: str, prefix: str) -> list[str]:
-        """Whether every product with a layer's weight reads the output of a DynamicQuantizeLinear node."""
-        makers = {output: node for node in self.proto.graph.node for output in node.output}
+        """Whether every product with a layer's weight reads the outputs of a DynamicQuantizeLinear node."""
         dynamic = {tuple(node.output) for node in self.proto.graph.node if node.op_type == "DynamicQuantizeLinear"}
-        failures = []
-        for output in self._outputs_of(prefix):
-            reader = makers.get(makers[output].input[0])
-            while reader is not None and reader.op_type in _LAYOUT:
-                reader = makers.get(reader.input[0])
-            if reader is None or reader.op_type != "DequantizeLinear" or tuple(reader.input) not in dynamic:
-                failures.append(f"layer '{name}': input: no DynamicQuantizeLinear node quantizes it")
-        return failures
+        products = self.products.get(f"{prefix}weight.codes", [])
+        if products and all(product.input in dynamic for product in products):
+            return []
+        return [f"layer '{name}': input: no DynamicQuantizeLinear node quantizes it"]
 
     def check_biases(self, name: str, layer: QATRecurrent) -> list[str]:
         """Compare the biases of a recurrent layer, which are not quantized and keep their names."""
@@ -182,16 +180,17 @@ class OnnxFile:
     def check_parameters(self, model: nn.Module) -> list[str]:
         """Compare the unquantized parameters that the file stores under their own names.
 
-        The exporter's optimizer renames transposed parameters, and folds BatchNorm into the parameters of other layers.
+        The exporter's optimizer renames transposed parameters, and folds BatchNorm into the layer before it.
         """
-        if any(key.endswith("running_var") for key, _ in model.named_buffers()):
-            return []
+        norms = batch_norms(model)
         quantized = tuple(f"{name}." for name, _ in qat_layers(model) if name)
         return [
             failure
             for key, tensor in model.named_parameters(remove_duplicate=False)
             if key in self.tensors and key not in self.outputs and not key.startswith(quantized)
             if self.tensors[key].shape == tuple(tensor.shape) and tensor.dtype != torch.bfloat16
+            for owner, _, part in [key.rpartition(".")]
+            if not holds_a_fold(self.tensors[key], model.get_submodule(owner), part, norms)
             for failure in differences(f"parameter '{key}'", self.tensors[key], tensor)
         ]
 
@@ -205,11 +204,11 @@ class OnnxFile:
             stored = self.tensors.get(f"{prefix}bias")
             if stored is not None or not self._outputs_of(prefix):
                 return differences(what, stored if stored is None else stored.reshape(-1), bias)
+            if not bias.any():
+                return []  # graph optimizers remove a bias of zeros; the model may add a constant of its own there
             failures = []
             for output in self._outputs_of(prefix):  # one for every call of the layer
                 stored = self._added_to(output, bias.numel())
-                if stored is None and not bias.any():
-                    continue  # graph optimizers remove a bias of zeros
                 failures += differences(what, stored if stored is None else stored.reshape(-1), bias)
             return failures
         weight_scale, input_scale = (self.tensors.get(f"{part}.scale") for part in (f"{prefix}weight", grid))
@@ -235,7 +234,7 @@ class OnnxFile:
         """The outputs of the matrix products and convolutions that use a layer's dequantized weight."""
         codes = f"{prefix}weight.codes"
         weights = {nodes[-1].output[0] for inputs, nodes in self.decoders.items() if inputs[0] == codes}
-        outputs = []
+        outputs = [product.output for product in self.products.get(codes, [])]
         for node in self.proto.graph.node:  # in topological order
             if node.op_type in _LAYOUT and weights & set(node.input):
                 weights.add(node.output[0])

@@ -42,7 +42,8 @@ def to_qdq(name: str, layer: QATLayer, unsigned: bool = True) -> None:
         zero_point = zero_point.reshape(shape).to(codes.dtype)
         if unsigned and quantizer is not None and is_signed_byte(spec) and has_integer_kernel(type(layer)):
             codes, zero_point = _unsigned(codes), _unsigned(zero_point)
-        weight = Codes(codes, scale.reshape(shape), zero_point, spec.group_size or 0)
+        needed = not (isinstance(quantizer, DynamicInputQuantizer) and codes.dtype == torch.int8 and spec.symmetric)
+        weight = Codes(codes, scale.reshape(shape), zero_point if needed else None, spec.group_size or 0)
         if isinstance(layer, QATEmbedding | QATEmbeddingBag):
             weight = _table(weight, spec)
         if trained_bias is not None and isinstance(quantizer, InputQuantizer) and spec.group_size is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qatkit.export.qdq_nodes import Codes
+from qatkit.export.qdq_nodes import Codes, DynamicInputQuantizer
 from qatkit.quantization.layers import (
     QATConv1d,
     QATConv2d,
@@ -30,18 +30,23 @@ class QDQLinear(nn.Linear):
     """A linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight, bias, late = _operands(self, input)
-        out = F.linear(x, weight, bias)
-        return out if late is None else out + late
+        return _linear(self, input)
 
 
 class QDQTransposedLinear(nn.Module):
     """transformers' `Conv1D`, with the codes of its weight as ``[out, in]``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight, bias, late = _operands(self, x)
+        return _linear(self, x)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer.input, DynamicInputQuantizer):
+        out, late = layer.input(x, layer.weight), cast("Tensor | None", layer.bias)
+    else:
+        x, weight, bias, late = _operands(layer, x)
         out = F.linear(x, weight, bias)
-        return out if late is None else out + late
+    return out if late is None else out + late
 
 
 class _QDQConv(nn.modules.conv._ConvNd):

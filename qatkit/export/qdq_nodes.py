@@ -38,14 +38,15 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor | None, block_size: int) 
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-@torch.library.custom_op("qatkit::dynamic_quantize_linear", mutates_args=())
-def _dynamic_quantize_linear(x: Tensor) -> Tensor:
-    return fake_quantize(x, *computed_qparams(x, DYNAMIC), DYNAMIC)
+@torch.library.custom_op("qatkit::dynamic_linear", mutates_args=())
+def _dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    x = fake_quantize(x, *computed_qparams(x, DYNAMIC), DYNAMIC)
+    return nn.functional.linear(x, _dequantize_linear(codes, scale, zero_point, 0))
 
 
-@_dynamic_quantize_linear.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+@_dynamic_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(codes))
 
 
 class Codes(nn.Module):
@@ -108,8 +109,12 @@ class InputQuantizer(nn.Module):
 
 
 class DynamicInputQuantizer(nn.Module):
-    """The DynamicQuantizeLinear node of an activation, and the DequantizeLinear node that reads it."""
+    """The DynamicQuantizeLinear node of an activation, whose codes are multiplied by those of a weight.
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.qatkit.dynamic_quantize_linear(x)
+    ONNX Runtime fuses these nodes with the addition of the bias, and then the next addition with LayerNorm.
+    """
+
+    def forward(self, x: Tensor, weight: Codes) -> Tensor:
+        """The product ``[..., out]``."""
+        out: Tensor = torch.ops.qatkit.dynamic_linear(x, weight.codes, weight.scale, weight.zero_point)
         return out

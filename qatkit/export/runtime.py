@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.kernel_reasons import float_reasons
 from qatkit.export.onnx_constants import all_nodes
 from qatkit.export.output_tensors import nested
+from qatkit.quantization.layers import QATLayer
 
 _INTEGER = (
     "QLinearConv",
@@ -45,6 +46,23 @@ ONLY_OUTPUT = "output"
 """Name of the output of a model that returns one tensor; other outputs keep the model's names."""
 NAMED = "qatkit.named_output"
 """Metadata key that marks a model whose only output is in a mapping, under the name `ONLY_OUTPUT`."""
+
+_WITHOUT_BFLOAT16 = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Raise an error if a layer is bfloat16 whose kernels on CPUs do not support it.
+
+    Raises:
+        QatkitError: there is such a layer; quantized layers have checks of their own.
+    """
+    for name, layer in model.named_modules():
+        dtypes = {parameter.dtype for parameter in layer.parameters(recurse=False)}
+        if isinstance(layer, _WITHOUT_BFLOAT16) and torch.bfloat16 in dtypes and not isinstance(layer, QATLayer):
+            raise QatkitError(
+                f"layer '{name}': ONNX Runtime has no bfloat16 kernel for {type(layer).__name__} on CPUs",
+                advice="export model.half() or model.float(), or call .float() on the layer and its input",
+            )
 
 
 class Runtime:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -35,11 +38,11 @@ def text(tokens: int = 12, samples: int = 4) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def encoder(rows: QuantSpec | None = None) -> nn.Module:
+def encoder(rows: QuantSpec | None = None, weight: QuantSpec | None = None) -> nn.Module:
     torch.manual_seed(0)
     model = untrained_model("bert", "SequenceClassification", SHAPE, num_classes=3).eval()
     tables = {} if rows is None else {"include": ["*", "*_embeddings"], "layers": {"*_embeddings": Scheme(rows)}}
-    prepare_for_target(model, "onnxruntime-dynamic", text(), **tables)
+    prepare_for_target(model, "onnxruntime-dynamic", text(), weight=weight, **tables)
     return model
 
 
@@ -74,10 +77,36 @@ def test_an_encoder_is_exact_and_all_its_layers_are_integer_kernels(rows: QuantS
     assert result.passed, result.summary()
     kernels = integer_kernels(path)
     assert sum(kernels.integer.values()) == 14
+    assert optimized(path, tmp_path)["Add"] < 14, "ONNX Runtime adds the biases of all layers inside the products"
     assert set(kernels.floating) <= {"MatMul", "FusedMatMul"}  # queries x keys, and probabilities x values
     codes = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if t.name.endswith(".codes")}
     assert len(codes) == 14 + 3 * (rows is not None)
     assert {each.dtype.itemsize for each in codes.values()} == {1}
+
+
+def optimized(path: Path, folder: Path) -> Counter[str]:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@pytest.mark.parametrize(
+    "weight", [QuantSpec(8), QuantSpec(8, symmetric=False), QuantSpec(4, symmetric=False, strategy="tensor")]
+)
+def test_a_weight_with_zero_points_and_more_rows_than_are_decoded_at_once_is_exact(
+    weight: QuantSpec, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(1100, 3)).eval(), tmp_path / "model.onnx"
+    x = torch.randn(8, 1100)
+    prepare_qat(model, weight, BATCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 8-bit codes become unsigned
+        export_onnx(model, x, path)
+    result = verify(model, path, [(x, torch.zeros(8, 3))], task="regression")
+    assert result.passed, result.summary()
+    assert sum(integer_kernels(path).integer.values()) == 1
 
 
 def test_a_file_with_integer_embeddings_has_the_size_of_its_codes(tmp_path: Path) -> None:
@@ -107,14 +136,20 @@ def flip(name: str, value: float) -> Callable[[Any], None]:
     return change
 
 
-def round_inputs_elsewhere(graph: Any) -> None:
-    """Let one product read its input without DynamicQuantizeLinear."""
-    made = {output: node for node in graph.node for output in node.output}
-    for node in graph.node:
-        if node.op_type == "MatMul" and made[node.input[0]].op_type == "DequantizeLinear":
-            quantize = made[made[node.input[0]].input[0]]
-            node.input[0] = quantize.input[0]
-            return
+def products(graph: Any) -> list[Any]:
+    return [node for node in graph.node if node.op_type == "MatMulInteger"]
+
+
+def read_another_zero_point(graph: Any) -> None:
+    """Let one product subtract the zero point of another layer's input."""
+    first, *others = products(graph)
+    first.input[2] = next(node.input[2] for node in others if node.input[2] != first.input[2])
+
+
+def scale_with_another_weight(graph: Any) -> None:
+    """Let one product use the scales of another layer's weight."""
+    scales = [node for node in graph.node if node.op_type == "Mul" and node.input[1].endswith("weight.scale")]
+    scales[0].input[1] = scales[1].input[1]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +158,16 @@ def round_inputs_elsewhere(graph: Any) -> None:
         (flip("word_embeddings.weight.codes", 1), "word_embeddings': codes of the weight: 1 of 6400 differ"),
         (flip("word_embeddings.weight.scale", 0.5), "word_embeddings': scales of the weight: 1 of 200 differ"),
         (flip("word_embeddings.weight.zero_point", 1), "word_embeddings': zero points of the weight: 1 of 200 differ"),
-        (round_inputs_elsewhere, "input: no DynamicQuantizeLinear node quantizes it"),
+        (flip("query.weight.codes", 1), "query': codes of the weight: 1 of 1024 differ"),
+        (flip("query.weight.zero_point", 1), "query': zero points of the weight: 1 of 32 differ"),
+        (flip("query.bias", 1), "query': the bias: 1 of 32 differ"),
+        (read_another_zero_point, "input: no DynamicQuantizeLinear node quantizes it"),
+        (scale_with_another_weight, "no node decodes the codes with their scale and zero point"),
     ],
 )
 def test_verify_names_what_was_changed(change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    model = exported(encoder(QuantSpec(7, symmetric=False)), path)
+    model = exported(encoder(QuantSpec(7, symmetric=False), QuantSpec(7, symmetric=False)), path)
     damaged(path, change)
     result = checked(model, path)
     assert not result.passed
@@ -140,6 +179,7 @@ def test_verify_names_what_was_changed(change: Callable[[Any], None], message: s
     [
         (nn.Linear(8, 8), Scheme(QuantSpec(8), QuantSpec(8, strategy="tensor", dynamic=True)), "dynamic: true"),
         (nn.Linear(8, 8), Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), "strategy: tensor, dynamic: true"),
+        (nn.Linear(32, 8), Scheme(QuantSpec(4, strategy="group", group_size=16), BATCH), "weights in groups of 16"),
         (nn.Conv2d(1, 2, 3), Scheme(QuantSpec(8), BATCH), "Conv2d with dynamic activations in floating point"),
         (nn.Embedding(8, 4), Scheme(QuantSpec(8, strategy="group", group_size=2)), "with groups of 2"),
         (nn.Embedding(8, 4, max_norm=1.0), Scheme(QuantSpec(8)), "max_norm=1.0"),

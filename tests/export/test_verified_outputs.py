@@ -15,9 +15,10 @@ import torchmetrics
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from qatkit import QuantSpec, calibrate, prepare_qat
+from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
 from qatkit.export.interface import Measured
 from qatkit.export.onnx import bound, export_onnx
+from qatkit.export.onnx_weights import compare_onnx_weights
 from qatkit.export.verification import Verification, verify
 from tests.export.conftest import UINT8
 
@@ -186,6 +187,54 @@ def test_a_batchnorm_that_the_exporter_folds_passes(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
     model(X + 1)
     assert checked(exported(model, tmp_path / "model.onnx"), tmp_path / "model.onnx").passed
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "3.bias"])
+def test_parameters_are_compared_next_to_a_folded_batchnorm(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(8, 6, 1), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(6, 3))
+    x = X[..., None]
+    model(x + 1)
+    path = tmp_path / "model.onnx"
+    export_onnx(model.eval(), x, path)
+    assert verify(model, path, [(x, torch.zeros(len(x), 3))], task="regression").passed
+    changed(path, scaled(name, 1 + 1e-4))
+    assert f"parameter '{name}'" in str(compare_onnx_weights(model, path).failures)
+
+
+def test_a_constant_that_the_model_adds_after_a_bias_of_zeros_is_not_the_bias(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.shift = nn.Linear(8, 3), nn.Parameter(torch.rand(3))
+            nn.init.zeros_(self.body.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.body(x) + 2 * self.shift
+            return out
+
+    model, path = Shifted().eval(), tmp_path / "model.onnx"
+    prepare_qat(model, QuantSpec(8))
+    export_onnx(model, X, path)
+    result = verify(model, path, [(X, torch.zeros(len(X), 3))], task="regression")
+    assert result.passed, result.failures
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_verified_in_onnx_runtime_or_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)).to(dtype).eval()
+    x, path = X.to(dtype), tmp_path / "model.onnx"
+    if dtype == torch.bfloat16:
+        with pytest.raises(QatkitError, match=r"layer '1': ONNX Runtime has no bfloat16 kernel for Linear .*half\(\)"):
+            export_onnx(model, x, path)
+        return
+    export_onnx(model, x, path)
+    result = verify(model, path, [(x, torch.zeros(len(x), 3))], task="regression")
+    assert result.passed, result.failures
+    changed(path, scaled("1.bias", 2))
+    assert not verify(model, path, [(x, torch.zeros(len(x), 3))], task="regression").passed
 
 
 def measured(**numbers: Any) -> Measured:
