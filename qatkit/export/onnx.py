@@ -102,6 +102,7 @@ def bound(measured: Measured) -> Bound:
     """Return 1% of the quantization error if quantized inputs affect the output, otherwise 1e-4 of the mean output.
 
     Without quantized inputs, a model with parameters in half precision may differ by 1% of the mean output.
+
     A different summation order may move a value across a rounding boundary, which changes one code of the next input.
     In deep networks, and after LayerNorm and softmax, such flips spread. There, the bound is twice the difference
     between the trained model and one whose values are rounded differently (`qatkit.export.rounding`), and at most half

@@ -42,7 +42,8 @@ class QDQTransposedLinear(nn.Module):
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer.input, DynamicInputQuantizer):
-        out, late = layer.input(x, layer.weight), cast("Tensor | None", layer.bias)
+        out: Tensor = layer.input(x, layer.weight)
+        late = cast("Tensor | None", layer.bias)
     else:
         x, weight, bias, late = _operands(layer, x)
         out = F.linear(x, weight, bias)
