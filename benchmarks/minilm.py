@@ -147,7 +147,6 @@ TRIED = {
         Training(3e-4, init=None, times=4),
         Training(1e-3, init=None, times=4),
         Training(1e-3, hidden=0, init=None, times=4),
-        Training(1e-3, init=None, times=16),
     ],
 }
 """What each format tries, in fewer steps and on the documents for tuning. The best one trains the reported models."""
