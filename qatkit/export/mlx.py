@@ -110,7 +110,7 @@ def export_mlx(model: nn.Module, folder: Path | str) -> None:
         >>> from qatkit import prepare_qat, scheme
         >>> from qatkit.models import llama
         >>> model = llama(vocab_size=300, hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64).eval()
-        >>> _ = prepare_qat(model, scheme("MLX4").weight)
+        >>> _ = prepare_qat(model, scheme("MLX4").weight, exclude=["lm_head"])
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     export_mlx(model, Path(parent) / "mlx")
         ...     sorted(file.name for file in (Path(parent) / "mlx").iterdir())

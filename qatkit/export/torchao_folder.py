@@ -121,15 +121,15 @@ def export_torchao(model: nn.Module, folder: Path | str) -> None:
     Example:
         >>> import tempfile
         >>> from transformers import AutoModelForCausalLM
-        >>> from qatkit import prepare_qat, scheme
+        >>> from qatkit import QuantSpec, prepare_qat
         >>> from qatkit.models import llama
         >>> model = llama(vocab_size=300, hidden=32, layers=1, heads=2, kv_heads=1, intermediate=64).eval()
-        >>> _ = prepare_qat(model, scheme("W8A16").weight, exclude=["lm_head"])
+        >>> _ = prepare_qat(model, QuantSpec(num_bits=8), exclude=["lm_head"])
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     export_torchao(model, Path(parent) / "int8")
         ...     loaded = AutoModelForCausalLM.from_pretrained(Path(parent) / "int8", dtype=torch.float32)
         >>> tokens = torch.arange(8)[None]
-        >>> torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-6)
+        >>> torch.equal(loaded(tokens).logits, model(tokens).logits)
         True
     """
     planned = PlannedExport.of(model)

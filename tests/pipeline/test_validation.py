@@ -236,7 +236,7 @@ LLAMA = "model={factory: qatkit.models:llama, args: {vocab_size: 64, hidden: 16,
         ("{stride: 9, context: 8}", r"evaluate\.stride: 9 exceeds the window of 8 tokens"),
         (
             "{context: 1000000}",
-            r"evaluate\.context: 1000000 exceeds the \d+ positions .*; use at most \d+",
+            r"evaluate\.context: 1000000 exceeds the model's \d+ positions; use at most \d+",
         ),
     ],
 )

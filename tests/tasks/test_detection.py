@@ -91,7 +91,10 @@ stages:
 
 def test_what_fails_late_is_refused_by_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     validate_recipe(detector(tmp_path))
-    with pytest.raises(QatkitError, match=r"^stages\.dense\.early_stopping: models for the task 'detection' report no"):
+    with pytest.raises(
+        QatkitError,
+        match=r"^stages\.dense\.early_stopping: early stopping monitors the validation loss, but models for the task 'det",
+    ):
         validate_recipe(detector(tmp_path, ", early_stopping: {patience: 1}"))
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(QatkitError, match=r"^task 'detection' needs pycocotools and scipy, .* 'qatkit\[detection\]'"):
