@@ -93,7 +93,7 @@ def test_what_fails_late_is_refused_by_validate(tmp_path: Path, monkeypatch: pyt
     validate_recipe(detector(tmp_path))
     with pytest.raises(
         QatkitError,
-        match=r"^stages\.dense\.early_stopping: early stopping monitors the validation loss, but models for the task 'det",
+        match=r"^stages\.dense\.early_stopping: early stopping monitors the validation loss, but models",
     ):
         validate_recipe(detector(tmp_path, ", early_stopping: {patience: 1}"))
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
