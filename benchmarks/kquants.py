@@ -5,28 +5,29 @@ FOLDER is one in which ``npm install -E node-llama-cpp@3.21.1`` was run. Every m
 stored in ``results/kquants_jobs.json``, and a stopped benchmark resumes there; delete the file to start again.
 
 A Llama is trained on the source code of Python's standard library. Then the linear layers of its blocks are quantized
-to the same bytes: by llama.cpp, with the mean squares of the inputs as importance; by llama.cpp, with the norms trained
-after it; and by qatkit, which trains weights and norms with the scales of ``init: importance`` frozen. All training
-minimizes the KL divergence from the dense model. The KL divergence is measured on held-out files, in PyTorch. The file
-of the trained model is also run in llama.cpp, which quantizes activations to 8 bits.
+to the same bytes: by llama.cpp, with the mean squares of the inputs as importance (which its TQ2_0 ignores); by
+llama.cpp, with the norms trained after it; and by qatkit, which trains weights and norms with the scales of
+``init: importance`` frozen. All training minimizes the KL divergence from the dense model. The KL divergence is
+measured on held-out files, in PyTorch. The file of the trained model is also run in llama.cpp, which quantizes
+activations to 8 bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from harness import RESULTS, Claim, finish
+from harness import RESULTS, Claim, finish, machine
+from journal import Journal, digest
 from kquants_rival import Rival
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +39,7 @@ from qatkit.models import llama
 from qatkit.quantization.ptq.runner import apply_ptq
 
 JOURNAL = RESULTS / "kquants_jobs.json"
+RIVAL = "node-llama-cpp 3.21.1"
 TYPES = {"Q4_K": 1e-4, "Q3_K": 1e-4, "Q2_K": 3e-4, "TQ2_0": 3e-4}
 """Learning rates of the weights by type."""
 LIMITS = {"Q4_K": 0.35, "Q3_K": 0.35, "Q2_K": 0.35, "TQ2_0": 0.1}
@@ -211,21 +213,27 @@ def claims_of(rows: list[dict[str, Any]]) -> list[Claim]:
     return claims
 
 
-def main(folder: Path, only: str | None, quick: bool) -> None:
-    torch.set_num_threads(1)
-    size, rival = QUICK if quick else FULL, Rival(folder)
-    found: dict[str, Any] = json.loads(JOURNAL.read_text()) if JOURNAL.exists() and not quick else {}
-    for seed in SEEDS[:1] if quick else SEEDS:
-        missing = [kind for kind in TYPES if only in (None, kind) and f"{kind} {seed}" not in found]
+def run(journal: Journal, seeds: Sequence[int], size: Size, rival: Rival, only: str | None) -> None:
+    """Measure the types without a stored result, seed by seed."""
+    for seed in seeds:
+        missing = [kind for kind in TYPES if only in (None, kind) and f"{kind} {seed}" not in journal.results]
         if not missing:
             continue
         data = data_of(size, seed)
         dense = dense_model(size, seed, data)
         for kind in missing:
-            found[f"{kind} {seed}"] = measured(kind, seed, size, rival, (data, dense))
-            if not quick:
-                JOURNAL.write_text(json.dumps(found, indent=1) + "\n")
-    rows = list(found.values())
+            journal.store(f"{kind} {seed}", measured(kind, seed, size, rival, (data, dense)))
+
+
+def main(folder: Path, only: str | None, quick: bool) -> None:
+    torch.set_num_threads(1)
+    size, rival = QUICK if quick else FULL, Rival(folder)
+    scripts = [Path(__file__), Path(__file__).with_name("kquants_rival.py"), Path(__file__).with_name("kquants.mjs")]
+    source = {"machine": machine(), "rival": RIVAL, "torch": torch.__version__, "scripts": digest(*scripts)}
+    with tempfile.TemporaryDirectory() as temporary:
+        journal = Journal(Path(temporary) / JOURNAL.name if quick else JOURNAL, source)
+        run(journal, SEEDS[:1] if quick else SEEDS, size, rival, only)
+    rows = list(journal.results.values())
     claims = claims_of(rows)
     if quick or len(rows) < len(TYPES) * len(SEEDS):
         for row in rows:

@@ -15,13 +15,15 @@ of 95 %.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import warnings
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from harness import RESULTS, Claim, finish, machine
+from journal import Journal, digest
 from serve_files import RUNTIMES
 from serve_measure import measure
 from serve_models import FAMILIES
@@ -84,19 +86,15 @@ def measured(only: str | None) -> dict[str, Any]:
     """The results of the families, of which those without a stored result are measured.
 
     Raises:
-        SystemExit: the stored results are of another machine.
+        SystemExit: the stored results are of another machine, of other versions, or of other scripts.
     """
-    content: dict[str, Any] = {"machine": machine(), "families": {}}
-    if JOURNAL.exists():
-        content = json.loads(JOURNAL.read_text())
-        if content["machine"] != machine():
-            raise SystemExit(f"{JOURNAL} is of {content['machine']} and not of {machine()}; delete it to start again")
-    families: dict[str, Any] = content["families"]
+    scripts = sorted(Path(__file__).parent.glob("serve_*.py"))
+    versions = {package: version(package) for package in ("onnxruntime", "openvino", "torch")}
+    journal = Journal(JOURNAL, {"machine": machine(), "versions": versions, "scripts": digest(*scripts)})
     for name in FAMILIES:
-        if name == only or (only is None and name not in families):
-            families[name] = measure(name, False)
-            JOURNAL.write_text(json.dumps(content, indent=1) + "\n")
-    return families
+        if name == only or (only is None and name not in journal.results):
+            journal.store(name, measure(name, False))
+    return journal.results
 
 
 def main(only: str | None, quick: bool) -> None:
