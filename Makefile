@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 QUICK := $(addprefix tests/,common data distillation kernels lora pruning quantization recipe stages tasks \
 	test_english.py test_contracts.py)
 # They get processes of their own: OpenVINO crashed in a process that had run thousands of other tests before
-OPENVINO := tests/export/test_openvino.py tests/export/test_openvino_weights.py
+OPENVINO := tests/export/openvino
 
 .PHONY: demo demo-llm quick test slow coverage mutation oldest lint types docs bench clean
 
@@ -26,7 +26,7 @@ quick: lint types
 
 test: lint types docs
 	$(PYTEST) $(OPENVINO)
-	$(PYTEST) $(addprefix --ignore=,$(OPENVINO))
+	$(PYTEST) --ignore=$(OPENVINO)
 
 # what takes minutes; CI runs it too
 slow: $(VENV)/.dev
@@ -35,7 +35,7 @@ slow: $(VENV)/.dev
 # the lines that the tests run in their own processes; those run only by processes that tests start do not count
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov --cov-report= $(OPENVINO)
-	$(PYTEST) --cov --cov-append --cov-report=term:skip-covered $(addprefix --ignore=,$(OPENVINO))
+	$(PYTEST) --cov --cov-append --cov-report=term:skip-covered --ignore=$(OPENVINO)
 
 # changes the code line by line and reports which changes no test notices; see CONTRIBUTING.md
 mutation: $(VENV)/.dev

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import Claim, finish, spread
 
-from qatkit.export.runtime import integer_kernels
+from qatkit.export.onnx.runtime import integer_kernels
 from qatkit.pipeline.export import export_run
 from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from qatkit import prepare_qat, scheme
 from qatkit.data import stdlib_text
-from qatkit.export.gguf import export_gguf
+from qatkit.export.gguf.format import export_gguf
 from qatkit.models import llama
 from qatkit.quantization.ptq.runner import apply_ptq
 

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QuantSpec, Scheme
 from qatkit.data import digits
-from qatkit.export.onnx import export_onnx
-from qatkit.export.onnx_baselines import quantize as quantize_free
-from qatkit.export.openvino import export_openvino
+from qatkit.export.onnx.baselines import quantize as quantize_free
+from qatkit.export.onnx.format import export_onnx
+from qatkit.export.openvino.format import export_openvino
 
 FILES = ("fp32", "static", "dynamic", "qatkit")
 EXPORTS: dict[str, tuple[Callable[..., None], str]] = {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qatkit import QuantSpec
 from qatkit.data import digits
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.export.verification import verify
 
 

@@ -137,7 +137,11 @@ def test_recipes_are_read_on_newer_pythons(built: dict[str, Path], version: str,
 @pytest.mark.parametrize(
     ("module", "code", "command"),
     [
-        ("onnxruntime", "from qatkit.export.runtime import load_runtime; load_runtime(Path('x.onnx'))", "qatkit[onnx]"),
+        (
+            "onnxruntime",
+            "from qatkit.export.onnx.runtime import load_runtime; load_runtime(Path('x.onnx'))",
+            "qatkit[onnx]",
+        ),
         ("sklearn", "from qatkit.data import digits; digits()", "qatkit[demo]"),
     ],
 )

@@ -95,8 +95,8 @@ def verify(
 
     Every integer code, scale, zero point and bias in the file, and the weights that the runtime decodes from them, must
     equal the model's (``==``). Each output must stay within the format's error bound. For dense, sparse and
-    compressed-tensors files, it must be equal. For ONNX, see `qatkit.export.onnx.bound`. A dense file does not quantize
-    activations, so its outputs are not bounded if the model does.
+    compressed-tensors files, it must be equal. For ONNX, see `qatkit.export.onnx.format.bound`. A dense file does not
+    quantize activations, so its outputs are not bounded if the model does.
 
     Args:
         model: The exported model, either plain or prepared and calibrated. It is not changed.
@@ -126,7 +126,7 @@ def verify(
 
     Example:
         >>> import tempfile, torch
-        >>> from qatkit.export.onnx import export_onnx
+        >>> from qatkit.export.onnx.format import export_onnx
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.rand(16, 8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_onnx(model, x, Path(folder) / "model.onnx")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qatkit.errors import QatkitError
-from qatkit.export.runtime import Kernels
+from qatkit.export.onnx.runtime import Kernels
 from qatkit.pipeline.baselines import example_of, make_baselines
 from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.quantization.coverage import coverage

@@ -71,7 +71,7 @@ def bench(
 
     Example:
         >>> import tempfile, torch
-        >>> from qatkit.export.onnx import export_onnx
+        >>> from qatkit.export.onnx.format import export_onnx
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.rand(3, 8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_onnx(model, x, Path(folder) / "model.onnx")

@@ -11,7 +11,7 @@ from torch import nn
 
 from qatkit import QatkitError, QuantSpec, prepare_qat, scheme
 from qatkit.advise.serving import serving_memory, weight_bytes
-from qatkit.export.compressed_tensors import export_compressed
+from qatkit.export.compressed.format import export_compressed
 from qatkit.models import llama
 
 SHAPE = {"hidden": 256, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 384, "context": 64}

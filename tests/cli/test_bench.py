@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qatkit.cli.bench import headlines
-from qatkit.export.runtime import Kernels
+from qatkit.export.onnx.runtime import Kernels
 from qatkit.pipeline.serving import Bench
 from qatkit.report.serving import Served
 from tests.cli.in_process import qatkit

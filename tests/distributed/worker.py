@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qatkit import QuantSpec, quantize
 from qatkit.data import digits
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.models import cnn
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.prepare import prepare_qat, qat_layers

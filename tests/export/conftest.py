@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qatkit import QuantSpec, calibrate, prepare_qat
 from qatkit.data import digits
-from qatkit.export import openvino_runtime
+from qatkit.export.openvino import runtime as openvino_runtime
 from qatkit.export.verification import Verification, verify
 from qatkit.models import cnn
 from qatkit.quantization.folding import fold_batchnorm

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qatkit import QatkitError, QuantSpec, prepare_qat
 from qatkit.export.dense import export_dense
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.export.verification import Verification, verify
 from tests.tasks import sets
 

@@ -58,7 +58,7 @@ def test_a_gguf_file_is_exported_and_a_difference_is_returned(tmp_path: Path, mo
     model, batches = text()
     prepare_qat(model, scheme("Q4_0").weight, exclude=["lm_head"])
     assert export_model(model, "gguf", tmp_path / "model.gguf", batches).passed
-    from qatkit.export import gguf
+    from qatkit.export.gguf import format as gguf
 
     write = gguf.export_gguf
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qatkit import QuantSpec, calibrate, prepare_qat
 from qatkit.export import rounding
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.export.rounding import with_rounding
 from qatkit.export.verification import verify
 from qatkit.models import resnet

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.export.verification import verify
 from tests.export.conftest import UINT8, Images, Quantized, batches, checked
 

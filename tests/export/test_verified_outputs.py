@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
 from qatkit.export.interface import Measured
-from qatkit.export.onnx import bound, export_onnx
-from qatkit.export.onnx_weights import compare_onnx_weights
+from qatkit.export.onnx.format import bound, export_onnx
+from qatkit.export.onnx.weights import compare_onnx_weights
 from qatkit.export.verification import Verification, verify
 from tests.export.conftest import UINT8
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import choose_qparams_affine, dequantize_affine, quantize_affine
 
 from qatkit import QatkitError, QuantSpec, dequantize, fake_quantize, quantize, scheme
-from qatkit.export.gguf_packing import BLOCK_TYPES
+from qatkit.export.gguf.packing import BLOCK_TYPES
 from qatkit.quantization.estimators import computed_qparams, mse_qparams
 from qatkit.quantization.scales import tensor_scale_of
 from qatkit.quantization.slices import aligned, from_slices, to_slices, value_range

@@ -20,7 +20,7 @@ from qatkit import (
     strip_qat,
 )
 from qatkit.export.dense import export_dense
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.export.verification import verify
 from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.prepare import fake_quantizers

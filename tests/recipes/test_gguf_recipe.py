@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qatkit import QatkitError
-from qatkit.export.gguf import export_gguf
+from qatkit.export.gguf.format import export_gguf
 from qatkit.pipeline.export import check_export_tokenizer, export_run
 from qatkit.pipeline.runner import run_stages
 from qatkit.pipeline.verify import verify_run

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qatkit.report.bench as module
 from qatkit import QatkitError
 from qatkit.export.dense import export_dense
-from qatkit.export.onnx import export_onnx
+from qatkit.export.onnx.format import export_onnx
 from qatkit.report.bench import bench, compare
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qatkit.export.onnx import export_onnx
-from qatkit.export.saturation import saturates
+from qatkit.export.onnx.format import export_onnx
+from qatkit.export.onnx.saturation import saturates
 from qatkit.export.verification import verify
 from qatkit.quantization import calibrate, prepare_for_target
 from qatkit.spec import QuantSpec

@@ -9,8 +9,8 @@ import onnx
 import pytest
 import torch
 
-from qatkit.export.runtime import integer_kernels
-from qatkit.export.saturation import saturates
+from qatkit.export.onnx.runtime import integer_kernels
+from qatkit.export.onnx.saturation import saturates
 from qatkit.quantization.placement.points import placement_of
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run

@@ -1,0 +1,1 @@
+"""onnxruntime-genai: `format` writes a decoder with a cache, `graph` puts codes into it, and `runtime` runs it."""

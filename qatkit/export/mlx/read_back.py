@@ -1,0 +1,125 @@
+"""Read back an MLX folder: its arrays with safetensors, the decoded weights and outputs with MLX itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qatkit.export.dense import dense_state
+from qatkit.export.interface import ReadBack
+from qatkit.export.mlx.content import config_of, quantized_layers, stored_arrays, weight_spec
+from qatkit.export.mlx.packing import mode_of
+from qatkit.export.mlx.runtime import MLXModel
+from qatkit.quantization.elements import FLOAT_FORMATS
+from qatkit.quantization.prepare import quantized_weights, strip_qat
+
+_NOT_RUN = "PyTorch, decoding the MLX folder by formula (MLX itself did not run; pass --python)"
+
+
+@torch.no_grad()
+def compare_and_load(trained: nn.Module, folder: Path, python: Path | None) -> ReadBack:
+    """Compare a folder's arrays, config and decoded weights to a model, and load it.
+
+    Args:
+        trained: The model, in eval mode on the CPU.
+        folder: A folder written by `export_mlx`.
+        python: The interpreter of an environment with mlx-lm; None decodes by formula and runs PyTorch.
+
+    Raises:
+        QatkitError: the interpreter does not start, or mlx-lm cannot load the folder.
+    """
+    weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
+    try:
+        arrays = load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError) as error:
+        return ReadBack(weights, [f"{folder.name} cannot be read: {error}"], None)
+    wanted = stored_arrays(trained)
+    failures = _compared(arrays, wanted, "stored values")
+    failures += [f"'{key}': the trained model has no such tensor" for key in arrays if key not in wanted]
+    known = config_of(trained)
+    failures += [
+        f"config.json: '{key}' is {_short(config.get(key))}, but {_short(value)} in the trained model"
+        for key, value in json.loads(json.dumps(known)).items()
+        if config.get(key) != value and key != "transformers_version"
+    ]
+    plain = copy.deepcopy(trained)
+    strip_qat(plain)
+    expected = dense_state(trained)
+    if python is None:
+        if failures:
+            return ReadBack(weights, failures, None, name=_NOT_RUN)
+        decoded = _decoded(trained, arrays)
+        failures += _compared(decoded, {key: expected[key] for key in decoded}, "decoded values")
+        plain.load_state_dict(expected | decoded)
+        return ReadBack(weights, failures, plain, name=_NOT_RUN)
+    model = MLXModel(python, folder)
+    found = model.weights()
+    failures += _compared(found, {key: expected[key] for key in wanted if key in expected}, "values that MLX decodes")
+    name = f"MLX {model.versions['mlx']} (mlx-lm {model.versions['mlx-lm']})"
+    return ReadBack(weights, failures, model, partial(_closed, model), name)
+
+
+def _closed(model: MLXModel) -> list[str]:
+    model.close()
+    return []
+
+
+def _decoded(trained: nn.Module, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of quantized layers, from the bits of the file and the formulas of MLX's documentation."""
+    found = {}
+    for name, layer in quantized_layers(trained).items():
+        spec, mode = weight_spec(layer), mode_of(weight_spec(layer))
+        assert mode is not None
+        words, scales = arrays[f"{name}.weight"].numpy(), arrays[f"{name}.scales"]
+        bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little").reshape(len(words), -1, spec.num_bits)
+        codes = bits.astype(np.int64) @ (1 << np.arange(spec.num_bits))
+        groups = torch.from_numpy(codes).reshape(*scales.shape, -1)
+        if mode.name == "affine":
+            values = groups.double() * scales[..., None].double() + arrays[f"{name}.biases"][..., None].double()
+        else:
+            powers = torch.exp2(scales[..., None].double() - 127)
+            values = _float_values(spec.num_bits)[groups] * powers
+        found[f"{name}.weight"] = values.reshape(len(words), -1)
+    return found
+
+
+def _float_values(bits: int) -> Tensor:
+    """The value of every code of e2m1 (4 bits) or e4m3 (8 bits), by the formula of the OCP MX specification."""
+    form = FLOAT_FORMATS["float"][bits]
+    codes = torch.arange(1 << bits)
+    mantissa = (codes & ((1 << form.mantissa_bits) - 1)).double() / (1 << form.mantissa_bits)
+    exponent = (codes >> form.mantissa_bits) & ((1 << form.exponent_bits) - 1)
+    bias = (1 << (form.exponent_bits - 1)) - 1
+    magnitude = torch.where(
+        exponent > 0, (1 + mantissa) * torch.exp2((exponent - bias).double()), mantissa * 2.0 ** (1 - bias)
+    )
+    return torch.where(codes >> (bits - 1) > 0, -magnitude, magnitude)
+
+
+def _compared(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> list[str]:
+    failures = []
+    for key, value in expected.items():
+        stored = found.get(key)
+        if stored is None:
+            failures.append(f"'{key}': there are no {what}")
+        elif stored.shape != value.shape:
+            failures.append(f"'{key}': {what} of shape {list(stored.shape)} instead of {list(value.shape)}")
+        elif (wrong := stored.double() != value.double()).any():
+            first = wrong.nonzero()[0].tolist()
+            failures.append(f"'{key}': {int(wrong.sum())} of {wrong.numel()} {what} differ, the first at {first}")
+    return failures
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
