@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from qatkit.cli.exits import BUG, USER_MISTAKE, VERIFICATION_FAILED
 from qatkit.cli.inputs import check_path_text
 from qatkit.cli.output import echo, print_table
 from qatkit.common.termination import termination
+from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
     from qatkit.search.execution import Ended
@@ -49,13 +50,16 @@ def command(
     """Run a recipe with all combinations of values, and compare the results in one page.
 
     All configurations are validated first. Equal stages are computed once. To resume an interrupted sweep, or to retry
-    failed configurations, run the same command again; to extend a sweep, add values.
+    failed configurations, run the same command again; to extend a sweep, add values. Files that fail verification are
+    not computed again.
 
     Example: qatkit sweep vision/digits_int4 stages.qat.quantize.weight.num_bits=2,3,4 model.args.channels=[8,8],[16,16]
     """
     from qatkit.recipe.loading import load_recipe
     from qatkit.search.grid import configurations, parse_grid
 
+    if agents is not None and agents.exists():
+        raise QatkitError("the file exists", key=str(agents), advice="pass another --wandb, or delete the file")
     fixed, grid = parse_grid(values)
     base = load_recipe(recipe, fixed)
     found = configurations(grid, random, base.seed)
@@ -63,10 +67,7 @@ def command(
 
     recipes = load_configurations(recipe, fixed, found, allow or [])
     if agents is not None:
-        from qatkit.search.agents import agent_sweep
-
-        agents.write_text(agent_sweep(base.name, recipe, fixed, grid, random), encoding="utf-8")
-        echo(f"start the sweep with: wandb sweep {agents}")
+        _write_agents(agents, base.name, recipe, fixed, grid, random, allow or [])
         return
     from qatkit.common.files import remove_temporary
     from qatkit.run.lock import locked
@@ -87,6 +88,22 @@ def command(
         raise typer.Exit(code)
 
 
+def _write_agents(
+    path: Path,
+    name: str,
+    recipe: str,
+    fixed: list[str],
+    grid: dict[str, list[Any]],
+    random: int | None,
+    allow: list[str],
+) -> None:
+    from qatkit.common.files import write_atomically
+    from qatkit.search.agents import agent_sweep
+
+    write_atomically(path, agent_sweep(name, recipe, fixed, grid, random, allow))
+    echo(f"start the sweep with: wandb sweep {path}")
+
+
 def _run(trials: Sequence[Trial], journal: Journal, jobs: int, allow: Sequence[str], quiet: bool) -> dict[int, Ended]:
     """Run the trials that are not finished, and return those that failed."""
     from qatkit.search.execution import OUTPUT, run_trials
@@ -104,7 +121,8 @@ def _run(trials: Sequence[Trial], journal: Journal, jobs: int, allow: Sequence[s
         if trial.is_finished:
             journal.completed(trial)
             if not quiet:
-                echo(f"configuration {trial.number} finished in {end.seconds:.0f} s")
+                but = ", but a file failed verification" if end.code == VERIFICATION_FAILED else ""
+                echo(f"configuration {trial.number} finished in {end.seconds:.0f} s{but}")
         else:
             where = trial.run.out / OUTPUT
             echo(f"configuration {trial.number} failed: {end.message} (output: {where})", err=True)
@@ -121,6 +139,7 @@ def _finish(
     from qatkit.common.files import write_atomically
     from qatkit.report.page import missing_packages
     from qatkit.search.results import measured_results, write_results
+    from qatkit.search.tables import broken
 
     finished = [trial for trial in trials if trial.number not in failures]
     reasons = {number: end.message for number, end in failures.items()}
@@ -140,6 +159,9 @@ def _finish(
         _print(results, trials)
         for number, reason in reasons.items():
             echo(f"configuration {number} failed: {reason}", err=True)
+        for result in results:
+            if not result.row["verification"]["passed"]:
+                echo(broken(result), err=True)
         echo(f"results: {folder / 'results.json'}")
         echo(f"page: {page}" if missing is None else f"no report.html: {missing}")
     return results
@@ -150,11 +172,11 @@ def _print(results: Sequence[Result], trials: Sequence[Trial]) -> None:
     from rich.table import Table
 
     from qatkit.search.best import best_files
-    from qatkit.search.tables import by_metric, keys_of, numbers, result_table
+    from qatkit.search.tables import comparable, keys_of, numbers, result_table
 
-    for group in by_metric(results):
+    for name, group in comparable(results):
         columns, rows = result_table(group, keys_of(trials))
-        table = Table()
+        table = Table(title=name or None)
         for column in ("configuration", *columns):
             table.add_column(column, overflow="fold")
         for result, row in zip(group, rows, strict=True):

@@ -5,6 +5,7 @@ recipes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ def front(rows: Sequence[tuple[Metric, str, dict[str, Any]]], joint: bool) -> li
     """Return whether each file is on the Pareto front: no other file matches it everywhere and beats it somewhere.
 
     Files are compared by metric, size and, if they were measured together, by latency at each batch size. Files with
-    different metrics, or with metrics on different data, are not compared.
+    different metrics, or with metrics on different data, are not compared. A file whose metric is NaN or infinite is
+    not on the front.
 
     Args:
         rows: The metric, the data and the row of the report of each file.
@@ -70,7 +72,8 @@ def front(rows: Sequence[tuple[Metric, str, dict[str, Any]]], joint: bool) -> li
     """
     costs = [_costs(metric, row, joint) for metric, _, row in rows]
     return [
-        not any(
+        math.isfinite(own["metric"])
+        and not any(
             (metric, data) == other[:2] and theirs.keys() == own.keys() and _dominates(theirs, own)
             for other, theirs in zip(rows, costs, strict=True)
         )

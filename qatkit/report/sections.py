@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,13 @@ Entry = tuple[dict[str, Any], str, str, str]  # row of a report, label, words, c
 
 
 def tradeoffs_of(key: str, metric: Metric, entries: Sequence[Entry]) -> list[Picture]:
-    """Draw the metric versus size, and versus latency for each batch size."""
+    """Draw the metric versus size, and versus latency for each batch size.
+
+    Files whose metric is NaN or infinite are left out; without any other file, there are no figures.
+    """
+    entries = [entry for entry in entries if math.isfinite(metric.of(entry[0]))]
+    if not entries:
+        return []
 
     def point(entry: Entry, cost: float, low: float, high: float) -> Point:
         row, label, words, colour = entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -27,9 +28,12 @@ class Best:
 
 
 def dense_result(results: Sequence[Result]) -> Result | None:
-    """Return the uncompressed file with the best metric, to which losses are relative; None if there is none."""
+    """Return the uncompressed file with the best metric, to which losses are relative; None if there is none.
+
+    A file that failed verification, or whose metric is NaN or infinite, is left out.
+    """
     dense = [result for result in results if result.row["kind"] == "dense" and result.row["verification"]["passed"]]
-    return min(dense, key=_rank, default=None)
+    return min((result for result in dense if math.isfinite(_rank(result))), key=_rank, default=None)
 
 
 def best_files(results: Sequence[Result], losses: Sequence[float] = LOSSES) -> list[Best]:
@@ -57,11 +61,16 @@ def best_files(results: Sequence[Result], losses: Sequence[float] = LOSSES) -> l
 
 
 def lost(reference: Result, result: Result) -> float:
-    """Return the loss of a result: a difference for metrics in percent, otherwise relative to the reference."""
+    """Return the loss of a result: a difference for metrics in percent, otherwise relative to the reference.
+
+    A loss relative to zero is infinite.
+    """
     metric = reference.metric
     before, after = metric.of(reference.row), metric.of(result.row)
     worse = before - after if metric.higher_is_better else after - before
-    return worse if metric.percent else worse / abs(before)
+    if metric.percent or worse == 0:
+        return worse
+    return worse / abs(before) if before else math.copysign(math.inf, worse)
 
 
 def _limit(metric: Metric, loss: float) -> str:

@@ -18,8 +18,6 @@ from qatkit.search.sweep import Trial
 
 OUTPUT = "output.txt"
 """The file in a run's folder with the output of its process."""
-VERIFICATION_FAILED = 1
-"""The exit code of `qatkit run` for a run whose exports do not compute what training computed."""
 _POLL = 0.1
 """Seconds between two looks at the processes."""
 
@@ -42,6 +40,8 @@ class _Running:
     slot: int
     began: float
     output: IO[bytes]
+    start: int
+    """The size of the output file before this attempt."""
 
 
 def run_trials(
@@ -104,6 +104,7 @@ def _start(trial: Trial, slot: int, jobs: int, options: Sequence[str]) -> _Runni
     out = trial.run.out
     command = [sys.executable, "-m", "qatkit.cli", "run", str(out / "recipe.yaml"), "--out", str(out), "--no-report"]
     output = (out / OUTPUT).open("ab")
+    start = output.tell()
     process = subprocess.Popen(
         [*command, *options],
         stdin=subprocess.DEVNULL,
@@ -111,7 +112,7 @@ def _start(trial: Trial, slot: int, jobs: int, options: Sequence[str]) -> _Runni
         stderr=subprocess.STDOUT,
         env=process_environment(os.environ, slot, jobs, _cpus(), _gpus()),
     )
-    return _Running(trial, process, slot, time.monotonic(), output)
+    return _Running(trial, process, slot, time.monotonic(), output, start)
 
 
 def process_environment(
@@ -153,14 +154,15 @@ def _gpus() -> list[str]:
 def _result(each: _Running) -> Ended:
     each.output.close()
     code, path = each.process.returncode, each.trial.run.out / OUTPUT
-    message = "" if code == 0 else _last_error(path, code)
+    message = "" if code == 0 else _last_error(path, each.start, code)
     return Ended(code, time.monotonic() - each.began, message)
 
 
-def _last_error(path: Path, code: int) -> str:
+def _last_error(path: Path, start: int, code: int) -> str:
+    """The last error in the output of this attempt, which follows the output of earlier ones."""
     if code < 0:
         return f"the process was ended by signal {-code}"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     start = max((index for index, line in enumerate(lines) if line.startswith("error: ")), default=len(lines) - 1)
     return "\n".join(lines[start:]).removeprefix("error: ").strip() or f"the process ended with code {code}"
 

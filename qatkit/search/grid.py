@@ -46,9 +46,9 @@ def parse_grid(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[Any]
             raise QatkitError("the key is set twice", key=key, advice="list all of its values in one argument")
         seen.add(key)
         values = parse_yaml(f"[{text}]", argument[:100], key)
-        repeated = [value for index, value in enumerate(values) if _same(value, values[:index])]
-        if repeated:
-            raise QatkitError(f"{value_text(repeated[0])} is listed twice", key=key, advice="remove one of them")
+        texts = list(map(value_text, values))
+        if repeated := [text for index, text in enumerate(texts) if text in texts[:index]]:
+            raise QatkitError(f"{repeated[0]} is listed twice", key=key, advice="remove one of them")
         if len(values) == 1:
             fixed.append(argument)
         else:
@@ -88,16 +88,28 @@ def overrides(configuration: Configuration) -> list[str]:
     return [f"{key}={value_text(value)}" for key, value in configuration.items()]
 
 
+def identity(configuration: Configuration) -> frozenset[str]:
+    """Return what two configurations have in common if they are the same one.
+
+    Values are compared as YAML: Python considers 1, 1.0 and True equal, and NaN different from itself.
+
+    Example:
+        >>> identity({"a": 1, "b": 2}) == identity({"b": 2, "a": 1}), identity({"a": 1}) == identity({"a": True})
+        (True, False)
+    """
+    return frozenset(overrides(configuration))
+
+
 def value_text(value: Any) -> str:
     """Return a value as the YAML that a user would type.
 
     Example:
-        >>> [value_text(value) for value in (0.5, "lsq", "0.5", [2, 4], None)]
-        ['0.5', 'lsq', '"0.5"', '[2, 4]', 'null']
+        >>> [value_text(value) for value in (0.5, "lsq", "0.5", [2, float("inf")], None)]
+        ['0.5', 'lsq', '"0.5"', '[2, .inf]', 'null']
     """
     if isinstance(value, str) and not set(value) & set("[]{},\"'#&*!|>%@`\n") and parse_yaml(value, "") == value:
         return value
-    return json.dumps(value)
+    return _flow(value)
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
@@ -138,6 +150,12 @@ def _numbered(grid: Mapping[str, Sequence[Any]], index: int) -> Configuration:
     return {key: chosen[key] for key in grid}
 
 
-def _same(value: Any, others: Sequence[Any]) -> bool:
-    """Whether a value is among others; 1 and 1.0 are different in YAML."""
-    return any(json.dumps(value) == json.dumps(other) for other in others)
+def _flow(value: Any) -> str:
+    """A value as one line of YAML, which is JSON except for the numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_flow(key)}: {_flow(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return json.dumps(value)

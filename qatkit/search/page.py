@@ -14,7 +14,8 @@ from qatkit.search.best import best_files, dense_result
 from qatkit.search.grid import short_keys, value_text
 from qatkit.search.results import Result
 from qatkit.search.sweep import Trial
-from qatkit.search.tables import by_metric, keys_of, numbers, result_table
+from qatkit.search.tables import broken as sentence
+from qatkit.search.tables import comparable, keys_of, numbers, result_table
 
 
 def render(title: str, trials: Sequence[Trial], results: Sequence[Result], failures: Mapping[int, str]) -> str:
@@ -30,23 +31,26 @@ def render(title: str, trials: Sequence[Trial], results: Sequence[Result], failu
     differences = recipe_differences(
         [recipe_to_yaml(trial.run.recipe) for trial in trials], [str(trial.number) for trial in trials]
     )
+    broken = [result for result in results if not result.row["verification"]["passed"]]
     text: str = template("sweep.html.j2").render(
         title=title,
         trials=trials,
         keys=keys,
-        groups=[_group(own, keys) for own in by_metric(results)],
+        groups=[_group(index, name, own, keys) for index, (name, own) in enumerate(comparable(results))],
         failures=failures,
-        failed=[result for result in results if not result.row["verification"]["passed"]],
+        broken=[sentence(each) for each in broken],
+        broken_stages={
+            trial.number: list(dict.fromkeys(each.row["file"] for each in broken if trial.number in each.trials))
+            for trial in trials
+        },
         differences=[row for row in differences[1:] if row[0] != "name"],
         base=recipe_to_yaml(trials[0].run.recipe),
-        value_text=value_text,
-        numbers=numbers,
     )
     return text
 
 
-def _group(results: Sequence[Result], keys: Sequence[str]) -> dict[str, Any]:
-    """What the page shows of results with the same metric."""
+def _group(index: int, name: str, results: Sequence[Result], keys: Sequence[str]) -> dict[str, Any]:
+    """What the page shows of comparable results."""
     metric = results[0].metric
     columns, rows = result_table(results, keys)
     first = keys[0]
@@ -61,14 +65,17 @@ def _group(results: Sequence[Result], keys: Sequence[str]) -> dict[str, Any]:
         )
         entries.append((result.row, label, words, colour))
     joint = all(result.row["latency"] for result in results)
+    key = f"{metric.name}-{index}" if index else metric.name
     return {
+        "id": key,
+        "name": name,
         "metric": metric,
         "columns": columns,
         "rows": [(numbers(result.trials), row) for result, row in zip(results, rows, strict=True)],
         "joint": joint,
         "legend": [(value, index % len(SERIES)) for index, value in enumerate(values)],
         "key": short_keys(keys)[first],
-        "tradeoffs": tradeoffs_of(f"sweep-{metric.name}", metric, entries),
+        "tradeoffs": tradeoffs_of(f"sweep-{key}", metric, entries),
         "best": _best(results),
     }
 

@@ -16,7 +16,10 @@ from qatkit.pipeline.verify import read_verification
 from qatkit.recipe import Recipe
 from qatkit.report.bench import File, compare_files
 from qatkit.report.content import Measurements, stage_row
+from qatkit.run.compatibility import with_tokenizer
 from qatkit.run.exports import Exported, exports_of
+from qatkit.run.folder import Run
+from qatkit.search.grid import value_text
 from qatkit.search.sweep import Trial
 from qatkit.tasks.metrics import METRICS, Metric
 from qatkit.tasks.table import TASKS
@@ -75,7 +78,7 @@ def measured_results(trials: Sequence[Trial]) -> list[Result]:
             values=_values(owned),
             last=any(exported.stage == trial.run.rows[-1] for trial, exported in owned),
             row={**rows[folder], "latency": latencies.get(str(folder), [])},
-            data=json.dumps(asdict(owned[0][0].run.recipe.data), default=str, sort_keys=True),
+            data=_data(owned[0][0].run),
         )
         for folder, owned in owners.items()
     ]
@@ -104,6 +107,12 @@ def write_results(path: Path, results: Sequence[Result], failures: Mapping[int, 
     write_signed(path, content, SCHEMA, lambda plain: json.dumps(plain, indent=1))
 
 
+def _data(run: Run) -> str:
+    """The data on which a run is measured; the tokenizer of a pretrained model belongs to it."""
+    data = with_tokenizer(run.recipe.data, run.recipe.model, run.allow)
+    return json.dumps(asdict(data), default=str, sort_keys=True)
+
+
 def _values(owned: Sequence[tuple[Trial, Exported]]) -> dict[str, Any]:
     """The values on which a file depends."""
     (first, exported), *_ = owned
@@ -114,7 +123,7 @@ def _values(owned: Sequence[tuple[Trial, Exported]]) -> dict[str, Any]:
         name = rest.partition(".")[0]
         if head == "stages" and name in first.run.recipe.stages and name not in before:
             return False
-        return all(trial.values.get(key) == value for trial, _ in owned)
+        return all(key in trial.values and value_text(trial.values[key]) == value_text(value) for trial, _ in owned)
 
     return {key: value for key, value in first.values.items() if matters(key, value)}
 

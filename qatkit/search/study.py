@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ class Journal:
         self._study: Any = None
 
     def completed(self, trial: Trial) -> None:
-        """Add a finished trial with its objectives, unless it has been added before."""
+        """Add a finished trial with its objectives, unless it has been added before.
+
+        Optuna accepts no NaN, so a trial whose metric is NaN is added as a failed one.
+        """
         from optuna import create_study
         from optuna.study import StudyDirection
         from optuna.trial import TrialState
@@ -62,13 +66,16 @@ class Journal:
                 storage=self._storage, study_name=STUDY, directions=directions, load_if_exists=True
             )
             self._study.set_user_attr("objectives", list(results))
-        done = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        if trial.number not in {each.user_attrs["configuration"] for each in done}:
-            values = [value for value, _ in results.values()]
-            self._add(trial, {}, state=TrialState.COMPLETE, values=values)
+        if undefined := [name for name, (value, _) in results.items() if math.isnan(value)]:
+            self.failed(trial, f"the test {undefined[0]} is NaN")
+        else:
+            self._add(trial, {}, state=TrialState.COMPLETE, values=[value for value, _ in results.values()])
 
     def failed(self, trial: Trial, message: str) -> None:
-        """Add a trial that failed; without any completed trial, there is no study to add it to."""
+        """Add a trial that failed, unless it has been added with the same message before.
+
+        Without any finished trial, there is no study to add it to.
+        """
         from optuna.trial import TrialState
 
         if self._study is not None:
@@ -78,7 +85,10 @@ class Journal:
         from optuna.distributions import BaseDistribution
         from optuna.trial import create_trial
 
+        before = self._study.get_trials(deepcopy=False, states=[fields["state"]])
+        attributes |= {"configuration": trial.number}
+        if any(attributes.items() <= each.user_attrs.items() for each in before):
+            return
         params = {key: value_text(value) for key, value in trial.values.items()}
         distributions: dict[str, BaseDistribution] = {key: self._distributions[key] for key in params}
-        attributes |= {"configuration": trial.number}
         self._study.add_trial(create_trial(params=params, distributions=distributions, user_attrs=attributes, **fields))

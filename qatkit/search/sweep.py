@@ -30,7 +30,7 @@ from qatkit.run.exports import exports_of
 from qatkit.run.fingerprint import changed_keys
 from qatkit.run.folder import Run
 from qatkit.run.sharing import share_stages, shared_name
-from qatkit.search.grid import Configuration, overrides
+from qatkit.search.grid import Configuration, identity, overrides
 
 SCHEMA = 1
 """Version of ``sweep.json``."""
@@ -129,18 +129,19 @@ def open_sweep(
         kept = content["configurations"]
     elif any(entry.name not in ("run.lock", "sweep.yaml") for entry in folder.iterdir()):
         raise QatkitError("the folder is not empty, and contains no sweep", key=str(folder), advice="use another --out")
-    all_values = [*kept, *(values for values in found if values not in kept)]
+    known, given = {identity(values) for values in kept}, [identity(values) for values in found]
+    all_values = [*kept, *(values for values, same in zip(found, given, strict=True) if same not in known)]
     write_atomically(folder / "sweep.yaml", recipe_to_yaml(base))
     write_signed(path, {"configurations": [dict(values) for values in all_values]}, SCHEMA)
     trials = []
     for number, values in enumerate(all_values, start=1):
         out = folder / "runs" / str(number)
-        if values in found:
-            recipe = dataclasses.replace(recipes[found.index(values)], name=f"{base.name}-{number}")
+        if (same := identity(values)) in given:
+            recipe = dataclasses.replace(recipes[given.index(same)], name=f"{base.name}-{number}")
         else:
             recipe = load_recipe(out / "recipe.yaml")
         prints = stage_prints(Run(recipe, out, allow))
-        share_stages(out, {stage: shared_name(stage, known.fingerprint) for stage, known in prints.items()})
+        share_stages(out, {stage: shared_name(stage, each.fingerprint) for stage, each in prints.items()})
         write_atomically(out / "recipe.yaml", recipe_to_yaml(recipe))
         trials.append(Trial(number, values, Run(recipe, out, allow)))
     return trials

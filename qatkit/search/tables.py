@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qatkit.report.comparison import FRONT, front
 from qatkit.report.tables import comparison, headers
-from qatkit.search.grid import short_keys, value_text
+from qatkit.search.grid import described, short_keys, value_text
 from qatkit.search.results import Result
 from qatkit.search.sweep import Trial
 
@@ -20,7 +21,7 @@ def keys_of(trials: Sequence[Trial]) -> list[str]:
 
 
 def result_table(results: Sequence[Result], keys: Sequence[str]) -> tuple[list[str], list[list[tuple[str, str]]]]:
-    """Return the columns and the rows of results with the same metric; each cell is a value and a remark.
+    """Return the columns and the rows of comparable results; each cell is a value and a remark.
 
     Args:
         results: The results; ratios are relative to the first.
@@ -46,7 +47,7 @@ def result_table(results: Sequence[Result], keys: Sequence[str]) -> tuple[list[s
 def pareto(results: Sequence[Result]) -> list[bool]:
     """Return whether each result is on the Pareto front of metric, size and, if measured, latency.
 
-    Files that failed verification are left out.
+    Files that failed verification, or whose metric is NaN or infinite, are left out.
     """
     passed = [result for result in results if result.row["verification"]["passed"]]
     joint = all(result.row["latency"] for result in results)
@@ -71,12 +72,31 @@ def numbers(trials: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
-def by_metric(results: Sequence[Result]) -> list[list[Result]]:
-    """Group results by their main metric."""
-    groups: dict[str, list[Result]] = {}
+def comparable(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+    """Group results by their main metric and its data; numbers of different test data cannot be compared.
+
+    Returns:
+        The groups, each with the swept values that its results have in common. The text is empty for a single group.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        groups.setdefault(result.metric.name, []).append(result)
-    return list(groups.values())
+        groups.setdefault((result.metric.name, result.data), []).append(result)
+    several = len(groups) > 1
+    return [(described(_common(group)) if several else "", group) for group in groups.values()]
+
+
+def broken(result: Result) -> str:
+    """Return the sentence about a file that failed verification."""
+    several = "s" if len(result.trials) > 1 else ""
+    where = f"configuration{several} {numbers(result.trials)}"
+    return f"verification of '{result.row['file']}' failed in {where}: {result.row['verification']['text']}"
+
+
+def _common(results: Sequence[Result]) -> dict[str, Any]:
+    """The swept values that are equal in all results."""
+    texts = [{key: value_text(value) for key, value in result.values.items()} for result in results]
+    first = results[0].values
+    return {key: value for key, value in first.items() if all(each.get(key) == texts[0][key] for each in texts)}
 
 
 def _split(cell: str) -> tuple[str, str]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from qatkit.search.best import best_files, dense_result
 from qatkit.search.results import Result
-from qatkit.search.tables import numbers, pareto, result_table
+from qatkit.search.tables import comparable, numbers, pareto, result_table
 
 
-def result(trial: int, kind: str, accuracy: float, size: int, latency: float, passed: bool = True) -> Result:
+def result(
+    trial: int, kind: str, accuracy: float, size: int, latency: float, passed: bool = True, data: str = "digits"
+) -> Result:
     row: dict[str, Any] = {
         "stage": kind, "file": kind, "format": "onnx", "kind": kind,
-        "test_accuracy": accuracy, "test_perplexity": 1 / accuracy, "test_loss": 1.0,
+        "test_accuracy": accuracy, "test_perplexity": 1 / accuracy if accuracy else math.inf, "test_loss": 1.0,
         "bytes": size, "layers": [], "latency": [{"batch_size": 1, "median_ms": latency}],
         "verification": {"task": "classification", "passed": passed, "runtime_metric": accuracy},
     }  # fmt: skip
-    return Result([trial], {"stages.qat.bits": trial}, True, row, "digits")
+    return Result([trial], {"data.args.path": data, "stages.qat.bits": trial}, True, row, data)
 
 
 DENSE = result(1, "dense", 0.90, 1000, 5.0)
@@ -70,3 +73,29 @@ def test_the_table_has_the_values_of_each_result_with_short_names() -> None:
 
 def test_numbers_of_trials_are_ranges() -> None:
     assert numbers([4, 1, 2, 3, 8, 6]) == "1-4, 6, 8"
+
+
+def test_files_are_compared_only_on_the_same_test_data() -> None:
+    """An easy test set would otherwise supply the reference and all of the best files."""
+    hard, easy = result(6, "dense", 0.60, 1000, 5.0, data="hard"), result(7, "trained", 0.59, 300, 3.0, data="hard")
+    (first, ours), (second, theirs) = comparable([*ALL, hard, easy])
+    assert (first, ours) == ("path=digits", ALL)
+    assert (second, theirs) == ("path=hard", [hard, easy])
+    best = {each.limit: each.result for each in best_files(theirs) if each.goal == "size"}
+    assert best["at most 1 point worse"] is easy
+    assert comparable(ALL) == [("", ALL)]
+
+
+def test_a_metric_that_is_not_a_number_is_neither_a_reference_nor_a_best_file() -> None:
+    undefined = result(6, "dense", math.nan, 10, 0.1)
+    assert dense_result([undefined, *ALL]) is DENSE
+    assert undefined not in [each.result for each in best_files([undefined, *ALL])]
+    assert best_files([undefined]) == []
+    assert pareto([undefined, INT8]) == [False, True]
+
+
+def test_a_loss_relative_to_zero_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in (DENSE, INT8):
+        monkeypatch.setitem(each.row["verification"], "task", "causal")
+    monkeypatch.setitem(DENSE.row, "test_perplexity", 0.0)
+    assert {each.result.trials[0] for each in best_files([DENSE, INT8])} == {1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -17,6 +18,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file
 
+from qatkit.common.records import write_signed
+from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.cli.in_process import qatkit
 from tests.report.test_page import FLAGS
 from tests.support import warm
@@ -98,14 +102,18 @@ def test_every_file_is_a_result_once_with_the_values_that_it_depends_on(whole: P
 
 
 def test_optuna_reads_the_trials(whole: Path) -> None:
-    path = str(whole / "out" / "trials.log")
-    storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
-    study = optuna.load_study(study_name="sweep", storage=storage)
     accuracies = {tuple(trials): accuracy for trials, _, accuracy, _ in outcome(whole)}
-    assert study.directions == [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
-    found = {trial.user_attrs["configuration"]: trial for trial in study.trials}
+    loaded = study(whole)
+    assert loaded.directions == [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
+    found = {trial.user_attrs["configuration"]: trial for trial in loaded.trials}
     assert {number: trial.values[0] for number, trial in found.items()} == {n: accuracies[n,] for n in (1, 2, 3, 4)}
     assert found[3].params == {BITS: "4", SPARSITY: "0.5"}
+
+
+def study(folder: Path) -> optuna.Study:
+    path = str(folder / "out" / "trials.log")
+    storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+    return optuna.load_study(study_name="sweep", storage=storage)
 
 
 @pytest.mark.medium
@@ -147,6 +155,55 @@ def test_a_failed_configuration_is_named_and_a_known_one_is_not_computed_again(w
     text = (tmp_path / "out" / "report.html").read_text()
     assert "1 of 6 configurations failed: 6" in text
     assert "5000 exceeds the 1437 training samples" in text
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a record, and sign it again."""
+    content = json.loads(path.read_text())
+    content.pop("digest")
+    change(content)
+    write_signed(path, content, content.pop("schema"))
+
+
+def test_a_failed_verification_is_finished_and_said_everywhere(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "out", tmp_path / "out")
+    folder = Run(load_recipe(tmp_path / "out/runs/3/recipe.yaml"), tmp_path / "out/runs/3").export_folder("qat")
+    failed = {"passed": False, "text": "a code differs"}
+    rewritten(folder / "dense" / "verification.json", lambda content: content.update(failed))
+    code, out, err = ended(started(tmp_path, *FOUR))
+    assert (code, "4 of them already finished" in out) == (1, True), err
+    assert "verification of 'qat' failed in configuration 3: a code differs" in err
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "Verification of &#39;qat&#39; failed in configuration 3: a code differs" in text
+    assert '<span class="FAILED">verification failed</span><small>qat</small><small>runs/3</small>' in text
+    assert text.count("finished<small>runs/") == 3
+
+
+def test_a_metric_that_is_not_a_number_does_not_end_the_sweep(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "out", tmp_path / "out")
+    (tmp_path / "out" / "trials.log").unlink()
+    folder = Run(load_recipe(tmp_path / "out/runs/3/recipe.yaml"), tmp_path / "out/runs/3").folder("qat")
+    rewritten(folder / "stage.json", lambda content: content["metrics"].update({"test/accuracy": math.nan}))
+    for _ in range(2):
+        code, out, err = ended(started(tmp_path, *FOUR))
+        assert (code, err) == (0, ""), out
+    assert "nan%" in (tmp_path / "out" / "report.html").read_text()
+    states = [(trial.user_attrs["configuration"], trial.state.name) for trial in study(tmp_path).trials]
+    assert sorted(states) == [(1, "COMPLETE"), (2, "COMPLETE"), (3, "FAIL"), (4, "COMPLETE")]
+
+
+def test_a_format_that_was_added_to_a_run_is_kept_and_compared(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "out", tmp_path / "out")
+    done = qatkit("export", "out/runs/3", "--format", "onnx", cwd=tmp_path)
+    assert done.code == 0, done.err
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.onnx")}
+    assert len(files) == 3
+    more = (f"{BITS}=2,4,8", FOUR[1])  # their shared stages have the files, too
+    code, out, err = ended(started(tmp_path, *more))
+    assert (code, err) == (0, ""), out
+    assert {path: path.stat().st_mtime_ns for path in files if path.exists()} == files
+    content = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert len([each for each in content if each["row"]["format"] == "onnx"]) == 3
 
 
 REFUSED = {
