@@ -6,70 +6,21 @@ cheapest method whose measured loss in the benchmarks is small enough. If few fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
-
-from qatkit.advise.devices import Device
-from qatkit.advise.options import Evidence, Option, default_runtime, evidence_for, options_of, processor_of
-from qatkit.advise.phases import Phases, is_language_model
-from qatkit.advise.roofline import LayerCost, Technique, seconds
-from qatkit.advise.serving import cached_numbers, weight_bytes
+from qatkit.advise.devices import DEVICES
+from qatkit.advise.families import NAMES
+from qatkit.advise.options import RUNTIMES, Evidence, Option, default_runtime, evidence_for, options_of
+from qatkit.advise.situation import Situation
+from qatkit.common.units import format_bytes
 from qatkit.errors import QatkitError
 
 TRAINING_BYTES = 16
 """Bytes per parameter of a full training step without activations: fp32 weights, gradients and two AdamW moments."""
-SMALLER = 0.5
-"""Fraction of layers, neurons or channels that remain in a smaller model."""
 
-
-@dataclass(frozen=True)
-class Situation:
-    """Everything that a plan depends on."""
-
-    model: nn.Module
-    """The model with plain layers, on the meta device."""
-    phases: Phases
-    """The costs of its layers in the calls that a server makes."""
-    device: Device
-    memory: float
-    """GB (1e9 bytes) available for weights and KV cache."""
-    context: int
-    batch: int
-    max_loss: float
-    """Percent: relative perplexity of a language model, accuracy points of other models."""
-    training: bool
-    runtime: str | None = None
-
-    @property
-    def language(self) -> bool:
-        """Whether the model generates text."""
-        return is_language_model(self.model)
-
-    @property
-    def family(self) -> str:
-        """The family of models whose benchmark results are nearest."""
-        if self.language:
-            return "language"
-        kinds = {layer.kind for phase in self.phases.values() for layer in phase}
-        return "convolutional" if any("Conv" in kind for kind in kinds) else "mlp"
-
-    @property
-    def dtype(self) -> str:
-        """The dtype without compression."""
-        return "bf16" if self.language and "bf16" in self.device.rates else "fp32"
-
-    @property
-    def cache(self) -> int:
-        """Bytes of the KV cache."""
-        return cached_numbers(self.model) * self.context * self.batch * 2 if self.language else 0
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+OTHER_PTQ = ("PTQ", "quantize_static of ONNX Runtime", "quantize_dynamic of ONNX Runtime")
+"""Methods without training whose results are evidence for a plan without training, if its own method has none."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +51,17 @@ class Plan:
         return f"{'smaller model, ' if self.smaller else ''}{self.option.name}, {self.method}"
 
 
-def plans_for(situation: Situation) -> list[Plan]:
+@dataclass(frozen=True)
+class Advice:
+    """Plans, and what a user must know about them."""
+
+    plans: list[Plan]
+    """The best plan first."""
+    notes: list[str]
+    """What the plans do not achieve, and what is unknown about them."""
+
+
+def advice_for(situation: Situation) -> Advice:
     """Return up to four plans, the best first: one per format, a smaller model, or the other method.
 
     Plans that fit into memory and keep the loss come first; among them, those without training, and then the fastest.
@@ -110,24 +71,63 @@ def plans_for(situation: Situation) -> list[Plan]:
         situation: The situation.
 
     Raises:
-        QatkitError: the runtime computes no compressed format of this kind of model on this device.
+        QatkitError: the runtime computes no compressed format of this family of models on this device.
     """
-    runtime = situation.runtime or default_runtime(situation.language, processor_of(situation.device))
-    options = options_of(runtime, situation.language, situation.device)
+    runtime = situation.runtime or default_runtime(situation.family, situation.device)
+    options = options_of(runtime, situation.family, situation.device)
     if not options:
-        kind = "language models" if situation.language else "models that generate no text"
-        raise QatkitError(
-            f"'{runtime}' computes no compressed format of {kind} on '{situation.device.name}'",
-            key="--runtime",
-            advice="use another runtime or another device",
-        )
-    plans = [_plan(situation, option, smaller=False) for option in options]
+        raise _no_option(situation, runtime)
+    plans = [_plan(situation, option) for option in options]
     fitting = [plan for plan in plans if plan.fits]
+    notes = []
     if situation.training and len(options) == 1 and fitting:
-        plans.append(_plan(situation, options[0], smaller=False, other=True))
+        plans.append(_plan(situation, options[0], other=True))
     if situation.training and len(fitting) < 2:
-        plans += [_plan(situation, option, smaller=True) for option in options]
-    return sorted(plans, key=_order)[:4]
+        try:
+            smaller = situation.smaller()
+        except QatkitError as error:
+            notes.append(f"no plan has a smaller model: {error}")
+        else:
+            plans += [_plan(smaller, option, smaller=True) for option in options]
+    plans = sorted(plans, key=_order)[:4]
+    return Advice(plans, [*notes, *_missed(situation, plans)])
+
+
+def _no_option(situation: Situation, runtime: str) -> QatkitError:
+    """The error if a runtime has no format for a model, which lists the runtimes or the devices that have one."""
+    family, device = situation.family, situation.device
+    runtimes = [name for name in RUNTIMES if options_of(name, family, device)]
+    devices = [each.name for each in DEVICES.values() if any(options_of(name, family, each) for name in RUNTIMES)]
+    if runtimes:
+        key, advice = "--runtime", f"use --runtime {' or '.join(runtimes)}"
+    else:
+        key, advice = "--device", f"for {NAMES[family]}, use one of: {', '.join(devices)}"
+    return QatkitError(
+        f"'{runtime}' computes no compressed format of {NAMES[family]} on '{device.name}'", key=key, advice=advice
+    )
+
+
+def _missed(situation: Situation, plans: Sequence[Plan]) -> list[str]:
+    """What no plan achieves."""
+    notes, fitting = [], [plan for plan in plans if plan.fits]
+    known = [plan.loss for plan in fitting if plan.loss is not None]
+    if not fitting:
+        least = format_bytes(round(min(plan.memory for plan in plans)))
+        lever = "a shorter --context, a smaller --batch, " if situation.language else ""
+        notes.append(
+            f"no plan fits into {situation.memory:g} GB, because the smallest one needs {least}; use {lever}a device "
+            "with more memory or a smaller model"
+        )
+    if all(plan.loss is None for plan in plans):
+        seen = type(situation.model).__name__
+        what = f"{seen}, whose family is unknown" if situation.family == "unknown" else NAMES[situation.family]
+        notes.append(f"no plan has an expected loss, because the benchmarks do not include {what}")
+    elif known and min(known) > situation.max_loss:
+        notes.append(
+            f"no plan that fits is within --max-loss {situation.max_loss:g}: the smallest expected loss is "
+            f"{min(known):.2f}%"
+        )
+    return notes
 
 
 def _order(plan: Plan) -> tuple[object, ...]:
@@ -135,9 +135,9 @@ def _order(plan: Plan) -> tuple[object, ...]:
     return not plan.fits, loss, plan.smaller, plan.method == "QAT + KD", plan.seconds
 
 
-def _plan(situation: Situation, option: Option, smaller: bool, other: bool = False) -> Plan:
-    ptq = ["PTQ, GPTQ", "PTQ"] if option.gptq else ["PTQ"]
-    free = evidence_for(situation.family, option.evidence, ptq)
+def _plan(situation: Situation, option: Option, smaller: bool = False, other: bool = False) -> Plan:
+    method = "PTQ, GPTQ" if option.gptq else "PTQ"
+    free = evidence_for(situation.family, option.evidence, [method, *OTHER_PTQ])
     trained = evidence_for(situation.family, option.evidence, ["QAT + KD"])
     enough = free is not None and free.loss <= situation.max_loss
     train = situation.training and (smaller or enough == other)
@@ -145,76 +145,16 @@ def _plan(situation: Situation, option: Option, smaller: bool, other: bool = Fal
     if smaller and (row := evidence_for(situation.family, "smaller model", ["KD"])) is not None:
         found.append(row)
     loss = sum(row.loss for row in found) if len(found) == 1 + smaller else None
-    kept = SMALLER if smaller else 1.0
-    memory = kept * (_weights(situation, option) + situation.cache)
+    memory = situation.memory_of(option)
     return Plan(
         option=option,
-        method="QAT + KD" if train else ptq[0],
+        method="QAT + KD" if train else method,
         smaller=smaller,
         memory=memory,
-        seconds=kept * _least_time(situation, option.technique),
+        seconds=situation.time_of(option.technique),
         evidence=tuple(found),
         loss=loss,
         fits=memory <= situation.memory * 1e9,
         meets=loss is not None and loss <= situation.max_loss,
         training_memory=TRAINING_BYTES * situation.parameters if train else 0.0,
     )
-
-
-def dense_memory(situation: Situation) -> float:
-    """Return the bytes of weights and KV cache without compression."""
-    if situation.language:
-        return weight_bytes(situation.model, "BF16") + situation.cache
-    return 4.0 * situation.parameters
-
-
-def _weights(situation: Situation, option: Option) -> float:
-    if situation.language:
-        return weight_bytes(situation.model, option.name)
-    layers = _served(situation.phases)
-    quantized = sum(layer.weights for layer in layers if layer.flops and not layer.between_activations)
-    return quantized + 4.0 * (situation.parameters - quantized)
-
-
-def _least_time(situation: Situation, technique: Technique) -> float:
-    if technique.dtype is not None and technique.dtype not in situation.device.rates:  # computed in the base dtype
-        technique = Technique(technique.name, technique.weight_bits)
-    layers = _served(situation.phases)
-    return sum(seconds(layer, situation.device, situation.dtype, technique) for layer in layers)
-
-
-def dense_time(situation: Situation) -> float:
-    """Return the least time of one decoded token or one call without compression."""
-    return _least_time(situation, Technique("none", weight_bits=16 if situation.language else None))
-
-
-def _served(phases: Phases) -> Sequence[LayerCost]:
-    return phases["decode"] if "decode" in phases else phases["forward"]
-
-
-def stages_of(plan: Plan, head: str | None, layers: int | None) -> Mapping[str, Any]:
-    """Return the stages that carry out a plan, after a dense stage.
-
-    Args:
-        plan: The plan.
-        head: The name of the output layer of a language model, which is not quantized.
-        layers: The number of layers of a language model; None for other models.
-    """
-    distill = {"temperature": 1.0 if head else 4.0, "alpha": 0.7}
-    lr = 1e-4 if head else 1e-3
-    stages: dict[str, Any] = {}
-    if plan.smaller:
-        kept = {"layers": max(1, round(layers * SMALLER)), "neurons": 0.75} if layers else {"channels": SMALLER}
-        stages["smaller"] = {"max_steps": 1000, "lr": lr, "warmup": 0.05, "shrink": kept, "distill": distill}
-    quantize = dict(plan.option.quantize)
-    if head:
-        quantize["exclude"] = [head]
-    if plan.method == "QAT + KD":
-        if "scheme" in quantize:
-            quantize["observer"] = "lsq"
-        stages["qat"] = {"max_steps": 500, "lr": lr, "warmup": 0.05, "distill": distill, "quantize": quantize}
-    else:
-        if plan.option.gptq:
-            quantize |= {"init": "gptq", "observer": "mse"}
-        stages["ptq"] = {"max_steps": 0, "quantize": quantize}
-    return stages

@@ -30,7 +30,7 @@ def local_device() -> Device:
         rates[name] = _rate(lambda left=left, right=right: left @ right)  # type: ignore[misc]
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     threads = torch.get_num_threads()
-    return Device("local", round(pages, 1), bandwidth, rates, f"measured on this machine with {threads} threads")
+    return Device("local", None, round(pages, 1), bandwidth, rates, f"measured on this machine with {threads} threads")
 
 
 def _rate(product: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The table of `qatkit advise`: formats per runtime, with their effect on the roofline and the evidence for them."""
+"""The table of `qatkit advise`: formats by runtime, with their effect on the roofline and the evidence for them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from qatkit.advise.devices import Device
+from qatkit.advise.devices import ARM, GPU, VNNI, X86, Device, Processor
+from qatkit.advise.families import Family
 from qatkit.advise.roofline import Technique
 from qatkit.common.tables import Table
 
-X86, ARM, GPU = "x86", "arm", "gpu"
-_PROCESSORS = {"xeon-8480": X86, "epyc-9654": X86, "raspberry-pi-5": ARM, "m1-max": ARM, "m2-ultra": ARM}
-_VNNI = ("xeon-8480", "epyc-9654")
+RUNTIMES = ("vllm", "llamacpp", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -27,78 +26,79 @@ class Option:
     export: str
     """The export format."""
     technique: Technique
-    language: bool
-    """Whether it is for language models, or for other models."""
+    families: tuple[Family, ...]
+    """The families of models that it is for."""
+    processors: tuple[Processor, ...]
+    """The processors on which the runtime computes it."""
     evidence: str
     """The nearest format in the benchmarks."""
     quantize: Mapping[str, Any] = field(default_factory=dict)
     """The ``quantize`` block without a method."""
     gptq: bool = False
     """Whether GPTQ is the method without training; otherwise, scales are calibrated."""
-    learned: bool = True
-    """Whether training learns the scales (LSQ)."""
     needs: str = ""
     """The dtype whose rate the device must have."""
-    processors: tuple[str, ...] = (GPU, X86, ARM)
-    vnni: bool | None = None
-    """Whether the processor must have VNNI; None for either."""
 
 
-def _language(name: str, runtime: str, bits: float, evidence: str, **fields: Any) -> Option:
+_ANY: tuple[Processor, ...] = (GPU, X86, VNNI, ARM)
+_STATIC: tuple[Family, ...] = ("convolutional", "mlp", "unknown")
+
+
+def _vllm(name: str, bits: float, evidence: str, **fields: Any) -> Option:
     technique = Technique(name, weight_bits=bits, dtype=fields.get("needs") or None)
-    export = {"vllm": "compressed_tensors", "llamacpp": "gguf"}[runtime]
-    return Option(name, runtime, export, technique, True, evidence, {"scheme": name}, **fields)
+    quantize = {"scheme": name}
+    return Option(name, "vllm", "compressed_tensors", technique, ("language",), (GPU,), evidence, quantize, **fields)
 
 
-def _target(name: str, runtime: str, target: str, **fields: Any) -> Option:
+def _gguf(name: str, bits: float, evidence: str, **fields: Any) -> Option:
+    technique = Technique(name, weight_bits=bits)
+    return Option(name, "llamacpp", "gguf", technique, ("language",), _ANY, evidence, {"scheme": name}, **fields)
+
+
+def _target(
+    name: str, target: str, families: tuple[Family, ...], *processors: Processor, evidence: str = "W8A8"
+) -> Option:
     technique = Technique(name, weight_bits=8, dtype="int8")
-    export = {"onnxruntime": "onnx", "openvino": "openvino"}[runtime]
-    return Option(name, runtime, export, technique, False, "W8A8", {"target": target}, **fields)
+    runtime, export = ("openvino", "openvino") if target.startswith("openvino") else ("onnxruntime", "onnx")
+    return Option(name, runtime, export, technique, families, processors, evidence, {"target": target})
 
 
 OPTIONS: Table[Option] = Table(
     "plan",
     [
-        _language("FP8_DYNAMIC", "vllm", 8, "FP8 dynamic", needs="fp8", processors=(GPU,)),
-        _language("W8A8", "vllm", 8, "FP8 dynamic", needs="int8", processors=(GPU,)),
-        _language("W4A16", "vllm", 4.125, "W4 channel", gptq=True, processors=(GPU,)),
-        _language("W2A16", "vllm", 2.125, "W2 g32", gptq=True, processors=(GPU,)),
-        _language("Q8_0", "llamacpp", 8.5, "FP8 dynamic"),
-        _language("Q4_0", "llamacpp", 4.5, "Q4_0", gptq=True),
-        _language("TQ2_0", "llamacpp", 2.0625, "ternary", gptq=True),
-        _target("int8", "onnxruntime", "onnxruntime", processors=(X86,), vnni=False),
-        _target("int8 (VNNI)", "onnxruntime", "onnxruntime-vnni", processors=(X86,), vnni=True),
-        _target("int8 (ARM)", "onnxruntime", "onnxruntime-arm", processors=(ARM,)),
-        _target("int8 in OpenVINO", "openvino", "openvino", processors=(X86,), vnni=False),
-        _target("int8 in OpenVINO (VNNI)", "openvino", "openvino-vnni", processors=(X86,), vnni=True),
+        _vllm("FP8_DYNAMIC", 8, "FP8 dynamic", needs="fp8"),
+        _vllm("W8A8", 8, "FP8 dynamic", needs="int8"),
+        _vllm("W4A16", 4.125, "W4 channel", gptq=True),
+        _vllm("W2A16", 2.125, "W2 g32", gptq=True),
+        _gguf("Q8_0", 8.5, "FP8 dynamic"),
+        _gguf("Q4_0", 4.5, "Q4_0", gptq=True),
+        _gguf("TQ2_0", 2.0625, "ternary", gptq=True),
+        _target("int8", "onnxruntime", _STATIC, X86),
+        _target("int8 (VNNI)", "onnxruntime-vnni", _STATIC, VNNI),
+        _target("int8 (ARM)", "onnxruntime-arm", _STATIC, ARM),
+        _target("dynamic int8", "onnxruntime-dynamic", ("encoder",), X86, VNNI, ARM, evidence="W8A8 dynamic"),
+        _target("int8 in OpenVINO", "openvino", (*_STATIC, "encoder"), X86),
+        _target("int8 in OpenVINO (VNNI)", "openvino-vnni", (*_STATIC, "encoder"), VNNI),
     ],
 )
-RUNTIMES = ("vllm", "llamacpp", "onnxruntime", "openvino")
 
 
-def processor_of(device: Device) -> str:
-    """Return the kind of a device: "gpu", "x86" or "arm"."""
-    return _PROCESSORS.get(device.name, GPU)
-
-
-def default_runtime(language: bool, processor: str) -> str:
-    """Return the runtime for a model on a kind of device."""
-    if not language:
+def default_runtime(family: Family, device: Device) -> str:
+    """Return the runtime for a family of models on a device."""
+    if family != "language":
         return "onnxruntime"
-    return "vllm" if processor == GPU else "llamacpp"
+    return "vllm" if device.processor == GPU else "llamacpp"
 
 
-def options_of(runtime: str, language: bool, device: Device) -> list[Option]:
+def options_of(runtime: str, family: Family, device: Device) -> list[Option]:
     """Return the formats that a runtime computes on a device, those with the most bits first."""
-    processor = processor_of(device)
     return [
         each
         for each in OPTIONS.values()
         if each.runtime == runtime
-        and each.language == language
-        and processor in each.processors
+        and family in each.families
+        and device.processor in each.processors
         and (not each.needs or each.needs in device.rates)
-        and each.vnni in (None, device.name in _VNNI)
     ]
 
 
@@ -115,11 +115,11 @@ class Evidence:
     benchmark: str
 
 
-def evidence_for(family: str, format: str, methods: Sequence[str]) -> Evidence | None:
+def evidence_for(family: Family, format: str, methods: Sequence[str]) -> Evidence | None:
     """Return the row with the largest loss among those of a family of models, a format and a method, or None.
 
     Args:
-        family: "language", "convolutional" or "mlp".
+        family: The family.
         format: The format in the benchmarks.
         methods: The methods, the preferred one first.
     """

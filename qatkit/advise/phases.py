@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,32 @@ from torch import nn
 from qatkit.advise.roofline import LayerCost, layer_costs, training
 from qatkit.advise.serving import cached_numbers
 from qatkit.errors import QatkitError
+from qatkit.models.pretrained import reads_last_token
+from qatkit.run.compatibility import positions_of
 
 Phases = Mapping[str, list[LayerCost]]
 """Layers by phase."""
+
+
+def served_layers(phases: Phases) -> Sequence[LayerCost]:
+    """Return the layers in the call that repeats while serving: the decoding of a token, or the forward pass."""
+    return phases["decode"] if "decode" in phases else phases["forward"]
+
+
+def served_context(model: nn.Module, wanted: int) -> tuple[int, str]:
+    """Return the tokens per sequence, at most as many as the model has positions, with a note if they are fewer.
+
+    Args:
+        model: A language model.
+        wanted: Tokens per sequence.
+    """
+    longest = positions_of(model)
+    if longest is None or wanted <= longest:
+        return wanted, ""
+    return (
+        longest,
+        f"the context is {longest:,} tokens instead of {wanted:,}, because the model has {longest:,} positions",
+    )
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -58,7 +81,8 @@ def model_of_config(folder: Path) -> nn.Module:
     """Return the causal language model of a folder with a ``config.json`` on the meta device; weights are not read.
 
     Raises:
-        QatkitError: transformers cannot build a causal language model from the config.
+        QatkitError: transformers cannot build a causal language model from the config, or the config is that of an
+            encoder, from which it would build one that attends in both directions.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -74,6 +98,12 @@ def model_of_config(folder: Path) -> nn.Module:
             key=str(folder),
             advice="pass a folder with the config.json of a causal language model, or a recipe",
         ) from error
+    if not reads_last_token(config.model_type) and not getattr(config, "is_decoder", False):
+        raise QatkitError(
+            f"'{config.model_type}' is not a causal language model",
+            key=str(folder),
+            advice="pass a recipe with this model and its data",
+        )
     return model.eval()
 
 

@@ -18,13 +18,11 @@ from qatkit.errors import QatkitError
 if TYPE_CHECKING:
     from torch import nn
 
-    from qatkit.advise.advice import Plan, Situation
-    from qatkit.advise.phases import Phases
+    from qatkit.advise.advice import Plan
+    from qatkit.advise.situation import Situation
     from qatkit.recipe import Recipe
 
 _CONTEXT = 4096
-_DATA_CONTEXT = 512
-"""Longest training samples of the recipe for a config."""
 
 
 def command(
@@ -40,7 +38,12 @@ def command(
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sequence of a language model.", show_default="4096")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per sequence of a language model, at most its number of positions.",
+            show_default="4096",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples or sequences per call.")] = 1,
     max_loss: Annotated[
@@ -66,9 +69,12 @@ def command(
 
     Example: qatkit advise llm/int4_qat --device rtx4090 --max-loss 1
     """
-    from qatkit.advise.advice import Situation, dense_memory, dense_time, plans_for
+    from qatkit.advise.advice import advice_for
     from qatkit.advise.devices import DEVICES
     from qatkit.advise.options import RUNTIMES
+    from qatkit.advise.phases import served_context
+    from qatkit.advise.proposal import left_out
+    from qatkit.advise.situation import Situation, phases_of
     from qatkit.common.units import format_bytes
     from qatkit.errors import did_you_mean
 
@@ -77,31 +83,39 @@ def command(
     chosen = DEVICES.row(device, "--device")
     if runtime is not None and runtime not in RUNTIMES:
         raise QatkitError(f"unknown runtime '{runtime}'", key="--runtime", advice=did_you_mean(runtime, RUNTIMES))
-    base, built, phases = _model(model, overrides or [], batch, context, allow or [])
+    base, built, inputs = _model(model, overrides or [], batch, context, allow or [])
+    tokens, shortened = served_context(built, context or _CONTEXT)
+    phases = phases_of(built, inputs, batch, tokens)
     limit = 0.9 * chosen.memory if memory is None else memory
-    situation = Situation(built, phases, chosen, limit, context or _CONTEXT, batch, max_loss, training, runtime)
-    plans = plans_for(situation)
-    call = "token" if situation.language else "call"
+    situation = Situation(built, phases, inputs, chosen, limit, tokens, batch, max_loss, training, runtime)
+    advice = advice_for(situation)
+    plans, call = advice.plans, "token" if situation.language else "call"
     echo(
-        f"without compression: {format_bytes(round(dense_memory(situation)))} of {limit:g} GB, at least "
-        f"{_time(dense_time(situation))} per {call} on {chosen.name}"
+        f"without compression: {format_bytes(round(situation.dense_memory()))} of {limit:g} GB, at least "
+        f"{_time(situation.dense_time())} per {call} on {chosen.name}"
     )
     print_table(_table(plans, situation, call, price))
+    if shortened and situation.language:
+        echo(f"note: {shortened}")
+    for note in advice.notes:
+        echo(f"note: {note}")
     for index, plan in enumerate(plans, start=1):
         for row in plan.evidence:
-            echo(f"plan {index}: {row.method} of {row.format} in {row.benchmark}: {row.shown}")
+            echo(f"plan {index}: {row.format}, {row.method}, in {row.benchmark}: {row.shown}")
         if plan.training_memory:
             need = f"{format_bytes(round(plan.training_memory))} per copy of the model without activations"
             echo(f"plan {index}: training needs about {need}")
     written = _write(base, plans, situation, out, allow or [])
     echo(f"recipe of plan {written + 1}: {out}")
+    if not isinstance(base, Path) and (dropped := left_out(base)) is not None:
+        echo(f"note: {dropped}")
 
 
 def _model(
     what: str, overrides: Sequence[str], batch: int, context: int | None, allow: Sequence[str]
-) -> tuple[Recipe | Path, nn.Module, Phases]:
-    """The recipe or the folder, the model on the meta device, and the costs of its layers."""
-    from qatkit.advise.phases import is_language_model, language_phases, model_of_config
+) -> tuple[Recipe | Path, nn.Module, Any]:
+    """The recipe or the folder, the model on the meta device, and a batch; None for a language model."""
+    from qatkit.advise.phases import is_language_model, model_of_config
 
     folder = Path(what)
     if folder.is_dir():
@@ -109,18 +123,17 @@ def _model(
             raise QatkitError(
                 "a config has no recipe keys to override", key=overrides[0], advice="edit the config, or pass a recipe"
             )
-        model = model_of_config(folder)
-        return folder, model, language_phases(model, batch, context or _CONTEXT)
-    from qatkit.pipeline.profiling import forward_of
+        return folder, model_of_config(folder), None
+    from qatkit.pipeline.profiling import meta_inputs
     from qatkit.run.architecture import meta_model
 
     recipe = load(what, list(overrides))
     model = meta_model(recipe.model, allow).eval()
     if is_language_model(model):
-        return recipe, model, language_phases(model, batch, context or _CONTEXT)
+        return recipe, model, None
     if context is not None:
         raise QatkitError("the model is not a language model", key="--context", advice="remove the option")
-    return recipe, model, forward_of(recipe, model, batch, allow)
+    return recipe, model, meta_inputs(recipe, batch, allow)
 
 
 def _table(plans: Sequence[Plan], situation: Situation, call: str, price: float | None) -> Any:
@@ -143,11 +156,12 @@ def _table(plans: Sequence[Plan], situation: Situation, call: str, price: float 
 
 def _write(base: Recipe | Path, plans: Sequence[Plan], situation: Situation, out: Path, allow: Sequence[str]) -> int:
     """Write the recipe of the first plan that is valid for this model, and return its index."""
+    from qatkit.advise.proposal import recipe_text
     from qatkit.common.files import write_atomically
 
     failure: QatkitError | None = None
     for index, plan in enumerate(plans):
-        write_atomically(out, _recipe(base, plan, situation))
+        write_atomically(out, recipe_text(base, plan, situation))
         try:
             _check(base, out, allow)
         except QatkitError as error:
@@ -173,44 +187,6 @@ def _check(base: Recipe | Path, out: Path, allow: Sequence[str]) -> None:
         (Path(folder) / "model.safetensors").touch()
         validate_recipe(load_recipe(out, [f"model.args.name_or_path={folder}"]), allow)
     echo(f"note: {base} contains no weights; copy them there before you run the recipe")
-
-
-def _recipe(base: Recipe | Path, plan: Plan, situation: Situation) -> str:
-    from dataclasses import asdict
-    from itertools import takewhile
-
-    from qatkit.advise.advice import stages_of
-    from qatkit.recipe.strict_yaml import dump_yaml
-
-    head, layers = _head(situation)
-    compression = stages_of(plan, head, layers)
-    if isinstance(base, Path):
-        context = min(situation.context, _DATA_CONTEXT)
-        content: dict[str, Any] = {
-            "name": base.resolve().name.replace(" ", "_"),
-            "model": {"factory": "qatkit.models:causal_lm", "args": {"name_or_path": str(base)}},
-            "data": {"factory": "qatkit.data:stdlib_text", "args": {"context": context}},
-        }
-        stages: dict[str, Any] = {"dense": {"max_steps": 0}}
-        note, size = "# Replace data, which is the source code of Python's standard library, by your own.\n", 8
-    else:
-        kept = list(takewhile(lambda stage: not stage[1].compresses and stage[1].lora is None, base.stages.items()))
-        content = {key: value for key, value in asdict(base).items() if key not in ("stages", "export", "evaluate")}
-        stages = {name: asdict(stage) for name, stage in kept} or {"dense": {"max_steps": 0}}
-        note, size = "", next(iter(base.stages.values())).batch_size
-    stages |= {name: {**stage, "batch_size": size} for name, stage in compression.items()}
-    content |= {"stages": stages, "export": {"format": plan.option.export}}
-    return f"# {plan.name} for {situation.device.name}, proposed by qatkit advise.\n{note}{dump_yaml(content)}"
-
-
-def _head(situation: Situation) -> tuple[str | None, int | None]:
-    """The name of the output layer of a language model and its number of layers; None for other models."""
-    if not situation.language:
-        return None, None
-    model: Any = situation.model
-    output = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is output), None)
-    return name, model.config.get_text_config().num_hidden_layers
 
 
 def _time(seconds: float) -> str:

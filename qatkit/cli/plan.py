@@ -22,7 +22,9 @@ _DEVICES = (24.0, 40.0, 80.0, 141.0)
 def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    context: Annotated[int, typer.Option(help="Tokens per sequence, including prompt and completion.")] = 4096,
+    context: Annotated[
+        int, typer.Option(help="Tokens per sequence, including prompt and completion; at most the model's positions.")
+    ] = 4096,
     batch: Annotated[int, typer.Option(help="Concurrent sequences.")] = 1,
     kv_bits: Annotated[int, typer.Option(help="Bits per element of the KV cache: 16 or 8.")] = 16,
     device: Annotated[
@@ -52,11 +54,14 @@ def _print_serving(
 ) -> None:
     from rich.table import Table
 
+    from qatkit.advise.phases import served_context
     from qatkit.advise.serving import serving_memory
     from qatkit.common.units import format_bytes
     from qatkit.run.architecture import meta_model
 
-    schemes = serving_memory(meta_model(recipe.model, allow), context, batch, kv_bits)
+    model = meta_model(recipe.model, allow)
+    context, shortened = served_context(model, context)
+    schemes = serving_memory(model, context, batch, kv_bits)
     sequences = "1 sequence" if batch == 1 else f"{batch} sequences"
     table = Table(title=f"Serving {sequences} of {context:,} tokens, {kv_bits}-bit KV cache")
     for header in ("scheme", "weights", "KV cache", "total", *(f"{size:g} GB" for size in devices)):
@@ -65,6 +70,8 @@ def _print_serving(
         fits = ["fits" if row.total <= size * 1e9 else "no" for size in devices]
         table.add_row(row.scheme, *map(format_bytes, (row.weights, row.cache, row.total)), *fits)
     print_table(table)
+    if shortened:
+        echo(f"note: {shortened}")
     for size in devices:
         fitting = [row.scheme for row in schemes if row.total <= size * 1e9]
         echo(f"{size:g} GB: {f'the first scheme that fits is {fitting[0]}' if fitting else 'no scheme fits'}")

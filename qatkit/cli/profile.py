@@ -17,6 +17,7 @@ from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
     from qatkit.advise.devices import Device
     from qatkit.advise.phases import Phases
@@ -40,7 +41,12 @@ def command(
     ] = "local",
     batch: Annotated[int, typer.Option(min=1, help="Samples or sequences per call.")] = 1,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per sequence of a language model.", show_default="2048")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per sequence of a language model, at most its number of positions.",
+            show_default="2048",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -87,7 +93,14 @@ def command(
 def _phases(
     what: str, overrides: Sequence[str] | None, batch: int, context: int | None, allow: Sequence[str]
 ) -> Phases:
-    from qatkit.advise.phases import is_language_model, language_phases, model_of_config
+    from qatkit.advise.phases import is_language_model, model_of_config, served_context
+    from qatkit.advise.situation import phases_of
+
+    def of_language(model: nn.Module) -> Phases:
+        tokens, shortened = served_context(model, context or _CONTEXT)
+        if shortened:
+            echo(f"note: {shortened}", err=True)
+        return phases_of(model, None, batch, tokens)
 
     folder = Path(what)
     if folder.is_dir():
@@ -95,17 +108,17 @@ def _phases(
             raise QatkitError(
                 "a config has no recipe keys to override", key=overrides[0], advice="edit the config, or pass a recipe"
             )
-        return language_phases(model_of_config(folder), batch, context or _CONTEXT)
-    from qatkit.pipeline.profiling import forward_of
+        return of_language(model_of_config(folder))
+    from qatkit.pipeline.profiling import meta_inputs
     from qatkit.run.architecture import meta_model
 
     recipe = load(what, list(overrides or []))
     model = meta_model(recipe.model, allow).eval()
     if is_language_model(model):
-        return language_phases(model, batch, context or _CONTEXT)
+        return of_language(model)
     if context is not None:
         raise QatkitError("the model is not a language model", key="--context", advice="remove the option")
-    return forward_of(recipe, model, batch, allow)
+    return phases_of(model, meta_inputs(recipe, batch, allow), batch, 0)
 
 
 def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str) -> Table:

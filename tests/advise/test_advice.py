@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from qatkit.advise.options import OPTIONS, evidence_for
+from qatkit.advise.advice import OTHER_PTQ
+from qatkit.advise.devices import DEVICES
+from qatkit.advise.options import OPTIONS, RUNTIMES, evidence_for, options_of
 from qatkit.recipe.loading import load_recipe
 from tests.cli.in_process import qatkit
 
@@ -39,12 +42,12 @@ SITUATIONS = {
     "an MLP on a phone-class CPU": Situation(
         "mlp",
         "--device raspberry-pi-5",
-        ["int8 (ARM), PTQ: 85.0 kB", "int8 (ARM), QAT + KD: 85.0 kB", "smaller model, int8 (ARM), QAT + KD: 42.5 kB"],
+        ["int8 (ARM), PTQ: 85.0 kB", "int8 (ARM), QAT + KD: 85.0 kB", "smaller model, int8 (ARM), QAT + KD: 26.1 kB"],
     ),
     "a CNN on a phone-class CPU": Situation(
         "cnn",
         "--device raspberry-pi-5",
-        ["int8 (ARM), PTQ: 15.9 kB", "int8 (ARM), QAT + KD: 15.9 kB", "smaller model, int8 (ARM), QAT + KD: 7.9 kB"],
+        ["int8 (ARM), PTQ: 15.9 kB", "int8 (ARM), QAT + KD: 15.9 kB", "smaller model, int8 (ARM), QAT + KD: 4.5 kB"],
     ),
     "a CNN without training and without loss": Situation(
         "cnn", "--device epyc-9654 --no-training --max-loss 0", ["int8 (VNNI), PTQ: 15.9 kB"]
@@ -55,7 +58,6 @@ SITUATIONS = {
         [
             "int8 in OpenVINO (VNNI), PTQ: 44.4 kB",
             "int8 in OpenVINO (VNNI), QAT + KD: 44.4 kB",
-            "smaller model, int8 in OpenVINO (VNNI), QAT + KD: 22.2 kB",
         ],
     ),
     "a 1B model on a phone-class CPU": Situation(
@@ -67,8 +69,8 @@ SITUATIONS = {
         "1b",
         "--device raspberry-pi-5 --memory 0.5 --context 512",
         [
-            "smaller model, Q4_0, QAT + KD: 413.2 MB",
-            "smaller model, TQ2_0, QAT + KD: 265.0 MB",
+            "smaller model, Q4_0, QAT + KD: 487.7 MB",
+            "smaller model, TQ2_0, QAT + KD: 370.1 MB",
             "Q4_0, PTQ, GPTQ: 826.4 MB, does not fit",
             "Q8_0, PTQ: 1.3 GB, does not fit",
         ],
@@ -164,7 +166,11 @@ REFUSED = {
         "raspberry-pi-5",
         "--runtime",
         "vllm",
-    ): "--runtime: 'vllm' computes no compressed format of models that",
+    ): "--runtime: 'vllm' computes no compressed format of MLPs on 'raspberry-pi-5'; use --runtime onnxruntime",
+    (
+        "--device",
+        "l4",
+    ): "--device: 'onnxruntime' computes no compressed format of MLPs on 'l4'; for MLPs, use one of: m1-",
     ("--device", "l4", "--runtime", "tensorrt"): "--runtime: unknown runtime 'tensorrt'",
     ("--device", "raspberry-pi-5", "--out", "model.yaml"): "model.yaml: the file exists",
     ("--device", "raspberry-pi-5", "--context", "8"): "--context: the model is not a language model",
@@ -178,12 +184,103 @@ def test_an_impossible_request_is_refused(arguments: tuple[str, ...], tmp_path: 
     assert REFUSED[arguments] in done.err
 
 
-def test_every_option_has_evidence_for_its_family() -> None:
+def test_every_option_has_evidence_for_the_families_that_were_measured() -> None:
     for option in OPTIONS.values():
-        methods = ["PTQ, GPTQ"] if option.gptq else ["PTQ"]
-        for family in ("language",) if option.language else ("mlp", "convolutional"):
+        methods = ["PTQ, GPTQ"] if option.gptq else OTHER_PTQ
+        for family in {"language", "mlp", "convolutional"} & set(option.families):
             assert evidence_for(family, option.evidence, methods) is not None, option.name
             assert evidence_for(family, option.evidence, ["QAT + KD"]) is not None, option.name
+
+
+def test_a_device_whose_processor_is_unknown_has_no_formats() -> None:
+    for device in DEVICES.values():
+        assert any(options_of(runtime, "language", device) for runtime in RUNTIMES), device.name
+        unknown = replace(device, processor=None)
+        assert not any(options_of(runtime, "language", unknown) for runtime in RUNTIMES)
+
+
+def test_evidence_of_another_tool_is_named(tmp_path: Path) -> None:
+    done = qatkit("advise", made("mlp", tmp_path), "--device", "raspberry-pi-5", cwd=tmp_path)
+    assert "plan 1: W8A8, quantize_static of ONNX Runtime, in benchmarks/serve.py: MLP in ONNX Runtime" in done.out
+
+
+def test_the_context_is_at_most_the_positions_of_the_model(tmp_path: Path) -> None:
+    model, outputs = made("1b", tmp_path), []
+    for context in ("16384", "20000"):
+        out = f"{context}.yaml"
+        done = qatkit("advise", model, "--device", "l4", "--context", context, "--out", out, cwd=tmp_path)
+        assert done.code == 0, done.err
+        outputs.append(done.out.replace(out, ""))
+    note = "note: the context is 16,384 tokens instead of 20,000, because the model has 16,384 positions\n"
+    assert note in outputs[1]
+    assert outputs[1].replace(note, "") == outputs[0]
+
+
+def test_what_no_plan_achieves_is_said(tmp_path: Path) -> None:
+    arguments = ("--device", "raspberry-pi-5", "--no-training", "--memory", "0.1", "--context", "512")
+    done = qatkit("advise", made("1b", tmp_path), *arguments, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "note: no plan fits into 0.1 GB, because the smallest one needs 529.9 MB; use a shorter" in done.out
+    done = qatkit("advise", made("cnn", tmp_path), *arguments[:3], "--max-loss", "0", "--out", "b.yaml", cwd=tmp_path)
+    assert "note: no plan that fits is within --max-loss 0: the smallest expected loss is 0." in done.out
+
+
+def test_an_encoder_has_its_own_formats_and_an_unknown_model_no_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is quoted the evidence of an MLP."""
+    (tmp_path / "advised_models.py").write_text(MADE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for factory, plan, note in (
+        ("encoder", "dynamic int8, ", ""),
+        (
+            "reader",
+            "int8 (ARM), ",
+            "note: no plan has an expected loss, because the benchmarks do not include Reader, whose",
+        ),
+    ):
+        (tmp_path / f"{factory}.yaml").write_text(
+            f"name: model\nmodel: {{factory: 'advised_models:{factory}'}}\ndata: {{factory: 'advised_models:rows'}}\n"
+            "stages:\n  dense: {max_steps: 10}\nexport: {format: onnx}\n"
+        )
+        done = qatkit(
+            "advise", f"{factory}.yaml", "--device", "raspberry-pi-5", "--allow", "advised_models",
+            "--out", f"{factory}2.yaml", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert plan in done.out
+        assert note in done.out
+        assert "MLP" not in done.out
+
+
+MADE = """\
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from qatkit.data import SplitDataModule
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 10))
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.head = nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.rows(x)[0][:, -1])
+
+
+reader = Reader
+
+
+def rows(batch_size, seed):
+    part = TensorDataset(torch.rand(64, 4, 16), torch.zeros(64, dtype=torch.long))
+    return SplitDataModule(part, part, part, batch_size, seed)
+"""
 
 
 def test_a_smaller_model_without_evidence_has_no_expected_loss(tmp_path: Path) -> None:
@@ -199,3 +296,6 @@ def test_the_recipe_keeps_the_stages_before_compression(tmp_path: Path) -> None:
     assert recipe.stages["dense"] == load_recipe("vision/digits_int4").stages["dense"]
     assert recipe.stages["ptq"].quantize is not None
     assert recipe.stages["ptq"].quantize.target == "onnxruntime-vnni"
+    left = "the plan leaves out parts of the recipe: stage 'ptq', stage 'qat'"
+    assert f"note: {left}" in done.out
+    assert f"# {left[0].upper()}{left[1:]}." in (tmp_path / "advised.yaml").read_text()
