@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -35,8 +36,15 @@ def command(
         )
     if folder.exists():
         raise QatkitError("already exists", key=str(folder), advice="pass a new folder")
-    venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    if subprocess.run([python, "-m", "pip", "install", "--quiet", *row.environment]).returncode:
-        raise QatkitError("pip cannot install the packages", key=str(folder), advice="see its message above")
+    try:
+        venv.create(folder, with_pip=True)
+        if subprocess.run([python, "-m", "pip", "install", "--quiet", *row.environment]).returncode:
+            raise QatkitError(
+                f"pip cannot install {', '.join(row.environment)}",
+                advice="see its message above, and run the command again",
+            )
+    except BaseException:  # interrupted with Ctrl+C, too; the command refuses a folder that exists
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     echo(str(python))
