@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHOWN = 5
@@ -10,26 +10,39 @@ SHOWN = 5
 
 
 def slowdowns(report: dict[str, Any]) -> list[str]:
-    """Return a sentence for each file, of the first stage or a baseline, that is faster than the last quantized stage.
+    """Return a sentence for each file that is faster than the last quantized stage in the same format.
 
-    A file is slower if the fastest quarter of its calls took longer than the slowest quarter of the other file's.
+    In every format, the last quantized stage is compared to the first stage, and in the main format to the baselines
+    as well. A file is slower if the fastest quarter of its calls took longer than the slowest quarter of the other
+    file's.
     """
-    rows = report["rows"]
+    formats: dict[str, list[dict[str, Any]]] = {}
+    for row in [*report["rows"], *report["others"]]:
+        formats.setdefault(row["format"], []).append(row)
+    baselines = [(row["name"], row) for row in report["baselines"] if not row["failure"]]
+    return [
+        sentence
+        for name, rows in formats.items()
+        for sentence in _slower(rows, baselines if name == report["format"] else [])
+    ]
+
+
+def _slower(rows: Sequence[dict[str, Any]], baselines: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Sentences about the files of one format."""
     quantized = [row for row in rows if row["layers"]]
     if not quantized:
         return []
     last = quantized[-1]
-    others = [(rows[0]["stage"], rows[0])] if last is not rows[0] else []
-    others += [(row["name"], row) for row in report["baselines"] if not row["failure"]]
+    others = [(rows[0]["file"], rows[0])] if last is not rows[0] else []
     sentences = []
-    for name, other in others:
+    for name, other in [*others, *baselines]:
         slower = [
             f"{then['median_ms'] / now['median_ms']:.2f}x at a batch of {now['batch_size']}"
             for now, then in zip(last["latency"], other["latency"], strict=True)
             if now["low_ms"] > then["high_ms"]
         ]
         if slower:
-            sentences.append(f"{last['stage']} is slower than {name}: {', '.join(slower)}")
+            sentences.append(f"{last['file']} is slower than {name}: {', '.join(slower)}")
     return sentences
 
 

@@ -108,3 +108,13 @@ def test_a_file_that_has_changed_is_not_measured(folder: Path) -> None:
     assert "not comparable between runs" in done.out
     assert "the file has changed since verification" in done.out
     assert "Latencies are comparable only within a run" in (folder / "report.html").read_text()
+
+
+def test_latencies_are_compared_although_the_main_format_has_none(folder: Path) -> None:
+    for name in ("first", "second"):
+        formats = "export=[{format: dense}, {format: onnx}]"
+        done = qatkit("run", "pair.yaml", formats, "--out", name, "--quiet", cwd=folder)
+        assert done.code == 0, done.err
+    done = qatkit("report", "first", "second", cwd=folder)
+    assert (done.code, done.out) == (0, "page: report.html\n")
+    assert "All files were measured alternately in one process" in (folder / "report.html").read_text()
