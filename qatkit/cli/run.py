@@ -15,6 +15,7 @@ from qatkit.cli.inputs import load, new_run, writing
 from qatkit.cli.memory import print_training
 from qatkit.cli.output import echo
 from qatkit.cli.report import present
+from qatkit.cli.verify import present_verifications
 from qatkit.common.termination import termination
 from qatkit.recipe.factories import resolve
 from qatkit.tasks.metrics import METRICS
@@ -125,6 +126,7 @@ def _finish(this: Run, tracking: Tracking, report: bool, quiet: bool, as_json: b
         track_run(this, content, tracking)
     else:
         tracking.close()
+        present_verifications(checked, quiet, as_json)
     failed = {stage: verification for stage, verification in checked.items() if not verification.passed}
     for stage, verification in failed.items():
         echo(f"verification of '{stage}' failed: {verification.summary()}", err=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,6 +13,9 @@ from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Python, RunArgument
 from qatkit.cli.exits import VERIFICATION_FAILED
 from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo
+
+if TYPE_CHECKING:
+    from qatkit.export.verification import Verification
 
 
 def command(
@@ -31,9 +36,21 @@ def command(
 
     with writing(this, as_json):
         checked = verify_run(this, python=python)
-    if as_json:
-        echo(json.dumps({stage: asdict(verification) for stage, verification in checked.items()}))
-    for stage, verification in checked.items() if not as_json else ():
-        echo(f"{stage}: {verification.summary()}")
+    present_verifications(checked, False, as_json)
     if not all(verification.passed for verification in checked.values()):
         raise typer.Exit(VERIFICATION_FAILED)
+
+
+def present_verifications(checked: Mapping[str, Verification], quiet: bool, as_json: bool) -> None:
+    """Print verifications by name.
+
+    Args:
+        checked: The verification of each file.
+        quiet: Print nothing, unless `as_json` is set.
+        as_json: Print them as JSON.
+    """
+    if as_json:
+        echo(json.dumps({name: asdict(verification) for name, verification in checked.items()}))
+    elif not quiet:
+        for name, verification in checked.items():
+            echo(f"{name}: {verification.summary()}")

@@ -97,10 +97,20 @@ def _compare(expected: Path, exported: Path) -> list[str]:
     if not isinstance(trained, dict) or not isinstance(saved, dict):
         return [f"{exported.name}: the content differs from the trained model's"]
     return [
-        f"{exported.name}: '{key}' is {_short(saved.get(key))}, but {_short(trained.get(key))} in the trained model"
+        json_difference(exported.name, key, saved.get(key), trained.get(key))
         for key in sorted({*trained, *saved} - _IGNORED)
         if trained.get(key) != saved.get(key)
     ]
+
+
+def json_difference(file: str, key: str, saved: Any, trained: Any) -> str:
+    """Describe a value in a JSON file that differs from the trained model's.
+
+    Example:
+        >>> json_difference("config.json", "vocab_size", 5, None)
+        "config.json: 'vocab_size' is 5, but null in the trained model"
+    """
+    return f"{file}: '{key}' is {_short(saved)}, but {_short(trained)} in the trained model"
 
 
 def _short(value: Any) -> str:

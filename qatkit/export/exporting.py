@@ -15,7 +15,7 @@ from qatkit.export.companions import compare_companions, save_companions
 from qatkit.export.formats import FORMATS, ExportFormat
 from qatkit.export.interface import ExportContext
 from qatkit.export.outputs import Forward
-from qatkit.export.verification import Verification, verify
+from qatkit.export.verification import Verification, check_python, judge_of, verify
 from qatkit.quantization.targets import TARGETS
 from qatkit.tasks import TASKS, Task
 
@@ -40,8 +40,8 @@ def export_model(
 ) -> Verification:
     """Export a model, load the file in its runtime, and compare it to the model.
 
-    The model, the tokenizer and the path are checked before anything is written. The file is written atomically. If a
-    format needs a config or a tokenizer to load a transformers model, they are written to the same folder.
+    All arguments are checked before anything is written. The file is written atomically. If transformers needs a config
+    and a tokenizer to load it, they are written to the same folder.
 
     Args:
         model: A plain model, or one prepared by `prepare_qat` and calibrated. It is not changed.
@@ -77,7 +77,9 @@ def export_model(
     row, path = FORMATS.row(format, "format"), Path(path)
     row.check_packages()
     _check_path(row, path)
+    check_python([row], python)
     known = TASKS.row(task, "task") if isinstance(task, str) else task
+    judge_of(known, metric, class_dim)  # raises an error for an invalid argument
     row.check_model(model, task=known)
     if row.check_tokenizer:
         with under("tokenizer"):
@@ -104,7 +106,7 @@ def write_export(row: ExportFormat, model: nn.Module, path: Path, context: Expor
         row: The format.
         model: The model in eval mode.
         path: The file, or the folder if the format writes one.
-        context: What the format may need to know besides the model.
+        context: Further inputs of the format, such as a batch.
     """
     row.call("write", model, path, context)
     save_companions(row.companions, model, context.tokenizer, row.folder_of(path))
@@ -113,7 +115,7 @@ def write_export(row: ExportFormat, model: nn.Module, path: Path, context: Expor
 def with_companions(
     verification: Verification, row: ExportFormat, model: nn.Module, path: Path, tokenizer: Any, batch: Any
 ) -> Verification:
-    """Return a verification that also includes the companion files and what the file has from the data.
+    """Add the comparison of companion files, and of the tokenizer that a file may contain, to a verification.
 
     Args:
         verification: The comparison of weights and outputs.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from qatkit.errors import QatkitError
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import fake_quantizers, qat_weights
 from qatkit.quantization.targets import Target
@@ -58,6 +59,14 @@ class ReadBack:
     """Returns the problems found while the runtime ran; called after the last batch."""
     name: str = ""
     """The program that runs the file, if it is not always that of the format's row."""
+    not_run: str = ""
+    """The format's runtime, if `runtime` is another program, because no environment with the format's was passed."""
+    close: Callable[[], None] | None = None
+    """Frees what `runtime` holds; always called at the end."""
+
+
+class InputError(QatkitError):
+    """A batch that a runtime does not accept. The data must change, and nothing is known about the file."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
+from qatkit.export.interface import InputError
 from qatkit.export.judges import Judge
 from qatkit.export.output_tensors import difference, distances, finite, is_number, kinds, tensors
 from qatkit.tasks import call
@@ -112,7 +113,7 @@ def compare_outputs(
         precise: The trained model in float64, with the runtime's rounding; None if its effect is not measured.
 
     Raises:
-        QatkitError: there are no batches.
+        QatkitError: there are no batches, or the runtime does not accept one.
     """
     judge, runtime_judge = judges
     number, same, not_in_float64 = 0, 0, ""
@@ -143,6 +144,8 @@ def compare_outputs(
         try:
             computed = forward(runtime, batch)
             apart = distances(expected, computed)
+        except InputError:
+            raise
         except Exception as reason:  # the runtime's exceptions share no base class
             failures.append(f"outputs: the runtime fails on batch {number} (expected: {kinds(expected)}): {reason}")
             runtime = None

@@ -8,7 +8,7 @@ are decoded by the runtime's own operator, and the expected values come from the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import format_of_path
+from qatkit.export.formats import ExportFormat, format_of_path
 from qatkit.export.interface import Bound, Measured, ReadBack
 from qatkit.export.judges import Judge, MetricJudge, TaskJudge
 from qatkit.export.outputs import Forward, Output, Outputs, compare_outputs
@@ -64,6 +64,10 @@ class Verification:
     """Metric of the file in its runtime."""
     runtime: str
     """The program that ran the file, as the subject of a sentence."""
+    not_run: str
+    """The format's runtime if it did not run, because no environment with it was passed; then `runtime` computed the
+    outputs in its place. Empty if it ran.
+    """
     text: str
     """The result in one line of text."""
 
@@ -136,29 +140,33 @@ def verify(
     path = Path(path)
     row = format_of_path(path, format)
     row.check_packages()
+    check_python([row], python)
+    judge = judge_of(task, metric, class_dim)
     trained = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     floating = copy.deepcopy(trained)
     strip_qat(floating)
     quantizers = [fake_quant for _, fake_quant in fake_quantizers(trained)]
     quantizes_inputs = any(fake_quant.role == "activation" for fake_quant in quantizers)
     precise = row.call("rounding", trained) if row.rounding and quantizes_inputs else None
-    if python is not None and not row.environment:
-        raise QatkitError(f"'{row.name}' files run in this environment", key="python", advice="remove it")
     file: ReadBack = row.call("read_back", trained, path, threads, *([python] if row.environment else []))
     failures = list(file.failures)
-    judge = _judge(task, metric, class_dim)
-    outputs = compare_outputs(
-        trained,
-        floating if quantizers else None,
-        file.runtime,
-        batches,
-        failures,
-        (judge, copy.deepcopy(judge)),
-        forward or call,
-        precise,
-    )
-    if file.after is not None:
-        failures += file.after()
+    judges = judge, copy.deepcopy(judge)
+    try:
+        outputs = compare_outputs(
+            trained,
+            floating if quantizers else None,
+            file.runtime,
+            batches,
+            failures,
+            judges,
+            forward or call,
+            precise,
+        )
+        if file.after is not None:
+            failures += file.after()
+    finally:
+        if file.close is not None:
+            file.close()
     bounds = {
         name: row.call("bound", _measured(output, quantizes_inputs, trained)) for name, output in outputs.each.items()
     }
@@ -183,6 +191,7 @@ def verify(
         trained_metric=outputs.trained_metric,
         runtime_metric=outputs.runtime_metric,
         runtime=file.name or row.runtime,
+        not_run=file.not_run,
         text=_summary(failures, file, layers, bound, outputs),
     )
 
@@ -227,7 +236,46 @@ def _mean_bound(bounds: Mapping[str, Bound], outputs: Outputs) -> Bound:
     return Bound(text, None if unbounded else total / max(sum(values for _, values in limits), 1))
 
 
-def _judge(task: Task | str | None, metric: Metric | None, class_dim: int | None) -> Judge:
+def check_python(rows: Sequence[ExportFormat], python: Path | None, key: str = "python") -> None:
+    """Raise an error for an interpreter that no format uses, or that does not exist.
+
+    Args:
+        rows: The formats of the files to verify.
+        python: The interpreter that was passed, or None.
+        key: The argument or option, for errors.
+
+    Raises:
+        QatkitError: as above.
+    """
+    if python is None:
+        return
+    separate = next((row.name for row in rows if row.environment), None)
+    if separate is None:
+        names = " and ".join(dict.fromkeys(f"'{row.name}'" for row in rows))
+        raise QatkitError(
+            f"{names} files run in the environment of qatkit, so an interpreter has no effect",
+            key=key,
+            advice="remove it",
+        )
+    if not python.is_file():
+        raise QatkitError(
+            f"'{python}' is not a file",
+            key=key,
+            advice=f"pass the interpreter of an environment made by `qatkit environment {separate}`",
+        )
+
+
+def judge_of(task: Task | str | None, metric: Metric | None, class_dim: int | None) -> Judge:
+    """Return what scores predictions: the metric if one is passed, otherwise the task.
+
+    Args:
+        task: As in `verify`.
+        metric: As in `verify`.
+        class_dim: As in `verify`.
+
+    Raises:
+        QatkitError: the task is unknown, or `class_dim` is passed without a metric.
+    """
     if metric is not None:
         return MetricJudge(metric, class_dim)
     if class_dim is not None:
@@ -245,9 +293,11 @@ def _summary(failures: list[str], file: ReadBack, layers: int, bound: Bound, out
     codes = f"all {file.weights} weights of {layers} quantized layers match the trained ones; " if layers else ""
     limit = bound.text if bound.limit is None else f"{bound.text}, {bound.limit:.2g}"
     over = f"{outputs.samples} {outputs.counted}"
-    by = f"; computed by {file.name}" if file.name else ""
+    by = f"; computed by {file.name.rstrip(',')}" if file.name else ""
+    by += f"; to run {file.not_run}, pass --python" if file.not_run else ""
+    passed = f"passed, but {file.not_run} did not run" if file.not_run else "passed"
     return (
-        f"passed: {codes}over {over}, outputs differ by {outputs.mean_error:.2g} on average (bound: "
+        f"{passed}: {codes}over {over}, outputs differ by {outputs.mean_error:.2g} on average (bound: "
         f"{limit}); the {outputs.metric} is {outputs.runtime_metric:.4f} (trained: {outputs.trained_metric:.4f}){by}"
     )
 

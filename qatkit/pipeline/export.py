@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from qatkit.export.interface import ExportContext
 from qatkit.quantization.selection import select
 from qatkit.quantization.targets import TARGETS
 from qatkit.recipe import QuantizeConfig, Recipe
-from qatkit.run.exports import Exported, exports_of, formats_by_key
+from qatkit.run.exports import Exported, add_to_run, added_exports, exports_of, formats_by_key
 from qatkit.run.folder import Run
 from qatkit.schemes import Scheme
 from qatkit.tasks.table import Task, declared_task
@@ -120,21 +121,16 @@ def export_run(run: Run) -> list[Path]:
         QatkitError: a stage is not finished, a format does not support the trained model, or a file would be written
             outside the run's folder.
     """
-    return write_exports(run, exports_of(run))
-
-
-def write_exports(run: Run, exports: Sequence[Exported]) -> list[Path]:
-    """Write exports of a run, as `export_run` does."""
     run.check_writes()
     run.check_recipe()
-    return _write(run, exports, held_out_data(run))
+    return write_exports(run, exports_of(run), held_out_data(run))
 
 
 def add_format(run: Run, name: str) -> list[Path]:
     """Export every stage in the comparison in one more format, which need not be in the recipe.
 
-    The format is checked for all stages before the first is written. From then on, it belongs to the run: `formats_of`
-    finds its files.
+    The format is checked for all stages before the first is written. Once all are written, it belongs to the run:
+    `formats_of` finds its files. If writing fails, the folders that it created are removed.
 
     Args:
         run: A run with finished stages.
@@ -157,12 +153,32 @@ def add_format(run: Run, name: str) -> list[Path]:
     if row.check_tokenizer:
         with under("--format"):
             row.call("check_tokenizer", getattr(data, "tokenizer", None))
-    for stage in run.rows:
-        (run.out / "export" / stage / row.name).mkdir(parents=True, exist_ok=True)
-    return _write(run, exports_of(run, only=name), data)
+    exports = added_exports(run, row)
+    created = [each.folder for each in exports if not each.folder.exists()]
+    try:
+        paths = write_exports(run, exports, data)
+    except BaseException:  # interrupted with Ctrl+C, too
+        for folder in created:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    add_to_run(run, row)
+    return paths
 
 
-def _write(run: Run, exports: Sequence[Exported], data: LightningDataModule) -> list[Path]:
+def write_exports(run: Run, exports: Sequence[Exported], data: LightningDataModule) -> list[Path]:
+    """Write exports of a run.
+
+    Args:
+        run: The run.
+        exports: The exports to write.
+        data: The data of `held_out_data`.
+
+    Returns:
+        The exported files or folders.
+
+    Raises:
+        QatkitError: a stage is not finished, or a format does not support the trained model.
+    """
     batch, task, tokenizer = first_batch(data), declared_task(data), getattr(data, "tokenizer", None)
     for stage in run.rows:
         run.record(stage)

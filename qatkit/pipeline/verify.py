@@ -15,7 +15,7 @@ from qatkit.common.digests import changed_file, file_digests
 from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.exporting import with_companions
-from qatkit.export.verification import Verification, verify
+from qatkit.export.verification import Verification, check_python, verify
 from qatkit.pipeline.export import VERDICT, first_batch, held_out_data, write_exports
 from qatkit.run.exports import Exported, exports_of
 from qatkit.run.folder import Run
@@ -25,7 +25,7 @@ from qatkit.tasks import declared_task
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of ``verification.json``."""
 
 
@@ -49,16 +49,21 @@ def verify_run(run: Run, only: str | None = None, python: Path | None = None) ->
         ``export/STAGE/FORMAT/verification.json`` with the digests of the compared files.
 
     Raises:
-        QatkitError: a stage has not been exported, or a file would be written outside the run's folder.
+        QatkitError: a stage has not been exported, no format uses the interpreter, a package of a format is missing, or
+            a file would be written outside the run's folder.
     """
-    return verify_exports(run, exports_of(run, only), python)
-
-
-def verify_exports(run: Run, exports: Sequence[Exported], python: Path | None = None) -> dict[str, Verification]:
-    """Verify exports of a run, as `verify_run` does."""
     run.check_writes()
     run.check_recipe()
-    data = held_out_data(run)
+    exports = exports_of(run, only)
+    check_python([exported.format for exported in exports], python, "--python")
+    for exported in exports:
+        exported.format.check_packages()
+    return _verify(run, exports, held_out_data(run), python)
+
+
+def _verify(
+    run: Run, exports: Sequence[Exported], data: LightningDataModule, python: Path | None = None
+) -> dict[str, Verification]:
     return {exported.name: _verify_file(run, exported, data, python) for exported in exports}
 
 
@@ -73,7 +78,10 @@ def export_and_verify(run: Run) -> dict[str, Verification]:
     Raises:
         QatkitError: for the same reasons as in `export_run` and `verify_run`.
     """
+    run.check_writes()
+    run.check_recipe()
     exports = exports_of(run)
+    checked: dict[str, Verification] = {}
 
     def missing() -> list[Exported]:
         return [each for each in exports if not (run.is_shared(each.stage) and is_verified(run, each))]
@@ -82,9 +90,10 @@ def export_and_verify(run: Run) -> dict[str, Verification]:
         for stage in sorted({each.stage for each in missing()}):  # in the same order in every process
             if run.is_shared(stage):
                 locks.enter_context(locked(run.folder(stage), wait=True))
-        written = missing()  # another process may have written some of them meanwhile
-        write_exports(run, written)
-        checked = verify_exports(run, written)
+        if written := missing():  # another process may have written some of them meanwhile
+            data = held_out_data(run)
+            write_exports(run, written, data)
+            checked = _verify(run, written, data)
     return {
         each.name: checked[each.name] if each.name in checked else Verification(**read_verification(run, each))
         for each in exports

@@ -29,6 +29,7 @@ from typing_extensions import override
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitWarning
 from qatkit.recipe import Recipe
+from qatkit.report.sentences import not_run_in
 
 STEP = "trainer/global_step"
 """Lightning's name for the x-axis of every curve on W&B."""
@@ -155,4 +156,7 @@ def model_artifact(content: Mapping[str, Any], row: Mapping[str, Any], path: Pat
 
 
 def _parity(row: Mapping[str, Any]) -> str:
-    return "passed" if row["verification"]["passed"] else "failed"
+    check = row["verification"]
+    if not check["passed"]:
+        return "failed"
+    return f"passed ({not_run} did not run)" if (not_run := not_run_in(check)) else "passed"

@@ -43,16 +43,32 @@ def parity(check: dict[str, Any]) -> Parity:
             headline=f"{check['runtime']} does NOT compute what training computed. Do not deploy this file.",
             sentences=check["failures"],
         )
+    not_run = not_run_in(check)
     sentences = []
     if check["layers"]:
         weights = f"{check['weights']:,} {row.weights} in the file's {check['layers']} quantized layers"
         sentences.append(f"All {weights} equal the trained ones.")
+    if not_run:
+        sentences.append(f"{check['runtime']} computed the outputs. To run {not_run}, use `qatkit verify --python`.")
     sentences.append(_difference(check))
     task = TASKS.row(check["task"], "report.json")
     samples, same = check["samples"], round(check["agreement"] * check["samples"])
     count = f"all {samples:,}" if same == samples else f"{same:,} of {samples:,}"
     sentences.append(f"Both models predict the same {task.agreement} for {count} {task.counted}.")
-    return Parity(passed=True, headline=f"{check['runtime']} computes what training computed.", sentences=sentences)
+    headline = f"{check['runtime']} computes what training computed."
+    if not_run:
+        headline = f"The file contains what was trained, but {not_run} did not run."
+    return Parity(passed=True, headline=headline, sentences=sentences)
+
+
+def not_run_in(check: dict[str, Any]) -> str:
+    """Return the file's runtime if verification did not run it, but computed the outputs with another program.
+
+    Args:
+        check: The ``verification`` of a row of the report.
+    """
+    runtime: str = check.get("not_run", "")  # reports of older versions do not have this key
+    return runtime
 
 
 def _difference(check: dict[str, Any]) -> str:
@@ -140,16 +156,25 @@ def tiles(report: dict[str, Any]) -> list[Tile]:
             )
         )
     files = [*report["rows"], *report["others"]]
+    return [*shown, _parity_tile(files)]
+
+
+def _parity_tile(files: list[dict[str, Any]]) -> Tile:
+    label = "parity of training and runtime"
     failed = [row["file"] for row in files if not row["verification"]["passed"]]
-    shown.append(
-        Tile(
-            label="parity of training and runtime",
-            value="FAILED" if failed else "verified",
-            note=f"see below: {', '.join(failed)}" if failed else f"all {len(files)} files, reloaded from disk",
-            state="bad" if failed else "good",
-        )
+    if failed:
+        return Tile(label=label, value="FAILED", note=f"see below: {', '.join(failed)}", state="bad")
+    not_run = [row for row in files if not_run_in(row["verification"])]
+    if not not_run:
+        return Tile(label=label, value="verified", note=f"all {len(files)} files, reloaded from disk", state="good")
+    runtimes = " and ".join(dict.fromkeys(not_run_in(row["verification"]) for row in not_run))
+    names = ", ".join(row["file"] for row in not_run)
+    return Tile(
+        label=label,
+        value="partly verified",
+        note=f"all {len(files)} files, reloaded from disk; {runtimes} did not run: {names}",
+        state="",
     )
-    return shown
 
 
 def _change(metric: Metric, was: float, now: float) -> str:

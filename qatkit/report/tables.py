@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from qatkit.export.formats import FORMATS
 from qatkit.report.metrics import PERPLEXITY, metric_of
+from qatkit.report.sentences import not_run_in
 from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from qatkit.tasks.metrics import Metric
 
 
 def headers(report: dict[str, Any]) -> list[str]:
@@ -26,7 +29,7 @@ def files_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sizes(report: dict[str, Any]) -> list[int]:
-    """The batch sizes of which a latency was measured."""
+    """The batch sizes whose latency was measured."""
     return list(dict.fromkeys(each["batch_size"] for row in files_of(report) for each in row["latency"]))
 
 
@@ -62,14 +65,26 @@ def comparison(report: dict[str, Any]) -> list[list[str]]:
                 row["file"],
                 " ".join(word for word in (row["kind"], row.get("adapters"), *bits) if word),
                 metric.show(metric.of(row)) + loss,
-                metric.show(check["runtime_metric"]) if check["runtime_metric"] is not None else "did not run",
+                _runtime_metric(check, metric),
                 *language,
                 f"{row['bytes'] / 1000:.1f} kB" + _ratio(first["bytes"] / row["bytes"], "smaller", row is first),
                 *_latency_cells(report, row),
-                "passed" if check["passed"] else "FAILED",
+                _parity(check),
             ]
         )
     return rows + [_baseline_cells(report, row) for row in report["baselines"] if not row["failure"]]
+
+
+def _runtime_metric(check: dict[str, Any], metric: Metric) -> str:
+    if check["runtime_metric"] is None or not_run_in(check):
+        return "did not run"
+    return metric.show(check["runtime_metric"])
+
+
+def _parity(check: dict[str, Any]) -> str:
+    if not check["passed"]:
+        return "FAILED"
+    return f"passed ({not_run} did not run)" if (not_run := not_run_in(check)) else "passed"
 
 
 def _latency_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -84,7 +99,7 @@ def _latency_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def _baseline_cells(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """The cells of a file that the runtime quantized itself; training has nothing to compare it with."""
+    """The cells of a file that the runtime quantized itself; there is no trained model to compare it to."""
     first, runtime = report["rows"][0], FORMATS.row(report["format"], "report.json").runtime
     return [
         row["name"],

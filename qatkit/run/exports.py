@@ -44,12 +44,19 @@ def exports_of(run: Run, only: str | None = None) -> list[Exported]:
         QatkitError: the run has no export format.
     """
     rows = formats_of(run)
-    return [
-        Exported(stage, row, stage if row is rows[0] else f"{stage}/{row.name}", run.export_folder(stage) / row.name)
-        for row in rows
-        for stage in run.rows
-        if only in (None, row.name)
-    ]
+    return [each for row in rows if only in (None, row.name) for each in _exports(run, row, row is rows[0])]
+
+
+def added_exports(run: Run, row: ExportFormat) -> list[Exported]:
+    """Return the exports of a run in a format that need not belong to it yet; `add_to_run` makes it belong."""
+    rows = _formats(run) or [row]
+    return _exports(run, row, row is rows[0])
+
+
+def add_to_run(run: Run, row: ExportFormat) -> None:
+    """Make a format that has been written belong to a run, although the run may share its stages with others."""
+    for stage in run.rows:
+        _mark(run, stage, row).mkdir(parents=True, exist_ok=True)
 
 
 def formats_of(run: Run) -> list[ExportFormat]:
@@ -58,14 +65,7 @@ def formats_of(run: Run) -> list[ExportFormat]:
     Raises:
         QatkitError: there are none.
     """
-    rows = list(formats_by_key(run.recipe).values())
-    known = {row.name for row in rows}
-    rows += [
-        row
-        for row in FORMATS.values()
-        if row.name not in known and any((run.out / "export" / stage / row.name).is_dir() for stage in run.rows)
-    ]
-    if not rows:
+    if not (rows := _formats(run)):
         raise QatkitError(
             "the recipe has no such block",
             key="export",
@@ -73,6 +73,30 @@ def formats_of(run: Run) -> list[ExportFormat]:
             origin=str(run.out / "recipe.yaml"),
         )
     return rows
+
+
+def _exports(run: Run, row: ExportFormat, main: bool) -> list[Exported]:
+    return [
+        Exported(stage, row, stage if main else f"{stage}/{row.name}", run.export_folder(stage) / row.name)
+        for stage in run.rows
+    ]
+
+
+def _formats(run: Run) -> list[ExportFormat]:
+    rows = list(formats_by_key(run.recipe).values())
+    known = {row.name for row in rows}
+    return rows + [row for row in FORMATS.values() if row.name not in known and _was_added(run, row)]
+
+
+def _was_added(run: Run, row: ExportFormat) -> bool:
+    """Whether a stage has files in a format; a folder that an export left empty does not count."""
+    folders = [run.export_folder(stage) / row.name for stage in run.rows if _mark(run, stage, row).is_dir()]
+    return any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
+
+
+def _mark(run: Run, stage: str, row: ExportFormat) -> Path:
+    """The folder of the files, or an empty folder if they are in the folder of a shared stage."""
+    return run.out / "export" / stage / row.name
 
 
 def formats_by_key(recipe: Recipe) -> dict[str, ExportFormat]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
             export_model(model, arguments[0], tmp_path / arguments[1], arguments[2])
     with pytest.raises(QatkitError, match="target: 'openvino' does not load 'dense' files; use openvino"):
         export_model(model, "dense", tmp_path / "a.safetensors", batches, target="openvino")
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(QatkitError, match="python: 'dense' files run in the environment of qatkit"):
+        export_model(model, "dense", path, batches, python=Path(sys.executable))
+    with pytest.raises(QatkitError, match="class_dim: 1 has no effect without a metric"):
+        export_model(model, "dense", path, batches, class_dim=1)
     with pytest.raises(QatkitError, match=r"is a folder, but 'dense' writes a \.safetensors file"):
         export_model(model, "dense", tmp_path, batches)
     assert not list(tmp_path.iterdir())

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from safetensors.torch import load_file, save_file
 
 from qatkit import QatkitError, QatkitWarning
 from qatkit.pipeline.export import export_run
 from qatkit.pipeline.report import report_run
 from qatkit.pipeline.runner import run_stages
-from qatkit.pipeline.verify import read_verification, verify_run
+from qatkit.pipeline.verify import export_and_verify, read_verification, verify_run
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.exports import exports_of
 from qatkit.run.folder import Run
+from qatkit.run.sharing import share_stages
 
 SHORT = ["stages.dense.max_steps=5", "stages.qat.max_steps=5", "model.args.channels=[8,8]", "export.format=dense"]
 
@@ -75,6 +77,29 @@ def test_a_stage_without_a_verdict_and_a_damaged_verdict_are_refused(run: Run, t
     ):
         read_verification(run, exports_of(run)[0])
     path.write_text(content)
+
+
+def test_the_data_is_built_once_for_exporting_and_verifying_and_not_at_all_if_nothing_is_missing(
+    run: Run, tmp_path: Path
+) -> None:
+    class Counting(Run):
+        built = 0
+
+        def build_data(self, batch_size: int) -> LightningDataModule:
+            self.built += 1
+            return super().build_data(batch_size)
+
+    out = tmp_path / "runs" / "1"
+    shutil.copytree(run.out, out)
+    names = {stage: f"{stage}-0123456789abcdef" for stage in run.recipe.stages}
+    share_stages(out, names)
+    for stage, name in names.items():
+        shutil.copytree(run.folder(stage), tmp_path / "stages" / name)
+    shared = Counting(run.recipe, out)
+    first = export_and_verify(shared)
+    assert (shared.built, all(check.passed for check in first.values())) == (1, True)
+    assert export_and_verify(shared) == first
+    assert shared.built == 1
 
 
 @pytest.mark.parametrize("step", [export_run, verify_run, report_run])

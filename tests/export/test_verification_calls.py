@@ -13,9 +13,9 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from qatkit import QuantSpec, calibrate, prepare_qat
+from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
 from qatkit.export.formats import FORMATS, ExportFormat
-from qatkit.export.interface import Bound, Measured, ReadBack
+from qatkit.export.interface import Bound, InputError, Measured, ReadBack
 from qatkit.export.verification import verify
 
 RECORDED = ExportFormat(
@@ -159,6 +159,25 @@ def test_both_models_are_scored_by_the_task_or_the_metric(path: Path) -> None:
     metric = verify(layer(), path, [(X, values)], metric=error, class_dim=-1)
     assert (metric.task, metric.metric, metric.samples, metric.agreement) == ("", "MeanSquaredError", 3, 0.0)
     assert (metric.trained_metric, metric.runtime_metric) == (0.0, pytest.approx(root**2))
+
+
+def read_back_picky(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
+    """A runtime that does not accept its inputs."""
+
+    def runtime(x: Tensor) -> Tensor:
+        raise InputError("texts are padded", key="batches", advice="use texts of equal length")
+
+    return ReadBack(4, [], runtime, close=lambda: calls.append("closed"))
+
+
+def test_a_batch_that_the_runtime_does_not_accept_says_nothing_about_the_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picky = replace(RECORDED, read_back=f"{__name__}:read_back_picky")
+    monkeypatch.setitem(FORMATS._rows, "recorded", picky)
+    with pytest.raises(QatkitError, match="batches: texts are padded; use texts of equal length"):
+        verify(layer(), path, [(X, LABELS)])
+    assert calls == ["closed"]
 
 
 def test_a_runtime_that_raises_is_a_failure_after_those_of_the_weights(

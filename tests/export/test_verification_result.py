@@ -16,7 +16,7 @@ from qatkit.export.dense import export_dense
 from qatkit.export.interface import Bound, Measured, ReadBack
 from qatkit.export.judges import MetricJudge, TaskJudge
 from qatkit.export.outputs import Output, Outputs
-from qatkit.export.verification import Verification, _beyond, _judge, _mean_bound, _measured, _summary, verify
+from qatkit.export.verification import Verification, _beyond, _mean_bound, _measured, _summary, judge_of, verify
 from qatkit.tasks import TASKS
 
 X, LABELS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 1, 1])
@@ -42,6 +42,7 @@ def test_every_field_of_a_verification_is_what_its_name_says(model: nn.Module, t
         "failures": [],
         "format": "dense",
         "runtime": "PyTorch, reading the dense file,",
+        "not_run": "",
         "layers": 1,
         "weights": 4,
         "samples": 3,
@@ -157,7 +158,7 @@ def test_the_limit_of_the_mean_error_weighs_each_bound_by_its_values() -> None:
 
 def test_a_class_dimension_needs_a_metric() -> None:
     with pytest.raises(QatkitError) as caught:
-        _judge(None, None, 1)
+        judge_of(None, None, 1)
     assert str(caught.value) == (
         "class_dim: 1 has no effect without a metric, because tasks define their class dimension; also pass metric, or "
         "remove class_dim"
@@ -165,7 +166,7 @@ def test_a_class_dimension_needs_a_metric() -> None:
 
 
 def test_the_metric_or_the_task_scores_the_outputs() -> None:
-    judge = _judge("regression", torchmetrics.MeanSquaredError(), 1)
+    judge = judge_of("regression", torchmetrics.MeanSquaredError(), 1)
     assert isinstance(judge, MetricJudge)
     assert (type(judge.metric), judge.class_dim) == (torchmetrics.MeanSquaredError, 1)
     for task, expected in (
@@ -173,11 +174,11 @@ def test_the_metric_or_the_task_scores_the_outputs() -> None:
         (TASKS["regression"], TASKS["regression"]),
         (None, None),
     ):
-        judge = _judge(task, None, None)
+        judge = judge_of(task, None, None)
         assert isinstance(judge, TaskJudge)
         assert judge.declared is expected
     with pytest.raises(QatkitError, match=r"^task: "):
-        _judge("grading", None, None)
+        judge_of("grading", None, None)
 
 
 def test_the_text_of_a_result_has_its_numbers() -> None:

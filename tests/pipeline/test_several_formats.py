@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,39 @@ def test_a_format_that_does_not_fit_is_refused_with_its_own_reason_and_writes_no
     code, output = words("export", str(out), "--format", "oonx")
     assert code == 2
     assert "--format: unknown export format 'oonx'; did you mean 'onnx'?" in output
+
+
+def test_a_failed_export_leaves_no_folder_and_the_run_can_still_be_verified_and_reported(
+    out: Path, tmp_path: Path
+) -> None:
+    copied, in_the_way = tmp_path / "run", tmp_path / "run" / "export" / "qat" / "onnx"
+    shutil.copytree(out, copied)
+    for stage in ("dense", "qat"):
+        shutil.rmtree(copied / "export" / stage / "onnx", ignore_errors=True)
+    in_the_way.touch()
+    assert words("export", str(copied), "--format", "onnx")[0] != 0
+    assert not (copied / "export" / "dense" / "onnx").exists()
+    in_the_way.unlink()
+    for folder in ("dense/onnx", "qat/onnx"):  # as older versions left them
+        (copied / "export" / folder).mkdir()
+    assert list(verified(copied)) == ["dense", "qat", "dense/sparse", "qat/sparse"]
+    code, output = words("report", str(copied))
+    assert code == 0, output
+
+
+def test_an_interpreter_that_nothing_uses_is_refused_before_anything_is_written(out: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (out / "export").rglob("*")}
+    for command, message in (
+        (("verify",), "--python: 'dense' and 'sparse'"),
+        (("export", "--format", "sparse"), "--python: 'sparse' files run in the environment of qatkit, so an inter"),
+        (("export",), "--python: has no effect without --format, because nothing is verified; pass --format"),
+        (("export", "--format", "mlx"), f"--python: '{out}' is not a file; pass the interpreter of an environment"),
+    ):
+        python = str(out) if "mlx" in command else sys.executable
+        code, output = words(*command, str(out), "--python", python)
+        assert code == 2, output
+        assert message in output
+    assert files == {path: path.stat().st_mtime_ns for path in (out / "export").rglob("*")}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from qatkit.report.figures import interval
 from qatkit.report.page import run_names
 from qatkit.report.sentences import headline, parity, plain, tiles
+from qatkit.report.tables import comparison
 
 CHECK: dict[str, Any] = {
     "passed": True,
@@ -60,6 +61,38 @@ def test_a_failure_is_told_with_every_difference_and_without_numbers_that_may_be
     assert not said["passed"]
     assert "does NOT compute what training computed" in said["headline"]
     assert said["sentences"] == ["one", "two"]
+
+
+def test_a_file_that_its_runtime_did_not_run_is_only_partly_verified() -> None:
+    check = {
+        **CHECK,
+        "format": "mlx",
+        "runtime": "PyTorch, decoding the MLX folder,",
+        "not_run": "MLX",
+        "mean_error": 0.0,
+    }
+    said = parity(check)
+    assert said["headline"] == "The file contains what was trained, but MLX did not run."
+    assert said["sentences"][:3] == [
+        "All 15,248 weights in the file's 4 quantized layers equal the trained ones.",
+        "PyTorch, decoding the MLX folder, computed the outputs. To run MLX, use `qatkit verify --python`.",
+        "Outputs are bit-identical.",
+    ]
+
+    def row(file: str, check: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        return {
+            "stage": file, "file": file, "kind": "dense", "bytes": 8, "latency": [], "layers": [],
+            "format": check["format"], "test_accuracy": 0.5, "verification": {**check, "runtime_metric": 0.5} | changes,
+        }  # fmt: skip
+
+    report = {"rows": [row("lm", check)], "others": [row("lm/onnx", CHECK)], "baselines": [], "format": "mlx"}
+    tile = tiles(report)[-1]
+    assert (tile["value"], tile["state"]) == ("partly verified", "")
+    assert tile["note"] == "all 2 files, reloaded from disk; MLX did not run: lm"
+    cells = comparison(report)
+    assert [(row[3], row[-1]) for row in cells] == [("did not run", "passed (MLX did not run)"), ("50.00%", "passed")]
+    report["rows"] = [row("lm", check, passed=False)]
+    assert (tiles(report)[-1]["value"], comparison(report)[0][-1]) == ("FAILED", "FAILED")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qatkit.errors import QatkitError
 from qatkit.export.companions import export_config
 from qatkit.export.genai.graph import GRAPH, digest
-from qatkit.export.interface import ReadBack
+from qatkit.export.interface import InputError, ReadBack
 from qatkit.export.onnx.packed_weights import check_packed, packed_readers
 from qatkit.export.onnx.runtime import open_session
 from qatkit.quantization.prepare import qat_layers, quantized_weights
@@ -128,13 +127,13 @@ class GenaiRuntime:
         """The logits ``[batch, tokens, vocabulary]``, by name.
 
         Raises:
-            QatkitError: a text is padded on the left, or there are inputs that the graph does not have.
+            InputError: a text is padded on the left, or there are inputs that the graph does not have.
         """
         if given := [name for name, value in others.items() if value is not None]:
-            raise QatkitError(f"onnxruntime-genai does not take {', '.join(given)}", advice="pass input_ids only")
+            raise InputError(f"onnxruntime-genai does not take {', '.join(given)}", advice="pass input_ids only")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if bool((mask.diff(dim=1) > 0).any()):
-            raise QatkitError("a text is padded on the left", advice="pad on the right: padding_side='right'")
+            raise InputError("a text is padded on the left", advice="pad on the right: padding_side='right'")
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
         for value in self._session.get_inputs():
             if value.name not in inputs:

@@ -1,8 +1,8 @@
 """Load an MLX folder with mlx-lm and answer requests in JSON; runs in an environment with mlx-lm and without qatkit.
 
 `qatkit.export.mlx.runtime` starts this file as a script. Each line of standard input is a request, and each line of
-standard output is its answer: ``{"op": "load", "folder": ...}``, ``{"op": "weights", "file": ...}``, which writes all
-decoded weights to a safetensors file, and ``{"op": "logits", "ids": [[...]], "file": ...}``.
+standard output is its answer: ``{"op": "versions"}``, ``{"op": "load", "folder": ...}``, ``{"op": "weights", "file":
+...}``, which writes all decoded weights to a safetensors file, and ``{"op": "logits", "ids": [[...]], "file": ...}``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ def answered(request: dict[str, Any], model: list[Any]) -> dict[str, Any]:
     """Return the answer to one request; `model` holds the loaded model."""
     # by name, because qatkit's own environment, in which types are checked, does not have these packages
     mx, nn = import_module("mlx.core"), import_module("mlx.nn")
-    if request["op"] == "load":
-        model[:] = import_module("mlx_lm.utils").load_model(Path(request["folder"]))
+    load_model = import_module("mlx_lm.utils").load_model
+    if request["op"] == "versions":
         return {"versions": {name: version(name) for name in ("mlx", "mlx-lm")}}
+    if request["op"] == "load":
+        model[:] = load_model(Path(request["folder"]))
+        return {}
     if request["op"] == "weights":
         arrays = dict(import_module("mlx.utils").tree_flatten(model[0].parameters()))
         kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from qatkit.export.companions import export_config
 from qatkit.export.dense import dense_state
+from qatkit.export.mlx.architectures import sliding_window_pattern
 from qatkit.export.mlx.packing import mode_of
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.prepare import qat_layers
 from qatkit.spec import QuantSpec
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "olmo2", "granite")
-"""The `model_type` of the models whose files were compared in mlx-lm."""
 
 
 def is_mlx_folder(path: Path) -> bool:
@@ -85,8 +83,8 @@ def quantization(model: nn.Module) -> dict[str, Any]:
 def config_of(model: nn.Module) -> dict[str, Any]:
     """Return the content of ``config.json``.
 
-    transformers keeps the base of the rotary embedding in ``rope_parameters``. mlx-lm reads it from ``rope_theta`` and
-    would silently use its default.
+    mlx-lm silently uses its defaults for missing keys. Therefore, the base of the rotary embedding, which transformers
+    keeps in ``rope_parameters``, and the order of a Gemma 3's layers are stored under the keys that mlx-lm reads.
     """
     config: dict[str, Any] = export_config(model).to_dict()
     config["architectures"] = [next(kind.__name__ for kind in type(model).__mro__ if hasattr(kind, "config_class"))]
@@ -94,6 +92,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     local = rope.get("sliding_attention")  # gemma 3 has one base for each kind of attention
     if local is not None:
         config["rope_local_base_freq"] = local["rope_theta"]
+        config["sliding_window_pattern"] = sliding_window_pattern(model.config)
         rope = rope["full_attention"]
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]

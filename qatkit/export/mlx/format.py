@@ -1,6 +1,6 @@
 """Export to MLX, Apple's array framework: a folder of codes and scales that mlx-lm loads.
 
-Scales are not recomputed: `mlx_lm.convert` would choose its own.
+The scales are those of training. `mlx_lm.convert` would compute new ones.
 """
 
 from __future__ import annotations
@@ -17,32 +17,38 @@ from qatkit.common.files import replaced_folder
 from qatkit.errors import QatkitError
 from qatkit.export.dense import check as check_tied
 from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
-from qatkit.export.mlx.content import ARCHITECTURES, config_of, stored_arrays
+from qatkit.export.mlx.architectures import INSTEAD, check_architecture, check_float16_embedding
+from qatkit.export.mlx.content import config_of, stored_arrays
 from qatkit.export.mlx.packing import mode_of, nearest_mode
 from qatkit.export.mlx.read_back import compare_and_load
 from qatkit.quantization.layers import QATEmbedding, QATLinear
 from qatkit.schemes import Scheme
 
-INSTEAD = "use export: {format: dense}"
-
 
 def check(model: nn.Module, planned: PlannedExport) -> None:
-    """Raise an error if a model cannot be exported to MLX without changing a value. Weights are not read.
+    """Raise an error if MLX cannot store a model exactly, or mlx-lm computes it differently. Weights are not read.
 
     Raises:
-        QatkitError: the architecture, or the quantization of a layer or of the KV cache, is not supported.
+        QatkitError: the architecture, a setting of the config, or the quantization of a layer or of the KV cache is not
+            supported.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in ARCHITECTURES or not type(model).__name__.endswith("ForCausalLM"):
-        raise QatkitError(
-            f"'mlx' does not support the model {type(model).__name__} ('{kind}')",
-            advice=f"use a language model of type {', '.join(ARCHITECTURES)}, or {INSTEAD}",
-        )
+    check_architecture(model)
     if planned.kv_cache:
-        raise QatkitError("mlx-lm quantizes the KV cache itself, with its option --kv-bits", advice="remove kv_cache")
+        raise QatkitError(
+            "'mlx' does not support a quantized KV cache, because mlx-lm quantizes it itself (--kv-bits)",
+            advice="remove kv_cache",
+        )
     for name, scheme in planned.schemes.items():
-        _check_layer(name, model.get_submodule(name), scheme)
+        layer = model.get_submodule(name)
+        _check_layer(name, layer, scheme)
+        if stores_float16(scheme) and layer is cast(Any, model).get_input_embeddings():
+            check_float16_embedding(name, model)
     check_tied(model, planned)
+
+
+def stores_float16(scheme: Scheme) -> bool:
+    """Whether MLX decodes a weight to float16, which is then the dtype of an embedding's output."""
+    return scheme.weight is not None and scheme.weight.scale_rule == "minimum"
 
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
@@ -62,7 +68,7 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     if mode_of(spec) is None:
         mode = nearest_mode(spec)
         raise QatkitError(
-            f"layer '{name}': no mode of MLX stores this quantization without changing a value",
+            f"layer '{name}': no mode of MLX stores this quantization exactly",
             advice=f"set {mode.problem(spec)} (MLX mode {mode.name}), or use a scheme such as MLX4 or MXFP4A16",
         )
     dtype = cast(Any, layer.weight).dtype
@@ -83,14 +89,17 @@ def write(model: nn.Module, path: Path, context: ExportContext) -> None:
 def read_back(model: nn.Module, path: Path, threads: int | None, python: Path | None) -> ReadBack:
     """Compare the folder's codes, scales and decoded weights to the model's, and load it.
 
-    With an interpreter, MLX decodes the weights and computes the outputs. Otherwise, they are decoded by formula and
-    computed by PyTorch.
+    With an interpreter, MLX decodes the weights and computes the outputs. Without one, the weights are decoded by
+    formula, and PyTorch computes the outputs.
     """
     return compare_and_load(model, path, python)
 
 
 def bound(measured: Measured) -> Bound:
-    """Return the error bound, for sums in another order: 1e-4 of the mean output, or 3% in half precision."""
+    """Return the error bound: MLX sums in a different order.
+
+    The mean error may be 1e-4 of the mean output, or 3% in half precision.
+    """
     part, text = (0.03, "3%") if measured.half_precision else (1e-4, "0.01%")
     return Bound(f"{text} of the mean output", part * measured.mean_output)
 

@@ -1,12 +1,10 @@
-"""Read back an MLX folder: its arrays with safetensors, the decoded weights and outputs with MLX itself."""
+"""Read back an MLX folder: arrays with safetensors; decoded weights and outputs with MLX, or without it by formula."""
 
 from __future__ import annotations
 
 import copy
 import json
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qatkit.export.companions import json_difference
 from qatkit.export.dense import dense_state
 from qatkit.export.interface import ReadBack
 from qatkit.export.mlx.content import config_of, quantized_layers, stored_arrays, weight_spec
 from qatkit.export.mlx.packing import mode_of
-from qatkit.export.mlx.runtime import MLXModel
+from qatkit.export.mlx.runtime import MLXError, MLXModel
 from qatkit.quantization.elements import FLOAT_FORMATS
 from qatkit.quantization.prepare import quantized_weights, strip_qat
-
-_NOT_RUN = "PyTorch, decoding the MLX folder by formula (MLX itself did not run; pass --python)"
 
 
 @torch.no_grad()
@@ -32,10 +29,11 @@ def compare_and_load(trained: nn.Module, folder: Path, python: Path | None) -> R
     Args:
         trained: The model, in eval mode on the CPU.
         folder: A folder written by `export_mlx`.
-        python: The interpreter of an environment with mlx-lm; None decodes by formula and runs PyTorch.
+        python: The interpreter of an environment with mlx-lm. If None, weights are decoded by formula, and PyTorch
+            computes the outputs.
 
     Raises:
-        QatkitError: the interpreter does not start, or mlx-lm cannot load the folder.
+        QatkitError: the interpreter does not start, or has no mlx-lm.
     """
     weights = sum(weight.numel() for _, weight, _ in quantized_weights(trained))
     try:
@@ -48,7 +46,7 @@ def compare_and_load(trained: nn.Module, folder: Path, python: Path | None) -> R
     failures += [f"'{key}': the trained model has no such tensor" for key in arrays if key not in wanted]
     known = config_of(trained)
     failures += [
-        f"config.json: '{key}' is {_short(config.get(key))}, but {_short(value)} in the trained model"
+        json_difference("config.json", key, config.get(key), value)
         for key, value in json.loads(json.dumps(known)).items()
         if config.get(key) != value and key != "transformers_version"
     ]
@@ -56,22 +54,25 @@ def compare_and_load(trained: nn.Module, folder: Path, python: Path | None) -> R
     strip_qat(plain)
     expected = dense_state(trained)
     if python is None:
+        name = "PyTorch, decoding the MLX folder,"
         if failures:
-            return ReadBack(weights, failures, None, name=_NOT_RUN)
+            return ReadBack(weights, failures, None, name=name, not_run="MLX")
         decoded = _decoded(trained, arrays)
         failures += _compared(decoded, {key: expected[key] for key in decoded}, "decoded values")
         plain.load_state_dict(expected | decoded)
-        return ReadBack(weights, failures, plain, name=_NOT_RUN)
-    model = MLXModel(python, folder)
-    found = model.weights()
+        return ReadBack(weights, failures, plain, name=name, not_run="MLX")
+    model = MLXModel(python)
+    try:
+        name = f"MLX {model.versions['mlx']} (mlx-lm {model.versions['mlx-lm']})"
+        found = model.load(folder)
+    except MLXError as error:
+        model.close()
+        return ReadBack(weights, [*failures, f"mlx-lm cannot load {folder.name}: {error}"], None, name=name)
+    except BaseException:
+        model.close()
+        raise
     failures += _compared(found, {key: expected[key] for key in wanted if key in expected}, "values that MLX decodes")
-    name = f"MLX {model.versions['mlx']} (mlx-lm {model.versions['mlx-lm']})"
-    return ReadBack(weights, failures, model, partial(_closed, model), name)
-
-
-def _closed(model: MLXModel) -> list[str]:
-    model.close()
-    return []
+    return ReadBack(weights, failures, model, name=name, close=model.close)
 
 
 def _decoded(trained: nn.Module, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,8 +119,3 @@ def _compared(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) 
             first = wrong.nonzero()[0].tolist()
             failures.append(f"'{key}': {int(wrong.sum())} of {wrong.numel()} {what} differ, the first at {first}")
     return failures
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

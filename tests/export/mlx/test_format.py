@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qatkit import QatkitError, QuantSpec, export_model, prepare_qat, scheme
+from qatkit.export.dense import dense_state
 from qatkit.export.formats import FORMATS, format_of_path
 from qatkit.export.mlx.format import export_mlx
 from qatkit.export.mlx.packing import pack
@@ -52,8 +55,9 @@ def test_every_scheme_is_stored_exactly_and_says_that_mlx_did_not_run(name: str,
     result = export_model(model, "mlx", tmp_path / "mlx", batches())
     assert result.passed, result.failures
     assert result.mean_error == 0.0
-    assert result.runtime.startswith("PyTorch, decoding the MLX folder by formula (MLX itself did not run")
-    assert "MLX itself did not run; pass --python" in result.summary()
+    assert (result.runtime, result.not_run) == ("PyTorch, decoding the MLX folder,", "MLX")
+    assert result.summary().startswith("passed, but MLX did not run: all ")
+    assert result.summary().endswith("; computed by PyTorch, decoding the MLX folder; to run MLX, pass --python")
     arrays = load_file(tmp_path / "mlx" / "model.safetensors")
     affine = name not in ("MXFP4A16", "MXFP8A16")
     assert ("lm_head.biases" in arrays) == affine
@@ -143,14 +147,74 @@ def test_models_activations_and_half_precision_are_refused_by_name() -> None:
         FORMATS["mlx"].check_model(small().to(torch.bfloat16))
 
 
-def test_an_interpreter_without_mlx_is_named(tmp_path: Path) -> None:
-    import sys
+def stand_in(folder: Path, code: str) -> Path:
+    """An interpreter that answers the requests of `MLXModel` with `answer(request)`, because MLX is not installed."""
+    script = folder / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport json, shutil, sys\n"
+        f"def answer(request):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
+        "    return {'versions': {'mlx': '0', 'mlx-lm': '0'}}\n"
+        "for line in sys.stdin:\n    print(json.dumps(answer(json.loads(line))), flush=True)\n"
+        f"open({str(folder / 'ended')!r}, 'w').close()\n"
+    )
+    script.chmod(0o755)
+    return script
 
+
+def test_an_interpreter_without_mlx_is_named(tmp_path: Path) -> None:
     export_mlx(model := small(), tmp_path / "mlx")
-    with pytest.raises(QatkitError, match=r"--python: mlx-lm failed: ModuleNotFoundError: No module named 'mlx'"):
+    with pytest.raises(
+        QatkitError, match=r"--python: cannot import mlx-lm: ModuleNotFoundError: No module named 'mlx'"
+    ):
         verify(model, tmp_path / "mlx", batches(), "mlx", python=Path(sys.executable))
-    with pytest.raises(QatkitError, match=r"--python: cannot be started \(No such file"):
+    with pytest.raises(
+        QatkitError, match=r"python: '.*' is not a file; pass the interpreter of an environment made by"
+    ):
         verify(model, tmp_path / "mlx", batches(), "mlx", python=tmp_path / "python")
+    (tmp_path / "python").touch()
+    with pytest.raises(QatkitError, match=r"--python: cannot be started \(Permission denied\); pass the interpreter"):
+        verify(model, tmp_path / "mlx", batches(), "mlx", python=tmp_path / "python")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("if request['op'] == 'load': return {'error': 'KeyError: a'}", "KeyError: a"),
+        (
+            "if request['op'] == 'weights': print('no memory', file=sys.stderr), sys.exit(9)",
+            "its process ended with exit code 9: no memory",
+        ),
+    ],
+)
+def test_a_folder_that_mlx_lm_cannot_load_fails_with_its_reason(code: str, reason: str, tmp_path: Path) -> None:
+    export_mlx(model := small(), tmp_path / "mlx")
+    result = verify(model, tmp_path / "mlx", batches(), "mlx", python=stand_in(tmp_path, code))
+    assert result.failures == [f"mlx-lm cannot load mlx: {reason}"]
+    assert (result.runtime, result.not_run) == ("MLX 0 (mlx-lm 0)", "")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"attention_mask": torch.tensor([[0] + [1] * 15, [1] * 16])},
+            "batches: mlx-lm does not accept padded texts; use",
+        ),
+        (
+            {"position_ids": torch.arange(16).expand(2, -1)},
+            "batches: mlx-lm does not accept 'position_ids'; use data that",
+        ),
+    ],
+)
+def test_a_batch_that_mlx_lm_does_not_accept_is_an_error_of_the_data_and_ends_the_process(
+    more: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    export_mlx(model := small(), tmp_path / "mlx")
+    save_file(dense_state(model), tmp_path / "decoded.safetensors")
+    code = f"if 'file' in request: shutil.copy({str(tmp_path / 'decoded.safetensors')!r}, request['file'])"
+    with pytest.raises(QatkitError, match=message):
+        verify(model, tmp_path / "mlx", [batches()[0] | more], "mlx", python=stand_in(tmp_path, code))
+    assert (tmp_path / "ended").exists()
 
 
 @pytest.mark.slow
