@@ -18,6 +18,7 @@ from typing_extensions import override
 from qatkit.errors import QatkitError
 from qatkit.pruning.layers import prunable_layers, warn_of_unprunable
 from qatkit.pruning.masks import apply_masks, count_zeros, nonzeros
+from qatkit.quantization.modules import FakeQuantize
 
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 """Weight-averaging callbacks: an average is zero only where the weight has been zero throughout."""
@@ -86,6 +87,7 @@ class PruningCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.check_zeros(pl_module)
         if self._recorded is not None:
             self.resume(pl_module, self._recorded)
         elif trainer.ckpt_path is not None:
@@ -112,6 +114,16 @@ class PruningCallback(Callback):
                 raise QatkitError(
                     f"the weight of layer '{name}' is all zeros, so pruning would keep it at zero",
                     advice="exclude the layer",
+                )
+
+    def check_zeros(self, pl_module: LightningModule) -> None:
+        """Raise an error if quantization turns the zeros of a layer into other values (Q4_K and others of GGUF)."""
+        for name in self.select(pl_module) if self.prunes else self.layers:
+            fake_quant = getattr(pl_module.get_submodule(name), "weight_fake_quant", None)
+            if isinstance(fake_quant, FakeQuantize) and not fake_quant.spec.keeps_zeros:
+                raise QatkitError(
+                    f"layer '{name}': its quantization has no value for zero, so pruned weights would be non-zero",
+                    advice="exclude the layer from pruning, or quantize it with Q3_K, Q6_K or Q4_0",
                 )
 
     def resume(self, pl_module: LightningModule, recorded: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from qatkit.common.ranges import INT32
 from qatkit.errors import QatkitError, did_you_mean
-from qatkit.quantization.elements import ELEMENTS, Element
+from qatkit.quantization.elements import ELEMENTS, FLOAT_FORMATS, Element
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.scale_dtypes import SCALE_DTYPES, SUPER_BLOCK
 
@@ -188,12 +188,11 @@ class QuantSpec:
         if self.scale_rule not in ("qmax", "minimum") and not (
             self.symmetric and self.scale_rule in self.element.scale_rules
         ):
+            kind = f"type '{self.type}'" if self.symmetric else f"asymmetric type '{self.type}'"
             raise QatkitError(
-                f"'{self.scale_rule}' is supported only for symmetric integers",
-                key="scale_rule",
-                advice="remove scale_rule",
+                f"'{self.scale_rule}' is not supported for {kind}", key="scale_rule", advice="remove scale_rule"
             )
-        if self.scale_dtype.startswith("float8") and (self.strategy != "group" or not self.is_float):
+        if self.scale_dtype.startswith("float8") and (self.strategy != "group" or self.type not in FLOAT_FORMATS):
             raise QatkitError(
                 f"'{self.scale_dtype}' is supported only for per-group floats, as in the MX formats and NVFP4",
                 key="scale_dtype",
@@ -213,8 +212,8 @@ class QuantSpec:
             )  # fmt: skip
         if self.symmetric is not symmetric:
             raise QatkitError(
-                f"{str(self.symmetric).lower()} is not supported {where}", key="symmetric",
-                advice=f"set symmetric: {str(symmetric).lower()}",
+                f"scale_dtype '{self.scale_dtype}' requires {'symmetric' if symmetric else 'asymmetric'} codes",
+                key="symmetric", advice=f"set symmetric: {str(symmetric).lower()}",
             )  # fmt: skip
         if self.scale_rule != "qmax":
             raise QatkitError(

@@ -77,24 +77,33 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield a new temporary folder; if the block ends without an error, it replaces `folder` with all of its files.
 
     All files are flushed to disk before. A folder cannot be replaced in a single step: if the process is killed between
-    the two renames, there is no folder with this name, but never one with only some of the files.
+    the two renames, there is no folder with this name, but never one with only some of the files. If the second rename
+    fails, the old folder gets its name back. If `folder` is a link, the folder that it points to is replaced.
     """
+    folder = folder.resolve()
     temporary, replaced = temporary_path(folder), temporary_path(folder.with_name(f"{folder.name}.replaced"))
     try:
         with naming(folder):
             temporary.mkdir(parents=True)
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as opened:
+            for path in (*temporary.rglob("*"), temporary):
+                if path.is_dir():
+                    fsync_folder(path)
+                elif path.is_file():
+                    with path.open("rb") as opened:
                         os.fsync(opened.fileno())
             if folder.exists():
                 folder.rename(replaced)
-            temporary.rename(folder)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(folder)
+                raise
             fsync_folder(folder.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

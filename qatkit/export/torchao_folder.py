@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.common.files import replaced_folder
 from qatkit.errors import QatkitError
@@ -20,7 +19,13 @@ from qatkit.export.companions import export_config
 from qatkit.export.dense import dense_state
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
-from qatkit.export.transformers_folder import compare_tensors, load_folder, quantization_method, quietly
+from qatkit.export.transformers_folder import (
+    compare_tensors,
+    load_folder,
+    quantization_method,
+    quietly,
+    untied_linear_layers,
+)
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import qat_layers, quantized_weights, strip_qat
@@ -44,29 +49,14 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         )
     if planned.kv_cache:
         raise QatkitError("torchao does not quantize the KV cache", advice=f"remove kv_cache, or {_INSTEAD}")
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            owners.setdefault(id(weight), []).append(name)
-    for name, scheme in planned.schemes.items():
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
-            raise QatkitError(
-                f"layer '{name}': 'torchao' supports only linear layers, but this is a {type(layer).__name__}",
-                advice=f"exclude the layer, or {_INSTEAD}",
-            )
-        if tied := [other for other in owners[id(layer.weight)] if other != name]:
-            raise QatkitError(
-                f"layer '{name}': the weight is tied to '{tied[0]}', and tied codes are not supported",
-                advice="exclude the layer, or untie the weights (tie_embeddings: false, tie_word_embeddings: false)",
-            )
+    for name, layer in untied_linear_layers(model, planned.schemes, "torchao", _INSTEAD).items():
         if layer.weight.dtype != torch.float32:
             raise QatkitError(
                 f"layer '{name}': the weight is {str(layer.weight.dtype).removeprefix('torch.')}, in which torchao's "
                 "products round differently from those of training",
                 advice=f"train in float32 (trainer.precision: 32-true or bf16-mixed), or {_INSTEAD}",
             )
-        if (refusal := _problem(scheme)) is not None:
+        if (refusal := _problem(planned.schemes[name])) is not None:
             raise QatkitError(f"layer '{name}': {refusal[0]}", advice=f"{refusal[1]}, or {_INSTEAD}")
     FORMATS["torchao"].check_packages()
 
@@ -79,6 +69,11 @@ def _problem(scheme: Scheme) -> tuple[str, str] | None:
         return (
             "torchao stores only integer weights with one scale per output channel or group",
             "set weight: {type: int, strategy: channel}",
+        )
+    if weight.has_minimum:
+        return (
+            f"torchao stores zero points, but a weight with scale_dtype '{weight.scale_dtype}' has minima",
+            "set scheme: W4A16, or use export: {format: gguf}",
         )
     if scheme.activation is not None:
         return (
@@ -134,8 +129,9 @@ def export_torchao(model: nn.Module, folder: Path | str) -> None:
     """
     planned = PlannedExport.of(model)
     check(model, planned)
+    model = copy.deepcopy(model).cpu()
     layers = dict(qat_layers(model))
-    plain: Any = copy.deepcopy(model).cpu()
+    plain: Any = copy.deepcopy(model)
     strip_qat(plain)
     plain.load_state_dict(dense_state(model))
     plain.config = copy.deepcopy(export_config(plain))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from qatkit.errors import QatkitError
 
 
 def quantization_method(folder: Path) -> str | None:
@@ -32,6 +35,40 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     with quietly():
         loaded: nn.Module = kind.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     return loaded
+
+
+def untied_linear_layers(model: nn.Module, names: Iterable[str], format: str, instead: str) -> dict[str, nn.Linear]:
+    """The layers of the given names, all linear and each with a weight of its own. Weights are not read.
+
+    Args:
+        model: The model, with plain or quantized layers.
+        names: Names of the layers to be quantized.
+        format: The format, for errors.
+        instead: Advice for layers that it does not support.
+
+    Raises:
+        QatkitError: a layer is not linear, or shares its weight.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            owners.setdefault(id(weight), []).append(name)
+    layers: dict[str, nn.Linear] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        # torch's MultiheadAttention reads the weight of its out_proj, which readers of these formats replace by codes
+        if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
+            raise QatkitError(
+                f"layer '{name}': '{format}' supports only linear layers, but this is a {type(layer).__name__}",
+                advice=f"exclude the layer, or {instead}",
+            )
+        if tied := [other for other in owners[id(layer.weight)] if other != name]:
+            raise QatkitError(
+                f"layer '{name}': the weight is tied to '{tied[0]}', and tied codes are not supported",
+                advice="exclude the layer, or untie the weights (tie_embeddings: false, tie_word_embeddings: false)",
+            )
+        layers[name] = layer
+    return layers
 
 
 def compare_tensors(key: str, what: str, stored: Tensor | None, expected: Tensor) -> list[str]:

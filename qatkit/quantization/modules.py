@@ -100,13 +100,13 @@ class FakeQuantize(nn.Module):
         The steps of super-blocks are by default those of which the scales are multiples.
         """
         assert self.scale is not None
+        if self.spec.super_blocks and outer_scale is None:  # may raise an error: before anything is changed
+            outer_scale = steps_of(scale.float(), zero_point.float(), self.spec)
         _assign(self.scale, scale)
         if self.offset is not None:
             _assign(self.offset, -zero_point.to(scale.device) * (1 if self.spec.has_minimum else scale))
         elif self.zero_point is not None:
             _assign(self.zero_point, zero_point)
-        if self.spec.super_blocks and outer_scale is None:
-            outer_scale = steps_of(scale.float(), zero_point.float(), self.spec)
         if outer_scale is not None:
             self.set_outer_scale(outer_scale)
         self.ready = True

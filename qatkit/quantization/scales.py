@@ -9,13 +9,17 @@ from qatkit.quantization.elements import E4M3_MAX
 from qatkit.quantization.scale_dtypes import SCALE_DTYPES
 from qatkit.spec import QuantSpec
 
+SMALLEST = 2.0**-24
+"""The smallest positive float16 number."""
+
 
 def choose_qparams(
     low: Tensor, high: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute the scale and zero point of slices whose values lie in ``[low, high]``.
 
-    An all-zero slice has the scale of the widest slice (1 if every slice is zero), never 0 or NaN.
+    An all-zero slice has the scale of the widest slice (1 if every slice is zero), never 0 or NaN. If no code is zero,
+    it has the smallest float16 number.
 
     Args:
         low: Smallest values, float32, any shape.
@@ -49,7 +53,10 @@ def choose_qparams(
     else:
         scale = divided(largest, spec.qmax)
     widest = scale.abs().amax() if scale.numel() else scale.new_ones(())
-    scale = torch.where(scale != 0, scale, torch.where(widest > 0, widest, torch.ones_like(widest)))
+    unused = torch.where(widest > 0, widest, torch.ones_like(widest))
+    if not spec.element.has_zero:
+        unused = torch.full_like(widest, SMALLEST)  # an all-zero slice becomes as small as it can
+    scale = torch.where(scale != 0, scale, unused)
     scale = round_scale(scale, spec, outer_scale)
     if spec.symmetric:
         return scale, torch.zeros_like(scale)
@@ -126,7 +133,7 @@ def round_scale(scale: Tensor, spec: QuantSpec, outer_scale: Tensor | None = Non
         size = small / outer_scale
     else:
         dtype = getattr(torch, spec.scale_dtype)
-        smallest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
+        smallest = SMALLEST if dtype is torch.float16 else torch.finfo(dtype).tiny
         size = size.clamp(smallest, torch.finfo(dtype).max)
         if spec.scale_rule == "minimum":
             size = _short(size, spec.num_bits)

@@ -119,7 +119,7 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
 
     Raises:
         QatkitError: A scale computed from the weights differs from the recorded scale, so the file was written for
-            different weights.
+            different weights; or the file has tensors without a place, so another version wrote it.
     """
     with safe_open(path, framework="pt") as file:
         specs = json.loads(file.metadata()["specs"])
@@ -130,7 +130,7 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
     for name in dict.fromkeys([*specs, *(point.module for point in placement.points)]):
         module = model.get_submodule(name)
         for part, fake_quant in _parts(module).items():
-            kept = {key: tensors.get(f"{name}.{part}.{key}") for key in ("scale", "zero_point", "outer_scale")}
+            kept = {key: tensors.pop(f"{name}.{part}.{key}", None) for key in ("scale", "zero_point", "outer_scale")}
             if kept["scale"] is None or kept["zero_point"] is None:
                 if kept["outer_scale"] is not None:
                     fake_quant.set_outer_scale(kept["outer_scale"])
@@ -147,4 +147,10 @@ def load_quantizers(model: nn.Module, path: Path) -> list[str]:
                     f"the weight of layer '{name}' does not match its recorded scale", key=path.name,
                     advice="load the weights that were saved with this file",
                 )  # fmt: skip
+    if tensors:
+        raise QatkitError(
+            f"the quantizers of this version do not have {', '.join(sorted(tensors)[:3])}"
+            f"{f' and {len(tensors) - 3} more' if len(tensors) > 3 else ''}, which another version wrote",
+            key=path.name, advice="save the quantizers again",
+        )  # fmt: skip
     return list(specs)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qatkit.common.tables import Table
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WEIGHT7, _WEIGHT8 = QuantSpec(num_bits=7), QuantSpec(num_bits=8)
 _INPUT = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
@@ -33,6 +38,10 @@ class Target:
     """
     wide_sums: bool = False
     """Whether the processor adds signed 8-bit products in 32 bits, so that they cannot saturate."""
+    slow_functions: tuple[str, ...] = ()
+    """Classes of activation functions that make an integer convolutional network slower than in float32: they run in
+    floating point, between a dequantization and a quantization.
+    """
     float_outputs: bool = False
     """Whether integer convolutions may return floating-point values. Activation functions and a residual addition are
     then computed on these values, before they are rounded.
@@ -45,7 +54,7 @@ TARGETS = Table(
         Target(
             "onnxruntime",
             "ONNX Runtime on any CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
-            ("onnx",), _WEIGHT7, _INPUT,
+            ("onnx",), _WEIGHT7, _INPUT, slow_functions=("Hardswish",),
         ),
         Target(
             "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT,
@@ -80,6 +89,27 @@ TARGETS = Table(
         ),
     ],
 )  # fmt: skip
+
+
+def warn_of_slow_functions(model: nn.Module, target: str) -> None:
+    """Warn of activation functions that make a network slower on a target than in float32.
+
+    Args:
+        model: The model; it may be on the meta device.
+        target: The target's name.
+    """
+    slow = TARGETS[target].slow_functions
+    found = [name for name, module in model.named_modules() if type(module).__name__ in slow]
+    if found:
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        # always the same place in the code, so that Python shows the same warning once
+        warnings.warn(
+            f"'{found[0]}'{others}: {' and '.join(slow)} runs in floating point between integer layers, so with target "
+            f"'{target}' the network may be slower than in float32 on processors without VNNI; use ReLU, or compare "
+            "both with `qatkit bench`",
+            QatkitWarning,
+            stacklevel=1,
+        )
 
 
 def check_placed(activation: QuantSpec | None, target: str) -> None:

@@ -117,10 +117,11 @@ class QuantizeConfig(LayerConfig):
         return self.init is not None and not METHODS[self.init].keeps_zeros
 
     @property
-    def drops_zeros(self) -> bool:
-        """Whether quantization makes pruned weights of a layer nonzero."""
-        schemes = [self.specs, *(layer.specs for layer in self.layers.values())]
-        return any(specs.weight is not None and not specs.weight.keeps_zeros for specs in schemes)
+    def drops_zeros(self) -> str:
+        """The key whose weight quantization makes pruned weights nonzero, such as "weight"; empty if there is none."""
+        schemes = {"weight": self.specs} | {f"layers.{glob}": layer.specs for glob, layer in self.layers.items()}
+        found = (key for key, specs in schemes.items() if specs.weight is not None and not specs.weight.keeps_zeros)
+        return next(found, "")
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -167,10 +167,10 @@ class Recipe:
                         key="quantize.init",
                         advice="use awq or mse, or set hold_sparsity: false",
                     )
-                if pruned[name] and stage.quantize is not None and stage.quantize.drops_zeros:
+                if pruned[name] and stage.quantize is not None and (key := stage.quantize.drops_zeros):
                     raise QatkitError(
                         "Q2_K, Q4_K, Q5_K and IQ4_NL have no value for zero, so pruned weights would be non-zero",
-                        key="quantize",
+                        key=f"quantize.{key}",
                         advice="use Q3_K, Q6_K or Q4_0, or set hold_sparsity: false",
                     )
             if stage.rewind is not None:

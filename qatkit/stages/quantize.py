@@ -10,6 +10,7 @@ from qatkit.errors import under
 from qatkit.quantization.coverage import Coverage, coverage
 from qatkit.quantization.prepare import prepare_qat, strip_qat
 from qatkit.quantization.ptq.runner import check_method
+from qatkit.quantization.targets import warn_of_slow_functions
 from qatkit.recipe import QuantizeConfig
 from qatkit.stages.layer_names import inside, inside_keys
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 def check(config: QuantizeConfig, model: nn.Module) -> Coverage:
     """Check the block against a model, and return the layers to quantize."""
+    if config.target is not None:
+        warn_of_slow_functions(model, config.target)
     prepare_qat(model, **config.arguments)
     try:
         if config.init is not None:

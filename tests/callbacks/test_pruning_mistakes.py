@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from qatkit.callbacks.pruning import MagnitudePruning
+from qatkit.callbacks import QuantizationAwareTraining
+from qatkit.callbacks.pruning import ConstantPruning, MagnitudePruning
+from torch import nn
+from torch.utils.data import DataLoader
 
-from qatkit import QatkitError, QatkitWarning
+from qatkit import QatkitError, QatkitWarning, scheme
 from qatkit.pruning.schedule import Ramp
 from tests.callbacks.modules import Classifier, batches, trainer
 
@@ -78,3 +81,14 @@ def test_training_that_stops_before_the_ramp_ends_warns_of_the_sparsity() -> Non
 def test_a_ramp_in_training_without_an_end_is_an_error() -> None:
     with pytest.raises(QatkitError, match="ramp: training has no end"):
         trainer(MagnitudePruning(ramp=Ramp(0.5)), max_steps=-1, max_epochs=-1).fit(Classifier(), batches())
+
+
+@pytest.mark.parametrize("pruning", [MagnitudePruning(0.5, include=["net.0"]), ConstantPruning(include=["net.0"])])
+def test_quantization_without_a_value_for_zero_is_refused_for_pruned_layers(pruning: Callback) -> None:
+    module = Classifier(nn.Sequential(nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 3)))
+    with torch.no_grad():
+        module.net[0].weight[:, ::2] = 0
+    quantization = QuantizationAwareTraining(scheme("Q4_K").weight, exclude=["net.2"])
+    data = [(torch.randn(4, 256), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(QatkitError, match=r"layer 'net\.0': its quantization has no value for zero.*Q3_K"):
+        trainer(pruning, quantization).fit(module, DataLoader(data, batch_size=None))  # type: ignore[arg-type]  # a list

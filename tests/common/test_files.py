@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qatkit.common.files import atomic_path, remove_temporary, temporary_path, write_atomically
+from qatkit.common.files import atomic_path, remove_temporary, replaced_folder, temporary_path, write_atomically
 
 
 class Killed(BaseException):
@@ -85,3 +85,42 @@ def test_what_a_killed_writer_leaves_is_found(folder: bool, tmp_path: Path) -> N
         temporary.touch()
     assert remove_temporary(tmp_path) == [temporary]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_gets_its_name_back_if_the_new_one_cannot_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == folder and not self.name.startswith(".model.replaced"):
+            raise PermissionError(13, "not permitted", str(target))
+        return rename(self, target)
+
+    def replace() -> None:
+        with replaced_folder(folder) as temporary:
+            (temporary / "file").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(PermissionError):
+            replace()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "file").read_text() == "old"
+    replace()
+    assert (folder / "file").read_text() == "new"
+
+
+def test_a_link_keeps_pointing_to_the_folder_that_is_replaced(tmp_path: Path) -> None:
+    folder, link = tmp_path / "elsewhere" / "model", tmp_path / "link"
+    folder.mkdir(parents=True)
+    (folder / "file").write_text("old")
+    link.symlink_to(folder)
+    with replaced_folder(link) as temporary:
+        (temporary / "file").write_text("new")
+    assert link.is_symlink()
+    assert (folder / "file").read_text() == "new"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from qatkit import QatkitError, QuantSpec, Scheme, prepare_qat
+from qatkit import QatkitError, QuantSpec, Scheme, prepare_qat, scheme
 from qatkit.export.formats import FORMATS, format_of_path
 from qatkit.export.torchao_folder import export_torchao
 from qatkit.export.verification import verify
@@ -140,18 +140,19 @@ def test_every_change_is_found_and_named(
 
 
 @pytest.mark.parametrize(
-    ("scheme", "said"),
+    ("planned", "said"),
     [
         (Scheme(QuantSpec(8), QuantSpec(8, strategy="token")), "multiplies by the reciprocal of an input's scale"),
         (Scheme(QuantSpec(8, type="float")), "stores only integer weights"),
         (Scheme(QuantSpec(8, strategy="tensor")), "with one scale per output channel or group"),
         (Scheme(None, QuantSpec(8, strategy="token")), "does not quantize the input of a layer alone"),
+        (scheme("Q4_K"), "a weight with scale_dtype 'uint6' has minima"),
     ],
 )
-def test_schemes_that_it_cannot_hold_are_refused_before_training(scheme: Scheme, said: str) -> None:
+def test_schemes_that_it_cannot_hold_are_refused_before_training(planned: Scheme, said: str) -> None:
     model = llama(vocab_size=300, hidden=64, layers=1, heads=2, kv_heads=1, intermediate=96)
     with pytest.raises(QatkitError, match=f"layer 'model.layers.0.mlp.up_proj': .*{said}"):
-        FORMATS["torchao"].check_model(model, {"model.layers.0.mlp.up_proj": scheme})
+        FORMATS["torchao"].check_model(model, {"model.layers.0.mlp.up_proj": planned})
 
 
 def test_other_models_tied_and_half_precision_layers_are_refused() -> None:

@@ -202,6 +202,25 @@ def test_parameters_are_compared_next_to_a_folded_batchnorm(name: str, tmp_path:
     assert f"parameter '{name}'" in str(compare_onnx_weights(model, path).failures)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_batchnorm_after_a_transposed_convolution_passes(groups: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose1d(8, 6, 1, groups=groups), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(6, 3))
+    x, path = X[..., None], tmp_path / "model.onnx"
+    model(x + 1)
+    export_onnx(model.eval(), x, path)
+    assert verify(model, path, [(x, torch.zeros(len(x), 3))], task="regression").failures == []
+
+
+def test_a_batchnorm_that_is_folded_in_half_precision_passes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(8, 6, 1), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(6, 3))
+    model(X[..., None] + 1)
+    model, x, path = model.half().eval(), X[..., None].half(), tmp_path / "model.onnx"
+    export_onnx(model, x, path)
+    assert compare_onnx_weights(model, path).failures == []
+
+
 def test_a_constant_that_the_model_adds_after_a_bias_of_zeros_is_not_the_bias(tmp_path: Path) -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:

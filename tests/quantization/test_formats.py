@@ -317,7 +317,22 @@ def test_an_unknown_scheme_raises_an_error_with_the_nearest_name() -> None:
         ({"strategy": "block"}, r"block_structure: strategy 'block' requires two sizes, not None; use \[128, 128\]"),
         ({"block_structure": [1, 2]}, "block_structure: .* has no effect with strategy 'channel'"),
         ({"scale_dtype": "float8_e8m0fnu"}, "scale_dtype: 'float8_e8m0fnu' is supported only for per-group floats"),
-        ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is supported only for symmetric integers"),
+        ({"scale_rule": "range", "symmetric": False}, "scale_rule: 'range' is not supported for asymmetric type 'int'"),
+        (
+            {"num_bits": 8, "type": "float", "scale_rule": "range"},
+            "scale_rule: 'range' is not supported for type 'float'",
+        ),
+        (
+            {
+                "num_bits": 4,
+                "type": "nonlinear",
+                "observer": "mse",
+                "strategy": "group",
+                "group_size": 32,
+                "scale_dtype": "float8_e8m0fnu",
+            },
+            "scale_dtype: 'float8_e8m0fnu' is supported only for per-group floats",
+        ),
         (
             {"scale_rule": "minimum", "symmetric": False},
             "scale_rule: 'minimum' is supported only for zero points and float16 scales; set symmetric: false and "

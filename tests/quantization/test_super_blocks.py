@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qatkit import QatkitError, QuantSpec, dequantize, fake_quantize, prepare_qat, quantize, scheme
@@ -189,8 +192,8 @@ def test_the_inputs_weigh_the_error_in_importance_and_the_weight_stays() -> None
 
 def test_specs_and_layers_that_do_not_fit_are_refused_with_what_fits() -> None:
     for fields, message in {
-        ("uint6", True, "group", 32, "mse"): r"symmetric: true is not supported with scale_dtype 'uint6'.*false",
-        ("int8", False, "group", 16, "mse"): r"symmetric: false is not supported with scale_dtype 'int8'; set.*true",
+        ("uint6", True, "group", 32, "mse"): r"symmetric: scale_dtype 'uint6' requires asymmetric codes; set.*false",
+        ("int8", False, "group", 16, "mse"): r"symmetric: scale_dtype 'int8' requires symmetric codes; set.*true",
         ("int8", True, "channel", None, "mse"): r"scale_dtype: 'int8' is supported only for integers in groups",
         ("int8", True, "group", 48, "mse"): r"scale_dtype: 'int8' is supported only for integers in groups",
         ("int8", True, "group", 16, "minmax"): r"observer: 'minmax' is not supported with scale_dtype 'int8'.*use mse",
@@ -212,3 +215,26 @@ def test_specs_and_layers_that_do_not_fit_are_refused_with_what_fits() -> None:
         prepare_qat(model, spec("Q4_K"), exclude=["1"])
     with pytest.raises(QatkitError, match=r"no multiples of one float16 number; use the scales of mse_qparams"):
         steps_of(torch.rand(1, 8), torch.zeros(1, 8), spec("Q4_K"))
+
+
+def test_scales_that_are_refused_leave_the_quantizer_unchanged() -> None:
+    model = nn.Sequential(nn.Linear(256, 4))
+    prepare_qat(model, spec("Q4_K"))
+    fake_quant = qat_layers(model)[0][1].weight_fake_quant
+    assert fake_quant is not None
+    before = [buffer.clone() for buffer in fake_quant.buffers()]
+    with pytest.raises(QatkitError, match="no multiples of one float16 number"):
+        fake_quant.set_qparams(torch.rand(4, 8), torch.zeros(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(before, fake_quant.buffers(), strict=True))
+
+
+def test_tensors_of_another_version_are_named(tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Linear(256, 4)), tmp_path / "quantizers.safetensors"
+    plain = copy.deepcopy(model)
+    prepare_qat(model, spec("Q4_K"))
+    save_quantizers(model, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(path), "0.weight.tensor_scale": torch.ones(1)}, path, metadata=metadata)
+    with pytest.raises(QatkitError, match=r"do not have 0\.weight\.tensor_scale.*save the quantizers again"):
+        load_quantizers(plain, path)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.errors import QatkitError
+from qatkit.export.transformers_folder import untied_linear_layers
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -27,23 +27,8 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     Raises:
         QatkitError: a layer is not supported.
     """
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if (weight := module._parameters.get("weight")) is not None:
-            owners.setdefault(id(weight), []).append(name)
-    for name, scheme in schemes.items():
-        layer = model.get_submodule(name)
-        # torch's MultiheadAttention reads the weight of its out_proj, which readers of the format replace by codes
-        if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
-            raise QatkitError(
-                f"layer '{name}': compressed_tensors supports only linear layers, but this is a {type(layer).__name__}",
-                advice=f"exclude the layer, or {INSTEAD}",
-            )
-        if tied := [other for other in owners[id(layer.weight)] if other != name]:
-            raise QatkitError(
-                f"layer '{name}': the weight is tied to '{tied[0]}', and tied codes are not supported",
-                advice="exclude the layer, or untie the weights (tie_embeddings: false, tie_word_embeddings: false)",
-            )
+    for name, layer in untied_linear_layers(model, schemes, "compressed_tensors", INSTEAD).items():
+        scheme = schemes[name]
         refusal = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
         if refusal:
             problem, advice = refusal
@@ -62,6 +47,8 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
         )
     if spec.type == "ternary":
         return "compressed_tensors does not support ternary codes", "set weight: {num_bits: 2}"
+    if spec.type == "nonlinear":
+        return "compressed_tensors does not store the nonlinear codes of GGUF's IQ4_NL", "set scheme: W4A16"
     if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):
         return (
             f"transformers loads compressed {spec.num_bits}-bit floats ({spec.type}, MX, NVFP4) only in bfloat16, "

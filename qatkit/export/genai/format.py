@@ -24,7 +24,7 @@ from qatkit.errors import QatkitError
 from qatkit.export.dense import check as check_tied
 from qatkit.export.dense import dense_state
 from qatkit.export.formats import FORMATS
-from qatkit.export.genai.graph import GRAPH, pack_graph
+from qatkit.export.genai.graph import CONFIG, GRAPH, pack_graph
 from qatkit.export.genai.runtime import compare_and_load
 from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.export.onnx.format import bound as onnx_bound
@@ -33,8 +33,8 @@ from qatkit.quantization.layers import swap_of
 from qatkit.quantization.prepare import strip_qat
 from qatkit.schemes import Scheme
 
-CONFIG = "genai_config.json"
-"""The file that onnxruntime-genai opens."""
+ROPE_TYPES = ("default", "llama3")
+"""Types of rotary embeddings that the builder computes as transformers does."""
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type`` whose layers the builder keeps separate, as in transformers."""
 _INSTEAD = "use export: {format: gguf} or {format: compressed_tensors}"
@@ -62,6 +62,12 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
             f"the model attends to the last {window} of {context} tokens only, which onnxruntime-genai computes "
             "differently from transformers",
             advice=f"set sliding_window: null, or max_position_embeddings: {window}, or {_INSTEAD}",
+        )
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise QatkitError(
+            f"the builder of onnxruntime-genai does not scale rotary embeddings of type '{kind}' as transformers does",
+            advice=_INSTEAD,
         )
     if planned.kv_cache:
         raise QatkitError(
@@ -145,7 +151,8 @@ def export_genai(model: nn.Module, folder: Path | str, tokenizer: Any) -> None:
     """
     check(model, PlannedExport.of(model))
     check_tokenizer(tokenizer)
-    plain = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(model).cpu().eval()
+    plain = copy.deepcopy(model)
     strip_qat(plain)
     plain.load_state_dict(dense_state(model))
     plain.config = _config(plain, model, tokenizer)

@@ -20,6 +20,8 @@ from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import qat_layers
 
+CONFIG = "genai_config.json"
+"""The file that onnxruntime-genai opens."""
 GRAPH = "model.onnx"
 DATA = f"{GRAPH}.data"
 _DOMAIN = "com.microsoft"

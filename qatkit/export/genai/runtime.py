@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.export.companions import export_config
-from qatkit.export.genai.graph import GRAPH, digest
+from qatkit.export.genai.graph import CONFIG, GRAPH, digest
 from qatkit.export.interface import InputError, ReadBack
 from qatkit.export.onnx.packed_weights import check_packed, packed_readers
 from qatkit.export.onnx.runtime import open_session
 from qatkit.quantization.prepare import qat_layers, quantized_weights
 
-CONFIG = "genai_config.json"
 STEPS = 24
 """The number of tokens that are read one at a time."""
 
@@ -119,7 +118,9 @@ class GenaiRuntime:
 
     def __init__(self, path: Path, threads: int | None) -> None:
         self.path, self._session = path, open_session(path / GRAPH, threads)
-        decoder = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model"]
+        self._context = config["context_length"]
+        decoder = config["decoder"]
         self._empty = decoder["num_key_value_heads"], 0, decoder["head_size"]
         self._first: tuple[Tensor, Tensor] | None = None
 
@@ -132,15 +133,16 @@ class GenaiRuntime:
         if given := [name for name, value in others.items() if value is not None]:
             raise InputError(f"onnxruntime-genai does not take {', '.join(given)}", advice="pass input_ids only")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if bool((mask.diff(dim=1) > 0).any()):
+        if bool((mask.long().diff(dim=1) > 0).any()):
             raise InputError("a text is padded on the left", advice="pad on the right: padding_side='right'")
-        inputs = {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()}
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": mask.long().numpy()}
         for value in self._session.get_inputs():
             if value.name not in inputs:
                 inputs[value.name] = np.zeros((len(input_ids), *self._empty), np.float32)
         logits = torch.from_numpy(self._session.run(["logits"], inputs)[0])
         if self._first is None:
-            self._first = input_ids[0, :STEPS], logits[0, :STEPS]
+            count = min(STEPS, int(mask[0].sum()))  # padding follows the text
+            self._first = input_ids[0, :count], logits[0, :count]
         return {"logits": logits}
 
     def stepwise_failures(self) -> list[str]:
@@ -150,13 +152,14 @@ class GenaiRuntime:
         """
         import onnxruntime_genai as genai
 
-        if self._first is None:
+        if self._first is None or not len(self._first[0]):
             return []
-        tokens, expected = self._first
+        # onnxruntime-genai keeps room for one more token
+        tokens, expected = (part[: self._context - 1] for part in self._first)
         try:
             model = genai.Model(str(self.path))
             parameters = genai.GeneratorParams(model)
-            parameters.set_search_options(max_length=len(tokens) + 1, do_sample=False)
+            parameters.set_search_options(max_length=self._context, do_sample=False)
             generator = genai.Generator(model, parameters)
             found = []
             for token in tokens.tolist():

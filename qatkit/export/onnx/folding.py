@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-TOLERANCE = 1e-5
-"""Relative difference that float32 arithmetic may cause."""
+ROUNDINGS = 64
+"""Relative difference that the exporter's arithmetic may cause, in units of the dtype's precision."""
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -30,12 +31,13 @@ def holds_a_fold(stored: np.ndarray[Any, Any], layer: nn.Module, part: str, norm
     value = getattr(layer, part, None)
     if part not in ("weight", "bias") or not isinstance(value, Tensor):
         return False
-    return any(_folded(stored, value, isinstance(layer, _ConvTransposeNd), part, norm) for norm in norms)
+    groups = layer.groups if isinstance(layer, _ConvTransposeNd) and part == "weight" else 0
+    return any(_folded(stored, value, groups, part, norm) for norm in norms)
 
 
-def _folded(stored: np.ndarray[Any, Any], value: Tensor, transposed: bool, part: str, norm: _BatchNorm) -> bool:
-    outputs = 1 if transposed and part == "weight" else 0
-    if value.shape[outputs] != norm.num_features:
+def _folded(stored: np.ndarray[Any, Any], value: Tensor, groups: int, part: str, norm: _BatchNorm) -> bool:
+    """Whether the values are folded; `groups` are those of a transposed weight ``[in, out / groups, ...]``, else 0."""
+    if (value.shape[1] * groups if groups else value.shape[0]) != norm.num_features:
         return False
     assert norm.running_var is not None
     assert norm.running_mean is not None
@@ -47,7 +49,9 @@ def _folded(stored: np.ndarray[Any, Any], value: Tensor, transposed: bool, part:
         expected = (value.double() - norm.running_mean.double()) * factor + beta
         scale = (value.double() - norm.running_mean.double()).abs() * factor.abs() + beta.abs()
     else:
-        shape = [-1 if axis == outputs else 1 for axis in range(value.dim())]
-        expected = value.double() * factor.view(shape)
+        if groups:
+            factor = factor.view(groups, 1, -1).expand(-1, value.shape[0] // groups, -1).flatten(0, 1)
+        expected = value.double() * factor.view(*factor.shape, *[1] * (value.dim() - factor.dim()))
         scale = expected.abs()
-    return bool((np.abs(stored - expected.numpy()) <= TOLERANCE * scale.numpy()).all())
+    tolerance = ROUNDINGS * torch.finfo(value.dtype).eps
+    return bool((np.abs(stored - expected.numpy()) <= tolerance * scale.numpy()).all())

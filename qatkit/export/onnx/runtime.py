@@ -51,14 +51,15 @@ _WITHOUT_BFLOAT16 = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.Multihea
 
 
 def check_dtypes(model: nn.Module) -> None:
-    """Raise an error if a layer is bfloat16 whose kernels on CPUs do not support it.
+    """Raise an error if a bfloat16 layer has no bfloat16 kernel on CPUs.
 
     Raises:
         QatkitError: there is such a layer; quantized layers have checks of their own.
     """
     for name, layer in model.named_modules():
         dtypes = {parameter.dtype for parameter in layer.parameters(recurse=False)}
-        if isinstance(layer, _WITHOUT_BFLOAT16) and torch.bfloat16 in dtypes and not isinstance(layer, QATLayer):
+        multiplies = isinstance(layer, _WITHOUT_BFLOAT16) or type(layer).__name__ == "Conv1D"  # transformers'
+        if multiplies and torch.bfloat16 in dtypes and not isinstance(layer, QATLayer):
             raise QatkitError(
                 f"layer '{name}': ONNX Runtime has no bfloat16 kernel for {type(layer).__name__} on CPUs",
                 advice="export model.half() or model.float(), or call .float() on the layer and its input",

@@ -136,10 +136,11 @@ class OnnxFile:
             scale = torch.where(free, torch.from_numpy(stored.copy()).view(scale.shape), scale)
         failures += self._compare(f"layer '{name}': scales of the weight", keys[1], scale)
         products = self.products.get(keys[0], [])
-        if bool(zero_point.any()) or not (products or isinstance(layer, QATEmbedding | QATEmbeddingBag)):
+        omitted = bool(products) or isinstance(layer, QATEmbedding | QATEmbeddingBag)  # where zero points are all 0
+        if keys[2] in self.tensors or bool(zero_point.any()) or not omitted:
             failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)
         else:
-            read = keys[:2]  # signed codes need no zero point there
+            read = keys[:2]
         if any(key not in self.tensors for key in read):
             return failures
         if not (keys in self.decoders or products) or any(each.weight != read for each in products):

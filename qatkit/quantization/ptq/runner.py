@@ -256,8 +256,8 @@ class _BatchMethod:
     def _set(self, layer: QATLayer, fake_quant: FakeQuantize, hessian: Tensor) -> None:
         matrix = layer.matrix
         self.undo.keep(layer.weight, *fake_quant.parameters(), *fake_quant.buffers())
-        if fake_quant.spec.two_level:
-            fake_quant.initialize(matrix)  # sets the outer scale
+        if fake_quant.spec.two_level and not fake_quant.spec.super_blocks:
+            fake_quant.initialize(matrix)  # sets the scale of the tensor; super-blocks get theirs from the method
         weight, *qparams = implementation(self.method.from_inputs)(matrix.flatten(1), hessian, fake_quant.spec)
         layer.set_matrix(weight.view_as(matrix))
         fake_quant.set_qparams(*qparams)

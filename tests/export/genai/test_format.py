@@ -72,6 +72,21 @@ def test_codes_are_equal_and_logits_are_those_of_training(model: nn.Module, fold
     assert (kinds.count("MatMulNBits"), kinds.count("GatherBlockQuantized"), kinds.count("MatMul")) == (14, 1, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+def test_a_padded_text_is_read_token_by_token_up_to_its_end(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    mask = torch.ones(3, 32, dtype=dtype)
+    mask[0, 10:] = 0
+    result = verify(model, folder, [BATCH | {"attention_mask": mask, "labels": TOKENS.where(mask.bool(), -100)}])
+    assert result.failures == []
+
+
+def test_a_text_that_fills_the_context_is_read_token_by_token(tmp_path: Path) -> None:
+    model, tokens = made(max_position_embeddings=16), TOKENS[:, :16]
+    prepare_qat(model, INT4)
+    export_genai(model, tmp_path / "model", byte_level())
+    assert verify(model, tmp_path / "model", [{"input_ids": tokens, "labels": tokens}]).failures == []
+
+
 def test_greedy_text_equals_that_of_transformers(model: nn.Module, folder: Path) -> None:
     expected = model.generate(TOKENS[:1, :8], max_new_tokens=24, do_sample=False, eos_token_id=None)  # type: ignore[operator]
     runtime = onnxruntime_genai.Model(str(folder))
@@ -183,6 +198,12 @@ def test_another_end_of_text_is_found(folder: Path) -> None:
         ("gpt2", {}, Scheme(INT4), "model_type llama, mistral, qwen2, qwen3, but the model is a GPT2LMHeadModel"),
         ("llama", {}, Scheme(QuantSpec(8)), "'model.layers.0.self_attn.q_proj': 'onnx_genai' supports only linear"),
         ("mistral", {"sliding_window": 16}, Scheme(INT4), "attends to the last 16 of 128 tokens"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+            Scheme(INT4),
+            "does not scale rotary embeddings of type 'linear' as transformers does",
+        ),
     ],
 )
 def test_models_that_it_cannot_hold_are_refused_before_training(
@@ -216,6 +237,20 @@ def test_a_failed_build_leaves_the_old_folder(folder: Path, tmp_path: Path, monk
     ("kind", "options", "scheme"),
     [
         ("llama", {}, Scheme()),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            Scheme(INT4),
+        ),
         ("llama", {"tie_word_embeddings": True}, Scheme(INT4, QuantSpec(8, strategy="group", group_size=32))),
         ("mistral", {"head_dim": 32, "sliding_window": None}, Scheme(INT4)),
         ("qwen2", {"tie_word_embeddings": True}, Scheme(INT4)),

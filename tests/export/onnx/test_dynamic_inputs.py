@@ -109,6 +109,16 @@ def test_a_weight_with_zero_points_and_more_rows_than_are_decoded_at_once_is_exa
     assert sum(integer_kernels(path).integer.values()) == 1
 
 
+def test_zero_points_that_are_all_zero_are_in_the_file_and_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = nn.Sequential(nn.Linear(16, 4)).eval(), tmp_path / "model.onnx"
+    model[0].weight.data.abs_()  # the smallest value is 0, and so is its code
+    prepare_qat(model, QuantSpec(7, symmetric=False), BATCH)
+    x = torch.randn(8, 16)
+    export_onnx(model, x, path)
+    assert verify(model, path, [(x, torch.zeros(8, 4))], task="regression").failures == []
+
+
 def test_a_file_with_integer_embeddings_has_the_size_of_its_codes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20000, 32)).eval()

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from qatkit.export.onnx.runtime import integer_kernels
 from qatkit.export.onnx.saturation import saturates
@@ -31,6 +32,12 @@ stages:
     quantize: {target: onnxruntime}
 export: {format: onnx}
 """
+
+
+def hardswish() -> nn.Module:
+    """A network as MobileNetV3's blocks are."""
+    parts = [nn.Conv2d(1, 4, 3), nn.Hardswish(), nn.Conv2d(4, 4, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*parts)
 
 
 @pytest.mark.filterwarnings("ignore:.*changed after it was verified:qatkit.errors.QatkitWarning")
@@ -82,3 +89,14 @@ def test_mistakes_are_answered_by_validate(old: str, new: str, words: str, tmp_p
     done = qatkit("validate", "placed.yaml", cwd=tmp_path)
     assert done.code == 2
     assert words in done.err
+
+
+def test_an_activation_function_that_costs_the_speed_is_named_by_validate(tmp_path: Path) -> None:
+    text = RECIPE.replace("qatkit.models:resnet", f"{__name__}:hardswish").replace("{channels: [4, 8]}", "{}")
+    (tmp_path / "placed.yaml").write_text(text)
+    done = qatkit("validate", "placed.yaml", "--allow", "tests", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "'1' and 1 more: Hardswish runs in floating point between integer layers" in done.err
+    assert done.err.count("Hardswish") == 1
+    (tmp_path / "placed.yaml").write_text(text.replace("target: onnxruntime", "target: onnxruntime-vnni"))
+    assert "Hardswish" not in qatkit("validate", "placed.yaml", "--allow", "tests", cwd=tmp_path).err
