@@ -16,6 +16,7 @@ from qatkit.common.records import read_signed, write_signed
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.exporting import with_companions
 from qatkit.export.verification import Verification, check_python, verify
+from qatkit.pipeline.card import CARD, write_cards
 from qatkit.pipeline.export import VERDICT, first_batch, held_out_data, write_exports
 from qatkit.run.exports import Exported, exports_of
 from qatkit.run.folder import Run
@@ -46,7 +47,8 @@ def verify_run(run: Run, only: str | None = None, python: Path | None = None) ->
 
     Returns:
         One verification per file, by name. Each is also written to
-        ``export/STAGE/FORMAT/verification.json`` with the digests of the compared files.
+        ``export/STAGE/FORMAT/verification.json`` with the digests of the compared files, and into the model card
+        ``README.md`` beside it.
 
     Raises:
         QatkitError: a stage has not been exported, no format uses the interpreter, a package of a format is missing, or
@@ -64,7 +66,14 @@ def verify_run(run: Run, only: str | None = None, python: Path | None = None) ->
 def _verify(
     run: Run, exports: Sequence[Exported], data: LightningDataModule, python: Path | None = None
 ) -> dict[str, Verification]:
-    return {exported.name: _verify_file(run, exported, data, python) for exported in exports}
+    """Verify exports, and write their model cards."""
+    found = {exported.name: _verify_file(run, exported, data, python) for exported in exports}
+    checks = {name: asdict(each) for name, each in found.items()}
+    for exported in exports_of(run):  # those with which the cards compare
+        if exported.name not in checks and is_verified(run, exported):
+            checks[exported.name] = read_verification(run, exported)
+    write_cards(run, exports, checks)
+    return found
 
 
 def export_and_verify(run: Run) -> dict[str, Verification]:
@@ -159,7 +168,7 @@ def read_verification(run: Run, exported: Exported) -> dict[str, Any]:
 
 def _digests(run: Run, exported: Exported) -> dict[str, str]:
     """Digests of an export and of the stage's weights, by path in the run folder."""
-    files = [path for path in exported.folder.rglob("*") if path.is_file() and path.name != VERDICT]
+    files = [path for path in exported.folder.rglob("*") if path.is_file() and path.name not in (VERDICT, CARD)]
     stage = run.folder(exported.stage)
     files += [*stage.glob("*.safetensors"), *stage.glob("model/*.safetensors")]
     return file_digests(files, run.recorded_from(exported.stage))

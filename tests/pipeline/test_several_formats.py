@@ -56,9 +56,11 @@ def test_each_format_has_its_own_folder_and_row(out: Path) -> None:
     files = sorted(str(path.relative_to(out / "export")) for path in (out / "export" / "qat").rglob("*"))
     assert files == [
         "qat/dense",
+        "qat/dense/README.md",
         "qat/dense/model.safetensors",
         "qat/dense/verification.json",
         "qat/sparse",
+        "qat/sparse/README.md",
         "qat/sparse/model.sparse.safetensors",
         "qat/sparse/verification.json",
     ]

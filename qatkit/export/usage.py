@@ -1,0 +1,110 @@
+"""The table of loading instructions for model cards: a few lines of code per export format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qatkit.common.tables import Table
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a file of one export format is loaded."""
+
+    name: str
+    """The format's name."""
+    library: str
+    """``library_name`` in the metadata of a model hub."""
+    code: str = ""
+    """Lines of Python or of a shell that load the file, in the folder that contains it."""
+    language: str = "python"
+    """The language of `code`, as in a fenced block."""
+    note: str = ""
+    """The options on which the results depend, in one or two sentences; empty if there are none."""
+    transformers: bool = False
+    """Whether transformers loads the folder if it contains a config; `code` is then for folders without one."""
+
+    def lines(self, architecture: str) -> str:
+        """Return the code for one folder.
+
+        Args:
+            architecture: The class in the folder's transformers config; empty if there is none.
+        """
+        if not (self.transformers and architecture):
+            return self.code
+        return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained(".")'
+
+
+USAGES = Table(
+    "loading instructions",
+    [
+        Usage(
+            "onnx",
+            "onnxruntime",
+            """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+outputs = session.run(None, {value.name: ... for value in session.get_inputs()})""",
+            note="The default session computes what training computed. No session option is needed.",
+        ),
+        Usage(
+            "openvino",
+            "openvino",
+            """\
+import openvino
+
+model = openvino.Core().compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+outputs = model(...)""",
+            note="Without INFERENCE_PRECISION_HINT, OpenVINO computes in bfloat16 on processors with AMX, so outputs "
+            "differ from those of training.",
+        ),
+        Usage(
+            "dense",
+            "pytorch",
+            """\
+from safetensors.torch import load_file
+
+model.load_state_dict(load_file("model.safetensors"))  # `model`: the PyTorch model of the first stage""",
+            note="The weights are stored with their quantized values in floating point. Activations are not quantized.",
+            transformers=True,
+        ),
+        Usage(
+            "sparse",
+            "qatkit",
+            """\
+from qatkit.pruning.storage import load_sparse
+
+model.load_state_dict(load_sparse("model.sparse.safetensors"))  # `model`: the PyTorch model of the first stage""",
+        ),
+        Usage("compressed_tensors", "transformers", note="vLLM loads the folder too.", transformers=True),
+        Usage(
+            "gguf",
+            "gguf",
+            "llama-cli -m model.gguf -p 'Once upon a time'",
+            "bash",
+            "llama.cpp quantizes activations to 8 bits itself, so its outputs differ slightly from those of training. "
+            "Do not convert or quantize the file again: that computes new scales.",
+        ),
+        Usage("torchao", "transformers", transformers=True),
+        Usage(
+            "onnx_genai",
+            "onnxruntime-genai",
+            """\
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model(".")
+tokenizer = onnxruntime_genai.Tokenizer(model)""",
+        ),
+        Usage(
+            "mlx",
+            "mlx",
+            """\
+from mlx_lm import generate, load
+
+model, tokenizer = load(".")
+print(generate(model, tokenizer, prompt="Once upon a time"))""",
+        ),
+    ],
+)
+"""Loading instructions by the name of the export format."""
