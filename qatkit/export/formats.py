@@ -76,6 +76,10 @@ class ExportFormat:
     """Requirements of a runtime that conflicts with qatkit's own packages. `read_back` then has one more argument: the
     interpreter of an environment with these packages, or None.
     """
+    generate: str = ""
+    """``(path, prompt, tokens, python)``: yield the pieces of a text that continues a prompt, each token the most
+    probable one; empty if the format is not for language models. See `qatkit.export.generation`.
+    """
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 
@@ -201,6 +205,7 @@ FORMATS = Table(
             runtime="PyTorch, reading the dense file,",
             recognizes="qatkit.export.dense:is_dense",
             companions=("config", "tokenizer"),
+            generate="qatkit.export.generation:in_transformers",
         ),
         ExportFormat(
             name="sparse",
@@ -228,6 +233,7 @@ FORMATS = Table(
             packages=("transformers", "compressed_tensors"),
             recognizes="qatkit.export.compressed.format:is_model_folder",
             companions=("tokenizer",),
+            generate="qatkit.export.generation:in_transformers",
         ),
         ExportFormat(
             name="gguf",
@@ -242,6 +248,7 @@ FORMATS = Table(
             packages=("transformers", "gguf"),
             check_tokenizer="qatkit.export.gguf.tokenizer:check_tokenizer",
             compare_data="qatkit.export.gguf.read_back:compare_data",
+            generate="qatkit.export.generation:in_transformers",
         ),
         ExportFormat(
             name="torchao",
@@ -256,6 +263,7 @@ FORMATS = Table(
             packages=("transformers", "torchao"),
             recognizes="qatkit.export.torchao_folder:is_torchao_folder",
             companions=("tokenizer",),
+            generate="qatkit.export.generation:in_transformers",
         ),
         ExportFormat(
             name="onnx_genai",
@@ -274,6 +282,7 @@ FORMATS = Table(
             check_tokenizer="qatkit.export.genai.format:check_tokenizer",
             compare_data="qatkit.export.genai.runtime:compare_data",
             weight_files=("model.onnx", "model.onnx.data"),
+            generate="qatkit.export.generation:in_genai",
         ),
         ExportFormat(
             name="mlx",
@@ -288,6 +297,7 @@ FORMATS = Table(
             companions=("tokenizer",),
             own_files=("config",),
             environment=("mlx==0.32.4", "mlx-cpu==0.32.4; sys_platform == 'linux'", "mlx-lm==0.32.2"),
+            generate="qatkit.export.mlx.generation:in_mlx",
         ),
     ],
 )
