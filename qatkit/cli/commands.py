@@ -41,6 +41,7 @@ COMMANDS = Table(
         Command("report", "Measure exported files and write a report, or compare multiple runs."),
         Command("bench", "Measure latency, throughput, load time, memory and size of exported files."),
         Command("generate", "Let an exported language model continue a text in its runtime."),
+        Command("push", "Upload a verified file and its model card to the Hugging Face hub."),
         Command("cost", "Compute the cost of serving from measured latencies, or from one that you pass."),
         Command("sensitivity", "Measure the loss increase when each layer is quantized on its own."),
         Command("allocate", "Choose a format for each layer within a size budget."),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from qatkit.cli.main import app
 from qatkit.export.formats import FORMATS
 from qatkit.export.usage import USAGES
 from tests.support import warm
+from tests.support.hub_server import COMMIT, TOKEN, hub
 
 RECIPE = """\
 name: small
@@ -90,3 +93,35 @@ def test_a_card_may_be_edited_and_a_file_that_fails_says_so_in_its_card(out: Pat
 
 def test_every_format_has_loading_instructions() -> None:
     assert list(USAGES) == list(FORMATS)
+
+
+def pushed(out: Path, endpoint: str, home: Path, *arguments: str, token: str | None = TOKEN) -> tuple[int, str]:
+    """`qatkit push` in a fresh process: the client reads the address when it is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
+        environment.pop(name, None)
+    environment |= {} if token is None else {"HF_TOKEN": token}
+    command = [sys.executable, "-m", "qatkit.cli", "push", str(out), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_verified_file_is_pushed_with_its_card_and_nothing_else_is(out: Path, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["export", str(out)]).exit_code == 0
+    with hub(tmp_path / "hub") as (endpoint, _):
+        code, said = pushed(out, endpoint, tmp_path, "team/small")
+        assert code == 2
+        assert "'int8' has not been verified; run `qatkit verify" in said
+        assert CliRunner().invoke(app, ["verify", str(out)]).exit_code == 0
+        code, said = pushed(out, endpoint, tmp_path, "team/small", token=None)
+        assert (code, "there is no token for the hub; run `hf auth login`" in said) == (2, True), said
+        code, said = pushed(out, endpoint, tmp_path, "team/small", token="hf_another")
+        assert (code, "'team/small' cannot be written" in said) == (2, True), said
+        code, said = pushed(out, endpoint, tmp_path, "team/small")
+        assert (code, said.strip()) == (0, f"{endpoint}/team/small/commit/{COMMIT}")
+        folder, stored = out / "export" / "int8" / "compressed_tensors", tmp_path / "hub" / "models" / "team" / "small"
+        names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        assert {path.relative_to(stored) for path in stored.rglob("*") if path.is_file()} == names
+        assert all((stored / name).read_bytes() == (folder / name).read_bytes() for name in names)
+        assert Path("README.md") in names

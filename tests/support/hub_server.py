@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -13,11 +14,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "a" * 40
+TOKEN = "hf_of_the_tests"
+"""The only token that may write."""
 
 
 @contextmanager
 def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Serve ``root/models/OWNER/NAME`` and ``root/datasets/OWNER/NAME``; names with "gated" are refused.
+
+    Models can also be created and committed to, with `TOKEN`.
 
     Yields:
         The address, and a list of the requests so far.
@@ -38,7 +43,33 @@ def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self._answer(body)
+            if urlsplit(self.path).path in ("/api/repos/create", "/api/validate-yaml") or "/commit/" in self.path:
+                self._write(urlsplit(self.path).path, body)
+            else:
+                self._answer(body)
+
+        def _write(self, path: str, body: bytes) -> None:
+            """Create a repository, or commit files to it, if there is a token."""
+            requests.append(f"POST {path.strip('/')}")
+            address = f"http://127.0.0.1:{server.server_port}"
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self._send(401, b'{"error": "Invalid token"}')
+            elif path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
+            elif path == "/api/repos/create":
+                given = json.loads(body)
+                name = f"{given['organization']}/{given['name']}" if given.get("organization") else given["name"]
+                (root / "models" / name).mkdir(parents=True, exist_ok=True)
+                self._json({"url": f"{address}/{name}"})
+            else:
+                repo = "/".join(path.split("/")[3:5])
+                for line in body.splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        target = root / "models" / repo / entry["value"]["path"]
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(base64.b64decode(entry["value"]["content"]))
+                self._json({"commitOid": COMMIT, "commitUrl": f"{address}/{repo}/commit/{COMMIT}", "hookOutput": ""})
 
         def _answer(self, body: bytes = b"") -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
@@ -59,7 +90,11 @@ def hub(root: Path) -> Iterator[tuple[str, list[str]]]:
                 return
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             tree = [_entry(folder, file) for file in files]
-            if rest[:1] == ["tree"]:
+            if rest[:1] == ["preupload"]:
+                names = [file["path"] for file in json.loads(body)["files"]]
+                modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+                self._json({"files": modes})
+            elif rest[:1] == ["tree"]:
                 below = "/".join(rest[2:])
                 self._json([entry for entry in tree if entry["path"].startswith(below)])
             elif rest[:1] == ["paths-info"]:
