@@ -34,6 +34,7 @@ COMMANDS = Table(
         Command("advise", "Propose compression plans for a model and a device, and write a recipe."),
         Command("run", "Run a recipe: train, export, verify, measure and report."),
         Command("sweep", "Run a recipe with all combinations of values, and compare the results in one page."),
+        Command("search", "Find the smallest model whose metric loses at most a given part."),
         Command("cache-teacher", "Compute and store a recipe's teacher outputs."),
         Command("export", "Export a run's finished stages."),
         Command("verify", "Run exported files in their runtime and compare them with the trained models."),

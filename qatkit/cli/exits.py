@@ -25,8 +25,8 @@ INTERRUPTED = 130  # 128 + SIGINT
 OUTPUT_CLOSED = 141  # 128 + SIGPIPE
 TERMINATED = CODE  # 128 + SIGTERM
 CODES = (
-    "Exit codes: 0 success; 1 verification failed; 2 error in the recipe, the command or the environment; "
-    "3 bug in qatkit; 130 interrupted (Ctrl-C); 141 output closed; 143 terminated (SIGTERM)."
+    "Exit codes: 0 success; 1 verification failed, or a search broke its promise; 2 error in the recipe, the command "
+    "or the environment; 3 bug in qatkit; 130 interrupted (Ctrl-C); 141 output closed; 143 terminated (SIGTERM)."
 )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qatkit.cli.arguments import Allow, AllowWrite, AsJson, Out, Overrides, Quiet, RecipeArgument
+from qatkit.cli.candidates import Candidates, read_candidates
 from qatkit.cli.inputs import load, new_run, writing
 from qatkit.cli.output import echo
 from qatkit.errors import QatkitError, did_you_mean
@@ -21,16 +22,7 @@ if TYPE_CHECKING:
 
     from qatkit.quantization.mixed.records import Sensitivity
     from qatkit.run.folder import Run
-    from qatkit.schemes import Scheme
-    from qatkit.tasks import Task
 
-Candidates = Annotated[
-    str,
-    typer.Option(
-        metavar="NAMES|FILE",
-        help="Scheme names, such as W8A16,W4A16, or a YAML file with one NAME: {weight: {...}} block per format.",
-    ),
-]
 Globs = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="Layers to measure. Repeatable.", show_default="all layers")
 ]
@@ -66,12 +58,13 @@ def command(
     Example: qatkit sensitivity mine.yaml --candidates W8A16,W4A16 --out runs/mine
     """
     loaded = load(recipe, overrides)
-    formats = _formats(candidates)
+    formats = read_candidates(candidates)
     from qatkit.pipeline.validation import validate_recipe
 
     validate_recipe(loaded, allow or [])
     from qatkit.quantization.folding import fold_batchnorm
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
+    from qatkit.search.sensitivity import training_loss
 
     this = new_run(loaded, out, allow, allow_write)
     with writing(this, quiet or as_json):
@@ -79,8 +72,8 @@ def command(
         model = this.load_model(measured_stage, quantizers=False)
         fold_batchnorm(model)  # as training does before it quantizes
         name = measured_stage or next(iter(loaded.stages))
-        data, task = _batches(this, loaded.stages[name].batch_size, batches)
-        with _counted(lambda model: _mean_loss(model, data, task), shown=sys.stderr.isatty() and not quiet) as loss:
+        plain = training_loss(this, loaded.stages[name].batch_size, batches)
+        with _counted(plain, shown=sys.stderr.isatty() and not quiet) as loss:
             measured = measure_sensitivity(model, formats, loss, include or ["*"], exclude or [])
         missing = _write(this.out, measured)
     if as_json:
@@ -109,26 +102,6 @@ def _write(out: Path, measured: Sensitivity) -> str | None:
     return missing
 
 
-def _formats(candidates: str) -> dict[str, Scheme]:
-    """The candidate formats by name."""
-    from qatkit.recipe import LayerConfig
-    from qatkit.recipe.schema import read
-    from qatkit.recipe.strict_yaml import parse_yaml
-    from qatkit.schemes import scheme
-
-    if not candidates.endswith((".yaml", ".yml", ".json")):
-        return {name: scheme(name) for name in (part.strip() for part in candidates.split(","))}
-    if not Path(candidates).is_file():
-        raise QatkitError(
-            f"the file '{candidates}' does not exist",
-            key="--candidates",
-            advice="pass an existing file, or names such as W8A16,W4A16",
-        )
-    content = parse_yaml(Path(candidates).read_text("utf-8-sig"), candidates)
-    configs: dict[str, LayerConfig] = read(dict[str, LayerConfig], content, "candidates")
-    return {name: config.specs for name, config in configs.items()}
-
-
 def _stage(this: Run, wanted: str | None) -> str | None:
     """The stage to measure: the requested one, or the last one before compression if it is finished."""
     from qatkit.run.fingerprint import changed_keys, stage_inputs
@@ -151,17 +124,6 @@ def _stage(this: Run, wanted: str | None) -> str | None:
     return name
 
 
-def _batches(this: Run, batch_size: int, count: int) -> tuple[list[Any], Task | None]:
-    """The first training batches, and the task that the data declares."""
-    from qatkit.callbacks.batches import first_batches
-    from qatkit.tasks import declared_task
-
-    data = this.build_data(batch_size)
-    data.prepare_data()
-    data.setup("fit")
-    return list(first_batches(data.train_dataloader(), count)), declared_task(data)
-
-
 @contextmanager
 def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callable[[nn.Module], float]]:
     """The same loss function, with a status line on the terminal that counts its calls."""
@@ -180,11 +142,3 @@ def _counted(loss: Callable[[nn.Module], float], shown: bool) -> Iterator[Callab
             return loss(model)
 
         yield counted
-
-
-def _mean_loss(model: nn.Module, batches: Sequence[Any], task: Task | None) -> float:
-    """Mean loss over all samples or tokens of the batches."""
-    from qatkit.tasks import counted_loss
-
-    losses = [counted_loss(model, batch, task) for batch in batches]
-    return sum(float(loss) * int(count) for loss, count in losses) / max(sum(int(count) for _, count in losses), 1)

@@ -56,6 +56,16 @@ class Metric:
         """
         return f"{value:.2%}" if self.percent else f"{value:.3f}" if value < 1e3 else f"{value:.4g}"
 
+    def lost(self, before: float, after: float) -> float:
+        """Return how much worse a value is than another: a difference if they are in percent, else relative.
+
+        Example:
+            >>> round(METRICS["accuracy"].lost(0.99, 0.98), 4), round(METRICS["perplexity"].lost(10.0, 10.1), 4)
+            (0.01, 0.01)
+        """
+        worse = before - after if self.higher_is_better else after - before
+        return worse if self.percent else worse / abs(before)
+
     def of(self, row: dict[str, Any]) -> float:
         """Return the metric's value on the test split, from a row of the report."""
         return float(row[f"test_{self.name}"])

@@ -1,0 +1,31 @@
+"""The loss on training data with which the sensitivity of layers is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from qatkit.callbacks.batches import first_batches
+from qatkit.run.folder import Run
+from qatkit.tasks import counted_loss, declared_task
+
+
+def training_loss(run: Run, batch_size: int, count: int) -> Callable[[nn.Module], float]:
+    """Return a function that computes a model's mean loss over the first training batches.
+
+    Args:
+        run: The run, whose data is built.
+        batch_size: Samples per batch.
+        count: Number of batches.
+    """
+    data = run.build_data(batch_size)
+    data.prepare_data()
+    data.setup("fit")
+    batches, task = list(first_batches(data.train_dataloader(), count)), declared_task(data)
+
+    def loss(model: nn.Module) -> float:
+        losses = [counted_loss(model, batch, task) for batch in batches]
+        return sum(float(value) * int(n) for value, n in losses) / max(sum(int(n) for _, n in losses), 1)
+
+    return loss
