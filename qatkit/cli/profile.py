@@ -52,6 +52,10 @@ def command(
         str | None,
         typer.Option(help="The dtype of the uncompressed model.", show_default="the faster of fp32 and bf16"),
     ] = None,
+    drawn: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw the roofline with the layers as points to an SVG file."),
+    ] = None,
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
@@ -73,6 +77,8 @@ def command(
         raise QatkitError(f"unknown dtype '{base}'", key="--dtype", advice=f"use one of: {', '.join(BYTES)}")
     rate_of(chosen, base)
     phases = _phases(model, overrides, batch, context, allow or [])
+    if drawn is not None:
+        _draw(drawn, phases, chosen, base)
     if as_json:
         echo(json.dumps(_content(phases, chosen, base)))
         return
@@ -88,6 +94,17 @@ def command(
         else:
             print_table(_layers(phase, layers, chosen, base))
     print_table(_techniques(phases, chosen, base))
+
+
+def _draw(path: Path, phases: Phases, device: Device, dtype: str) -> None:
+    from qatkit.common.files import write_atomically
+    from qatkit.report.page import missing_packages
+
+    if (missing := missing_packages()) is not None:
+        raise QatkitError(missing, key="--picture", advice="or remove the option")
+    from qatkit.report.roofline import picture
+
+    write_atomically(path, picture(phases, device, dtype))
 
 
 def _phases(
