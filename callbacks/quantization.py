@@ -146,7 +146,8 @@ class QuantizationAwareTraining(Callback):
         schemes = select(pl_module, *how)
         if self.target is not None:
             check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
-            warn_of_slow_functions(pl_module, self.target)
+        if self.places is not None:
+            warn_of_slow_functions(pl_module, self.places.name)
         if self.places is not None and self.activation is not None:
             forward, float_outputs = self.calibration_forward, self.places.float_outputs
             self.folds, self.placement = module_placement(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,8 @@ def command(
     from qatkit.common.files import remove_temporary
     from qatkit.run.lock import locked
     from qatkit.search.bounded import Search
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     folder = out or Path("runs") / f"{base.name}_search"
     check_path_text(folder, "--out")

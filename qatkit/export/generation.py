@@ -53,14 +53,16 @@ def in_transformers(path: Path, prompt: str, tokens: int, python: Path | None) -
     options |= {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     try:
         with quietly():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model.eval()
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise QatkitError(
             f"transformers cannot load a language model with a tokenizer: {str(error).strip().splitlines()[0]}",
             key=str(path), advice="pass a run whose model is a causal language model and whose data has a tokenizer",
         ) from error  # fmt: skip
-    streamer, failed = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), []
+    streamer: Any = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failed: list[Exception] = []
 
     def run() -> None:
         try:

@@ -24,20 +24,16 @@ def picture(phases: Mapping[str, Sequence[LayerCost]], device: Device, dtype: st
 
     peak, bandwidth = rate_of(device, dtype), device.bandwidth / 1e3  # TFLOP/s, TB/s
     ridge = peak / bandwidth
-    served = {phase: [layer for layer in layers if layer.flops] for phase, layers in phases.items()}
-    served.pop("training", None)
-    values = [layer.intensity(dtype) for layers in served.values() for layer in layers]
+    drawn = {phase: points(layers, device, dtype) for phase, layers in phases.items() if phase != "training"}
+    values = [x for found in drawn.values() for x, _, _ in found]
     low, high = min([*values, ridge]) / 2, max([*values, ridge]) * 2
     with canvas(720, 380) as (figure, (axes,)):
         ends = [low, ridge, high]
         axes.plot(ends, [min(end * bandwidth, peak) for end in ends], color=INK)
-        for (phase, layers), color in zip(served.items(), SERIES, strict=False):
-            times = [seconds(layer, device, dtype) for layer in layers]
+        for (phase, found), color in zip(drawn.items(), SERIES, strict=False):
             axes.scatter(
-                [layer.intensity(dtype) for layer in layers],
-                [min(layer.intensity(dtype) * bandwidth, peak) for layer in layers],
-                s=[20 + 400 * time / sum(times) for time in times], color=color, edgecolor=CARD, label=phase,
-                alpha=0.8, zorder=3,
+                [x for x, _, _ in found], [y for _, y, _ in found], s=[20 + 400 * part for _, _, part in found],
+                color=color, edgecolor=CARD, label=phase, alpha=0.8, zorder=3,
             )  # fmt: skip
         axes.axvline(ridge, color=MUTED, linestyle=":", linewidth=1)
         axes.set_xscale("log")
@@ -49,3 +45,27 @@ def picture(phases: Mapping[str, Sequence[LayerCost]], device: Device, dtype: st
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor=CARD, metadata={"Date": None})
     return buffer.getvalue()
+
+
+def points(layers: Sequence[LayerCost], device: Device, dtype: str) -> list[tuple[float, float, float]]:
+    """Return the operations per byte, the attainable rate in TFLOP/s and the part of the time of layers with products.
+
+    Args:
+        layers: The layers of one phase.
+        device: The device.
+        dtype: The dtype of the uncompressed model.
+
+    Example:
+        >>> from qatkit.advise.devices import DEVICES
+        >>> vector = LayerCost("head", "Linear", 10**6, 10**6, 2 * 10**6, 2000)  # a matrix times a vector
+        >>> [(x, y, part)] = points([vector], DEVICES["a100"], "bf16")
+        >>> round(x, 2), round(y, 2), part
+        (1.0, 2.03, 1.0)
+    """
+    peak, bandwidth = rate_of(device, dtype), device.bandwidth / 1e3
+    products = [layer for layer in layers if layer.flops]
+    times = [seconds(layer, device, dtype) for layer in products]
+    return [
+        (layer.intensity(dtype), min(layer.intensity(dtype) * bandwidth, peak), time / sum(times))
+        for layer, time in zip(products, times, strict=True)
+    ]

@@ -72,7 +72,7 @@ def compare(run: Run, stage: str, exported: Exported, batches: Iterable[Any], ta
         outputs = [call(model, batch) for model in (dense, file)]
         for judge, output in zip(judges, outputs, strict=True):
             judge.add(output, batch)
-        same += judges[0].agreements(*outputs, batch)
+        same += judges[0].agreements(outputs[0], outputs[1], batch)
         if task_of(batch, task).kind == "classes":
             pairs.append(_classes(outputs, batch, task))
     own = task_of(batch, task)

@@ -89,10 +89,17 @@ def test_the_interval_is_that_of_the_paired_differences() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     (folder / "searched.yaml").write_text(RECIPE)
+    (folder / "formats.yaml").write_text(CANDIDATES)
+    (folder / "smallest.yaml").write_text(CANDIDATES.splitlines()[-1])
     return folder
 
 
-ARGUMENTS = ("search", "searched.yaml", "--max-loss", "3%", "--candidates", "W8A16,W4A16,W2A16", "--out", "out")
+CANDIDATES = """\
+int8: {weight: {num_bits: 8}}
+int4: {weight: {num_bits: 4}}
+int2: {weight: {num_bits: 2}}
+"""
+ARGUMENTS = ("search", "searched.yaml", "--max-loss", "3%", "--candidates", "formats.yaml", "--out", "out")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,7 @@ def test_the_result_is_smaller_and_keeps_its_promise(folder: Path, ended: tuple[
     found: dict[str, Any] = json.loads((folder / "out" / "search.json").read_text())
     assert found["kept"]
     assert found["promise"]["lost"] <= 0.03
-    assert found["promise"]["samples"] == 359
+    assert found["promise"]["samples"] == 360
     assert found["bytes"] < found["dense_bytes"] / 3
     assert "KEPT: at most 3.00%; accuracy" in output
     file = Path(found["file"])
@@ -123,7 +130,9 @@ def test_a_search_that_runs_again_trains_nothing_and_finds_the_same(folder: Path
 
 
 def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, str]) -> None:
-    code, output, _ = qatkit(*ARGUMENTS[:3], "0%", "--candidates", "W2A16", "--budget", "1", "--out", "bad", cwd=folder)
+    code, output, _ = qatkit(
+        *ARGUMENTS[:3], "0%", "--candidates", "smallest.yaml", "--budget", "1", "--out", "bad", cwd=folder
+    )
     assert code == 1, output
     assert "NOT KEPT: more than 0.00%" in output
 
@@ -137,10 +146,13 @@ def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, s
             ("stages.qat.quantize.layers={'*': {scheme: W4A16}}",),
             "a search sets the format of every layer",
         ),
-        (("data.args.val_fraction=0",), "decides by the validation split"),
+        (
+            ("data.factory=tests.search.test_search:without_validation", "data.args={}"),
+            "decides by the validation split",
+        ),
     ],
 )
 def test_what_a_search_needs_is_said(folder: Path, arguments: tuple[str, ...], said: str) -> None:
-    code, output, err = qatkit("search", "searched.yaml", *arguments, "--out", "none", cwd=folder)
+    code, output, err = qatkit("search", "searched.yaml", *arguments, *ARGUMENTS[4:6], "--out", "none", cwd=folder)
     assert code == 2, output
     assert said in err

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qatkit.errors import QatkitError
 from qatkit.export.onnx.runtime import Kernels, named_inputs
+from qatkit.export.openvino.kernel_reasons import float_reasons
 from qatkit.export.output_tensors import nested
 
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -149,9 +150,14 @@ def openvino_kernels(path: Path) -> Kernels:
     """
     integer: Counter[str] = Counter()
     floating: Counter[str] = Counter()
-    for node in _compiled(read_model(path), 1, {}).get_runtime_model().get_ordered_ops():
+    model, names = read_model(path), list[list[str]]()
+    for node in _compiled(model, 1, {}).get_runtime_model().get_ordered_ops():
         about = node.get_rt_info()
         kind, kernel = (str(about[key].value) for key in ("layerType", "primitiveType"))
         if kind in _PRODUCTS:  # "runtimePrecision" is that of the stored weights, even if a kernel decodes them
-            (integer if kernel.lower().endswith(("_i8", "_u8")) else floating)[kind] += 1
-    return Kernels(dict(integer), dict(floating))
+            if kernel.lower().endswith(("_i8", "_u8")):
+                integer[kind] += 1
+            else:
+                floating[kind] += 1
+                names.append(str(about["originalLayersNames"].value).split(","))
+    return Kernels(dict(integer), dict(floating), float_reasons(model, names))
