@@ -146,10 +146,6 @@ def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, s
             ("stages.qat.quantize.layers={'*': {scheme: W4A16}}",),
             "a search sets the format of every layer",
         ),
-        (
-            ("data.factory=tests.search.test_search:without_validation", "data.args={}"),
-            "decides by the validation split",
-        ),
     ],
 )
 def test_what_a_search_needs_is_said(folder: Path, arguments: tuple[str, ...], said: str) -> None:
