@@ -24,6 +24,10 @@ class Usage:
     transformers: bool = False
     """Whether transformers loads the folder if it contains a config; `code` is then for folders without one."""
 
+    def library_of(self, architecture: str) -> str:
+        """Return ``library_name`` for one folder; see `lines`."""
+        return "transformers" if self.transformers and architecture else self.library
+
     def lines(self, architecture: str) -> str:
         """Return the code for one folder.
 

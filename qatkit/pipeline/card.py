@@ -59,9 +59,10 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
-    usage, row, architecture = USAGES[exported.format.name], exported.format, _architecture(exported.folder)
+    row, architecture = exported.format, _architecture(exported.folder)
+    usage = USAGES.get(row.name)  # none for a format that is not part of qatkit
     data = ModelCardData(
-        library_name="transformers" if usage.transformers and architecture else usage.library,
+        library_name=None if usage is None else usage.library_of(architecture),
         base_model=_base_model(run),
         pipeline_tag=PIPELINE_TAGS.get(check["task"]),
         tags=["qatkit", row.name],
@@ -73,9 +74,7 @@ def card(
         f"# {run.recipe.name}: {exported.stage}",
         f"Stage `{exported.stage}` of the recipe below, exported as `{row.name}` ({row.description}) by "
         f"qatkit {version('qatkit')}.",
-        "## Use",
-        f"```{usage.language}\n{usage.lines(architecture)}\n```",
-        usage.note,
+        *([] if usage is None else ["## Use", f"```{usage.language}\n{usage.lines(architecture)}\n```", usage.note]),
         "## Results",
         _results(exported, check, first, first_check),
         "## Verification",

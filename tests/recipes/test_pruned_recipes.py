@@ -285,6 +285,7 @@ def test_gptq_is_refused_where_it_would_move_the_zeros_before_anything_runs(tmp_
 )
 def test_types_without_a_zero_are_refused_where_they_would_move_the_zeros(quantize: str, tmp_path: Path) -> None:
     with pytest.raises(
-        QatkitError, match=r"stages\.qat\.quantize\.weight: Q2_K, Q4_K, Q5_K and IQ4_NL have no value.*use Q3_K"
+        QatkitError,
+        match=r"qat\.quantize\.(weight|layers\.\*): Q2_K, Q4_K, Q5_K and IQ4_NL have no value.*use Q3_K",
     ):
         run_of(tmp_path, f"stages.qat.quantize={quantize}")

@@ -24,8 +24,9 @@ def float_reasons(read: Any, kernels: Iterable[Sequence[str]]) -> dict[str, list
     operations = {node.get_friendly_name(): node for node in read.get_ordered_ops()}
     found: dict[str, list[str]] = {}
     for names in kernels:
-        products = [operations[name] for name in names if name in operations and _kind(operations[name]) in PRODUCTS]
-        recurrent = [name for name in names if name in operations and _kind(operations[name]) in RECURRENT]
+        computed = [operations[name] for name in names if name in operations]
+        products = [product for node in computed if (product := _product(node)) is not None]
+        recurrent = [node.get_friendly_name() for node in computed if _kind(node) in RECURRENT]
         if products:
             name, reason = _reason(products[0])
         elif recurrent:
@@ -43,9 +44,9 @@ def _reason(node: Any) -> tuple[str, str]:
     if constants is None:
         return node.get_friendly_name(), "it is a product of two activations that are not both quantized"
     codes = next((each for each in constants if each.get_friendly_name().endswith(".codes")), None)
+    name = _layer(codes or constants[0]) or _layer_of_bias(node) or node.get_friendly_name()
     if codes is None:
-        return _layer(constants[0]) or node.get_friendly_name(), "the weight is not quantized"
-    name = _layer(codes)
+        return name, "the weight is not quantized"
     if not _is_quantized(data):
         return name, "the input is not quantized"
     if "u" in codes.get_element_type().get_type_name():
@@ -60,6 +61,27 @@ def _layer(constant: Any) -> str:
         if name.endswith(suffix):
             return name.removesuffix(suffix)
     return ""
+
+
+def _layer_of_bias(node: Any) -> str:
+    """The layer of a product, by the name of the bias that is added to it; a transposed weight has no name."""
+    for target in node.output(0).get_target_inputs():
+        reader = target.get_node()
+        leaves = [leaf for value in reader.input_values() for leaf in _constants(value.get_node()) or []]
+        names = [str(leaf.get_friendly_name()) for leaf in leaves]
+        if _kind(reader) == "Add" and (biases := [name for name in names if name.endswith(".bias")]):
+            return biases[0].removesuffix(".bias")
+    return ""
+
+
+def _product(node: Any) -> Any:
+    """The first product upstream of a node, through operations with one operand that is not constant, or None."""
+    while _kind(node) not in PRODUCTS:
+        computed = [value.get_node() for value in node.input_values() if _constants(value.get_node()) is None]
+        if len(computed) != 1 or _kind(computed[0]) == "Parameter":
+            return None
+        node = computed[0]
+    return node
 
 
 def _constants(node: Any) -> list[Any] | None:
