@@ -288,4 +288,4 @@ def test_twelve_configurations_survive_kills_and_share_the_dense_stages(tmp_path
     assert (code, err) == (0, ""), out
     assert same(weights(tmp_path / "b"), weights(tmp_path / "a"))
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
-    assert "All files were measured in alternation in one process" in (tmp_path / "b/out/report.html").read_text()
+    assert "All latencies were measured in one process, in alternation" in (tmp_path / "b/out/report.html").read_text()
