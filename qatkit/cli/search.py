@@ -82,7 +82,9 @@ def summary(found: Found) -> list[str]:
     if promise.interval is not None:
         interval = f" (95% interval: {promise.interval[0]:.2%} to {promise.interval[1]:.2%})"
     where = f"on {promise.samples:,} test samples, in the runtime"
-    verdict = f"KEPT: at most {part}" if found.kept else f"NOT KEPT: more than {part}, or verification failed"
+    verdict = f"KEPT: at most {part}" if found.kept else f"NOT KEPT: more than {part}"
+    if not found.verified:
+        verdict = "NOT KEPT: the file failed verification"
     lines = [
         f"{verdict}; {promise.metric} {promise.found:.4g} instead of {promise.dense:.4g} {where}, a loss of "
         f"{promise.lost:.2%}{interval}",

@@ -50,7 +50,7 @@ import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
 outputs = session.run(None, {value.name: ... for value in session.get_inputs()})""",
-            note="The default session computes what training computed. No session option is needed.",
+            note="Verification ran this file in such a default session, without options.",
         ),
         Usage(
             "openvino",
@@ -81,7 +81,7 @@ from qatkit.pruning.storage import load_sparse
 
 model.load_state_dict(load_sparse("model.sparse.safetensors"))  # `model`: the PyTorch model of the first stage""",
         ),
-        Usage("compressed_tensors", "transformers", note="vLLM loads the folder too.", transformers=True),
+        Usage("compressed_tensors", "transformers", transformers=True),
         Usage(
             "gguf",
             "gguf",

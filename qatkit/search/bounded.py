@@ -28,7 +28,7 @@ from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.recipe import Recipe
 from qatkit.recipe.loading import recipe_to_yaml
-from qatkit.run.exports import Exported, exports_of
+from qatkit.run.exports import Exported, exports_of, formats_by_key
 from qatkit.run.folder import Run
 from qatkit.run.sharing import share_stages, shared_name
 from qatkit.schemes import Scheme
@@ -53,6 +53,8 @@ class Found:
 
     kept: bool
     """Whether the metric on the test split lost at most the limit, and the file passed verification."""
+    verified: bool
+    """Whether the file passed verification."""
     limit: float
     promise: Promise
     file: str
@@ -87,6 +89,7 @@ class Search:
         self.folder, self.recipe, self.fixed, self.base, self.allow = folder, recipe, fixed, base, allow
         self.candidates, self.limit, self.say = candidates, limit, say
         self.stage = searched_stage(base)
+        check_runtime(base)
         self.steps = base.stages[self.stage].max_steps
         self._trials: dict[str, Trial] = {}
 
@@ -124,7 +127,7 @@ class Search:
         promise = compare(run, dense, exported, data.test_dataloader(), declared_task(data))
         passed = bool(read_verification(run, exported)["passed"])
         found = Found(
-            kept=passed and promise.lost <= self.limit + 1e-12, limit=self.limit, promise=promise,
+            kept=passed and promise.lost <= self.limit + 1e-12, verified=passed, limit=self.limit, promise=promise,
             file=str(exported.path), bytes=exported.bytes, dense_bytes=_exported(run, dense).bytes, steps=steps,
             ladder=rungs,
         )  # fmt: skip
@@ -217,6 +220,23 @@ def searched_stage(recipe: Recipe) -> str:
             advice="add a stage such as dense: {max_steps: 0} at the beginning",
         )  # fmt: skip
     return name
+
+
+def check_runtime(recipe: Recipe) -> None:
+    """Raise an error unless the recipe exports to a format whose runtime can be measured in this environment.
+
+    Raises:
+        QatkitError: there is no format, or its runtime needs an environment of its own.
+    """
+    rows = formats_by_key(recipe)
+    if not rows:
+        raise QatkitError("a search measures exported files", key="export", advice="add export: {format: onnx}")
+    key, row = next(iter(rows.items()))
+    if row.environment:
+        raise QatkitError(
+            f"a search measures files in their runtime, but {row.runtime} does not run in this environment", key=key,
+            advice="put a format first whose runtime does, such as onnx or compressed_tensors",
+        )  # fmt: skip
 
 
 def _exported(run: Run, stage: str) -> Exported:

@@ -62,8 +62,7 @@ def compare(run: Run, stage: str, exported: Exported, batches: Iterable[Any], ta
     """
     dense = run.load_model(stage, quantizers=False).eval()
     row = exported.format
-    arguments = [None] if row.environment else []
-    file = row.call("read_back", run.load_model(exported.stage).eval(), exported.path, None, *arguments).runtime
+    file = row.call("read_back", run.load_model(exported.stage).eval(), exported.path, None).runtime
     if file is None:
         raise QatkitError(f"{row.runtime} cannot load it", key=str(exported.path), advice="run `qatkit verify`")
     judges, pairs = (TaskJudge(task), TaskJudge(task)), list[tuple[Tensor, Tensor, Tensor]]()

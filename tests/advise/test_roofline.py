@@ -155,7 +155,7 @@ def test_parameters_of_a_layer_that_is_called_as_a_function_count() -> None:
 def test_this_machine_is_measured() -> None:
     device = local_device()
     assert set(device.rates) == {"fp32", "bf16"}
-    assert all(rate > 1e-5 for rate in device.rates.values())
+    assert all(rate > 1e-3 for rate in device.rates.values())
     assert device.bandwidth > 0.1
 
 

@@ -141,6 +141,8 @@ def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, s
     ("arguments", "said"),
     [
         (("--max-loss", "much"), "--max-loss: 'much' is not a part; use a value such as 1% or 0.01"),
+        (("export=null",), "export: a search measures exported files; add export: {format: onnx}"),
+        (("export.format=mlx",), "export.format: a search measures files in their runtime, but MLX does not run"),
         (("stages.qat.quantize=null",), "stages.qat: a search changes the formats of the last stage"),
         (
             ("stages.qat.quantize.layers={'*': {scheme: W4A16}}",),

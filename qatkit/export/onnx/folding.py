@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-ROUNDINGS = 64
-"""Relative difference that the exporter's arithmetic may cause, in units of the dtype's precision."""
+ROUNDINGS = {torch.float32: 64, torch.float16: 8}
+"""Relative difference that the exporter's arithmetic may cause, in units of the dtype's precision, by dtype."""
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -53,5 +53,5 @@ def _folded(stored: np.ndarray[Any, Any], value: Tensor, groups: int, part: str,
             factor = factor.view(groups, 1, -1).expand(-1, value.shape[0] // groups, -1).flatten(0, 1)
         expected = value.double() * factor.view(*factor.shape, *[1] * (value.dim() - factor.dim()))
         scale = expected.abs()
-    tolerance = ROUNDINGS * torch.finfo(value.dtype).eps
+    tolerance = ROUNDINGS.get(value.dtype, 1) * torch.finfo(value.dtype).eps
     return bool((np.abs(stored - expected.numpy()) <= tolerance * scale.numpy()).all())
