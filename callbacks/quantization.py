@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from qatkit.errors import QatkitError, did_you_mean
-from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS
 from qatkit.quantization.calibration import calibrate
 from qatkit.quantization.coverage import coverage
 from qatkit.quantization.folding import Fold, fold_batchnorm

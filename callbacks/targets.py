@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from qatkit.errors import under
-from qatkit.export.formats import ExportFormat
+from qatkit.export.format_row import ExportFormat
 from qatkit.schemes import Scheme
 from qatkit.tasks.table import TASKS
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from qatkit.errors import QatkitError, under
 from qatkit.export.companions import compare_companions, save_companions
-from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS
 from qatkit.export.interface import ExportContext
 from qatkit.export.outputs import Forward
 from qatkit.export.verification import Verification, check_python, judge_of, verify

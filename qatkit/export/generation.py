@@ -8,7 +8,8 @@ from threading import Thread
 from typing import Any
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS
 from qatkit.export.transformers_folder import quietly
 
 Generate = Callable[[Path, str, int, Path | None], Iterator[str]]

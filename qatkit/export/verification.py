@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import ExportFormat, format_of_path
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import format_of_path
 from qatkit.export.interface import Bound, Measured, ReadBack
 from qatkit.export.judges import Judge, MetricJudge, TaskJudge
 from qatkit.export.outputs import Forward, Output, Outputs, compare_outputs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import ExportFormat
+from qatkit.export.format_row import ExportFormat
 from qatkit.export.judges import TaskJudge
 from qatkit.quantization.prepare import qat_weights
 from qatkit.report.bench import Example

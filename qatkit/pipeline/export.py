@@ -12,7 +12,8 @@ from torch import nn
 
 from qatkit.errors import QatkitError, QatkitWarning, under
 from qatkit.export.exporting import write_export
-from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS
 from qatkit.export.interface import ExportContext
 from qatkit.quantization.selection import select
 from qatkit.quantization.targets import TARGETS

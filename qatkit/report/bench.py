@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import ExportFormat, format_of_path
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import format_of_path
 
 Example = Tensor | Mapping[str, Tensor]
 """One input batch."""

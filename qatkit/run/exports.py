@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatkit.errors import QatkitError
-from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS
 from qatkit.recipe import Recipe
 from qatkit.run.folder import Run
 

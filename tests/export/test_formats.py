@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from qatkit import QatkitError
 from qatkit.cli.main import app
 from qatkit.export.dense import export_dense
-from qatkit.export.formats import FORMATS, ExportFormat, format_of_path
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS, format_of_path
 from qatkit.export.sparse import export_sparse
 from qatkit.export.verification import verify
 from qatkit.recipe.loading import load_recipe

@@ -14,7 +14,8 @@ import torchmetrics
 from torch import Tensor, nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat
-from qatkit.export.formats import FORMATS, ExportFormat
+from qatkit.export.format_row import ExportFormat
+from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, InputError, Measured, ReadBack
 from qatkit.export.verification import verify
 
