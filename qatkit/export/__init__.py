@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from qatkit.export.compressed.format import export_compressed as export_compressed
     from qatkit.export.dense import export_dense as export_dense
     from qatkit.export.exporting import export_model as export_model
-    from qatkit.export.formats import FORMATS as FORMATS
     from qatkit.export.format_row import ExportFormat as ExportFormat
+    from qatkit.export.formats import FORMATS as FORMATS
     from qatkit.export.gguf.format import export_gguf as export_gguf
     from qatkit.export.onnx.format import export_onnx as export_onnx
     from qatkit.export.onnx.runtime import integer_kernels as integer_kernels
