@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # One table per kind of thing: plain rows that any part may read, because they load nothing.
 TABLES = {
+    "qatkit.export.format_row",
     "qatkit.export.formats",
     "qatkit.pruning.methods",
     "qatkit.distillation.divergences",
