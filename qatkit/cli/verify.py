@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,11 +15,15 @@ from qatkit.cli.inputs import open_run, writing
 from qatkit.cli.output import echo
 
 if TYPE_CHECKING:
+    from qatkit.export.explanation import Explanation
     from qatkit.export.verification import Verification
 
 
 def command(
     run: RunArgument,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also compare the files layer by layer, and name the first difference.")
+    ] = False,
     python: Python = None,
     allow: Allow = None,
     allow_write: AllowWrite = None,
@@ -36,21 +40,37 @@ def command(
 
     with writing(this, as_json):
         checked = verify_run(this, python=python)
-    present_verifications(checked, False, as_json)
+        if explain:
+            from qatkit.pipeline.explain import explain_run
+
+            explained = explain_run(this)
+    present_verifications(checked, False, as_json, explained if explain else {})
     if not all(verification.passed for verification in checked.values()):
         raise typer.Exit(VERIFICATION_FAILED)
 
 
-def present_verifications(checked: Mapping[str, Verification], quiet: bool, as_json: bool) -> None:
+def present_verifications(
+    checked: Mapping[str, Verification],
+    quiet: bool,
+    as_json: bool,
+    explained: Mapping[str, Explanation] | None = None,
+) -> None:
     """Print verifications by name.
 
     Args:
         checked: The verification of each file.
         quiet: Print nothing, unless `as_json` is set.
         as_json: Print them as JSON.
+        explained: The comparison by layer of each file, if there is one.
     """
+    explained = explained or {}
     if as_json:
-        echo(json.dumps({name: asdict(verification) for name, verification in checked.items()}))
+        fields = {name: asdict(verification) for name, verification in checked.items()}
+        for name, explanation in explained.items():
+            fields[name]["explanation"] = asdict(explanation)
+        echo(json.dumps(fields))
     elif not quiet:
         for name, verification in checked.items():
             echo(f"{name}: {verification.summary()}")
+            if name in explained:
+                echo(f"{name}: layer by layer, {explained[name].text}")

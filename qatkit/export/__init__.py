@@ -9,6 +9,8 @@ from qatkit.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from qatkit.export.compressed.format import export_compressed as export_compressed
     from qatkit.export.dense import export_dense as export_dense
+    from qatkit.export.explanation import Explanation as Explanation
+    from qatkit.export.explanation import explain as explain
     from qatkit.export.exporting import export_model as export_model
     from qatkit.export.format_row import ExportFormat as ExportFormat
     from qatkit.export.formats import FORMATS as FORMATS
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "qatkit.export.compressed.format": ["export_compressed"],
     "qatkit.export.dense": ["export_dense"],
+    "qatkit.export.explanation": ["Explanation", "explain"],
     "qatkit.export.exporting": ["export_model"],
     "qatkit.export.formats": ["FORMATS", "ExportFormat"],
     "qatkit.export.gguf.format": ["export_gguf"],

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError
-from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
+from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack, Walk
+from qatkit.export.walking import walk_modules
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import full_tensor
 from qatkit.quantization.parts import QATParts
@@ -65,6 +66,14 @@ def bound(measured: Measured) -> Bound:
     if measured.quantizes_inputs:
         return Bound("none, since the file does not quantize activations", None)
     return EXACT
+
+
+def walk(model: nn.Module, path: Path, runtime: nn.Module) -> Walk:
+    """Walk through the layers of a file; the plain model with its values computes what it should compute."""
+    plain = copy.deepcopy(model)
+    strip_qat(plain)
+    plain.load_state_dict(dense_state(model))
+    return walk_modules(plain, path, runtime)
 
 
 def is_dense(path: Path) -> bool:

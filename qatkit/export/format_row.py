@@ -75,6 +75,10 @@ class ExportFormat:
     """``(path, prompt, tokens, python)``: yield the pieces of a text that continues a prompt, each token the most
     probable one; empty if the format is not for language models. See `qatkit.export.generation`.
     """
+    walk: str = ""
+    """``(model, path, runtime)``: return a `Walk` through the layers of a file, which `read_back` loaded as `runtime`;
+    empty if the runtime cannot return the outputs of single layers. See `qatkit.export.explanation`.
+    """
     dense_bytes: str = ""
     """``(path)``: return the bytes of the same weights in dense storage, for formats that omit zeros."""
 

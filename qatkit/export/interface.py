@@ -65,6 +65,33 @@ class ReadBack:
     """Frees what `runtime` holds; always called at the end."""
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer."""
+
+    layer: str
+    """The layer's name in the model."""
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A model and its exported file, whose layers are compared one by one."""
+
+    model: nn.Module
+    """The model that computes what the file should compute."""
+    runtime: Callable[..., Any]
+    """The file loaded in its runtime, with the model's call signature. Each call fills `calls`."""
+    layers: tuple[str, ...]
+    """Names of the layers whose calls are recorded."""
+    calls: list[LayerCall]
+    """The calls of the last batch, in the order of the runtime."""
+    skipped: Mapping[str, str]
+    """Layers whose outputs cannot be read, with the reason."""
+
+
 class InputError(QatkitError):
     """A batch that a runtime does not accept. The data must change, and nothing is known about the file."""
 

@@ -54,7 +54,7 @@ def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
         failures += _tensor_differences(tensor, found.pop(tensor.name, None))
     failures += [f"'{name}': the trained model has no such tensor" for name in found]
     if architecture_of(trained).loader == "none":
-        return ReadBack(weights, failures, None if failures else _filled(trained, tensors, reader))
+        return ReadBack(weights, failures, _filled(trained, tensors, reader))
     try:
         loaded = _load(trained, path)
     except Exception as error:  # the exceptions of transformers share no base class
@@ -69,14 +69,17 @@ def compare_and_load(trained: nn.Module, path: Path) -> ReadBack:
     return ReadBack(weights, failures, loaded)
 
 
-def _filled(trained: nn.Module, tensors: list[Stored], reader: Any) -> nn.Module:
-    """The plain model with the tensors of a file, decoded by the gguf package."""
+def _filled(trained: nn.Module, tensors: list[Stored], reader: Any) -> nn.Module | None:
+    """The plain model with the tensors of a file, decoded by the gguf package; None if they are others."""
     from gguf.quants import dequantize
 
     plain = copy.deepcopy(trained)
     strip_qat(plain)
     names = {tensor.name: tensor.key for tensor in tensors}
     state = plain.state_dict()
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
+    if shapes != {name: tuple(state[key].shape) for name, key in names.items()}:
+        return None
     for tensor in reader.tensors:
         state[names[tensor.name]].copy_(torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))))
     return plain

@@ -12,6 +12,9 @@ from typing import Any
 
 from qatkit.spec import QuantSpec
 
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LAYOUT = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
+"""Operators that change the layout of a tensor, not its values."""
 _DECODING = ("Cast", "Sub", "Gather")
 _SHAPE = "qatkit.shape"
 """First part of the names of constant shapes."""

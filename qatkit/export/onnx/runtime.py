@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,14 @@ class Runtime:
 
     Args:
         session: An ONNX Runtime session.
+        added: Names of outputs that the model itself does not have.
     """
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, added: Collection[str] = ()) -> None:
         self._session = session
         self.inputs = [value.name for value in session.get_inputs()]
-        self._outputs = [value.name for value in session.get_outputs()]
+        self._all = [value.name for value in session.get_outputs()]
+        self._outputs = [name for name in self._all if name not in added]
         self._single = self._outputs == [ONLY_OUTPUT] and NAMED not in session.get_modelmeta().custom_metadata_map
 
     def __call__(self, *args: Tensor, **kwargs: Tensor | None) -> Any:
@@ -85,16 +87,27 @@ class Runtime:
         Raises:
             QatkitError: an input is missing, differs from the file in dtype or size, or is not in the file.
         """
-        tensors = named_inputs(self.inputs, args, kwargs)
+        return self.named_outputs(self.compute(named_inputs(self.inputs, args, kwargs)))
+
+    def compute(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return all outputs of the session by name.
+
+        Raises:
+            QatkitError: an input differs from the file in dtype or size.
+        """
         try:
-            computed = self._session.run(None, {name: value.detach().cpu().numpy() for name, value in tensors.items()})
+            named = {name: value.detach().cpu().numpy() for name, value in inputs.items()}
+            computed = self._session.run(None, named)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise QatkitError(
                 f"ONNX Runtime fails on these inputs: {error}",
                 advice="pass tensors with the dtypes and sizes of the example with which the model was exported",
             ) from error
-        flat = dict(zip(self._outputs, map(torch.from_numpy, computed), strict=True))
-        return flat[ONLY_OUTPUT] if self._single else nested(flat)
+        return dict(zip(self._all, map(torch.from_numpy, computed), strict=True))
+
+    def named_outputs(self, flat: Mapping[str, Tensor]) -> Any:
+        """Return the result of a call in the form of the model's own output."""
+        return flat[ONLY_OUTPUT] if self._single else nested({name: flat[name] for name in self._outputs})
 
 
 def named_inputs(
@@ -184,7 +197,11 @@ def _quantizes_input(node: Any) -> bool:
 
 
 def open_session(
-    path: Path, threads: int | None, optimized: Path | None = None, entries: dict[str, str] | None = None
+    path: Path,
+    threads: int | None,
+    optimized: Path | None = None,
+    entries: dict[str, str] | None = None,
+    content: bytes | None = None,
 ) -> Any:
     """Open an ONNX Runtime session on the CPU.
 
@@ -193,6 +210,7 @@ def open_session(
         threads: Threads per call; None uses the default of ONNX Runtime.
         optimized: Output path for the optimized graph; None does not write it.
         entries: Session config entries that differ from the defaults.
+        content: A changed copy of the file to load in its place.
 
     Raises:
         QatkitError: ONNX Runtime is not installed, the file is not ONNX, or ONNX Runtime cannot load it.
@@ -215,8 +233,9 @@ def open_session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-
+    if content is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise QatkitError(f"ONNX Runtime cannot load it: {error}", key=str(path)) from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.export.differences import differences
-from qatkit.export.onnx.constants import all_nodes, decoding_nodes
+from qatkit.export.onnx.constants import LAYOUT, PRODUCTS, all_nodes, decoding_nodes
 from qatkit.export.onnx.dynamic import integer_products
 from qatkit.export.onnx.external import side_failures
 from qatkit.export.onnx.folding import batch_norms, holds_a_fold
@@ -242,9 +242,9 @@ class OnnxFile:
         weights = {nodes[-1].output[0] for inputs, nodes in self.decoders.items() if inputs[0] == codes}
         outputs = [product.output for product in self.products.get(codes, [])]
         for node in self.proto.graph.node:  # in topological order
-            if node.op_type in _LAYOUT and weights & set(node.input):
+            if node.op_type in LAYOUT and weights & set(node.input):
                 weights.add(node.output[0])
-            elif node.op_type in _PRODUCTS and weights & set(node.input):
+            elif node.op_type in PRODUCTS and weights & set(node.input):
                 outputs.append(node.output[0])
         return outputs
 
@@ -254,7 +254,7 @@ class OnnxFile:
         for node in self.proto.graph.node:
             if output in node.output and len(node.input) > 2 and node.input[2] in self.tensors:
                 return self.tensors[node.input[2]]
-            if node.op_type in _LAYOUT and values & set(node.input):
+            if node.op_type in LAYOUT and values & set(node.input):
                 values.add(node.output[0])
             elif node.op_type == "Add" and values & set(node.input):
                 constants = [self.tensors[name] for name in node.input if name in self.tensors]
@@ -293,8 +293,3 @@ class OnnxFile:
         every = np.arange(len(self.tensors[keys[0]]))
         decoded: np.ndarray[Any, Any] = session.run(None, dict.fromkeys(rows, every))[0]
         return decoded
-
-
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_LAYOUT = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
-"""Operators that change the layout of a tensor, not its values."""
