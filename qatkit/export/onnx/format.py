@@ -19,57 +19,32 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.export.onnx.graph import name_after_layers, save, trace
 from qatkit.export.onnx.inputs import inputs_of, unknown_inputs
+from qatkit.export.onnx.limits import check
 from qatkit.export.onnx.packed import packing_of, scheme_of, to_packed
 from qatkit.export.onnx.points import name_points, to_qdq_points
 from qatkit.export.onnx.qdq import is_signed_byte, to_qdq
-from qatkit.export.onnx.qdq_layers import QDQLinear, QDQTransposedLinear, has_integer_kernel, qdq_class
-from qatkit.export.onnx.qdq_nodes import DYNAMIC
-from qatkit.export.onnx.qdq_parts import EXPLICIT, QDQMultiheadAttention, part_layers, to_explicit
+from qatkit.export.onnx.qdq_layers import has_integer_kernel
+from qatkit.export.onnx.qdq_parts import part_layers, to_explicit
 from qatkit.export.onnx.qdq_recurrent import QDQRecurrent
 from qatkit.export.onnx.runtime import Runtime, check_dtypes, load_runtime, open_session
 from qatkit.export.onnx.saturation import SaturationCheck, saturates
 from qatkit.export.onnx.weights import compare_onnx_weights
-from qatkit.quantization.layers import QATLayer, swap_of
-from qatkit.quantization.parts import QATParts
+from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import qat_layers
 from qatkit.quantization.state import layer_specs
-from qatkit.quantization.swaps import parts_class
 from qatkit.quantization.targets import TARGETS
 from qatkit.schemes import Scheme
-from qatkit.spec import QuantSpec
 from qatkit.tasks import TASKS, Task, model_inputs, task_of
-
-_INSTEAD = "use export: {format: dense}"
-
-
-def check(model: nn.Module, planned: PlannedExport, packs: bool = True) -> None:
-    """Raise an error if a model cannot be exported to ONNX for ONNX Runtime. Weights are not read.
-
-    Args:
-        model: The model.
-        planned: Its quantization.
-        packs: Whether weights may be packed (`qatkit.export.onnx.packed`).
-
-    Raises:
-        QatkitError: QDQ does not support a quantized layer, or the KV cache is quantized.
-    """
-    if planned.kv_cache:
-        raise QatkitError(
-            "ONNX export does not support KV cache quantization", advice=f"remove kv_cache, or {_INSTEAD}"
-        )
-    for name, scheme in planned.schemes.items():
-        _check_layer(name, model.get_submodule(name), scheme, packs)
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> None:
@@ -84,16 +59,21 @@ def write(model: nn.Module, path: Path, context: ExportContext) -> None:
 
 
 def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
-    """Compare the file's integers to the model's, and load the file into a default ONNX Runtime session."""
+    """Compare the file's integers to the model's, and load the file into a default ONNX Runtime session.
+
+    LSTMs with dynamic activations run with one thread, because their outputs depend on the number of threads.
+    """
     compared = compare_onnx_weights(model, path)
+    name = "ONNX Runtime with one thread" if compared.one_thread else ""
+    threads = 1 if compared.one_thread else threads
     try:
         runtime = load_runtime(path, threads)
         failures = compared.failures + unknown_inputs(model, runtime.inputs)
         if not (saturates() and compared.at_risk):
-            return ReadBack(compared.weights, failures, runtime)
+            return ReadBack(compared.weights, failures, runtime, name=name)
         exact = open_session(path, threads, entries={"session.x64quantprecision": "1"})
         checked = SaturationCheck(runtime, Runtime(exact), compared.at_risk)
-        return ReadBack(compared.weights, failures, checked, checked.failures)
+        return ReadBack(compared.weights, failures, checked, checked.failures, name=name)
     except QatkitError as error:
         return ReadBack(compared.weights, [*compared.failures, str(error)], None)
 
@@ -195,6 +175,7 @@ def write_graph(
     unsigned = target is None or not TARGETS.row(target, "target").wide_sums
     if unsigned:
         _warn_of_unsigned(plain, format)
+    _warn_of_threads(plain)
     for name, layer in qat_layers(plain):
         packing = packing_of(type(layer), layer.matrix.shape[1], schemes[name])
         if packing is None or layer in inside or not packs:
@@ -208,95 +189,12 @@ def write_graph(
     save(program, specs, path)
 
 
-def _check_layer(name: str, layer: nn.Module, scheme: Scheme, packs: bool) -> None:
-    parts = type(layer) if isinstance(layer, QATParts) else parts_class(layer)
-    kind = type(layer) if isinstance(layer, QATLayer) else swap_of(type(layer))
-    if (qdq_class(kind) if parts is None else EXPLICIT.get(parts)) is None:
-        what = f"a quantized {_plain_name(layer)}" if parts is None else f"quantized {parts.kind}"
-        raise QatkitError(
-            f"layer '{name}': ONNX export does not support {what}",
-            advice=f"exclude the layer, or {_INSTEAD}",
-        )
-    dtype = str(next(layer.parameters(recurse=False)).dtype).removeprefix("torch.")
-    if dtype != "float32":
-        raise QatkitError(
-            f"layer '{name}': the weight is {dtype}, but the ONNX graph dequantizes to float32",
-            advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
-        )
-    inputs = scheme.activation
-    packed = packs and kind is not None and packing_of(kind, _row_size(layer, kind), scheme) is not None
-    if inputs is not None and inputs.scaled_per_batch and not packed:
-        _check_dynamic(name, layer, qdq_class(kind) if parts is None else EXPLICIT[parts], inputs)
-        if scheme.weight is not None and scheme.weight.group_size is not None:
-            raise QatkitError(
-                f"layer '{name}': ONNX Runtime runs weights in groups of {scheme.weight.group_size} with dynamic "
-                "activations in floating point",
-                advice="set weight.strategy: channel, or for 4-bit weights target: onnxruntime-int4-int8",
-            )
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        _check_embedding(name, layer, scheme, packed)
-    if inputs is not None and scheme.weight is None:
-        raise QatkitError(
-            f"layer '{name}': the input is quantized but the weight is not, and ONNX Runtime would quantize the "
-            "weight to 8 bits with its own rule",
-            advice="set weight: {num_bits: 8}, or remove activation",
-        )
-    for role, spec in (("weight", scheme.weight), ("activation", inputs)):
-        if spec is not None and spec.has_minimum:
-            raise QatkitError(
-                f"layer '{name}': ONNX has zero points, but no minima as in K-quants ({_words(spec)})",
-                advice="set scheme: Q6_K or Q3_K, or use export: {format: gguf}",
-            )
-        if spec is not None and (spec.type != "int" or spec.strategy == "block"):
-            raise QatkitError(
-                f"layer '{name}': ONNX integer QDQ does not support {role} quantization with {_words(spec)}",
-                advice="set type: int with strategy tensor, channel or group, or choose another format",
-            )
-
-
 def _needs_opset_21(scheme: Scheme) -> bool:
     """Whether the weight is decoded per group, or stored in 4 bits."""
     weight = scheme.weight
     return weight is not None and (
         weight.group_size is not None or (scheme.activation is None and weight.num_bits <= 4)
     )
-
-
-def _row_size(layer: nn.Module, kind: type[QATLayer]) -> int:
-    """The number of inputs per output, or the size of an embedding's rows."""
-    return cast(Tensor, layer.weight).shape[0 if kind.transposed else 1]
-
-
-def _check_dynamic(name: str, layer: nn.Module, kind: type[nn.Module] | None, spec: QuantSpec) -> None:
-    if replace(spec, observer="minmax") != DYNAMIC:
-        raise QatkitError(
-            f"layer '{name}': ONNX Runtime does not support dynamic activation quantization with {_words(spec)}",
-            advice="set activation: {num_bits: 8, symmetric: false, strategy: tensor, dynamic: true}, or remove "
-            "dynamic and calibrate the scale, or for ONNX Runtime set activation: {num_bits: 8, strategy: "
-            "group, group_size: G}, where G is 16, 32, 64, 128 or 256 and divides the weight's group size, or "
-            "choose another format",
-        )
-    if kind not in (QDQLinear, QDQTransposedLinear, QDQMultiheadAttention):
-        raise QatkitError(
-            f"layer '{name}': ONNX Runtime runs a {_plain_name(layer)} with dynamic activations in floating point",
-            advice="set target: onnxruntime, whose activations are static, or exclude the layer",
-        )
-
-
-def _check_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag, scheme: Scheme, packed: bool) -> None:
-    weight = scheme.weight
-    if weight is not None and weight.strategy == "group" and not packed:
-        raise QatkitError(
-            f"layer '{name}': ONNX export does not support {_plain_name(layer)} with groups of {weight.group_size}",
-            advice="set strategy: channel (one scale per row), or, for nn.Embedding with format: onnx, a group_size "
-            "that is a multiple of 16, or exclude the layer",
-        )
-    if layer.max_norm is not None:
-        raise QatkitError(
-            f"layer '{name}': ONNX export does not support max_norm={layer.max_norm} of embeddings, which changes "
-            "the weight during inference",
-            advice="set max_norm=None, or exclude the layer",
-        )
 
 
 def _check_ready(name: str, layer: QATLayer) -> None:
@@ -333,10 +231,20 @@ def _warn_of_unsigned(model: nn.Module, format: str) -> None:
         )
 
 
-def _plain_name(layer: nn.Module) -> str:
-    return type(layer).__name__.removeprefix("QAT")
-
-
-def _words(spec: QuantSpec) -> str:
-    kind = "" if spec.type == "int" else f"type: {spec.type}, "
-    return f"{kind}num_bits: {spec.num_bits}, symmetric: {str(spec.symmetric).lower()}, strategy: {spec.strategy}"
+def _warn_of_threads(model: nn.Module) -> None:
+    """Say that the scales of hidden states depend on the number of threads of a session."""
+    found = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, QDQRecurrent)
+        and any(part.input_fake_quant.dynamic for _, part in qat_layers(layer) if part.input_fake_quant is not None)
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"layer '{found[0]}'{more}: with several threads, ONNX Runtime splits a batch and scales the hidden state "
+            "of each part on its own, so its outputs differ slightly from those in training; use one thread "
+            "(intra_op_num_threads = 1), or one sequence per call",
+            QatkitWarning,
+            stacklevel=4,
+        )

@@ -21,6 +21,7 @@ from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.onnx import packed
 from qatkit.export.onnx.constants import decode_when_loaded
 from qatkit.export.onnx.dynamic import dynamic_linear
+from qatkit.export.onnx.dynamic_recurrent import dynamic_lstm_translation
 from qatkit.export.onnx.external import save_model
 from qatkit.export.onnx.inputs import Axes, Inputs
 from qatkit.export.onnx.packed import PACKED
@@ -58,6 +59,7 @@ def _translations(opset: int) -> dict[Any, Callable[..., Any]]:
         ops.quantize_linear.default: quantize_linear,
         ops.dequantize_linear.default: dequantize_linear,
         ops.dynamic_linear.default: functools.partial(dynamic_linear, op),
+        ops.dynamic_lstm.default: dynamic_lstm_translation(op),
         **recurrent_translations(op),
         **packed.translations(),
     }
@@ -243,7 +245,7 @@ def _keep_tables(node: Any) -> bool | None:
     names = [value.name or "" for value in node.inputs if value is not None]
     if node.op_type in ("Split", "Concat") and any(BIAS.search(name) for name in names):
         return False
-    table = names[0] if node.op_type in ("Gather", "Cast", "Transpose") and names else ""
+    table = names[0] if node.op_type in ("Gather", "Cast", "Transpose", "Split", "Unsqueeze") and names else ""
     return False if table.endswith((".codes", ".scale", ".zero_point")) else None
 
 

@@ -9,7 +9,7 @@ the layers' names: ``{layer}.weight.codes`` (uint8, the first code in the lowest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qatkit.export.onnx.contributed import contributed
 from qatkit.quantization.arithmetic import fake_quantize, quantize
 from qatkit.quantization.estimators import computed_qparams
 from qatkit.quantization.layers import QATEmbedding, QATLayer, QATLinear, QATOutputProjection, QATTransposedLinear
@@ -279,7 +280,7 @@ def to_packed(layer: QATLayer, packing: Packing) -> None:
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return the ONNX nodes of the operators of packed layers, for `torch.onnx.export`."""
-    matmul = _contributed("MatMulNBits", ("A", "B", "scales"), ("zero_points", "g_idx", "bias"), _MATMUL_ATTRIBUTES)
+    matmul = contributed("MatMulNBits", ("A", "B", "scales"), ("zero_points", "g_idx", "bias"), _MATMUL_ATTRIBUTES)
 
     def matmul_nbits(
         x: Any, codes: Any, scale: Any, zero_point: Any, bias: Any, bits: int, block: int, inputs: int, level: int
@@ -287,7 +288,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         sizes = {"K": inputs, "N": int(codes.shape[0]), "bits": bits, "block_size": block, "accuracy_level": level}
         return matmul(x, codes, scale, zero_point, None, bias, **sizes)
 
-    gather = _contributed("GatherBlockQuantized", ("data", "indices", "scales"), ("zero_points",), _GATHER_ATTRIBUTES)
+    gather = contributed("GatherBlockQuantized", ("data", "indices", "scales"), ("zero_points",), _GATHER_ATTRIBUTES)
 
     def gather_blocks(x: Any, codes: Any, scale: Any, zero_point: Any, bits: int, block: int, inputs: int) -> Any:
         return gather(codes, x, scale, zero_point, gather_axis=0, quantize_axis=1, bits=bits, block_size=block)
@@ -298,22 +299,3 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
 _GATHER_ATTRIBUTES = ("gather_axis", "quantize_axis", "bits", "block_size")
 _MATMUL_ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
-
-
-def _contributed(name: str, inputs: Sequence[str], optional: Sequence[str], attributes: Sequence[str]) -> Any:
-    """An operator of ONNX Runtime's own domain, which `onnx` does not know."""
-    import onnxscript
-    from onnx.defs import OpSchema
-
-    kinds = OpSchema.FormalParameterOption
-    single = [OpSchema.FormalParameter(key, "T", param_option=kinds.Single) for key in inputs]
-    schema = OpSchema(
-        name,
-        "com.microsoft",
-        1,
-        inputs=[*single, *(OpSchema.FormalParameter(key, "T", param_option=kinds.Optional) for key in optional)],
-        outputs=[OpSchema.FormalParameter("Y", "T")],
-        type_constraints=[("T", [f"tensor({dtype})" for dtype in ("float", "uint8", "int64")], "")],
-        attributes=[OpSchema.Attribute(key, OpSchema.AttrType.INT, required=False) for key in attributes],
-    )
-    return onnxscript.values.Op(onnxscript.values.Opset("com.microsoft", 1), name, schema)

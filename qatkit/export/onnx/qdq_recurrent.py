@@ -3,7 +3,8 @@
 A weight-only layer becomes the ONNX operator of the cell, whose weights are dequantized when the file is loaded. If
 inputs and hidden states are quantized, the products with the input run for all steps at once, and a Scan computes the
 steps, because the hidden state is quantized before each product. LSTMs with projections also become a Scan: the ONNX
-operator has no projection.
+operator has no projection. With dynamic activations, an LSTM becomes ONNX Runtime's operator DynamicQuantizeLSTM
+(`qatkit.export.onnx.dynamic_recurrent`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
-from qatkit.export.onnx.qdq_nodes import Codes, InputQuantizer
+from qatkit.export.onnx.qdq_nodes import Codes, DynamicInputQuantizer, InputQuantizer
 from qatkit.quantization.recurrent import QATRecurrent, State, next_state
 
 Steps = tuple[Tensor, Tensor, Tensor]
@@ -40,8 +41,14 @@ class QDQRecurrent(QATRecurrent):
         input_bias, hidden_bias = (getattr(self, f"bias_{part}_{suffix}", None) for part in ("ih", "hh"))
         hidden, cell_state = (*state, None)[:2]
         projection: Any = self._modules.get(f"weight_hr_{suffix}")
-        if of_hidden.input is None and projection is None:
-            steps: Steps = torch.ops.qatkit.recurrent(
+        steps: Steps
+        if isinstance(of_hidden.input, DynamicInputQuantizer):
+            weights = (part for layer in (of_input, of_hidden) for part in _stored(layer.weight))
+            steps = torch.ops.qatkit.dynamic_lstm(
+                x, *weights, input_bias, hidden_bias, hidden, cell_state, backwards
+            )  # fmt: skip
+        elif of_hidden.input is None and projection is None:
+            steps = torch.ops.qatkit.recurrent(
                 x, _decoded(of_input), _decoded(of_hidden), input_bias, hidden_bias, hidden, cell_state, self.mode,
                 backwards,
             )  # fmt: skip
@@ -58,6 +65,10 @@ class QDQRecurrent(QATRecurrent):
 def _decoded(layer: Any) -> Tensor:
     weight: Tensor = layer.weight() if isinstance(layer.weight, Codes) else layer.weight
     return weight
+
+
+def _stored(weight: Codes) -> tuple[Tensor, Tensor, Tensor | None]:
+    return weight.codes, weight.scale, weight.zero_point
 
 
 def _grid(layer: Any) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -143,6 +154,32 @@ def _steps(
     return torch.stack(outputs), state[0].clone(), state[-1].clone()
 
 
+@torch.library.custom_op("qatkit::dynamic_lstm", mutates_args=())
+def _dynamic_lstm(
+    x: Tensor,
+    ih_codes: Tensor,
+    ih_scale: Tensor,
+    ih_zero_point: Tensor | None,
+    hh_codes: Tensor,
+    hh_scale: Tensor,
+    hh_zero_point: Tensor | None,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    hidden: Tensor,
+    cell_state: Tensor,
+    backwards: bool,
+) -> Steps:
+    from_input = torch.ops.qatkit.dynamic_linear(x, ih_codes, ih_scale, ih_zero_point)
+
+    def product(h: Tensor) -> Tensor:
+        out: Tensor = torch.ops.qatkit.dynamic_linear(h, hh_codes, hh_scale, hh_zero_point)
+        return out if bias_hh is None else out + bias_hh
+
+    return _steps(
+        from_input if bias_ih is None else from_input + bias_ih, product, hidden, cell_state, "LSTM", backwards
+    )
+
+
 @_recurrent.register_fake
 def _(x: Tensor, *args: Any) -> Steps:
     return _shapes(x, *args[4:6])
@@ -151,6 +188,11 @@ def _(x: Tensor, *args: Any) -> Steps:
 @_stepwise.register_fake
 def _(from_input: Tensor, *args: Any) -> Steps:
     return _shapes(from_input, *args[3:5])
+
+
+@_dynamic_lstm.register_fake
+def _(x: Tensor, *args: Any) -> Steps:
+    return _shapes(x, *args[8:10])
 
 
 def _shapes(x: Tensor, hidden: Tensor, cell_state: Tensor | None) -> Steps:

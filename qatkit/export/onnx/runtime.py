@@ -26,6 +26,7 @@ _INTEGER = (
     "DynamicQuantizeMatMul",
     "MatMulInteger",
     "ConvInteger",
+    "DynamicQuantizeLSTM",
 )
 _FLOAT = (
     "Conv",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qatkit.export.differences import differences
 from qatkit.export.onnx.constants import LAYOUT, PRODUCTS, all_nodes, decoding_nodes
 from qatkit.export.onnx.dynamic import integer_products
+from qatkit.export.onnx.dynamic_recurrent import recurrent_products
 from qatkit.export.onnx.external import side_failures
 from qatkit.export.onnx.folding import batch_norms, holds_a_fold
 from qatkit.export.onnx.packed_weights import check_packed, packed_readers
@@ -42,6 +43,8 @@ class Comparison:
     """Descriptions of all differences."""
     at_risk: list[str]
     """Layers for which the kernels of some processors may saturate; see `qatkit.export.onnx.saturation`."""
+    one_thread: bool = False
+    """Whether outputs depend on the number of threads; see `qatkit.export.onnx.dynamic_recurrent`."""
 
 
 @torch.no_grad()
@@ -97,7 +100,7 @@ def compare_file(model: nn.Module, file: OnnxFile) -> Comparison:
         failures += file.check_quantizer(f"result '{name}'", name, fake_quant)
     for extra in sorted(key for key in file.tensors if key.endswith("weight.codes") and key not in names):
         failures.append(f"'{extra}' is in the file, but the model has no such quantized layer")
-    return Comparison(compared, failures, layers_at_risk(integer))
+    return Comparison(compared, failures, layers_at_risk(integer), bool(file.recurrent))
 
 
 class OnnxFile:
@@ -113,6 +116,7 @@ class OnnxFile:
         self.outputs = {value.name for value in proto.graph.output}
         self.packed = packed_readers(proto)
         self.products = integer_products(proto.graph)
+        self.recurrent = recurrent_products(proto.graph)
         self.decoders = decoding_nodes(proto.graph, self.tensors)
         self.encoders = {tuple(node.input)[1:] for node in all_nodes(proto.graph) if node.op_type == "QuantizeLinear"}
 
@@ -135,7 +139,7 @@ class OnnxFile:
             free = (low == 0) & (high == 0)
             scale = torch.where(free, torch.from_numpy(stored.copy()).view(scale.shape), scale)
         failures += self._compare(f"layer '{name}': scales of the weight", keys[1], scale)
-        products = self.products.get(keys[0], [])
+        products = [*self.products.get(keys[0], []), *self.recurrent.get(keys[0], [])]
         omitted = bool(products) or isinstance(layer, QATEmbedding | QATEmbeddingBag)  # where zero points are all 0
         if keys[2] in self.tensors or bool(zero_point.any()) or not omitted:
             failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)
@@ -164,9 +168,10 @@ class OnnxFile:
     def check_dynamic(self, name: str, prefix: str) -> list[str]:
         """Whether every product with a layer's weight reads the outputs of a DynamicQuantizeLinear node.
 
-        A product with packed weights quantizes its input itself; `check_packed` compares its accuracy level.
+        A product with packed weights quantizes its input itself (`check_packed` compares its accuracy level), as does
+        a recurrent layer.
         """
-        if f"{prefix}weight.codes" in self.packed:
+        if f"{prefix}weight.codes" in self.packed or f"{prefix}weight.codes" in self.recurrent:
             return []
         dynamic = {tuple(node.output) for node in self.proto.graph.node if node.op_type == "DynamicQuantizeLinear"}
         products = self.products.get(f"{prefix}weight.codes", [])

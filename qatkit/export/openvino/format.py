@@ -22,6 +22,7 @@ from qatkit.export.formats import FORMATS
 from qatkit.export.interface import ExportContext, PlannedExport, ReadBack
 from qatkit.export.onnx import format as onnx
 from qatkit.export.onnx.inputs import unknown_inputs
+from qatkit.export.onnx.limits import check as check_onnx
 from qatkit.export.onnx.saturation import SaturationCheck, saturates
 from qatkit.export.openvino.model import read_onnx
 from qatkit.export.openvino.runtime import WITHOUT_INTEGERS, read_model, runtime_of
@@ -50,7 +51,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
                 advice="set target: openvino, whose activations are static, or exclude the layer",
             )
     try:
-        onnx.check(model, planned, packs=False)
+        check_onnx(model, planned, packs=False)
     except QatkitError as error:
         raise error.with_fields(problem=f"OpenVINO models are converted from ONNX: {error.problem}") from None
 
