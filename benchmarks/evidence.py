@@ -97,13 +97,13 @@ def _digits() -> Iterator[dict[str, Any]]:
 
 def _served() -> Iterator[dict[str, Any]]:
     dense = {}
-    for row in _rows("serve"):
-        family, runtime = _known(FAMILIES, row["model"], "serve"), row.get("runtime", "ONNX Runtime")
+    for row in _rows("serve_avx2"):
+        family, runtime = _known(FAMILIES, row["model"], "serve_avx2"), row.get("runtime", "ONNX Runtime")
         (accuracy,) = (value for key, value in row.items() if key.startswith("accuracy"))
         if row["file"] == "fp32":
             dense[row["model"], runtime] = accuracy
         format = "W8A8 dynamic" if (family, runtime) == ("encoder", "ONNX Runtime") else "W8A8"
-        method = _known(FILES[format], row["file"], "serve")
+        method = _known(FILES[format], row["file"], "serve_avx2")
         if family is None or method is None or accuracy == "not loaded":
             continue
         first = dense[row["model"], runtime]

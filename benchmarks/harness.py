@@ -53,8 +53,18 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values) * 100:.2f} ± {deviation * 100:.2f}%"
 
 
-def finish(name: str, rows: list[dict[str, Any]], claims: list[Claim], seeds: Sequence[int] = ()) -> None:
-    """Print the table and the claims, write ``results/<name>.json``, and exit with 1 if a claim does not hold."""
+def finish(
+    name: str, rows: list[dict[str, Any]], claims: list[Claim], seeds: Sequence[int] = (), script: str | None = None
+) -> None:
+    """Print the table and the claims, write ``results/<name>.json``, and exit with 1 if a claim does not hold.
+
+    Args:
+        name: The name of the results.
+        rows: The table, with the same keys in every row.
+        claims: The targets.
+        seeds: The seeds.
+        script: The name of the script, if it differs from that of the results.
+    """
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(title=name)
     for key in rows[0]:
@@ -66,6 +76,7 @@ def finish(name: str, rows: list[dict[str, Any]], claims: list[Claim], seeds: Se
         console.print(f"{'holds ' if claim.holds else 'FAILS '} {claim.text}: {claim.measured} (target {claim.target})")
     content = {
         "name": name,
+        "script": script or name,
         "rows": rows,
         "claims": [asdict(claim) for claim in claims],
         "seeds": list(seeds),

@@ -1,8 +1,10 @@
 """Serve models in ONNX Runtime and OpenVINO: qatkit's files beside fp32 and ONNX Runtime's own quantization.
 
-Run: python benchmarks/serve.py [--only FAMILY] [--quick]
-Takes about 45 minutes on two cores, which must be idle. Each family's result is stored in ``results/serve_jobs.json``
-when it is measured, and a stopped benchmark resumes there; delete the file to start again.
+Run: python benchmarks/serve.py [--prepare] [--only FAMILY] [--quick]
+Training takes about an hour of two cores, which may be busy with other work: ``--prepare`` does that alone, and keeps
+the files in ``build/serve``. The measurements take about 20 minutes on two cores, which must be idle. A stopped
+benchmark resumes after the last family. Results are those of one kind of processor: ``results/serve_avx2.json``,
+``serve_vnni.json``.
 
 Each family is trained on scikit-learn's digits; MiniLM is the real all-MiniLM-L6-v2, compared with itself on passages
 of documentation. Then four files are served: fp32; `quantize_static` (QDQ, per channel, calibrated on training data)
@@ -16,19 +18,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
+import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Claim, finish, machine
+from harness import Claim, finish, machine
 from journal import Journal, digest
 from serve_files import RUNTIMES
 from serve_measure import measure
 from serve_models import FAMILIES
+from serve_prepared import prepare
 
-JOURNAL = RESULTS / "serve_jobs.json"
+BUILD = Path(__file__).parent.parent / "build" / "serve"
 
 
 def claims_of(figures: dict[str, dict[str, Any]]) -> list[Claim]:
@@ -82,26 +87,58 @@ def _speed_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
     ]
 
 
+def source() -> dict[str, Any]:
+    """What the files of all families depend on."""
+    scripts = sorted(Path(__file__).parent.glob("serve_*.py"))
+    versions = {package: version(package) for package in ("onnxruntime", "openvino", "torch")}
+    return {"versions": versions, "scripts": digest(*scripts)}
+
+
+def kind() -> str:
+    """The name of the results of this kind of processor."""
+    found = machine()
+    flags = found.get("flags", [])
+    wide = any("vnni" in flag or "int8" in flag for flag in flags)
+    return "serve_" + ("vnni" if wide else "avx2" if "avx2" in flags else found["architecture"])
+
+
+def prepared(names: list[str]) -> Path:
+    """The folder with the files of all families, of which those that are missing are trained."""
+    folder = BUILD / source()["scripts"]
+    for name in names:
+        began = time.perf_counter()
+        prepare(name, folder / name, False)
+        print(f"{name}: prepared in {time.perf_counter() - began:.0f} s", flush=True)
+    return folder
+
+
 def measured(only: str | None) -> dict[str, Any]:
     """The results of the families, of which those without a stored result are measured.
 
     Raises:
-        SystemExit: the stored results are of another machine, of other versions, or of other scripts.
+        SystemExit: the stored results are of another machine or of other versions.
     """
-    scripts = sorted(Path(__file__).parent.glob("serve_*.py"))
-    versions = {package: version(package) for package in ("onnxruntime", "openvino", "torch")}
-    journal = Journal(JOURNAL, {"machine": machine(), "versions": versions, "scripts": digest(*scripts)})
+    folder = prepared(list(FAMILIES) if only is None else [only])
+    journal = Journal(folder / f"{kind()}.json", {"machine": machine(), **source()})
     for name in FAMILIES:
         if name == only or (only is None and name not in journal.results):
-            journal.store(name, measure(name, False))
+            journal.store(name, measure(name, folder / name, False))
     return journal.results
 
 
+def quickly(only: str | None) -> dict[str, Any]:
+    """The results after few steps and rounds."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in FAMILIES:
+            if only in (None, name):
+                prepare(name, Path(temporary) / name, True)
+                found[name] = measure(name, Path(temporary) / name, True)
+    return found
+
+
 def main(only: str | None, quick: bool) -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    found = {name: measure(name, True) for name in FAMILIES if only in (None, name)} if quick else measured(only)
+    found = quickly(only) if quick else measured(only)
     claims = claims_of({name: found[name][1] for name in FAMILIES if name in found})
     rows = [row for name in FAMILIES if name in found for row in found[name][0]]
     if quick or len(found) < len(FAMILIES):
@@ -110,12 +147,19 @@ def main(only: str | None, quick: bool) -> None:
         for claim in claims:
             print(f"{'holds ' if claim.holds else 'FAILS '} {claim.text}: {claim.measured} (target {claim.target})")
         return
-    finish("serve", rows, claims, [0])
+    finish(kind(), rows, claims, [0], "serve")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prepare", action="store_true", help="train and write the files, and measure nothing")
     parser.add_argument("--only", choices=FAMILIES, help="measure one family again and keep the other results")
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, nothing written")
     arguments = parser.parse_args()
-    main(arguments.only, arguments.quick)
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    if arguments.prepare:
+        prepared(list(FAMILIES) if arguments.only is None else [arguments.only])
+    else:
+        main(arguments.only, arguments.quick)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from qatkit.callbacks import KnowledgeDistillation, QuantizationAwareTraining
@@ -102,19 +101,15 @@ def classifier(family: Family, quick: bool) -> Network:
         train(model, family, 10 if quick else family.steps, family.tuning_lr, [quantization, distill])
         return model
 
-    def score(logits: Tensor) -> np.ndarray[Any, Any]:
-        return (logits.argmax(1) == labels).double().numpy()
-
     example = {"input_ids": inputs[:2]} if family.embeddings else inputs[:2]
-    return Network(dense, example, held_out, inputs[:256].split(64), tune, score)
+    return Network(dense, example, held_out, inputs[:256].split(64), tune, labels)
 
 
 def quantization(family: Family, runtime: str) -> QuantizationAwareTraining:
     """How qatkit quantizes a family for a runtime."""
-    target = family.target if family.target is None or runtime == "ONNX Runtime" else "openvino"
-    # quantize_dynamic, too, has one scale for each weight of an LSTM
-    alone = QuantSpec(8, strategy="tensor", observer="lsq")
-    options: dict[str, Any] = {"weight": alone if target is None else QuantSpec(7, observer="lsq"), "target": target}
+    target = family.target if runtime == "ONNX Runtime" else family.openvino
+    weight = QuantSpec(8 if target is None else 7, strategy=family.strategy, observer="lsq")
+    options: dict[str, Any] = {"weight": weight, "target": target}
     if family.embeddings is not None:
         options |= {"include": ["*", family.embeddings], "layers": {family.embeddings: Scheme(QuantSpec(8))}}
     return QuantizationAwareTraining(exclude=family.exclude, **options)
@@ -130,8 +125,7 @@ def write(name: str, folder: Path, quick: bool) -> Written:
         quantize_free(f"quantize_{kind}", free["fp32"], network.calibration, free[kind])
     paths, trained = {}, {}
     for runtime, (export, file) in EXPORTS.items():
-        model = trained.get(RUNTIMES[0]) if family.target is None else None  # weight-only: the same for all runtimes
-        trained[runtime] = network.tune(quantization(family, runtime)) if model is None else model
+        trained[runtime] = network.tune(quantization(family, runtime))
         paths[runtime] = {**free, "qatkit": folder / file}
         export(trained[runtime], network.example, folder / file)
     return Written(network, paths, trained)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections import Counter
@@ -15,11 +14,11 @@ import onnx
 import onnxruntime
 import openvino
 import torch
-from serve_files import FILES, RUNTIMES, Written, write
-from serve_network import call, parts, taken
-from torch import Tensor, nn
+from serve_files import FILES, RUNTIMES
+from serve_network import parts, samples, scores, taken
+from serve_prepared import Prepared, load
+from torch import Tensor
 
-from qatkit.quantization import strip_qat
 from qatkit.report.bench import Example, in_random_order
 from qatkit.report.serving import speedup
 
@@ -30,6 +29,7 @@ FLOAT = {
     "FusedGemm",
     "MatMul",
     "FusedMatMul",
+    "LSTM",
     "Add",
     "Concat",
     "GlobalAveragePool",
@@ -46,6 +46,7 @@ INTEGER = {
     "MatMulIntegerToFloat",
     "DynamicQuantizeMatMul",
     "MatMulInteger",
+    "DynamicQuantizeLSTM",
     "QLinearGlobalAveragePool",
 }
 BATCHES = (1, 64)
@@ -140,16 +141,6 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.exists())
 
 
-@torch.no_grad()
-def references(model: nn.Module, example: Example) -> tuple[Tensor, float]:
-    """The outputs of a quantized model in float64, and its mean quantization error."""
-    floating, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    strip_qat(floating)
-    errors = [(call(model, part) - call(floating, part)).abs().mean() for part in parts(example)]
-    doubles = parts(example.double()) if isinstance(example, Tensor) and example.is_floating_point() else parts(example)
-    return torch.cat([call(exact, part) for part in doubles]), float(torch.stack(errors).mean())
-
-
 def loaded(path: Path, threads: int, runtime: str) -> Call | None:
     """A file in a runtime; None if the runtime does not know its operators."""
     try:
@@ -159,52 +150,51 @@ def loaded(path: Path, threads: int, runtime: str) -> Call | None:
         return None
 
 
-def measure(name: str, quick: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of a family, and the figures that the claims read."""
+def measure(name: str, folder: Path, quick: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a family whose files are in a folder, and the figures that the claims read."""
+    began, prepared = time.perf_counter(), load(folder)
+    files = {kind: folder / file for kind, file in prepared.paths[RUNTIMES[0]].items()}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        began = time.perf_counter()
-        written = write(name, folder, quick)
-        print(f"{name}: trained and written in {time.perf_counter() - began:.0f} s", flush=True)
-        files = written.paths[RUNTIMES[0]]
-        chosen = {kind: kernels(path, folder) for kind, path in files.items()}
-        sizes = {kind: size(path) for kind, path in files.items()}
-        rows, figures = [], {}
-        for runtime in RUNTIMES:
-            added, figures[runtime] = _in_runtime(name, runtime, written, quick)
-            for row in added:
-                row["integer kernels"] = chosen[row["file"]][1] if runtime == RUNTIMES[0] else "-"
-            rows += added
-        print(f"{name}: measured after {time.perf_counter() - began:.0f} s", flush=True)
+        chosen = {kind: kernels(path, Path(temporary)) for kind, path in files.items()}
+    sizes = {kind: size(path) for kind, path in files.items()}
+    rows, figures = [], {}
+    for runtime in RUNTIMES:
+        added, figures[runtime] = _in_runtime(name, runtime, prepared, folder, quick)
+        for row in added:
+            row["integer kernels"] = chosen[row["file"]][1] if runtime == RUNTIMES[0] else "-"
+        rows += added
+    print(f"{name}: measured in {time.perf_counter() - began:.0f} s", flush=True)
     figures["size"] = sizes["qatkit"] / min(sizes["static"], sizes["dynamic"])
     figures["float kernels"] = {kind: count for kind, count in chosen["qatkit"][0].items() if kind in FLOAT}
     return rows, figures
 
 
-def _in_runtime(name: str, runtime: str, written: Written, quick: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    network, paths = written.network, written.paths[runtime]
+def _in_runtime(
+    name: str, runtime: str, prepared: Prepared, folder: Path, quick: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    paths = {kind: folder / file for kind, file in prepared.paths[runtime].items()}
+    count = samples(prepared.held_out)
     timed: dict[str, dict[str, Any]] = {}
     for threads in (1, 2):
         opened = {kind: loaded(path, threads, runtime) for kind, path in paths.items()}
         calls = {kind: call for kind, call in opened.items() if call is not None}
         for batch in BATCHES:
             key = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
-            timed[key] = seconds(calls, taken(network.held_out, torch.arange(batch) % network.samples), quick)
-    found = {kind: outputs(call, network.held_out) for kind, call in calls.items()}
-    scores = {kind: network.score(values) for kind, values in found.items()}
+            timed[key] = seconds(calls, taken(prepared.held_out, torch.arange(batch) % count), quick)
+    found = {kind: outputs(call, prepared.held_out) for kind, call in calls.items()}
+    scored = {kind: scores(values, prepared.truth) for kind, values in found.items()}
     rows = []
     for kind in FILES:
         row: dict[str, Any] = {
             "model": name, "runtime": runtime, "file": kind,
-            "accuracy or cosine": f"{100 * scores[kind].mean():.2f} %" if kind in scores else "not loaded",
+            "accuracy or cosine": f"{100 * scored[kind].mean():.2f} %" if kind in scored else "not loaded",
             "kB": round(size(paths[kind]) / 1000, 1), "integer kernels": "-",
         }  # fmt: skip
         for key, times in timed.items():
             row[f"x fp32, {key}"] = f"{ratio(times['fp32'], times[kind])[0]:.2f}" if kind in times else "-"
         rows.append(row)
-    exact, error = references(written.trained[runtime], network.held_out)
-    deviation = float((found["qatkit"] - exact).abs().mean()) / error
-    return rows, _figures(timed, scores) | {"deviation": deviation}
+    deviation = float((found["qatkit"] - prepared.exact[runtime]).abs().mean()) / prepared.error[runtime]
+    return rows, _figures(timed, scored) | {"deviation": deviation}
 
 
 def _figures(timed: dict[str, dict[str, Any]], scores: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +140,12 @@ class Family:
 
     build: Callable[[], nn.Module] | None
     """None if the network is trained elsewhere."""
-    target: str | None = "onnxruntime"
-    """The target for ONNX Runtime, to which "openvino" corresponds; None is weight-only, with 8 bits, in both."""
+    target: str = "onnxruntime"
+    """The target for ONNX Runtime."""
+    openvino: str | None = "openvino"
+    """The target for OpenVINO; None is weight-only, with 8 bits."""
+    strategy: Literal["channel", "tensor"] = "channel"
+    """Whether each output of a weight has its own scale."""
     dense_steps: int = 200
     steps: int = 100
     lr: float = 3e-3
@@ -173,5 +178,9 @@ FAMILIES: dict[str, Family] = {
         None, "onnxruntime-dynamic", steps=80, tuning_lr=1e-5, batch=8, exclude=("*pooler.*",),
         embeddings="*_embeddings", integer=False, deviation=0.5, metric="mean cosine",
     ),
-    "LSTM": Family(RowReader, target=None, dense_steps=400, tuning_lr=3e-4, integer=False, deviation=0.5),
+    # quantize_dynamic, too, has one scale for each weight of an LSTM; OpenVINO has no integer kernel for recurrence
+    "LSTM": Family(
+        RowReader, "onnxruntime-dynamic", openvino=None, strategy="tensor", dense_steps=400, tuning_lr=3e-4,
+        integer=False, deviation=0.5,
+    ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qatkit.report.bench import Example
 
@@ -28,13 +29,20 @@ class Network:
     """The batches for `quantize_static`."""
     tune: Callable[[Callback], nn.Module]
     """Trains a copy with a `QuantizationAwareTraining` callback."""
-    score: Callable[[Tensor], np.ndarray[Any, Any]]
-    """The metric of each test sample, ``[samples]``, from the outputs of a file."""
+    truth: Tensor
+    """What outputs are scored against: labels ``[samples]``, or embeddings ``[samples, width]``."""
 
-    @property
-    def samples(self) -> int:
-        """The number of test samples."""
-        return len(self.held_out if isinstance(self.held_out, Tensor) else next(iter(self.held_out.values())))
+
+def scores(outputs: Tensor, truth: Tensor) -> np.ndarray[Any, Any]:
+    """The metric of each test sample, ``[samples]``: whether the class is right, or the cosine to the embedding."""
+    if truth.is_floating_point():
+        return F.cosine_similarity(outputs.double(), truth.double(), dim=-1).numpy()
+    return (outputs.argmax(1) == truth).double().numpy()
+
+
+def samples(example: Example) -> int:
+    """The number of samples of a batch."""
+    return len(example if isinstance(example, Tensor) else next(iter(example.values())))
 
 
 def taken(example: Example, index: Tensor) -> Example:
@@ -44,8 +52,7 @@ def taken(example: Example, index: Tensor) -> Example:
 
 def parts(example: Example, size: int = 64) -> Iterator[Example]:
     """A batch in parts of a size."""
-    count = len(example if isinstance(example, Tensor) else next(iter(example.values())))
-    for indices in torch.arange(count).split(size):
+    for indices in torch.arange(samples(example)).split(size):
         yield taken(example, indices)
 
 

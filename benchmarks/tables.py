@@ -31,7 +31,8 @@ def table(name: str) -> str:
     seeds = f", seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else ""
     machine = content["machine"]
     processor = f" ({machine['processor']}: {', '.join(machine['flags'])})" if "processor" in machine else ""
-    made = f"`python benchmarks/{name}.py`: {machine['cpus']} CPU cores{processor}{seeds}; {versions}."
+    script = content.get("script", name)
+    made = f"`python benchmarks/{script}.py`: {machine['cpus']} CPU cores{processor}{seeds}; {versions}."
     return "\n".join([*lines, "", made, ""])
 
 

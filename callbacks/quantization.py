@@ -35,7 +35,7 @@ from qatkit.quantization.ptq.methods import METHODS
 from qatkit.quantization.ptq.runner import apply_ptq
 from qatkit.quantization.selection import check_arguments, select
 from qatkit.quantization.state import layer_specs
-from qatkit.quantization.targets import TARGETS, Target, check_placed, warn_of_slow_functions
+from qatkit.quantization.targets import TARGETS, Target, check_placed, warn_of_slow_layers
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -148,7 +148,7 @@ class QuantizationAwareTraining(Callback):
         if self.target is not None:
             check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
         if self.places is not None:
-            warn_of_slow_functions(pl_module, self.places.name)
+            warn_of_slow_layers(pl_module, self.places.name, schemes)
         if self.places is not None and self.activation is not None:
             forward, float_outputs = self.calibration_forward, self.places.float_outputs
             self.folds, self.placement = module_placement(

@@ -9,11 +9,9 @@ from typing import Any
 from torch import nn
 
 from qatkit.errors import QatkitError
-from qatkit.quantization.modules import FakeQuantize
-from qatkit.quantization.prepare import fake_quantizers, qat_weights
+from qatkit.quantization.prepare import fake_quantizers, schemes_of
 from qatkit.quantization.targets import Target
 from qatkit.schemes import Scheme
-from qatkit.spec import QuantSpec
 from qatkit.tasks.table import Task
 
 
@@ -31,18 +29,8 @@ class PlannedExport:
     @classmethod
     def of(cls, model: nn.Module, task: Task | None = None) -> PlannedExport:
         """Return the quantization of a model prepared by `prepare_qat`; empty for a plain model."""
-        schemes = {
-            weight.name.removesuffix(f".{weight.part}"): Scheme(
-                _spec(weight.weight_fake_quant), _spec(weight.input_fake_quant)
-            )
-            for weight in qat_weights(model)
-        }
         kv_cache = any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model))
-        return cls(schemes, kv_cache, task)
-
-
-def _spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
-    return None if fake_quant is None else fake_quant.spec
+        return cls(schemes_of(model), kv_cache, task)
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,20 @@ def qat_weights(model: nn.Module) -> list[QATWeight]:
     return weights
 
 
+def schemes_of(model: nn.Module) -> dict[str, Scheme]:
+    """Return the quantization of each layer of a prepared model, by name; empty for a plain model."""
+
+    def spec(fake_quant: FakeQuantize | None) -> QuantSpec | None:
+        return None if fake_quant is None else fake_quant.spec
+
+    return {
+        weight.name.removesuffix(f".{weight.part}"): Scheme(
+            spec(weight.weight_fake_quant), spec(weight.input_fake_quant)
+        )
+        for weight in qat_weights(model)
+    }
+
+
 def quantized_weights(model: nn.Module) -> list[tuple[str, Tensor, FakeQuantize]]:
     """Return every fake-quantized weight ``[out, in, ...]`` with its name and quantizer.
 

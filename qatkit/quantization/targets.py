@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qatkit.common.tables import Table
 from qatkit.errors import QatkitError, QatkitWarning
+from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class Target:
     """Classes of activation functions that make an integer convolutional network slower than in float32: they run in
     floating point, between a dequantization and a quantization.
     """
+    slow_recurrence: bool = False
+    """Whether the steps of recurrent layers with a quantized hidden state run as a loop of single operations."""
     float_outputs: bool = False
     """Whether integer convolutions may return floating-point values. Activation functions and a residual addition are
     then computed on these values, before they are rounded.
@@ -54,15 +58,15 @@ TARGETS = Table(
         Target(
             "onnxruntime",
             "ONNX Runtime on any CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
-            ("onnx",), _WEIGHT7, _INPUT, slow_functions=("Hardswish",),
+            ("onnx",), _WEIGHT7, _INPUT, slow_functions=("Hardswish",), slow_recurrence=True,
         ),
         Target(
             "onnxruntime-vnni", "ONNX Runtime on x86 with VNNI: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT,
-            wide_sums=True,
+            wide_sums=True, slow_recurrence=True,
         ),
         Target(
             "onnxruntime-dynamic",
-            "ONNX Runtime on any CPU, for transformers: one activation scale per batch and layer, as in "
+            "ONNX Runtime on any CPU, for transformers and LSTMs: one activation scale per batch and layer, as in "
             "quantize_dynamic",
             ("onnx",), _WEIGHT7, _BATCH,
         ),
@@ -76,7 +80,8 @@ TARGETS = Table(
             ("onnx", "onnx_genai"), _INT4, _GROUPS,
         ),
         Target(
-            "onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT, wide_sums=True,
+            "onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT,
+            wide_sums=True, slow_recurrence=True,
         ),
         Target(
             "openvino",
@@ -91,13 +96,29 @@ TARGETS = Table(
 )  # fmt: skip
 
 
-def warn_of_slow_functions(model: nn.Module, target: str) -> None:
-    """Warn of activation functions that make a network slower on a target than in float32.
+def warn_of_slow_layers(model: nn.Module, target: str, schemes: Mapping[str, Scheme]) -> None:
+    """Warn of activation functions and recurrent layers that make a network slower on a target than in float32.
 
     Args:
         model: The model; it may be on the meta device.
         target: The target's name.
+        schemes: The quantization of each layer, by name.
     """
+    recurrent = [
+        name
+        for name, scheme in schemes.items()
+        if scheme.activation is not None and not scheme.activation.scaled_per_batch
+        if any(base.__name__ == "RNNBase" for base in type(model.get_submodule(name)).__mro__)
+    ]
+    if recurrent and TARGETS[target].slow_recurrence:
+        others = f" and {len(recurrent) - 1} more" if len(recurrent) > 1 else ""
+        warnings.warn(
+            f"layer '{recurrent[0]}'{others}: with target '{target}', the steps of a recurrent layer run as a loop of "
+            "single operations, which at small batches is slower than in float32; use target: onnxruntime-dynamic for "
+            "an LSTM, exclude the layer, or quantize its weights only (layers.NAME: {weight: {num_bits: 8}})",
+            QatkitWarning,
+            stacklevel=1,
+        )
     slow = TARGETS[target].slow_functions
     found = [name for name, module in model.named_modules() if type(module).__name__ in slow]
     if found:

@@ -8,9 +8,9 @@ from torch import nn
 
 from qatkit.errors import under
 from qatkit.quantization.coverage import Coverage, coverage
-from qatkit.quantization.prepare import prepare_qat, strip_qat
+from qatkit.quantization.prepare import prepare_qat, schemes_of, strip_qat
 from qatkit.quantization.ptq.runner import check_method
-from qatkit.quantization.targets import warn_of_slow_functions
+from qatkit.quantization.targets import warn_of_slow_layers
 from qatkit.recipe import QuantizeConfig
 from qatkit.stages.layer_names import inside, inside_keys
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def check(config: QuantizeConfig, model: nn.Module) -> Coverage:
     """Check the block against a model, and return the layers to quantize."""
-    if config.target is not None:
-        warn_of_slow_functions(model, config.target)
     prepare_qat(model, **config.arguments)
     try:
+        if config.target is not None:
+            warn_of_slow_layers(model, config.target, schemes_of(model))
         if config.init is not None:
             with under("init"):
                 check_method(model, config.init)

@@ -24,7 +24,7 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     (tmp_path / RESULTS).mkdir(parents=True)
-    for name in ("qat_recovery", "distill_recipes", "digits", "serve"):
+    for name in ("qat_recovery", "distill_recipes", "digits", "serve_avx2"):
         shutil.copy(ROOT / RESULTS / f"{name}.json", tmp_path / RESULTS)
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
@@ -53,7 +53,7 @@ def test_results_of_another_tool_are_not_those_of_ptq(evidence: ModuleType) -> N
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("qat_recovery", "method"), ("distill_recipes", "recipe"), ("digits", "method"), ("serve", "model")],
+    [("qat_recovery", "method"), ("distill_recipes", "recipe"), ("digits", "method"), ("serve_avx2", "model")],
 )
 def test_a_row_about_which_nobody_has_decided_is_an_error(name: str, key: str, evidence: ModuleType) -> None:
     path = evidence.ROOT / RESULTS / f"{name}.json"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from qatkit.export.differences import differences
 from qatkit.export.onnx.constants import LAYOUT, PRODUCTS, all_nodes, decoding_nodes
-from qatkit.export.onnx.dynamic import integer_products
-from qatkit.export.onnx.dynamic_recurrent import recurrent_products
+from qatkit.export.onnx.dynamic import IntegerProduct, integer_products
+from qatkit.export.onnx.dynamic_recurrent import RecurrentProduct, recurrent_products
 from qatkit.export.onnx.external import side_failures
 from qatkit.export.onnx.folding import batch_norms, holds_a_fold
 from qatkit.export.onnx.packed_weights import check_packed, packed_readers
@@ -139,7 +139,10 @@ class OnnxFile:
             free = (low == 0) & (high == 0)
             scale = torch.where(free, torch.from_numpy(stored.copy()).view(scale.shape), scale)
         failures += self._compare(f"layer '{name}': scales of the weight", keys[1], scale)
-        products = [*self.products.get(keys[0], []), *self.recurrent.get(keys[0], [])]
+        products: list[IntegerProduct | RecurrentProduct] = [
+            *self.products.get(keys[0], []),
+            *self.recurrent.get(keys[0], []),
+        ]
         omitted = bool(products) or isinstance(layer, QATEmbedding | QATEmbeddingBag)  # where zero points are all 0
         if keys[2] in self.tensors or bool(zero_point.any()) or not omitted:
             failures += self._compare(f"layer '{name}': zero points of the weight", keys[2], zero_point)

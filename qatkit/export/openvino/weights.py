@@ -45,7 +45,7 @@ class OpenVINOFile(OnnxFile):
         nodes = list(read.get_ordered_ops())
         self.tensors = {node.get_friendly_name(): _values(node) for node in nodes if _kind(node) == "Constant"}
         self.packed = {}
-        self.products = {}
+        self.products, self.recurrent = {}, {}
         self.decoders: dict[tuple[str, ...], list[Any]] = {}
         self.quantizers: dict[tuple[str, ...], list[Any]] = {}
         for node in nodes:

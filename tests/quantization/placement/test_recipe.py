@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatkit.export.onnx.runtime import integer_kernels
 from qatkit.export.onnx.saturation import saturates
@@ -32,6 +32,18 @@ stages:
     quantize: {target: onnxruntime}
 export: {format: onnx}
 """
+
+
+class Reader(nn.Module):
+    """A recurrent network that reads images ``[batch, 1, 8, 8]`` row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.rnn(x[:, 0])[0][:, -1])
+        return logits
 
 
 def hardswish() -> nn.Module:
@@ -100,3 +112,18 @@ def test_an_activation_function_that_costs_the_speed_is_named_by_validate(tmp_pa
     assert "'1' and 1 more: Hardswish runs in floating point between integer layers" in done.err
     (tmp_path / "placed.yaml").write_text(text.replace("target: onnxruntime", "target: onnxruntime-vnni"))
     assert "Hardswish" not in qatkit("validate", "placed.yaml", "--allow", "tests", cwd=tmp_path).err
+
+
+@pytest.mark.filterwarnings("default:.*recurrent layer run as a loop:qatkit.errors.QatkitWarning")
+def test_a_recurrent_layer_that_would_run_as_a_loop_is_named_by_validate(tmp_path: Path) -> None:
+    text = RECIPE.replace("qatkit.models:resnet", f"{__name__}:Reader").replace("{channels: [4, 8]}", "{}")
+    recipe = tmp_path / "placed.yaml"
+    recipe.write_text(text)
+    done = qatkit("validate", "placed.yaml", "--allow", "tests", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "layer 'rnn': with target 'onnxruntime', the steps of a recurrent layer run as a loop" in done.err
+    for other in ("target: onnxruntime-dynamic", 'target: onnxruntime, layers: {"rnn": {weight: {num_bits: 8}}}'):
+        recipe.write_text(text.replace("target: onnxruntime", other))
+        done = qatkit("validate", "placed.yaml", "--allow", "tests", cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert "loop" not in done.err
