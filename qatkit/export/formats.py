@@ -13,6 +13,9 @@ from qatkit.common.tables import Table
 from qatkit.errors import QatkitError
 from qatkit.export.format_row import ExportFormat
 
+# gptqmodel imports requests, but does not declare it
+GPTQMODEL = ("torch==2.13.0", "transformers==5.23.0", "gptqmodel==7.6.0", "optimum==2.3.0", "requests>=2.32")
+
 FORMATS = Table(
     "export format",
     [
@@ -163,6 +166,34 @@ FORMATS = Table(
             own_files=("config",),
             environment=("mlx==0.32.4", "mlx-cpu==0.32.4; sys_platform == 'linux'", "mlx-lm==0.32.2"),
             generate="qatkit.export.mlx.generation:in_mlx",
+        ),
+        ExportFormat(
+            name="gptq",
+            description="a folder in GPTQ's layout, with the trained codes, for vLLM, SGLang and transformers",
+            file_name="",
+            check="qatkit.export.gptq.format:check_gptq",
+            write="qatkit.export.gptq.format:write_gptq",
+            read_back="qatkit.export.gptq.format:read_back_gptq",
+            bound="qatkit.export.gptq.format:bound_gptq",
+            runtime="gptqmodel",
+            recognizes="qatkit.export.gptq.format:is_gptq_folder",
+            companions=("tokenizer",),
+            environment=GPTQMODEL,
+            generate="qatkit.export.gptq.runtime:generate",
+        ),
+        ExportFormat(
+            name="awq",
+            description="a folder in AWQ's layout, with the trained 4-bit codes, for the same servers as gptq",
+            file_name="",
+            check="qatkit.export.gptq.format:check_awq",
+            write="qatkit.export.gptq.format:write_awq",
+            read_back="qatkit.export.gptq.format:read_back_awq",
+            bound="qatkit.export.gptq.format:bound_awq",
+            runtime="gptqmodel",
+            recognizes="qatkit.export.gptq.format:is_awq_folder",
+            companions=("tokenizer",),
+            environment=GPTQMODEL,
+            generate="qatkit.export.gptq.runtime:generate",
         ),
     ],
 )

@@ -109,6 +109,20 @@ from mlx_lm import generate, load
 model, tokenizer = load(".")
 print(generate(model, tokenizer, prompt="Once upon a time"))""",
         ),
+        Usage(
+            "gptq",
+            "transformers",
+            note="transformers needs gptqmodel and optimum to load this folder. The kernels that gptqmodel selects by "
+            "default compute in half precision, so outputs differ slightly from those of training.",
+            transformers=True,
+        ),
+        Usage(
+            "awq",
+            "transformers",
+            note="transformers needs gptqmodel to load this folder. gptqmodel computes in half precision, so outputs "
+            "differ slightly from those of training.",
+            transformers=True,
+        ),
     ],
 )
 """Loading instructions by the name of the export format."""

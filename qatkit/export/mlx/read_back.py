@@ -17,7 +17,8 @@ from qatkit.export.dense import dense_state
 from qatkit.export.interface import ReadBack
 from qatkit.export.mlx.content import config_of, quantized_layers, stored_arrays, weight_spec
 from qatkit.export.mlx.packing import mode_of
-from qatkit.export.mlx.runtime import MLXError, MLXModel
+from qatkit.export.mlx.runtime import MLXModel
+from qatkit.export.separate import SeparateError
 from qatkit.quantization.elements import FLOAT_FORMATS
 from qatkit.quantization.prepare import quantized_weights, strip_qat
 
@@ -65,7 +66,7 @@ def compare_and_load(trained: nn.Module, folder: Path, python: Path | None) -> R
     try:
         name = f"MLX {model.versions['mlx']} (mlx-lm {model.versions['mlx-lm']})"
         found = model.load(folder)
-    except MLXError as error:
+    except SeparateError as error:
         model.close()
         return ReadBack(weights, [*failures, f"mlx-lm cannot load {folder.name}: {error}"], None, name=name)
     except BaseException:
