@@ -16,7 +16,9 @@ from qatkit.errors import QatkitError
 
 
 def command(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="An export format whose runtime needs one: mlx, gptq or awq.")],
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="An export format whose runtime needs one: mlx, gptq or awq.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The environment to create.")],
 ) -> None:
     """Create a Python environment with a runtime that conflicts with qatkit's packages.

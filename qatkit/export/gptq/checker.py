@@ -64,8 +64,10 @@ def load(folder: str) -> Any:
     """Load a model with the kernels of gptqmodel that are written in torch, which do not round to bfloat16."""
     torch, transformers = import_module("torch"), import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    awq = config.quantization_config["quant_method"] == "awq"
-    config.quantization_config["backend"] = "torch_awq" if awq else "gptq_torch"
+    quantization = getattr(config, "quantization_config", {})  # of a stage in which nothing is quantized
+    awq = quantization.get("quant_method") == "awq"
+    if quantization:
+        quantization["backend"] = "torch_awq" if awq else "gptq_torch"
     options = {"config": config, "dtype": torch.float32, "local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     if not awq:  # whose layers multiply only in half precision; those of GPTQ multiply in the dtype of the input
@@ -79,7 +81,7 @@ def load(folder: str) -> Any:
 def biases(folder: str) -> dict[str, Any]:
     """Return all biases as the files hold them; gptqmodel rounds those of quantized layers to float16."""
     safe_open = import_module("safetensors").safe_open
-    found = {}
+    found: dict[str, Any] = {}
     for file in Path(folder).glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             found |= {key: tensors.get_tensor(key) for key in tensors.keys() if key.endswith(".bias")}  # noqa: SIM118

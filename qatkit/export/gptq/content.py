@@ -50,8 +50,10 @@ def packed_arrays(layer: QATLayer, layout: Layout) -> dict[str, Tensor]:
 
 
 def quantization_config(model: nn.Module, layout: Layout) -> dict[str, Any]:
-    """Return the ``quantization_config`` of ``config.json`` for a model prepared by `prepare_qat`."""
+    """Return the ``quantization_config`` of ``config.json``; empty if no layer is quantized."""
     schemes = PlannedExport.of(model).schemes
+    if not schemes:
+        return {}
     spec = cast(QuantSpec, next(iter(schemes.values())).weight)
     config = layout.config(spec, quantized_places(model, schemes, layout))
     return {"quant_method": layout.name, **config}

@@ -108,7 +108,8 @@ def export_packed(model: nn.Module, folder: Path | str, layout: str) -> None:
     """Export a transformers language model to a folder in the layout of GPTQ or AWQ, with the codes of training.
 
     Args:
-        model: A model prepared by `prepare_qat`, with scales in float16. It is not changed.
+        model: A model prepared by `prepare_qat`, with scales in float16, or a plain model, which is saved as a plain
+            folder. It is not changed.
         folder: The output folder, which is replaced atomically.
         layout: "gptq" or "awq".
 
@@ -133,7 +134,8 @@ def export_packed(model: nn.Module, folder: Path | str, layout: str) -> None:
     strip_qat(plain)
     plain.load_state_dict(dense_state(model))
     plain.config = copy.deepcopy(export_config(plain))
-    plain.config.quantization_config = quantization_config(model, row)
+    if config := quantization_config(model, row):
+        plain.config.quantization_config = config
     for name, layer in qat_layers(model):
         plain.set_submodule(name, _Packed(packed_arrays(layer, row), plain.get_submodule(name).bias))
     with replaced_folder(Path(folder)) as temporary, quietly():

@@ -32,10 +32,6 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme], layout: Layout
     Raises:
         QatkitError: a layer is not supported, or two layers are quantized differently.
     """
-    if not schemes:
-        raise QatkitError(
-            f"'{layout.name}' stores quantized layers, but no layer is quantized", advice="use export: {format: dense}"
-        )
     head = cast(Any, model).get_output_embeddings()
     first: tuple[str, tuple[object, ...]] | None = None
     for name, layer in untied_linear_layers(model, schemes, layout.name, INSTEAD).items():
@@ -102,7 +98,10 @@ def quantized_places(model: nn.Module, schemes: Mapping[str, Scheme], layout: La
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     others = [name for name in linear if name not in schemes]
-    return {**(_blocks(linear, schemes) if layout.name == "gptq" else {}), "others": _others(others, schemes)}
+    return {
+        **(_blocks(linear, schemes) if schemes and layout.name == "gptq" else {}),
+        "others": _others(others, schemes),
+    }
 
 
 def _others(others: list[str], schemes: Mapping[str, Scheme]) -> list[str]:

@@ -46,8 +46,8 @@ def compare_and_load(trained: nn.Module, folder: Path, layout: Layout, python: P
     try:
         for file in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(file)
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    except (SafetensorError, OSError, ValueError) as error:
         return ReadBack(weights, [f"{folder.name} cannot be read: {error}"], None)
     config = quantization_config(trained, layout)
     failures = [

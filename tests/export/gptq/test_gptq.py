@@ -92,6 +92,12 @@ def test_words_follow_the_formula_of_the_paper_s_code(tmp_path: Path) -> None:
     assert tensors[f"{LAYER}.g_idx"].tolist() == [place // 32 for place in range(128)]
 
 
+def test_a_model_that_is_not_quantized_is_a_plain_folder(tmp_path: Path) -> None:
+    result = export_model(plain(), "gptq", tmp_path / "gptq", batches())
+    assert result.passed, result.failures
+    assert "quantization_config" not in json.loads((tmp_path / "gptq" / "config.json").read_text())
+
+
 def bias_of(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -145,7 +151,7 @@ def test_swapped_rows_missing_and_unknown_tensors_and_a_changed_config_are_found
     (folder / "config.json").write_text(json.dumps(config))
     failures = verify(model, folder, batches()).failures
     assert [failure.split("'")[1] for failure in failures] == ["checkpoint_format", f"{LAYER}.qzeros", norm, "more"]
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{")
     assert "gptq cannot be read" in verify(model, folder, batches(), "gptq").failures[0]
 
 
@@ -176,7 +182,6 @@ def test_models_and_layers_that_readers_do_not_support_are_refused_by_name() -> 
             FORMATS["gptq"].check_model(model)
 
     refused(nn.Linear(4, 4), "'gptq' is supported only for transformers language models, but the model is a Linear")
-    refused(plain(), "'gptq' stores quantized layers, but no layer is quantized")
     refused(small().to(torch.bfloat16), "the weight is bfloat16, to which training rounds the dequantized weights")
     refused(small(activation=QuantSpec(8, strategy="token")), "and inputs that are not quantized; remove activation")
     model = qwen()
