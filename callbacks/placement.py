@@ -15,6 +15,7 @@ from qatkit.errors import QatkitError
 from qatkit.quantization.folding import Fold
 from qatkit.quantization.placement.points import Placement
 from qatkit.quantization.placement.preparation import call, fold_and_find
+from qatkit.quantization.targets import Target
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -25,7 +26,7 @@ def module_placement(
     forward: Callable[[LightningModule, Any], object],
     schemes: Mapping[str, Scheme],
     activation: QuantSpec,
-    float_outputs: bool = False,
+    target: Target,
 ) -> tuple[list[Fold], Placement]:
     """Fold BatchNorm, and return the folded pairs and the outputs to quantize, found by a forward pass in eval mode.
 
@@ -37,7 +38,7 @@ def module_placement(
         forward: Runs the module on a batch.
         schemes: The planned quantization by layer name.
         activation: Quantization of the outputs.
-        float_outputs: See `qatkit.quantization.targets.Target`.
+        target: The runtime.
 
     Raises:
         QatkitError: the module has no example input and the Trainer has no training data. The module is left unchanged.
@@ -52,7 +53,7 @@ def module_placement(
             converted = trainer.precision_plugin.convert_input(batch)
             return call(pl_module, converted) if example is not None else forward(pl_module, converted)
 
-    return fold_and_find(pl_module, run, schemes, activation, float_outputs)
+    return fold_and_find(pl_module, run, schemes, activation, target)
 
 
 def _first_batch(trainer: Trainer) -> Any:

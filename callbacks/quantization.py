@@ -150,9 +150,8 @@ class QuantizationAwareTraining(Callback):
         if self.places is not None:
             warn_of_slow_layers(pl_module, self.places.name, schemes)
         if self.places is not None and self.activation is not None:
-            forward, float_outputs = self.calibration_forward, self.places.float_outputs
             self.folds, self.placement = module_placement(
-                trainer, pl_module, forward, schemes, self.activation, float_outputs
+                trainer, pl_module, self.calibration_forward, schemes, self.activation, self.places
             )
         else:
             self.folds = fold_batchnorm(pl_module)

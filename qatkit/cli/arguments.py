@@ -30,7 +30,7 @@ Python = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The interpreter of an environment made by `qatkit environment FORMAT`, to run MLX, GPTQ or AWQ files in.",
+        help="The interpreter of an environment made by `qatkit environment FORMAT`, to run files of that format in.",
     ),
 ]
 SkipBad = Annotated[

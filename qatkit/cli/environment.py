@@ -17,11 +17,11 @@ from qatkit.errors import QatkitError
 
 def command(
     format: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="An export format whose runtime needs one: mlx, gptq or awq.")
+        str, typer.Argument(metavar="FORMAT", help="An export format whose runtime needs one: mlx, gptq, awq or litert.")
     ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The environment to create.")],
 ) -> None:
-    """Create a Python environment with a runtime that conflicts with qatkit's packages.
+    """Create a Python environment with a runtime that qatkit's own environment does not have.
 
     Pass its interpreter, which the command prints, to `qatkit verify --python`.
 

@@ -68,8 +68,8 @@ class ExportFormat:
     weight_files: tuple[str, ...] = ("*.safetensors",)
     """Globs of the files that hold the weights in an exported folder."""
     environment: tuple[str, ...] = ()
-    """Requirements of a runtime that conflicts with qatkit's own packages. `read_back` then has one more argument: the
-    interpreter of an environment with these packages, or None.
+    """Requirements of a runtime that is not in qatkit's own environment, where it may conflict. `read_back` then has
+    one more argument: the interpreter of an environment with these packages, or None.
     """
     generate: str = ""
     """``(path, prompt, tokens, python)``: yield the pieces of a text that continues a prompt, each token the most

@@ -195,6 +195,21 @@ FORMATS = Table(
             environment=GPTQMODEL,
             generate="qatkit.export.gptq.runtime:generate",
         ),
+        ExportFormat(
+            name="litert",
+            description="one file with integer weights for LiteRT (TensorFlow Lite) on phones",
+            file_name="model.tflite",
+            check="qatkit.export.litert.format:check",
+            write="qatkit.export.litert.format:write",
+            read_back="qatkit.export.litert.format:read_back",
+            bound="qatkit.export.litert.format:bound",
+            runtime="LiteRT",
+            weights="integer weights",
+            extra="litert",
+            packages=("onnx", "onnxscript", "flatbuffers"),
+            rounding="qatkit.export.rounding:with_rounding",
+            environment=("ai-edge-litert==2.3.0",),
+        ),
     ],
 )
 

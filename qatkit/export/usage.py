@@ -64,6 +64,17 @@ outputs = model(...)""",
             "differ from those of training.",
         ),
         Usage(
+            "litert",
+            "litert",
+            """\
+from ai_edge_litert.interpreter import Interpreter
+
+model = Interpreter("model.tflite").get_signature_runner()
+outputs = model(**{name: ... for name in model.get_input_details()})""",
+            note="The default XNNPACK kernels compute what training computed; the built-in reference kernels round "
+            "differently.",
+        ),
+        Usage(
             "dense",
             "pytorch",
             """\

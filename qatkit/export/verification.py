@@ -119,8 +119,8 @@ def verify(
             (the batch's ``labels`` or its second element), and must compute one number.
         class_dim: The class dimension of the outputs, used with `metric`. If None, output values are compared instead
             of classes.
-        python: The interpreter of an environment with the runtime, for formats whose runtime conflicts with qatkit's
-            packages, such as MLX. If None, their files are decoded by formula, and their outputs computed by PyTorch.
+        python: The interpreter of an environment with the runtime, for formats whose runtime is not in qatkit's own,
+            such as MLX. If None, their files are decoded by formula, and their outputs computed by PyTorch.
 
     Returns:
         The comparison; differences are listed in `failures`, not raised.

@@ -50,6 +50,10 @@ class Target:
     """Whether integer convolutions may return floating-point values. Activation functions and a residual addition are
     then computed on these values, before they are rounded.
     """
+    linear_codes: bool = False
+    """Whether integer linear layers write codes. Their outputs are then quantized like those of convolutions, including
+    the model's own output.
+    """
 
 
 TARGETS = Table(
@@ -91,6 +95,10 @@ TARGETS = Table(
         Target(
             "openvino-vnni", "OpenVINO on x86 with VNNI or AMX: weights have 8 bits", ("openvino",), _WEIGHT8, _INPUT,
             wide_sums=True, float_outputs=True,
+        ),
+        Target(
+            "litert", "LiteRT on any CPU, with its default XNNPACK kernels: weights have 8 bits", ("litert",), _WEIGHT8,
+            _INPUT, wide_sums=True, linear_codes=True,
         ),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from qatkit.quantization.placement.recorder import record
 from qatkit.quantization.placement.rules import decide
 from qatkit.quantization.prepare import prepare_qat
 from qatkit.quantization.selection import select
-from qatkit.quantization.targets import TARGETS, check_placed
+from qatkit.quantization.targets import TARGETS, Target, check_placed
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
 
@@ -23,7 +23,7 @@ def fold_and_find(
     forward: Callable[[], object],
     schemes: Mapping[str, Scheme],
     activation: QuantSpec,
-    float_outputs: bool = False,
+    target: Target,
 ) -> tuple[list[Fold], Placement]:
     """Fold BatchNorm in place, and return the folded pairs and the outputs to quantize.
 
@@ -35,13 +35,13 @@ def fold_and_find(
         schemes: The planned quantization by layer name.
         activation: Quantization of the outputs. Layers whose input has a different quantization are not counted as
             readers.
-        float_outputs: See `qatkit.quantization.targets.Target`.
+        target: The runtime.
     """
     layers = [name for name, each in schemes.items() if each.weight is not None and each.activation == activation]
     recording = record(model, forward)
     if folds := fold_batchnorm(model):
         recording = record(model, forward)
-    return folds, decide(recording, layers, activation, float_outputs)
+    return folds, decide(recording, layers, activation, target)
 
 
 def prepare_for_target(
@@ -94,7 +94,7 @@ def prepare_for_target(
         fold_batchnorm(model)
         return prepare_qat(model, *how)
     schemes = select(model, *how)
-    placement = fold_and_find(model, lambda: call(model, example), schemes, how[1], row.float_outputs)[1]
+    placement = fold_and_find(model, lambda: call(model, example), schemes, how[1], row)[1]
     names = prepare_qat(model, *how)
     place(model, placement)
     return names

@@ -10,6 +10,8 @@ OpenVINO's convolutions may return floating-point values (`float_outputs`). It c
 follows, and one residual addition, inside the convolution's kernel, and skips the rounding before that addition. The
 operand that comes from the convolution is therefore not quantized, and other outputs are quantized only if an integer
 kernel reads them.
+
+LiteRT's linear layers write codes (`linear_codes`), like convolutions.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from qatkit.quantization.placement.operations import (
 )
 from qatkit.quantization.placement.points import INPUTS, OUTPUT, Placement, Point
 from qatkit.quantization.placement.recorder import Call, Recording
+from qatkit.quantization.targets import Target
 from qatkit.spec import QuantSpec
 
 Place = tuple[str, str]
@@ -35,23 +38,24 @@ Place = tuple[str, str]
 _KEEPS = (SAME, RESIZE)
 
 
-def decide(recording: Recording, layers: Iterable[str], spec: QuantSpec, float_outputs: bool = False) -> Placement:
+def decide(recording: Recording, layers: Iterable[str], spec: QuantSpec, target: Target) -> Placement:
     """Return the outputs to quantize in addition to layer inputs.
 
     Args:
         recording: One forward pass of the model.
         layers: Names of the layers whose weights and inputs will be quantized.
         spec: Quantization of the outputs, with ``strategy: tensor``.
-        float_outputs: See `qatkit.quantization.targets.Target`.
+        target: The runtime.
     """
-    return _Rules(recording, set(layers), float_outputs).placement(spec)
+    return _Rules(recording, set(layers), target).placement(spec)
 
 
 class _Rules:
-    def __init__(self, recording: Recording, layers: set[str], float_outputs: bool) -> None:
+    def __init__(self, recording: Recording, layers: set[str], target: Target) -> None:
         self.recording = recording
         self.layers = layers
-        self.float_outputs = float_outputs
+        self.float_outputs = target.float_outputs
+        self.coded = (CONV, LINEAR) if target.linear_codes else (CONV,)  # layers whose kernels write codes
         self.source = recording.calls[0]
         self._resized = {call for call in recording.calls if call.kind == RESIZE}  # values that may be interpolated
         self._able: dict[Call, bool] = {}
@@ -63,7 +67,7 @@ class _Rules:
         self._unrounded = {
             part
             for call in recording.calls
-            if float_outputs and call.kind == ADD and self._able[call] and self._needed[call]
+            if target.float_outputs and call.kind == ADD and self._able[call] and self._needed[call]
             for part in self._fused_operand(call)
         }
 
@@ -96,7 +100,7 @@ class _Rules:
         """Whether a call can run with integers: everything that it reads comes from such a call, or is an input."""
         if call is self.source:
             return True
-        if call.kind == CONV:
+        if call.kind in self.coded:
             return call.module in self.layers
         if call.kind in (*_KEEPS, RELU, ACTIVATION):
             return bool(call.inputs) and self._able[call.inputs[0]]
@@ -124,11 +128,11 @@ class _Rules:
         if call.kind == ACTIVATION:  # in floating point: layers that read it quantize their input
             return any(user.kind in INTEGER and self._needs(user) for user in _users(call))
         if call.kind == RELU:
-            after_conv = any(self._origin(each).kind == CONV for each in call.inputs)
-            return self._needed[call] or (after_conv and not self.float_outputs)
+            after_layer = any(self._origin(each).kind in self.coded for each in call.inputs)
+            return self._needed[call] or (after_layer and not self.float_outputs)
         users = list(_users(call))
         absorbed = len(users) == 1 == len(call.users) and users[0].kind == RELU and self._place(users[0]) is not None
-        return not absorbed and (self._needed[call] or (call.kind == CONV and not self.float_outputs))
+        return not absorbed and (self._needed[call] or (call.kind in self.coded and not self.float_outputs))
 
     def _fused_operand(self, add: Call) -> list[Call]:
         """Return the calls that make one operand of an addition: a convolution and its activation function.
