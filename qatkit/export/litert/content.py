@@ -150,10 +150,9 @@ def _decoded(root: Reader) -> Content:
     names = next(buffers[each.scalar(1, "<u4")] for each in root.tables(6) if each.text(0) == OUTPUTS)
     outputs = zip(names.tobytes().decode().split("\n"), graph.array(2, "<i4").tolist(), strict=True)
     operators = [
-        Operator(
-            *codes[each.scalar(0, "<u4")], tuple(each.array(1, "<i4").tolist()), tuple(each.array(2, "<i4").tolist())
-        )
+        Operator(code, version, tuple(each.array(1, "<i4").tolist()), tuple(each.array(2, "<i4").tolist()))
         for each in graph.tables(3)
+        for code, version in [codes[each.scalar(0, "<u4")]]
     ]
     inputs = {each.text(0): each.scalar(1, "<u4") for each in signature.tables(0)}
     return Content([_read_tensor(each, buffers) for each in graph.tables(0)], operators, inputs, dict(outputs))

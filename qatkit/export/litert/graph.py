@@ -24,7 +24,8 @@ _LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 """Orders of dimensions that move channels from the second to the last place, and back."""
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """Where a value is stored."""
 
     index: int
@@ -64,7 +65,8 @@ class Weight:
     def values(self) -> np.ndarray[Any, Any]:
         """The decoded values."""
         scales = self.scales.reshape(-1, *[1] * (self.codes.ndim - 1)) if self.scales.ndim else self.scales
-        return self.codes.astype(np.float32) * scales
+        values: np.ndarray[Any, Any] = self.codes.astype(np.float32) * scales
+        return values
 
 
 class Graph:

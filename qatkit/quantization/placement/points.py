@@ -123,13 +123,16 @@ def place(model: nn.Module, placement: Placement) -> None:
         module.__dict__[_STATE].calls = dict(calls)
         module.__class__ = _counting(type(module))
         for part in module.modules():
-            if (
-                part is not module
-                and next(part.children(), None) is not None
-                and _enter not in part._forward_pre_hooks.values()
-            ):
+            if part is not module and not _is_function(part) and _enter not in part._forward_pre_hooks.values():
                 part.register_forward_pre_hook(_enter)
                 part.register_forward_hook(_leave, always_call=True)
+
+
+def _is_function(module: nn.Module) -> bool:
+    """Whether a module is one operation, which counts as one of the module that calls it, even if it has a point."""
+    if not type(module).__module__.startswith("torch.nn."):
+        return next(module.children(), None) is None
+    return all(isinstance(child, FakeQuantize) for child in module.children())
 
 
 def unplace(model: nn.Module) -> None:

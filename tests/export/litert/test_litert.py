@@ -19,7 +19,7 @@ from qatkit.export.separate import SeparateError, SeparateProcess
 from qatkit.models import cnn, mlp, resnet
 from qatkit.quantization import prepare_for_target
 from tests.cli.in_process import qatkit
-from tests.test_docs import DOCS, blocks, write_named_blocks
+from tests.test_docs import ROOT, blocks, write_named_blocks
 
 pytestmark = [
     pytest.mark.slow,
@@ -108,9 +108,8 @@ def test_litert_computes_what_was_trained(name: str, how: str, tmp_path: Path) -
     assert (result.runtime.split(".")[0], result.not_run) == ("LiteRT 2", "")
     assert result.max_error is not None
     if how == "target":  # at most one step of the output, and none without additions of codes
-        (output,) = decode(path.read_bytes()).outputs.values()
-        assert output
-        step = float(max(model(x).unique().diff().min(), 1e-3))
+        with torch.no_grad():
+            step = float(max(model(x).unique().diff().min(), 1e-3))
         assert result.max_error <= (step * 1.001 if name == "residual" else 0)
 
 
@@ -118,7 +117,7 @@ def test_several_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x, y = TwoOutputs().eval(), torch.randn(9, 6), torch.randn(9, 6)
     prepare_for_target(model, "litert", (x, y))
-    calibrate(model, [{"x": x, "y": y}])
+    calibrate(model, [(x, y)], forward=lambda batch: model(*batch))
     result = export_model(
         model, "litert", tmp_path / "model.tflite", [{"x": x, "y": y, "labels": torch.zeros(9, 8)}], task="regression",
         forward=lambda model, batch: model(batch["x"], batch["y"])["sum"], python=python(),
@@ -171,7 +170,7 @@ def test_a_process_that_ends_says_why(tmp_path: Path) -> None:
 
 
 def test_the_page_works_in_litert(tmp_path: Path) -> None:
-    page = DOCS / "litert.md"
+    page = ROOT / "docs" / "litert.md"
     write_named_blocks(page, tmp_path)
     (command,) = blocks(page, "bash")
     assert qatkit(*command.split()[1:], cwd=tmp_path).code == 0

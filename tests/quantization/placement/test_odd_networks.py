@@ -47,6 +47,19 @@ class Named(nn.Module):
         return logits
 
 
+class PooledTwice(nn.Module):
+    """A pooling layer and a mean in one forward, which share a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        logits: Tensor = self.head(torch.cat([self.pool(x).flatten(1), x.mean((2, 3))], 1))
+        return logits
+
+
 class Resized(nn.Module):
     """A bilinear resize, whose results lie between codes."""
 
@@ -93,6 +106,14 @@ def test_padding_with_zeros_keeps_the_grid_and_other_constants_do_not(value: flo
 
 def test_arguments_may_be_passed_by_name() -> None:
     assert points(Named(), images()) == {".relu_0": (), ".pool_0": ("head",)}
+
+
+def test_a_pooling_layer_and_a_mean_are_both_counted() -> None:
+    model, x = PooledTwice().eval(), torch.rand(2, 3, 4, 4)
+    prepare_for_target(model, "onnxruntime", x)
+    calibrate(model, [x])
+    parts = [(point.module, point.part) for point in placement_of(model).points]
+    assert parts == [("", "relu_0"), ("", "pool_1"), ("pool", "output"), ("", "cat_0")]
 
 
 def test_what_a_resize_interpolates_is_rounded_to_the_same_grid_again() -> None:
