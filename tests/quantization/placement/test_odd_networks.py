@@ -113,7 +113,7 @@ def test_a_pooling_layer_and_a_mean_are_both_counted() -> None:
     prepare_for_target(model, "onnxruntime", x)
     calibrate(model, [x])
     parts = [(point.module, point.part) for point in placement_of(model).points]
-    assert parts == [("", "relu_0"), ("", "pool_1"), ("pool", "output"), ("", "cat_0")]
+    assert parts == [("", "relu_0"), ("", "pool_1"), ("", "cat_0"), ("pool", "output")]
 
 
 def test_what_a_resize_interpolates_is_rounded_to_the_same_grid_again() -> None:
