@@ -23,6 +23,7 @@ from qatkit.export.litert.operators import unsupported
 from qatkit.export.litert.products import OPERATORS
 from qatkit.export.litert.read_back import compare_and_load
 from qatkit.export.onnx import format as onnx
+from qatkit.export.onnx.limits import check as check_onnx
 from qatkit.export.onnx.runtime import NAMED, ONLY_OUTPUT, check_dtypes
 from qatkit.quantization.layers import QATConv2d, QATLinear
 from qatkit.quantization.observers import OBSERVERS
@@ -55,7 +56,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         if of_torch and next(module.children(), None) is None and kind not in _MODULES:
             raise QatkitError(f"layer '{name}': LiteRT export does not support {kind.__name__}", advice=INSTEAD)
     try:
-        onnx.check(model, planned, packs=False)
+        check_onnx(model, planned, packs=False)
     except QatkitError as error:
         raise error.with_fields(problem=f"LiteRT files are converted from ONNX: {error.problem}") from None
 
