@@ -17,7 +17,7 @@ from qatkit.errors import QatkitError
 
 def command(
     format: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="An export format whose runtime needs one: mlx, gptq, awq or litert.")
+        str, typer.Argument(metavar="FORMAT", help="A format whose runtime needs one: mlx, gptq, awq or litert.")
     ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The environment to create.")],
 ) -> None:

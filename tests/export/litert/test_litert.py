@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from qatkit import QuantSpec, calibrate, export_model, prepare_qat
 from qatkit.export.litert import operators
 from qatkit.export.litert.content import decode, encode
-from qatkit.export.separate import SeparateError, SeparateProcess
 from qatkit.models import cnn, mlp, resnet
 from qatkit.quantization import prepare_for_target
 from tests.cli.in_process import qatkit
@@ -154,19 +153,6 @@ def test_litert_reads_the_changed_value_of_a_file(tmp_path: Path) -> None:
     content.operators[0] = replace(content.operators[0], code=32)  # a custom operator that nobody knows
     path.write_bytes(encode(content))
     assert not verify(model, path, batches, python=python()).passed
-
-
-def test_a_process_that_ends_says_why(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\nprint('{\"versions\": {}}', flush=True)\nsys.stdin.readline()\nsys.exit('no memory')\n"
-    )
-    process = SeparateProcess(python(), str(script), "ai-edge-litert", "litert")
-    try:
-        with pytest.raises(SeparateError, match="its process ended with exit code 1: no memory"):
-            process.ask(op="load")
-    finally:
-        process.close()
 
 
 def test_the_page_works_in_litert(tmp_path: Path) -> None:
