@@ -109,7 +109,9 @@ _Q4_K = replace(_K, num_bits=4, symmetric=False, scale_dtype="uint6")
 _Q5_K = replace(_Q4_K, num_bits=5)
 _Q6_K = replace(_K, num_bits=6, group_size=16, scale_dtype="int8")
 _IQ4_NL = replace(_GGUF, num_bits=4, type="nonlinear", scale_rule="signed", observer="mse")
+_NVFP4_UE4M3 = replace(_NVFP4, scale_dtype="ue4m3", observer="mse")
 _TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="absmean")
+_TQ1_0 = replace(_TQ2_0, num_bits=1)
 
 
 def _mlx(bits: int) -> QuantSpec:
@@ -131,6 +133,7 @@ SCHEMES: dict[str, Scheme] = {
     "FP8_BLOCK": Scheme(_FP8_BLOCK, _FP8_GROUP),
     "NVFP4": Scheme(_NVFP4, _NVFP4),
     "NVFP4A16": Scheme(_NVFP4),
+    "NVFP4_UE4M3": Scheme(_NVFP4_UE4M3),
     "MXFP4": Scheme(_mx(4), _mx(4)),
     "MXFP4A16": Scheme(_mx(4)),
     "MXFP4XFP8": Scheme(_mx(4), _FP8_GROUP),
@@ -150,6 +153,7 @@ SCHEMES: dict[str, Scheme] = {
     "Q4_K": Scheme(_Q4_K),
     "Q5_K": Scheme(_Q5_K),
     "Q6_K": Scheme(_Q6_K),
+    "TQ1_0": Scheme(_TQ1_0),
     "TQ2_0": Scheme(_TQ2_0),
 }
 
@@ -158,13 +162,15 @@ def scheme(name: str, observer: str | None = None) -> Scheme:
     """Return the scheme with a name from compressed-tensors (`W4A16`) or GGUF (`Q4_0`), or for MLX (`MLX4`).
 
     The GGUF schemes match the formats exactly: blocks of 32 weights (256 in TQ2_0), float16 scales and GGUF's scale
-    rule; in the K-quants (Q4_K), super-blocks of 256 weights with integer scales. Exporting a model trained with such a
+    rule; in the K-quants (Q4_K), super-blocks of 256 weights with integer scales. NVFP4_UE4M3 is the NVFP4 of GGUF and
+    MLX, whose e4m3 scales are not combined with a scale per tensor. Exporting a model trained with such a
     scheme is therefore lossless. So is exporting an MLX scheme to MLX.
 
     Args:
         name: Name of the scheme, case-insensitive.
         observer: Observer of the weight's scale, such as "lsq". The default is "minmax", because scheme names do not
-            specify an observer; for TQ2_0, it is "absmean", and for IQ4_NL and K-quants "mse".
+            specify an observer; for TQ1_0 and TQ2_0, it is "absmean", and for IQ4_NL, NVFP4_UE4M3
+            and K-quants "mse".
 
     Raises:
         QatkitError: The name is unknown, or the observer is not supported.

@@ -36,7 +36,9 @@ class QuantSpec:
     """
 
     num_bits: int = 8
-    """Bits per code: 2 to 8 for int, 2 for ternary, 4 for nonlinear, and 4, 6 or 8 for float."""
+    """Bits per code: 2 to 8 for int, 4 for nonlinear, and 4, 6 or 8 for float. Ternary codes take 2; 1 stands for the
+    same three values in five codes per byte, as in GGUF's TQ1_0.
+    """
     symmetric: bool = True
     """Use signed codes around zero (True), or unsigned integers with a zero point or a minimum (False)."""
     strategy: Strategy = "channel"
@@ -55,7 +57,8 @@ class QuantSpec:
     """
     scale_dtype: str = "float32"
     """The dtype to which scales are rounded, both in training and in the exported file. float8_e8m0fnu scales are
-    powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4). Integer
+    powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4), ue4m3
+    scales are the same numbers without it (NVFP4 in GGUF and MLX). Integer
     scales (int6, int8, and uint4 or uint6 with ``symmetric: false``) are combined with one float16 scale per
     super-block of 256 inputs (GGUF's K-quants). A second such pair then gives every group a minimum instead of a zero
     point.
@@ -245,6 +248,11 @@ class QuantSpec:
     def qmax(self) -> int | float:
         """The largest code."""
         return self.element.code_range(self.num_bits, self.symmetric)[1]
+
+    @property
+    def stored_bits(self) -> float:
+        """Average number of bits that a stored code takes; in TQ1_0, 256 ternary codes take 52 bytes."""
+        return 1.625 if self.type == "ternary" and self.num_bits == 1 else self.num_bits
 
     @property
     def keeps_zeros(self) -> bool:

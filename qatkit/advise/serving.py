@@ -68,7 +68,7 @@ def weight_bytes(model: nn.Module, name: str) -> int:
     spec = scheme(name).weight if name != "BF16" else None
     if spec is not None:
         for parameter, inputs in _quantizable(model):
-            codes = parameter.numel() * spec.num_bits // 8
+            codes = int(parameter.numel() * spec.stored_bits) // 8
             total[id(parameter)] = codes + _scales(parameter.numel(), inputs, spec) * HALF
     return sum(total.values())
 

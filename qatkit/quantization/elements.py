@@ -103,7 +103,7 @@ ELEMENTS = Table(
         Element(
             "ternary",
             "-1, 0 and 1, the weights of BitNet b1.58",
-            bits=(2,),
+            bits=(1, 2),
             grid="qatkit.quantization.grids:integer_grid",
             code_range=_ternary_range,
             observers=("absmean", "mse", "lsq"),

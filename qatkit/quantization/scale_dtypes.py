@@ -37,6 +37,7 @@ SCALE_DTYPES = Table(
         ScaleDtype("bfloat16", 16),
         ScaleDtype("float8_e4m3fn", 8, outer="tensor"),
         ScaleDtype("float8_e8m0fnu", 8),
+        ScaleDtype("ue4m3", 8),
         ScaleDtype("uint4", 4, False, (1, 15), "super-block"),
         ScaleDtype("uint6", 6, False, (1, 63), "super-block"),
         ScaleDtype("int6", 6, False, (-32, 31), "super-block"),

@@ -306,7 +306,7 @@ def test_an_unknown_scheme_raises_an_error_with_the_nearest_name() -> None:
     ("fields", "message"),
     [
         ({"num_bits": 5, "type": "float"}, "num_bits: 5 is out of range for type 'float'; use 4, 6 or 8"),
-        ({"num_bits": 4, "type": "ternary"}, "num_bits: 4 is out of range for type 'ternary'; use 2"),
+        ({"num_bits": 4, "type": "ternary"}, "num_bits: 4 is out of range for type 'ternary'; use 1 or 2"),
         ({"num_bits": 8, "type": "float", "symmetric": False}, "symmetric: false is not supported for type 'float'"),
         (
             {"num_bits": 2, "type": "ternary"},

@@ -66,8 +66,15 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             advice=f"remove activation, or set scheme: Q4_0 or Q8_0, or {INSTEAD}",
         )
     assert scheme.weight is not None
-    if block_type_of(scheme.weight) is None:
-        problem, advice = _misfit(scheme.weight, weight.shape[0 if is_transposed(layer) else 1])
+    inputs = weight.shape[0 if is_transposed(layer) else 1]
+    block = block_type_of(scheme.weight)
+    if block is not None and inputs % block.block:
+        raise QatkitError(
+            f"layer '{name}': a block of {block.name} has {block.block} inputs, which does not divide {inputs}",
+            advice=f"exclude the layer, or set scheme: MXFP4A16, or {INSTEAD}",
+        )
+    if block is None:
+        problem, advice = _misfit(scheme.weight, inputs)
         raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from qatkit.common.tables import Table
+from qatkit.export.e4m3 import e4m3, read_e4m3
 from qatkit.export.gguf.bits import Array, float16, joined, packed_bits, read_float16
 from qatkit.export.gguf.super_blocks import LAYOUTS
 from qatkit.quantization.observers import OBSERVERS
@@ -39,12 +40,14 @@ class BlockType:
     """
     file_type: str
     """The name of `gguf.LlamaFileType` for a file with mostly this type."""
+    groups: int = 1
+    """The number of scales per block; super-blocks have layouts of their own."""
 
     @property
     def block(self) -> int:
         """The number of weights per block."""
         assert self.spec.group_size is not None
-        return SUPER_BLOCK if self.spec.super_blocks else self.spec.group_size
+        return SUPER_BLOCK if self.spec.super_blocks else self.spec.group_size * self.groups
 
     def differences(self, spec: QuantSpec) -> list[str]:
         """Return the names of the fields in which `spec` differs from this type."""
@@ -108,6 +111,26 @@ def _tq2_0(codes: Array, scales: Array, zero_points: Array, outer: Array) -> Arr
     return joined(packed_bits(_blocks(codes, scales) + 1, 2, 32), float16(scales))
 
 
+def _tq1_0(codes: Array, scales: Array, zero_points: Array, outer: Array) -> Array:
+    """Five codes per byte as the digits of a fraction in base 3, scaled to 256 so that a product takes out a digit."""
+    digits = _blocks(codes, scales).astype(np.int64) + 1
+    first, second, last = np.split(digits, [160, 240], axis=-1)
+    runs = [run.reshape(*scales.shape, -1, size) for run, size in ((first, 32), (second, 16), (last, 4))]
+    numbers = [(run * 3 ** np.arange(4, 4 - run.shape[-2], -1)[:, None]).sum(-2) for run in runs]
+    stored = [((number * 256 + 242) // 243).astype(np.uint8) for number in numbers]
+    return joined(*stored, float16(scales))
+
+
+def _nvfp4(codes: Array, scales: Array, zero_points: Array, outer: Array) -> Array:
+    own = scales.reshape(len(scales), -1, 4)
+    nibbles = packed_bits(codes.reshape(*own.shape, -1), 4, 8)
+    return joined(e4m3(own), nibbles.reshape(*own.shape[:2], -1))
+
+
+def _read_e4m3(blocks: Array) -> Array:
+    return read_e4m3(blocks[..., :4])
+
+
 def _read_first(blocks: Array) -> Array:
     return read_float16(blocks[..., :2])
 
@@ -126,10 +149,15 @@ def _with_minimum(bits: int) -> QuantSpec:
     return replace(_spec(bits), symmetric=False, scale_rule="minimum")
 
 
+def _weight(name: str) -> QuantSpec:
+    spec = SCHEMES[name].weight
+    assert spec is not None
+    return spec
+
+
 def _k_quant(name: str, file_type: str) -> BlockType:
     """The type of a scheme with super-blocks."""
-    spec, layout = SCHEMES[name].weight, LAYOUTS[name]
-    assert spec is not None
+    spec, layout = _weight(name), LAYOUTS[name]
     lowest = int(spec.qmin)
     return BlockType(name, spec, partial(layout.bytes, lowest=lowest), layout.read, file_type)
 
@@ -149,6 +177,8 @@ BLOCK_TYPES = Table(
         _k_quant("Q3_K", "MOSTLY_Q3_K_S"),
         _k_quant("Q2_K", "MOSTLY_Q2_K"),
         BlockType("MXFP4", _spec(4, kind="float", scale="float8_e8m0fnu"), _mxfp4, _read_exponent, "MOSTLY_MXFP4_MOE"),
+        BlockType("NVFP4", _weight("NVFP4_UE4M3"), _nvfp4, _read_e4m3, "MOSTLY_NVFP4", groups=4),
+        BlockType("TQ1_0", _weight("TQ1_0"), _tq1_0, _read_last, "MOSTLY_TQ1_0"),
         BlockType("TQ2_0", _spec(2, 256, "ternary", observer="absmean"), _tq2_0, _read_last, "MOSTLY_TQ2_0"),
     ],
 )

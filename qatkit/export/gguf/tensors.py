@@ -108,14 +108,15 @@ class Stored:
     def scales(self) -> Tensor | None:
         """Return the numbers of a quantized tensor's blocks except codes, in the order of the file.
 
-        They are the scales ``[out, blocks]``; of super-blocks, the outer scales, the scales and the minima
-        ``[out, blocks, numbers]``.
+        They are the scales ``[out, blocks]``, or ``[out, blocks, 4]`` in NVFP4; of super-blocks, the outer scales, the
+        scales and the minima ``[out, blocks, numbers]``.
         """
         if self.quantizer is None:
             return None
         numbers = self._coded()[1:]
         if not self.quantizer.spec.super_blocks:
-            return self._arranged(numbers[0].cpu())
+            own, groups = numbers[0].cpu(), self._block_type.groups
+            return self._arranged(own if groups == 1 else own.view(len(own), -1, groups))
         outer = self._outer()
         own = [part.cpu().view(*outer.shape[:2], -1) for part in numbers[: outer.shape[2]]]
         return self._arranged(torch.cat([outer, *own], dim=-1))

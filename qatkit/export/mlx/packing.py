@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qatkit.common.tables import Table
+from qatkit.export.e4m3 import e4m3
 from qatkit.spec import QuantSpec
 
 Array = np.ndarray[Any, Any]
@@ -77,11 +78,16 @@ def _microscaled(codes: Array, scales: Array, zero_points: Array, spec: QuantSpe
     return {"weight": pack(codes.view(np.uint8), spec.num_bits), "scales": (exponents + 127).astype(np.uint8)}
 
 
+def _nvfp4(codes: Array, scales: Array, zero_points: Array, spec: QuantSpec) -> dict[str, Array]:
+    return {"weight": pack(codes.view(np.uint8), spec.num_bits), "scales": e4m3(scales)}
+
+
 MODES = Table(
     "MLX mode",
     [
         Mode("affine", (2, 3, 4, 5, 6, 8), (32, 64, 128), "int", ("float16", "bfloat16"), _affine),
         Mode("mxfp4", (4,), (32,), "float", ("float8_e8m0fnu",), _microscaled),
+        Mode("nvfp4", (4,), (16,), "float", ("ue4m3",), _nvfp4),
         Mode("mxfp8", (8,), (32,), "float", ("float8_e8m0fnu",), _microscaled),
     ],
 )

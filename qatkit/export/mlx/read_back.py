@@ -89,8 +89,9 @@ def _decoded(trained: nn.Module, arrays: dict[str, Tensor]) -> dict[str, Tensor]
         if mode.name == "affine":
             values = groups.double() * scales[..., None].double() + arrays[f"{name}.biases"][..., None].double()
         else:
-            powers = torch.exp2(scales[..., None].double() - 127)
-            values = _float_values(spec.num_bits)[groups] * powers
+            nvfp4 = mode.name == "nvfp4"
+            factors = _float_values(8)[scales.long()] if nvfp4 else torch.exp2(scales.double() - 127)
+            values = _float_values(spec.num_bits)[groups] * factors[..., None]
         found[f"{name}.weight"] = values.reshape(len(words), -1)
     return found
 

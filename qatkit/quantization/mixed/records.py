@@ -17,7 +17,7 @@ from qatkit.spec import QuantSpec
 def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """Compute the bytes of a quantized weight: packed codes, scales and zero points.
 
-    Codes and zero points are packed at `num_bits` without gaps; scales are stored in their dtype, and minima like
+    Codes and zero points are packed without gaps; scales are stored in their dtype, and minima like
     scales. Outer scales have 32 bits per tensor, and 16 bits per super-block. The header and alignment of a file are
     not included.
 
@@ -32,7 +32,7 @@ def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
     """
     own = scale_shape(shape, spec)
     scales, bits = math.prod(own), SCALE_DTYPES[spec.scale_dtype].bits
-    codes = math.ceil(math.prod(shape) * spec.num_bits / 8)
+    codes = math.ceil(math.prod(shape) * spec.stored_bits / 8)
     zero_points = 0 if spec.symmetric else math.ceil(scales * (bits if spec.has_minimum else spec.num_bits) / 8)
     outer = math.prod(outer_shape(own, spec)) * (2 if spec.super_blocks else 4) if spec.two_level else 0
     return codes + zero_points + math.ceil(scales * bits / 8) + outer

@@ -76,13 +76,15 @@ def tensors(path: Path) -> dict[str, Any]:
         (spec("Q4_K"), "Q4_K"),
         (spec("Q4_K", observer="lsq_plus"), "Q4_K"),
         (spec("Q3_K", observer="lsq"), "Q3_K"),
+        (spec("NVFP4_UE4M3", observer="lsq"), "NVFP4"),
+        (spec("TQ1_0", observer="lsq"), "TQ1_0"),
     ],
-    ids=["Q8_0", "Q4_0-lsq", "Q4_0-mse", "Q5_0-lsq", "Q4_1-lsq+", "Q5_1-mse", "MXFP4", "Q4_K", "Q4_K-lsq+", "Q3_K-lsq"],
+    ids=lambda value: value if isinstance(value, str) else f"{value.observer}-{value.scale_rule}",
 )
 def test_transformers_computes_the_trained_logits_from_the_file_alone(
     weight: QuantSpec, kind: str, tmp_path: Path
 ) -> None:
-    shape = {"hidden": 256, "intermediate": 256} if weight.super_blocks else {}
+    shape = {"hidden": 256, "intermediate": 256} if weight.super_blocks or kind in ("TQ1_0", "NVFP4") else {}
     model, path = trained(weight, **shape), tmp_path / "model.gguf"
     export_gguf(model, path)
     assert torch.equal(logits(loaded(path)), logits(model))

@@ -61,7 +61,7 @@ def typed(name: str) -> nn.Module:
     model = llama(300, 256, 2, 4, 2, 256, 64, tie_embeddings=False).eval()
     for parameter in model.parameters():
         parameter.data *= 5 if parameter.dim() == 2 else 1
-    found = scheme("MXFP4A16" if name == "MXFP4" else name)
+    found = scheme({"MXFP4": "MXFP4A16", "NVFP4": "NVFP4_UE4M3"}.get(name, name))
     prepare_qat(model, layers={"*_proj": found, "model.embed_tokens": found, "lm_head": found})
     return model
 

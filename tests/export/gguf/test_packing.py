@@ -66,8 +66,8 @@ def test_a_block_has_the_size_that_the_gguf_package_states(name: str) -> None:
 def test_every_code_keeps_its_place_and_a_negative_scale_its_sign(name: str) -> None:
     row = BLOCK_TYPES[name]
     generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(2**row.spec.num_bits, (4, 512), generator=generator)
-    codes = codes.clamp(max=2) - 1 if row.spec.type == "ternary" else codes
+    ternary = row.spec.type == "ternary"
+    codes = torch.randint(3 if ternary else 2**row.spec.num_bits, (4, 512), generator=generator) - int(ternary)
     signed = row.spec.type == "int" and row.spec.symmetric
     codes = codes - 2 ** (row.spec.num_bits - 1) if signed else codes
     scale = torch.full(scale_shape(codes.shape, row.spec), 0.5).numpy()
@@ -79,8 +79,11 @@ def test_every_code_keeps_its_place_and_a_negative_scale_its_sign(name: str) -> 
         signed = (sign * zero, sign * step) if row.spec.has_minimum else (zero, step)
         return gguf_dequantize(row.pack(codes.numpy(), sign * scale, *signed), GGMLQuantizationType[name])
 
-    if row.spec.is_float:
-        assert len(np.unique(decoded(1))) == (15 if name == "MXFP4" else 16), "MXFP4 has two zeros"
+    if row.spec.type == "nonlinear":
+        assert len(np.unique(decoded(1))) == 16
+    elif row.spec.is_float:
+        magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # e2m1, in the order of the codes
+        assert np.array_equal(decoded(1), np.concatenate([magnitudes, -magnitudes])[codes.numpy()] / 2)
     else:
         minimum = (zero * (1 if row.spec.has_minimum else np.float32(0.5))).repeat(row.spec.group_size, axis=1)
         assert np.array_equal(decoded(1), codes.numpy() * np.float32(0.5) - minimum)
@@ -102,13 +105,13 @@ def test_the_minimum_of_every_zero_point_is_a_float16_number_and_the_scale_is_cl
 
 
 def test_scales_that_are_not_of_the_stored_type_are_not_rounded_silently() -> None:
-    codes = np.zeros((1, 32), dtype=np.int8)
-    for name in ("Q8_0", "MXFP4"):
+    codes = np.zeros((1, 64), dtype=np.int8)
+    for name in ("Q8_0", "MXFP4", "NVFP4"):
         with pytest.raises(AssertionError, match="training rounds"):
-            BLOCK_TYPES[name].pack(codes, np.array([[0.1]], dtype=np.float32), np.zeros((1, 1)), np.zeros(0))
+            BLOCK_TYPES[name].pack(codes, np.full((1, 4), 0.1, dtype=np.float32), np.zeros((1, 4)), np.zeros(0))
     scale = np.array([[1.0009765625]], dtype=np.float32)  # of float16, but not its product with 13
     with pytest.raises(AssertionError, match="training rounds to float16"):
-        BLOCK_TYPES["Q4_1"].pack(codes, scale, np.array([[13.0]], dtype=np.float32), np.zeros(0))
+        BLOCK_TYPES["Q4_1"].pack(codes[:, :32], scale, np.array([[13.0]], dtype=np.float32), np.zeros(0))
 
 
 def test_a_spec_has_one_type_or_a_nearest_one() -> None:

@@ -49,7 +49,7 @@ def test_codes_are_a_little_endian_bit_stream() -> None:
         assert [int(word) for word in words] == [(stream >> (32 * index)) & 0xFFFFFFFF for index in range(3)]
 
 
-@pytest.mark.parametrize("name", [*MLX, "MXFP4A16", "MXFP8A16", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("name", [*MLX, "MXFP4A16", "MXFP8A16", "NVFP4_UE4M3", "Q4_0", "Q8_0"])
 def test_every_scheme_is_stored_exactly_and_says_that_mlx_did_not_run(name: str, tmp_path: Path) -> None:
     model = small(name)
     result = export_model(model, "mlx", tmp_path / "mlx", batches())
@@ -59,13 +59,13 @@ def test_every_scheme_is_stored_exactly_and_says_that_mlx_did_not_run(name: str,
     assert result.summary().startswith("passed, but MLX did not run: all ")
     assert result.summary().endswith("; computed by PyTorch, decoding the MLX folder; to run MLX, pass --python")
     arrays = load_file(tmp_path / "mlx" / "model.safetensors")
-    affine = name not in ("MXFP4A16", "MXFP8A16")
+    affine = SCHEMES[name].weight.type == "int"  # type: ignore[union-attr]
     assert ("lm_head.biases" in arrays) == affine
     if name in MLX:  # half the bytes of float32 scales, without a rounding
         assert arrays["lm_head.scales"].dtype == (torch.float32 if name == "MLX8" else torch.float16)
     config = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert config["rope_theta"] == model.config.rope_parameters["rope_theta"]  # type: ignore[union-attr,index]
-    assert config["quantization"]["lm_head"]["mode"] == ("affine" if affine else name.removesuffix("A16").lower())
+    assert config["quantization"]["lm_head"]["mode"] == ("affine" if affine else name[:5].lower())
     assert format_of_path(tmp_path / "mlx").name == "mlx"
 
 
@@ -219,7 +219,7 @@ def test_a_batch_that_mlx_lm_does_not_accept_is_an_error_of_the_data_and_ends_th
 
 @pytest.mark.slow
 @pytest.mark.skipif("QATKIT_MLX" not in os.environ, reason="QATKIT_MLX is not the interpreter of an MLX environment")
-@pytest.mark.parametrize("name", [*MLX, "MXFP4A16", "MXFP8A16"])
+@pytest.mark.parametrize("name", [*MLX, "MXFP4A16", "MXFP8A16", "NVFP4_UE4M3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_mlx_decodes_the_trained_weights_and_computes_the_trained_outputs(
     name: str, tied: bool, tmp_path: Path
