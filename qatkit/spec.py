@@ -195,7 +195,7 @@ class QuantSpec:
             raise QatkitError(
                 f"'{self.scale_rule}' is not supported for {kind}", key="scale_rule", advice="remove scale_rule"
             )
-        if self.scale_dtype.startswith("float8") and (self.strategy != "group" or self.type not in FLOAT_FORMATS):
+        if self.float8_scales and (self.strategy != "group" or self.type not in FLOAT_FORMATS):
             raise QatkitError(
                 f"'{self.scale_dtype}' is supported only for per-group floats, as in the MX formats and NVFP4",
                 key="scale_dtype",
@@ -248,6 +248,11 @@ class QuantSpec:
     def qmax(self) -> int | float:
         """The largest code."""
         return self.element.code_range(self.num_bits, self.symmetric)[1]
+
+    @property
+    def float8_scales(self) -> bool:
+        """Whether scales are 8-bit floats, as in the MX formats and NVFP4."""
+        return self.scale_dtype.startswith("float8") or self.scale_dtype == "ue4m3"
 
     @property
     def stored_bits(self) -> float:

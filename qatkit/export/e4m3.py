@@ -27,4 +27,5 @@ def e4m3(numbers: Array) -> Array:
 
 def read_e4m3(stored: Array) -> Array:
     """Return the numbers of bytes in float32."""
-    return _E4M3[stored & 127].astype(np.float32)
+    numbers: Array = _E4M3[stored & 127].astype(np.float32)
+    return numbers

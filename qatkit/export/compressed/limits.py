@@ -55,7 +55,7 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
             "so equality cannot be verified",
             "set scheme: FP8_DYNAMIC or W4A16",
         )
-    if spec.scale_dtype.startswith("float8"):
+    if spec.float8_scales:
         return f"{spec.scale_dtype} scales are loaded only in bfloat16", "set scheme: FP8_DYNAMIC"
     if spec.super_blocks:
         return "compressed_tensors does not store the super-blocks of GGUF's K-quants", "set scheme: W4A16"
@@ -80,7 +80,7 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
     spec = scheme.activation
     if spec is None:
         return None
-    if spec.is_float and (spec.num_bits != 8 or spec.type != "float" or spec.scale_dtype.startswith("float8")):
+    if spec.is_float and (spec.num_bits != 8 or spec.type != "float" or spec.float8_scales):
         return (
             f"transformers does not quantize inputs to {spec.num_bits}-bit {spec.type}",
             "set scheme: FP8_DYNAMIC",
