@@ -44,6 +44,8 @@ SLICES: list[dict[str, Any]] = [
 ]
 EXTRA = [
     QuantSpec(4, strategy="group", group_size=16, type="float", scale_dtype="float8_e4m3fn"),
+    QuantSpec(4, strategy="group", group_size=16, type="float", scale_dtype="ue4m3"),
+    QuantSpec(1, strategy="group", group_size=8, type="ternary", observer="absmean"),
     QuantSpec(4, strategy="group", group_size=32, type="float", scale_dtype="float8_e8m0fnu"),
     QuantSpec(8, strategy="group", group_size=32, type="float", scale_dtype="float8_e8m0fnu"),
     QuantSpec(4, strategy="group", group_size=32, scale_dtype="float16", scale_rule="signed"),
@@ -51,6 +53,8 @@ EXTRA = [
     QuantSpec(8, scale_rule="range"),
     QuantSpec(4, scale_rule="range", scale_dtype="bfloat16"),
 ]
+OTHERS = {*BLOCK_TYPES, "NVFP4_UE4M3"} - {"MXFP4", "NVFP4"}
+PRESETS = [name for name in SCHEMES if name not in OTHERS and not name.startswith("MLX")]
 SPECS = [
     QuantSpec(**element, **slices)
     for element, slices in itertools.product(ELEMENTS, SLICES)
@@ -155,7 +159,7 @@ def our_args(spec: QuantSpec, dynamic: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in BLOCK_TYPES and not name.startswith("MLX")])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_scheme_says_what_compressed_tensors_preset_of_that_name_says(name: str) -> None:
     for spec, part in ((scheme(name).weight, "weights"), (scheme(name).activation, "input_activations")):
         theirs = ct(name, part)
@@ -177,7 +181,7 @@ def preset_names() -> list[str]:
     return list(PRESET_SCHEMES)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in BLOCK_TYPES and not name.startswith("MLX")])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_scheme_computes_what_compressed_tensors_computes_in_float32(name: str) -> None:
     """Scales and values are equal (==). Asymmetric codes differ by 2**(bits-1): ours are unsigned, theirs signed."""
     spec = scheme(name).weight

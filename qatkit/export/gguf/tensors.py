@@ -115,8 +115,8 @@ class Stored:
             return None
         numbers = self._coded()[1:]
         if not self.quantizer.spec.super_blocks:
-            own, groups = numbers[0].cpu(), self._block_type.groups
-            return self._arranged(own if groups == 1 else own.view(len(own), -1, groups))
+            scales, groups = numbers[0].cpu(), self._block_type.groups
+            return self._arranged(scales if groups == 1 else scales.view(len(scales), -1, groups))
         outer = self._outer()
         own = [part.cpu().view(*outer.shape[:2], -1) for part in numbers[: outer.shape[2]]]
         return self._arranged(torch.cat([outer, *own], dim=-1))

@@ -137,7 +137,7 @@ def test_an_embedding_with_float16_scales_is_refused_for_olmo2() -> None:
 def test_mlx_lm_computes_every_accepted_architecture(name: str, quantized: bool, tmp_path: Path) -> None:
     model = built(ACCEPTED[name]())
     if quantized:
-        # the embedding of a Gemma 3, to which the output layer is tied, cannot be quantized; that of an OLMo 2 is refused
+        # the embedding of a Gemma 3, which its output layer shares, cannot be quantized; that of an OLMo 2 is refused
         embeddings = [] if name.startswith(("gemma3", "olmo2")) else ["model.embed_tokens"]
         tied = ["lm_head"] if name.startswith("gemma3") else []
         prepare_qat(model, scheme("MLX4").weight, include=["*", *embeddings], exclude=tied)
