@@ -77,10 +77,15 @@ OPTIONS: Table[Option] = Table(
         _target("int8 (VNNI)", "onnxruntime-vnni", _STATIC, VNNI),
         _target("int8 (ARM)", "onnxruntime-arm", _STATIC, ARM),
         _target("dynamic int8", "onnxruntime-dynamic", ("encoder",), X86, VNNI, ARM, evidence="W8A8 dynamic"),
-        _target("int8 in OpenVINO", "openvino", (*_STATIC, "encoder"), X86),
+        _target("int8 in OpenVINO", "openvino", ("convolutional", "unknown"), X86),
+        # without VNNI, its integer matrix products are slower than floating-point ones
+        Option(
+            "int8 weights in OpenVINO", "openvino", "openvino", Technique("int8 weights in OpenVINO", weight_bits=8),
+            ("mlp", "encoder"), (X86,), "W8A8", {"weight": {"num_bits": 8}},
+        ),
         _target("int8 in OpenVINO (VNNI)", "openvino-vnni", (*_STATIC, "encoder"), VNNI),
     ],
-)
+)  # fmt: skip
 
 
 def default_runtime(family: Family, device: Device) -> str:

@@ -46,6 +46,8 @@ class Target:
     """
     slow_recurrence: bool = False
     """Whether the steps of recurrent layers with a quantized hidden state run as a loop of single operations."""
+    slow_products: bool = False
+    """Whether integer matrix products may be slower than in float32; those of convolutions are not."""
     float_outputs: bool = False
     """Whether integer convolutions may return floating-point values. Activation functions and a residual addition are
     then computed on these values, before they are rounded.
@@ -90,7 +92,7 @@ TARGETS = Table(
         Target(
             "openvino",
             "OpenVINO on any x86 CPU: weights have 7 bits, because sums of 8-bit products overflow without VNNI",
-            ("openvino",), _WEIGHT7, _INPUT, float_outputs=True,
+            ("openvino",), _WEIGHT7, _INPUT, float_outputs=True, slow_products=True,
         ),
         Target(
             "openvino-vnni", "OpenVINO on x86 with VNNI or AMX: weights have 8 bits", ("openvino",), _WEIGHT8, _INPUT,
@@ -105,7 +107,7 @@ TARGETS = Table(
 
 
 def warn_of_slow_layers(model: nn.Module, target: str, schemes: Mapping[str, Scheme]) -> None:
-    """Warn of activation functions and recurrent layers that make a network slower on a target than in float32.
+    """Warn of activation functions, recurrent and linear layers that make a network slower on a target than in float32.
 
     Args:
         model: The model; it may be on the meta device.
@@ -124,6 +126,19 @@ def warn_of_slow_layers(model: nn.Module, target: str, schemes: Mapping[str, Sch
             f"layer '{recurrent[0]}'{others}: with target '{target}', the steps of a recurrent layer run as a loop of "
             "single operations, which at small batches is slower than in float32; use target: onnxruntime-dynamic for "
             "an LSTM, exclude the layer, or quantize its weights only (layers.NAME: {weight: {num_bits: 8}})",
+            QatkitWarning,
+            stacklevel=1,
+        )
+    static = [name for name, scheme in schemes.items() if scheme.activation is not None]
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False)) for name in static}
+    kinds = {name: type(model.get_submodule(name)).__name__ for name in static}
+    linear = [name for name, kind in kinds.items() if "Linear" in kind or "MultiheadAttention" in kind]
+    if TARGETS[target].slow_products and 2 * sum(sizes[name] for name in linear) > sum(sizes.values()):
+        others = f" and {len(linear) - 1} more" if len(linear) > 1 else ""
+        warnings.warn(
+            f"layer '{linear[0]}'{others}: on processors without VNNI, integer matrix products in OpenVINO are slower "
+            "than in float32, and most of the quantized weights belong to them; quantize weights only (weight: "
+            "{num_bits: 8} without target), or with VNNI use target: openvino-vnni",
             QatkitWarning,
             stacklevel=1,
         )

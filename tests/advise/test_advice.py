@@ -225,6 +225,7 @@ def test_what_no_plan_achieves_is_said(tmp_path: Path) -> None:
     assert "note: no plan that fits is within --max-loss 0: the smallest expected loss is 0." in done.out
 
 
+@pytest.mark.filterwarnings("default:.*recurrent layer run as a loop:qatkit.errors.QatkitWarning")
 def test_an_encoder_has_its_own_formats_and_an_unknown_model_no_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +252,7 @@ def test_an_encoder_has_its_own_formats_and_an_unknown_model_no_evidence(
         assert plan in done.out
         assert note in done.out
         assert "MLP" not in done.out
+        assert ("the steps of a recurrent layer run as a loop" in done.err) == (factory == "reader")
 
 
 MADE = """\

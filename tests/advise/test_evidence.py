@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from qatkit.advise.devices import DEVICES, VNNI, X86
+from qatkit.advise.options import options_of
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path("benchmarks", "results")
@@ -62,3 +66,13 @@ def test_a_row_about_which_nobody_has_decided_is_an_error(name: str, key: str, e
     path.write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=f"add 'something new' of results/{name}.json to its table"):
         evidence.text()
+
+
+def test_linear_layers_keep_floating_point_products_in_openvino_without_vnni() -> None:
+    """benchmarks/results/serve_avx2.json: its integer products are slower there, except in convolutions."""
+    old, new = (replace(DEVICES["epyc-9654"], processor=processor) for processor in (X86, VNNI))
+    for family in ("mlp", "encoder"):
+        (option,) = options_of("openvino", family, old)
+        assert option.quantize == {"weight": {"num_bits": 8}}
+        assert [each.quantize for each in options_of("openvino", family, new)] == [{"target": "openvino-vnni"}]
+    assert [each.quantize for each in options_of("openvino", "convolutional", old)] == [{"target": "openvino"}]

@@ -114,6 +114,19 @@ def test_an_activation_function_that_costs_the_speed_is_named_by_validate(tmp_pa
     assert "Hardswish" not in qatkit("validate", "placed.yaml", "--allow", "tests", cwd=tmp_path).err
 
 
+@pytest.mark.filterwarnings("default:.*integer matrix products in OpenVINO:qatkit.errors.QatkitWarning")
+def test_linear_layers_that_are_slower_in_openvino_are_named_by_validate(tmp_path: Path) -> None:
+    text = RECIPE.replace("target: onnxruntime", "target: openvino").replace("format: onnx", "format: openvino")
+    mlp = text.replace("qatkit.models:resnet", "qatkit.models:mlp").replace("{channels: [4, 8]}", "{in_features: 64}")
+    (tmp_path / "placed.yaml").write_text(mlp)
+    done = qatkit("validate", "placed.yaml", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "on processors without VNNI, integer matrix products in OpenVINO are slower" in done.err
+    for other in (text, mlp.replace("target: openvino", "target: openvino-vnni")):
+        (tmp_path / "placed.yaml").write_text(other)
+        assert "OpenVINO are slower" not in qatkit("validate", "placed.yaml", cwd=tmp_path).err
+
+
 @pytest.mark.filterwarnings("default:.*recurrent layer run as a loop:qatkit.errors.QatkitWarning")
 def test_a_recurrent_layer_that_would_run_as_a_loop_is_named_by_validate(tmp_path: Path) -> None:
     text = RECIPE.replace("qatkit.models:resnet", f"{__name__}:Reader").replace("{channels: [4, 8]}", "{}")
