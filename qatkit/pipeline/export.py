@@ -15,10 +15,11 @@ from qatkit.export.exporting import write_export
 from qatkit.export.format_row import ExportFormat
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import ExportContext
+from qatkit.export.verification import check_python
 from qatkit.quantization.selection import select
 from qatkit.quantization.targets import TARGETS
 from qatkit.recipe import QuantizeConfig, Recipe
-from qatkit.run.exports import Exported, add_to_run, added_exports, exports_of, formats_by_key
+from qatkit.run.exports import Exported, add_to_run, added_exports, exports_of, formats_by_key, interpreter_of
 from qatkit.run.folder import Run
 from qatkit.schemes import Scheme
 from qatkit.tasks.table import Task, declared_task
@@ -48,7 +49,8 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
         task: The task that the data declares.
 
     Raises:
-        QatkitError: a format does not support the result; the error includes the stage and, if known, the layer.
+        QatkitError: a format does not support the result, or the interpreter of its runtime does not exist; the error
+            includes the stage and, if known, the layer.
     """
     rows = formats_by_key(recipe)
     config = recipe.stages[stage].quantize
@@ -62,6 +64,7 @@ def check_export(recipe: Recipe, stage: str, model: nn.Module, task: Task | None
             )
     for key, row in rows.items():
         check_format(row, key, stage, config, model, task)
+        check_python([row], interpreter_of(recipe, row), f"{key.removesuffix('format')}python")
 
 
 def check_format(

@@ -18,7 +18,7 @@ from qatkit.export.exporting import with_companions
 from qatkit.export.verification import Verification, check_python, verify
 from qatkit.pipeline.card import CARD, write_cards
 from qatkit.pipeline.export import VERDICT, first_batch, held_out_data, write_exports
-from qatkit.run.exports import Exported, exports_of
+from qatkit.run.exports import Exported, exports_of, interpreter_of
 from qatkit.run.folder import Run
 from qatkit.run.lock import locked
 from qatkit.tasks import declared_task
@@ -43,7 +43,8 @@ def verify_run(run: Run, only: str | None = None, python: Path | None = None) ->
     Args:
         run: A run with exported files.
         only: The name of the only format to verify. By default, all formats of the run are verified.
-        python: The interpreter of an environment with the runtime, for formats that need one; see `verify`.
+        python: The interpreter of an environment with the runtime, for formats that need one; see `verify`. The default
+            is that of the recipe.
 
     Returns:
         One verification per file, by name. Each is also written to
@@ -127,7 +128,7 @@ def _verify_file(run: Run, exported: Exported, data: LightningDataModule, python
         warnings.warn(problem, QatkitWarning, stacklevel=2)
     digests = _digests(run, exported)
     model, tokenizer = run.load_model(exported.stage).eval(), getattr(data, "tokenizer", None)
-    task, own = declared_task(data), python if row.environment else None
+    task, own = declared_task(data), (python or interpreter_of(run.recipe, row)) if row.environment else None
     verification = verify(model, path, data.test_dataloader(), row.name, task=task, python=own)
     verification = with_companions(verification, row, model, path, tokenizer, first_batch(data))
     content = asdict(verification) | {"digests": digests}

@@ -47,10 +47,21 @@ class ExportConfig:
 
     format: str = MISSING
     """A name in `qatkit.export.formats.FORMATS`, such as onnx."""
+    python: str | None = None
+    """The interpreter of an environment made by ``qatkit environment FORMAT``, in which files are verified; only for
+    formats whose runtime needs one.
+    """
 
     def __post_init__(self) -> None:
-        if self.format != MISSING:
-            FORMATS.row(self.format, "format")
+        if self.format == MISSING:
+            return
+        row = FORMATS.row(self.format, "format")
+        if self.python is not None and not row.environment:
+            raise QatkitError(
+                f"'{row.name}' files run in the environment of qatkit, so an interpreter has no effect",
+                key="python",
+                advice="remove it",
+            )
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,13 @@ def _mark(run: Run, stage: str, row: ExportFormat) -> Path:
     return run.out / "export" / stage / row.name
 
 
+def interpreter_of(recipe: Recipe, row: ExportFormat) -> Path | None:
+    """Return the interpreter in which the recipe lets files of a format be verified, or None."""
+    return next(
+        (Path(each.python) for each in recipe.exports.values() if each.format == row.name and each.python), None
+    )
+
+
 def formats_by_key(recipe: Recipe) -> dict[str, ExportFormat]:
     """Return the recipe's export formats by the key that names each, such as ``export.format``."""
     return {f"{key}.format": FORMATS.row(config.format, f"{key}.format") for key, config in recipe.exports.items()}

@@ -90,6 +90,7 @@ def recipe_file(tmp_path: Path) -> Path:
         ("schema_version=2", "schema_version", ["written for schema 2, but this qatkit reads 1", "port the recipe"]),
         ("schema_version=true", "schema_version", ["written for schema True"]),
         ("export={format: }", "export.format", ["has no value", "null for none"]),
+        ("export={format: dense, python: p}", "export.python", ["'dense' files run in the environment of qatkit"]),
     ],
 )
 def test_a_mistake_names_its_key_the_value_and_the_fix(

@@ -20,6 +20,8 @@ from qatkit.export.litert.format import export_litert
 from qatkit.export.verification import verify
 from qatkit.quantization import prepare_for_target
 from qatkit.quantization.placement.points import placement_of
+from tests.cli.in_process import qatkit
+from tests.test_docs import ROOT, write_named_blocks
 
 A8 = QuantSpec(8, symmetric=False, strategy="tensor")
 
@@ -191,6 +193,14 @@ def test_other_quantization_is_refused_by_the_name_of_the_layer(
     with pytest.raises(QatkitError, match="layer '0': LiteRT's") as error:
         FORMATS["litert"].check_model(model)
     assert said in str(error.value)
+
+
+@pytest.mark.medium
+def test_the_interpreter_of_a_recipe_must_exist_before_training(tmp_path: Path) -> None:
+    write_named_blocks(ROOT / "docs" / "litert.md", tmp_path)
+    done = qatkit("validate", "phone.yaml", "export.python=litert-env/bin/python", cwd=tmp_path)
+    assert done.code == 2
+    assert "export.python: 'litert-env/bin/python' is not a file; pass the interpreter of an environment" in done.err
 
 
 def test_layers_that_cannot_be_converted_are_refused_before_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -163,5 +164,9 @@ def test_the_page_works_in_litert(tmp_path: Path) -> None:
     done = qatkit("verify", "runs/phone", "--python", str(python()), cwd=tmp_path)
     assert done.code == 0, done.err
     assert done.out.count("computed by LiteRT 2.") == 2
+    interpreter = f"export.python={python()}"
+    assert qatkit("run", "phone.yaml", interpreter, "--out", "runs/at_once", "--quiet", cwd=tmp_path).code == 0
+    rows = json.loads((tmp_path / "runs/at_once/report.json").read_text())["rows"]
+    assert [row["verification"]["not_run"] for row in rows] == ["", ""]
     card = (tmp_path / "runs/phone/export/int8/litert/README.md").read_text()
     assert "from ai_edge_litert.interpreter import Interpreter" in card
