@@ -34,6 +34,11 @@ class Scheme:
                 key="weight.observer",
                 advice="use minmax, mse or lsq",
             )
+        if weight is not None and weight.late_scales:
+            raise QatkitError(
+                f"'{weight.scale_dtype}' is supported only for activations", key="weight.scale_dtype",
+                advice="use float16",
+            )  # fmt: skip
         if weight is not None and weight.dynamic:
             raise QatkitError("true is supported only for activations", key="weight.dynamic", advice="remove dynamic")
         if self.activation is not None:
@@ -114,6 +119,12 @@ _TQ2_0 = replace(_GGUF, num_bits=2, type="ternary", group_size=256, observer="ab
 _TQ1_0 = replace(_TQ2_0, num_bits=1)
 
 
+LLAMA_CPP_32 = QuantSpec(num_bits=8, strategy="group", group_size=32, scale_dtype="float16_late")
+"""How llama.cpp quantizes the inputs of a layer on CPUs (q8_0): for weights in blocks of at most 64."""
+LLAMA_CPP_256 = QuantSpec(num_bits=8, strategy="group", group_size=256)
+"""The same for weights in blocks of 256 (q8_K)."""
+
+
 def _mlx(bits: int) -> QuantSpec:
     """Groups of 64, mlx-lm's default. With 8 bits, rule minimum would leave the scale only 3 significant bits."""
     rule: ScaleRule = "minimum" if bits < 8 else "qmax"
@@ -156,6 +167,10 @@ SCHEMES: dict[str, Scheme] = {
     "TQ1_0": Scheme(_TQ1_0),
     "TQ2_0": Scheme(_TQ2_0),
 }
+_IN_BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4A16", "NVFP4_UE4M3")
+_IN_BLOCKS_OF_256 = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
+SCHEMES |= {f"{name.removesuffix('A16')}_A8": Scheme(SCHEMES[name].weight, LLAMA_CPP_32) for name in _IN_BLOCKS_OF_32}
+SCHEMES |= {f"{name}_A8": Scheme(SCHEMES[name].weight, LLAMA_CPP_256) for name in _IN_BLOCKS_OF_256}
 
 
 def scheme(name: str, observer: str | None = None) -> Scheme:
@@ -163,7 +178,8 @@ def scheme(name: str, observer: str | None = None) -> Scheme:
 
     The GGUF schemes match the formats exactly: blocks of 32 weights (256 in TQ2_0), float16 scales and GGUF's scale
     rule; in the K-quants (Q4_K), super-blocks of 256 weights with integer scales. NVFP4_UE4M3 is the NVFP4 of GGUF and
-    MLX, whose e4m3 scales are not combined with a scale per tensor. Exporting a model trained with such a
+    MLX, whose e4m3 scales are not combined with a scale per tensor. ``_A8`` after a GGUF name adds the quantization of
+    inputs that llama.cpp computes with on CPUs: ``Q4_0_A8``, ``Q4_K_A8``. Exporting a model trained with such a
     scheme is therefore lossless. So is exporting an MLX scheme to MLX.
 
     Args:

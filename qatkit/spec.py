@@ -58,7 +58,8 @@ class QuantSpec:
     scale_dtype: str = "float32"
     """The dtype to which scales are rounded, both in training and in the exported file. float8_e8m0fnu scales are
     powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4), ue4m3
-    scales are the same numbers without it (NVFP4 in GGUF and MLX). Integer
+    scales are the same numbers without it (NVFP4 in GGUF and MLX). float16_late scales compute the codes in float32,
+    and decode them in float16, as llama.cpp quantizes activations. Integer
     scales (int6, int8, and uint4 or uint6 with ``symmetric: false``) are combined with one float16 scale per
     super-block of 256 inputs (GGUF's K-quants). A second such pair then gives every group a minimum instead of a zero
     point.
@@ -195,6 +196,12 @@ class QuantSpec:
             raise QatkitError(
                 f"'{self.scale_rule}' is not supported for {kind}", key="scale_rule", advice="remove scale_rule"
             )
+        late = self.type == "int" and self.symmetric and self.strategy == "group" and self.scale_rule == "qmax"
+        if self.late_scales and not late:
+            raise QatkitError(
+                "'float16_late' is supported only for symmetric integers in groups with scale_rule qmax",
+                key="scale_dtype", advice="set strategy: group and group_size: 32, or use float16",
+            )  # fmt: skip
         if self.float8_scales and (self.strategy != "group" or self.type not in FLOAT_FORMATS):
             raise QatkitError(
                 f"'{self.scale_dtype}' is supported only for per-group floats, as in the MX formats and NVFP4",
@@ -253,6 +260,11 @@ class QuantSpec:
     def float8_scales(self) -> bool:
         """Whether scales are 8-bit floats, as in the MX formats and NVFP4."""
         return self.scale_dtype.startswith("float8") or self.scale_dtype == "ue4m3"
+
+    @property
+    def late_scales(self) -> bool:
+        """Whether scales are rounded to float16 after the codes are computed."""
+        return self.scale_dtype == "float16_late"
 
     @property
     def stored_bits(self) -> float:

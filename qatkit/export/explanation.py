@@ -143,7 +143,11 @@ def explain(
     try:
         if file.runtime is None:
             return _not_walked(row, file.failures[0])
-        return _walked(row, row.call("walk", trained, path, file.runtime), batches, forward or call)
+        schemes = {
+            weight.name.removesuffix(f".{weight.part}"): scheme_words(_scheme(weight))
+            for weight in qat_weights(trained)
+        }
+        return _walked(row, row.call("walk", trained, path, file.runtime), schemes, batches, forward or call)
     finally:
         if file.close is not None:
             file.close()
@@ -153,10 +157,9 @@ def _not_walked(row: ExportFormat, reason: str) -> Explanation:
     return Explanation(row.name, 0, 0, None, None, {}, f"'{row.name}' cannot be walked layer by layer: {reason}")
 
 
-def _walked(row: ExportFormat, walk: Walk, batches: Iterable[Any], forward: Forward) -> Explanation:
-    schemes = {
-        weight.name.removesuffix(f".{weight.part}"): scheme_words(_scheme(weight)) for weight in qat_weights(walk.model)
-    }
+def _walked(
+    row: ExportFormat, walk: Walk, schemes: dict[str, str], batches: Iterable[Any], forward: Forward
+) -> Explanation:
     skipped, compared = dict(walk.skipped), set[str]()
     first = larger = None
     number = 0

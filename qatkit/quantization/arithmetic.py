@@ -109,6 +109,8 @@ def _unscaled(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> 
 
 
 def _scaled(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.late_scales:
+        scale = scale.half().float()
     return values * scale - zero_point if spec.has_minimum else values * scale
 
 

@@ -34,6 +34,7 @@ SCALE_DTYPES = Table(
     [
         ScaleDtype("float32", 32),
         ScaleDtype("float16", 16),
+        ScaleDtype("float16_late", 16),
         ScaleDtype("bfloat16", 16),
         ScaleDtype("float8_e4m3fn", 8, outer="tensor"),
         ScaleDtype("float8_e8m0fnu", 8),

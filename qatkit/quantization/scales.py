@@ -126,6 +126,8 @@ def round_scale(scale: Tensor, spec: QuantSpec, outer_scale: Tensor | None = Non
         mantissa, exponent = torch.frexp(size.clamp(2.0**-126, 2.0**127))
         power = torch.exp2((exponent - (mantissa <= 0.5**0.5).int()).float())
         size = torch.where(size.isnan(), size, power)  # the exponent of NaN is undefined
+    elif spec.late_scales:
+        size = size.clamp(torch.finfo(torch.float32).tiny, torch.finfo(torch.float16).max)
     elif spec.scale_dtype == "ue4m3":
         size = size.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
     elif spec.two_level:

@@ -1,5 +1,6 @@
 // Run GGUF files in llama.cpp. Arguments: a JSON file of jobs, and the JSON file of their results.
-// A job: {path, rows: token IDs to predict after, texts: to tokenize, sentences: to embed}.
+// A job: {path, rows: token IDs to predict after, texts: to tokenize, sentences: to embed, precise: keys and values in
+// float32, and no flash attention}.
 import fs from "node:fs";
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
@@ -9,12 +10,13 @@ const {getLlama} = await import(pathToFileURL(require.resolve("node-llama-cpp"))
 const [jobsPath, resultsPath] = process.argv.slice(2);
 const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
 const results = [];
-for (const {path, rows = [], texts = [], sentences = []} of JSON.parse(fs.readFileSync(jobsPath))) {
+const float32 = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32", flashAttention: false};
+for (const {path, rows = [], texts = [], sentences = [], precise = false} of JSON.parse(fs.readFileSync(jobsPath))) {
   const model = await llama.loadModel({modelPath: path});
   const tokens = texts.map((text) => model.tokenize(text));
   const probabilities = [], vectors = [];
   if (rows.length) {
-    const context = await model.createContext({contextSize: 64, batchSize: 64, threads: 1});
+    const context = await model.createContext({contextSize: 64, batchSize: 64, threads: 1, ...(precise ? float32 : {})});
     const generateNext = {probabilities: true, options: {temperature: 1, topK: 0, topP: 1, minP: 0}};
     const sequence = context.getSequence();
     for (const row of rows) {

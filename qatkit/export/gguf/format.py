@@ -59,19 +59,24 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"layer '{name}': 'gguf' supports only linear layers and embeddings, but this is a {type(layer).__name__}",
             advice=f"exclude the layer, or {INSTEAD}",
         )
-    if scheme.activation is not None:
+    if scheme.weight is None:
         raise QatkitError(
-            f"layer '{name}': llama.cpp quantizes activations itself, to 8 bits in blocks, so trained activation "
-            "quantization would not be used",
-            advice=f"remove activation, or set scheme: Q4_0 or Q8_0, or {INSTEAD}",
+            f"layer '{name}': llama.cpp quantizes only the inputs of layers with quantized weights",
+            advice=f"set scheme: Q8_0_A8, or exclude the layer, or {INSTEAD}",
         )
-    assert scheme.weight is not None
     inputs = weight.shape[0 if is_transposed(layer) else 1]
     block = block_type_of(scheme.weight)
     if block is not None and inputs % block.block:
         raise QatkitError(
             f"layer '{name}': a block of {block.name} has {block.block} inputs, which does not divide {inputs}",
             advice=f"exclude the layer, or set scheme: MXFP4A16, or {INSTEAD}",
+        )
+    if block is not None and scheme.activation not in (None, block.activation):
+        known = next(each for each, row in SCHEMES.items() if row.activation == block.activation and _fits(row, block))
+        raise QatkitError(
+            f"layer '{name}': llama.cpp quantizes the inputs of {block.name} weights itself, to 8 bits in groups of "
+            f"{block.activation.group_size}, so another trained quantization would not be used",
+            advice=f"remove activation, or set scheme: {known}, or {INSTEAD}",
         )
     if block is None:
         problem, advice = _misfit(scheme.weight, inputs)
@@ -111,7 +116,9 @@ def read_back(model: nn.Module, path: Path, threads: int | None) -> ReadBack:
 
 
 def bound(measured: Measured) -> Bound:
-    """Return the error bound, which is 0."""
+    """Return the error bound: 0, or none if activations are quantized, because transformers does not quantize them."""
+    if measured.quantizes_inputs:
+        return Bound("none, since transformers does not quantize activations", None)
     return EXACT
 
 

@@ -17,7 +17,7 @@ from qatkit.export.gguf.bits import Array, float16, joined, packed_bits, read_fl
 from qatkit.export.gguf.super_blocks import LAYOUTS
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.scale_dtypes import SUPER_BLOCK
-from qatkit.schemes import SCHEMES
+from qatkit.schemes import LLAMA_CPP_32, LLAMA_CPP_256, SCHEMES
 from qatkit.spec import QuantSpec
 
 _FIELDS = ("num_bits", "symmetric", "strategy", "group_size", "scale_dtype", "type")
@@ -48,6 +48,11 @@ class BlockType:
         """The number of weights per block."""
         assert self.spec.group_size is not None
         return SUPER_BLOCK if self.spec.super_blocks else self.spec.group_size * self.groups
+
+    @property
+    def activation(self) -> QuantSpec:
+        """How llama.cpp quantizes the inputs of a layer with this type, on CPUs."""
+        return LLAMA_CPP_256 if self.block == SUPER_BLOCK else LLAMA_CPP_32
 
     def differences(self, spec: QuantSpec) -> list[str]:
         """Return the names of the fields in which `spec` differs from this type."""

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +19,7 @@ from qatkit.export.gguf.format import export_gguf
 from qatkit.export.verification import verify
 from qatkit.models import cnn, llama
 from qatkit.pipeline.validation import validate_recipe
+from qatkit.quantization.modules import FakeQuantize
 from qatkit.quantization.prepare import quantized_weights
 from qatkit.recipe.loading import load_recipe
 
@@ -222,7 +223,12 @@ def test_a_scheme_that_no_type_stores_is_refused_with_the_keys_that_fit(weight: 
 def test_quantized_activations_and_other_models_are_refused() -> None:
     model = llama(300, 64, 1, 2, 1, 96, 32)
     prepare_qat(model, spec("Q8_0"), scheme("W8A8").activation, exclude=["lm_head"])
-    with pytest.raises(QatkitError, match=r"llama\.cpp quantizes activations itself.*remove activation"):
+    message = r"llama\.cpp quantizes the inputs of Q8_0 weights itself, .* groups of 32, .*set scheme: \w+_A8"
+    with pytest.raises(QatkitError, match=message):
+        FORMATS["gguf"].check_model(model)
+    model = llama(300, 64, 1, 2, 1, 96, 32)
+    prepare_qat(model, None, scheme("Q8_0_A8").activation, exclude=["lm_head"])
+    with pytest.raises(QatkitError, match=r"llama\.cpp quantizes only the inputs of layers with quantized weights"):
         FORMATS["gguf"].check_model(model)
     with pytest.raises(
         QatkitError, match=r"'gguf' is supported only for transformers models, but the model is a Chain"
@@ -232,6 +238,27 @@ def test_quantized_activations_and_other_models_are_refused() -> None:
     model.config.hidden_act = "gelu"
     with pytest.raises(QatkitError, match=r"implements 'llama' only with hidden_act: 'silu', but the model has 'gelu'"):
         FORMATS["gguf"].check_model(model)
+
+
+def test_inputs_are_quantized_as_the_gguf_package_and_llama_cpp_do(tmp_path: Path) -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 64)[:, None]
+    x[0, :32] = 0
+    found = FakeQuantize(scheme("Q4_0_A8").activation, "activation", (1,))(x)
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    assert np.array_equal(found.numpy(), dequantize(quantize(x.numpy(), q8_0), q8_0))
+    blocks = x.double().view(-1, 256)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    codes = (blocks * (-127 / largest)).round()
+    found = FakeQuantize(scheme("Q4_K_A8").activation, "activation", (1,))(x)
+    assert torch.allclose(found.double().view(-1, 256), codes * largest / -127, rtol=1e-6, atol=0)
+    model, path = llama(300, 64, 1, 2, 1, 96, 32, tie_embeddings=False).eval(), tmp_path / "model.gguf"
+    prepare_qat(model, scheme("Q4_0_A8").weight, scheme("Q4_0_A8").activation, exclude=["lm_head"])
+    export_gguf(model, path)
+    check = verify(model, path, [BATCH])
+    assert check.passed, check.failures
+    assert check.bound == "none, since transformers does not quantize activations"
+    assert check.mean_error is not None
+    assert check.mean_error > 0
 
 
 def test_the_limits_are_checked_before_training() -> None:

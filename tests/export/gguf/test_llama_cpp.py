@@ -2,6 +2,7 @@
 
 llama.cpp stores keys and values in float16, and quantizes activations to 8 bits if the weight is quantized. So files
 with the quantized values in float32 show that it computes the same model, and files with codes that it decodes them.
+With keys and values in float32, they also show that it quantizes activations like the schemes that end in "_A8".
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ pytestmark = [
     pytest.mark.skipif(FOLDER is None, reason="QATKIT_LLAMA_CPP names no folder with node-llama-cpp"),
 ]
 TOKENS = torch.randint(290, (2, 16), generator=torch.Generator().manual_seed(1))
+MANY = torch.randint(290, (12, 48), generator=torch.Generator().manual_seed(1))
+BOUND = 0.25
+"""Largest difference of a log-probability that changed codes of activations may make."""
 TEXTS = [
     "The quick brown fox, isn't it?",
     "DON'T shout!! x_1 = y//2\n\n\n end ",
@@ -55,14 +59,27 @@ def with_values(model: nn.Module) -> nn.Module:
     return plain
 
 
-def typed(name: str) -> nn.Module:
-    """A Llama with all matrices in one type."""
+def typed(name: str, suffix: str = "") -> nn.Module:
+    """A Llama with all matrices in one type.
+
+    The suffix "_A8" quantizes the inputs of linear layers. The embeddings are then not quantized: inputs on a grid of
+    16 values would lie on rounding boundaries, which trained norms move them away from.
+    """
     torch.manual_seed(0)
     model = llama(300, 256, 2, 4, 2, 256, 64, tie_embeddings=False).eval()
     for parameter in model.parameters():
         parameter.data *= 5 if parameter.dim() == 2 else 1
-    found = scheme({"MXFP4": "MXFP4A16", "NVFP4": "NVFP4_UE4M3"}.get(name, name))
-    prepare_qat(model, layers={"*_proj": found, "model.embed_tokens": found, "lm_head": found})
+    own = {"MXFP4": "MXFP4A16", "NVFP4": "NVFP4_UE4M3"}.get(name, name)
+    found = scheme(own.removesuffix("A16") + suffix if suffix else own)
+    prepare_qat(model, layers={"*_proj": found, "lm_head": found} | ({} if suffix else {"model.embed_tokens": found}))
+    return model
+
+
+def without_inputs(model: nn.Module) -> nn.Module:
+    """The same model with quantized weights alone."""
+    model = copy.deepcopy(model)
+    for _, layer in qat_layers(model):
+        layer.input_fake_quant = None
     return model
 
 
@@ -90,6 +107,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         add(name, with_values(quantized(name)), tokenizer, rows=rows)
     for name in BLOCK_TYPES:
         add(name, typed(name), tokenizer, rows=rows)
+        add(f"precise {name}", typed(name, "_A8"), tokenizer, rows=MANY.tolist(), precise=True)
     for name, make in TOKENIZERS.items():
         add(f"tokenizer {name}", llama(400, 32, 1, 2, 1, 32, 16), make(), texts=TEXTS)
     for pooling in ("mean", "cls"):
@@ -98,6 +116,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script = Path(__file__).parents[2] / "support" / "llama_cpp.mjs"
     subprocess.run(["node", str(script), str(folder / "jobs.json"), str(folder / "out.json")], cwd=FOLDER, check=True)
     return dict(zip(jobs, json.loads((folder / "out.json").read_text()), strict=True))
+
+
+@torch.no_grad()
+def compared(model: Any, result: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Top-1 agreement, the mean and largest difference of log-probabilities above -12, and the largest margin of the
+    two most probable tokens where the most probable one differs.
+    """
+    expected: Tensor = model(MANY).logits.log_softmax(-1)
+    found = torch.full_like(expected, -torch.inf)
+    for row, positions in enumerate(result["probabilities"]):
+        for position, pairs in enumerate(positions):
+            ids, values = zip(*pairs, strict=True)
+            found[row, position, list(ids)] = torch.tensor(values).log()
+    apart = (expected - found)[(expected > -12) & (found > -12)].abs()
+    other = expected.argmax(-1) != found.argmax(-1)
+    first, second = expected[other].topk(2).values.T
+    margin = float((first - second).max()) if other.any() else 0.0
+    return 1 - float(other.float().mean()), float(apart.mean()), float(apart.max()), margin
 
 
 @torch.no_grad()
@@ -126,6 +162,18 @@ def test_it_decodes_every_type(name: str, results: dict[str, Any]) -> None:
     strip_qat(plain)
     assert distance(model, results[name]) < 0.03
     assert distance(model, results[name]) < distance(plain, results[name])
+
+
+@pytest.mark.parametrize("name", list(BLOCK_TYPES))
+def test_it_quantizes_activations_as_training_does(name: str, results: dict[str, Any]) -> None:
+    """Q4_1 and Q5_1 remain apart, because llama.cpp rounds the sum of a block, by which a minimum is multiplied."""
+    model, result = typed(name, "_A8"), results[f"precise {name}"]
+    before, after = compared(without_inputs(model), result), compared(model, result)
+    rounds_sums = name in ("Q4_1", "Q5_1")
+    assert after[1] < before[1] * (0.85 if rounds_sums else 0.2), (before, after)
+    assert after[0] > (0.94 if rounds_sums else max(before[0], 0.98)), (before, after)
+    assert after[2] < BOUND * (1.2 if rounds_sums else 1), (before, after)
+    assert after[3] < 2 * BOUND, (before, after)
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
