@@ -64,17 +64,6 @@ outputs = model(...)""",
             "differ from those of training.",
         ),
         Usage(
-            "litert",
-            "litert",
-            """\
-from ai_edge_litert.interpreter import Interpreter
-
-model = Interpreter("model.tflite").get_signature_runner()
-outputs = model(**{name: ... for name in model.get_input_details()})""",
-            note="The default XNNPACK kernels compute what training computed; the built-in reference kernels round "
-            "differently.",
-        ),
-        Usage(
             "dense",
             "pytorch",
             """\
@@ -133,6 +122,17 @@ print(generate(model, tokenizer, prompt="Once upon a time"))""",
             note="transformers needs gptqmodel to load this folder. gptqmodel computes in half precision, so outputs "
             "differ slightly from those of training.",
             transformers=True,
+        ),
+        Usage(
+            "litert",
+            "litert",
+            """\
+from ai_edge_litert.interpreter import Interpreter
+
+model = Interpreter("model.tflite").get_signature_runner()
+outputs = model(**{name: ... for name in model.get_input_details()})""",
+            note="The default XNNPACK kernels compute what training computed; the built-in reference kernels round "
+            "differently.",
         ),
     ],
 )
