@@ -12,7 +12,7 @@ QUICK := $(addprefix tests/,common data distillation kernels lora pruning quanti
 # They get processes of their own: OpenVINO crashed in a process that had run thousands of other tests before
 OPENVINO := tests/export/openvino
 
-.PHONY: demo demo-llm quick test slow coverage mutation oldest lint types docs bench clean
+.PHONY: demo demo-llm quick test slow long coverage mutation oldest lint types docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qatkit run vision/digits_resnet --out runs/demo
@@ -22,15 +22,21 @@ demo-llm: $(VENV)/.llm
 
 # before a commit: lint, types and the tests of pure functions
 quick: lint types
-	$(PYTEST) -m "not slow and not medium" $(QUICK)
+	$(PYTEST) -m "not slow and not long and not medium" $(QUICK)
 
-test: lint types docs
+# the types and the site take one process each, so they are checked at the same time
+test: lint
+	$(MAKE) -j 2 types docs
 	$(PYTEST) $(OPENVINO)
 	$(PYTEST) --ignore=$(OPENVINO)
 
 # what takes minutes; CI runs it too
 slow: $(VENV)/.dev
 	$(PYTEST) -m slow
+
+# what takes longer and has representatives in the other targets; CI does not run it
+long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 # the lines that the tests run in their own processes; those run only by processes that tests start do not count
 coverage: $(VENV)/.dev
@@ -45,7 +51,7 @@ mutation: $(VENV)/.dev
 
 # the quick tests with the lowest versions that pyproject.toml claims
 oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not medium" $(QUICK)
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not long and not medium" $(QUICK)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

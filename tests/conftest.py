@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -27,3 +29,5 @@ def _quiet_and_repeatable() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if "torch.onnx._internal.exporter._registration" in sys.modules:  # its import takes seconds: only where it is used
+        importlib.import_module("tests.support.exporting")

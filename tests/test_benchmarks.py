@@ -1,4 +1,7 @@
-"""The mechanics of benchmarks that take hours: every row is there."""
+"""The mechanics of benchmarks that take hours: every row is there.
+
+Those that train dozens of models even in their quick mode are left out of CI: run `make long` after a change of them.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,10 @@ import pytest
 
 from tests.support import warm
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_what_is_shrunk_loads_without_qatkit_in_the_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "shrink.py"), "--quick"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -27,6 +29,7 @@ def test_what_is_shrunk_loads_without_qatkit_in_the_quick_mode() -> None:
     assert all(float(row[4]) > 1.5 for row in rows)
 
 
+@pytest.mark.long
 def test_the_recovery_benchmark_runs_every_method_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "qat_recovery.py"), "--quick", "--jobs", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -39,6 +42,7 @@ def test_the_recovery_benchmark_runs_every_method_in_its_quick_mode() -> None:
     assert ("mixed, bytes of W3 g32", "QAT + KD") in methods
 
 
+@pytest.mark.long
 def test_the_distillation_benchmark_trains_both_students_of_both_recipes_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "distill_recipes.py"), "--quick", "--jobs", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -49,6 +53,7 @@ def test_the_distillation_benchmark_trains_both_students_of_both_recipes_in_its_
         assert cells["alone"] != cells["distilled"]
 
 
+@pytest.mark.long
 def test_the_pruning_benchmark_runs_every_method_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "prune_accuracy.py"), "--quick", "--jobs", "2"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -62,6 +67,7 @@ def test_the_pruning_benchmark_runs_every_method_in_its_quick_mode() -> None:
     assert {method for _, method, _ in methods} >= {"lottery ticket", "ticket mask, new initialization"}
 
 
+@pytest.mark.long
 def test_the_pipeline_benchmark_measures_every_stage_and_its_baseline_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "pipeline.py"), "--quick", "--jobs", "1"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -75,6 +81,7 @@ def test_the_pipeline_benchmark_measures_every_stage_and_its_baseline_in_its_qui
     assert "recovered by 2:4, KD and int4" in out
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_measures_every_method_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "gpu.py"), "--quick"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -85,6 +92,7 @@ def test_the_gpu_benchmark_measures_every_method_in_its_quick_mode() -> None:
     assert all(float(milliseconds) > 0 for _, _, milliseconds, _ in rows)
 
 
+@pytest.mark.slow
 def test_the_serving_benchmark_measures_four_files_of_a_family_in_its_quick_mode() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "serve.py"), "--quick", "--only", "MLP"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -98,6 +106,7 @@ def test_the_serving_benchmark_measures_four_files_of_a_family_in_its_quick_mode
 
 
 @pytest.mark.skipif("QATKIT_LLAMA_CPP" not in os.environ, reason="QATKIT_LLAMA_CPP names no folder with node-llama-cpp")
+@pytest.mark.slow
 def test_the_k_quants_are_compared_with_llama_cpp_in_its_quick_mode() -> None:
     folder = os.environ["QATKIT_LLAMA_CPP"]
     command = [warm.python(), str(ROOT / "benchmarks" / "kquants.py"), "--quick", "--llama-cpp", folder]

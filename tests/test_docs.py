@@ -14,7 +14,7 @@ from tests.support import warm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = {"README.md", "first_run.md", "own_model.md", "pruning.md"}  # pages run by `make test` too
+SHORT = {"README.md", "own_model.md", "pruning.md"}  # pages run by `make test` too; `make demo` is that of first_run.md
 
 # the reader's own module, teacher and data, which the Python of a page uses
 PRELUDE = """

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import warm
 
-pytestmark = pytest.mark.medium
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

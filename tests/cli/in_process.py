@@ -6,13 +6,14 @@ import io
 import logging
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from qatkit.cli.main import main
+from tests.support import warm
 
 
 class Done(NamedTuple):
@@ -23,9 +24,14 @@ class Done(NamedTuple):
     err: str
 
 
+STARTING = ("bench", "search", "sweep")
+"""Commands that start processes."""
+
+
 def qatkit(*arguments: str, cwd: Path) -> Done:
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    forked = warm.children() if arguments[0] in STARTING else nullcontext()
+    with forked, pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["qatkit", *arguments])
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` replaces it

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from qatkit.cli.main import app
 from qatkit.recipe.loading import load_recipe
 from qatkit.run.folder import Run
+from tests.support import warm
 
 RECIPE = """\
 name: small
@@ -21,11 +22,10 @@ model:
   args: {vocab_size: 300, hidden: 64, layers: 1, heads: 2, kv_heads: 1, intermediate: 96, tie_embeddings: false}
 data:
   factory: "qatkit.data:stdlib_text"
-  args: {vocab_size: 300, context: 32, include: ["email/*"], val_fraction: 0.2, test_fraction: 0.2}
+  args: {vocab_size: 300, context: 32, include: ["email/i*", "email/m*"], val_fraction: 0.2, test_fraction: 0.2}
 trainer: {accelerator: cpu, devices: 1}
 stages:
-  dense: {max_steps: 30, batch_size: 4, lr: 3.0e-3}
-  int4: {max_steps: 2, batch_size: 4, lr: 1.0e-3, quantize: {scheme: Q4_0, exclude: [lm_head]}}
+  int4: {max_steps: 30, batch_size: 4, lr: 3.0e-3, quantize: {scheme: Q4_0, exclude: [lm_head]}}
 export: [{format: dense}, {format: gguf}, {format: onnx_genai}, {format: sparse}]
 """
 PROMPT = "import the"
@@ -36,7 +36,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("generate")
     (folder / "small.yaml").write_text(RECIPE)
-    result = CliRunner().invoke(app, ["run", str(folder / "small.yaml"), "--out", str(folder / "run"), "--quiet"])
+    arguments = ["run", str(folder / "small.yaml"), "--out", str(folder / "run"), "--quiet", "--no-report"]
+    with warm.children():  # the model builder of onnxruntime-genai is a process of its own
+        result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return folder / "run"
 

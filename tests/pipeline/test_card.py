@@ -27,7 +27,7 @@ model:
   args: {vocab_size: 300, hidden: 64, layers: 1, heads: 2, kv_heads: 1, intermediate: 96}
 data:
   factory: "qatkit.data:stdlib_text"
-  args: {vocab_size: 300, context: 32, include: ["email/*"], val_fraction: 0.2, test_fraction: 0.2}
+  args: {vocab_size: 300, context: 32, include: ["email/i*", "email/m*"], val_fraction: 0.2, test_fraction: 0.2}
 trainer: {accelerator: cpu, devices: 1}
 stages:
   dense: {max_steps: 2, batch_size: 4, lr: 1.0e-3}

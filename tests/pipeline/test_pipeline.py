@@ -270,7 +270,7 @@ def test_files_count_with_their_content_and_long_lists_are_no_files(tmp_path: Pa
 
 
 def test_ctrl_c_ends_with_130_and_says_that_the_run_continues(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "qatkit"), "run", "vision/digits_int4", "--out", str(tmp_path / "run")]
+    command = [warm.qatkit(), "run", "vision/digits_int4", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "stages" / "dense" / "last.ckpt", process)
     process.send_signal(signal.SIGINT)

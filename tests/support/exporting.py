@@ -10,8 +10,10 @@ import functools
 import importlib
 from typing import Any
 
+import torch
 from torch.onnx._internal.exporter import _schemas
-from torch.onnx._internal.exporter._registration import ONNXRegistry, onnxscript_apis
+from torch.onnx._internal.exporter._registration import onnxscript_apis
+from tqdm import tqdm
 
 APIS: Any = onnxscript_apis  # a module that is imported when it is first used
 
@@ -22,8 +24,10 @@ def operators() -> Any:
 
 
 def ready() -> None:
-    """Build the caches now, before processes are forked."""
-    ONNXRegistry.from_torchlib()
+    """Fill the caches now, before processes are forked: these, and those that the first export of a process fills."""
+    kept, tqdm.monitor_interval = tqdm.monitor_interval, 0  # its progress bar would start a thread, which is not forked
+    torch.onnx.export(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), dynamo=True, verbose=False)
+    tqdm.monitor_interval = kept
 
 
 APIS.get_torchlib_ops = operators

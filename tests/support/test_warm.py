@@ -70,3 +70,31 @@ def test_signals_and_kills_reach_it(tmp_path: Path) -> None:
 def test_a_process_killed_from_inside_says_so(tmp_path: Path) -> None:
     done = subprocess.run([warm.python(), "-c", "import os; os.kill(os.getpid(), 9)"], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL
+
+
+POOL = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+def seen(number):
+    return number, "torch" in sys.modules
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        print(list(pool.map(seen, range(5))))
+"""
+
+
+def test_the_processes_of_its_pools_are_forked_too(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    cold, forked = both(tmp_path, "pool.py")
+    assert cold == (0, f"{[(number, False) for number in range(5)]}\n", "")
+    assert forked == (0, cold[1].replace("False", "True"), "")
+
+
+def test_what_this_process_starts_is_forked_inside_children_only(tmp_path: Path) -> None:
+    code = "import sys; print('torch' in sys.modules)"
+    said = []
+    with warm.children():
+        said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    assert said == ["True\n", "False\n"]

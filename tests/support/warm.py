@@ -8,19 +8,26 @@ imports, or of a process from its first line on, use ``sys.executable``.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # as it is before any test changes it; libraries read some of it when they are imported
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 SERVER = Path(__file__).with_name("warm_server.py")
 CLIENT = """#!{executable} -IS
 import array, json, os, signal, socket, sys
+pool = any("multiprocessing" in argument for argument in sys.argv)  # it uses files that its parent has opened
+inherited = [number for number in range(3, 256) if pool and os.path.exists(f"/proc/self/fd/{{number}}")]
 path, executable, arguments = {path!r}, {executable!r}, {prefix!r} + sys.argv[1:]
 if int(os.environ.get("LOCAL_RANK", 0)):  # Lightning starts the second of two processes
     path += "_of_peers"
@@ -28,9 +35,12 @@ if int(os.environ.get("LOCAL_RANK", 0)):  # Lightning starts the second of two p
         os.execv(executable, [executable, *arguments])
 server = socket.socket(socket.AF_UNIX)
 server.connect(path)
-request = dict(arguments=arguments, folder=os.getcwd(), environment=dict(os.environ), python={python!r})
+numbers = [0, 1, 2, *inherited]
+request = dict(
+    arguments=arguments, folder=os.getcwd(), environment=dict(os.environ), python={python!r}, numbers=numbers
+)
 data = json.dumps(request).encode()
-server.sendmsg([len(data).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+server.sendmsg([len(data).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers))])
 server.sendall(data)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
@@ -84,3 +94,14 @@ def with_peers() -> None:
     """
     if not (peers := commands() / "socket_of_peers").exists():
         serve(peers)
+
+
+@contextlib.contextmanager
+def children() -> Iterator[None]:
+    """Fork the processes that this one starts with ``sys.executable`` or with multiprocessing, too."""
+    cold = sys.executable
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", python())
+        multiprocessing.set_executable(python())
+        yield
+        multiprocessing.set_executable(cold)

@@ -2,9 +2,9 @@
 
 Usage: warm_server.py SOCKET, with a pipe as standard input whose closing ends the server.
 
-A request is a JSON object with arguments, folder and environment, preceded by its length and the three standard
-streams. The answer is the exit status of the process. Bytes after a request are signals for it; closing the
-connection kills it.
+A request is a JSON object with arguments, folder, environment and the numbers of open files, preceded by its length and
+these files, of which the first three are the standard streams. The answer is the exit status of the process. Bytes
+after a request are signals for it; closing the connection kills it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -35,14 +36,19 @@ LOADED = (
     "torch.onnx._internal.exporter._core",
     "lightning.pytorch.strategies",
     "sklearn.datasets",
+    "sklearn.model_selection",
     "qatkit.callbacks",
+    "qatkit.callbacks.quantization",
     "qatkit.data",
+    "qatkit.export.onnx.graph",
     "qatkit.models",
     "qatkit.pipeline.validation",
     "qatkit.pipeline.runner",
     "qatkit.pipeline.export",
     "qatkit.pipeline.verify",
     "qatkit.pipeline.report",
+    "qatkit.report.comparison",
+    "qatkit.report.sections",
     "qatkit.cli.main",
 )
 CHATTING = ("transformers.models.llama.modeling_llama", "compressed_tensors.compressors")  # what they import warns
@@ -54,8 +60,9 @@ STATUS = 0  # of a forked process
 @atexit.register  # before any other, so it runs last
 def leave() -> None:
     """Exit a forked process at once, without the seconds that unloading every imported module takes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
     os._exit(STATUS)
 
 
@@ -73,14 +80,14 @@ def silence() -> Iterator[None]:
 
 
 def main(path: str) -> tuple[dict[str, Any], list[int]]:
-    """Serve forever; the function returns in a forked process, with its request and its standard streams."""
+    """Serve forever; the function returns in a forked process, with its request and its open files."""
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     for name in LOADED:
         importlib.import_module(name)
     with silence():
         for name in CHATTING:
             importlib.import_module(name)
-    importlib.import_module("exporting").ready()
+        importlib.import_module("exporting").ready()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -97,24 +104,23 @@ def main(path: str) -> tuple[dict[str, Any], list[int]]:
         if not os.fork():
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            request, streams = read(connection)
+            request, files = read(connection)
             if pid := os.fork():
-                for stream in streams:
-                    os.close(stream)
+                for file in files:
+                    os.close(file)
                 keep(pid, connection)
             connection.close()
-            return request, streams
+            return request, files
         connection.close()
 
 
 def read(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    size = 3 * array.array("i").itemsize
-    length, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(size))
-    streams = array.array("i", ancillary[0][2][:size])
+    length, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(256 * array.array("i").itemsize))
+    files = array.array("i", ancillary[0][2])
     parts: list[bytes] = []
     while (left := int.from_bytes(length, "big") - sum(map(len, parts))) > 0:
         parts.append(connection.recv(left) or os._exit(1))  # who asked for it has gone
-    return json.loads(b"".join(parts)), list(streams)
+    return json.loads(b"".join(parts)), list(files)
 
 
 def keep(pid: int, connection: socket.socket) -> NoReturn:
@@ -133,11 +139,17 @@ def keep(pid: int, connection: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def become(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int], python: str) -> None:
-    """Become the process that ``python ARGUMENTS`` would be in this folder and environment."""
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+def become(
+    arguments: list[str], folder: str, environment: dict[str, str], numbers: list[int], files: list[int], python: str
+) -> None:
+    """Become the process that ``python ARGUMENTS`` would be in this folder and environment, with these open files."""
+    away = [fcntl.fcntl(file, fcntl.F_DUPFD, 256) for file in files]  # from the numbers that others will have
+    for file in files:
+        os.close(file)
+    for number, file in zip(numbers, away, strict=True):
+        assert number < 3 or not os.path.exists(f"/proc/self/fd/{number}"), f"file {number} is one of the server"
+        os.dup2(file, number)
+        os.close(file)
     # new ones, as the old ones remember whether the files of the server were seekable
     sys.stdout = os.fdopen(1, "w", encoding=sys.stdout.encoding, closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False)
@@ -148,11 +160,14 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
     random.seed()
     sys.path[0:1] = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     importlib.invalidate_caches()
+    if arguments[:1] == ["-B"]:  # multiprocessing hands on the flags of its process
+        sys.dont_write_bytecode, arguments = True, arguments[1:]
     kind = arguments[0] if arguments else ""
     if kind not in ("-c", "-m") and (not kind or kind.startswith("-")):
         os.execv(sys.executable, [sys.executable, *arguments])
-    multiprocessing.set_executable(sys.executable)  # it hands on more than the standard streams
     sys.executable = python  # the processes that this one starts are forks too
+    multiprocessing.set_executable(python)
+    multiprocessing.process.ORIGINAL_DIR = folder  # type: ignore[attr-defined]  # from which a pool finds this script
     if kind == "-c":
         sys.argv[:] = ["-c", *arguments[2:]]
         sys.path.insert(0, "")
@@ -169,9 +184,9 @@ def become(arguments: list[str], folder: str, environment: dict[str, str], strea
 
 
 if __name__ == "__main__":
-    request, streams = main(sys.argv[1])
+    request, files = main(sys.argv[1])
     try:
-        become(**request, streams=streams)
+        become(**request, files=files)
     except SystemExit as ended:
         STATUS = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise

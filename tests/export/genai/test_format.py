@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qatkit.export.genai.runtime import compare_data
 from qatkit.export.verification import Verification, verify
 from qatkit.models import untrained_model
 from tests.export.gguf.test_tokenizer import byte_level
+from tests.support import warm
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -43,6 +44,12 @@ def made(kind: str = "llama", **options: Any) -> nn.Module:
             if parameter.dim() == 1:
                 parameter += torch.randn_like(parameter) * 0.1
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_builders() -> Iterator[None]:
+    with warm.children():
+        yield
 
 
 @pytest.fixture(scope="module")
