@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 QUICK := $(addprefix tests/,common data distillation kernels lora pruning quantization recipe stages tasks \
 	test_english.py test_contracts.py)
 # They get processes of their own: OpenVINO crashed in a process that had run thousands of other tests before
-OPENVINO := tests/export/openvino
+OPENVINO := tests/export/openvino tests/export/openvino_genai
 
 .PHONY: demo demo-llm quick test slow long coverage mutation oldest lint types docs bench clean
 
@@ -28,7 +28,7 @@ quick: lint types
 test: lint
 	$(MAKE) -j 2 types docs
 	$(PYTEST) $(OPENVINO)
-	$(PYTEST) --ignore=$(OPENVINO)
+	$(PYTEST) $(addprefix --ignore=,$(OPENVINO))
 
 # what takes minutes; CI runs it too
 slow: $(VENV)/.dev
@@ -41,7 +41,7 @@ long: $(VENV)/.dev
 # the lines that the tests run in their own processes; those run only by processes that tests start do not count
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov --cov-report= $(OPENVINO)
-	$(PYTEST) --cov --cov-append --cov-report=term:skip-covered --ignore=$(OPENVINO)
+	$(PYTEST) --cov --cov-append --cov-report=term:skip-covered $(addprefix --ignore=,$(OPENVINO))
 
 # changes the code line by line and reports which changes no test notices; see CONTRIBUTING.md
 mutation: $(VENV)/.dev

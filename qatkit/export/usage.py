@@ -101,6 +101,18 @@ model = onnxruntime_genai.Model(".")
 tokenizer = onnxruntime_genai.Tokenizer(model)""",
         ),
         Usage(
+            "openvino_genai",
+            "openvino",
+            """\
+import openvino_genai
+
+precise = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+pipeline = openvino_genai.LLMPipeline(".", "CPU", **precise)
+print(pipeline.generate("Once upon a time", max_new_tokens=32))""",
+            note="Without these options, OpenVINO quantizes the cache and activations, and computes in bfloat16 on "
+            "processors with AMX, so outputs differ from those of training.",
+        ),
+        Usage(
             "mlx",
             "mlx",
             """\

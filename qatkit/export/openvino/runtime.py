@@ -93,7 +93,7 @@ def runtime_of(model: Any, threads: int | None, options: dict[str, str] | None =
         raise QatkitError(
             f"the model has {len(model.outputs)} outputs, and names {len(names)}", advice="export it with qatkit"
         )
-    return OpenVINORuntime(_compiled(model, threads, options or {}), names)
+    return OpenVINORuntime(compiled(model, threads, options or {}), names)
 
 
 def read_model(path: Path) -> Any:
@@ -125,7 +125,12 @@ def core() -> Any:
     return openvino.Core()
 
 
-def _compiled(model: Any, threads: int | None, options: dict[str, str]) -> Any:
+def compiled(model: Any, threads: int | None, options: dict[str, str]) -> Any:
+    """Compile a model that has been read, for the CPU, with options in addition to `PRECISE`.
+
+    Raises:
+        QatkitError: OpenVINO cannot compile it.
+    """
     given = PRECISE | options | ({} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)})
     try:
         return core().compile_model(model, "CPU", given)
@@ -139,7 +144,7 @@ def evaluate(node: Any) -> np.ndarray[Any, Any]:
 
     if node.get_type_name() == "Constant":
         return np.asarray(node.data)
-    return np.asarray(_compiled(openvino.Model([node.output(0)], [], "constant"), 1, {})({})[0])
+    return np.asarray(compiled(openvino.Model([node.output(0)], [], "constant"), 1, {})({})[0])
 
 
 def openvino_kernels(path: Path) -> Kernels:
@@ -151,7 +156,7 @@ def openvino_kernels(path: Path) -> Kernels:
     integer: Counter[str] = Counter()
     floating: Counter[str] = Counter()
     model, names = read_model(path), list[list[str]]()
-    for node in _compiled(model, 1, {}).get_runtime_model().get_ordered_ops():
+    for node in compiled(model, 1, {}).get_runtime_model().get_ordered_ops():
         about = node.get_rt_info()
         kind, kernel = (str(about[key].value) for key in ("layerType", "primitiveType"))
         if kind in _PRODUCTS:  # "runtimePrecision" is that of the stored weights, even if a kernel decodes them
