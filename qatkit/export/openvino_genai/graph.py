@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.genai.graph import digest
+from qatkit.export.transformers_folder import quietly
 from qatkit.quantization.arithmetic import quantize
 from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.prepare import qat_layers
@@ -70,13 +71,14 @@ def converted(plain: Any, model: nn.Module) -> Any:
     config = plain.config
     plain.set_attn_implementation("eager")
     heads, size = config.num_key_value_heads, plain.model.layers[0].self_attn.head_dim
-    past = [torch.randn(1, heads, 4, size) for _ in range(2 * config.num_hidden_layers)]
+    past = [torch.zeros(1, heads, 4, size) for _ in range(2 * config.num_hidden_layers)]
     example = (
         torch.arange(8)[None] % config.vocab_size,
         torch.ones(1, 12, dtype=torch.long),
         torch.arange(4, 12)[None],
     )
-    made = openvino.convert_model(_WithCache(plain), example_input=(*example, *past))
+    with quietly():  # torch's tracing, which OpenVINO calls, warns
+        made = openvino.convert_model(_WithCache(plain), example_input=(*example, *past))
     _make_stateful(made, config.num_hidden_layers, heads, size)
     _pack(made, model)  # last: other passes would compute the shape of a weight from the sizes of activations
     return made
@@ -86,11 +88,7 @@ def _pack(made: Any, model: nn.Module) -> None:
     """Replace the floating-point weights of quantized layers by their codes, scales and zero points."""
     found: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)
     for node in made.get_ordered_ops():
-        if (
-            node.get_type_name() == "Constant"
-            and len(node.shape) == 2
-            and node.get_element_type().get_type_name() == "f32"
-        ):
+        if is_float_constant(node) and len(node.shape) == 2:
             found[digest(node.data)].append(node)
     for name, layer in qat_layers(model):
         constants = found[digest(layer.fake_quantized_weight().numpy())]
