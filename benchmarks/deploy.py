@@ -1,0 +1,210 @@
+"""Export small models in every format and compare each file with training: codes, outputs and predictions, and size.
+
+Run: python benchmarks/deploy.py [--environments FOLDER] [--only MODEL] [--quick]
+Takes about 15 minutes on two cores. Runtimes that conflict with qatkit's packages run if FOLDER holds their
+environments, such as ``FOLDER/mlx`` made by ``qatkit environment mlx FOLDER/mlx``; otherwise the row says that they did
+not run. ``--quick`` exports two models and writes no results.
+
+Every model is trained for a few quantized steps on random data, so that codes are trained ones. A format that does not
+support a model or a scheme refuses it before training: the table shows the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deploy_models import MODELS, Model
+from harness import Claim, finish
+from torch import nn
+
+from qatkit import QatkitError, QuantSpec, calibrate, export_model, prepare_qat, scheme
+from qatkit.export.formats import FORMATS
+from qatkit.export.verification import Verification
+from qatkit.quantization import prepare_for_target
+from qatkit.tasks import call
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A scheme in a format."""
+
+    format: str
+    scheme: str
+    """The name in the table."""
+    prepare: Callable[[nn.Module, Any], object]
+    """``(model, batch)``: fake-quantize the model in place."""
+    target: str | None = None
+
+
+def named(format: str, *names: str) -> list[Cell]:
+    """Schemes of `qatkit.scheme`."""
+
+    def cell(name: str) -> Cell:
+        found = scheme(name)
+        return Cell(format, name, lambda model, _: prepare_qat(model, found.weight, found.activation))
+
+    return [cell(name) for name in names]
+
+
+def placed(format: str, *targets: str) -> list[Cell]:
+    """The targets of a runtime."""
+
+    def cell(name: str) -> Cell:
+        return Cell(format, f"target {name}", lambda model, batch: prepare_for_target(model, name, batch), name)
+
+    return [cell(name) for name in targets]
+
+
+def groups(
+    format: str, bits: int, size: int, target: str | None = None, exclude: Sequence[str] = (), **fields: Any
+) -> list[Cell]:
+    """Weights in groups."""
+    spec = QuantSpec(bits, strategy="group", group_size=size, **fields)
+    kind = "" if spec.symmetric else " asymmetric"
+
+    def prepare(model: nn.Module, _: object) -> None:
+        names = dict(model.named_modules())
+        prepare_qat(model, spec, exclude=[name for name in exclude if name in names])
+
+    return [Cell(format, f"W{bits} g{size}{kind}", prepare, target)]
+
+
+CELLS: list[Cell] = [
+    *placed("onnx", "onnxruntime", "onnxruntime-dynamic"), *groups("onnx", 4, 32),
+    *placed("openvino", "openvino"), *groups("openvino", 4, 32),
+    *placed("litert", "litert"),
+    *groups("dense", 3, 32), *groups("sparse", 3, 32),
+    *named("compressed_tensors", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4A16"),
+    *named("gguf", "Q8_0", "Q4_0", "Q4_K", "Q2_K", "TQ2_0"),
+    *named("mlx", "MLX4", "MLX3", "MXFP4A16"),
+    *groups("onnx_genai", 4, 32, "onnxruntime-int4"),
+    *groups("torchao", 4, 32),
+    *groups("gptq", 4, 32, exclude=["lm_head"], scale_dtype="float16"),
+    *groups("awq", 4, 32, exclude=["lm_head"], scale_dtype="float16", symmetric=False),
+]  # fmt: skip
+
+
+def trained(model: Model, cell: Cell) -> nn.Module:
+    """A quantized copy after a few steps."""
+    made = copy.deepcopy(model.dense)
+    cell.prepare(made, model.inputs)
+    calibrate(made, [model.batches[0]], forward=lambda batch: call(made, batch))
+    optimizer = torch.optim.AdamW(made.parameters(), 1e-3)
+    made.train()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model.loss(made).backward()
+        optimizer.step()
+    return made.eval()
+
+
+def row_of(name: str, model: Model, cell: Cell, folder: Path, python: Path | None) -> dict[str, Any]:
+    """One row of the table, with a reason if the format refuses the model or the scheme."""
+    row: dict[str, Any] = {"model": name, "format": cell.format, "scheme": cell.scheme}
+    empty = dict.fromkeys(("weights", "differences", "mean error", "bound", "same prediction", "x fp32"), "-")
+    form = FORMATS[cell.format]
+    try:
+        planned = copy.deepcopy(model.dense)
+        cell.prepare(planned, model.inputs)
+        form.check_model(planned)
+        quantized = trained(model, cell)
+        path = folder / "exported" / form.file_name if form.file_name else folder / "exported"
+        found = export_model(
+            quantized,
+            cell.format,
+            path,
+            model.batches,
+            target=cell.target,
+            task=model.task,
+            python=python,
+            tokenizer=model.tokenizer if cell.format == "onnx_genai" else None,
+        )
+    except QatkitError as error:
+        return row | {"runtime": f"refused: {error.problem}"} | empty
+    size = form.size(path) / sum(p.numel() * p.element_size() for p in model.dense.parameters())
+    runtime = f"not run here ({found.not_run})" if found.not_run else found.runtime.rstrip(",")
+    return row | {"runtime": runtime} | _measured(found) | {"x fp32": f"{size:.2f}"}
+
+
+def _measured(found: Verification) -> dict[str, Any]:
+    shown = "-" if found.mean_error is None else f"{found.mean_error:.2g}"
+    return {
+        "weights": found.weights,
+        "differences": "; ".join(found.failures) or "none",
+        "mean error": shown,
+        "bound": "-" if found.allowed_error is None else f"{found.allowed_error:.2g}",
+        "same prediction": "-" if found.agreement is None else f"{100 * found.agreement:.2f} %",
+    }
+
+
+def claims_of(rows: list[dict[str, Any]]) -> list[Claim]:
+    """The targets of the project."""
+    ran = [row for row in rows if not str(row["runtime"]).startswith(("refused", "not run"))]
+    exact = {FORMATS[row["format"]].runtime.rstrip(",").split(",")[0] for row in ran if row["differences"] == "none"}
+    wrong = [row for row in rows if row["differences"] not in ("none", "-")]
+    ours = [row for row in ran if row["format"] != "onnx"]  # ONNX Runtime rounds activations in its own order
+    same = [float(row["same prediction"].removesuffix(" %")) for row in ours if row["same prediction"] != "-"]
+    return [
+        Claim("runtimes whose files have no differing code", ">= 8", str(len(exact)), len(exact) >= 8),
+        Claim("files that differ from training", "0", str(len(wrong)), not wrong),
+        Claim(
+            "smallest part of predictions that are the same, except in ONNX Runtime", ">= 99.9 %", f"{min(same):.2f} %",
+            min(same) >= 99.9,
+        ),
+    ]  # fmt: skip
+
+
+def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with one row for all schemes of a format that are refused for the same reason."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        refused = row["runtime"].startswith("refused")
+        key = (row["model"], row["format"], row["runtime"] if refused else row["scheme"])
+        if key in found:
+            row = found[key] | {"scheme": f"{found[key]['scheme']}, {row['scheme']}"}
+        found[key] = row
+    return list(found.values())
+
+
+def main(environments: Path | None, only: str | None, quick: bool) -> None:
+    rows = []
+    chosen = ("MLP", "Llama") if quick else tuple(MODELS)
+    for name in [name for name in chosen if only in (None, name)]:
+        model = MODELS[name]()
+        for cell in CELLS:
+            python = None
+            if FORMATS[cell.format].environment and environments is not None:
+                found = environments / ("gptq" if cell.format == "awq" else cell.format) / "bin" / "python"
+                python = found if found.exists() else None
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(row_of(name, model, cell, Path(folder), python))
+        for row in together(rows):
+            if row["model"] == name:
+                print(" | ".join(map(str, row.values())), flush=True)
+    if not quick and only is None:
+        finish("deploy", together(rows), claims_of(rows), [0])
+    for claim in claims_of(rows):
+        print(f"{'holds ' if claim.holds else 'FAILS '} {claim.text}: {claim.measured} (target {claim.target})")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--environments", type=Path, help="the folder with environments of conflicting runtimes")
+    parser.add_argument("--only", choices=MODELS, help="export one model, and write no results")
+    parser.add_argument("--quick", action="store_true", help="export two models, and write no results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    main(arguments.environments, arguments.only, arguments.quick)
