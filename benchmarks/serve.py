@@ -89,9 +89,14 @@ def _speed_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
 
 def source() -> dict[str, Any]:
     """What the files of all families depend on."""
-    scripts = sorted(Path(__file__).parent.glob("serve_*.py"))
+    here = Path(__file__).parent
+    code = [
+        *here.glob("serve_*.py"),
+        *here.parent.glob("qatkit/export/o*/*.py"),
+        *here.parent.glob("qatkit/quantization/**/*.py"),
+    ]
     versions = {package: version(package) for package in ("onnxruntime", "openvino", "torch")}
-    return {"versions": versions, "scripts": digest(*scripts)}
+    return {"versions": versions, "code": digest(*sorted(code))}
 
 
 def kind() -> str:
@@ -104,7 +109,7 @@ def kind() -> str:
 
 def prepared(names: list[str]) -> Path:
     """The folder with the files of all families, of which those that are missing are trained."""
-    folder = BUILD / source()["scripts"]
+    folder = BUILD / "-".join([source()["code"], *source()["versions"].values()])
     for name in names:
         began = time.perf_counter()
         prepare(name, folder / name, False)

@@ -58,6 +58,7 @@ class Target:
     """
 
 
+_LINEAR = ("Linear", "MultiheadAttention", "Conv1D")  # Conv1D is the linear layer of transformers' GPT-2
 TARGETS = Table(
     "target",
     [
@@ -132,7 +133,7 @@ def warn_of_slow_layers(model: nn.Module, target: str, schemes: Mapping[str, Sch
     static = [name for name, scheme in schemes.items() if scheme.activation is not None]
     sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters(recurse=False)) for name in static}
     kinds = {name: type(model.get_submodule(name)).__name__ for name in static}
-    linear = [name for name, kind in kinds.items() if "Linear" in kind or "MultiheadAttention" in kind]
+    linear = [name for name, kind in kinds.items() if any(word in kind for word in _LINEAR)]
     if TARGETS[target].slow_products and 2 * sum(sizes[name] for name in linear) > sum(sizes.values()):
         others = f" and {len(linear) - 1} more" if len(linear) > 1 else ""
         warnings.warn(
