@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,12 +29,42 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
     Raises:
         QatkitError: a layer is not supported.
     """
+    by_token = {name for name, each in schemes.items() if each.activation and each.activation.strategy == "token"}
+    for name in sorted(_without_tokens(model) & by_token) if by_token else ():
+        raise QatkitError(
+            f"layer '{name}': its input has no token dimension, and there transformers computes one input scale for "
+            "the whole batch",
+            advice=f"exclude the layer, or {INSTEAD}",
+        )
     for name, layer in untied_linear_layers(model, schemes, "compressed_tensors", INSTEAD).items():
         scheme = schemes[name]
         refusal = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
         if refusal:
             problem, advice = refusal
             raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
+
+
+@torch.no_grad()
+def _without_tokens(model: nn.Module) -> set[str]:
+    """The linear layers that read ``[batch, features]``, such as the pooler of an encoder.
+
+    Empty if the model cannot be traced without weights; verification then finds the difference.
+    """
+    if type(model).__name__.endswith("ForCausalLM"):
+        return set()
+    traced, found = copy.deepcopy(model).to("meta"), set[str]()
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, inputs: found.add(name) if inputs[0].dim() == 2 else None
+
+    for name, layer in traced.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(note(name))
+    try:
+        traced(**{name: value.to("meta") for name, value in cast(Any, traced).dummy_inputs.items()})
+    except Exception:  # whatever a forward raises without values
+        return set()
+    return found
 
 
 Problem = tuple[str, str]

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat, scheme
 from qatkit.export.compressed.format import export_compressed
+from qatkit.export.formats import FORMATS
 from qatkit.export.verification import verify
-from qatkit.models import cnn, llama
+from qatkit.models import cnn, llama, untrained_model
 from qatkit.quantization.prepare import qat_layers
 from qatkit.schemes import Scheme
 
@@ -241,3 +242,27 @@ def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tm
     with pytest.raises(QatkitError, match=r"loaded in bfloat16.*set weight: \{scale_dtype: bfloat16\}"):
         export_compressed(half, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "layer"),
+    [
+        ("bert", "SequenceClassification", "bert.pooler.dense"),
+        ("roberta", "SequenceClassification", "classifier.dense"),
+        ("bert", "TokenClassification", None),
+    ],
+)
+def test_a_layer_whose_input_has_no_token_dimension_is_refused_before_training(
+    family: str, head: str, layer: str | None
+) -> None:
+    """compressed-tensors computes one scale for a whole input of two dimensions; qatkit computes one per row."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = untrained_model(family, head, {**shape, "vocab_size": 100})
+    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    form = FORMATS["compressed_tensors"]
+    if layer is not None:
+        with pytest.raises(QatkitError, match=f"layer '{layer}': its input has no token dimension"):
+            form.check_model(model, dict.fromkeys(layers, scheme("W8A8")))
+        form.check_model(model, dict.fromkeys(layers, scheme("W8A16")))
+        layers = [name for name in layers if not name.startswith(("bert.pooler", "classifier"))]
+    form.check_model(model, dict.fromkeys(layers, scheme("W8A8")))
