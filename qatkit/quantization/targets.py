@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WEIGHT7, _WEIGHT8 = QuantSpec(num_bits=7), QuantSpec(num_bits=8)
 _INPUT = QuantSpec(num_bits=8, symmetric=False, strategy="tensor")
+_SIGNED = QuantSpec(num_bits=8, strategy="tensor")
 _BATCH = replace(_INPUT, dynamic=True)
 _INT4 = QuantSpec(num_bits=4, strategy="group", group_size=32)
 _GROUPS = QuantSpec(num_bits=8, strategy="group", group_size=32)
@@ -48,6 +49,8 @@ class Target:
     """Whether the steps of recurrent layers with a quantized hidden state run as a loop of single operations."""
     slow_products: bool = False
     """Whether integer matrix products may be slower than in float32; those of convolutions are not."""
+    float_bias: bool = False
+    """Whether the runtime reads biases in floating point. Their values are those of the int32 codes otherwise."""
     float_outputs: bool = False
     """Whether integer convolutions may return floating-point values. Activation functions and a residual addition are
     then computed on these values, before they are rounded.
@@ -89,6 +92,11 @@ TARGETS = Table(
         Target(
             "onnxruntime-arm", "ONNX Runtime on ARM: weights have 8 bits", ("onnx",), _WEIGHT8, _INPUT,
             wide_sums=True, slow_recurrence=True,
+        ),
+        Target(
+            "tensorrt",
+            "TensorRT, from an ONNX file with signed 8-bit codes; `verify` runs it in ONNX Runtime, not in TensorRT",
+            ("onnx",), _WEIGHT8, _SIGNED, wide_sums=True, float_bias=True, float_outputs=True,
         ),
         Target(
             "openvino",

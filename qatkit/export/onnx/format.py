@@ -172,14 +172,15 @@ def write_graph(
     specs = layer_specs(plain)
     schemes = {name: scheme_of(layer) for name, layer in qat_layers(plain)}
     inside = {layer for module in plain.modules() if isinstance(module, QDQRecurrent) for layer in module.children()}
-    unsigned = target is None or not TARGETS.row(target, "target").wide_sums
+    row = None if target is None else TARGETS.row(target, "target")
+    unsigned = row is None or not row.wide_sums
     if unsigned:
         _warn_of_unsigned(plain, format)
     _warn_of_threads(plain)
     for name, layer in qat_layers(plain):
         packing = packing_of(type(layer), layer.matrix.shape[1], schemes[name])
         if packing is None or layer in inside or not packs:
-            to_qdq(name, layer, unsigned)
+            to_qdq(name, layer, unsigned, row is not None and row.float_bias)
         else:
             to_packed(layer, packing)
     to_qdq_points(plain)
@@ -219,7 +220,7 @@ def _warn_of_unsigned(model: nn.Module, format: str) -> None:
     ]
     if slow:
         more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
-        rows = [row for row in TARGETS.values() if format in row.formats]
+        rows = [row for row in TARGETS.values() if format in row.formats and not row.float_bias]
         portable = next(row.name for row in rows if not row.wide_sums)
         wide = " or ".join(row.name for row in rows if row.wide_sums)
         warnings.warn(

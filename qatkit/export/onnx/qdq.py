@@ -19,13 +19,14 @@ _INT32_MAX = 2**31 - 1
 
 
 @torch.no_grad()
-def to_qdq(name: str, layer: QATLayer, unsigned: bool = True) -> None:
+def to_qdq(name: str, layer: QATLayer, unsigned: bool = True, float_bias: bool = False) -> None:
     """Convert a fake-quantized layer to a QDQ layer in place, so that hooks and shared modules keep working.
 
     Args:
         name: The layer's name, for warnings.
         layer: A calibrated layer.
         unsigned: Whether signed 8-bit weights become unsigned, so that no processor's kernels saturate.
+        float_bias: Whether a bias is stored as the value of its int32 codes.
     """
     matrix = layer.matrix  # [out, in, ...]
     weight: Codes | Tensor = matrix if layer.transposed else layer.weight
@@ -52,7 +53,9 @@ def to_qdq(name: str, layer: QATLayer, unsigned: bool = True) -> None:
     del layer.weight, layer.weight_fake_quant, layer.input_fake_quant
     layer._parameters.pop("bias", None)  # an embedding has none
     layer.__class__ = cast("type[QATLayer]", qdq_class(type(layer)))
-    layer.__dict__["quantized_input"] = quantizer is not None
+    layer.__dict__["late_bias"] = quantizer is not None and not isinstance(bias, Codes)
+    if float_bias and isinstance(bias, Codes):
+        bias = trained_bias
     for part, value in (("weight", weight), ("bias", bias), ("input", own)):
         setattr(layer, part, value)
 

@@ -179,5 +179,4 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     weight, bias = (part() if isinstance(part, Codes) else part for part in (layer.weight, layer.bias))
     weight, bias = cast(Tensor, weight), cast("Tensor | None", bias)
     x = x if quantizer is None else quantizer(x)
-    late = layer.__dict__["quantized_input"] and not isinstance(layer.bias, Codes)
-    return (x, weight, None, bias) if late else (x, weight, bias, None)
+    return (x, weight, None, bias) if layer.__dict__["late_bias"] else (x, weight, bias, None)
