@@ -89,6 +89,7 @@ CELLS: list[Cell] = [
     *named("gguf", "Q8_0", "Q4_0", "Q4_K", "Q2_K", "TQ2_0"),
     *named("mlx", "MLX4", "MLX3", "MXFP4A16"),
     *groups("onnx_genai", 4, 32, "onnxruntime-int4"),
+    *groups("openvino_genai", 4, 32),
     *groups("torchao", 4, 32),
     *groups("gptq", 4, 32, exclude=["lm_head"], scale_dtype="float16"),
     *groups("awq", 4, 32, exclude=["lm_head"], scale_dtype="float16", symmetric=False),
@@ -128,7 +129,7 @@ def row_of(name: str, model: Model, cell: Cell, folder: Path, python: Path | Non
             target=cell.target,
             task=model.task,
             python=python,
-            tokenizer=model.tokenizer if cell.format == "onnx_genai" else None,
+            tokenizer=model.tokenizer if cell.format.endswith("_genai") else None,
         )
     except QatkitError as error:
         return row | {"runtime": f"refused: {error.problem}"} | empty
