@@ -38,7 +38,7 @@ COMMANDS = Table(
         Command("cache-teacher", "Compute and store a recipe's teacher outputs."),
         Command("export", "Export a run's finished stages."),
         Command("verify", "Run exported files in their runtime and compare them with the trained models."),
-        Command("environment", "Create a Python environment with a runtime that qatkit's own environment does not have."),
+        Command("environment", "Create a Python environment for a runtime that qatkit's own environment lacks."),
         Command("report", "Measure exported files and write a report, or compare multiple runs."),
         Command("bench", "Measure latency, throughput, load time, memory and size of exported files."),
         Command("generate", "Let an exported language model continue a text in its runtime."),

@@ -21,7 +21,7 @@ def command(
     ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The environment to create.")],
 ) -> None:
-    """Create a Python environment with a runtime that qatkit's own environment does not have.
+    """Create a Python environment for a runtime that qatkit's own environment lacks.
 
     Pass its interpreter, which the command prints, to `qatkit verify --python`.
 
