@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qatkit.export.formats import FORMATS
 from tests.support import warm
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +104,18 @@ def test_the_serving_benchmark_measures_four_files_of_a_family_in_its_quick_mode
     assert rows["fp32"][5] == "0 of 3"
     assert rows["qatkit"][5] == rows["static"][5] == "3 of 3"
     assert float(rows["qatkit"][4]) < 0.3 * float(rows["fp32"][4]), "7-bit codes take a byte each"
+
+
+@pytest.mark.long
+def test_every_format_holds_what_was_trained_or_says_why_not() -> None:
+    command = [warm.python(), str(ROOT / "benchmarks" / "deploy.py"), "--quick"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [cells for line in out.splitlines() if len(cells := line.split(" | ")) == 10]
+    refused = [cells for cells in rows if cells[3].startswith("refused: ")]
+    exported = [cells for cells in rows if cells not in refused]
+    assert {cells[5] for cells in exported} == {"none"}
+    assert {cells[1] for cells in exported} == set(FORMATS)
+    assert all(int(cells[4]) > 0 for cells in exported)
 
 
 @pytest.mark.skipif("QATKIT_LLAMA_CPP" not in os.environ, reason="QATKIT_LLAMA_CPP names no folder with node-llama-cpp")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from qatkit.errors import QatkitError
+from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.transformers_folder import untied_linear_layers
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
@@ -44,26 +45,45 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
             raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
 
 
-@torch.no_grad()
 def _without_tokens(model: nn.Module) -> set[str]:
-    """The linear layers that read ``[batch, features]``, such as the pooler of an encoder.
-
-    Empty if the model cannot be traced without weights; verification then finds the difference.
-    """
+    """The linear layers that read ``[batch, features]``, such as the pooler of an encoder."""
     if type(model).__name__.endswith("ForCausalLM"):
         return set()
-    traced, found = copy.deepcopy(model).to("meta"), set[str]()
+    error: Exception | None = None
+    # some models decide by values, so they run only with weights
+    has_weights = not any(parameter.is_meta for parameter in model.parameters())
+    for device in ("meta", "cpu") if has_weights else ("meta",):
+        try:
+            return _read_rows(copy.deepcopy(model).to(device))
+        except Exception as reason:  # a forward may raise anything
+            error = reason
+    warnings.warn(
+        f"the inputs of {type(model).__name__} cannot be traced before training ({type(error).__name__}). If a layer "
+        "with per-token inputs has no token dimension, verification will find that its outputs differ",
+        QatkitWarning,
+        stacklevel=2,
+    )
+    return set()
+
+
+@torch.no_grad()
+def _read_rows(model: nn.Module) -> set[str]:
+    """The linear layers whose input has two dimensions in a call of the model."""
+    found = set[str]()
 
     def note(name: str) -> Callable[[nn.Module, Any], None]:
         return lambda _, inputs: found.add(name) if inputs[0].dim() == 2 else None
 
-    for name, layer in traced.named_modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             layer.register_forward_pre_hook(note(name))
-    try:
-        traced(**{name: value.to("meta") for name, value in cast(Any, traced).dummy_inputs.items()})
-    except Exception:  # whatever a forward raises without values
-        return set()
+    whole: Any = model
+    inputs = whole.dummy_inputs
+    if whole.main_input_name == "pixel_values":
+        size, channels = whole.config.image_size, whole.config.num_channels
+        inputs = {"pixel_values": torch.zeros(1, channels, size, size)}
+    device = next(model.parameters()).device
+    model(**{name: value.to(device) for name, value in inputs.items()})
     return found
 
 

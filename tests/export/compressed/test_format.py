@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat, scheme
+from qatkit import QatkitError, QatkitWarning, QuantSpec, calibrate, prepare_qat, scheme
 from qatkit.export.compressed.format import export_compressed
 from qatkit.export.formats import FORMATS
 from qatkit.export.verification import verify
@@ -249,6 +249,7 @@ def test_layers_that_are_not_linear_tied_weights_and_other_models_are_refused(tm
     [
         ("bert", "SequenceClassification", "bert.pooler.dense"),
         ("roberta", "SequenceClassification", "classifier.dense"),
+        ("deberta-v2", "SequenceClassification", "classifier"),
         ("bert", "TokenClassification", None),
     ],
 )
@@ -264,5 +265,16 @@ def test_a_layer_whose_input_has_no_token_dimension_is_refused_before_training(
         with pytest.raises(QatkitError, match=f"layer '{layer}': its input has no token dimension"):
             form.check_model(model, dict.fromkeys(layers, scheme("W8A8")))
         form.check_model(model, dict.fromkeys(layers, scheme("W8A16")))
-        layers = [name for name in layers if not name.startswith(("bert.pooler", "classifier"))]
+        layers = [name for name in layers if not name.startswith(("bert.pooler", "pooler", "classifier"))]
     form.check_model(model, dict.fromkeys(layers, scheme("W8A8")))
+
+
+def test_a_vision_model_is_traced_and_one_that_cannot_be_traced_is_named() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    form, planned = FORMATS["compressed_tensors"], {"classifier": scheme("W8A8")}
+    vision = untrained_model("vit", "ImageClassification", {**shape, "image_size": 32})
+    with pytest.raises(QatkitError, match="layer 'classifier': its input has no token dimension"):
+        form.check_model(vision, planned)
+    without_weights = untrained_model("deberta-v2", "SequenceClassification", {**shape, "vocab_size": 100}).to("meta")
+    with pytest.warns(QatkitWarning, match="the inputs of DebertaV2ForSequenceClassification cannot be traced"):
+        form.check_model(without_weights, planned)
