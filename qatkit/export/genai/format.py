@@ -24,6 +24,7 @@ from qatkit.errors import QatkitError
 from qatkit.export.dense import check as check_tied
 from qatkit.export.dense import dense_state
 from qatkit.export.formats import FORMATS
+from qatkit.export.genai.decoders import check_decoder, check_float32
 from qatkit.export.genai.graph import CONFIG, GRAPH, pack_graph
 from qatkit.export.genai.runtime import compare_and_load
 from qatkit.export.interface import Bound, ExportContext, Measured, PlannedExport, ReadBack
@@ -33,10 +34,6 @@ from qatkit.quantization.layers import swap_of
 from qatkit.quantization.prepare import strip_qat
 from qatkit.schemes import Scheme
 
-ROPE_TYPES = ("default", "llama3")
-"""Types of rotary embeddings that the builder computes as transformers does."""
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``config.model_type`` whose layers the builder keeps separate, as in transformers."""
 _INSTEAD = "use export: {format: gguf} or {format: compressed_tensors}"
 
 
@@ -47,41 +44,10 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         QatkitError: the model's architecture or the quantization of a layer or of the KV cache is not supported, or a
             package is missing.
     """
-    config: Any = getattr(model, "config", None)
-    found = getattr(config, "model_type", None)
-    if found not in MODEL_TYPES or getattr(model, "lm_head", None) is None:
-        what = f"a {type(model).__name__}" if found is None else f"a {type(model).__name__} of model_type '{found}'"
-        raise QatkitError(
-            f"'onnx_genai' supports only causal language models of model_type {', '.join(MODEL_TYPES)}, "
-            f"but the model is {what}",
-            advice=_INSTEAD,
-        )
-    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if window is not None and window < context:
-        raise QatkitError(
-            f"the model attends to the last {window} of {context} tokens only, which onnxruntime-genai computes "
-            "differently from transformers",
-            advice=f"set sliding_window: null, or max_position_embeddings: {window}, or {_INSTEAD}",
-        )
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise QatkitError(
-            f"the builder of onnxruntime-genai does not scale rotary embeddings of type '{kind}' as transformers does",
-            advice=_INSTEAD,
-        )
-    if planned.kv_cache:
-        raise QatkitError(
-            "onnxruntime-genai stores keys and values in floating point", advice=f"remove kv_cache, or {_INSTEAD}"
-        )
+    check_decoder(model, planned, "onnx_genai", "onnxruntime-genai", _INSTEAD)
     for name, scheme in planned.schemes.items():
         _check_layer(name, model.get_submodule(name), scheme)
-    for key, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            raise QatkitError(
-                f"'{key}' is {dtype}, but the weights are decoded to float32",
-                advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
-            )
+    check_float32(model)
     check_tied(model, planned)
     FORMATS["onnx_genai"].check_packages()
 

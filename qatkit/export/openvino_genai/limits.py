@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from qatkit.errors import QatkitError
 from qatkit.export.formats import FORMATS
-from qatkit.export.genai.format import MODEL_TYPES, ROPE_TYPES
+from qatkit.export.genai.decoders import check_decoder, check_float32
 from qatkit.export.interface import PlannedExport
 from qatkit.export.openvino_genai.graph import TYPES
 from qatkit.export.transformers_folder import untied_linear_layers
@@ -25,39 +24,10 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         QatkitError: the model's architecture or the quantization of a layer or of the KV cache is not supported, or a
             package is missing.
     """
-    config: Any = getattr(model, "config", None)
-    found = getattr(config, "model_type", None)
-    if found not in MODEL_TYPES or getattr(model, "lm_head", None) is None:
-        what = f"a {type(model).__name__}" if found is None else f"a {type(model).__name__} of model_type '{found}'"
-        raise QatkitError(
-            f"'openvino_genai' supports only causal language models of model_type {', '.join(MODEL_TYPES)}, "
-            f"but the model is {what}",
-            advice=INSTEAD,
-        )
-    window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
-    if window is not None and window < context:
-        raise QatkitError(
-            f"the model attends to the last {window} of {context} tokens only, but the exported cache attends to all",
-            advice=f"set sliding_window: null, or max_position_embeddings: {window}",
-        )
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise QatkitError(
-            f"'openvino_genai' does not support rotary embeddings of type '{kind}', which may depend on the text",
-            advice=f"use rope_type: {' or '.join(ROPE_TYPES)}",
-        )
-    if planned.kv_cache:
-        raise QatkitError(
-            "'openvino_genai' stores keys and values in floating point", advice=f"remove kv_cache, or {INSTEAD}"
-        )
+    check_decoder(model, planned, "openvino_genai", "openvino-genai", INSTEAD)
     for name in untied_linear_layers(model, planned.schemes, "openvino_genai", INSTEAD):
         _check_scheme(name, planned.schemes[name])
-    for key, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise QatkitError(
-                f"'{key}' is {str(parameter.dtype).removeprefix('torch.')}, but the weights are decoded to float32",
-                advice="train in float32 (trainer.precision: 32-true or bf16-mixed)",
-            )
+    check_float32(model)
     FORMATS["openvino_genai"].check_packages()
 
 
