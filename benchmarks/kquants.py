@@ -32,6 +32,7 @@ from kquants_rival import Rival
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qatkit
 from qatkit import prepare_qat, scheme
 from qatkit.data import stdlib_text
 from qatkit.export.gguf.format import export_gguf
@@ -155,10 +156,22 @@ def dense_model(size: Size, seed: int, data: Any) -> nn.Module:
     return model.eval()
 
 
-def measured(kind: str, seed: int, size: Size, rival: Rival, prepared: tuple[Any, Any]) -> dict[str, Any]:
+def trained_on(dense: Any, data: Any, size: Size, rate: float) -> float:
+    """The held-out loss of the dense model after as many further steps."""
+    further = copy.deepcopy(dense)
+    rates = {"weights": rate, "norms": 3e-4}
+    trained(further, lambda x: further(input_ids=x, labels=x).loss, batches_of(data, size.steps), rates)
+    return tested(dense, further, held_out(data, size))[1]
+
+
+def held_out(data: Any, size: Size) -> Tensor:
+    """Held-out tokens ``[test_rows, CONTEXT]``."""
+    return torch.cat([batch["input_ids"] for batch in data.test_dataloader()])[: size.test_rows]
+
+
+def measured(kind: str, seed: int, size: Size, rival: Rival, data: Any, dense: Any, further: float) -> dict[str, Any]:
     """The figures of one type and seed."""
-    data, dense = prepared
-    rows = torch.cat([batch["input_ids"] for batch in data.test_dataloader()])[: size.test_rows]
+    rows = held_out(data, size)
     calibration, batches = batches_of(data, size.calibration), batches_of(data, size.steps)
     importance = mean_squares(dense, calibration)
     theirs = copy.deepcopy(dense)
@@ -168,8 +181,6 @@ def measured(kind: str, seed: int, size: Size, rival: Rival, prepared: tuple[Any
     for parameter in norms.parameters():
         parameter.requires_grad_(parameter.dim() == 1)
     trained(norms, divergence(dense, norms), batches, {"weights": 0.0, "norms": 3e-4})
-    further = copy.deepcopy(dense)
-    trained(further, lambda x: further(input_ids=x, labels=x).loss, batches, {"weights": TYPES[kind], "norms": 3e-4})
     ours = copy.deepcopy(dense)
     prepare_qat(ours, scheme(kind, "mse").weight, exclude=["lm_head"])
     with warnings.catch_warnings():
@@ -189,7 +200,7 @@ def measured(kind: str, seed: int, size: Size, rival: Rival, prepared: tuple[Any
         "type": kind,
         "seed": seed,
         "dense loss": tested(dense, dense, rows)[1],
-        "dense trained on, loss": tested(dense, further, rows)[1],
+        "dense trained on, loss": further,
         "llama.cpp KL": tested(dense, theirs, rows)[0],
         "norms trained, KL": tested(dense, norms, rows)[0],
         "search KL": start[0],
@@ -221,15 +232,27 @@ def run(journal: Journal, seeds: Sequence[int], size: Size, rival: Rival, only: 
             continue
         data = data_of(size, seed)
         dense = dense_model(size, seed, data)
+        further: dict[float, float] = {}
         for kind in missing:
-            journal.store(f"{kind} {seed}", measured(kind, seed, size, rival, (data, dense)))
+            rate = TYPES[kind]
+            if rate not in further:
+                further[rate] = trained_on(dense, data, size, rate)
+            journal.store(f"{kind} {seed}", measured(kind, seed, size, rival, data, dense, further[rate]))
 
 
 def main(folder: Path, only: str | None, quick: bool) -> None:
     torch.set_num_threads(1)
     size, rival = QUICK if quick else FULL, Rival(folder)
     scripts = [Path(__file__), Path(__file__).with_name("kquants_rival.py"), Path(__file__).with_name("kquants.mjs")]
-    source = {"machine": machine(), "rival": RIVAL, "torch": torch.__version__, "scripts": digest(*scripts)}
+    package = Path(qatkit.__file__).parent
+    code = sorted([*package.glob("quantization/**/*.py"), *package.glob("export/gguf/*.py"), package / "schemes.py"])
+    source = {
+        "machine": machine(),
+        "rival": RIVAL,
+        "torch": torch.__version__,
+        "scripts": digest(*scripts),
+        "qatkit": digest(*code),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         journal = Journal(Path(temporary) / JOURNAL.name if quick else JOURNAL, source)
         run(journal, SEEDS[:1] if quick else SEEDS, size, rival, only)
