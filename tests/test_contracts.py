@@ -41,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "advise": BELOW_RUN | {"run"},
     "report": BELOW_RUN | {"run", "export", "advise"},
     "pipeline": BELOW_RUN | {"run", "export", "advise", "report"},
-    "search": BELOW_RUN | {"run", "export", "advise", "report", "pipeline"},
-    "cli": BELOW_RUN | {"run", "export", "advise", "report", "pipeline", "search"},
+    "trials": BELOW_RUN | {"run", "export", "advise", "report", "pipeline"},
+    "cli": BELOW_RUN | {"run", "export", "advise", "report", "pipeline", "trials"},
 }
 # One table per kind of thing: plain rows that any part may read, because they load nothing.
 TABLES = {

@@ -17,7 +17,7 @@ from qatkit.common.termination import termination
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
-    from qatkit.search.bounded import Found
+    from qatkit.trials.bounded import Found
 
 
 def command(
@@ -52,7 +52,7 @@ def command(
     base = load_recipe(recipe, overrides or [])
     from qatkit.common.files import remove_temporary
     from qatkit.run.lock import locked
-    from qatkit.search.bounded import Search
+    from qatkit.trials.bounded import Search
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 

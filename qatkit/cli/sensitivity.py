@@ -64,7 +64,7 @@ def command(
     validate_recipe(loaded, allow or [])
     from qatkit.quantization.folding import fold_batchnorm
     from qatkit.quantization.mixed.sensitivity import measure_sensitivity
-    from qatkit.search.sensitivity import training_loss
+    from qatkit.trials.sensitivity import training_loss
 
     this = new_run(loaded, out, allow, allow_write)
     with writing(this, quiet or as_json):

@@ -16,10 +16,10 @@ from qatkit.common.termination import termination
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
-    from qatkit.search.execution import Ended
-    from qatkit.search.results import Result
-    from qatkit.search.study import Journal
-    from qatkit.search.sweep import Trial
+    from qatkit.trials.execution import Ended
+    from qatkit.trials.results import Result
+    from qatkit.trials.study import Journal
+    from qatkit.trials.sweep import Trial
 
 
 SHOWN_LOSS = 0.01
@@ -56,14 +56,14 @@ def command(
     Example: qatkit sweep vision/digits_int4 stages.qat.quantize.weight.num_bits=2,3,4 model.args.channels=[8,8],[16,16]
     """
     from qatkit.recipe.loading import load_recipe
-    from qatkit.search.grid import configurations, parse_grid
+    from qatkit.trials.grid import configurations, parse_grid
 
     if agents is not None and agents.exists():
         raise QatkitError("the file exists", key=str(agents), advice="pass another --wandb, or delete the file")
     fixed, grid = parse_grid(values)
     base = load_recipe(recipe, fixed)
     found = configurations(grid, random, base.seed)
-    from qatkit.search.sweep import load_configurations, open_sweep
+    from qatkit.trials.sweep import load_configurations, open_sweep
 
     recipes = load_configurations(recipe, fixed, found, allow or [])
     if agents is not None:
@@ -71,7 +71,7 @@ def command(
         return
     from qatkit.common.files import remove_temporary
     from qatkit.run.lock import locked
-    from qatkit.search.study import Journal, check_optuna
+    from qatkit.trials.study import Journal, check_optuna
 
     check_optuna()
     folder = out or Path("runs") / f"{base.name}_sweep"
@@ -98,7 +98,7 @@ def _write_agents(
     allow: list[str],
 ) -> None:
     from qatkit.common.files import write_atomically
-    from qatkit.search.agents import agent_sweep
+    from qatkit.trials.agents import agent_sweep
 
     write_atomically(path, agent_sweep(name, recipe, fixed, grid, random, allow))
     echo(f"start the sweep with: wandb sweep {path}")
@@ -106,8 +106,8 @@ def _write_agents(
 
 def _run(trials: Sequence[Trial], journal: Journal, jobs: int, allow: Sequence[str], quiet: bool) -> dict[int, Ended]:
     """Run the trials that are not finished, and return those that failed."""
-    from qatkit.search.execution import OUTPUT, run_trials
-    from qatkit.search.grid import described
+    from qatkit.trials.execution import OUTPUT, run_trials
+    from qatkit.trials.grid import described
 
     todo = [trial for trial in trials if not trial.is_finished]
     if not quiet:
@@ -138,8 +138,8 @@ def _finish(
     """Measure all files together, and write the results, the page and the journal."""
     from qatkit.common.files import write_atomically
     from qatkit.report.page import missing_packages
-    from qatkit.search.results import measured_results, write_results
-    from qatkit.search.tables import broken
+    from qatkit.trials.results import measured_results, write_results
+    from qatkit.trials.tables import broken
 
     finished = [trial for trial in trials if trial.number not in failures]
     reasons = {number: end.message for number, end in failures.items()}
@@ -152,7 +152,7 @@ def _finish(
     page = folder / "report.html"
     missing = missing_packages() if results else "no configuration has finished"
     if missing is None:
-        from qatkit.search.page import render
+        from qatkit.trials.page import render
 
         write_atomically(page, render(name, trials, results, reasons))
     if not quiet:
@@ -171,8 +171,8 @@ def _print(results: Sequence[Result], trials: Sequence[Trial]) -> None:
     """Print the results and the best files."""
     from rich.table import Table
 
-    from qatkit.search.best import best_files
-    from qatkit.search.tables import comparable, keys_of, numbers, result_table
+    from qatkit.trials.best import best_files
+    from qatkit.trials.tables import comparable, keys_of, numbers, result_table
 
     for name, group in comparable(results):
         columns, rows = result_table(group, keys_of(trials))

@@ -12,8 +12,8 @@ from scipy.stats import norm
 
 from qatkit.quantization.mixed.records import Group, Option, Sensitivity
 from qatkit.schemes import scheme
-from qatkit.search.ladder import climb, ladder
-from qatkit.search.promise import _interval, _worst
+from qatkit.trials.ladder import climb, ladder
+from qatkit.trials.promise import _interval, _worst
 from tests.cli.in_process import qatkit
 
 RECIPE = """\

@@ -14,7 +14,7 @@ from typing import IO
 
 from qatkit.common.termination import STEP_LIMIT, termination
 from qatkit.pipeline.processes import as_launcher
-from qatkit.search.sweep import Trial
+from qatkit.trials.sweep import Trial
 
 OUTPUT = "output.txt"
 """The file in a run's folder with the output of its process."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from qatkit.search.results import Result
+from qatkit.trials.results import Result
 from qatkit.tasks.metrics import Metric
 
 LOSSES = (0.0, 0.005, 0.01, 0.02, 0.05)

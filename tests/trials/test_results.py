@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qatkit.search.best import best_files, dense_result
-from qatkit.search.results import Result
-from qatkit.search.tables import comparable, numbers, pareto, result_table
+from qatkit.trials.best import best_files, dense_result
+from qatkit.trials.results import Result
+from qatkit.trials.tables import comparable, numbers, pareto, result_table
 
 
 def result(

@@ -22,12 +22,12 @@ from qatkit.recipe.strict_yaml import parse_yaml
 from qatkit.run.folder import Run
 from qatkit.run.lock import locked
 from qatkit.run.sharing import SCHEMA, share_stages
-from qatkit.search.agents import agent_sweep
-from qatkit.search.execution import OUTPUT, process_environment, run_trials
-from qatkit.search.grid import configurations, overrides, parse_grid
-from qatkit.search.sweep import Trial, open_sweep
+from qatkit.trials.agents import agent_sweep
+from qatkit.trials.execution import OUTPUT, process_environment, run_trials
+from qatkit.trials.grid import configurations, overrides, parse_grid
+from qatkit.trials.sweep import Trial, open_sweep
 from tests.cli.in_process import qatkit
-from tests.search.test_sweep import BITS, RECIPE
+from tests.trials.test_sweep import BITS, RECIPE
 
 
 def test_processes_at_a_time_share_cpus_and_gpus_and_a_single_one_has_all() -> None:

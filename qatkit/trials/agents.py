@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qatkit.recipe.strict_yaml import dump_yaml
-from qatkit.search.grid import value_text
+from qatkit.trials.grid import value_text
 
 _COMMAND = 'exec qatkit run "$@" --out "runs/$WANDB_SWEEP_ID/$WANDB_RUN_ID"'
 

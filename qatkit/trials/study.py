@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qatkit.common.packages import check_packages
-from qatkit.search.grid import value_text
-from qatkit.search.results import objectives
-from qatkit.search.sweep import Trial
+from qatkit.trials.grid import value_text
+from qatkit.trials.results import objectives
+from qatkit.trials.sweep import Trial
 
 STUDY = "sweep"
 

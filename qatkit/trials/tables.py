@@ -7,9 +7,9 @@ from typing import Any
 
 from qatkit.report.comparison import FRONT, front
 from qatkit.report.tables import comparison, headers
-from qatkit.search.grid import described, short_keys, value_text
-from qatkit.search.results import Result
-from qatkit.search.sweep import Trial
+from qatkit.trials.grid import described, short_keys, value_text
+from qatkit.trials.results import Result
+from qatkit.trials.sweep import Trial
 
 SHARED = "-"
 """The value of a swept key on which a shared stage does not depend."""

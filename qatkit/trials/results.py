@@ -19,8 +19,8 @@ from qatkit.report.content import Measurements, stage_row
 from qatkit.run.compatibility import with_tokenizer
 from qatkit.run.exports import Exported, exports_of
 from qatkit.run.folder import Run
-from qatkit.search.grid import value_text
-from qatkit.search.sweep import Trial
+from qatkit.trials.grid import value_text
+from qatkit.trials.sweep import Trial
 from qatkit.tasks.metrics import METRICS, Metric
 from qatkit.tasks.table import TASKS
 

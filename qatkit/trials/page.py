@@ -10,12 +10,12 @@ from qatkit.report.comparison import recipe_differences
 from qatkit.report.page import template
 from qatkit.report.sections import tradeoffs_of
 from qatkit.report.svg import KINDS, SERIES
-from qatkit.search.best import best_files, dense_result
-from qatkit.search.grid import short_keys, value_text
-from qatkit.search.results import Result
-from qatkit.search.sweep import Trial
-from qatkit.search.tables import broken as sentence
-from qatkit.search.tables import comparable, keys_of, numbers, result_table
+from qatkit.trials.best import best_files, dense_result
+from qatkit.trials.grid import short_keys, value_text
+from qatkit.trials.results import Result
+from qatkit.trials.sweep import Trial
+from qatkit.trials.tables import broken as sentence
+from qatkit.trials.tables import comparable, keys_of, numbers, result_table
 
 
 def render(title: str, trials: Sequence[Trial], results: Sequence[Result], failures: Mapping[int, str]) -> str:

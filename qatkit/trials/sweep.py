@@ -30,7 +30,7 @@ from qatkit.run.exports import exports_of
 from qatkit.run.fingerprint import changed_keys
 from qatkit.run.folder import Run
 from qatkit.run.sharing import share_stages, shared_name
-from qatkit.search.grid import Configuration, identity, overrides
+from qatkit.trials.grid import Configuration, identity, overrides
 
 SCHEMA = 1
 """Version of ``sweep.json``."""
