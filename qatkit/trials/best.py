@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from qatkit.trials.results import Result
 from qatkit.tasks.metrics import Metric
+from qatkit.trials.results import Result
 
 LOSSES = (0.0, 0.005, 0.01, 0.02, 0.05)
 """Largest losses of the metric: percentage points for metrics in percent, otherwise relative to the dense model."""

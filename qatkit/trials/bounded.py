@@ -32,13 +32,13 @@ from qatkit.run.exports import Exported, exports_of, formats_by_key
 from qatkit.run.folder import Run
 from qatkit.run.sharing import share_stages, shared_name
 from qatkit.schemes import Scheme
+from qatkit.tasks.metrics import METRICS
+from qatkit.tasks.table import TASKS, declared_task
 from qatkit.trials.execution import run_trials
 from qatkit.trials.ladder import Rung, Step, climb, ladder
 from qatkit.trials.promise import Promise, compare
 from qatkit.trials.sensitivity import training_loss
 from qatkit.trials.sweep import Trial, load_configurations, open_sweep
-from qatkit.tasks.metrics import METRICS
-from qatkit.tasks.table import TASKS, declared_task
 
 RUNGS = 8
 """Number of sizes on the ladder."""

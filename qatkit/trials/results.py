@@ -19,10 +19,10 @@ from qatkit.report.content import Measurements, stage_row
 from qatkit.run.compatibility import with_tokenizer
 from qatkit.run.exports import Exported, exports_of
 from qatkit.run.folder import Run
-from qatkit.trials.grid import value_text
-from qatkit.trials.sweep import Trial
 from qatkit.tasks.metrics import METRICS, Metric
 from qatkit.tasks.table import TASKS
+from qatkit.trials.grid import value_text
+from qatkit.trials.sweep import Trial
 
 SCHEMA = 1
 """Version of ``results.json``."""
