@@ -107,6 +107,7 @@ _Q5_0 = replace(_GGUF, num_bits=5, scale_rule="signed")
 _Q5_1 = replace(_GGUF, num_bits=5, symmetric=False, scale_rule="minimum")
 _Q4_1 = replace(_Q5_1, num_bits=4)
 _Q4_0 = replace(_GGUF, num_bits=4, scale_rule="signed")
+_F16 = QuantSpec(num_bits=16, type="float16", strategy="tensor", observer="unit")
 _K = replace(_GGUF, observer="mse")
 _Q2_K = replace(_K, num_bits=2, symmetric=False, group_size=16, scale_dtype="uint4")
 _Q3_K = replace(_K, num_bits=3, group_size=16, scale_dtype="int6")
@@ -153,6 +154,7 @@ SCHEMES: dict[str, Scheme] = {
     "MXFP8": Scheme(_mx(8), _mx(8)),
     "MXFP8A16": Scheme(_mx(8)),
     **{f"MLX{bits}": Scheme(_mlx(bits)) for bits in (2, 3, 4, 5, 6, 8)},
+    "F16": Scheme(_F16),
     "Q4_0": Scheme(_Q4_0),
     "Q4_1": Scheme(_Q4_1),
     "Q5_0": Scheme(_Q5_0),
@@ -178,7 +180,8 @@ def scheme(name: str, observer: str | None = None) -> Scheme:
 
     The GGUF schemes match the formats exactly: blocks of 32 weights (256 in TQ2_0), float16 scales and GGUF's scale
     rule; in the K-quants (Q4_K), super-blocks of 256 weights with integer scales. NVFP4_UE4M3 is the NVFP4 of GGUF and
-    MLX, whose e4m3 scales are not combined with a scale per tensor. ``_A8`` after a GGUF name adds the quantization of
+    MLX, whose e4m3 scales are not combined with a scale per tensor. F16 has no scales: it rounds weights to float16.
+    ``_A8`` after a GGUF name adds the quantization of
     inputs that llama.cpp computes with on CPUs: ``Q4_0_A8``, ``Q4_K_A8``. Exporting a model trained with such a
     scheme is therefore lossless. So is exporting an MLX scheme to MLX.
 

@@ -36,8 +36,8 @@ class QuantSpec:
     """
 
     num_bits: int = 8
-    """Bits per code: 2 to 8 for int, 4 for nonlinear, and 4, 6 or 8 for float. Ternary codes take 2; 1 stands for the
-    same three values in five codes per byte, as in GGUF's TQ1_0.
+    """Bits per code: 2 to 8 for int, 4 for nonlinear, 16 for float16, and 4, 6 or 8 for float. Ternary codes take 2; 1
+    stands for the same three values in five codes per byte, as in GGUF's TQ1_0.
     """
     symmetric: bool = True
     """Use signed codes around zero (True), or unsigned integers with a zero point or a minimum (False)."""
@@ -59,14 +59,15 @@ class QuantSpec:
     """The dtype to which scales are rounded, both in training and in the exported file. float8_e8m0fnu scales are
     powers of two (MX formats); float8_e4m3fn scales are combined with one float32 scale per tensor (NVFP4), ue4m3
     scales are the same numbers without it (NVFP4 in GGUF and MLX). float16_late scales compute the codes in float32,
-    and decode them in float16, as llama.cpp quantizes activations. Integer
+    and decode them in float16, as llama.cpp quantizes activations; with weights that have ``scale_rule: minimum``, the
+    sums of the inputs of a group are then rounded to float16 as well. Integer
     scales (int6, int8, and uint4 or uint6 with ``symmetric: false``) are combined with one float16 scale per
     super-block of 256 inputs (GGUF's K-quants). A second such pair then gives every group a minimum instead of a zero
     point.
     """
     type: str = "int"
-    """Element type of a code: int, ternary (-1, 0, 1), nonlinear (the values of GGUF's IQ4_NL), float (e2m1, e2m3 or
-    e4m3, by number of bits) or float_e5m2.
+    """Element type of a code: int, ternary (-1, 0, 1), nonlinear (the values of GGUF's IQ4_NL), float16 (without a
+    scale), float (e2m1, e2m3 or e4m3, by number of bits) or float_e5m2.
     """
     block_structure: tuple[int, int] | None = None
     """Outputs and inputs per scale, only for ``strategy: block``."""
@@ -184,6 +185,13 @@ class QuantSpec:
             )
 
     def _check_scale(self) -> None:
+        if not self.element.scaled:
+            for name, only in (("strategy", "tensor"), ("scale_dtype", "float32"), ("scale_rule", "qmax")):
+                if (value := getattr(self, name)) != only:
+                    raise QatkitError(
+                        f"'{value}' is not supported for type '{self.type}', which has no scales", key=name,
+                        advice=f"set {name}: {only}",
+                    )  # fmt: skip
         if self.scale_rule == "minimum" and (self.symmetric or self.scale_dtype != "float16"):
             raise QatkitError(
                 "'minimum' is supported only for zero points and float16 scales", key="scale_rule",

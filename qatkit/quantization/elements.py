@@ -69,6 +69,8 @@ class Element:
     """The supported values of `QuantSpec.scale_rule`."""
     has_zero: bool = True
     """Whether 0 is one of the values."""
+    scaled: bool = True
+    """Whether codes are multiplied by a scale; otherwise, it is 1."""
 
 
 def _integer_range(bits: int, symmetric: bool) -> Bounds:
@@ -122,6 +124,17 @@ ELEMENTS = Table(
             weight_only=True,
             scale_rules=("qmax", "signed"),
             has_zero=False,
+        ),
+        Element(
+            "float16",
+            "float16 numbers without a scale, of GGUF's F16",
+            bits=(16,),
+            grid="qatkit.quantization.grids:float16_grid",
+            code_range=lambda bits, symmetric: (-65504.0, 65504.0),
+            observers=("unit",),
+            computed_by="unit",
+            weight_only=True,
+            scaled=False,
         ),
         Element(
             "float",

@@ -75,6 +75,12 @@ def absmean_qparams(x: Tensor, spec: QuantSpec, outer_scale: Tensor | None = Non
     return round_scale(scale, spec), torch.zeros_like(scale)
 
 
+def unit_qparams(x: Tensor, spec: QuantSpec, outer_scale: Tensor | None = None) -> QParams:
+    """Return the scale 1, for types without a scale."""
+    scale = torch.ones(1, device=x.device)
+    return scale, torch.zeros_like(scale)
+
+
 def mse_qparams(
     x: Tensor, spec: QuantSpec, steps: int = 100, smallest: float | None = None, weights: Tensor | None = None
 ) -> QParams:

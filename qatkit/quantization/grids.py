@@ -42,7 +42,7 @@ class IntegerGrid:
 
 
 class DtypeGrid:
-    """8-bit floats, for which torch has dtypes."""
+    """Floats for which torch has a dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -125,6 +125,11 @@ def integer_grid(spec: QuantSpec) -> Grid:
 def nonlinear_grid(spec: QuantSpec) -> Grid:
     """Return the grid of IQ4_NL's values."""
     return Codebook(list(NONLINEAR))
+
+
+def float16_grid(spec: QuantSpec) -> Grid:
+    """Return the grid of float16 numbers."""
+    return DtypeGrid(torch.float16)
 
 
 def float_grid(spec: QuantSpec) -> Grid:

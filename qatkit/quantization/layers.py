@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.quantization.arithmetic import in_dtype
+from qatkit.quantization.block_sums import rounds_sums, with_rounded_sums
 from qatkit.quantization.modules import FakeQuantize
 
 
@@ -66,7 +67,12 @@ class QATLayer(nn.Module):
         """
         weight, weight_scale = self._weight_and_scale()
         x, input_scale = self._quantized_input(x)
-        return x, weight, self._rounded_bias(weight_scale, input_scale)
+        bias = self._rounded_bias(weight_scale, input_scale)
+        weights, inputs = self.weight_fake_quant, self.input_fake_quant
+        if weights is not None and inputs is not None and input_scale is not None and rounds_sums(weights, inputs):
+            x, matrix = with_rounded_sums(x, input_scale, weights, self.matrix, self.as_stored(weight))
+            weight = self.as_stored(matrix)
+        return x, weight, bias
 
     def _quantized_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         inputs = self.input_fake_quant

@@ -64,6 +64,12 @@ OBSERVERS = Table(
             general=False,
         ),
         Observer(
+            "unit",
+            "the scale 1, for float16 weights",
+            from_tensor="qatkit.quantization.estimators:unit_qparams",
+            general=False,
+        ),
+        Observer(
             "mse",
             "the clipped range with the smallest squared error",
             from_statistics=f"{_RANGES}:least_squares_range",

@@ -97,8 +97,10 @@ class QuantizeConfig(LayerConfig):
         sets_scales = METHODS.row(init, "init").stored_scales
         overrides = {f"layers.{glob}": layer.specs for glob, layer in self.layers.items()}
         for where, specs in {"weight": self.specs, **overrides}.items():
-            observer = specs.weight.observer if specs.weight is not None else None
-            if sets_scales and observer is not None and OBSERVERS[observer].computed:
+            if specs.weight is None or not specs.weight.element.scaled:
+                continue
+            observer = specs.weight.observer
+            if sets_scales and OBSERVERS[observer].computed:
                 raise QatkitError(
                     f"'{init}' sets weight scales, but {where} uses observer '{observer}', which computes them from "
                     "the weights on every step",

@@ -53,7 +53,7 @@ EXTRA = [
     QuantSpec(8, scale_rule="range"),
     QuantSpec(4, scale_rule="range", scale_dtype="bfloat16"),
 ]
-OTHERS = {*BLOCK_TYPES, "NVFP4_UE4M3"} - {"MXFP4", "NVFP4"}
+OTHERS = {*BLOCK_TYPES, "NVFP4_UE4M3", "F16"} - {"MXFP4", "NVFP4"}
 PRESETS = [name for name in SCHEMES if name not in OTHERS and not name.startswith("MLX") and "_A8" not in name]
 SPECS = [
     QuantSpec(**element, **slices)

@@ -123,7 +123,8 @@ def test_every_name_in_a_row_exists() -> None:
         assert set(element.observers) <= set(OBSERVERS)
         assert OBSERVERS[element.computed_by].computed
         for bits in element.bits:
-            spec = QuantSpec(num_bits=bits, type=element.name, observer=element.computed_by)
+            strategy = "channel" if element.scaled else "tensor"
+            spec = QuantSpec(num_bits=bits, type=element.name, observer=element.computed_by, strategy=strategy)
             assert (grid_of(spec).round(torch.zeros(1)).tolist() == [0.0]) is element.has_zero
     for observer in OBSERVERS.values():
         for name in filter(None, (observer.from_tensor, observer.from_statistics)):

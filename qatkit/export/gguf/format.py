@@ -64,6 +64,13 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"layer '{name}': llama.cpp quantizes only the inputs of layers with quantized weights",
             advice=f"set scheme: Q8_0_A8, or exclude the layer, or {INSTEAD}",
         )
+    if not scheme.weight.element.scaled:
+        if scheme.activation is not None:
+            raise QatkitError(
+                f"layer '{name}': llama.cpp does not quantize the inputs of F16 weights",
+                advice=f"remove activation, or set scheme: Q8_0_A8, or {INSTEAD}",
+            )
+        return
     inputs = weight.shape[0 if is_transposed(layer) else 1]
     block = block_type_of(scheme.weight)
     if block is not None and inputs % block.block:

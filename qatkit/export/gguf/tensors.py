@@ -70,7 +70,7 @@ class Stored:
         float32, as llama.cpp requires.
         """
         if self.quantizer is not None:
-            return self._block_type.name
+            return self._block_type.name if self.quantizer.spec.element.scaled else "F16"
         value = self.values()
         if value.dim() < 2 or self.name in _FLOAT32:
             return "F32"
@@ -111,7 +111,7 @@ class Stored:
         They are the scales ``[out, blocks]``, or ``[out, blocks, 4]`` in NVFP4; of super-blocks, the outer scales, the
         scales and the minima ``[out, blocks, numbers]``.
         """
-        if self.quantizer is None:
+        if self.quantizer is None or not self.quantizer.spec.element.scaled:
             return None
         numbers = self._coded()[1:]
         if not self.quantizer.spec.super_blocks:
@@ -129,7 +129,7 @@ class Stored:
 
     def data(self) -> Array:
         """Return the bytes that the file stores, ``[..., bytes of a row]``."""
-        if self.quantizer is not None:
+        if self.quantizer is not None and self.quantizer.spec.element.scaled:
             packed = self._block_type.pack(*(part.cpu().numpy() for part in (*self._coded(), self._outer())))
             return np.ascontiguousarray(self._arranged(torch.from_numpy(packed)).numpy())
         values = self.values().to(_DTYPES[self.type]).contiguous()

@@ -31,7 +31,7 @@ def stored_bytes(shape: Sequence[int], spec: QuantSpec) -> int:
         (18, 144)
     """
     own = scale_shape(shape, spec)
-    scales, bits = math.prod(own), SCALE_DTYPES[spec.scale_dtype].bits
+    scales, bits = math.prod(own) if spec.element.scaled else 0, SCALE_DTYPES[spec.scale_dtype].bits
     codes = math.ceil(math.prod(shape) * spec.stored_bits / 8)
     zero_points = 0 if spec.symmetric else math.ceil(scales * (bits if spec.has_minimum else spec.num_bits) / 8)
     outer = math.prod(outer_shape(own, spec)) * (2 if spec.super_blocks else 4) if spec.two_level else 0

@@ -103,7 +103,7 @@ def check_method(model: nn.Module, method: str) -> None:
         _BatchMethod(model, row, Undo()).folds(find_blocks(model))
     elif row.stored_scales:
         for name, _, fake_quant in weights:
-            if fake_quant.computed:
+            if _computes_scale(fake_quant):
                 raise _computed_scale(name, fake_quant, row)
 
 
@@ -117,6 +117,11 @@ def _from_weights(model: nn.Module, method: Method, undo: Undo) -> list[str]:
         fake_quant.initialize(weight, estimate)
         names.append(name)
     return names
+
+
+def _computes_scale(fake_quant: FakeQuantize) -> bool:
+    """Whether a method that sets scales would have no effect; types without a scale are left as they are."""
+    return fake_quant.computed and fake_quant.spec.element.scaled
 
 
 def _computed_scale(name: str, fake_quant: FakeQuantize, method: Method) -> QatkitError:
@@ -189,7 +194,8 @@ class _BatchMethod:
                     f"the weight of layer '{name}' is sharded", advice="call apply_ptq before fully_shard"
                 )
             weight, inputs = layer.weight_fake_quant, layer.input_fake_quant
-            if self.method.stored_scales and weight is not None and weight.computed and is_matrix_product(layer):
+            sets_scale = self.method.stored_scales and is_matrix_product(layer)
+            if sets_scale and weight is not None and _computes_scale(weight):
                 raise _computed_scale(name, weight, self.method)
             if self.method.move_scales and inputs is not None and not inputs.computed and inputs.ready:
                 raise QatkitError(
@@ -234,7 +240,7 @@ class _BatchMethod:
             return
         for layer in inside:
             fake_quant = layer.weight_fake_quant
-            if fake_quant is None:
+            if fake_quant is None or not fake_quant.spec.element.scaled:
                 continue
             reason = self._reason(layer, recorded.get(layer))
             if reason:
