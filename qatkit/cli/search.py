@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,8 +17,13 @@ from qatkit.cli.output import echo
 from qatkit.common.termination import termination
 from qatkit.errors import QatkitError
 
-if TYPE_CHECKING:
-    from qatkit.trials.bounded import Found
+
+class Minimize(StrEnum):
+    """What a search minimizes."""
+
+    SIZE = "size"
+    LATENCY = "latency"
+    COST = "cost"
 
 
 def command(
@@ -30,15 +36,35 @@ def command(
             help="The largest loss of the metric: points if it is in percent, otherwise relative to the dense model.",
         ),
     ] = "1%",
+    minimize: Annotated[
+        Minimize, typer.Option(help="The size of the file, its latency in its runtime, or the price of requests.")
+    ] = Minimize.SIZE,
+    price: Annotated[
+        float | None, typer.Option(min=0, metavar="N", help="The price of the device per hour, for --minimize cost.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Samples per call, for latency and cost.")] = 1,
     candidates: Candidates = "W8A16,W4A16",
+    sparsity: Annotated[
+        str, typer.Option(metavar="LIST", help="Also try pruned weights: fractions or patterns, such as 0.5,2:4.")
+    ] = "",
+    depth: Annotated[
+        str, typer.Option(metavar="LIST", help="Also try fewer layers: fractions of a transformer's layers to keep.")
+    ] = "",
+    width: Annotated[
+        str, typer.Option(metavar="LIST", help="Also try fewer channels or MLP neurons: fractions to keep.")
+    ] = "",
     budget: Annotated[
-        float, typer.Option(min=1, metavar="N", help="The cost of all trainings, in full trainings of the last stage.")
-    ] = 2.0,
+        str,
+        typer.Option(
+            metavar="N|MINUTESmin|Ntrials",
+            help="The cost of all trainings: in full trainings of the last stage, in minutes, or their number.",
+        ),
+    ] = "2",
     out: Annotated[Path | None, typer.Option(help="The folder of the search.", show_default="runs/NAME_search")] = None,
     allow: Allow = None,
     quiet: Quiet = False,
 ) -> None:
-    """Find the smallest model whose metric loses at most a given part.
+    """Find the smallest or fastest model whose metric loses at most a given part.
 
     The last stage of the recipe trains a quantized model; the search trains it with different formats for its layers.
     It decides by the validation split, and measures the result in its runtime on the test split. If the loss is larger
@@ -47,12 +73,22 @@ def command(
     Example: qatkit search vision/digits_int4 --max-loss 1% --candidates W8A16,W4A16,W2A16
     """
     from qatkit.recipe.loading import load_recipe
+    from qatkit.trials.budget import parse_budget
+    from qatkit.trials.variants import parse_variants
 
-    limit, formats = _part(max_loss), read_candidates(candidates)
+    limit, formats, cost = _part(max_loss), read_candidates(candidates), parse_budget(budget)
+    variants = parse_variants(sparsity, depth, width)
+    if (minimize is Minimize.COST) != (price is not None):
+        raise QatkitError(
+            "a price is required for --minimize cost, and only for it", key="--price",
+            advice="use --minimize cost --price 0.5",
+        )  # fmt: skip
     base = load_recipe(recipe, overrides or [])
     from qatkit.common.files import remove_temporary
     from qatkit.run.lock import locked
-    from qatkit.trials.bounded import Search
+    from qatkit.trials.bounded import Goal, find
+    from qatkit.trials.recipe_subject import RecipeSubject
+    from qatkit.trials.search_report import summary, write_report
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -65,37 +101,16 @@ def command(
         if not quiet:
             echo(line)
 
-    search = Search(folder, recipe, overrides or [], base, formats, limit, allow or [], say)
+    subject = RecipeSubject(folder, recipe, overrides or [], base, allow or [])
+    goal: Goal = "size" if minimize is Minimize.SIZE else "latency"
     with locked(folder):
         remove_temporary(folder)
-        found = search.run(budget)
-    for line in summary(found):
+        found = find(subject, formats, variants, limit, goal, cost, batch, say)
+        written = write_report(folder, base.name, found)
+    for line in [*summary(found, price, batch), *map(str, written)]:
         echo(line)
     if not found.kept:
         raise typer.Exit(VERIFICATION_FAILED)
-
-
-def summary(found: Found) -> list[str]:
-    """Return the result of a search in a few lines."""
-    promise, part = found.promise, f"{found.limit:.2%}"
-    interval = ""
-    if promise.interval is not None:
-        interval = f" (95% interval: {promise.interval[0]:.2%} to {promise.interval[1]:.2%})"
-    where = f"on {promise.samples:,} test samples, in the runtime"
-    verdict = f"KEPT: at most {part}" if found.kept else f"NOT KEPT: more than {part}"
-    if not found.verified:
-        verdict = "NOT KEPT: the file failed verification"
-    lines = [
-        f"{verdict}; {promise.metric} {promise.found:.4g} instead of {promise.dense:.4g} {where}, a loss of "
-        f"{promise.lost:.2%}{interval}",
-        f"{found.bytes:,} bytes instead of {found.dense_bytes:,}: {found.dense_bytes / found.bytes:.2f} times smaller",
-        f"{promise.flipped:.2%} of the predictions differ from those of the dense model",
-    ]
-    if promise.worst is not None:
-        lines.append(f"the class that lost most is {promise.worst[0]}, by {promise.worst[1]:.2%}")
-    rung = found.ladder[found.steps[-1].rung]
-    lines += [f"  {group}: {name}" for group, name in rung.formats.items()]
-    return [*lines, found.file]
 
 
 def _part(text: str) -> float:

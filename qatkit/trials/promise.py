@@ -1,24 +1,30 @@
-"""The evidence of a search: a file in its runtime beside the dense model, on data that the search never saw."""
+"""The evidence of a search: a model or a file in its runtime beside the dense model, on one split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qatkit.errors import QatkitError
+from qatkit.export.format_row import ExportFormat
 from qatkit.export.judges import TaskJudge
-from qatkit.run.exports import Exported
-from qatkit.run.folder import Run
 from qatkit.tasks import answers, call, task_of
 from qatkit.tasks.metrics import METRICS
 from qatkit.tasks.table import Task
 
+ONE_SIDED = NormalDist().inv_cdf(0.95)
+"""Standard errors between the mean and the bound that the true loss exceeds with a probability of 5%."""
 _CLASSES = 1000
 """The largest number of classes of which the worst is named."""
 _FEWEST = 10
@@ -27,18 +33,20 @@ _FEWEST = 10
 
 @dataclass(frozen=True)
 class Promise:
-    """A file compared with the dense model on the test split."""
+    """A model or a file compared with the dense model on a split."""
 
     metric: str
     dense: float
     """The dense model's metric."""
     found: float
-    """The file's metric, in its runtime."""
+    """The metric of the other model, in its runtime if it is a file."""
     lost: float
     """The loss of the metric; see `Metric.lost`."""
     interval: tuple[float, float] | None
     """The 95% interval of the loss, from the paired differences of all samples; None if it is not known for the metric.
     """
+    bound: float
+    """The upper end of the one-sided 95% interval; equal to `lost` if it is not known for the metric."""
     flipped: float
     """Fraction of predictions that differ from those of the dense model."""
     samples: int
@@ -47,45 +55,86 @@ class Promise:
 
 
 @torch.no_grad()
-def compare(run: Run, stage: str, exported: Exported, batches: Iterable[Any], task: Task | None) -> Promise:
-    """Run an exported file and the dense model on the same batches.
+def compare(dense: Callable[..., Any], found: Callable[..., Any], batches: Iterable[Any], task: Task | None) -> Promise:
+    """Run two models on the same batches.
 
     Args:
-        run: The run.
-        stage: The stage of the dense model.
-        exported: The file.
-        batches: Batches of the test split.
+        dense: The dense model, in eval mode.
+        found: The other model, or a file in its runtime, with the same call signature.
+        batches: Batches of a split.
         task: The task that the data declares.
-
-    Raises:
-        QatkitError: the runtime cannot load the file.
     """
-    dense = run.load_model(stage, quantizers=False).eval()
-    row = exported.format
-    file = row.call("read_back", run.load_model(exported.stage).eval(), exported.path, None).runtime
-    if file is None:
-        raise QatkitError(f"{row.runtime} cannot load it", key=str(exported.path), advice="run `qatkit verify`")
     judges, pairs = (TaskJudge(task), TaskJudge(task)), list[tuple[Tensor, Tensor, Tensor]]()
-    same = 0
+    same, own = 0, task
     for batch in batches:
-        outputs = [call(model, batch) for model in (dense, file)]
+        outputs = [call(model, batch) for model in (dense, found)]
         for judge, output in zip(judges, outputs, strict=True):
             judge.add(output, batch)
         same += judges[0].agreements(outputs[0], outputs[1], batch)
-        if task_of(batch, task).kind == "classes":
+        own = task_of(batch, task)
+        if own.kind == "classes":
             pairs.append(_classes(outputs, batch, task))
-    own = task_of(batch, task)
+    assert own is not None
     metric, values = METRICS[own.metric], [judge.value() for judge in judges]
+    lost = metric.lost(*values)
+    mean_and_error = _difference(metric.name, pairs)
     return Promise(
         metric=metric.name,
         dense=values[0],
         found=values[1],
-        lost=metric.lost(*values),
-        interval=_interval(metric.name, pairs),
+        lost=lost,
+        interval=_interval(metric.name, mean_and_error),
+        bound=lost if mean_and_error is None else _loss(metric.name, mean_and_error[0] + ONE_SIDED * mean_and_error[1]),
         flipped=1 - same / judges[0].count,
         samples=judges[0].count,
         worst=_worst(pairs) if not own.per_token else None,
     )
+
+
+def runtime_of(row: ExportFormat, model: nn.Module, path: Path) -> Callable[..., Any]:
+    """Load an exported file in its runtime, with the call signature of the model.
+
+    Args:
+        row: The format.
+        model: The exported model, in eval mode.
+        path: The file.
+
+    Raises:
+        QatkitError: the runtime cannot load the file.
+    """
+    runtime: Callable[..., Any] | None = row.call("read_back", model, path, None).runtime
+    if runtime is None:
+        raise QatkitError(f"{row.runtime} cannot load it", key=str(path), advice="run `qatkit verify`")
+    return runtime
+
+
+def split_batches(data: LightningDataModule, split: str) -> Any:
+    """Return the loader of a split on which a search relies.
+
+    Args:
+        data: The data, set up.
+        split: "validation" or "test".
+
+    Raises:
+        QatkitError: the data has no such split, or it is empty.
+    """
+    try:
+        loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
+    except MisconfigurationException:  # not overridden
+        loader = None
+    if isinstance(loader, list | tuple | dict):
+        raise QatkitError(
+            f"the data has {len(loader)} {split} loaders, but a search decides by one metric", key="data",
+            advice="return a single loader",
+        )  # fmt: skip
+    if loader is None or not any(True for _ in islice(iter(loader), 1)):
+        use = "decides by the validation split" if split == "validation" else "measures its result on the test split"
+        name = split.removesuffix("idation")
+        raise QatkitError(
+            f"a search {use}, but the data has none", key="data",
+            advice=f"add a split, such as data.args.{name}_fraction: 0.1, or {name}_dataloader() in your data module",
+        )  # fmt: skip
+    return loader
 
 
 def _classes(outputs: list[Tensor], batch: Any, task: Task | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,16 +148,25 @@ def _classes(outputs: list[Tensor], batch: Any, task: Task | None) -> tuple[Tens
     return labels, torch.stack(correct), torch.stack(losses)
 
 
-def _interval(metric: str, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float] | None:
+def _difference(metric: str, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float] | None:
+    """Mean of the paired differences of all samples, and its standard error; None if a metric is no mean of samples."""
     if not pairs or metric not in ("accuracy", "perplexity"):
         return None
     _, correct, losses = (torch.cat(parts, -1) for parts in zip(*pairs, strict=True))
     difference = correct[0] - correct[1] if metric == "accuracy" else losses[1] - losses[0]
-    half = NormalDist().inv_cdf(0.975) * float(difference.std()) / len(difference) ** 0.5
-    low, high = float(difference.mean()) - half, float(difference.mean()) + half
-    if metric == "accuracy":
-        return low, high
-    return float(torch.tensor(low).expm1()), float(torch.tensor(high).expm1())  # perplexities relative to each other
+    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+
+
+def _interval(metric: str, found: tuple[float, float] | None) -> tuple[float, float] | None:
+    if found is None:
+        return None
+    (mean, error), half = found, NormalDist().inv_cdf(0.975)
+    return _loss(metric, mean - half * error), _loss(metric, mean + half * error)
+
+
+def _loss(metric: str, difference: float) -> float:
+    """Perplexities are relative to each other, and their logarithms are means."""
+    return math.expm1(difference) if metric == "perplexity" else difference
 
 
 def _worst(pairs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[int, float] | None:

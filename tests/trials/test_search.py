@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import norm
+from torch.utils.data import TensorDataset
 
+from qatkit.data import SplitDataModule
+from qatkit.errors import QatkitError
 from qatkit.quantization.mixed.records import Group, Option, Sensitivity
 from qatkit.schemes import scheme
-from qatkit.trials.ladder import climb, ladder
-from qatkit.trials.promise import _interval, _worst
+from qatkit.trials.budget import Budget
+from qatkit.trials.decisions import decisions
+from qatkit.trials.halving import Ladder, halve
+from qatkit.trials.ladder import Rung, Step, chosen, climb, ladder
+from qatkit.trials.latency import priced
+from qatkit.trials.promise import ONE_SIDED, _difference, _interval, _worst, split_batches
+from qatkit.trials.variants import Variant
 from tests.cli.in_process import qatkit
 
 RECIPE = """\
@@ -38,31 +46,59 @@ def measured() -> Sensitivity:
 
 def test_a_ladder_has_the_least_predicted_increase_of_every_size() -> None:
     rungs = ladder(measured(), 8)
-    assert (rungs[0].bytes, rungs[-1].bytes) == (40, 160)
-    assert [rung.bytes for rung in rungs] == sorted({rung.bytes for rung in rungs})
+    assert (rungs[0].cost, rungs[-1].cost) == (40, 160)
+    assert [rung.cost for rung in rungs] == sorted({rung.cost for rung in rungs})
     assert [rung.increase for rung in rungs] == sorted((rung.increase for rung in rungs), reverse=True)
-    mixed = next(rung for rung in rungs if rung.bytes == 60)
+    mixed = next(rung for rung in rungs if rung.cost == 60)
     assert mixed.formats == {"a": "W2A16", "b": "W4A16"}, "the layer that loses less has fewer bits"
-    assert mixed.layers == {"a": {"scheme": "W2A16"}, "b": {"scheme": "W4A16"}}
+    assert mixed.layers == {"a": scheme("W2A16"), "b": scheme("W4A16")}
+    assert [rung.cost for rung in ladder(measured(), 8, fixed=1000)][:2] == [1040, 1060], "evenly spaced in all bytes"
 
 
-@pytest.mark.parametrize(("needed", "trained"), [(5, [7, 3, 5, 4, 5]), (0, [7, 3, 1, 0, 0]), (7, [7, 3, 5, 6, 7])])
-def test_a_search_trains_the_smallest_rung_within_the_limit(needed: int, trained: list[int]) -> None:
-    steps = climb(8, 0.01, lambda rung, full: 0.0 if rung >= needed else 0.1, share=0.25, budget=2.0)
+def trains(needed_short: int, needed_full: int, calls: list[tuple[int, float]] | None = None) -> Any:
+    """A training that is within the limit from a rung on."""
+
+    def train(rung: int, share: float) -> Step:
+        if calls is not None:
+            calls.append((rung, share))
+        lost = 0.0 if rung >= (needed_full if share == 1.0 else needed_short) else 0.1 - 0.01 * rung
+        return Step(rung, share, lost, lost, lost <= 0.01)
+
+    return train
+
+
+@pytest.mark.parametrize(("needed", "trained"), [(5, [3, 5, 4, 5]), (0, [3, 1, 0, 0]), (7, [3, 5, 6, 7])])
+def test_a_search_trains_the_cheapest_rung_within_the_limit(needed: int, trained: list[int]) -> None:
+    steps = climb(8, trains(needed, needed), Budget(2.0))
     assert [step.rung for step in steps] == trained
-    assert [step.full for step in steps] == [False] * 4 + [True]
-    assert steps[-1].within
+    assert [step.share for step in steps] == [0.25] * 3 + [1.0]
+    assert chosen(steps) == steps[-1]
 
 
-def test_a_full_training_that_fails_is_followed_by_a_larger_rung_within_the_budget() -> None:
-    def lost(rung: int, full: bool) -> float:
-        return 0.1 if rung < (4 if full else 2) else 0.0
+def test_a_full_training_that_fails_is_followed_by_a_dearer_rung_within_the_budget() -> None:
+    steps = climb(4, trains(2, 3), Budget(4.0))
+    assert [(step.rung, step.share, step.within) for step in steps[-2:]] == [(2, 1.0, False), (3, 1.0, True)]
+    steps = climb(4, trains(2, 4), Budget(1.75))
+    assert (steps[-1].rung, steps[-1].share) == (3, 0.25), "what is left pays for a short training of the dearest"
+    assert chosen(steps) == steps[-1]
+    (only,) = climb(4, trains(2, 4), Budget(1.0))
+    assert (only.rung, only.share) == (3, 1.0), "without a budget for short trainings, the dearest is trained"
 
-    assert [(step.rung, step.full) for step in climb(4, 0.01, lost, 0.25, budget=2.0)][-1] == (2, True)
-    steps = climb(4, 0.01, lost, 0.25, budget=4.0)
-    assert [(step.rung, step.full, step.within) for step in steps[-2:]] == [(2, True, False), (3, True, False)]
-    (only,) = climb(4, 0.01, lost, 0.25, budget=1.0)
-    assert (only.rung, only.full) == (3, True), "without a budget for short trainings, the largest is trained"
+
+def test_a_short_training_does_not_count_if_its_rung_failed_with_all_steps() -> None:
+    steps = [Step(2, 0.25, 0.0, 0.0, True), Step(2, 1.0, 0.1, 0.1, False)]
+    assert chosen(steps) == steps[0], "nothing is within the limit, and it lost least"
+    assert chosen([*steps, Step(3, 0.25, 0.0, 0.0, True)]).rung == 3
+
+
+def test_budgets_in_minutes_and_trainings_end_a_search() -> None:
+    calls: list[tuple[int, float]] = []
+    climb(8, trains(5, 5, calls), Budget(2, "trials"))
+    assert calls == [(3, 0.25), (7, 1.0)]
+    minutes = Budget(1.0, "minutes")
+    minutes.shares, minutes.seconds = [0.25], 10.0
+    assert minutes.allows(1.0)
+    assert not minutes.allows(0.5, 1.0), "a full training takes 40 s"
 
 
 def test_the_interval_is_that_of_the_paired_differences() -> None:
@@ -74,15 +110,94 @@ def test_the_interval_is_that_of_the_paired_differences() -> None:
     for metric, values in (("accuracy", correct[0] - correct[1]), ("perplexity", losses[1] - losses[0])):
         array = values.numpy()
         expected = norm.interval(0.95, array.mean(), array.std(ddof=1) / 500**0.5)
-        found = _interval(metric, pairs)
+        difference = _difference(metric, pairs)
+        assert difference is not None
+        assert difference[0] + ONE_SIDED * difference[1] == pytest.approx(
+            norm.ppf(0.95, array.mean(), array.std(ddof=1) / 500**0.5)
+        )
+        found = _interval(metric, difference)
         assert found is not None
         if metric == "perplexity":
             found = tuple(float(torch.tensor(value, dtype=torch.float64).log1p()) for value in found)  # type: ignore[assignment]
         assert found == pytest.approx(expected, rel=1e-6)
-    assert _interval("f1", pairs) is None
+    assert _difference("f1", pairs) is None
     worst = _worst(pairs)
     by_class = [float((correct[0] - correct[1])[labels == index].mean()) for index in range(3)]
     assert worst == (by_class.index(max(by_class)), pytest.approx(max(by_class)))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_missing_split_is_named(split: Any) -> None:
+    full, empty = TensorDataset(torch.rand(8, 4), torch.zeros(8).long()), TensorDataset(torch.rand(0, 4))
+    data = SplitDataModule(full, *((empty, full) if split == "validation" else (full, empty)), batch_size=4)
+    name = {"validation": "val", "test": "test"}[split]
+    with pytest.raises(QatkitError, match=f"data: a search .* {split} split, but the data has none.*{name}_fraction"):
+        split_batches(data, split)
+    assert len(split_batches(data, "test" if split == "validation" else "validation")) == 2
+
+
+def test_the_reason_for_every_format_is_the_cost_and_the_loss_of_the_next_ones() -> None:
+    sensitivity = measured()
+    rung = next(rung for rung in ladder(sensitivity, 8) if rung.cost == 60)
+    first, second = decisions(sensitivity, rung, "{:,} bytes".format)
+    assert (first.group, first.format, second.group, second.format) == ("a", "W2A16", "b", "W4A16")
+    assert first.why == "W4A16 adds 20 bytes and lowers the loss by 0.9"
+    assert second.why == "W2A16 saves 20 bytes and raises the loss by 9; W8A16 adds 40 bytes and lowers the loss by 0.9"
+
+
+def test_variants_are_halved_at_equal_cost() -> None:
+    sensitivity = measured()
+    whole = Ladder(Variant(), sensitivity, ladder(sensitivity, 8, fixed=100), [])
+    others = [
+        Ladder(Variant(sparsity=part), sensitivity, ladder(sensitivity, 8, fixed=50), []) for part in (0.5, 0.6, 0.7)
+    ]
+    costs: list[int] = []
+
+    def judge(each: Ladder, index: int, share: float) -> Step:
+        costs.append(each.rungs[index].cost)
+        lost = {None: 0.2, 0.5: 0.1, 0.6: 0.005, 0.7: 0.3}[each.variant.sparsity]
+        return Step(index, share, lost, lost, lost <= 0.01, each.variant.name)
+
+    winner, steps, dropped = halve([whole, *others], judge, Budget(4.0))
+    assert winner.variant == Variant(sparsity=0.6)
+    assert [step.share for step in steps] == [0.125] * 4 + [0.25] * 2
+    assert max(costs[:4]) <= (140 * 260) ** 0.5
+    assert max(costs[4:]) < max(costs[:4]), "the best is within the limit, so the next round is cheaper"
+    assert len(dropped) == 3
+    assert "70% sparsity: at about the same cost, it loses 30.00%" in dropped[1]
+    winner, steps, dropped = halve([whole, *others], judge, Budget(1.25))
+    assert (len(steps), winner) == (2, others[0]), "only two were affordable"
+    assert [sentence.rpartition(", because ")[2] for sentence in dropped[:2]] == ["the budget is spent"] * 2
+
+
+def test_the_latency_of_a_kind_of_layers_is_divided_and_noise_is_zero() -> None:
+    def options() -> dict[str, Option]:
+        return {"W8A16": Option(80, 0.01), "W4A16": Option(40, 0.1)}
+
+    groups = [Group((name,), weights, options()) for name, weights in (("0.up", 80), ("1.up", 80), ("head", 8))]
+    sensitivity = Sensitivity(1.0, {name: scheme(name) for name in options()}, tuple(groups))
+    times = {"": 2.0, "0.up/W4A16": 1.0, "head/W4A16": 2.05}
+    exported: list[dict[str, str]] = []
+
+    def export(rung: Rung) -> Path:
+        exported.append(rung.formats)
+        return Path()
+
+    def timer(files: Any) -> Any:
+        return {
+            name: {"median_ms": times[name], "low_ms": times[name] - 0.1, "high_ms": times[name] + 0.1}
+            for name in files
+        }
+
+    found = priced(sensitivity, export, timer)
+    assert exported[1] == {"0.up": "W4A16", "1.up": "W4A16", "head": "W8A16"}, "both layers of a kind at once"
+    costs = [{name: option.bytes for name, option in group.options.items()} for group in found.sensitivity.groups]
+    assert costs == [{"W8A16": 500_000, "W4A16": 0}] * 2 + [{"W8A16": 0, "W4A16": 0}]
+    assert found.fixed == 1_000_000
+    assert found.notes[1] == "head in W4A16 instead of W8A16: no measurable difference"
+    rungs = ladder(found.sensitivity, 8, found.fixed)
+    assert [rung.cost for rung in rungs] == [1_000_000, 1_500_000, 2_000_000]
+    assert rungs[0].formats["head"] == "W8A16", "of equal latency, the one that loses least"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +231,11 @@ def test_the_result_is_smaller_and_keeps_its_promise(folder: Path, ended: tuple[
     assert found["promise"]["samples"] == 360
     assert found["bytes"] < found["dense_bytes"] / 3
     assert "KEPT: at most 3.00%; accuracy" in output
+    assert [each["group"] for each in found["decisions"]] == ["layers.0", "layers.2", "layers.4"]
+    page = (folder / "out" / "search.html").read_text()
+    assert all(each["why"] in page for each in found["decisions"])
+    chosen = found["ladders"]["whole model"][found["step"]["rung"]]
+    assert {each["group"]: each["format"] for each in found["decisions"]} == chosen["formats"]
     file = Path(found["file"])
     verification = json.loads(((folder / file).parent / "verification.json").read_text())
     assert verification["runtime_metric"] == pytest.approx(found["promise"]["found"])
@@ -140,6 +260,10 @@ def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--budget", "much"), "--budget: 'much' is not a budget; use full trainings such as 2"),
+        (("--minimize", "cost"), "--price: a price is required for --minimize cost"),
+        (("--sparsity", "2"), "--sparsity: '2' is out of range; use a fraction between 0 and 1, or a pattern"),
+        (("--depth", "0.5"), "stages.qat.shrink.layers"),
         (("--max-loss", "much"), "--max-loss: 'much' is not a part; use a value such as 1% or 0.01"),
         (("export=null",), "export: a search measures exported files; add export: {format: onnx}"),
         (("export.format=mlx",), "export.format: a search measures files in their runtime, but MLX does not run"),
@@ -154,3 +278,4 @@ def test_what_a_search_needs_is_said(folder: Path, arguments: tuple[str, ...], s
     code, output, err = qatkit("search", "searched.yaml", *arguments, *ARGUMENTS[4:6], "--out", "none", cwd=folder)
     assert code == 2, output
     assert said in err
+    assert not list((folder / "none").rglob("*.ckpt")), "nothing was trained"

@@ -27,7 +27,7 @@ def allocated_layers(sensitivity: Sensitivity, allocation: Mapping[str, str]) ->
     formats = {layer: allocation[group.name] for group in sensitivity.groups for layer in group.layers}
     families: dict[str, list[str]] = {}
     for layer in formats:
-        families.setdefault(_without_numbers(layer), []).append(layer)
+        families.setdefault(family_name(layer), []).append(layer)
     layers: dict[str, Scheme] = {}
     for glob, family in families.items():
         usual, times = Counter(formats[layer] for layer in family).most_common(1)[0]
@@ -43,7 +43,13 @@ def allocated_layers(sensitivity: Sensitivity, allocation: Mapping[str, str]) ->
     return layers
 
 
-def _without_numbers(layer: str) -> str:
+def family_name(layer: str) -> str:
+    """Return the glob of the layers whose names differ from a layer's only in numbers.
+
+    Example:
+        >>> family_name("blocks.3.up")
+        'blocks.*.up'
+    """
     *parents, own = layer.split(".")
     return ".".join(["*" if part.isdecimal() else escape(part) for part in parents] + [escape(own)])
 
