@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qatkit.schemes import Scheme as Scheme
     from qatkit.schemes import scheme as scheme
     from qatkit.spec import QuantSpec as QuantSpec
+    from qatkit.trials.searching import search as search
 
 __version__ = "0.1.0"
 
@@ -50,5 +51,6 @@ _HOMES = {
     "qatkit.quantization.prepare": ["prepare_qat", "strip_qat"],
     "qatkit.quantization.ptq.runner": ["apply_ptq"],
     "qatkit.quantization.scales": ["choose_qparams"],
+    "qatkit.trials.searching": ["search"],
 }
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _HOMES)  # lazy_exports returns a list

@@ -147,10 +147,13 @@ class RecipeSubject:
     def _blocks(self, variant: Variant) -> dict[str, Any]:
         """The blocks of the last stage that prune and shrink."""
         blocks: dict[str, Any] = {}
+        quantize = self.base.stages[self.stage].quantize
+        assert quantize is not None
+        layers = {"include": list(quantize.include), "exclude": list(quantize.exclude)}
         if variant.nm is not None:
-            blocks["prune"] = {"nm": list(variant.nm)}
+            blocks["prune"] = {"nm": list(variant.nm), **layers}
         elif variant.sparsity is not None:
-            blocks["prune"] = {"sparsity": variant.sparsity}
+            blocks["prune"] = {"sparsity": variant.sparsity, **layers}
         sizes: dict[str, float] = {} if variant.depth is None else {"layers": variant.depth}
         if variant.width is not None:
             model = self._before.build_model()

@@ -42,6 +42,11 @@ class Variant:
 def parse_variants(sparsity: str, depth: str, width: str) -> list[Variant]:
     """Return all combinations of comma-separated values; the model as it is comes first.
 
+    Args:
+        sparsity: Fractions or patterns.
+        depth: Fractions.
+        width: Fractions.
+
     Raises:
         QatkitError: a value is no fraction between 0 and 1, or no pattern such as 2:4.
 
