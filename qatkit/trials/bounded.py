@@ -4,15 +4,18 @@
    runtime's time of every kind of layer in every format, too.
 2. An integer program gives the least predicted increase for each of several costs: the ladder.
 3. If there are alternatives of the whole model, successive halving chooses one of them.
-4. Short trainings bisect the ladder by the metric on the validation split; full trainings decide. A model is within the
-   limit if the upper end of the one-sided 95% interval of its loss is.
-5. The result is compared with the dense model on the test split, which no decision has used.
+4. The metric on the validation split bisects the ladder without training. What is within the limit is the upper end
+   of a finer ladder.
+5. Short trainings bisect that ladder; full trainings decide. A model is within the limit if the upper end of the
+   one-sided 95% interval of its loss is.
+6. The result is compared with the dense model on the test split, which no decision has used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from qatkit.errors import QatkitError
@@ -21,7 +24,7 @@ from qatkit.schemes import Scheme
 from qatkit.trials.budget import Budget
 from qatkit.trials.decisions import Decision, decisions
 from qatkit.trials.halving import Ladder, halve
-from qatkit.trials.ladder import Rung, Step, chosen, climb, confirmed, ladder
+from qatkit.trials.ladder import Rung, Step, chosen, climb, confirmed, ladder, screen
 from qatkit.trials.latency import priced, timed
 from qatkit.trials.promise import Promise, compare, runtime_of
 from qatkit.trials.subject import Subject, Trained
@@ -64,7 +67,7 @@ class Found:
     notes: list[str]
     """Everything that was left out, with the reason, and measured latencies."""
     ladders: dict[str, list[Rung]]
-    """All choices of formats by variant."""
+    """The choices of formats by variant; of the chosen one, those that were trained."""
     trained: Trained = field(repr=False)
 
 
@@ -111,11 +114,12 @@ def find(
 
     def judge(each: Ladder, index: int, share: float) -> Step:
         name, rung = each.variant.name, each.rungs[index]
-        trained = done[name, index, share] = subject.train(each.variant, rung, share)
+        trained = done[name, rung.cost, share] = subject.train(each.variant, rung, share)
         promise = compare(dense, trained.model(), subject.batches("validation"), subject.task)
-        step = Step(index, share, promise.lost, promise.bound, promise.bound <= limit + 1e-12, name)
+        step = Step(index, share, promise.lost, promise.bound, promise.bound <= limit + 1e-12, name, rung.cost)
+        steps = f"{share:.1%} of the steps" if share else "no training"
         say(
-            f"{name}, {show(rung.cost)}, {share:.1%} of the steps: the validation {promise.metric} loses "
+            f"{name}, {show(rung.cost)}, {steps}: the validation {promise.metric} loses "
             f"{step.lost:.2%}, at most {step.bound:.2%}: {'within' if step.within else 'beyond'} {limit:.2%}"
         )
         return step
@@ -123,9 +127,17 @@ def find(
     winner, halving, dropped = halve(ladders, judge, budget)
     for sentence in dropped:
         say(f"dropped {sentence}")
-    climbed = climb(len(winner.rungs), lambda index, share: judge(winner, index, share), budget)
+    screening = screen(len(winner.rungs), partial(judge, winner))
+    passed = min((step for step in screening if step.within), key=lambda step: step.rung, default=None)
+    known: list[Step] = []
+    if passed is not None:  # a larger model needs no training
+        top = winner.rungs[passed.rung]
+        finer = ladder(winner.sensitivity, RUNGS, winner.fixed, top.cost)
+        winner = replace(winner, rungs=[*(rung for rung in finer if rung.cost < top.cost), top])
+        known = [replace(passed, rung=len(winner.rungs) - 1)]
+    climbed = climb(len(winner.rungs), partial(judge, winner), budget, known)
     step = chosen(climbed)
-    last, rung = done[winner.variant.name, step.rung, step.share], winner.rungs[step.rung]
+    last, rung = done[winner.variant.name, step.cost, step.share], winner.rungs[step.rung]
     file, dense_file, model = last.file(), subject.dense().file(), last.model()
     promise = compare(dense, runtime_of(row, model, file), subject.batches("test"), subject.task)
     failures = last.failures()
@@ -136,10 +148,10 @@ def find(
     return Found(
         kept=not failures and promise.lost <= limit + 1e-12, failures=failures, limit=limit, minimize=goal,
         promise=promise, file=str(file), bytes=row.size(file), dense_bytes=row.size(dense_file), latency=latency,
-        variant=winner.variant.name, confirmed=step in confirmed(climbed), step=step, steps=halving + climbed,
-        spent=budget.spent, decisions=decisions(winner.sensitivity, rung, show),
+        variant=winner.variant.name, confirmed=step in confirmed(climbed), step=step,
+        steps=[*halving, *screening, *climbed[len(known) :]], spent=budget.spent, decisions=decisions(winner.sensitivity, rung, show),
         notes=[*notes, *winner.notes, *dropped],
-        ladders={each.variant.name: each.rungs for each in ladders}, trained=last,
+        ladders={each.variant.name: each.rungs for each in ladders} | {winner.variant.name: winner.rungs}, trained=last,
     )  # fmt: skip
 
 
@@ -164,7 +176,7 @@ def _ladders(
         elif len(variants) > 1:  # the parts that have no format count, too
             dearest = ladder(sensitivity, 2)[-1]
             fixed = subject.format.size(subject.train(variant, dearest, 0.0).file()) - dearest.cost
-        each = Ladder(variant, sensitivity, ladder(sensitivity, RUNGS, fixed), latencies)
+        each = Ladder(variant, sensitivity, ladder(sensitivity, RUNGS, fixed), latencies, fixed)
         if found and each.rungs[0].cost > 0.99 * found[0].rungs[0].cost:
             show = shown(goal)
             notes.append(

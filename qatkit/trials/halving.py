@@ -25,6 +25,8 @@ class Ladder:
     rungs: list[Rung]
     notes: list[str]
     """Measured latencies."""
+    fixed: int = 0
+    """The part of all costs that does not depend on the formats."""
 
 
 def halve(

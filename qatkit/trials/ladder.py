@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qatkit.quantization.mixed.allocation import allocate, totals
@@ -29,17 +29,18 @@ class Rung:
     """The same as ``layers`` of `prepare_qat`."""
 
 
-def ladder(sensitivity: Sensitivity, count: int, fixed: int = 0) -> list[Rung]:
+def ladder(sensitivity: Sensitivity, count: int, fixed: int = 0, most: int | None = None) -> list[Rung]:
     """Return choices of formats from the cheapest to the dearest, each with the least predicted loss for its cost.
 
     Args:
         sensitivity: The measured loss increases; the ``bytes`` of its options are any costs that add up.
         count: The number of costs, which are evenly spaced on a logarithmic scale. Equal choices are merged.
         fixed: The part of the cost that does not depend on the formats.
+        most: The largest cost; None is that of all groups in their dearest format.
     """
     sizes = [[option.bytes for option in group.options.values()] for group in sensitivity.groups]
     smallest, largest = sum(map(min, sizes)), sum(map(max, sizes))
-    low, high = max(fixed + smallest, 1), max(fixed + largest, 1)
+    low, high = max(fixed + smallest, 1), max(fixed + largest if most is None else most, 1)
     rungs: dict[int, Rung] = {}
     for index in range(count):
         budget = round(low * (high / low) ** (index / max(count - 1, 1))) - fixed
@@ -56,7 +57,7 @@ class Step:
 
     rung: int
     share: float
-    """Part of the recipe's steps."""
+    """Part of all steps; 0 is post-training quantization."""
     lost: float
     """Loss of the metric on the validation split; see `Metric.lost`."""
     bound: float
@@ -64,13 +65,33 @@ class Step:
     within: bool
     """Whether the bound is within the limit."""
     variant: str = ""
+    cost: int = 0
 
 
 Train = Callable[[int, float], Step]
 """``(rung, share)``: train a rung with a part of the steps, and judge it on the validation split."""
 
 
-def climb(rungs: int, train: Train, budget: Budget) -> list[Step]:
+def screen(rungs: int, train: Train) -> list[Step]:
+    """Bisect the rungs without training, which costs nothing.
+
+    Args:
+        rungs: Number of rungs.
+        train: Judges a rung.
+
+    Returns:
+        The steps; the cheapest one within the limit, if there is any, bounds the rungs that are worth training.
+    """
+    steps: list[Step] = []
+    low, high = 0, rungs
+    while low < high:
+        middle = (low + high) // 2
+        steps.append(train(middle, 0.0))
+        low, high = (low, middle) if steps[-1].within else (middle + 1, high)
+    return steps
+
+
+def climb(rungs: int, train: Train, budget: Budget, known: Sequence[Step] = ()) -> list[Step]:
     """Find the cheapest rung within a limit: bisection with short trainings, then full ones, from cheap to dear.
 
     Bisection assumes that a dearer rung loses less. The full training decides: if its rung loses too much, the next
@@ -81,9 +102,10 @@ def climb(rungs: int, train: Train, budget: Budget) -> list[Step]:
         rungs: Number of rungs.
         train: Trains a rung.
         budget: The cost of all trainings; one rung is always fully trained.
+        known: Steps on these rungs without training.
 
     Returns:
-        The trainings in order; see `chosen`.
+        The known steps and the trainings in order; see `chosen`.
 
     Example:
         >>> def train(rung, share):
@@ -92,7 +114,7 @@ def climb(rungs: int, train: Train, budget: Budget) -> list[Step]:
         >>> [(step.rung, step.share, step.within) for step in climb(8, train, Budget(2.0))]
         [(3, 0.25, False), (5, 0.25, False), (6, 0.25, False), (7, 1.0, True)]
     """
-    steps: list[Step] = []
+    steps = list(known)
 
     def trained(rung: int, share: float) -> bool:
         steps.append(budget.timed(share, lambda: train(rung, share)))
@@ -123,4 +145,4 @@ def confirmed(steps: list[Step]) -> list[Step]:
     A short training does not count if its rung, or a dearer one, failed with all steps: then it was luck.
     """
     refuted = max((step.rung for step in steps if step.share == 1.0 and not step.within), default=-1)
-    return [step for step in steps if step.within and (step.share == 1.0 or step.rung > refuted)]
+    return [step for step in steps if step.within and (step.share in (0.0, 1.0) or step.rung > refuted)]

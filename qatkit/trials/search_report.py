@@ -37,7 +37,8 @@ def summary(found: Found, price: float | None = None, batch: int = 1) -> list[st
     lines.append(f"{promise.flipped:.2%} of the predictions differ from those of the dense model")
     if promise.worst is not None:
         lines.append(f"the class that lost most is {promise.worst[0]}, by {promise.worst[1]:.2%}")
-    lines += [f"{found.variant}, {found.step.share:.0%} of the steps; all trainings: {found.spent}"]
+    steps = f"{found.step.share:.0%} of the steps" if found.step.share else "no training"
+    lines += [f"{found.variant}, {steps}; all trainings: {found.spent}"]
     lines += [f"  {each.group}: {each.format} ({each.why})" for each in found.decisions]
     return [*lines, found.file]
 

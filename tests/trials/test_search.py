@@ -18,7 +18,7 @@ from qatkit.schemes import scheme
 from qatkit.trials.budget import Budget
 from qatkit.trials.decisions import decisions
 from qatkit.trials.halving import Ladder, halve
-from qatkit.trials.ladder import Rung, Step, chosen, climb, ladder
+from qatkit.trials.ladder import Rung, Step, chosen, climb, ladder, screen
 from qatkit.trials.latency import priced
 from qatkit.trials.promise import ONE_SIDED, _difference, _interval, _worst, split_batches
 from qatkit.trials.variants import Variant
@@ -73,6 +73,21 @@ def test_a_search_trains_the_cheapest_rung_within_the_limit(needed: int, trained
     assert [step.rung for step in steps] == trained
     assert [step.share for step in steps] == [0.25] * 3 + [1.0]
     assert chosen(steps) == steps[-1]
+
+
+def test_screening_bounds_what_is_trained() -> None:
+    def untrained(rung: int, share: float) -> Step:
+        assert not share
+        return Step(rung, share, 0.0, 0.0, rung >= 5)
+
+    assert [step.rung for step in screen(8, untrained)] == [4, 6, 5]
+    assert len(screen(1, untrained)) == 1
+    sizes = [rung.cost for rung in ladder(measured(), 8, most=80)]
+    assert (sizes[0], sizes[-1]) == (40, 80)
+    known = [Step(7, 0.0, 0.0, 0.0, True)]
+    steps = climb(8, trains(9, 9), Budget(2.0), known)
+    assert steps[0] == chosen(steps) == known[0], "no training helped, but none is needed"
+    assert len(steps) == 5
 
 
 def test_a_full_training_that_fails_is_followed_by_a_dearer_rung_within_the_budget() -> None:

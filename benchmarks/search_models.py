@@ -1,0 +1,124 @@
+"""The models of `search.py`, their data, and the LightningModule that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from serve_models import Encoder
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from qatkit.data import SplitDataModule, digits, stdlib_text
+from qatkit.models import cnn, llama, mlp, resnet, untrained_model
+from qatkit.tasks import call, declared_task, mean_loss
+
+LEVELS = 17
+
+
+class TokenBert(nn.Module):
+    """A BERT that reads the 64 gray levels of an 8x8 image as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+        fixed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
+        shape |= {"vocab_size": LEVELS, "num_labels": 10} | fixed
+        self.bert = untrained_model("bert", "SequenceClassification", shape)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.bert(input_ids=input_ids).logits
+        return logits
+
+
+class Fitted(LightningModule):
+    """Any network with the loss of its task; the learning rate falls linearly."""
+
+    def __init__(self, net: nn.Module, lr: float, data: Any) -> None:
+        super().__init__()
+        self.net, self.lr, self.declared = net, lr, declared_task(data)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return mean_loss(self, batch, self.declared)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr)
+        steps = max(self.trainer.max_steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def pictures(seed: int, size: int = 8) -> Any:
+    """Digits, of which a quarter is for validation and a quarter for the test."""
+    return digits(0.25, 0.25, split_seed=seed, batch_size=64, seed=seed, size=size)
+
+
+def levels(seed: int) -> Any:
+    """The same as 64 tokens."""
+    data = pictures(seed)
+    data.prepare_data()
+    parts = []
+    for part in (data.train, data.val, data.test):
+        images = torch.stack([torch.as_tensor(part[index][0]) for index in range(len(part))])
+        labels = torch.tensor([int(part[index][1]) for index in range(len(part))])
+        parts.append(TensorDataset((images * (LEVELS - 1)).round().long().flatten(1), labels))
+    return SplitDataModule(*parts, batch_size=64, seed=seed)
+
+
+def text(seed: int) -> Any:
+    """Windows of 64 tokens of some packages of the standard library."""
+    packages = ["email/*", "asyncio/*", "json/*", "unittest/*"]
+    return stdlib_text(64, 512, include=packages, val_fraction=0.15, test_fraction=0.15, batch_size=16, seed=seed)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network, and how it is trained."""
+
+    build: Callable[[], nn.Module]
+    data: Callable[[int], Any] = pictures
+    dense_steps: int = 400
+    steps: int = 200
+    lr: float = 3e-3
+    tuning_lr: float = 1e-3
+    """The learning rate while quantized."""
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `qatkit.search`."""
+
+
+FAMILIES = {
+    "MLP": Family(lambda: mlp(64, (256, 256))),
+    "CNN": Family(cnn),
+    "ResNet": Family(lambda: resnet((16, 32))),
+    "ViT": Family(lambda: Encoder(64, 2, 8), lambda seed: pictures(seed, 32), 600, lr=1e-3, tuning_lr=3e-4),
+    "BERT": Family(TokenBert, levels, 800, lr=1e-3, tuning_lr=3e-4),
+    "Llama": Family(
+        lambda: llama(512, 96, 2, 4, 2, 256, 64, tie_embeddings=False), text, 800, lr=3e-3, tuning_lr=5e-4,
+        search={"include": ["*", "*embed_tokens"]},
+    ),
+}  # fmt: skip
+
+
+def dense_module(family: Family, seed: int, steps: int) -> tuple[Fitted, Any]:
+    """A trained module, with the learning rate for fine-tuning, and its data."""
+    data = family.data(seed)
+    data.prepare_data()
+    for split in ("fit", "test"):
+        data.setup(split)
+    torch.manual_seed(seed)
+    module = Fitted(family.build(), family.lr, data)
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    module.lr = family.tuning_lr
+    with torch.no_grad():
+        call(module.eval(), next(iter(data.val_dataloader())))  # a module that cannot be called fails here
+    return module, data
