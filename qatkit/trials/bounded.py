@@ -149,7 +149,8 @@ def find(
         kept=not failures and promise.lost <= limit + 1e-12, failures=failures, limit=limit, minimize=goal,
         promise=promise, file=str(file), bytes=row.size(file), dense_bytes=row.size(dense_file), latency=latency,
         variant=winner.variant.name, confirmed=step in confirmed(climbed), step=step,
-        steps=[*halving, *screening, *climbed[len(known) :]], spent=budget.spent, decisions=decisions(winner.sensitivity, rung, show),
+        steps=[*halving, *screening, *climbed[len(known) :]], spent=budget.spent,
+        decisions=decisions(winner.sensitivity, rung, show),
         notes=[*notes, *winner.notes, *dropped],
         ladders={each.variant.name: each.rungs for each in ladders} | {winner.variant.name: winner.rungs}, trained=last,
     )  # fmt: skip
