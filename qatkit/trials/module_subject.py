@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +159,7 @@ class ModuleSubject:
         if self.distill and share:
             teacher: nn.Module = self._copy()
             callbacks.append(KnowledgeDistillation(teacher.get_submodule(self.student or ""), student=self.student))
-        with isolate_rng():
+        with isolate_rng(), _without_tips():
             torch.manual_seed(self.seed)
             steps = max(1, round(share * self.steps)) if share else 0
             trainer = Trainer(**{"devices": 1, **QUIET, **self.trainer, "max_steps": steps, "callbacks": callbacks})
@@ -179,3 +181,15 @@ class ModuleSubject:
         """A copy without the trainer of the module."""
         held = [each for each in (self.module._trainer, self.module._fabric) if each is not None]
         return copy.deepcopy(self.module, {id(each): None for each in held})
+
+
+@contextmanager
+def _without_tips() -> Iterator[None]:
+    """Let Lightning only warn: a search builds many Trainers, and each one describes the machine."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
