@@ -18,16 +18,24 @@ from qatkit.common.files import replaced_folder
 from qatkit.errors import QatkitError
 from qatkit.export.companions import export_config
 from qatkit.export.compressed.limits import INSTEAD, check_layers
-from qatkit.export.compressed.weights import compare_and_load
+from qatkit.export.compressed.weights import NVFP4, compare_and_load, weight_scales
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
 from qatkit.export.mlx.content import is_mlx_folder
 from qatkit.export.transformers_folder import quantization_method, quietly
+from qatkit.quantization.arithmetic import dequantize, quantize
 from qatkit.quantization.experts import QATExperts, is_experts
+from qatkit.quantization.layers import QATLayer
 from qatkit.quantization.modules import FakeQuantize, full_tensor
 from qatkit.quantization.prepare import qat_layers, strip_qat
 from qatkit.schemes import Scheme
 from qatkit.spec import QuantSpec
+
+_SCALE_DTYPES: dict[str, dict[str, Any]] = {
+    "float8_e8m0fnu": {"scale_dtype": torch.uint8, "zp_dtype": torch.uint8},
+    NVFP4: {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn},
+}
+"""Arguments of the config for scales of 8 bits."""
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
@@ -123,11 +131,12 @@ def export_compressed(model: nn.Module, folder: Path | str) -> None:
     }
     with torch.no_grad():
         biases = {name: layer.shipped().get("bias") for name, layer in layers.items()}
+        values = {name: _values(layer) for name, layer in layers.items() if "weight_zero_point" in scales[name]}
     plain = copy.deepcopy(model).cpu()
     strip_qat(plain)
     plain.config = export_config(plain)
     with replaced_folder(Path(folder)) as temporary, quietly():
-        compressor = _compress(plain, schemes, scales, biases) if schemes else None
+        compressor = _compress(plain, schemes, scales, biases, values) if schemes else None
         cast(Any, plain).save_pretrained(temporary)
         if compressor is not None:
             compressor.update_config(str(temporary))
@@ -138,6 +147,7 @@ def _compress(
     schemes: Mapping[str, Scheme],
     scales: Mapping[str, Mapping[str, Tensor]],
     biases: Mapping[str, Tensor | None],
+    values: Mapping[str, Tensor],
 ) -> Any:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import apply_quantization_config
@@ -149,7 +159,8 @@ def _compress(
             layer = model.get_submodule(name)
             weight = cast(Tensor, layer.weight)
             dtypes[name] = weight.dtype
-            weight.data = weight.float()  # in half precision, dividing by the scale would change codes
+            # in half precision, dividing by the scale would change codes
+            weight.data = values[name] if name in values else weight.float()
             for key, scale in own.items():
                 kept = cast(Tensor, getattr(layer, key))
                 assert kept.shape == scale.shape, (name, key, kept.shape, scale.shape)
@@ -161,7 +172,8 @@ def _compress(
     for name, own in scales.items():
         for key in own:
             kept = cast(Tensor, getattr(model.get_submodule(name), key))
-            kept.data = kept.to(dtypes[name])
+            if kept.dtype.itemsize > 1 and not key.endswith("global_scale"):  # these stay float32
+                kept.data = kept.to(dtypes[name])
     return compressor
 
 
@@ -193,21 +205,35 @@ def _config(model: nn.Module, schemes: Mapping[str, Scheme]) -> QuantizationConf
 def _arguments(spec: QuantSpec, dynamic: bool = False) -> QuantizationArgs:
     from compressed_tensors.quantization import QuantizationArgs
 
+    local = spec.scale_dtype == NVFP4
     return QuantizationArgs(
         num_bits=spec.num_bits,
         type="float" if spec.is_float else "int",
         symmetric=spec.symmetric,
-        strategy=spec.strategy,
+        strategy="tensor_group" if local else spec.strategy,
         group_size=spec.group_size,
         block_structure=None if spec.block_structure is None else list(spec.block_structure),
-        dynamic=dynamic and spec.strategy in ("token", "group"),
+        dynamic=dynamic and ("local" if local else spec.strategy in ("token", "group")),
+        **_SCALE_DTYPES.get(spec.scale_dtype, {}),
     )
 
 
+def _values(layer: QATLayer) -> Tensor:
+    """The values of the codes, ``[out, in]`` in float32; compressed-tensors rounds ties of other values differently, if
+    there is a zero point.
+    """
+    assert layer.weight_fake_quant is not None
+    matrix, spec = full_tensor(layer.matrix).cpu(), layer.weight_fake_quant.spec
+    qparams = [part.cpu() for part in layer.weight_fake_quant.whole_qparams(full_tensor(layer.matrix))]
+    return dequantize(quantize(matrix, *qparams, spec), *qparams, spec)
+
+
 def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Tensor) -> dict[str, Tensor]:
-    """The scales that the file stores with the codes, float32, by the format's names."""
+    """The numbers that the file stores with the codes, by the format's names."""
     assert weight is not None
-    scales = {"weight_scale": weight.whole_qparams(full_tensor(matrix))[0].cpu()}
-    if inputs is not None and not inputs.dynamic:
+    scales = weight_scales(weight, full_tensor(matrix))
+    if inputs is not None and inputs.outer_scale is not None:
+        scales["input_global_scale"] = inputs.outer_scale.cpu().clone()
+    elif inputs is not None and not inputs.dynamic:
         scales["input_scale"] = inputs.whole_qparams(torch.empty(0))[0].cpu()
     return scales

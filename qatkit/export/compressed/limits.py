@@ -12,10 +12,14 @@ from torch import nn
 
 from qatkit.errors import QatkitError, QatkitWarning
 from qatkit.export.transformers_folder import untied_linear_layers
-from qatkit.schemes import Scheme
+from qatkit.schemes import SCHEMES, Scheme
 from qatkit.spec import QuantSpec
 
 INSTEAD = "use export: {format: dense}"
+BLOCKS = ("NVFP4A16", "MXFP4A16", "MXFP6A16", "MXFP8A16")
+"""Schemes of weights in blocks with 8-bit scales."""
+INPUT_BLOCKS = ("MXFP4A16", "MXFP8A16")
+"""The same for inputs."""
 BITS = (2, 4, 8)
 """Supported bit widths of integer weights; versions of compressed-tensors differ in how they pack other widths."""
 
@@ -39,7 +43,7 @@ def check_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         )
     for name, layer in untied_linear_layers(model, schemes, "compressed_tensors", INSTEAD).items():
         scheme = schemes[name]
-        refusal = _weight_problem(scheme.weight, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
+        refusal = _weight_problem(scheme, layer.weight.dtype) or _input_problem(scheme, layer.weight.dtype)
         if refusal:
             problem, advice = refusal
             raise QatkitError(f"layer '{name}': {problem}", advice=f"{advice}, or {INSTEAD}")
@@ -91,7 +95,8 @@ Problem = tuple[str, str]
 """An unsupported use of the format, and advice."""
 
 
-def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | None:
+def _weight_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
+    spec = scheme.weight
     if spec is None:
         return (
             "compressed_tensors does not support layers with a quantized input and an unquantized weight",
@@ -101,18 +106,17 @@ def _weight_problem(spec: QuantSpec | None, dtype: torch.dtype) -> Problem | Non
         return "compressed_tensors does not support ternary codes", "set weight: {num_bits: 2}"
     if spec.type == "nonlinear":
         return "compressed_tensors does not store the nonlinear codes of GGUF's IQ4_NL", "set scheme: W4A16"
-    if spec.is_float and (spec.num_bits != 8 or spec.type != "float"):
-        return (
-            f"transformers loads compressed {spec.num_bits}-bit floats ({spec.type}, MX, NVFP4) only in bfloat16, "
-            "so equality cannot be verified",
-            "set scheme: FP8_DYNAMIC or W4A16",
-        )
-    if spec.float8_scales:
-        return f"{spec.scale_dtype} scales are loaded only in bfloat16", "set scheme: FP8_DYNAMIC"
+    if spec.is_float and spec.type != "float":
+        return f"compressed_tensors does not store {spec.type} weights", "set scheme: FP8_DYNAMIC"
+    if spec.is_float and (spec.num_bits != 8 or spec.float8_scales):
+        return _block_problem("weights", spec, BLOCKS, dtype)
     if spec.super_blocks:
         return "compressed_tensors does not store the super-blocks of GGUF's K-quants", "set scheme: W4A16"
-    if not spec.symmetric:
-        return "transformers cannot load packed zero points", "set weight: {symmetric: true}"
+    if not spec.symmetric and scheme.activation is None:
+        return (
+            "transformers cannot load the packed zero points of weight-only quantization",
+            "set weight: {symmetric: true}, or scheme: W8A8 with weight: {symmetric: false}",
+        )
     if spec.scale_rule == "signed":
         return (
             "scale_rule 'signed' belongs to a GGUF format (Q4_0), which has negative scales",
@@ -132,10 +136,22 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
     spec = scheme.activation
     if spec is None:
         return None
-    if spec.is_float and (spec.num_bits != 8 or spec.type != "float" or spec.float8_scales):
+    if spec.is_float and (spec.type != "float" or spec.num_bits == 6):
         return (
             f"transformers does not quantize inputs to {spec.num_bits}-bit {spec.type}",
             "set scheme: FP8_DYNAMIC",
+        )
+    if spec.two_level:
+        return (
+            "transformers computes the input scales of NVFP4 in bfloat16, but training computes them in float32",
+            "set scheme: NVFP4A16 or MXFP4",
+        )
+    if spec.is_float and (spec.num_bits != 8 or spec.float8_scales):
+        return _block_problem("inputs", spec, INPUT_BLOCKS, dtype)
+    if spec.is_float and scheme.weight is not None and scheme.weight.float8_scales:
+        return (
+            "transformers divides fp8 inputs by their scales in bfloat16, but training does so in float32",
+            "set scheme: MXFP4A16 or MXFP8",
         )
     if not spec.symmetric:
         return "vLLM and transformers agree only on symmetric input quantization", "set activation: {symmetric: true}"
@@ -155,6 +171,25 @@ def _input_problem(scheme: Scheme, dtype: torch.dtype) -> Problem | None:
         name = dtype_name(dtype)
         return f"transformers computes input scales in {name}", f"set activation: {{scale_dtype: {name}}}"
     return _scale_problem("activation", spec, dtype)
+
+
+def _block_problem(what: str, spec: QuantSpec, schemes: tuple[str, ...], dtype: torch.dtype) -> Problem | None:
+    """Whether a spec with 8-bit scales is not that of one of these schemes in bfloat16."""
+    fields = ("num_bits", "strategy", "group_size", "scale_dtype")
+    known = [SCHEMES[name].weight for name in schemes]
+    if not any(row is not None and all(getattr(row, each) == getattr(spec, each) for each in fields) for row in known):
+        names = [name.removesuffix("A16") for name in schemes]
+        return (
+            f"compressed_tensors stores {spec.num_bits}-bit float {what} only as {', '.join(names)}",
+            f"set scheme: {schemes[0]}",
+        )
+    if dtype != torch.bfloat16:
+        return (
+            f"transformers decodes {spec.num_bits}-bit floats with 8-bit scales to bfloat16, but the model is in "
+            f"{dtype_name(dtype)}",
+            "use a bfloat16 model",
+        )
+    return None
 
 
 def _scale_problem(side: str, spec: QuantSpec, dtype: torch.dtype) -> Problem | None:
