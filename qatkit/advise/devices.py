@@ -33,6 +33,12 @@ class Device:
     """The source of the numbers, or how they are derived."""
     sparse: float = 1.0
     """Speedup from 2:4 sparsity for 16-bit and smaller dtypes; 1 if the device does not support it."""
+    caches: tuple[tuple[int, float], ...] = ()
+    """Bytes of data and the GB/s at which repeated calls read them, smallest first; empty if it is not measured."""
+    call: float = 0.0
+    """Seconds per call of a model that are neither arithmetic nor data; 0 if it is not measured."""
+    operator: float = 0.0
+    """The same per operator."""
 
 
 _TENSOR_CORES = 2.0

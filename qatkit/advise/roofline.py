@@ -159,6 +159,12 @@ def layer_costs(model: nn.Module, call: Callable[[], object]) -> list[LayerCost]
     return list(found.values())
 
 
+def intensity_of(layers: Sequence[LayerCost], dtype: str) -> float:
+    """Return the operations per byte of all layers together, with weights in `dtype`."""
+    moved = sum(layer.bytes(8 * BYTES[dtype], dtype) for layer in layers)
+    return sum(layer.flops for layer in layers) / moved if moved else 0.0
+
+
 def training(layers: Sequence[LayerCost]) -> list[LayerCost]:
     """Return the cost of a training step without its optimizer.
 
@@ -185,7 +191,40 @@ def seconds(layer: LayerCost, device: Device, dtype: str, technique: Technique =
         bits, rate = bits / 2 + 1, rate * (1 if operands == "fp32" else device.sparse)
     kept = technique.kept
     moved = kept * replace(layer, stored=0).bytes(bits, operands) + layer.stored * BYTES[dtype]
-    return max(kept * layer.flops / (rate * 1e12), moved / (device.bandwidth * 1e9))
+    return device.operator + max(kept * layer.flops / (rate * 1e12), moved / (device.bandwidth * 1e9))
+
+
+def call_seconds(
+    layers: Sequence[LayerCost], device: Device, dtype: str, technique: Technique = Technique("none")
+) -> float:
+    """Return the time of a call of all layers on the roofline of a device, with what it measured of its overheads.
+
+    Raises:
+        QatkitError: the device has no rate for the dtype.
+
+    Example:
+        >>> from qatkit.advise.devices import DEVICES
+        >>> head = LayerCost("head", "Linear", 10**6, 10**6, 2 * 10**6, 2000)
+        >>> f"{call_seconds([head, head], DEVICES['a100'], 'bf16') * 1e6:.2f} µs"
+        '1.97 µs'
+    """
+    near = in_caches(device, layers, dtype, technique)
+    return device.call + sum(seconds(layer, near, dtype, technique) for layer in layers)
+
+
+def in_caches(
+    device: Device, layers: Sequence[LayerCost], dtype: str, technique: Technique = Technique("none")
+) -> Device:
+    """Return the device with the bandwidth of the smallest cache that holds the weights of all layers.
+
+    A call finds them there if the previous one has read them. A device whose caches were not measured is returned as
+    it is.
+    """
+    bits = technique.weight_bits or 8 * BYTES[dtype]
+    held = technique.kept * sum(layer.read for layer in layers) * (bits / 2 + 1 if technique.sparse else bits) / 8
+    return replace(
+        device, bandwidth=next((rate for size, rate in device.caches if held <= size), device.bandwidth), caches=()
+    )
 
 
 def rate_of(device: Device, dtype: str) -> float:

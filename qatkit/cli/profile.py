@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from qatkit.cli.arguments import Allow, AsJson, Overrides
 from qatkit.cli.inputs import load
 from qatkit.cli.output import echo, print_table
+from qatkit.cli.traced import check_trace, print_trace, run_trace
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
@@ -56,13 +58,24 @@ def command(
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Draw the roofline with the layers as points to an SVG file."),
     ] = None,
+    traced: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="Run training steps with torch.profiler, and write a Chrome trace (.json)."
+        ),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="The stage to trace.", show_default="the last one that trains"),
+    ] = None,
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
     """Find a model's bottleneck on a device, and the largest speedup of each technique.
 
     The roofline model compares each layer's arithmetic and memory traffic with the device's peak rate and memory
-    bandwidth. Its times are lower bounds. Weights are not read.
+    bandwidth. Its times are lower bounds. Weights are not read, except with --trace, which runs training steps on this
+    machine.
 
     Example: qatkit profile llm/int4_qat --device a100 --context 4096
     """
@@ -71,16 +84,19 @@ def command(
 
     chosen = local_device() if device == "local" else DEVICES.row(device, "--device")
     base = dtype or max((name for name in ("fp32", "bf16") if name in chosen.rates), key=chosen.rates.__getitem__)
-    from qatkit.advise.roofline import BYTES, rate_of, seconds
+    from qatkit.advise.roofline import BYTES, call_seconds, rate_of
 
     if base not in BYTES:
         raise QatkitError(f"unknown dtype '{base}'", key="--dtype", advice=f"use one of: {', '.join(BYTES)}")
     rate_of(chosen, base)
+    check_trace(model, traced, stage)
     phases = _phases(model, overrides, batch, context, allow or [])
+    measured = run_trace(model, overrides or [], traced, stage, allow or []) if traced is not None else None
     if drawn is not None:
         _draw(drawn, phases, chosen, base)
     if as_json:
-        echo(json.dumps(_content(phases, chosen, base)))
+        found = {} if measured is None else {"trace": asdict(measured)}
+        echo(json.dumps({**_content(phases, chosen, base), **found}))
         return
     ridge = rate_of(chosen, base) * 1e3 / chosen.bandwidth
     echo(
@@ -89,11 +105,12 @@ def command(
     )
     for phase, layers in phases.items():
         if phase == "training":  # three times the operations and bytes of each layer
-            total = sum(seconds(layer, chosen, base) for layer in layers)
-            echo(f"training step without the optimizer: at least {_time(total)}")
+            echo(f"training step without the optimizer: at least {_time(call_seconds(layers, chosen, base))}")
         else:
             print_table(_layers(phase, layers, chosen, base))
     print_table(_techniques(phases, chosen, base))
+    if measured is not None and traced is not None:
+        print_trace(measured, traced)
 
 
 def _draw(path: Path, phases: Phases, device: Device, dtype: str) -> None:
@@ -141,10 +158,10 @@ def _phases(
 def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str) -> Table:
     from rich.table import Table
 
-    from qatkit.advise.roofline import bound_of, seconds
+    from qatkit.advise.roofline import bound_of, call_seconds, in_caches, intensity_of, seconds
     from qatkit.common.units import format_bytes, format_count
 
-    total = sum(seconds(layer, device, dtype) for layer in layers)
+    total, device = call_seconds(layers, device, dtype), in_caches(device, layers, dtype)
     table = Table(title=f"{phase}: at least {_time(total)}")
     for header in ("layers", "type", "parameters", "FLOPs", "bytes", "FLOP/byte", "bound by", "time", "fraction"):
         table.add_column(header, overflow="fold")
@@ -166,6 +183,14 @@ def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str)
         add(name, same, first.kind, f"{first.intensity(dtype):.3g}", bound_of(first, device, dtype))
     if rest := [layer for _, same in groups[SHOWN:] for layer in same]:
         add(f"{len(rest)} others", rest)
+    if device.call:
+        cells = ("starting the call", "", "", "", "", "", "", _time(device.call), f"{device.call / total:.1%}")
+        table.add_row(*cells)
+    table.add_section()
+    counts = [sum(numbers) for numbers in zip(*((each.weights, each.flops) for each in layers), strict=True)]
+    moved = format_bytes(round(sum(layer.bytes(8 * _bytes_of(dtype), dtype) for layer in layers)))
+    intensity = f"{intensity_of(layers, dtype):.3g}"
+    table.add_row("total", "", *map(format_count, counts), moved, intensity, "", _time(total), "100.0%")
     return table
 
 
@@ -195,22 +220,20 @@ def _techniques(phases: Phases, device: Device, dtype: str) -> Table:
 
 def _speedups(phases: Phases, device: Device, dtype: str) -> dict[str, dict[str, float | None]]:
     """How many times faster each technique makes each phase at most; None if the device does not support it."""
-    from qatkit.advise.roofline import TECHNIQUES, seconds
+    from qatkit.advise.roofline import TECHNIQUES, call_seconds
 
     def ratio(layers: Sequence[LayerCost], technique: Any) -> float | None:
         if (technique.dtype or dtype) not in device.rates or (technique.sparse and device.sparse == 1):
             return None
-        before = sum(seconds(layer, device, dtype) for layer in layers)
-        return before / sum(seconds(layer, device, dtype, technique) for layer in layers)
+        return call_seconds(layers, device, dtype) / call_seconds(layers, device, dtype, technique)
 
     return {each.name: {phase: ratio(layers, each) for phase, layers in phases.items()} for each in TECHNIQUES}
 
 
 def _content(phases: Phases, device: Device, dtype: str) -> Mapping[str, Any]:
-    from dataclasses import asdict
+    from qatkit.advise.roofline import bound_of, call_seconds, in_caches, seconds
 
-    from qatkit.advise.roofline import bound_of, seconds
-
+    near = {phase: in_caches(device, layers, dtype) for phase, layers in phases.items()}
     return {
         "device": asdict(device),
         "dtype": dtype,
@@ -220,13 +243,14 @@ def _content(phases: Phases, device: Device, dtype: str) -> Mapping[str, Any]:
                     **asdict(layer),
                     "bytes": layer.bytes(8 * _bytes_of(dtype), dtype),
                     "intensity": layer.intensity(dtype),
-                    "bound": bound_of(layer, device, dtype),
-                    "seconds": seconds(layer, device, dtype),
+                    "bound": bound_of(layer, near[phase], dtype),
+                    "seconds": seconds(layer, near[phase], dtype),
                 }
                 for layer in layers
             ]
             for phase, layers in phases.items()
         },
+        "seconds": {phase: call_seconds(layers, device, dtype) for phase, layers in phases.items()},
         "speedup": _speedups(phases, device, dtype),
     }
 

@@ -65,6 +65,7 @@ def train(
     held: Sequence[str] = (),
     earlier: nn.Module | None = None,
     progress: Sequence[Style] = (),
+    extra: Sequence[Callback] = (),
 ) -> Trained:
     """Train one stage, resuming from its last checkpoint if the folder contains one.
 
@@ -79,6 +80,7 @@ def train(
         held: Layers that an earlier stage pruned and whose mask is kept.
         earlier: The model with the weights to which the stage rewinds; None without rewinding.
         progress: How to show the progress.
+        extra: Callbacks that run after all others.
 
     Raises:
         QatkitError: the training set does not fill a batch, a weight is non-finite, or the stage was started on a
@@ -107,7 +109,7 @@ def train(
         callbacks.append(start)  # behind all that compress the model
     callbacks += progress_callbacks(progress, name, list(recipe.stages).index(name) + 1, len(recipe.stages))
     checkpoint = checkpoints(folder, steps)
-    callbacks += [Preemption(termination(), checkpoint), checkpoint]
+    callbacks += [Preemption(termination(), checkpoint), checkpoint, *extra]
     trainer = build_trainer(recipe.trainer, stage, callbacks, loggers)
     module = CompressionModule(model, stage, recipe.seed, recipe.trainer.compile, task)
     _same_processes(trainer, name, folder, resumed=(folder / "last.ckpt").exists())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,20 @@ import torchinfo
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, GptOssConfig, LlamaConfig, LlamaForCausalLM
 
-from qatkit.advise.devices import DEVICES
+from qatkit.advise.devices import DEVICES, Device
 from qatkit.advise.local import local_device
 from qatkit.advise.phases import language_phases
-from qatkit.advise.roofline import TECHNIQUES, Technique, bound_of, layer_costs, seconds, training
+from qatkit.advise.roofline import (
+    TECHNIQUES,
+    LayerCost,
+    Technique,
+    bound_of,
+    call_seconds,
+    in_caches,
+    layer_costs,
+    seconds,
+    training,
+)
 from qatkit.models import resnet
 from tests.cli.in_process import qatkit
 
@@ -153,10 +164,25 @@ def test_parameters_of_a_layer_that_is_called_as_a_function_count() -> None:
 
 
 def test_this_machine_is_measured() -> None:
-    device = local_device()
-    assert set(device.rates) == {"fp32", "bf16"}
+    device = local_device(threads=1)
+    assert set(device.rates) == {"fp32", "bf16", "int8"}
     assert all(rate > 1e-3 for rate in device.rates.values())
     assert device.bandwidth > 0.1
+    assert [size for size, _ in device.caches] == sorted(size for size, _ in device.caches)
+    assert all(rate >= device.bandwidth for _, rate in device.caches)
+    assert 0 < device.operator < device.call < 1e-2
+
+
+def test_weights_that_fit_into_a_cache_are_read_at_its_bandwidth_and_overheads_are_added() -> None:
+    cost = LayerCost("a", "Linear", 1000, 1000, 2000, 0)  # 4000 bytes in fp32, 1000 in int8
+    slow = Device("d", None, 1, 1.0, {"fp32": 1.0, "int8": 1.0}, "", caches=((2000, 4.0), (8000, 2.0)))
+    assert in_caches(slow, [cost], "fp32").bandwidth == 2.0
+    assert in_caches(slow, [cost] * 2, "fp32").bandwidth == 2.0
+    assert in_caches(slow, [cost] * 3, "fp32").bandwidth == 1.0
+    assert in_caches(slow, [cost], "fp32", Technique("W8A8", 8, "int8")).bandwidth == 4.0
+    late = replace(slow, call=1e-3, operator=1e-4)
+    assert call_seconds([cost] * 2, late, "fp32") == pytest.approx(1e-3 + 2 * (1e-4 + 4000 / 2e9))
+    assert call_seconds([cost] * 2, replace(slow, caches=()), "fp32") == pytest.approx(2 * 4000 / 1e9)
 
 
 def test_a_recipe_and_a_config_are_profiled_without_weights(tmp_path: Path) -> None:
@@ -170,11 +196,15 @@ def test_a_recipe_and_a_config_are_profiled_without_weights(tmp_path: Path) -> N
     content = json.loads(done.out)
     assert list(content["phases"]) == ["prefill", "decode", "training"]
     assert content["speedup"]["W4A16"]["decode"] > 1
+    decode = content["phases"]["decode"]
+    assert content["seconds"]["decode"] == pytest.approx(sum(layer["seconds"] for layer in decode))
     done = qatkit("profile", "vision/digits_int8", "--device", "raspberry-pi-5", "--batch", "4", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "0.154 TFLOP/s in fp32, 17.1 GB/s" in done.out
     assert "forward: at least" in done.out
     assert "conv1" in done.out
+    (total,) = (line for line in done.out.splitlines() if "total" in line)
+    assert "100.0%" in total
 
 
 @pytest.mark.parametrize(
