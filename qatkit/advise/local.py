@@ -73,7 +73,7 @@ def _copied(size: int) -> float:
     part = min(size, _PART) // 4
     source = torch.zeros(size // 4)
     target = torch.zeros(size // 4)
-    pairs = list(zip(source.split(part), target.split(part), strict=True))
+    pairs = list(zip(source.view(-1, part).unbind(), target.view(-1, part).unbind(), strict=True))
     took = [math.inf] * len(pairs)
     for _ in range(_REPEATS):
         for index, (read, written) in enumerate(pairs):
