@@ -1,9 +1,10 @@
 """Export small models in every format and compare each file with training: codes, outputs and predictions, and size.
 
-Run: python benchmarks/deploy.py [--environments FOLDER] [--only MODEL] [--quick]
+Run: python benchmarks/deploy.py [--environments FOLDER] [--only MODEL ...] [--format FORMAT] [--quick]
 Takes about 15 minutes on two cores. Runtimes that conflict with qatkit's packages run if FOLDER holds their
 environments, such as ``FOLDER/mlx`` made by ``qatkit environment mlx FOLDER/mlx``; otherwise the row says that they did
-not run. ``--quick`` exports two models and writes no results.
+not run. ``--format`` exports in one format again, and keeps the other rows. ``--quick`` exports two models and
+writes no results.
 
 Every model is trained for a few quantized steps on random data, so that codes are trained ones. A format that does not
 support a model or a scheme refuses it before training: the table shows the reason.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import tempfile
 import warnings
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from deploy_models import MODELS, Model
-from harness import Claim, finish
+from harness import RESULTS, Claim, finish
 from torch import nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, export_model, prepare_qat, scheme
@@ -84,6 +86,7 @@ CELLS: list[Cell] = [
     *placed("onnx", "onnxruntime", "onnxruntime-dynamic"), *groups("onnx", 4, 32),
     *placed("openvino", "openvino"), *groups("openvino", 4, 32),
     *placed("litert", "litert"),
+    *placed("executorch", "executorch", "executorch-8da4w"),
     *groups("dense", 3, 32), *groups("sparse", 3, 32),
     *named("compressed_tensors", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4A16"),
     *named("gguf", "Q8_0", "Q4_0", "Q4_K", "Q2_K", "TQ2_0"),
@@ -178,12 +181,21 @@ def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def main(environments: Path | None, only: str | None, quick: bool) -> None:
+def with_kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of earlier runs, with new rows of one format."""
+    new = {(row["model"], row["format"]) for row in rows}
+    content = json.loads((RESULTS / "deploy.json").read_text())
+    kept = [row for row in content["rows"] if (row["model"], row["format"]) not in new]
+    models, order = list(MODELS), [cell.format for cell in CELLS]
+    return sorted([*kept, *rows], key=lambda row: (models.index(row["model"]), order.index(row["format"])))
+
+
+def main(environments: Path | None, only: list[str] | None, format: str | None, quick: bool) -> None:
     rows = []
     chosen = ("MLP", "Llama") if quick else tuple(MODELS)
-    for name in [name for name in chosen if only in (None, name)]:
+    for name in [name for name in chosen if only is None or name in only]:
         model = MODELS[name]()
-        for cell in CELLS:
+        for cell in [cell for cell in CELLS if format in (None, cell.format)]:
             python = None
             if FORMATS[cell.format].environment and environments is not None:
                 found = environments / ("gptq" if cell.format == "awq" else cell.format) / "bin" / "python"
@@ -193,8 +205,9 @@ def main(environments: Path | None, only: str | None, quick: bool) -> None:
         for row in together(rows):
             if row["model"] == name:
                 print(" | ".join(map(str, row.values())), flush=True)
-    if not quick and only is None:
-        finish("deploy", together(rows), claims_of(rows), [0])
+    rows = together(rows) if format is None else with_kept(together(rows))
+    if not quick and (only is None or format is not None):
+        finish("deploy", rows, claims_of(rows), [0])
     for claim in claims_of(rows):
         print(f"{'holds ' if claim.holds else 'FAILS '} {claim.text}: {claim.measured} (target {claim.target})")
 
@@ -202,10 +215,13 @@ def main(environments: Path | None, only: str | None, quick: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, help="the folder with environments of conflicting runtimes")
-    parser.add_argument("--only", choices=MODELS, help="export one model, and write no results")
+    parser.add_argument(
+        "--only", choices=MODELS, nargs="+", help="export some models; writes results only with --format"
+    )
+    parser.add_argument("--format", choices=list(FORMATS), help="export in one format, and keep the other rows")
     parser.add_argument("--quick", action="store_true", help="export two models, and write no results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    main(arguments.environments, arguments.only, arguments.quick)
+    main(arguments.environments, arguments.only, arguments.format, arguments.quick)

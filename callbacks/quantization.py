@@ -146,7 +146,8 @@ class QuantizationAwareTraining(Callback):
         how = (self.weight, self.activation, self.include, self.exclude, self.overrides, self.kv_cache)
         schemes = select(pl_module, *how)
         if self.target is not None:
-            check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None)
+            codes = self.places is not None and self.places.linear_codes
+            check_target(self.target, trainer, pl_module, schemes, self.kv_cache is not None, codes)
         if self.places is not None:
             warn_of_slow_layers(pl_module, self.places.name, schemes)
         if self.places is not None and self.activation is not None:

@@ -14,7 +14,12 @@ from qatkit.tasks.table import TASKS
 
 
 def check_target(
-    target: ExportFormat, trainer: Trainer, pl_module: LightningModule, schemes: Mapping[str, Scheme], kv_cache: bool
+    target: ExportFormat,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    schemes: Mapping[str, Scheme],
+    kv_cache: bool,
+    linear_codes: bool,
 ) -> None:
     """Raise an error if the export format does not support the quantized layers of a module.
 
@@ -24,6 +29,7 @@ def check_target(
         pl_module: The module, with plain layers.
         schemes: The planned quantization by layer name.
         kv_cache: Whether the KV cache will be quantized.
+        linear_codes: Whether the outputs of linear layers will be quantized, too.
 
     Raises:
         QatkitError: the format does not support the trained model. The message is the same as that of `qatkit
@@ -32,7 +38,8 @@ def check_target(
     prefix, model = exported_part(pl_module, list(schemes))
     task = TASKS.get(str(getattr(getattr(trainer, "datamodule", None), "task", None)))
     with under("target"):
-        target.check_model(model, {name.removeprefix(prefix): each for name, each in schemes.items()}, kv_cache, task)
+        named = {name.removeprefix(prefix): each for name, each in schemes.items()}
+        target.check_model(model, named, kv_cache, task, linear_codes)
 
 
 def exported_part(pl_module: nn.Module, layers: Sequence[str]) -> tuple[str, nn.Module]:

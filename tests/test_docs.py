@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {"README.md", "own_model.md", "pruning.md"}  # pages run by `make test` too; `make demo` is that of first_run.md
 
-EXTRAS = {"openvino_genai.md": "openvino_genai"}  # pages about a package that is not in `constraints-oldest.txt`
+EXTRAS = {  # pages about a package that is not in `constraints-oldest.txt`
+    "openvino_genai.md": "openvino_genai",
+    "executorch.md": "executorch",
+}
 
 
 def params(pages: list[Path], *, short: bool) -> list[Any]:

@@ -115,7 +115,9 @@ class ExportFormat:
         """Import the function that a field refers to, and call it."""
         return implementation(getattr(self, part))(*args)
 
-    def check_model(self, model: Any, schemes: Any = None, kv_cache: bool = False, task: Any = None) -> None:
+    def check_model(
+        self, model: Any, schemes: Any = None, kv_cache: bool = False, task: Any = None, linear_codes: bool = False
+    ) -> None:
         """Raise an error if the format does not support a model. Weights are not read.
 
         Args:
@@ -123,6 +125,7 @@ class ExportFormat:
             schemes: The planned `Scheme` of each layer, by name. The default is the model's own quantization.
             kv_cache: Whether the KV cache will be quantized; ignored without `schemes`.
             task: The `Task` that the data declares, if it is known.
+            linear_codes: Whether the outputs of linear layers will be quantized, too; ignored without `schemes`.
 
         Raises:
             QatkitError: the format does not support the result; the error includes the layer and the fix.
@@ -139,7 +142,9 @@ class ExportFormat:
             qatkit.errors.QatkitError: layer '0': ONNX integer QDQ does not support weight quantization with ...
         """
         plan = implementation("qatkit.export.interface:PlannedExport")
-        self.call("check", model, plan.of(model, task) if schemes is None else plan(schemes, kv_cache, task))
+        self.call(
+            "check", model, plan.of(model, task) if schemes is None else plan(schemes, kv_cache, task, linear_codes)
+        )
 
     def check_packages(self) -> None:
         """Raise an error if a package that the format needs is missing.

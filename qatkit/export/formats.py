@@ -229,6 +229,20 @@ FORMATS = Table(
             rounding="qatkit.export.rounding:with_rounding",
             environment=("ai-edge-litert==2.3.0",),
         ),
+        ExportFormat(
+            name="executorch",
+            description="one file with integer weights for ExecuTorch (XNNPACK) on phones",
+            file_name="model.pte",
+            check="qatkit.export.executorch.format:check",
+            write="qatkit.export.executorch.format:write",
+            read_back="qatkit.export.executorch.format:read_back",
+            bound="qatkit.export.executorch.format:bound",
+            runtime="ExecuTorch",
+            weights="integer weights",
+            extra="executorch",
+            packages=("executorch",),
+            rounding="qatkit.export.rounding:with_rounding",
+        ),
     ],
 )
 

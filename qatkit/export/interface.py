@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qatkit.errors import QatkitError
+from qatkit.quantization.placement.points import placement_of
 from qatkit.quantization.prepare import fake_quantizers, schemes_of
 from qatkit.quantization.targets import Target
 from qatkit.schemes import Scheme
@@ -25,12 +26,14 @@ class PlannedExport:
     """Whether the KV cache is quantized."""
     task: Task | None = None
     """The task declared by the data; None if it is unknown."""
+    linear_codes: bool = False
+    """Whether the outputs of linear layers are quantized too, for targets with `Target.linear_codes`."""
 
     @classmethod
     def of(cls, model: nn.Module, task: Task | None = None) -> PlannedExport:
         """Return the quantization of a model prepared by `prepare_qat`; empty for a plain model."""
         kv_cache = any(name.rpartition(".")[2] == "key_fake_quant" for name, _ in fake_quantizers(model))
-        return cls(schemes_of(model), kv_cache, task)
+        return cls(schemes_of(model), kv_cache, task, bool(placement_of(model).points))
 
 
 @dataclass(frozen=True)

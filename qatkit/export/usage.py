@@ -146,6 +146,18 @@ outputs = model(**{name: ... for name in model.get_input_details()})""",
             note="The default XNNPACK kernels compute what training computed; the built-in reference kernels round "
             "differently.",
         ),
+        Usage(
+            "executorch",
+            "executorch",
+            """\
+from executorch.runtime import Runtime
+
+program = Runtime.get().load_program("model.pte")
+forward = program.load_method("forward")
+outputs = forward.execute([...])  # tensors, in the order of the model's inputs""",
+            note="On devices, link ExecuTorch's XNNPACK backend. A batch may be at most as large as the test batch "
+            "from which the file was made.",
+        ),
     ],
 )
 """Loading instructions by the name of the export format."""

@@ -84,7 +84,9 @@ def check_format(
         QatkitError: as above; the error includes the stage and, if known, the layer.
     """
     try:
-        row.check_model(model, _schemes(config, model), config is not None and config.kv_cache is not None, task)
+        codes = config is not None and config.target is not None and TARGETS[config.target].linear_codes
+        kv_cache = config is not None and config.kv_cache is not None
+        row.check_model(model, _schemes(config, model), kv_cache, task, codes)
         row.check_packages()
     except QatkitError as error:
         raise error.with_fields(key=key, problem=f"stage '{stage}': {error.problem}") from None

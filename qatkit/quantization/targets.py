@@ -21,6 +21,8 @@ _SIGNED = QuantSpec(num_bits=8, strategy="tensor")
 _BATCH = replace(_INPUT, dynamic=True)
 _INT4 = QuantSpec(num_bits=4, strategy="group", group_size=32)
 _GROUPS = QuantSpec(num_bits=8, strategy="group", group_size=32)
+_INT4_BF16 = replace(_INT4, scale_dtype="bfloat16")
+_TOKEN = replace(_INPUT, strategy="token")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ TARGETS = Table(
         Target(
             "litert", "LiteRT on any CPU, with its default XNNPACK kernels: weights have 8 bits", ("litert",), _WEIGHT8,
             _INPUT, wide_sums=True, linear_codes=True,
+        ),
+        Target(
+            "executorch", "ExecuTorch on any CPU, with its XNNPACK backend: weights have 8 bits", ("executorch",),
+            _WEIGHT8, _INPUT, wide_sums=True, linear_codes=True,
+        ),
+        Target(
+            "executorch-8da4w",
+            "ExecuTorch: linear layers with 4-bit weights in groups, and inputs of 8 bits whose scales are computed "
+            "per token",
+            ("executorch",), _INT4_BF16, _TOKEN,
         ),
     ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ follows, and one residual addition, inside the convolution's kernel, and skips t
 operand that comes from the convolution is therefore not quantized, and other outputs are quantized only if an integer
 kernel reads them.
 
-LiteRT's linear layers write codes (`linear_codes`), like convolutions.
+The linear layers of LiteRT and ExecuTorch write codes (`linear_codes`), like convolutions.
 """
 
 from __future__ import annotations
