@@ -68,7 +68,8 @@ CONTEXT, BATCH = 128, 4
 def data_of(size: Size, seed: int) -> Any:
     """The text; in the quick mode, of one package."""
     text: dict[str, Any] = {"include": ["email/*"], "val_fraction": 0.2, "test_fraction": 0.2} if size is QUICK else {}
-    data = stdlib_text(CONTEXT, size.vocabulary, batch_size=BATCH, seed=seed, **text)
+    batches = size.dense_steps + size.steps
+    data = stdlib_text(CONTEXT, size.vocabulary, batch_size=BATCH, seed=seed, epoch_batches=batches, **text)
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
@@ -94,12 +95,10 @@ def trained(model: Any, loss: Callable[[Tensor], Tensor], batches: list[Tensor],
         optimizer.zero_grad()
 
 
-def batches_of(data: Any, count: int) -> list[Tensor]:
-    """Batches of training tokens ``[BATCH, CONTEXT]``."""
-    found: list[Tensor] = []
-    while len(found) < count:
-        found += [batch["input_ids"] for batch in data.train_dataloader()]
-    return found[:count]
+def batches_of(data: Any, size: Size) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of training tokens ``[BATCH, CONTEXT]`` for the dense model, and others for what follows."""
+    found = [batch["input_ids"] for batch in data.train_dataloader()]
+    return found[: size.dense_steps], found[size.dense_steps :]
 
 
 def divergence(teacher: Any, model: Any) -> Callable[[Tensor], Tensor]:
@@ -152,7 +151,7 @@ def dense_model(size: Size, seed: int, data: Any) -> nn.Module:
     torch.manual_seed(seed)
     model = llama(size.vocabulary, 256, size.layers, 4, 2, 768, CONTEXT, tie_embeddings=False)
     rates = {"weights": 1e-3, "norms": 1e-3}
-    trained(model, lambda x: model(input_ids=x, labels=x).loss, batches_of(data, size.dense_steps), rates)
+    trained(model, lambda x: model(input_ids=x, labels=x).loss, batches_of(data, size)[0], rates)
     return model.eval()
 
 
@@ -160,7 +159,7 @@ def trained_on(dense: Any, data: Any, size: Size, rate: float) -> float:
     """The held-out loss of the dense model after as many further steps."""
     further = copy.deepcopy(dense)
     rates = {"weights": rate, "norms": 3e-4}
-    trained(further, lambda x: further(input_ids=x, labels=x).loss, batches_of(data, size.steps), rates)
+    trained(further, lambda x: further(input_ids=x, labels=x).loss, batches_of(data, size)[1], rates)
     return tested(dense, further, held_out(data, size))[1]
 
 
@@ -172,7 +171,8 @@ def held_out(data: Any, size: Size) -> Tensor:
 def measured(kind: str, seed: int, size: Size, rival: Rival, data: Any, dense: Any, further: float) -> dict[str, Any]:
     """The figures of one type and seed."""
     rows = held_out(data, size)
-    calibration, batches = batches_of(data, size.calibration), batches_of(data, size.steps)
+    before, batches = batches_of(data, size)
+    calibration = before[: size.calibration]
     importance = mean_squares(dense, calibration)
     theirs = copy.deepcopy(dense)
     for name, layer in block_layers(theirs).items():

@@ -7,6 +7,7 @@ Values are divided by the scale, as in the runtimes; multiplying by its reciproc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> T
     """
     slices = to_slices(x.detach(), spec)
     scale, zero_point = aligned(scale, x, spec), aligned(zero_point, x, spec)
-    values = _round_clipped(_unscaled(slices, scale, zero_point, spec), zero_point, spec)
-    return from_slices(grid_of(spec).encode(values, _code_of_zero(zero_point, spec)), x.shape, spec)
+    return from_slices(_codes(_on_grid(slices, scale, zero_point, spec), zero_point, spec), x.shape, spec)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -91,6 +91,56 @@ def fake_quantize(
     return from_slices(out, x.shape, spec)
 
 
+def coded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, clips: bool = True) -> tuple[Tensor, Tensor]:
+    """Compute `fake_quantize` of `x` with a fixed scale, and the codes, which are all that a later product must keep.
+
+    For the backward pass, only a mask of values inside the range is kept, and nothing if `clips` is False.
+
+    Args:
+        x: Any float tensor.
+        scale: The scale in its stored shape, float32; its gradient is not computed.
+        zero_point: As in `fake_quantize`.
+        spec: Element type, number of bits, symmetry and strategy; without minima.
+        clips: As in `fake_quantize`.
+
+    Returns:
+        The values, in the dtype of `x`, and the codes, as from `quantize`.
+    """
+    slices = to_slices(x, spec)
+    scale, zero_point = aligned(scale, x, spec), aligned(zero_point, x, spec)
+    values, codes = _Coded.apply(slices, scale, zero_point, spec, clips)  # type: ignore[no-untyped-call]
+    return from_slices(values, x.shape, spec), from_slices(codes, x.shape, spec)
+
+
+@torch.no_grad()
+def fake_quantized(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Compute `fake_quantize` without gradients."""
+    slices = to_slices(x, spec)
+    return from_slices(_rounded(slices, aligned(scale, x, spec), aligned(zero_point, x, spec), spec), x.shape, spec)
+
+
+@torch.no_grad()
+def fake_quantize_gradients(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, grad: Tensor, gradient_scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute the gradients of `fake_quantize` with respect to `x`, `scale` and `zero_point`.
+
+    Args:
+        x: The tensor that was quantized.
+        scale: The scale in its stored shape, float32.
+        zero_point: As in `fake_quantize`.
+        spec: Element type, number of bits, symmetry and strategy.
+        grad: The gradient of the result, in the shape of `x`.
+        gradient_scale: As in `fake_quantize`.
+        needed: Whether the gradients of scale and zero point are computed; otherwise they are None.
+    """
+    parts = to_slices(x, spec), aligned(scale, x, spec), aligned(zero_point, x, spec)
+    grad_x, *others = _gradients(*parts, spec, to_slices(grad, spec), gradient_scale, needed)
+    grad_scale, grad_zero_point = (None if other is None else other.view(scale.shape) for other in others)
+    return from_slices(grad_x, x.shape, spec), grad_scale, grad_zero_point
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert the result of an autograd function to a dtype.
 
@@ -115,18 +165,26 @@ def _scaled(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) 
 
 
 def _round_clipped(v: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Round ``v = x / scale`` to the grid around zero.
+    """Round ``v = x / scale`` to the grid around zero; `v` is overwritten.
 
     The zero point is added to the result, not before rounding, which keeps ties to even.
     """
     if spec.symmetric or spec.has_minimum:
-        return grid_of(spec).round(v.clamp(spec.qmin, spec.qmax))
-    return torch.minimum(torch.maximum(v, spec.qmin - zero_point), spec.qmax - zero_point).round()
+        return grid_of(spec).round(v.clamp_(spec.qmin, spec.qmax))
+    return v.clamp_(spec.qmin - zero_point, spec.qmax - zero_point).round_()
+
+
+def _on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Round slices to the grid; the values are those of `decode`, before scaling."""
+    return _round_clipped(_unscaled(x, scale, zero_point, spec), zero_point, spec)
+
+
+def _codes(values: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    return grid_of(spec).encode(values, _code_of_zero(zero_point, spec))
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    values = _round_clipped(_unscaled(x, scale, zero_point, spec), zero_point, spec)
-    return in_dtype(_scaled(values, scale, zero_point, spec), x.dtype)
+    return in_dtype(_scaled(_on_grid(x, scale, zero_point, spec), scale, zero_point, spec), x.dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -141,19 +199,48 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point = ctx.saved_tensors
-        spec: QuantSpec = ctx.spec
-        v, code_of_zero = _unscaled(x, scale, zero_point, spec), _code_of_zero(zero_point, spec)
-        inside = (v >= spec.qmin - code_of_zero) & (v <= spec.qmax - code_of_zero)
-        grad_x = torch.where(inside, grad, 0)
-        grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1]:
-            slope = _round_clipped(v, zero_point, spec) - torch.where(inside, v, 0)
-            grad_scale = (grad.float() * slope).sum_to_size(scale.shape) * ctx.gradient_scale
-        if ctx.needs_input_grad[2]:
-            outside = torch.where(inside, 0, grad.float()).sum_to_size(zero_point.shape)
-            grad_zero_point = outside * (-1 if spec.has_minimum else -scale) * ctx.gradient_scale
-        return grad_x, grad_scale, grad_zero_point, None, None
+        gradients = _gradients(*ctx.saved_tensors, ctx.spec, grad, ctx.gradient_scale, ctx.needs_input_grad[1:3])
+        return *gradients, None, None
+
+
+def _gradients(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, grad: Tensor, gradient_scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of slices, scale and zero point; those of scale and zero point only if they are needed."""
+    v, code_of_zero = _unscaled(x, scale, zero_point, spec), _code_of_zero(zero_point, spec)
+    inside = (v >= spec.qmin - code_of_zero) & (v <= spec.qmax - code_of_zero)
+    grad_scale = grad_zero_point = None
+    if needed[0]:
+        exact = torch.where(inside, v, 0)
+        slope = _round_clipped(v, zero_point, spec) - exact
+        grad_scale = (grad.float() * slope).sum_to_size(scale.shape) * gradient_scale
+    if needed[1]:
+        outside = torch.where(inside, 0, grad.float()).sum_to_size(zero_point.shape)
+        grad_zero_point = outside * (-1 if spec.has_minimum else -scale) * gradient_scale
+    return torch.where(inside, grad, 0), grad_scale, grad_zero_point
+
+
+class _Coded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, clips: bool
+    ) -> tuple[Tensor, Tensor]:
+        v, inside = _unscaled(x, scale, zero_point, spec), None
+        if clips and ctx.needs_input_grad[0]:
+            code_of_zero = _code_of_zero(zero_point, spec)
+            inside = (v >= spec.qmin - code_of_zero) & (v <= spec.qmax - code_of_zero)
+        ctx.save_for_backward(inside)
+        values = _round_clipped(v, zero_point, spec)
+        codes = _codes(values, zero_point, spec)
+        ctx.mark_non_differentiable(codes)
+        return in_dtype(_scaled(values, scale, zero_point, spec), x.dtype), codes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grad if inside is None else torch.where(inside, grad, 0), None, None, None, None
 
 
 class _FakeQuantizeWithin(torch.autograd.Function):

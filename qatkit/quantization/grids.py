@@ -16,7 +16,10 @@ class Grid(Protocol):
     """Rounding and encoding for one element type."""
 
     def round(self, v: Tensor) -> Tensor:
-        """Round float32 ``v = x / scale``, already clipped to the range of codes, to the nearest value."""
+        """Round float32 ``v = x / scale``, already clipped to the range of codes, to the nearest value.
+
+        `v` may be overwritten.
+        """
 
     def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
         """Return the codes of values on the grid, in the form stored in exported files."""
@@ -32,7 +35,7 @@ class IntegerGrid:
         self.dtype = torch.int8 if symmetric else torch.uint8
 
     def round(self, v: Tensor) -> Tensor:
-        return v.round()
+        return v.round_()
 
     def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
         return (values + zero_point).to(self.dtype)
@@ -70,7 +73,7 @@ class SmallFloatGrid:
         # smallest normal number the spacing stays the same. Dividing by a power of two is exact.
         exponent = torch.frexp(v.detach())[1].clamp(min=2 - self.bias)
         spacing = torch.exp2((exponent - 1 - self.mantissa_bits).float())
-        return (v / spacing).round() * spacing
+        return (v / spacing).round_().mul_(spacing)
 
     def encode(self, values: Tensor, zero_point: Tensor) -> Tensor:
         code = torch.searchsorted(self._magnitudes(values.device), values.abs().contiguous())

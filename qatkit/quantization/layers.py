@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qatkit.quantization.arithmetic import in_dtype
 from qatkit.quantization.block_sums import rounds_sums, with_rounded_sums
+from qatkit.quantization.linear import quantized_linear
 from qatkit.quantization.modules import FakeQuantize
 
 
@@ -82,6 +83,20 @@ class QATLayer(nn.Module):
             return x, None if inputs.observer is not None or not inputs.ready else inputs.qparams(x)[0]
         return inputs.with_scale(x)
 
+    def _product(self, x: Tensor) -> Tensor:
+        """Compute the output ``[..., out]`` of a linear layer, and keep little for the backward pass."""
+        weights, inputs, codes = self.weight_fake_quant, self.input_fake_quant, None
+        appends = weights is not None and inputs is not None and rounds_sums(weights, inputs)
+        if appends or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.linear(*self.operands(x))  # a compiler decides itself what it keeps
+        weight = self.matrix
+        grid = None if weights is None else weights.grid(weight)
+        if inputs is None or self.input_on_grid:
+            x, scale = self._quantized_input(x)
+        else:
+            x, scale, codes = inputs.quantized(x, codes=True)
+        return quantized_linear(x, codes, weight, grid, self._rounded_bias(grid and grid.scale, scale))
+
     def shipped(self) -> dict[str, Tensor]:
         """Return the weight and bias used in the forward pass, by parameter name, for a plain layer."""
         weight, weight_scale = self._weight_and_scale()
@@ -132,7 +147,7 @@ class QATLinear(QATLayer, nn.Linear):
     bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(*self.operands(input))
+        return self._product(input)
 
 
 class QATOutputProjection(QATLayer, NonDynamicallyQuantizableLinear):
@@ -141,7 +156,7 @@ class QATOutputProjection(QATLayer, NonDynamicallyQuantizableLinear):
     bias: Tensor | None  # type: ignore[assignment]  # torch says it is always there
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(*self.operands(input))
+        return self._product(input)
 
 
 class QATConv1d(QATLayer, nn.Conv1d):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from qatkit.quantization.arithmetic import fake_quantize
+from qatkit.quantization.arithmetic import coded, fake_quantize
 from qatkit.quantization.estimators import QParams, computed_qparams, load_estimator, mse_qparams
-from qatkit.quantization.grids import grid_of
+from qatkit.quantization.grids import DtypeGrid, IntegerGrid, grid_of
+from qatkit.quantization.linear import Codes, WeightGrid
 from qatkit.quantization.observers import OBSERVERS
 from qatkit.quantization.ranges import RangeObserver
 from qatkit.quantization.scales import round_scale, round_zero_point, tensor_scale_of
@@ -20,6 +21,16 @@ from qatkit.quantization.super_blocks import steps_of
 from qatkit.spec import QuantSpec
 
 Role = Literal["weight", "activation"]
+
+
+class Quantized(NamedTuple):
+    """A fake-quantized tensor."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    """The scale in its stored shape; None during calibration."""
+    codes: Codes | None = None
+    """The codes of an input with a fixed scale."""
 
 
 class FakeQuantize(nn.Module):
@@ -60,7 +71,7 @@ class FakeQuantize(nn.Module):
         self.computed = self.dynamic or (role == "weight" and OBSERVERS[spec.observer].computed)
         self.shared = False  # True if several layers of one module read the same input through this quantizer
         self._inside = False  # True while that module runs: the last result is cached
-        self._last: tuple[Tensor, int, bool, tuple[Tensor, Tensor | None]] | None = None
+        self._last: tuple[Tensor, int, bool, Quantized] | None = None
         self.scale = self.offset = self.zero_point = self.outer_scale = None
         if spec.two_level and not (self.computed and role == "weight"):
             del self.outer_scale
@@ -151,10 +162,15 @@ class FakeQuantize(nn.Module):
 
     def with_scale(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the fake-quantized tensor and its scale; during calibration, `x` itself and None."""
+        found = self.quantized(x)
+        return found.values, found.scale
+
+    def quantized(self, x: Tensor, codes: bool = False) -> Quantized:
+        """Return the fake-quantized tensor and its scale, with the codes if they are asked for and possible."""
         self.ran = True
         if self.observer is not None:
             self.observer.update(x)
-            return x, None
+            return Quantized(x)
         if not self.ready:
             raise RuntimeError(
                 "a static activation scale was used before calibration; call qatkit.calibrate(model, batches) first, "
@@ -163,11 +179,17 @@ class FakeQuantize(nn.Module):
             )
         # a compiler merges equal expressions itself; inference tensors do not record in-place changes
         if not self._inside or not self.dynamic or torch.compiler.is_compiling() or x.is_inference():
-            return self._fake_quantized(x)
+            return self._fake_quantized(x, codes)
         last, grad = self._last, torch.is_grad_enabled()
         if last is None or last[0] is not x or last[1:3] != (x._version, grad):
-            self._last = last = (x, x._version, grad, self._fake_quantized(x))
+            self._last = last = (x, x._version, grad, self._fake_quantized(x, codes))
         return last[3]
+
+    def grid(self, weight: Tensor) -> WeightGrid:
+        """Return how a weight is fake-quantized, for `quantized_linear`."""
+        self.ran = True
+        scale, zero_point = self.qparams(weight)
+        return WeightGrid(scale, zero_point, self.spec, self._gradient_scale(weight, scale), clips=not self.computed)
 
     def share(self, around: nn.Module) -> None:
         """Share this quantizer among the layers inside `around`, so that a common input is quantized once."""
@@ -190,10 +212,14 @@ class FakeQuantize(nn.Module):
     def _leave(self, *_: object) -> None:
         self._inside, self._last = False, None
 
-    def _fake_quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _fake_quantized(self, x: Tensor, with_codes: bool) -> Quantized:
         scale, zero_point = self.qparams(x)
+        fixed = not scale.requires_grad and not zero_point.requires_grad
+        if with_codes and fixed and isinstance(grid_of(self.spec), IntegerGrid | DtypeGrid):
+            values, codes = coded(x, scale, zero_point, self.spec, clips=not self.computed)
+            return Quantized(values, scale, Codes(codes, scale, zero_point, self.spec))
         gradient_scale = self._gradient_scale(x, scale)
-        return fake_quantize(x, scale, zero_point, self.spec, gradient_scale, clips=not self.computed), scale
+        return Quantized(fake_quantize(x, scale, zero_point, self.spec, gradient_scale, clips=not self.computed), scale)
 
     def _gradient_scale(self, x: Tensor, scale: Tensor) -> float:
         """Compute LSQ's ``1 / sqrt(N * qmax)`` (section 2.2).

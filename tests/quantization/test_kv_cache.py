@@ -47,9 +47,9 @@ def test_a_dynamic_input_is_quantized_once_for_all_layers_that_read_it_and_let_g
     calls = {"shared": 0, "alone": 0}
 
     def count(key: str) -> Callable[..., Any]:
-        def counted(self: Any, x: Tensor) -> Any:
+        def counted(self: Any, *arguments: Any) -> Any:
             calls[key] += 1
-            return type(self)._fake_quantized(self, x)
+            return type(self)._fake_quantized(self, *arguments)
 
         return counted
 
