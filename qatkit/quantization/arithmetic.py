@@ -135,8 +135,10 @@ def fake_quantize_gradients(
         gradient_scale: As in `fake_quantize`.
         needed: Whether the gradients of scale and zero point are computed; otherwise they are None.
     """
-    parts = to_slices(x, spec), aligned(scale, x, spec), aligned(zero_point, x, spec)
-    grad_x, *others = _gradients(*parts, spec, to_slices(grad, spec), gradient_scale, needed)
+    slices, aligned_scale, aligned_zero = to_slices(x, spec), aligned(scale, x, spec), aligned(zero_point, x, spec)
+    grad_x, *others = _gradients(
+        slices, aligned_scale, aligned_zero, spec, to_slices(grad, spec), gradient_scale, needed
+    )
     grad_scale, grad_zero_point = (None if other is None else other.view(scale.shape) for other in others)
     return from_slices(grad_x, x.shape, spec), grad_scale, grad_zero_point
 
@@ -199,7 +201,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(*ctx.saved_tensors, ctx.spec, grad, ctx.gradient_scale, ctx.needs_input_grad[1:3])
+        x, scale, zero_point = ctx.saved_tensors
+        gradients = _gradients(x, scale, zero_point, ctx.spec, grad, ctx.gradient_scale, ctx.needs_input_grad[1:3])
         return *gradients, None, None
 
 

@@ -95,7 +95,7 @@ class QATLayer(nn.Module):
             x, scale = self._quantized_input(x)
         else:
             x, scale, codes = inputs.quantized(x, codes=True)
-        return quantized_linear(x, codes, weight, grid, self._rounded_bias(grid and grid.scale, scale))
+        return quantized_linear(x, codes, weight, grid, self._rounded_bias(grid.scale if grid else None, scale))
 
     def shipped(self) -> dict[str, Tensor]:
         """Return the weight and bias used in the forward pass, by parameter name, for a plain layer."""

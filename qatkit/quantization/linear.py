@@ -84,14 +84,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, weight, scale, zero_point = ctx.saved_tensors
+        kept, input_scale, input_zero_point, weight, scale, zero_point = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = grad_scale = grad_zero_point = None
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
             grad_x = in_dtype(flat @ _weight(weight, scale, zero_point, ctx.grid).to(grad.dtype), ctx.input_dtype)
             grad_x = grad_x.view(*grad.shape[:-1], ctx.weight_shape[1])
         if any(ctx.needs_input_grad[1:2] + ctx.needs_input_grad[3:5]):
-            x = kept[0] if ctx.input_spec is None else dequantize(*kept, ctx.input_spec)
+            spec = ctx.input_spec
+            x = kept if spec is None else dequantize(kept, input_scale, input_zero_point, spec)
             grad_weight = in_dtype(flat.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype), ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = in_dtype(flat.sum(0), ctx.bias_dtype)

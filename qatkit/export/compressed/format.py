@@ -224,8 +224,8 @@ def _values(layer: QATLayer) -> Tensor:
     """
     assert layer.weight_fake_quant is not None
     matrix, spec = full_tensor(layer.matrix).cpu(), layer.weight_fake_quant.spec
-    qparams = [part.cpu() for part in layer.weight_fake_quant.whole_qparams(full_tensor(layer.matrix))]
-    return dequantize(quantize(matrix, *qparams, spec), *qparams, spec)
+    scale, zero_point = (part.cpu() for part in layer.weight_fake_quant.whole_qparams(full_tensor(layer.matrix)))
+    return dequantize(quantize(matrix, scale, zero_point, spec), scale, zero_point, spec)
 
 
 def _scales(weight: FakeQuantize | None, inputs: FakeQuantize | None, matrix: Tensor) -> dict[str, Tensor]:

@@ -107,12 +107,13 @@ def _stored_codes(tensors: Mapping[str, Tensor], name: str, spec: QuantSpec, sha
         unpacked: Tensor = unpack(packed, *shape, dtype=torch.float32)
         return unpacked
     stored = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-    return unpack_from_int32(packed, spec.num_bits, stored)
+    codes: Tensor = unpack_from_int32(packed, spec.num_bits, stored)
+    return codes
 
 
 def _signed(unsigned: Tensor, spec: QuantSpec) -> Tensor:
     """Asymmetric codes or zero points, float32, as the signed integers of the format."""
-    return (unsigned - 2 ** (spec.num_bits - 1)).to(torch.int8)
+    return torch.sub(unsigned, 2 ** (spec.num_bits - 1)).to(torch.int8)
 
 
 def _load(folder: Path) -> nn.Module:
