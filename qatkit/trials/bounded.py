@@ -1,11 +1,11 @@
 """Find the smallest or fastest model whose metric loses at most a given part, with training inside the search.
 
-1. The loss increase of every layer group and format is measured without training, on training data; for latency, the
-   runtime's time of every kind of layer in every format, too.
+1. The loss increase of every layer group and format is measured without training, on training data, and so is its cost
+   on exported files: bytes, or the runtime's time.
 2. An integer program gives the least predicted increase for each of several costs: the ladder.
-3. If there are alternatives of the whole model, successive halving chooses one of them.
-4. The metric on the validation split bisects the ladder without training. What is within the limit is the upper end
-   of a finer ladder.
+3. The metric on the validation split bisects the ladder without training. What is within the limit is the upper end of
+   a finer ladder.
+4. If there are alternatives of the whole model, successive halving chooses one of them, unless none is promising.
 5. Short trainings bisect that ladder; full trainings decide. A model is within the limit if the upper end of the
    one-sided 95% interval of its loss is.
 6. The result is compared with the dense model on the test split, which no decision has used.
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from qatkit.errors import QatkitError
 from qatkit.pipeline.baselines import example_of
+from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.schemes import Scheme
 from qatkit.trials.budget import Budget
 from qatkit.trials.decisions import Decision, decisions
@@ -27,6 +28,7 @@ from qatkit.trials.halving import Ladder, halve
 from qatkit.trials.ladder import Rung, Step, chosen, climb, confirmed, ladder, screen
 from qatkit.trials.latency import priced, timed
 from qatkit.trials.promise import Promise, compare, runtime_of
+from qatkit.trials.sizes import sized
 from qatkit.trials.subject import Subject, Trained
 from qatkit.trials.variants import Variant
 
@@ -124,20 +126,27 @@ def find(
         )
         return step
 
-    winner, halving, dropped = halve(ladders, judge, budget)
+    whole = ladders[0]
+    screening = screen(len(whole.rungs), partial(judge, whole))
+    passed = min((step for step in screening if step.within), key=lambda step: step.rung, default=None)
+    top = whole.rungs[passed.rung if passed is not None else -1]
+    smaller, halving, dropped = halve(ladders[1:], judge, budget, limit, top.cost)
     for sentence in dropped:
         say(f"dropped {sentence}")
-    screening = screen(len(winner.rungs), partial(judge, winner))
-    passed = min((step for step in screening if step.within), key=lambda step: step.rung, default=None)
     known: list[Step] = []
-    if passed is not None:  # a larger model needs no training
-        top = winner.rungs[passed.rung]
-        finer = ladder(winner.sensitivity, RUNGS, winner.fixed, top.cost)
-        winner = replace(winner, rungs=[*(rung for rung in finer if rung.cost < top.cost), top])
-        known = [replace(passed, rung=len(winner.rungs) - 1)]
+    if smaller is not None:
+        winner = replace(smaller, rungs=ladder(smaller.sensitivity, RUNGS, smaller.fixed, top.cost - 1))
+    else:
+        finer = ladder(whole.sensitivity, RUNGS, whole.fixed, top.cost)
+        winner = replace(whole, rungs=[*(rung for rung in finer if rung.cost < top.cost), top])
+        if passed is not None:  # what is larger needs no training
+            known = [replace(passed, rung=len(winner.rungs) - 1)]
     climbed = climb(len(winner.rungs), partial(judge, winner), budget, known)
-    step = chosen(climbed)
-    last, rung = done[winner.variant.name, step.cost, step.share], winner.rungs[step.rung]
+    trained_ladder, step, found_any = winner, chosen(climbed), bool(confirmed(climbed))
+    if not found_any and passed is not None:  # the smaller model fails, and the whole one needs no training
+        trained_ladder, step, found_any = whole, passed, True
+    name, rung = trained_ladder.variant.name, trained_ladder.rungs[step.rung]
+    last = done[name, rung.cost, step.share]
     file, dense_file, model = last.file(), subject.dense().file(), last.model()
     promise = compare(dense, runtime_of(row, model, file), subject.batches("test"), subject.task)
     failures = last.failures()
@@ -148,11 +157,9 @@ def find(
     return Found(
         kept=not failures and promise.lost <= limit + 1e-12, failures=failures, limit=limit, minimize=goal,
         promise=promise, file=str(file), bytes=row.size(file), dense_bytes=row.size(dense_file), latency=latency,
-        variant=winner.variant.name, confirmed=step in confirmed(climbed), step=step,
-        steps=[*halving, *screening, *climbed[len(known) :]], spent=budget.spent,
-        decisions=decisions(winner.sensitivity, rung, show),
-        notes=[*notes, *winner.notes, *dropped],
-        ladders={each.variant.name: each.rungs for each in ladders} | {winner.variant.name: winner.rungs}, trained=last,
+        variant=name, confirmed=found_any, step=step, steps=[*screening, *halving, *climbed[len(known) :]],
+        spent=budget.spent, decisions=decisions(trained_ladder.sensitivity, rung, show), notes=[*notes, *dropped],
+        ladders={each.variant.name: each.rungs for each in ladders} | {name: trained_ladder.rungs}, trained=last,
     )  # fmt: skip
 
 
@@ -163,9 +170,8 @@ def _ladders(
     found: list[Ladder] = []
     notes: list[str] = []
     for variant in variants:
-        sensitivity = subject.sensitivity(variant, candidates)
-        notes += [f"{variant.name}: {sentence}" for sentence in sensitivity.left_out]
-        fixed, latencies = 0, list[str]()
+        model = subject.plain(variant)
+        sensitivity = measure_sensitivity(model, candidates, subject.loss(), **subject.select())
         if goal == "latency":
             example = example_of(next(iter(subject.batches("validation"))))
             own = priced(
@@ -173,11 +179,12 @@ def _ladders(
                 lambda rung, variant=variant: subject.train(variant, rung, 0.0).file(),  # type: ignore[misc]  # not inferred
                 lambda files, example=example: timed(files, example, batch, subject.format.name),  # type: ignore[misc]
             )
-            sensitivity, fixed, latencies = own.sensitivity, own.fixed, own.notes
-        elif len(variants) > 1:  # the parts that have no format count, too
-            dearest = ladder(sensitivity, 2)[-1]
-            fixed = subject.format.size(subject.train(variant, dearest, 0.0).file()) - dearest.cost
-        each = Ladder(variant, sensitivity, ladder(sensitivity, RUNGS, fixed), latencies, fixed)
+        else:
+            types = {name: type(layer).__name__.removeprefix("QAT") for name, layer in model.named_modules()}
+            own = sized(sensitivity, types.__getitem__, partial(subject.size, model))
+        notes += [f"{variant.name}: {sentence}" for sentence in [*sensitivity.left_out, *own.notes]]
+        rungs = ladder(own.sensitivity, RUNGS, own.fixed)
+        each = Ladder(variant, own.sensitivity, rungs, own.fixed)
         if found and each.rungs[0].cost > 0.99 * found[0].rungs[0].cost:
             show = shown(goal)
             notes.append(

@@ -1,19 +1,15 @@
-"""Successive halving of the alternatives of a whole model: at equal cost, which one loses least?"""
+"""Successive halving of the alternatives of a whole model: which is the cheapest that may keep the promise?"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.trials.budget import Budget
-from qatkit.trials.ladder import Rung, Step
+from qatkit.trials.ladder import SHORT, Rung, Step
 from qatkit.trials.variants import Variant
-
-FIRST = 0.125
-"""Part of all steps in the first round; it doubles in each round."""
 
 
 @dataclass(frozen=True)
@@ -23,56 +19,49 @@ class Ladder:
     variant: Variant
     sensitivity: Sensitivity
     rungs: list[Rung]
-    notes: list[str]
-    """Measured latencies."""
     fixed: int = 0
     """The part of all costs that does not depend on the formats."""
 
 
 def halve(
-    ladders: Sequence[Ladder], judge: Callable[[Ladder, int, float], Step], budget: Budget
-) -> tuple[Ladder, list[Step], list[str]]:
-    """Train all variants briefly at about the same cost, keep the better half, and repeat until one is left.
+    ladders: Sequence[Ladder], judge: Callable[[Ladder, int, float], Step], budget: Budget, limit: float, most: int
+) -> tuple[Ladder | None, list[Step], list[str]]:
+    """Train all variants briefly, keep the better half, and repeat with twice the steps until one is left.
 
-    The first cost is the geometric mean of the cheapest and the dearest choice of the first variant. If the best
-    variant is within the limit, the next cost is lower, otherwise higher.
+    Each variant has its dearest formats that cost less than `most`. Of the variants that lose at most twice the limit,
+    the one with the cheapest formats is best: more training will reduce the loss. The others are ordered by their loss.
 
     Args:
-        ladders: One per variant; the first is the whole model.
+        ladders: One per variant, without the whole model.
         judge: ``(ladder, rung, share)``: train with a part of all steps, and judge on the validation split.
         budget: The budget, of which one full training is left.
+        limit: The largest loss.
+        most: What the whole model costs without training.
 
     Returns:
-        The remaining variant, the trainings, and one sentence for every variant that was dropped.
+        The remaining variant, or None if it is not promising; the trainings; and one sentence for every variant that
+        was dropped.
     """
-    low, high = float(ladders[0].rungs[0].cost), float(ladders[0].rungs[-1].cost)
-    cost, share = math.sqrt(low * high), FIRST
-    left, steps, dropped = list(ladders), list[Step](), list[str]()
-    while len(left) > 1:
-        round_steps: list[tuple[Step, Ladder]] = []
+    share, left, steps, dropped = SHORT, list(ladders), list[Step](), list[str]()
+    while left:
+        judged: list[tuple[Step, Ladder]] = []
         for each in left:
             if budget.allows(share, 1.0):
-                step = budget.timed(share, partial(judge, each, _at(each, cost), share))
-                round_steps.append((step, each))
+                index = max((index for index, rung in enumerate(each.rungs) if rung.cost < most), default=0)
+                judged.append((budget.timed(share, partial(judge, each, index, share)), each))
             else:
-                dropped.append(f"{each.variant.name}: not tried, because the budget is spent")
-        if not round_steps:
-            return left[0], steps, dropped[1:]
-        steps += [step for step, _ in round_steps]
-        round_steps.sort(key=lambda pair: pair[0].lost)
-        best = round_steps[0][0]
-        kept = round_steps[: max(1, len(left) // 2)]
+                dropped.append(f"{each.variant.name}: not trained further, because the budget is spent")
+        if not judged:
+            return (left[0] if steps else None), steps, dropped[1 if steps else 0 :]
+        steps += [step for step, _ in judged]
+        judged.sort(key=lambda pair: (0, pair[1].rungs[0].cost) if pair[0].lost <= 2 * limit else (1, pair[0].lost))
+        kept = [pair for pair in judged[: max(1, len(judged) // 2)] if pair[0].lost <= 2 * limit]
         dropped += [
-            f"{each.variant.name}: at about the same cost, it loses {step.lost:.2%} with {share:.1%} of the steps, and "
-            f"{best.variant} {best.lost:.2%}"
-            for step, each in round_steps[len(kept) :]
+            f"{each.variant.name}: it loses {step.lost:.2%} with {share:.1%} of the steps"
+            + (f", and {kept[0][0].variant} is cheaper" if step.lost <= 2 * limit else ", more than twice the limit")
+            for step, each in judged[len(kept) :]
         ]
         left, share = [each for _, each in kept], 2 * share
-        low, high = (low, cost) if best.within else (cost, high)
-        cost = math.sqrt(low * high)
-    return left[0], steps, dropped
-
-
-def _at(each: Ladder, cost: float) -> int:
-    """The dearest rung that costs at most this much, or the cheapest one."""
-    return max((index for index, rung in enumerate(each.rungs) if rung.cost <= cost), default=0)
+        if len(left) == 1:
+            return left[0], steps, dropped
+    return None, steps, dropped

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qatkit.quantization.mixed.overrides import allocated_layers, family_name
 from qatkit.quantization.mixed.records import Group, Sensitivity
 from qatkit.report.bench import Example, File, Latency, compare_files
 from qatkit.trials.ladder import Rung
+from qatkit.trials.sizes import Priced
 
 REPEATS = 30
-
-
-@dataclass(frozen=True)
-class Priced:
-    """A sensitivity whose options cost nanoseconds instead of bytes."""
-
-    sensitivity: Sensitivity
-    fixed: int
-    """Nanoseconds per call with every group in its fastest format."""
-    notes: list[str]
-    """One sentence for every format of a kind of layers: its measured latency."""
 
 
 def timed(files: Mapping[str, Path], example: Example, batch: int, format: str) -> dict[str, Latency]:

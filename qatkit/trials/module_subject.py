@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,18 +22,21 @@ from qatkit.errors import QatkitError
 from qatkit.export.exporting import export_model
 from qatkit.export.format_row import ExportFormat
 from qatkit.export.formats import FORMATS
+from qatkit.export.interface import ExportContext
 from qatkit.export.verification import verify
 from qatkit.pruning.layers import prunable_layers
 from qatkit.pruning.masks import apply_mask, magnitude_mask, nm_mask
 from qatkit.quantization.folding import fold_batchnorm
-from qatkit.quantization.mixed.records import Sensitivity
-from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.quantization.targets import TARGETS
+from qatkit.recipe import ShrinkConfig
 from qatkit.schemes import Scheme
+from qatkit.stages import shrink
+from qatkit.tasks import call, mean_loss
 from qatkit.tasks.table import Task, declared_task
 from qatkit.trials.ladder import Rung
 from qatkit.trials.promise import split_batches
 from qatkit.trials.sensitivity import batch_loss
+from qatkit.trials.sizes import exported_bytes
 from qatkit.trials.variants import Variant
 
 QUIET: Mapping[str, Any] = {
@@ -128,26 +132,65 @@ class ModuleSubject:
         return split_batches(self.data, split)
 
     def prepare(self, variants: Sequence[Variant]) -> None:
-        """Check that the dense module can be exported; a pattern that does not fit is found when layers are pruned."""
+        """Check that the dense module can be exported and that it can be shrunk and pruned."""
         self.format.check_packages()
         self.format.check_model(self.module.get_submodule(self.model), task=self.task)
+        for variant in variants[1:]:
+            self.plain(variant)
 
-    def sensitivity(self, variant: Variant, candidates: Mapping[str, Scheme]) -> Sensitivity:
-        """See `Subject`. A variant is pruned, but not trained."""
-        module = self._copy()
+    def plain(self, variant: Variant) -> LightningModule:
+        """See `Subject`."""
+        module = self._smaller(variant)
         fold_batchnorm(module)
-        for layer in prunable_layers(module, self.include, self.exclude).values() if variant != Variant() else ():
-            weight: Any = layer.weight
-            mask = nm_mask(weight, *variant.nm) if variant.nm else magnitude_mask(weight, variant.sparsity or 0.0)
-            apply_mask(weight, mask)
-        loss = batch_loss(first_batches(self.data.train_dataloader(), SENSITIVITY_BATCHES), self.task)
-        return measure_sensitivity(module, candidates, loss, self.include, self.exclude)
+        if variant.nm is not None or variant.sparsity is not None:
+            for layer in prunable_layers(module, self.include, self.exclude).values():
+                weight: Any = layer.weight
+                mask = nm_mask(weight, *variant.nm) if variant.nm else magnitude_mask(weight, variant.sparsity or 0.0)
+                apply_mask(weight, mask)
+        return module.eval()
+
+    def loss(self) -> Callable[[nn.Module], float]:
+        """See `Subject`."""
+        return batch_loss(first_batches(self.data.train_dataloader(), SENSITIVITY_BATCHES), self.task)
+
+    def select(self) -> dict[str, Sequence[str]]:
+        """See `Subject`."""
+        return {"include": self.include, "exclude": self.exclude}
+
+    def size(self, model: nn.Module, layers: Mapping[str, Scheme]) -> int:
+        """See `Subject`."""
+        first, tokenizer = next(iter(self.batches("test"))), getattr(self.data, "tokenizer", None)
+        context = ExportContext(first, self.task, TARGETS[self.runtime] if self.target else None, tokenizer)
+        return exported_bytes(
+            model, layers, self.select(), self.format, context, lambda own: own.get_submodule(self.model)
+        )
+
+    def _smaller(self, variant: Variant) -> LightningModule:
+        """A copy, in which the exported model is shrunk."""
+        module = self._copy()
+        sizes: dict[str, Any] = {} if variant.depth is None else {"layers": variant.depth}
+        whole = module.get_submodule(self.model)
+        if variant.width is not None:
+            sizes["neurons" if hasattr(whole, "config") else "channels"] = variant.width
+        if not sizes:
+            return module
+        if not self.model:
+            raise QatkitError(
+                "the module itself cannot be shrunk, only a submodule of it", key="depth" if variant.depth else "width",
+                advice='pass the name of the submodule that is exported, such as model="model"',
+            )  # fmt: skip
+        config = ShrinkConfig(**sizes)
+        batches = list(first_batches(self.data.train_dataloader(), config.calibration_batches))
+        smaller = shrink.apply(config, whole, batches, call, partial(mean_loss, declared=self.task))
+        parent, _, name = self.model.rpartition(".")
+        setattr(module.get_submodule(parent), name, smaller)
+        return module
 
     def train(self, variant: Variant, rung: Rung, share: float) -> TrainedModule:
         """See `Subject`."""
-        module = self._copy()
+        module = self._smaller(variant)
         callbacks: list[Callback] = []
-        if variant != Variant():
+        if variant.nm is not None or variant.sparsity is not None:
             callbacks.append(
                 MagnitudePruning(variant.sparsity, nm=variant.nm, include=self.include, exclude=self.exclude)
             )

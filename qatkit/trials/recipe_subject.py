@@ -6,7 +6,7 @@ The folder of the search is that of a sweep, so equal stages are computed once, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,13 +16,12 @@ from torch import nn
 from qatkit.common.files import write_atomically
 from qatkit.errors import QatkitError
 from qatkit.export.format_row import ExportFormat
-from qatkit.pipeline.export import held_out_data
+from qatkit.export.interface import ExportContext
+from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.pipeline.runner import run_stages, stage_prints
 from qatkit.pipeline.verify import read_verification
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.mixed.overrides import plain_layers
-from qatkit.quantization.mixed.records import Sensitivity
-from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.recipe import Recipe
 from qatkit.recipe.loading import recipe_to_yaml
 from qatkit.run.exports import Exported, exports_of, formats_by_key
@@ -34,6 +33,7 @@ from qatkit.trials.execution import run_trials
 from qatkit.trials.ladder import Rung
 from qatkit.trials.promise import split_batches
 from qatkit.trials.sensitivity import training_loss
+from qatkit.trials.sizes import exported_bytes
 from qatkit.trials.sweep import Trial, load_configurations, open_sweep
 from qatkit.trials.variants import Variant
 
@@ -118,18 +118,31 @@ class RecipeSubject:
         write_atomically(out / "recipe.yaml", recipe_to_yaml(self.base))
         return Run(self.base, out, self.allow)
 
-    def sensitivity(self, variant: Variant, candidates: Mapping[str, Scheme]) -> Sensitivity:
-        """See `Subject`. A variant is pruned and shrunk, but not trained."""
+    def plain(self, variant: Variant) -> nn.Module:
+        """See `Subject`."""
         config = self.base.stages[self.stage]
-        assert config.quantize is not None
         if variant == Variant() and config.prune is None and config.shrink is None:
             model = self._before.load_model(self.base.parent_of(self.stage), quantizers=False)
         else:
-            plain = self._trained({"max_steps": 0, "quantize": None, "distill": None, **self._blocks(variant)})
-            model = plain.load_model(self.stage)
+            pruned = self._trained({"max_steps": 0, "quantize": None, "distill": None, **self._blocks(variant)})
+            model = pruned.load_model(self.stage)
         fold_batchnorm(model)
-        loss = training_loss(self._before, config.batch_size, SENSITIVITY_BATCHES)
-        return measure_sensitivity(model, candidates, loss, config.quantize.include, config.quantize.exclude)
+        return model.eval()
+
+    def loss(self) -> Callable[[nn.Module], float]:
+        """See `Subject`."""
+        return training_loss(self._before, self.base.stages[self.stage].batch_size, SENSITIVITY_BATCHES)
+
+    def select(self) -> dict[str, Sequence[str]]:
+        """See `Subject`."""
+        config = self.base.stages[self.stage].quantize
+        assert config is not None
+        return {"include": config.include, "exclude": config.exclude}
+
+    def size(self, model: nn.Module, layers: Mapping[str, Scheme]) -> int:
+        """See `Subject`."""
+        context = ExportContext(first_batch(self.data), self.task, None, getattr(self.data, "tokenizer", None))
+        return exported_bytes(model, layers, self.select(), self.format, context)
 
     def train(self, variant: Variant, rung: Rung, share: float) -> TrainedStage:
         """See `Subject`. A training that is finished is not repeated."""
@@ -147,9 +160,7 @@ class RecipeSubject:
     def _blocks(self, variant: Variant) -> dict[str, Any]:
         """The blocks of the last stage that prune and shrink."""
         blocks: dict[str, Any] = {}
-        quantize = self.base.stages[self.stage].quantize
-        assert quantize is not None
-        layers = {"include": list(quantize.include), "exclude": list(quantize.exclude)}
+        layers = {key: list(globs) for key, globs in self.select().items()}
         if variant.nm is not None:
             blocks["prune"] = {"nm": list(variant.nm), **layers}
         elif variant.sparsity is not None:

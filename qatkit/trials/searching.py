@@ -25,6 +25,8 @@ def search(
     minimize: Goal = "size",
     batch: int = 1,
     sparsity: str = "",
+    depth: str = "",
+    width: str = "",
     steps: int | None = None,
     budget: float | str = 2.0,
     distill: bool = True,
@@ -51,6 +53,8 @@ def search(
         minimize: "size" of the file, or "latency" in its runtime.
         batch: Samples per call, for latency.
         sparsity: Also try pruned weights: fractions or patterns, such as "0.5,2:4".
+        depth: Also try fewer layers: fractions of the layers of the transformer `model` to keep, such as "0.5".
+        width: Also try a narrower `model`: fractions of its channels or MLP neurons to keep.
         steps: Optimizer steps of a full training; the default is one pass over the training data.
         budget: Cost of all trainings: in full ones, or a string such as "30min" or "6trials".
         distill: Whether `module` is the teacher of all trainings.
@@ -107,7 +111,7 @@ def search(
         raise QatkitError(f"'{minimize}' is unknown", key="minimize", advice="use size or latency")
     formats = candidates if isinstance(candidates, Mapping) else {name: scheme(name) for name in candidates}
     limit = parse_budget(budget) if isinstance(budget, str) else Budget(budget)
-    variants, folder = parse_variants(sparsity, "", ""), Path(out)
+    variants, folder = parse_variants(sparsity, depth, width), Path(out)
     subject = ModuleSubject(
         module, data, runtime, folder, steps, distill, student, model, include, exclude, trainer or {}, seed
     )

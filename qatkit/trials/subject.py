@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
 from qatkit.export.format_row import ExportFormat
-from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.schemes import Scheme
 from qatkit.tasks.table import Task
 from qatkit.trials.ladder import Rung
@@ -49,8 +48,17 @@ class Subject(Protocol):
     def prepare(self, variants: Sequence[Variant]) -> None:
         """Check the variants, and train what all candidates need."""
 
-    def sensitivity(self, variant: Variant, candidates: Mapping[str, Scheme]) -> Sensitivity:
-        """The loss increases of all formats on training data, without training."""
+    def plain(self, variant: Variant) -> nn.Module:
+        """The model before training with quantization, in eval mode: pruned and shrunk, with plain layers."""
+
+    def loss(self) -> Callable[[nn.Module], float]:
+        """The loss of a model on training batches."""
+
+    def select(self) -> dict[str, Sequence[str]]:
+        """``include`` and ``exclude`` of `prepare_qat`."""
+
+    def size(self, model: nn.Module, layers: Mapping[str, Scheme]) -> int:
+        """The bytes of the exported file of a plain model in these formats, without training."""
 
     def train(self, variant: Variant, rung: Rung, share: float) -> Trained:
         """Train with a part of all steps; 0 calibrates only."""

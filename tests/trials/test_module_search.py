@@ -80,6 +80,7 @@ def _bits(model: nn.Module) -> Any:
         ({"runtime": "mlx"}, "runtime: a search measures files in their runtime, but MLX does not run"),
         ({"runtime": "onyx"}, "runtime: .*'onyx'"),
         ({"candidates": ["W4"]}, "W4"),
+        ({"candidates": FORMATS, "width": "0.5"}, 'width: the module itself cannot be shrunk.*model="model"'),
     ],
 )
 def test_arguments_are_checked_before_training(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:

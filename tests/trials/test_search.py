@@ -21,6 +21,7 @@ from qatkit.trials.halving import Ladder, halve
 from qatkit.trials.ladder import Rung, Step, chosen, climb, ladder, screen
 from qatkit.trials.latency import priced
 from qatkit.trials.promise import ONE_SIDED, _difference, _interval, _worst, split_batches
+from qatkit.trials.sizes import sized
 from qatkit.trials.variants import Variant
 from tests.cli.in_process import qatkit
 
@@ -160,29 +161,49 @@ def test_the_reason_for_every_format_is_the_cost_and_the_loss_of_the_next_ones()
     assert second.why == "W2A16 saves 20 bytes and raises the loss by 9; W8A16 adds 40 bytes and lowers the loss by 0.9"
 
 
-def test_variants_are_halved_at_equal_cost() -> None:
+def test_smaller_models_are_halved_by_what_they_can_cost() -> None:
     sensitivity = measured()
-    whole = Ladder(Variant(), sensitivity, ladder(sensitivity, 8, fixed=100), [])
-    others = [
-        Ladder(Variant(sparsity=part), sensitivity, ladder(sensitivity, 8, fixed=50), []) for part in (0.5, 0.6, 0.7)
+    parts = (0.5, 0.6, 0.7, 0.8)
+    ladders = [
+        Ladder(Variant(sparsity=part), sensitivity, ladder(sensitivity, 8, 200 - round(100 * part))) for part in parts
     ]
-    costs: list[int] = []
+    calls: list[tuple[str, int]] = []
 
     def judge(each: Ladder, index: int, share: float) -> Step:
-        costs.append(each.rungs[index].cost)
-        lost = {None: 0.2, 0.5: 0.1, 0.6: 0.005, 0.7: 0.3}[each.variant.sparsity]
+        calls.append((each.variant.name, each.rungs[index].cost))
+        lost = {0.5: 0.001, 0.6: 0.015, 0.7: 0.018 if share < 0.5 else 0.1, 0.8: 0.3}[each.variant.sparsity or 0]
         return Step(index, share, lost, lost, lost <= 0.01, each.variant.name)
 
-    winner, steps, dropped = halve([whole, *others], judge, Budget(4.0))
-    assert winner.variant == Variant(sparsity=0.6)
-    assert [step.share for step in steps] == [0.125] * 4 + [0.25] * 2
-    assert max(costs[:4]) <= (140 * 260) ** 0.5
-    assert max(costs[4:]) < max(costs[:4]), "the best is within the limit, so the next round is cheaper"
-    assert len(dropped) == 3
-    assert "70% sparsity: at about the same cost, it loses 30.00%" in dropped[1]
-    winner, steps, dropped = halve([whole, *others], judge, Budget(1.25))
-    assert (len(steps), winner) == (2, others[0]), "only two were affordable"
+    winner, steps, dropped = halve(ladders, judge, Budget(4.0), 0.01, most=230)
+    assert winner == ladders[1], "the cheapest of those that lose at most twice the limit"
+    assert [step.share for step in steps] == [0.25] * 4 + [0.5] * 2
+    assert all(cost < 230 for _, cost in calls)
+    assert dropped[0] == "50% sparsity: it loses 0.10% with 25.0% of the steps, and 70% sparsity is cheaper"
+    assert dropped[1:] == [
+        "80% sparsity: it loses 30.00% with 25.0% of the steps, more than twice the limit",
+        "70% sparsity: it loses 10.00% with 50.0% of the steps, more than twice the limit",
+    ]
+    winner, steps, dropped = halve(ladders[3:], judge, Budget(4.0), 0.01, most=230)
+    assert (winner, len(steps)) == (None, 1), "it is not promising"
+    winner, steps, dropped = halve(ladders, judge, Budget(1.5), 0.01, most=230)
+    assert (winner, len(steps)) == (ladders[1], 2), "only two were affordable"
     assert [sentence.rpartition(", because ")[2] for sentence in dropped[:2]] == ["the budget is spent"] * 2
+    assert halve([], judge, Budget(2.0), 0.01, most=1) == (None, [], [])
+
+
+def test_sizes_are_those_of_the_file() -> None:
+    sensitivity = measured()
+
+    def size(layers: Any) -> int:  # 2-bit codes take 4 bits each
+        return 1000 + sum(10 * max(each.weight.num_bits, 4) for each in layers.values())
+
+    found = sized(sensitivity, lambda name: "Linear", size)
+    assert found.fixed == 1000
+    costs = [{name: option.bytes for name, option in group.options.items()} for group in found.sensitivity.groups]
+    assert costs == [{"W8A16": 80, "W4A16": 40, "W2A16": 40}] * 2
+    (note,) = found.notes
+    assert note == ("W2A16 in Linear layers saves 80 bytes of the file, although its packed codes take 120 bytes less")
+    assert "W2A16" not in ladder(found.sensitivity, 8, found.fixed)[0].formats.values()
 
 
 def test_the_latency_of_a_kind_of_layers_is_divided_and_noise_is_zero() -> None:
