@@ -6,14 +6,14 @@ Takes about half an hour on one idle core. Every measured pair of a model and a 
 models for a few steps, and writes no results.
 
 Each model is trained, and `qatkit.search` looks for the smallest ONNX file whose metric loses at most 1%, with weights
-of 8, 4 and 2 bits and a budget of two full trainings. The file is then run in ONNX Runtime on the test split, apart
-from the search. The rivals keep the same rule: a file counts if the upper end of the one-sided 95% interval of its loss
-on the validation split is within the limit.
+of 8, 4 and 2 bits, narrower or shallower models, and a budget of two full trainings. The file is then run in ONNX
+Runtime on the test split, apart from the search. The rivals keep the same rule: a file counts if the upper end of the
+one-sided 95% interval of its loss on the validation split is within the limit.
 
 - Post-training: the exact allocation of the same sensitivity for 16 sizes, with scales of least squared error and with
   GPTQ; and ONNX Runtime's `quantize_static` and `quantize_dynamic`. The smallest file counts, or the dense one.
-- Random search at equal cost: four random choices of formats are trained with a quarter of the steps, and the smallest
-  one within the limit with all steps.
+- Random search at equal cost: four random choices of model and formats are trained with a quarter of the steps, and the
+  smallest one within the limit with all steps.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -42,12 +43,15 @@ from qatkit.export.onnx.baselines import quantize
 from qatkit.pipeline.baselines import example_of
 from qatkit.quantization.folding import fold_batchnorm
 from qatkit.quantization.mixed.overrides import allocated_layers
+from qatkit.quantization.mixed.records import Sensitivity
+from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.tasks import call
 from qatkit.trials.bounded import Found
 from qatkit.trials.ladder import SHORT, Rung, ladder
 from qatkit.trials.module_subject import ModuleSubject, TrainedModule
 from qatkit.trials.promise import Promise, compare
-from qatkit.trials.variants import Variant
+from qatkit.trials.sizes import sized
+from qatkit.trials.variants import Variant, parse_variants
 
 JOURNAL = RESULTS / "search_jobs.json"
 LIMIT, BUDGET, SEEDS = 0.01, 2.0, (0, 1, 2)
@@ -66,7 +70,10 @@ class Job:
         self.steps = 8 if quick else family.steps
         self.include = family.search.get("include", ["*"])
         self.subject = self.subject_in("rivals")
-        self.sensitivity = self.subject.sensitivity(Variant(), CANDIDATES)
+        self.sensitivity = self.measured(Variant())
+        plain = self.subject.plain(Variant())
+        types = {name: type(layer).__name__ for name, layer in plain.named_modules()}
+        self.in_files = sized(self.sensitivity, types.__getitem__, partial(self.subject.size, plain))
         self.dense = self.subject.dense()
 
     def subject_in(self, name: str) -> ModuleSubject:
@@ -76,12 +83,17 @@ class Job:
             {"accelerator": "cpu"}, self.seed,
         )  # fmt: skip
 
+    def measured(self, variant: Variant) -> Sensitivity:
+        """The sensitivity of the whole model or of a smaller one."""
+        model = self.subject.plain(variant)
+        return measure_sensitivity(model, CANDIDATES, self.subject.loss(), **self.subject.select())
+
     def searched(self) -> Found:
         """The result of the search."""
         return search(
             self.module, self.data, LIMIT, "onnx", candidates=CANDIDATES, steps=self.steps, budget=BUDGET, model="net",
-            include=self.include, trainer={"accelerator": "cpu"}, seed=self.seed, out=self.folder / "search",
-            quiet=True,
+            trainer={"accelerator": "cpu"}, seed=self.seed, out=self.folder / "search", quiet=True,
+            **self.family.search,
         )  # fmt: skip
 
     def judged(self, model: Callable[..., Any], split: Any = "validation") -> Promise:
@@ -100,7 +112,7 @@ class Job:
     def allocated(self, method: str) -> int | None:
         """The smallest file of a post-training method under exact allocation; None if none is within the limit."""
         batches = list(islice(self.data.train_dataloader(), 16))
-        for rung in ladder(self.sensitivity, SIZES):
+        for rung in ladder(self.in_files.sensitivity, SIZES, self.in_files.fixed):
             model = self.subject._copy()
             fold_batchnorm(model)
             prepare_qat(model, layers=rung.layers, include=self.include)
@@ -124,18 +136,22 @@ class Job:
 
     def randomly(self) -> int | None:
         """The smallest file of a random search with the same budget; None if it finds none."""
-        draw, subject = random.Random(self.seed), self.subject_in("random")
-        rungs = []
+        draw, subject, sizes = random.Random(self.seed), self.subject_in("random"), self.family.search
+        variants = parse_variants("", sizes.get("depth", ""), sizes.get("width", ""))
+        measured = {variant: self.measured(variant) for variant in variants}
+        tried: list[tuple[int, Variant, Rung]] = []
         for _ in range(4):
-            formats = {group.name: draw.choice(list(group.options)) for group in self.sensitivity.groups}
-            cost = sum(group.options[formats[group.name]].bytes for group in self.sensitivity.groups)
-            rungs.append(Rung(cost, 0.0, formats, allocated_layers(self.sensitivity, formats)))
-        rungs.sort(key=lambda rung: rung.cost)
-        short = [(rung, subject.train(Variant(), rung, SHORT)) for rung in rungs]
-        passed = [(rung, made) for rung, made in short if self.within(made.model())]
-        full = subject.train(Variant(), passed[0][0] if passed else rungs[-1], 1.0)
-        kept = [full] if self.within(full.model()) else [made for _, made in passed[1:]]
-        return FORMATS["onnx"].size(kept[0].file()) if kept else None
+            variant = draw.choice(variants)
+            own = measured[variant]
+            formats = {group.name: draw.choice(list(group.options)) for group in own.groups}
+            rung = Rung(0, 0.0, formats, allocated_layers(own, formats))
+            tried.append((subject.size(subject.plain(variant), rung.layers), variant, rung))
+        tried.sort(key=lambda each: each[0])
+        passed = [each for each in tried if self.within(subject.train(each[1], each[2], SHORT).model())]
+        size, variant, rung = passed[0] if passed else tried[-1]
+        if self.within(subject.train(variant, rung, 1.0).model()):
+            return size
+        return passed[1][0] if len(passed) > 1 else None
 
 
 def measured(name: str, seed: int, quick: bool) -> dict[str, Any]:
@@ -160,6 +176,7 @@ def measured(name: str, seed: int, quick: bool) -> dict[str, Any]:
         "held": not found.failures and alone.lost <= LIMIT + 1e-12,
         "said": found.kept,
         "flipped": alone.flipped,
+        "chosen": found.variant,
         "layers of 8, 4, 2 bits": "/".join(map(str, bits.values())),
         "bytes": found.bytes,
         "dense bytes": dense,

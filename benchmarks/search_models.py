@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from serve_models import Encoder
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -19,19 +18,19 @@ from qatkit.tasks import call, declared_task, mean_loss
 LEVELS = 17
 
 
-class TokenBert(nn.Module):
+BLOCKS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+BLOCKS |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 10}
+
+
+def vit() -> nn.Module:
+    """A vision transformer that reads an image in 16 patches."""
+    return untrained_model("vit", "ImageClassification", BLOCKS | {"image_size": 8, "patch_size": 2, "num_channels": 1})
+
+
+def bert() -> nn.Module:
     """A BERT that reads the 64 gray levels of an 8x8 image as tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-        fixed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64}
-        shape |= {"vocab_size": LEVELS, "num_labels": 10} | fixed
-        self.bert = untrained_model("bert", "SequenceClassification", shape)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self.bert(input_ids=input_ids).logits
-        return logits
+    shape = {"vocab_size": LEVELS, "max_position_embeddings": 64}
+    return untrained_model("bert", "SequenceClassification", BLOCKS | shape)
 
 
 class Fitted(LightningModule):
@@ -54,9 +53,9 @@ class Fitted(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def pictures(seed: int, size: int = 8) -> Any:
+def pictures(seed: int) -> Any:
     """Digits, of which a quarter is for validation and a quarter for the test."""
-    return digits(0.25, 0.25, split_seed=seed, batch_size=64, seed=seed, size=size)
+    return digits(0.25, 0.25, split_seed=seed, batch_size=64, seed=seed)
 
 
 def levels(seed: int) -> Any:
@@ -92,15 +91,16 @@ class Family:
     """Further arguments of `qatkit.search`."""
 
 
+NARROWER = {"width": "0.75,0.5"}
 FAMILIES = {
-    "MLP": Family(lambda: mlp(64, (256, 256))),
-    "CNN": Family(cnn),
-    "ResNet": Family(lambda: resnet((16, 32))),
-    "ViT": Family(lambda: Encoder(64, 2, 8), lambda seed: pictures(seed, 32), 600, lr=1e-3, tuning_lr=3e-4),
-    "BERT": Family(TokenBert, levels, 800, lr=1e-3, tuning_lr=3e-4),
+    "MLP": Family(lambda: mlp(64, (256, 256)), search=NARROWER),
+    "CNN": Family(cnn, search=NARROWER),
+    "ResNet": Family(lambda: resnet((16, 32)), search=NARROWER),
+    "ViT": Family(vit, pictures, 600, lr=1e-3, tuning_lr=5e-4, search={"depth": "0.5"}),
+    "BERT": Family(bert, levels, 800, lr=1e-3, tuning_lr=5e-4, search={"depth": "0.5"}),
     "Llama": Family(
-        lambda: llama(512, 96, 2, 4, 2, 256, 64, tie_embeddings=False), text, 800, lr=3e-3, tuning_lr=5e-4,
-        search={"include": ["*", "*embed_tokens"]},
+        lambda: llama(512, 96, 2, 4, 2, 256, 64, tie_embeddings=False), text, 800, lr=3e-3, tuning_lr=1e-3,
+        search={"include": ["*", "*embed_tokens"], "width": "0.5"},
     ),
 }  # fmt: skip
 

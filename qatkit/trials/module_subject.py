@@ -37,6 +37,7 @@ from qatkit.trials.ladder import Rung
 from qatkit.trials.promise import split_batches
 from qatkit.trials.sensitivity import batch_loss
 from qatkit.trials.sizes import exported_bytes
+from qatkit.trials.smaller import shrink_sizes
 from qatkit.trials.variants import Variant
 
 QUIET: Mapping[str, Any] = {
@@ -168,11 +169,8 @@ class ModuleSubject:
     def _smaller(self, variant: Variant) -> LightningModule:
         """A copy, in which the exported model is shrunk."""
         module = self._copy()
-        sizes: dict[str, Any] = {} if variant.depth is None else {"layers": variant.depth}
         whole = module.get_submodule(self.model)
-        if variant.width is not None:
-            sizes["neurons" if hasattr(whole, "config") else "channels"] = variant.width
-        if not sizes:
+        if not (sizes := shrink_sizes(variant, whole)):
             return module
         if not self.model:
             raise QatkitError(

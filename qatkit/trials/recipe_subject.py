@@ -34,6 +34,7 @@ from qatkit.trials.ladder import Rung
 from qatkit.trials.promise import split_batches
 from qatkit.trials.sensitivity import training_loss
 from qatkit.trials.sizes import exported_bytes
+from qatkit.trials.smaller import shrink_sizes
 from qatkit.trials.sweep import Trial, load_configurations, open_sweep
 from qatkit.trials.variants import Variant
 
@@ -165,10 +166,7 @@ class RecipeSubject:
             blocks["prune"] = {"nm": list(variant.nm), **layers}
         elif variant.sparsity is not None:
             blocks["prune"] = {"sparsity": variant.sparsity, **layers}
-        sizes: dict[str, float] = {} if variant.depth is None else {"layers": variant.depth}
-        if variant.width is not None:
-            model = self._before.build_model()
-            sizes["neurons" if hasattr(model, "config") else "channels"] = variant.width
+        sizes = {} if variant.depth is variant.width is None else shrink_sizes(variant, self._before.build_model())
         return blocks | ({"shrink": sizes} if sizes else {})
 
     def _values(self, own: Mapping[str, Any]) -> dict[str, Any]:

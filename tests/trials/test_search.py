@@ -267,7 +267,7 @@ def test_the_result_is_smaller_and_keeps_its_promise(folder: Path, ended: tuple[
     assert found["promise"]["samples"] == 360
     assert found["bytes"] < found["dense_bytes"] / 3
     assert "KEPT: at most 3.00%; accuracy" in output
-    assert [each["group"] for each in found["decisions"]] == ["layers.0", "layers.2", "layers.4"]
+    assert [each["group"] for each in found["decisions"]] == ["1", "3", "5"]
     page = (folder / "out" / "search.html").read_text()
     assert all(each["why"] in page for each in found["decisions"])
     chosen = found["ladders"]["whole model"][found["step"]["rung"]]
@@ -299,7 +299,7 @@ def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, s
         (("--budget", "much"), "--budget: 'much' is not a budget; use full trainings such as 2"),
         (("--minimize", "cost"), "--price: a price is required for --minimize cost"),
         (("--sparsity", "2"), "--sparsity: '2' is out of range; use a fraction between 0 and 1, or a pattern"),
-        (("--depth", "0.5"), "stages.qat.shrink.layers"),
+        (("--depth", "0.5"), "stages.qat.shrink.layers: "),
         (("--max-loss", "much"), "--max-loss: 'much' is not a part; use a value such as 1% or 0.01"),
         (("export=null",), "export: a search measures exported files; add export: {format: onnx}"),
         (("export.format=mlx",), "export.format: a search measures files in their runtime, but MLX does not run"),
