@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from qatkit.callbacks.batches import first_batches
@@ -35,6 +36,7 @@ def batch_loss(batches: Iterable[Any], task: Task | None) -> Callable[[nn.Module
     """
     kept = list(batches)
 
+    @torch.no_grad()
     def loss(model: nn.Module) -> float:
         losses = [counted_loss(model, batch, task) for batch in kept]
         return sum(float(value) * int(n) for value, n in losses) / max(sum(int(n) for _, n in losses), 1)

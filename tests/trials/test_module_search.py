@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from qatkit import QatkitError, QuantSpec, Scheme, search
 from qatkit.data import digits
 from qatkit.quantization.prepare import quantized_weights
+from qatkit.trials.module_subject import ModuleSubject
+from qatkit.trials.variants import Variant
 
 FORMATS = {f"int{bits}": Scheme(QuantSpec(num_bits=bits)) for bits in (8, 4, 2)}
 
@@ -69,6 +71,33 @@ def test_a_module_of_ones_own_is_searched_and_not_changed(tmp_path: Path) -> Non
 
 def _bits(model: nn.Module) -> Any:
     return [(name + ".weight", weight, quantizer.spec) for name, weight, quantizer in quantized_weights(model)]
+
+
+@pytest.mark.slow
+def test_the_latency_of_a_narrower_module_is_measured_in_the_runtime(tmp_path: Path) -> None:
+    module, data = trained()
+    formats = {name: FORMATS[name] for name in ("int8", "int4")}
+    found = search(
+        module, data, 0.5, "onnx", candidates=formats, minimize="latency", batch=64, width="0.5", model="net", steps=8,
+        out=tmp_path, quiet=True, trainer={"accelerator": "cpu"},
+    )  # fmt: skip
+    assert found.latency is not None
+    assert found.latency["found"]["batch_size"] == 64
+    assert any("in int4 instead of int8: " in note for note in found.notes)
+    assert found.kept
+
+
+def test_a_narrower_model_replaces_the_submodule_of_a_copy(tmp_path: Path) -> None:
+    module, data = trained()
+    own = ("dense", tmp_path, 10, True, None, "net", ["*"], [], {"accelerator": "cpu"}, 0)
+    subject = ModuleSubject(module, data, *own)
+    narrow = subject.plain(Variant(width=0.5, sparsity=0.25))
+    assert [layer.weight.shape for layer in narrow.net if isinstance(layer, nn.Linear)] == [(16, 64), (10, 16)]
+    assert module.net[1].weight.shape == (32, 64)
+    assert int((narrow.net[1].weight == 0).sum()) == 256
+    sizes = [subject.size(subject.plain(Variant(width=width)), {"*": FORMATS["int8"]}) for width in (None, 0.5)]
+    assert sizes[1] < sizes[0]
+    assert subject.loss()(narrow) > subject.loss()(subject.plain(Variant()))
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,21 @@ def test_a_promise_that_is_broken_is_said(folder: Path, ended: tuple[int, str, s
     assert "NOT KEPT: more than 0.00%" in output
 
 
+@pytest.mark.slow
+def test_the_price_of_a_narrower_model_is_minimized(folder: Path) -> None:
+    code, output, err = qatkit(
+        *ARGUMENTS[:3], "90%", "--candidates", "smallest.yaml", "--minimize", "cost", "--price", "0.5", "--batch", "64",
+        "--width", "0.25", "--sparsity", "2:4", "--out", "priced", "model.args.hidden=[256,256]", cwd=folder,
+    )  # fmt: skip
+    assert code == 0, output + err
+    found = json.loads((folder / "priced" / "search.json").read_text())
+    assert found["minimize"] == "latency"
+    assert set(found["latency"]) == {"dense", "found"}
+    assert all(rungs[0]["cost"] > 0 for rungs in found["ladders"].values())
+    assert "per thousand requests instead of" in output
+    assert "ms per call instead of" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
