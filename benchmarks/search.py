@@ -7,8 +7,8 @@ models for a few steps, and writes no results.
 
 Each model is trained, and `qatkit.search` looks for the smallest ONNX file whose metric loses at most 1%, with weights
 of 8, 4 and 2 bits, narrower or shallower models, and a budget of two full trainings. The file is then run in ONNX
-Runtime on the test split, apart from the search. The rivals keep the same rule: a file counts if the upper end of the
-one-sided 95% interval of its loss on the validation split is within the limit.
+Runtime on the test split, apart from the search. The rivals keep the same rule: a file counts if, judged by the
+validation split, another split of the same size would show at most this loss with a probability of 95%.
 
 - Post-training: the exact allocation of the same sensitivity for 16 sizes, with scales of least squared error and with
   GPTQ; and ONNX Runtime's `quantize_static` and `quantize_dynamic`. The smallest file counts, or the dense one.

@@ -6,8 +6,8 @@
 3. The metric on the validation split bisects the ladder without training. What is within the limit is the upper end of
    a finer ladder.
 4. If there are alternatives of the whole model, successive halving chooses one of them, unless none is promising.
-5. Short trainings bisect that ladder; full trainings decide. A model is within the limit if the upper end of the
-   one-sided 95% interval of its loss is.
+5. Short trainings bisect that ladder; full trainings decide. A model is within the limit if another split
+   of the same size would show this with a probability of 95%.
 6. The result is compared with the dense model on the test split, which no decision has used.
 """
 

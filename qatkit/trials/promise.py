@@ -24,7 +24,7 @@ from qatkit.tasks.metrics import METRICS
 from qatkit.tasks.table import Task
 
 ONE_SIDED = NormalDist().inv_cdf(0.95)
-"""Standard errors between the mean and the bound that the true loss exceeds with a probability of 5%."""
+"""Standard errors between a mean and the value that is exceeded with a probability of 5%."""
 _CLASSES = 1000
 """The largest number of classes of which the worst is named."""
 _FEWEST = 10
@@ -46,7 +46,9 @@ class Promise:
     """The 95% interval of the loss, from the paired differences of all samples; None if it is not known for the metric.
     """
     bound: float
-    """The upper end of the one-sided 95% interval; equal to `lost` if it is not known for the metric."""
+    """The loss that another split of the same size exceeds with a probability of 5%, where an improvement counts as no
+    change; equal to `lost` if it is not known for the metric.
+    """
     flipped: float
     """Fraction of predictions that differ from those of the dense model."""
     samples: int
@@ -84,7 +86,7 @@ def compare(dense: Callable[..., Any], found: Callable[..., Any], batches: Itera
         found=values[1],
         lost=lost,
         interval=_interval(metric.name, mean_and_error),
-        bound=lost if mean_and_error is None else _loss(metric.name, mean_and_error[0] + ONE_SIDED * mean_and_error[1]),
+        bound=lost if mean_and_error is None else _bound(metric.name, mean_and_error),
         flipped=1 - same / judges[0].count,
         samples=judges[0].count,
         worst=_worst(pairs) if not own.per_token else None,
@@ -162,6 +164,15 @@ def _interval(metric: str, found: tuple[float, float] | None) -> tuple[float, fl
         return None
     (mean, error), half = found, NormalDist().inv_cdf(0.975)
     return _loss(metric, mean - half * error), _loss(metric, mean + half * error)
+
+
+def _bound(metric: str, found: tuple[float, float]) -> float:
+    """The means of two splits of the same size differ by the square root of two standard errors.
+
+    Compression rarely improves a model, so an improvement is mostly luck, which another split does not share.
+    """
+    mean, error = found
+    return _loss(metric, max(mean, 0.0) + ONE_SIDED * math.sqrt(2) * error)
 
 
 def _loss(metric: str, difference: float) -> float:

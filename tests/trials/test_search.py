@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qatkit.trials.decisions import decisions
 from qatkit.trials.halving import Ladder, halve
 from qatkit.trials.ladder import Rung, Step, chosen, climb, ladder, screen
 from qatkit.trials.latency import priced
-from qatkit.trials.promise import ONE_SIDED, _difference, _interval, _worst, split_batches
+from qatkit.trials.promise import _bound, _difference, _interval, _worst, split_batches
 from qatkit.trials.sizes import sized
 from qatkit.trials.variants import Variant
 from tests.cli.in_process import qatkit
@@ -128,9 +129,12 @@ def test_the_interval_is_that_of_the_paired_differences() -> None:
         expected = norm.interval(0.95, array.mean(), array.std(ddof=1) / 500**0.5)
         difference = _difference(metric, pairs)
         assert difference is not None
-        assert difference[0] + ONE_SIDED * difference[1] == pytest.approx(
-            norm.ppf(0.95, array.mean(), array.std(ddof=1) / 500**0.5)
-        )
+        mean, error = array.mean(), array.std(ddof=1) / 500**0.5
+        assert difference == pytest.approx((mean, error))
+        another = norm.ppf(0.95, mean, error * 2**0.5)
+        assert _bound("accuracy", difference) == pytest.approx(another)
+        assert _bound("perplexity", difference) == pytest.approx(math.expm1(another))
+        assert _bound("accuracy", (-mean, error)) == pytest.approx(another - mean), "an improvement is no change"
         found = _interval(metric, difference)
         assert found is not None
         if metric == "perplexity":
