@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 from qatkit.errors import QatkitError
 from qatkit.pipeline.baselines import example_of
+from qatkit.quantization.mixed.records import Sensitivity
 from qatkit.quantization.mixed.sensitivity import measure_sensitivity
 from qatkit.schemes import Scheme
 from qatkit.trials.budget import Budget
 from qatkit.trials.decisions import Decision, decisions
-from qatkit.trials.halving import Ladder, halve
+from qatkit.trials.halving import Ladder, halve, with_increases
 from qatkit.trials.ladder import Rung, Step, chosen, climb, confirmed, ladder, screen
 from qatkit.trials.latency import priced, timed
 from qatkit.trials.promise import Promise, compare, runtime_of
@@ -169,9 +170,12 @@ def _ladders(
     """The ladders of all variants that are cheaper than the model as it is, and why the others are left out."""
     found: list[Ladder] = []
     notes: list[str] = []
+    first: Sensitivity | None = None
     for variant in variants:
         model = subject.plain(variant)
         sensitivity = measure_sensitivity(model, candidates, subject.loss(), **subject.select())
+        first = first or sensitivity
+        sensitivity = with_increases(sensitivity, first)
         if goal == "latency":
             example = example_of(next(iter(subject.batches("validation"))))
             own = priced(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from qatkit.quantization.mixed.records import Sensitivity
@@ -21,6 +21,25 @@ class Ladder:
     rungs: list[Rung]
     fixed: int = 0
     """The part of all costs that does not depend on the formats."""
+
+
+def with_increases(sensitivity: Sensitivity, whole: Sensitivity) -> Sensitivity:
+    """Return the measurement of a smaller model with the increases of the whole model, where groups have equal names.
+
+    The smaller model is not trained yet, so its own losses say little about the formats of its layers.
+    """
+    known = {group.name: group.options for group in whole.groups}
+    groups = [
+        replace(
+            group,
+            options={
+                name: replace(option, increase=known.get(group.name, group.options).get(name, option).increase)
+                for name, option in group.options.items()
+            },
+        )
+        for group in sensitivity.groups
+    ]
+    return replace(sensitivity, groups=tuple(groups))
 
 
 def halve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qatkit.quantization.mixed.records import Group, Option, Sensitivity
 from qatkit.schemes import scheme
 from qatkit.trials.budget import Budget
 from qatkit.trials.decisions import decisions
-from qatkit.trials.halving import Ladder, halve
+from qatkit.trials.halving import Ladder, halve, with_increases
 from qatkit.trials.ladder import Rung, Step, chosen, climb, ladder, screen
 from qatkit.trials.latency import priced
 from qatkit.trials.promise import _bound, _difference, _interval, _worst, split_batches
@@ -131,10 +132,11 @@ def test_the_interval_is_that_of_the_paired_differences() -> None:
         assert difference is not None
         mean, error = array.mean(), array.std(ddof=1) / 500**0.5
         assert difference == pytest.approx((mean, error))
-        another = norm.ppf(0.95, mean, error * 2**0.5)
+        another = norm.ppf(0.95, max(mean, 0), error * 2**0.5)
         assert _bound("accuracy", difference) == pytest.approx(another)
         assert _bound("perplexity", difference) == pytest.approx(math.expm1(another))
-        assert _bound("accuracy", (-mean, error)) == pytest.approx(another - mean), "an improvement is no change"
+        unchanged = norm.ppf(0.95, 0, error * 2**0.5)
+        assert _bound("accuracy", (-abs(mean), error)) == pytest.approx(unchanged), "an improvement is no change"
         found = _interval(metric, difference)
         assert found is not None
         if metric == "perplexity":
@@ -193,6 +195,14 @@ def test_smaller_models_are_halved_by_what_they_can_cost() -> None:
     assert (winner, len(steps)) == (ladders[1], 2), "only two were affordable"
     assert [sentence.rpartition(", because ")[2] for sentence in dropped[:2]] == ["the budget is spent"] * 2
     assert halve([], judge, Budget(2.0), 0.01, most=1) == (None, [], [])
+
+
+def test_a_smaller_model_has_the_sensitivity_of_the_whole_one() -> None:
+    group = Group(("b",), 8, {"W8A16": Option(8, -3.0), "W4A16": Option(4, -5.0)})
+    other = replace(group, layers=("new",))
+    made = with_increases(Sensitivity(9.0, {}, (group, other)), measured())
+    assert made.groups[0].options == {"W8A16": Option(8, 0.1), "W4A16": Option(4, 1.0)}
+    assert made.groups[1] == other
 
 
 def test_sizes_are_those_of_the_file() -> None:
