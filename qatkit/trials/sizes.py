@@ -89,7 +89,7 @@ def exported_bytes(
         exported: Returns the part of the model that is exported.
     """
     own = copy.deepcopy(model).eval()
-    prepare_qat(own, layers=layers, **select)
+    prepare_qat(own, layers=layers, include=select["include"], exclude=select["exclude"])
     if not all(fake_quant.ready for _, fake_quant in fake_quantizers(own)):
         calibrate(own, [context.batch], lambda batch: call(own, batch))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
