@@ -15,7 +15,6 @@ from torch import nn
 
 from qatkit.common.files import atomic_path
 from qatkit.errors import QatkitError
-from qatkit.export.executorch.content import decode
 from qatkit.export.executorch.layers import to_decomposed
 from qatkit.export.executorch.lowering import INSTEAD, lower
 from qatkit.export.executorch.read_back import compare_and_load
@@ -178,13 +177,5 @@ def export_executorch(model: nn.Module, example: Any, path: Path | str, task: Ta
         config.use_cache = False  # the cache of keys and values is an output that no file holds
     to_decomposed(plain)
     data = lower(plain, inputs)
-    integer = {layer.name for layer in decode(data).layers if layer.weight.scales is not None}
-    for name, _ in qat_layers(model):
-        if name not in integer:
-            raise QatkitError(
-                f"layer '{name}': XNNPACK would compute it in floating point, because what it reads or writes is not "
-                "quantized",
-                advice="exclude the layer",
-            )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)

@@ -35,8 +35,8 @@ def lower(model: nn.Module, inputs: Inputs) -> bytes:
         inputs: The inputs of one call.
 
     Raises:
-        QatkitError: the model fails on the example or does not return a tensor, or PyTorch or ExecuTorch cannot trace
-            it.
+        QatkitError: the model fails on the example or does not return a tensor; PyTorch or ExecuTorch cannot trace it;
+            or XNNPACK would compute a quantized layer in floating point.
     """
     names = list(_outputs_of(model, inputs))
     _return_tensors(model)
@@ -68,6 +68,7 @@ def _lowered(model: nn.Module, inputs: Inputs, outputs: list[str]) -> bytes:
     # XNNPACK concatenates codes only if their scales are equal, which the partitioner does not check
     partitioner = XnnpackPartitioner(configs=[each for each in ALL_PARTITIONER_CONFIGS if each is not CatConfig])
     lowered = to_edge_transform_and_lower(program, partitioner=[partitioner]).exported_program()
+    _check_integer(lowered)
     described = {"inputs": list(inputs.tensors), "outputs": outputs, "layers": _layers(model, lowered)}
     edge = EdgeProgramManager(lowered, {METADATA: json.dumps(described)}, get_xnnpack_edge_compile_config())
     planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
@@ -95,6 +96,28 @@ def _keep_codes(program: Any) -> None:
     program.graph_module.recompile()
 
 
+def _check_integer(program: Any) -> None:
+    """Raise an error if a weight is decoded outside of XNNPACK's graphs.
+
+    Raises:
+        QatkitError: there is such a layer.
+    """
+    for node in program.graph.nodes:
+        if node.op == "call_function" and "dequantize_per_channel" in node.target.__name__:
+            name = _path(node).removesuffix("weight").removesuffix(".")
+            raise QatkitError(
+                f"layer '{name}': XNNPACK would compute it in floating point, because what it reads or writes is not "
+                "quantized",
+                advice="exclude the layer",
+            )
+
+
+def _path(node: Any) -> str:
+    """The module in which a node of a graph is computed."""
+    path: str = [path for path, _ in (node.meta.get("nn_module_stack") or {"": ("", None)}).values()][-1]
+    return path
+
+
 def _layers(model: nn.Module, program: Any) -> dict[str, str]:
     """The name of the layer that a node of XNNPACK's graphs computes, by the number of the node."""
     first = {id(layer): name for name, layer in model.named_modules()}
@@ -103,8 +126,7 @@ def _layers(model: nn.Module, program: Any) -> dict[str, str]:
         for node in delegate.original_module.graph.nodes:
             if node.op != "call_function" or not _GEMM & set(node.target.__name__.split(".")):
                 continue
-            path = [path for path, _ in (node.meta.get("nn_module_stack") or {"": ("", None)}).values()][-1]
-            found[str(node.meta["debug_handle"])] = first[id(model.get_submodule(path))]
+            found[str(node.meta["debug_handle"])] = first[id(model.get_submodule(_path(node)))]
     return found
 
 

@@ -291,7 +291,7 @@ def test_a_layer_that_xnnpack_would_compute_in_floating_point_is_named(tmp_path:
     prepare_for_target(model, "executorch", x)
     calibrate(model, [x])
     del model.get_submodule("0")._forward_hooks[next(iter(model.get_submodule("0")._forward_hooks))]
-    with pytest.raises(QatkitError, match=r"layer '0': XNNPACK would compute it in floating point|cannot convert"):
+    with pytest.raises(QatkitError, match="layer '0': XNNPACK would compute it in floating point, because"):
         export_model(model, "executorch", tmp_path / "model.pte", [(x, torch.zeros(4).long())])
     assert not (tmp_path / "model.pte").exists()
 
