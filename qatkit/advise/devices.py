@@ -40,6 +40,11 @@ class Device:
     operator: float = 0.0
     """The same per operator."""
 
+    @property
+    def fastest(self) -> str:
+        """The dtype of an uncompressed model: the faster of fp32 and bf16."""
+        return max((name for name in ("fp32", "bf16") if name in self.rates), key=self.rates.__getitem__)
+
 
 _TENSOR_CORES = 2.0
 

@@ -129,11 +129,11 @@ def settings(recipe: Recipe, allow: Sequence[str] = ()) -> Iterator[tuple[str, S
         if stage.max_steps:
             teacher = models.teacher(name) if stage.distill is not None else None
             precision, device = AUTOCAST[recipe.trainer.precision], device_type(recipe.trainer.accelerator)
-            yield name, Setting(models[name], teacher, stage, _context(recipe, allow), precision, device, task)
+            yield name, Setting(models[name], teacher, stage, context_of(recipe, allow), precision, device, task)
 
 
-def _context(recipe: Recipe, allow: Sequence[str]) -> int | None:
-    """Tokens per sample: the data factory's argument ``context``, or its default."""
+def context_of(recipe: Recipe, allow: Sequence[str]) -> int | None:
+    """Return the tokens per sample: the data factory's argument ``context``, or its default."""
     if "context" in recipe.data.args:
         return int(recipe.data.args["context"])
     parameters = inspect.signature(resolve(recipe.data.factory, "data.factory", allow)).parameters

@@ -240,6 +240,11 @@ def rate_of(device: Device, dtype: str) -> float:
     return device.rates[dtype]
 
 
+def supports(device: Device, dtype: str, technique: Technique) -> bool:
+    """Whether a device computes with a technique, and has a rate for it."""
+    return (technique.dtype or dtype) in device.rates and not (technique.sparse and device.sparse == 1)
+
+
 def bound_of(layer: LayerCost, device: Device, dtype: str) -> str:
     """Return "compute" or "memory", whichever takes longer."""
     return "compute" if layer.intensity(dtype) >= rate_of(device, dtype) * 1e3 / device.bandwidth else "memory"

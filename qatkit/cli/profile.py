@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qatkit.cli.arguments import Allow, AsJson, Overrides
-from qatkit.cli.inputs import load
 from qatkit.cli.output import echo, print_table
+from qatkit.cli.phases import load_phases
 from qatkit.cli.traced import check_trace, print_trace, run_trace
 from qatkit.errors import QatkitError
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import nn
 
     from qatkit.advise.devices import Device
     from qatkit.advise.phases import Phases
     from qatkit.advise.roofline import LayerCost
 
-_CONTEXT = 2048
 SHOWN = 12
 """Layers in the table."""
 
@@ -83,14 +81,14 @@ def command(
     from qatkit.advise.local import local_device
 
     chosen = local_device() if device == "local" else DEVICES.row(device, "--device")
-    base = dtype or max((name for name in ("fp32", "bf16") if name in chosen.rates), key=chosen.rates.__getitem__)
+    base = dtype or chosen.fastest
     from qatkit.advise.roofline import BYTES, call_seconds, rate_of
 
     if base not in BYTES:
         raise QatkitError(f"unknown dtype '{base}'", key="--dtype", advice=f"use one of: {', '.join(BYTES)}")
     rate_of(chosen, base)
     check_trace(model, traced, stage)
-    phases = _phases(model, overrides, batch, context, allow or [])
+    phases = load_phases(model, overrides, batch, context, allow or [])
     measured = run_trace(model, overrides or [], traced, stage, allow or []) if traced is not None else None
     if drawn is not None:
         _draw(drawn, phases, chosen, base)
@@ -122,37 +120,6 @@ def _draw(path: Path, phases: Phases, device: Device, dtype: str) -> None:
     from qatkit.report.roofline import picture
 
     write_atomically(path, picture(phases, device, dtype))
-
-
-def _phases(
-    what: str, overrides: Sequence[str] | None, batch: int, context: int | None, allow: Sequence[str]
-) -> Phases:
-    from qatkit.advise.phases import is_language_model, model_of_config, served_context
-    from qatkit.advise.situation import phases_of
-
-    def of_language(model: nn.Module) -> Phases:
-        tokens, shortened = served_context(model, context or _CONTEXT)
-        if shortened:
-            echo(f"note: {shortened}", err=True)
-        return phases_of(model, None, batch, tokens)
-
-    folder = Path(what)
-    if folder.is_dir():
-        if overrides:
-            raise QatkitError(
-                "a config has no recipe keys to override", key=overrides[0], advice="edit the config, or pass a recipe"
-            )
-        return of_language(model_of_config(folder))
-    from qatkit.pipeline.profiling import meta_inputs
-    from qatkit.run.architecture import meta_model
-
-    recipe = load(what, list(overrides or []))
-    model = meta_model(recipe.model, allow).eval()
-    if is_language_model(model):
-        return of_language(model)
-    if context is not None:
-        raise QatkitError("the model is not a language model", key="--context", advice="remove the option")
-    return phases_of(model, meta_inputs(recipe, batch, allow), batch, 0)
 
 
 def _layers(phase: str, layers: Sequence[LayerCost], device: Device, dtype: str) -> Table:
@@ -220,10 +187,10 @@ def _techniques(phases: Phases, device: Device, dtype: str) -> Table:
 
 def _speedups(phases: Phases, device: Device, dtype: str) -> dict[str, dict[str, float | None]]:
     """How many times faster each technique makes each phase at most; None if the device does not support it."""
-    from qatkit.advise.roofline import TECHNIQUES, call_seconds
+    from qatkit.advise.roofline import TECHNIQUES, call_seconds, supports
 
     def ratio(layers: Sequence[LayerCost], technique: Any) -> float | None:
-        if (technique.dtype or dtype) not in device.rates or (technique.sparse and device.sparse == 1):
+        if not supports(device, dtype, technique):
             return None
         return call_seconds(layers, device, dtype) / call_seconds(layers, device, dtype, technique)
 
