@@ -84,7 +84,7 @@ $(VENV)/.llm: pyproject.toml constraints.txt
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,genai,openvino-genai,executorch]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,genai,openvino-genai,executorch,coreml]'
 	touch $@ $(VENV)/.demo $(VENV)/.llm
 
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt

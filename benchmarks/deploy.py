@@ -82,11 +82,18 @@ def groups(
     return [Cell(format, f"W{bits} g{size}{kind}", prepare, target)]
 
 
+def channels(format: str, bits: int) -> Cell:
+    """Weights with a scale and a zero point per output."""
+    spec = QuantSpec(bits, symmetric=False)
+    return Cell(format, f"W{bits} per channel asymmetric", lambda model, _: prepare_qat(model, spec))
+
+
 CELLS: list[Cell] = [
     *placed("onnx", "onnxruntime", "onnxruntime-dynamic"), *groups("onnx", 4, 32),
     *placed("openvino", "openvino"), *groups("openvino", 4, 32),
     *placed("litert", "litert"),
     *placed("executorch", "executorch", "executorch-8da4w"),
+    *groups("coreml", 4, 32), channels("coreml", 8),
     *groups("dense", 3, 32), *groups("sparse", 3, 32),
     *named("compressed_tensors", "W8A8", "W4A16", "FP8_DYNAMIC", "NVFP4A16"),
     *named("gguf", "Q8_0", "Q4_0", "Q4_K", "Q2_K", "TQ2_0"),

@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {"README.md", "own_model.md", "pruning.md"}  # pages run by `make test` too; `make demo` is that of first_run.md
 
 EXTRAS = {  # pages about a package that is not in `constraints-oldest.txt`
+    "coreml.md": "coremltools",
     "openvino_genai.md": "openvino_genai",
     "executorch.md": "executorch",
 }

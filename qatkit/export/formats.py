@@ -243,6 +243,21 @@ FORMATS = Table(
             packages=("executorch",),
             rounding="qatkit.export.rounding:with_rounding",
         ),
+        ExportFormat(
+            name="coreml",
+            description="a folder with a Core ML package of integer weights for Apple's devices, converted but not run",
+            file_name="",
+            check="qatkit.export.coreml.format:check",
+            write="qatkit.export.coreml.format:write",
+            read_back="qatkit.export.coreml.format:read_back",
+            bound="qatkit.export.coreml.format:bound",
+            runtime="Core ML",
+            weights="integer weights",
+            extra="coreml",
+            packages=("coremltools",),
+            recognizes="qatkit.export.coreml.content:is_coreml_folder",
+            weight_files=("model.mlpackage/**/*.bin", "model.mlpackage/**/*.mlmodel"),
+        ),
     ],
 )
 

@@ -158,6 +158,17 @@ outputs = forward.execute([...])  # tensors, in the order of the model's inputs"
             note="On devices, link ExecuTorch's XNNPACK backend. A batch may be at most as large as the test batch "
             "from which the file was made.",
         ),
+        Usage(
+            "coreml",
+            "coreml",
+            """\
+import coremltools
+
+model = coremltools.models.MLModel("model.mlpackage")  # runs on macOS
+outputs = model.predict({name: ... for name in model.input_description})""",
+            note="The package was converted, and its codes, scales and parameters were compared to the trained ones. "
+            "Core ML itself was not run.",
+        ),
     ],
 )
 """Loading instructions by the name of the export format."""

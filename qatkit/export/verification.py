@@ -193,7 +193,7 @@ def verify(
         runtime_metric=outputs.runtime_metric,
         runtime=file.name or row.runtime,
         not_run=file.not_run,
-        text=_summary(failures, file, layers, bound, outputs),
+        text=_summary(failures, file, row, layers, bound, outputs),
     )
 
 
@@ -288,14 +288,16 @@ def judge_of(task: Task | str | None, metric: Metric | None, class_dim: int | No
     return TaskJudge(TASKS.row(task, "task") if isinstance(task, str) else task)
 
 
-def _summary(failures: list[str], file: ReadBack, layers: int, bound: Bound, outputs: Outputs) -> str:
+def _summary(
+    failures: list[str], file: ReadBack, row: ExportFormat, layers: int, bound: Bound, outputs: Outputs
+) -> str:
     if failures:
         return _failed(failures)
     codes = f"all {file.weights} weights of {layers} quantized layers match the trained ones; " if layers else ""
     limit = bound.text if bound.limit is None else f"{bound.text}, {bound.limit:.2g}"
     over = f"{outputs.samples} {outputs.counted}"
     by = f"; computed by {file.name.rstrip(',')}" if file.name else ""
-    by += f"; to run {file.not_run}, pass --python" if file.not_run else ""
+    by += f"; to run {file.not_run}, pass --python" if file.not_run and row.environment else ""
     passed = f"passed, but {file.not_run} did not run" if file.not_run else "passed"
     return (
         f"{passed}: {codes}over {over}, outputs differ by {outputs.mean_error:.2g} on average (bound: "

@@ -49,7 +49,10 @@ def parity(check: dict[str, Any]) -> Parity:
         weights = f"{check['weights']:,} {row.weights} in the file's {check['layers']} quantized layers"
         sentences.append(f"All {weights} equal the trained ones.")
     if not_run:
-        sentences.append(f"{check['runtime']} computed the outputs. To run {not_run}, use `qatkit verify --python`.")
+        advice = (
+            f"To run {not_run}, use `qatkit verify --python`." if row.environment else f"{not_run} was not run here."
+        )
+        sentences.append(f"{check['runtime']} computed the outputs. {advice}")
     sentences.append(_difference(check))
     task = TASKS.row(check["task"], "report.json")
     samples, same = check["samples"], round(check["agreement"] * check["samples"])

@@ -1,0 +1,1 @@
+"""Core ML packages: `format` checks and writes them, `content` reads them with coremltools, `read_back` compares."""
