@@ -22,9 +22,12 @@ from qatkit.export.judges import TaskJudge
 from qatkit.tasks import answers, call, task_of
 from qatkit.tasks.metrics import METRICS
 from qatkit.tasks.table import Task
+from qatkit.trials.bootstrap import Bootstrap
 
 ONE_SIDED = NormalDist().inv_cdf(0.95)
 """Standard errors between a mean and the value that is exceeded with a probability of 5%."""
+_MEANS = ("accuracy", "perplexity")
+"""Metrics whose interval follows from the paired differences of all samples."""
 _CLASSES = 1000
 """The largest number of classes of which the worst is named."""
 _FEWEST = 10
@@ -43,7 +46,8 @@ class Promise:
     lost: float
     """The loss of the metric; see `Metric.lost`."""
     interval: tuple[float, float] | None
-    """The 95% interval of the loss, from the paired differences of all samples; None if it is not known for the metric.
+    """The 95% interval of the loss: from the paired differences of all samples for accuracy and perplexity, and from a
+    bootstrap over samples for other metrics; None with a single sample.
     """
     bound: float
     """The loss that another split of the same size exceeds with a probability of 5%, where an improvement counts as no
@@ -67,7 +71,7 @@ def compare(dense: Callable[..., Any], found: Callable[..., Any], batches: Itera
         task: The task that the data declares.
     """
     judges, pairs = (TaskJudge(task), TaskJudge(task)), list[tuple[Tensor, Tensor, Tensor]]()
-    same, own = 0, task
+    same, own, draws = 0, task, Bootstrap(task)
     for batch in batches:
         outputs = [call(model, batch) for model in (dense, found)]
         for judge, output in zip(judges, outputs, strict=True):
@@ -76,6 +80,8 @@ def compare(dense: Callable[..., Any], found: Callable[..., Any], batches: Itera
         own = task_of(batch, task)
         if own.kind == "classes":
             pairs.append(_classes(outputs, batch, task))
+        if own.metric not in _MEANS:
+            draws.add(outputs, batch)
     assert own is not None
     metric, values = METRICS[own.metric], [judge.value() for judge in judges]
     lost = metric.lost(*values)
@@ -85,7 +91,7 @@ def compare(dense: Callable[..., Any], found: Callable[..., Any], batches: Itera
         dense=values[0],
         found=values[1],
         lost=lost,
-        interval=_interval(metric.name, mean_and_error),
+        interval=draws.interval() if mean_and_error is None else _interval(metric.name, mean_and_error),
         bound=lost if mean_and_error is None else _bound(metric.name, mean_and_error),
         flipped=1 - same / judges[0].count,
         samples=judges[0].count,
@@ -152,16 +158,14 @@ def _classes(outputs: list[Tensor], batch: Any, task: Task | None) -> tuple[Tens
 
 def _difference(metric: str, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float] | None:
     """Mean of the paired differences of all samples, and its standard error; None if a metric is no mean of samples."""
-    if not pairs or metric not in ("accuracy", "perplexity"):
+    if not pairs or metric not in _MEANS:
         return None
     _, correct, losses = (torch.cat(parts, -1) for parts in zip(*pairs, strict=True))
     difference = correct[0] - correct[1] if metric == "accuracy" else losses[1] - losses[0]
     return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
 
 
-def _interval(metric: str, found: tuple[float, float] | None) -> tuple[float, float] | None:
-    if found is None:
-        return None
+def _interval(metric: str, found: tuple[float, float]) -> tuple[float, float]:
     (mean, error), half = found, NormalDist().inv_cdf(0.975)
     return _loss(metric, mean - half * error), _loss(metric, mean + half * error)
 
