@@ -61,7 +61,7 @@ class Bootstrap:
         if any(isinstance(state, list) for state in states.values()):
             self._samples[model].append(sample)
         else:  # sums over samples, which are kept instead of the predictions
-            self._states[model].append(states)
+            self._states[model].append({name: state for name, state in states.items() if isinstance(state, Tensor)})
             if not self._samples[model]:
                 self._samples[model].append(sample)
 

@@ -202,7 +202,7 @@ def _converted(model: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str
     integers = {torch.int64: "int32", torch.int32: "int32"}
     try:
         with _quiet(), torch.no_grad():
-            traced = torch.jit.trace(model.eval(), tuple(inputs.values()))
+            traced = torch.jit.trace(model.eval(), tuple(inputs.values()))  # type: ignore[no-untyped-call]
             return coremltools.convert(
                 traced,
                 inputs=[
