@@ -12,7 +12,7 @@ QUICK := $(addprefix tests/,common data distillation kernels lora pruning quanti
 # They get processes of their own: OpenVINO crashed in a process that had run thousands of other tests before
 OPENVINO := tests/export/openvino tests/export/openvino_genai
 
-.PHONY: demo demo-llm quick test slow long coverage mutation oldest lint types docs bench clean
+.PHONY: demo demo-llm quick test slow long coverage mutation oldest lint types docs bench bench-runtimes clean
 
 demo: $(VENV)/.demo
 	$(BIN)/qatkit run vision/digits_resnet --out runs/demo
@@ -70,7 +70,7 @@ docs: $(VENV)/.dev
 # benchmarks that need no GPU and minutes each; every one prints its table and fails if a claim does not hold.
 # faults.py, the last one, takes longest. qat_recovery.py and encoder.py take hours: run them by themselves
 bench: $(VENV)/.dev
-	for name in digits monitor prune_cost kd_loss cached_teacher distill_recipes prune_accuracy starting_points shrink sparse_storage qlora pipeline serve deploy search digest_cost roofline faults; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in digits monitor prune_cost kd_loss cached_teacher distill_recipes prune_accuracy starting_points shrink sparse_storage qlora pipeline serve decode deploy search digest_cost roofline faults; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

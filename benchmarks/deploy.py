@@ -6,6 +6,8 @@ environments, such as ``FOLDER/mlx`` made by ``qatkit environment mlx FOLDER/mlx
 not run. ``--format`` exports in one format again, and keeps the other rows. ``--quick`` exports two models and
 writes no results.
 
+The speed is that of `qatkit bench`: decode for language models with a cache, otherwise one batch of 16, on one thread.
+
 Every model is trained for a few quantized steps on random data, so that codes are trained ones. A format that does not
 support a model or a scheme refuses it before training: the table shows the reason.
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from deploy_models import MODELS, Model
+from deploy_speed import speeds
 from harness import RESULTS, Claim, finish
 from torch import nn
 
@@ -35,6 +38,7 @@ from qatkit.quantization import prepare_for_target
 from qatkit.tasks import call
 
 STEPS = 5
+SPEED = "speed, x fp32"
 
 
 @dataclass(frozen=True)
@@ -121,16 +125,16 @@ def trained(model: Model, cell: Cell) -> nn.Module:
 
 
 def row_of(name: str, model: Model, cell: Cell, folder: Path, python: Path | None) -> dict[str, Any]:
-    """One row of the table, with a reason if the format refuses the model or the scheme."""
+    """One row of the table, with a reason if the format refuses the model or the scheme; the file is in `folder`."""
     row: dict[str, Any] = {"model": name, "format": cell.format, "scheme": cell.scheme}
-    empty = dict.fromkeys(("weights", "differences", "mean error", "bound", "same prediction", "x fp32"), "-")
+    empty = dict.fromkeys(("weights", "differences", "mean error", "bound", "same prediction", "x fp32", SPEED), "-")
     form = FORMATS[cell.format]
     try:
         planned = copy.deepcopy(model.dense)
         cell.prepare(planned, model.inputs)
         form.check_model(planned)
         quantized = trained(model, cell)
-        path = folder / "exported" / form.file_name if form.file_name else folder / "exported"
+        path = form.path(folder)
         found = export_model(
             quantized,
             cell.format,
@@ -145,7 +149,7 @@ def row_of(name: str, model: Model, cell: Cell, folder: Path, python: Path | Non
         return row | {"runtime": f"refused: {error.problem}"} | empty
     size = form.size(path) / sum(p.numel() * p.element_size() for p in model.dense.parameters())
     runtime = f"not run here ({found.not_run})" if found.not_run else found.runtime.rstrip(",")
-    return row | {"runtime": runtime} | _measured(found) | {"x fp32": f"{size:.2f}"}
+    return row | {"runtime": runtime} | _measured(found) | {"x fp32": f"{size:.2f}", SPEED: "-"}
 
 
 def _measured(found: Verification) -> dict[str, Any]:
@@ -192,9 +196,32 @@ def with_kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of earlier runs, with new rows of one format."""
     new = {(row["model"], row["format"]) for row in rows}
     content = json.loads((RESULTS / "deploy.json").read_text())
-    kept = [row for row in content["rows"] if (row["model"], row["format"]) not in new]
+    kept = [{SPEED: "-"} | row for row in content["rows"] if (row["model"], row["format"]) not in new]
+    kept = [{key: row[key] for key in rows[0]} for row in kept]  # in the same order
     models, order = list(MODELS), [cell.format for cell in CELLS]
     return sorted([*kept, *rows], key=lambda row: (models.index(row["model"]), order.index(row["format"])))
+
+
+def rows_of(name: str, model: Model, form: str, python: Path | None) -> list[dict[str, Any]]:
+    """The rows of one model in one format."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {cell: Path(temporary) / str(index) for index, cell in enumerate(CELLS) if cell.format == form}
+        rows = [row_of(name, model, cell, folder, python) for cell, folder in folders.items()]
+        paths = {
+            row["scheme"]: FORMATS[form].path(folder)
+            for row, folder in zip(rows, folders.values(), strict=True)
+            if not row["runtime"].startswith("refused")
+        }
+        found = speeds(model, FORMATS[form], paths, Path(temporary) / "dense", python) if paths else {}
+    return [row | {SPEED: found.get(row["scheme"], "-")} for row in rows]
+
+
+def interpreter(form: str, environments: Path | None) -> Path | None:
+    """The interpreter of the environment of a format, if there is one."""
+    if not FORMATS[form].environment or environments is None:
+        return None
+    found = environments / ("gptq" if form == "awq" else form) / "bin" / "python"
+    return found if found.exists() else None
 
 
 def main(environments: Path | None, only: list[str] | None, format: str | None, quick: bool) -> None:
@@ -202,13 +229,8 @@ def main(environments: Path | None, only: list[str] | None, format: str | None, 
     chosen = ("MLP", "Llama") if quick else tuple(MODELS)
     for name in [name for name in chosen if only is None or name in only]:
         model = MODELS[name]()
-        for cell in [cell for cell in CELLS if format in (None, cell.format)]:
-            python = None
-            if FORMATS[cell.format].environment and environments is not None:
-                found = environments / ("gptq" if cell.format == "awq" else cell.format) / "bin" / "python"
-                python = found if found.exists() else None
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(row_of(name, model, cell, Path(folder), python))
+        for form in dict.fromkeys(cell.format for cell in CELLS if format in (None, cell.format)):
+            rows += rows_of(name, model, form, interpreter(form, environments))
         for row in together(rows):
             if row["model"] == name:
                 print(" | ".join(map(str, row.values())), flush=True)

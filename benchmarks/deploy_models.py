@@ -53,10 +53,11 @@ def _text(family: str, head: str, shape: dict[str, Any], **options: Any) -> Mode
         found: Tensor = model(**inputs, labels=labels).loss
         return found
 
-    return Model(dense, inputs, [{**inputs, "labels": labels}], task, loss, _tokenizer())
+    return Model(dense, inputs, [{**inputs, "labels": labels}], task, loss, language_tokenizer())
 
 
-def _tokenizer() -> Any:
+def language_tokenizer() -> Any:
+    """A small tokenizer of transformers."""
     from transformers import PreTrainedTokenizerFast
 
     trained = train_tokenizer([__doc__ or ""], VOCABULARY)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,23 @@ from qatkit.export.formats import FORMATS
 from tests.support import warm
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_every_test_that_needs_a_runtime_of_its_own_is_run_by_one_command() -> None:
+    spec = util.spec_from_file_location("runtimes", ROOT / "benchmarks" / "runtimes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    runtimes = util.module_from_spec(spec)
+    spec.loader.exec_module(runtimes)
+    needed = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r'"(QATKIT_[A-Z_]+)"(?:\)| not in os\.environ)', path.read_text())
+    } - {"QATKIT_REQUIRE_BROWSER", "QATKIT_DEBUG"}
+    found = runtimes.variables(Path("all"))
+    assert needed <= set(found)
+    assert {"QATKIT_MLX", "QATKIT_GPTQ", "QATKIT_LITERT", "QATKIT_LLAMA_CPP", "QATKIT_VLLM"} <= needed
+    assert found["QATKIT_AWQ"] == found["QATKIT_GPTQ"] == Path("all/gptq/bin/python")
 
 
 @pytest.mark.slow
@@ -122,12 +141,17 @@ def test_the_search_benchmark_compares_two_models_in_its_quick_mode() -> None:
 def test_every_format_holds_what_was_trained_or_says_why_not() -> None:
     command = [warm.python(), str(ROOT / "benchmarks" / "deploy.py"), "--quick"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    rows = [cells for line in out.splitlines() if len(cells := line.split(" | ")) == 10]
+    rows = [cells for line in out.splitlines() if len(cells := line.split(" | ")) == 11]
     refused = [cells for cells in rows if cells[3].startswith("refused: ")]
     exported = [cells for cells in rows if cells not in refused]
     assert {cells[5] for cells in exported} == {"none"}
     assert {cells[1] for cells in exported} == set(FORMATS)
     assert all(int(cells[4]) > 0 for cells in exported)
+    speed = {(cells[0], cells[1], cells[2]): cells[10] for cells in exported}
+    assert all(float(words.split()[0]) > 0 for words in speed.values() if not words.startswith("not measured: "))
+    assert speed["Llama", "gguf", "Q8_0"].startswith("not measured: llama.cpp")
+    assert float(speed["MLP", "onnx", "W4 g32"]) > 0
+    assert speed["Llama", "onnx_genai", "W4 g32"].endswith(" (decode)")
 
 
 @pytest.mark.skipif("QATKIT_LLAMA_CPP" not in os.environ, reason="QATKIT_LLAMA_CPP names no folder with node-llama-cpp")

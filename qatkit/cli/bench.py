@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qatkit.cli.arguments import Allow, AsJson, RunArgument
+from qatkit.cli.arguments import Allow, AsJson, Python, RunArgument
 from qatkit.cli.inputs import open_run
 from qatkit.cli.output import echo, print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qatkit.pipeline.bench import Decodings
     from qatkit.pipeline.serving import Bench
 
 
@@ -35,27 +36,61 @@ def command(
         Against | None,
         typer.Option(help="Also measure the dense model quantized by the runtime's own post-training quantization."),
     ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2**20,
+            metavar="N",
+            help="Tokens that a language model reads.",
+            show_default="128, or half of a shorter context",
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=2**20,
+            metavar="N",
+            help="Tokens that a language model writes.",
+            show_default="32, or what a shorter context leaves",
+        ),
+    ] = None,
+    python: Python = None,
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure latency, throughput, load time, memory and size of exported files.
+    """Measure the speed, load time, memory and size of exported files in their runtimes.
 
-    The first lines compare the last stage with the dense model, and with post-training quantization if --against is
-    set. If the last stage is slower, they say so and list the layers that are not quantized.
+    For causal language models: prefill and decode in tokens per second, and time to first token. For ONNX and OpenVINO
+    files: latency and throughput. The first lines compare quantized files with the dense model. If a file is slower,
+    they say so. The last lines name the files whose speed is not measured, with the reason.
 
     Example: qatkit bench runs/digits_int8 --batch 1 --batch 16 --against ptq
-    """
+    """  # fmt: skip
     this = open_run(run, allow, [])
-    from qatkit.pipeline.serving import bench_run
+    from qatkit.pipeline.bench import Request, measure_speeds
 
-    sizes = list(dict.fromkeys(batch or [1, 64]))
-    measured = bench_run(this, sizes, threads, against is not None)
+    sizes = list(dict.fromkeys(batch)) if batch else None
+    found = measure_speeds(this, Request(sizes, against is not None, prompt_tokens, new_tokens, threads, python))
+    sizes = sizes or [1, 64]
     if as_json:
-        echo(json.dumps(_content(measured, sizes, threads)))
+        latency = _content(found.latency, sizes) if found.latency else {}
+        decoding = {"decoding": _decoding_content(found.decoding)} if found.decoding else {}
+        echo(json.dumps({"threads": threads, **latency, **decoding, "not_measured": found.not_measured}))
         return
-    for line in headlines(measured, sizes):
-        echo(line)
-    print_table(_table(measured, sizes))
+    if found.latency:
+        for line in headlines(found.latency, sizes):
+            echo(line)
+        print_table(_table(found.latency, sizes))
+    if found.decoding and found.decoding.files:
+        from qatkit.report.decoding import comparison
+
+        for line in comparison(found.decoding.files, found.decoding.dense):
+            echo(line)
+        print_table(_decoding_table(found.decoding, threads))
+    for name, reason in found.not_measured.items():
+        echo(f"not measured: {name}: {reason}")
 
 
 def headlines(measured: Bench, sizes: list[int]) -> list[str]:
@@ -113,14 +148,36 @@ def _table(measured: Bench, sizes: list[int]) -> Table:
     return table
 
 
-def _content(measured: Bench, sizes: list[int], threads: int) -> dict[str, object]:
+def _decoding_table(measured: Decodings, threads: int) -> Table:
+    from rich.table import Table
+
+    from qatkit.report.decoding import HEADERS, cells
+
+    table = Table(
+        title=f"prompt of {measured.prompt_tokens} tokens, {measured.new_tokens} new tokens, one text at a time, "
+        f"{threads} thread{'s' * (threads != 1)}"
+    )
+    for header in HEADERS:
+        table.add_column(header, overflow="fold")
+    for name, file in measured.files.items():
+        table.add_row(*cells(name, file.content()))
+    return table
+
+
+def _decoding_content(measured: Decodings) -> dict[str, object]:
+    from qatkit.report.decoding import content
+
+    files = content(measured.files, measured.dense)
+    return {"prompt_tokens": measured.prompt_tokens, "new_tokens": measured.new_tokens, "files": files}
+
+
+def _content(measured: Bench, sizes: list[int]) -> dict[str, object]:
     from dataclasses import asdict
 
     from qatkit.report.serving import speedup
 
     others = [name for name in measured.served if name != measured.last]
     return {
-        "threads": threads,
         "files": {
             name: {
                 "bytes": file.bytes,

@@ -75,6 +75,12 @@ class ExportFormat:
     """``(path, prompt, tokens, python)``: yield the pieces of a text that continues a prompt, each token the most
     probable one; empty if the format is not for language models. See `qatkit.export.generation`.
     """
+    decoder: str = ""
+    """``(path, threads)``: return the request with which `qatkit.export.decoder_process` opens a causal language model,
+    whose prefill and decode are then timed; empty if they are not.
+    """
+    not_timed: str = ""
+    """Why `qatkit bench` does not measure the speed, if it measures neither latency nor prefill and decode."""
     walk: str = ""
     """``(model, path, runtime)``: return a `Walk` through the layers of a file, which `read_back` loaded as `runtime`;
     empty if the runtime cannot return the outputs of single layers. See `qatkit.export.explanation`.
@@ -110,6 +116,15 @@ class ExportFormat:
         """Return the additional files of an exported file."""
         globs = [pattern.format(stem=glob.escape(path.stem)) for pattern in self.beside]
         return sorted(file for pattern in globs for file in path.parent.glob(pattern))
+
+    @property
+    def untimed(self) -> str:
+        """Why the speed of a file is not measured, if neither latency nor prefill and decode are."""
+        if self.not_timed:
+            return self.not_timed
+        if self.decoder:
+            return "only causal language models are measured in this format"
+        return f"speed in {self.runtime.rstrip(',')} is not measured"
 
     def call(self, part: str, *args: Any) -> Any:
         """Import the function that a field refers to, and call it."""

@@ -70,6 +70,8 @@ FORMATS = Table(
             recognizes="qatkit.export.dense:is_dense",
             companions=("config", "tokenizer"),
             generate="qatkit.export.generation:in_transformers",
+            decoder="qatkit.export.decoding:in_transformers",
+            not_timed="PyTorch computes with the decoded weights, as fast as without quantization",
         ),
         ExportFormat(
             name="sparse",
@@ -84,6 +86,7 @@ FORMATS = Table(
             recognizes="qatkit.export.sparse:is_sparse",
             companions=("config", "tokenizer"),
             dense_bytes="qatkit.export.sparse:dense_bytes",
+            not_timed="PyTorch computes with the decoded weights, as fast as without pruning",
         ),
         ExportFormat(
             name="compressed_tensors",
@@ -100,6 +103,7 @@ FORMATS = Table(
             recognizes="qatkit.export.compressed.format:is_model_folder",
             companions=("tokenizer",),
             generate="qatkit.export.generation:in_transformers",
+            decoder="qatkit.export.decoding:in_transformers",
         ),
         ExportFormat(
             name="gguf",
@@ -116,6 +120,7 @@ FORMATS = Table(
             check_tokenizer="qatkit.export.gguf.tokenizer:check_tokenizer",
             compare_data="qatkit.export.gguf.read_back:compare_data",
             generate="qatkit.export.generation:in_transformers",
+            not_timed="llama.cpp is not among the packages of qatkit: run `llama-bench -m FILE`",
         ),
         ExportFormat(
             name="torchao",
@@ -132,6 +137,7 @@ FORMATS = Table(
             recognizes="qatkit.export.torchao_folder:is_torchao_folder",
             companions=("tokenizer",),
             generate="qatkit.export.generation:in_transformers",
+            decoder="qatkit.export.decoding:in_transformers",
         ),
         ExportFormat(
             name="onnx_genai",
@@ -151,6 +157,7 @@ FORMATS = Table(
             compare_data="qatkit.export.genai.runtime:compare_data",
             weight_files=("model.onnx", "model.onnx.data"),
             generate="qatkit.export.generation:in_genai",
+            decoder="qatkit.export.decoding:in_genai",
         ),
         ExportFormat(
             name="openvino_genai",
@@ -170,6 +177,7 @@ FORMATS = Table(
             compare_data="qatkit.export.openvino_genai.read_back:compare_data",
             weight_files=("openvino_model.bin",),
             generate="qatkit.export.openvino_genai.generation:generate",
+            decoder="qatkit.export.decoding:in_openvino_genai",
         ),
         ExportFormat(
             name="mlx",
@@ -185,6 +193,7 @@ FORMATS = Table(
             own_files=("config",),
             environment=("mlx==0.32.4", "mlx-cpu==0.32.4; sys_platform == 'linux'", "mlx-lm==0.32.2"),
             generate="qatkit.export.mlx.generation:in_mlx",
+            decoder="qatkit.export.decoding:in_mlx",
         ),
         ExportFormat(
             name="gptq",
@@ -199,6 +208,7 @@ FORMATS = Table(
             companions=("tokenizer",),
             environment=GPTQMODEL,
             generate="qatkit.export.gptq.runtime:generate",
+            decoder="qatkit.export.decoding:in_gptqmodel",
         ),
         ExportFormat(
             name="awq",
@@ -213,6 +223,7 @@ FORMATS = Table(
             companions=("tokenizer",),
             environment=GPTQMODEL,
             generate="qatkit.export.gptq.runtime:generate",
+            decoder="qatkit.export.decoding:in_gptqmodel",
         ),
         ExportFormat(
             name="litert",
@@ -228,6 +239,7 @@ FORMATS = Table(
             packages=("onnx", "onnxscript", "flatbuffers"),
             rounding="qatkit.export.rounding:with_rounding",
             environment=("ai-edge-litert==2.3.0",),
+            not_timed="latency depends on the phone: run `benchmark_model --graph=FILE` on it",
         ),
         ExportFormat(
             name="executorch",

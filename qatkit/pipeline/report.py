@@ -12,6 +12,7 @@ import torch
 
 from qatkit.common.files import write_atomically
 from qatkit.pipeline.baselines import Baselines, example_of, make_baselines, measure_baselines
+from qatkit.pipeline.bench import read_decoding
 from qatkit.pipeline.evaluation import evaluate_run
 from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.pipeline.tracking import Tracking
@@ -51,6 +52,7 @@ def report_run(run: Run) -> dict[str, Any]:
         baselines=baselines,
         cost=_torch_latencies(run),
         language=evaluate_run(run, data) if run.recipe.evaluate else {},
+        decoding=read_decoding(run, exports),
     )
     content = report_content(run, exports, measured)
     write_report(run.out, content)

@@ -1,4 +1,4 @@
-"""The bench step, which compares a run's exported files with the runtime's own post-training quantization."""
+"""The latency of a run's exported files, beside the runtime's own post-training quantization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qatkit.pipeline.export import first_batch, held_out_data
 from qatkit.quantization.coverage import coverage
 from qatkit.report.bench import File
 from qatkit.report.serving import Served, serve
-from qatkit.run.exports import exports_of, formats_of
+from qatkit.run.exports import Exported
 from qatkit.run.folder import Run
 
 
@@ -36,30 +36,19 @@ class Bench:
     """The layers of the last stage that are quantized, and those that are not."""
 
 
-def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool) -> Bench:
-    """Measure every exported file of a run.
+def bench_run(run: Run, exports: Sequence[Exported], batch_sizes: Sequence[int], threads: int, against: bool) -> Bench:
+    """Measure the latency of exported files.
 
     Args:
-        run: A run with exported files.
+        run: The run.
+        exports: Its exports whose latency is measured, at least one.
         batch_sizes: Batch sizes to measure.
         threads: Number of threads that the runtime uses.
         against: Also measure the runtime's own quantization of the floating-point file.
 
     Raises:
-        QatkitError: the format's latency is not measured, a file is missing, or there is nothing to quantize without
-            training.
+        QatkitError: there is nothing to quantize without training.
     """
-    run.check_recipe()
-    exports = [exported for exported in exports_of(run) if exported.format.benchmark]
-    if not exports:
-        raise QatkitError(
-            f"the latency of {_quoted(run)} exports is not measured",
-            key="export.format",
-            advice="use format: onnx or openvino",
-        )
-    for exported in exports:
-        if not exported.path.exists():
-            raise QatkitError("there is no such file", key=str(exported.path), advice=f"run `qatkit export {run.out}`")
     row, data = exports[0].format, held_out_data(run)
     paths = {exported.stage: exported.path for exported in exports if exported.format is row}
     names = {exported.stage: exported.name for exported in exports if exported.format is row}
@@ -85,7 +74,3 @@ def bench_run(run: Run, batch_sizes: Sequence[int], threads: int, against: bool)
         kernels = {name: file.row.call("kernels", file.path) for name, file in files.items()}
     dense = None if made.dense is None else names[made.dense]
     return Bench(served, dense, list(made.files), names[last], kernels, str(coverage(run.load_model(last))))
-
-
-def _quoted(run: Run) -> str:
-    return " and ".join(f"'{row.name}'" for row in formats_of(run))

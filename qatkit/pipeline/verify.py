@@ -126,7 +126,7 @@ def _verify_file(run: Run, exported: Exported, data: LightningDataModule, python
     if (changed := _changed_export(run, exported)) is not None:
         problem = f"{changed}: the file changed after it was verified; it is verified again"
         warnings.warn(problem, QatkitWarning, stacklevel=2)
-    digests = _digests(run, exported)
+    digests = export_digests(run, exported)
     model, tokenizer = run.load_model(exported.stage).eval(), getattr(data, "tokenizer", None)
     task, own = declared_task(data), (python or interpreter_of(run.recipe, row)) if row.environment else None
     verification = verify(model, path, data.test_dataloader(), row.name, task=task, python=own)
@@ -167,8 +167,8 @@ def read_verification(run: Run, exported: Exported) -> dict[str, Any]:
     return content
 
 
-def _digests(run: Run, exported: Exported) -> dict[str, str]:
-    """Digests of an export and of the stage's weights, by path in the run folder."""
+def export_digests(run: Run, exported: Exported) -> dict[str, str]:
+    """Return the digests of an export and of the stage's weights, by path in the run folder."""
     files = [path for path in exported.folder.rglob("*") if path.is_file() and path.name not in (VERDICT, CARD)]
     stage = run.folder(exported.stage)
     files += [*stage.glob("*.safetensors"), *stage.glob("model/*.safetensors")]

@@ -119,6 +119,10 @@ def _run_id(path: Path) -> str:
     return kept
 
 
+MEDIANS = ("first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+"""Quartiles that `qatkit bench` measures of language models."""
+
+
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers in a row of the report, by name."""
     return {
@@ -127,6 +131,7 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
         f"runtime/{row['verification']['metric']}": row["verification"]["runtime_metric"],
         "bytes": row["bytes"],
         **{f"latency_ms/batch_{point['batch_size']}": point["median_ms"] for point in row["latency"]},
+        **{key: row["decoding"][key][1] for key in MEDIANS if row.get("decoding")},
         "parity": _parity(row),
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from qatkit.errors import QatkitError
 from qatkit.export.format_row import ExportFormat
 from qatkit.export.formats import format_of_path
+
+T = TypeVar("T")
 
 Example = Tensor | Mapping[str, Tensor]
 """One input batch."""
@@ -163,12 +165,12 @@ def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int = 30) -
     return quartiles
 
 
-def in_random_order(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_random_order(timers: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Call every timer once per round, in a new order each time, and return the results by name.
 
     The order varies, because the previous call determines what is in the processor's caches.
     """
-    found: dict[str, list[float]] = {name: [] for name in timers}
+    found: dict[str, list[T]] = {name: [] for name in timers}
     order, draw = list(timers), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)

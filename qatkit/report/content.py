@@ -60,6 +60,8 @@ class Measurements:
     """Results of the ``evaluate`` block by stage."""
     baselines: Sequence[dict[str, Any]] = ()
     """Results of the runtime's own post-training quantization."""
+    decoding: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """What `qatkit bench` measured of language models, by the name of the export."""
 
 
 def report_content(run: Run, exports: Sequence[Exported], measured: Measurements) -> dict[str, Any]:
@@ -149,6 +151,7 @@ def _file(run: Run, exported: Exported, measured: Measurements) -> dict[str, Any
         "bytes": exported.bytes,
         "dense_bytes": row.call("dense_bytes", path) if row.dense_bytes else None,
         "latency": measured.latency.get(exported.name, []),
+        "decoding": measured.decoding.get(exported.name),
         "kernels": asdict(row.call("kernels", path)) if row.kernels else None,
         "verification": measured.verification[exported.name],
         "layers": record.layers,

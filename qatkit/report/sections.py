@@ -15,6 +15,8 @@ from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
 from qatkit.report.svg import KINDS
 from qatkit.report.tables import (
     comparison,
+    decoding_notes,
+    decoding_table,
     files_of,
     format_words,
     headers,
@@ -67,6 +69,8 @@ def section(key: str, report: dict[str, Any], name: str, runs: int) -> dict[str,
         "tradeoffs": tradeoffs_of(key, metric, entries),
         "models": model_table(report),
         "zeros": zeros_table(report),
+        "decoding": decoding_table(report),
+        "decoding_notes": decoding_notes(report),
         "sparse": sparse_notes(report),
         "parity": [(row["file"], parity(row["verification"])) for row in files_of(report)],
         "stages": [_training(key, metric, stage) for stage in report["stages"]],

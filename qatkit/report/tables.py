@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qatkit.export.formats import FORMATS
+from qatkit.report.decoding import HEADERS as DECODING
+from qatkit.report.decoding import cells as decoding_cells
 from qatkit.report.metrics import PERPLEXITY, metric_of
 from qatkit.report.sentences import not_run_in
 from qatkit.report.speed import kernel_notes, missing_baselines, slowdowns
@@ -161,6 +163,31 @@ def sparse_notes(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def decoding_table(report: dict[str, Any]) -> list[list[str]]:
+    """Return the speed of language models, with headers; empty if `qatkit bench` has not measured it."""
+    found = {row["file"]: row["decoding"] for row in files_of(report) if row.get("decoding")}
+    return [list(DECODING), *(decoding_cells(name, file) for name, file in found.items())] if found else []
+
+
+def decoding_notes(report: dict[str, Any]) -> list[str]:
+    """Return sentences about the text of `decoding_table`, and the ratios to the dense model in the same runtime."""
+    found = {row["file"]: row["decoding"] for row in files_of(report) if row.get("decoding")}
+    texts = {
+        f"A prompt of {file['prompt_tokens']} tokens and {file['new_tokens']} new tokens, one text at a time, "
+        f"{file['threads']} thread{'s' * (file['threads'] != 1)}: medians, with quartiles in parentheses."
+        for file in found.values()
+    }
+    return [*sorted(texts)] + [
+        f"{name} relative to {file['relative_to']}: "
+        + ", ".join(
+            f"{what} {each['median']:.2f}x ({each['low']:.2f} to {each['high']:.2f})"
+            for what, each in file["speedup"].items()
+        )
+        for name, file in found.items()
+        if "speedup" in file
+    ]
+
+
 def split_note(report: dict[str, Any]) -> str:
     """Return a sentence about the data on which the metrics were measured."""
     if metric_of(report).percent:
@@ -217,6 +244,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Sparse storage", "", *(f"- {note}" for note in notes)]
     if notes := [*slowdowns(report), *kernel_notes(report), *missing_baselines(report)]:
         lines += ["", "## Speed", "", *(f"- {note}" for note in notes)]
+    if table := decoding_table(report):
+        lines += ["", "## Prefill and decode", "", *_table(table[0], table[1:]), ""]
+        lines += [f"- {note}" for note in decoding_notes(report)]
     for row in report["rows"]:
         if row["layers"]:
             lines += ["", f"## Layers of {row['stage']}", ""]

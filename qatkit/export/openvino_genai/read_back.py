@@ -211,6 +211,10 @@ def pipeline(path: Path, threads: int | None = None) -> Any:
     """Open a folder with openvino-genai, with the options with which it computes what training computed."""
     import openvino_genai
 
+    return openvino_genai.LLMPipeline(str(path), "CPU", **pipeline_options(threads))
+
+
+def pipeline_options(threads: int | None = None) -> dict[str, str]:
+    """Return the options of `pipeline`."""
     options = PRECISE | EXACT_CACHE | {"ATTENTION_BACKEND": "SDPA"}
-    options |= {} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)}
-    return openvino_genai.LLMPipeline(str(path), "CPU", **options)
+    return options | ({} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)})
