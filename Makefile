@@ -72,6 +72,11 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for name in digits monitor prune_cost kd_loss cached_teacher distill_recipes prune_accuracy starting_points shrink sparse_storage qlora pipeline serve decode deploy search digest_cost roofline faults; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# the results and tests of runtimes that CI does not run; their environments are kept in RUNTIMES
+RUNTIMES ?= build/runtimes
+bench-runtimes: $(VENV)/.dev
+	$(BIN)/python benchmarks/runtimes.py $(RUNTIMES)
+
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'

@@ -40,7 +40,7 @@ COMMANDS = Table(
         Command("verify", "Run exported files in their runtime and compare them with the trained models."),
         Command("environment", "Create a Python environment for a runtime that qatkit's own environment lacks."),
         Command("report", "Measure exported files and write a report, or compare multiple runs."),
-        Command("bench", "Measure the speed, load time, memory and size of exported files."),
+        Command("bench", "Measure the speed, load time, memory and size of exported files in their runtimes."),
         Command("generate", "Let an exported language model continue a text in its runtime."),
         Command("push", "Upload a verified file and its model card to the Hugging Face hub."),
         Command("cost", "Compute the cost of serving from measured latencies, or from one that you pass."),
