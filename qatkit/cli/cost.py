@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +42,10 @@ class _Served(_Latency):
     per_day: float | None = None
     break_even: float | None = None
     """Requests per day above which one device is cheaper than the API; None if it never is, or without an API."""
+    watt_hours: float | None = None
+    """Energy of a thousand requests."""
+    grams: float | None = None
+    """Emissions of a thousand requests, in grams of CO2 equivalents."""
 
 
 def command(
@@ -73,6 +77,14 @@ def command(
     api: Annotated[
         float | None, typer.Option(min=0.0, metavar="PRICE", help="Price of an API per thousand tokens.")
     ] = None,
+    country: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODE",
+            help="Also measure the energy of the run's files with codecarbon, and the emissions of this country's "
+            "electricity, such as DEU.",
+        ),
+    ] = None,
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
@@ -92,6 +104,8 @@ def command(
         raise QatkitError("this option has no effect without --latency", key="--batch", advice="remove it")
     if context is not None and device is None:
         raise QatkitError("this option has no effect without --device", key="--context", advice="remove it")
+    if country is not None and (run is None or device is not None):
+        raise QatkitError("energy is measured for the files of a run", key="--country", advice="pass a run folder")
     if tokens is not None and api is None and device is None:
         raise QatkitError("this option has no effect without --api", key="--tokens", advice="remove it, or add --api")
     for name, value in (("--latency", latency), ("--api", api), ("--tokens", tokens)):
@@ -107,6 +121,8 @@ def command(
     else:
         found = _measured(Path(run or ""))
     served = [_served(each, price, requests, tokens, api) for each in found]
+    if country is not None:
+        served = _with_energy(served, Path(run or ""), country, allow)
     from qatkit.advise.price import api_per_day
 
     bill = None if api is None or requests is None else api_per_day(requests, tokens, api)
@@ -143,6 +159,15 @@ def _served(found: _Latency, price: float, requests: float | None, tokens: float
         per_day=daily,
         break_even=even,
     )
+
+
+def _with_energy(served: list[_Served], folder: Path, country: str, allow: list[str] | None) -> list[_Served]:
+    from qatkit.cli.inputs import open_run
+    from qatkit.pipeline.energy import serving_energy
+
+    energies = serving_energy(open_run(folder, allow), country, [(each.source, each.batch) for each in served])
+    pairs = zip(served, energies, strict=True)
+    return [replace(each, watt_hours=energy.watt_hours, grams=energy.grams) for each, energy in pairs]
 
 
 def _device(name: str) -> Device:
@@ -205,6 +230,7 @@ def _table(served: list[_Served], daily: bool, compared: bool) -> Any:
     headers = ["latency of", "", "batch", f"latency per {'token' if text else 'batch'}"]
     headers += ["per 1,000,000 tokens"] * text + ["per 1,000 requests at full load"]
     headers += [*(["devices", "per day"] if daily else []), *(["cheaper than the API above"] if compared else [])]
+    headers += ["Wh per 1,000 requests", "g CO2 per 1,000 requests"] if served[0].watt_hours is not None else []
     for header in headers:
         table.add_column(header, overflow="fold")
     for each in served:
@@ -215,5 +241,7 @@ def _table(served: list[_Served], daily: bool, compared: bool) -> Any:
         cells += [str(each.devices), f"{each.per_day:,.2f}"] if daily else []
         if compared:
             cells.append("never" if each.break_even is None else f"{each.break_even:,.0f} requests per day")
+        if each.watt_hours is not None:
+            cells += [f"{each.watt_hours:.3g}", f"{each.grams:.3g}"]
         table.add_row(*cells)
     return table

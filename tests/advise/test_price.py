@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codecarbon.input import DataSource
 
 from qatkit.advise.devices import DEVICES
 from qatkit.advise.price import per_day, per_thousand
@@ -114,7 +115,9 @@ def test_a_device_that_is_too_slow_is_never_cheaper(tmp_path: Path) -> None:
     assert "never" in done.out
 
 
-def test_latencies_are_those_of_a_report(tmp_path: Path) -> None:
+def test_latencies_are_those_of_a_report_and_their_energy_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "placed.yaml").write_text(
         'name: placed\nmodel: {factory: "qatkit.models:mlp", args: {hidden: [8]}}\n'
         'data: {factory: "qatkit.data:digits", args: {val_fraction: 0.1, test_fraction: 0.1}}\n'
@@ -127,3 +130,13 @@ def test_latencies_are_those_of_a_report(tmp_path: Path) -> None:
     for found, row in zip(json.loads(done.out)["served"], rows, strict=True):
         assert (found["source"], found["kind"], found["batch"]) == ("dense", "measured", row["batch_size"])
         assert found["per_thousand"] == pytest.approx(row["median_ms"] / 1e3 / row["batch_size"])
+        assert found["watt_hours"] is None
+    monkeypatch.setattr("qatkit.pipeline.energy.SECONDS", 1.5)
+    done = qatkit("cost", "run", "--price", "3.6", "--country", "DEU", "--json", cwd=tmp_path)
+    one, many = json.loads(done.out)["served"]
+    mix = DataSource().get_global_energy_mix_data()["DEU"]["carbon_intensity"]  # grams per kWh
+    for each in (one, many):
+        assert each["grams"] == pytest.approx(each["watt_hours"] / 1e3 * mix)
+    assert one["watt_hours"] > many["watt_hours"] > 0, "a batch of many takes less per request"
+    done = qatkit("cost", "run", "--price", "3.6", "--country", "DEX", cwd=tmp_path)
+    assert "--country: codecarbon has no data for 'DEX'" in done.err
