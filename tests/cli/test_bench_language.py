@@ -32,14 +32,14 @@ stages:
   int4:
     max_steps: 1
     batch_size: 4
-    quantize: {weight: {num_bits: 4, strategy: group, group_size: 32}, exclude: [lm_head]}
+    quantize: {weight: {num_bits: 4, strategy: group, group_size: 32, SCALES}, exclude: [lm_head]}
 export: [FORMATS]
 """
 
 
-def made(folder: Path, formats: str) -> Path:
+def made(folder: Path, formats: str, scales: str = "scale_dtype: float32") -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "small.yaml").write_text(RECIPE.replace("FORMATS", formats))
+    (folder / "small.yaml").write_text(RECIPE.replace("FORMATS", formats).replace("SCALES", scales))
     done = qatkit("run", "small.yaml", "--out", "run", "--quiet", "--no-report", cwd=folder)
     assert done.code == 0, done.err
     return folder
@@ -131,14 +131,25 @@ def test_a_slower_file_is_said_first() -> None:
 
 @pytest.mark.slow
 def test_every_runtime_for_language_models_is_measured(tmp_path: Path) -> None:
-    formats = ["compressed_tensors", "torchao", "onnx_genai", "openvino_genai", "mlx"]
+    formats = ["compressed_tensors", "torchao", "onnx_genai", "openvino_genai"]
     out = made(tmp_path / "all", ", ".join(f"{{format: {name}}}" for name in formats))
+    done = qatkit("bench", "run", "--prompt-tokens", "16", "--new-tokens", "3", "--json", cwd=out)
+    assert done.code == 0, done.err
+    content = json.loads(done.out)
+    names = {"int4", "int4/torchao", "int4/onnx_genai", "int4/openvino_genai"}
+    assert names == {name for name, file in content["decoding"]["files"].items() if "speedup" in file}
+    assert content["not_measured"] == {}
+
+
+@pytest.mark.slow
+def test_a_runtime_in_its_own_environment_is_measured_or_named(tmp_path: Path) -> None:
+    out = made(tmp_path / "mlx", "{format: dense}, {format: mlx}", "scale_dtype: float16")
     python = os.environ.get("QATKIT_MLX")
     arguments = ["--python", python] if python else []
     done = qatkit("bench", "run", "--prompt-tokens", "16", "--new-tokens", "3", "--json", *arguments, cwd=out)
     assert done.code == 0, done.err
     content = json.loads(done.out)
-    names = {"int4", "int4/torchao", "int4/onnx_genai", "int4/openvino_genai", *(["int4/mlx"] if python else [])}
+    names = {"int4", *(["int4/mlx"] if python else [])}
     assert names == {name for name, file in content["decoding"]["files"].items() if "speedup" in file}
     assert set(content["not_measured"]) == (set() if python else {"dense/mlx", "int4/mlx"})
     if not python:

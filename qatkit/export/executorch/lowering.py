@@ -54,7 +54,7 @@ def lower(model: nn.Module, inputs: Inputs) -> bytes:
 
 
 def _lowered(model: nn.Module, inputs: Inputs, outputs: list[str]) -> bytes:
-    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, CatConfig
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, CatConfig, GeluConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.utils.configs import get_xnnpack_edge_compile_config
     from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -65,8 +65,17 @@ def _lowered(model: nn.Module, inputs: Inputs, outputs: list[str]) -> bytes:
     shapes = {of: {axis: dims[name] for axis, name in axes.items()} for of, axes in inputs.axes.items()}
     program = torch.export.export(model, (), kwargs=inputs.tensors, dynamic_shapes=shapes, strict=False)
     _keep_codes(program)
+
+    class ExactGelu(GeluConfig):  # type: ignore[misc]  # without types
+        """XNNPACK has one GELU, and the partitioner does not read which approximation a node asks for."""
+
+        def check_constraints(self, node: Any, ep: Any) -> bool:
+            exact: bool = node.kwargs.get("approximate", "none") == "none"
+            return exact and super().check_constraints(node, ep)
+
     # XNNPACK concatenates codes only if their scales are equal, which the partitioner does not check
-    partitioner = XnnpackPartitioner(configs=[each for each in ALL_PARTITIONER_CONFIGS if each is not CatConfig])
+    configs = [each for each in ALL_PARTITIONER_CONFIGS if each not in (CatConfig, GeluConfig)]
+    partitioner = XnnpackPartitioner(configs=[*configs, ExactGelu])
     lowered = to_edge_transform_and_lower(program, partitioner=[partitioner]).exported_program()
     _check_integer(lowered)
     described = {"inputs": list(inputs.tensors), "outputs": outputs, "layers": _layers(model, lowered)}

@@ -273,7 +273,15 @@ def decoder() -> tuple[nn.Module, Any]:
     return model, [{**each, "labels": each["input_ids"]} for each in (batch, shorter)]
 
 
-@pytest.mark.parametrize("built", [residual, symmetric, concatenated, per_token, decoder])
+def approximated() -> tuple[nn.Module, Any]:
+    """With an activation of which XNNPACK has only the exact form."""
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.GELU(approximate="tanh")).eval(), 4 * torch.randn(64, 32)
+    prepare_qat(model, QuantSpec(8), QuantSpec(8, symmetric=False, strategy="token"))
+    model(x)
+    return model, [(x, torch.zeros(64).long())]
+
+
+@pytest.mark.parametrize("built", [residual, symmetric, concatenated, per_token, decoder, approximated])
 def test_executorch_computes_what_was_trained(built: Callable[[], tuple[nn.Module, Any]], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, batches = built()
