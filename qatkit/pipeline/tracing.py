@@ -25,6 +25,7 @@ from qatkit.pipeline.teacher_cache import resolved_block
 from qatkit.pipeline.teachers import TeacherSpec
 from qatkit.pipeline.training import train
 from qatkit.pipeline.vocabulary import vocabulary
+from qatkit.quantization import linear
 from qatkit.quantization.modules import FakeQuantize
 from qatkit.recipe import FactoryConfig
 from qatkit.run.architecture import Architecture, architecture_of
@@ -36,7 +37,11 @@ WARM = 2
 """Steps before those that are traced."""
 TRACED = 5
 _RANGE = "fake quantization"
-_BACKWARD = tuple(f"_{name}Backward" for name in ("FakeQuantize", "FakeQuantizeWithin", "RoundScale", "RoundZeroPoint"))
+_BACKWARD = tuple(
+    f"_{name}Backward" for name in ("FakeQuantize", "FakeQuantizeWithin", "Coded", "RoundScale", "RoundZeroPoint")
+)
+_METHODS = ("quantized", "grid")
+"""The methods of a fake quantizer that compute; a linear layer quantizes its weight by functions of its own."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +182,9 @@ class _TraceSteps(Callback):
 
 def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def called(*args: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
         with record_function(_RANGE):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return called
 
@@ -193,6 +198,7 @@ class _Profiled:
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = profile(activities=kinds)
         self._marked: list[FakeQuantize] = []
+        self._functions = {name: getattr(linear, name) for name in ("fake_quantized", "fake_quantize_gradients")}
 
     def __enter__(self) -> None:
         pass
@@ -204,8 +210,11 @@ class _Profiled:
     def start(self, model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FakeQuantize):
-                module.with_scale = _marked(module.with_scale)  # type: ignore[method-assign]  # until the end
+                for name in _METHODS:
+                    setattr(module, name, _marked(getattr(module, name)))  # until the end
                 self._marked.append(module)
+        for name, function in self._functions.items():
+            setattr(linear, name, _marked(function))
         self._profile.start()
         self.running = True
         self.started = time.perf_counter()
@@ -217,7 +226,10 @@ class _Profiled:
         self._profile.stop()
         self.running = False
         for module in self._marked:
-            del module.with_scale
+            for name in _METHODS:
+                delattr(module, name)
+        for name, function in self._functions.items():
+            setattr(linear, name, function)
 
     def result(self, what: str, stage: str | None, kind: str, path: Path) -> Trace:
         self._profile.export_chrome_trace(str(path))

@@ -79,7 +79,9 @@ class _Linear(torch.autograd.Function):
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.input_spec, ctx.input_dtype, ctx.grid = input_spec, x.dtype, grid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, _weight(weight, scale, zero_point, grid), bias)
+        output = F.linear(x.reshape(-1, x.shape[-1]), _weight(weight, scale, zero_point, grid), bias)
+        # not a view, which later operations could not change in place
+        return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], len(weight)]) if x.dim() != 2 else output
 
     @staticmethod
     @once_differentiable

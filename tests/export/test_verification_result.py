@@ -13,6 +13,7 @@ from torch import nn
 
 from qatkit import QatkitError, QuantSpec, calibrate, prepare_qat, strip_qat
 from qatkit.export.dense import export_dense
+from qatkit.export.formats import FORMATS
 from qatkit.export.interface import Bound, Measured, ReadBack
 from qatkit.export.judges import MetricJudge, TaskJudge
 from qatkit.export.outputs import Output, Outputs
@@ -183,12 +184,12 @@ def test_the_metric_or_the_task_scores_the_outputs() -> None:
 
 def test_the_text_of_a_result_has_its_numbers() -> None:
     passed = outputs({"": Output(values=8, error=1.0)}, runtime_metric=0.25)
-    rest = "the accuracy is 0.2500 (trained: 0.5000)"
-    assert _summary([], ReadBack(4, [], None), 0, Bound("x", 0.5), passed) == (
+    row, rest = FORMATS["dense"], "the accuracy is 0.2500 (trained: 0.5000)"
+    assert _summary([], ReadBack(4, [], None), row, 0, Bound("x", 0.5), passed) == (
         f"passed: over 5 samples, outputs differ by 0.12 on average (bound: x, 0.5); {rest}"
     )
-    assert _summary([], ReadBack(4, [], None), 2, Bound("not bounded", None), passed) == (
+    assert _summary([], ReadBack(4, [], None), row, 2, Bound("not bounded", None), passed) == (
         "passed: all 4 weights of 2 quantized layers match the trained ones; over 5 samples, outputs differ by 0.12 on "
         f"average (bound: not bounded); {rest}"
     )
-    assert _summary(["no"], ReadBack(4, [], None), 2, Bound("x", 0.5), outputs({}, ran=False)) == "FAILED: no"
+    assert _summary(["no"], ReadBack(4, [], None), row, 2, Bound("x", 0.5), outputs({}, ran=False)) == "FAILED: no"

@@ -114,6 +114,15 @@ def test_a_weight_that_is_changed_before_the_backward_pass_is_an_error_as_in_tor
         loss.backward()
 
 
+def test_the_output_may_be_changed_in_place_as_in_torch() -> None:
+    model, x = made(SPECS["W4A8"], True, torch.float32)
+    first, last = model[0](x), model(x)  # type: ignore[index, operator]
+    first.relu_()
+    last += 1
+    (first.sum() + last.sum()).backward()
+    assert model[0].weight.grad is not None  # type: ignore[index, union-attr]
+
+
 def test_a_frozen_weight_and_an_input_without_batch_have_gradients() -> None:
     model, x = made(SPECS["W4A8"], True, torch.float32)
     model.requires_grad_(False)
