@@ -3,8 +3,8 @@
 Run: python benchmarks/roofline.py [--quick]
 
 Every network is exported in each scheme with random weights, because latency does not depend on their values. It is
-predicted from `local_device()`, as in `qatkit profile`, and measured in processor time of one thread, which is the
-latency on an idle machine, and depends little on other processes.
+predicted from `local_device()`, as in `qatkit profile`, and measured as the median wall time of a call on one thread.
+Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def measured(name: str, network: Network, device: Device, repeats: int) -> list[
         for size in network.batches:
             batch = network.example.repeat(size, *[1] * (network.example.dim() - 1))
             timers = {key: partial(timed, partial(runtime, batch)) for key, runtime in runtimes.items()}
-            times = {key: min(found) for key, found in in_random_order(timers, repeats).items()}
+            times = {key: median(found) for key, found in in_random_order(timers, repeats).items()}
             for scheme, (_, plain, technique) in written.items():
                 costs = layer_costs(plain.to("meta"), partial(plain, batch.to("meta")))
                 bare, full = predictions(costs, technique, device)
@@ -137,9 +137,9 @@ def measured(name: str, network: Network, device: Device, repeats: int) -> list[
 
 
 def timed(call: Callable[[], object], least: float = 5e-3) -> float:
-    """Processor seconds of this thread per call, over several calls."""
-    count, began = 0, time.thread_time()
-    while (passed := time.thread_time() - began) < least:
+    """Seconds per call, over several calls."""
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < least:
         call()
         count += 1
     return passed / count

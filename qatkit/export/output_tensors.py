@@ -7,7 +7,9 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qatkit.errors import QatkitError
 
 
 def tensors(outputs: Any) -> dict[str, Tensor]:
@@ -27,6 +29,35 @@ def tensors(outputs: Any) -> dict[str, Tensor]:
     elif is_dataclass(outputs):
         entries = vars(outputs).items()
     return {f"{key}.{name}".rstrip("."): tensor for key, part in entries for name, tensor in tensors(part).items()}
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Call a model on an example without gradients, and return the result of `tensors`.
+
+    Raises:
+        QatkitError: the model fails on the example, or does not return a tensor.
+
+    Example:
+        >>> list(outputs_of(torch.nn.Linear(2, 1), {"input": torch.zeros(3, 2)}))
+        ['']
+    """
+    try:
+        with torch.no_grad():
+            outputs = model(**inputs)
+    except QatkitError:
+        raise
+    except Exception as error:  # a forward may raise anything
+        raise QatkitError(
+            f"the model fails on the example: {type(error).__name__}: {error}",
+            advice="pass the inputs of one call; if `forward` computes with the weight of a quantized layer itself, "
+            "exclude that layer",
+        ) from error
+    if not (found := tensors(outputs)):
+        raise QatkitError(
+            f"the model returned {kinds(outputs)}, which contains no tensor",
+            advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
+        )
+    return found
 
 
 def nested(flat: Mapping[str, Any]) -> Any:

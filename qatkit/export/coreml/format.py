@@ -27,6 +27,7 @@ from qatkit.export.dense import check as check_tied
 from qatkit.export.dense import dense_state
 from qatkit.export.formats import FORMATS
 from qatkit.export.interface import EXACT, Bound, ExportContext, Measured, PlannedExport, ReadBack
+from qatkit.export.module_classes import check_classes
 from qatkit.export.onnx.inputs import inputs_of
 from qatkit.export.output_tensors import tensors
 from qatkit.quantization.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
@@ -61,11 +62,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
         )
     for name, scheme in planned.schemes.items():
         _check_layer(name, model.get_submodule(name), scheme)
-    for name, module in model.named_modules():
-        kind = type(module)
-        of_torch = kind.__module__.startswith("torch.nn.") and kind.__module__ != nn.Sequential.__module__
-        if of_torch and next(module.children(), None) is None and kind not in _MODULES:
-            raise QatkitError(f"layer '{name}': Core ML export does not support {kind.__name__}", advice=INSTEAD)
+    check_classes(model, _MODULES, "Core ML", INSTEAD)
     names: dict[str, str] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dtype != torch.float32:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qatkit.errors import QatkitError
 from qatkit.export.executorch.content import METADATA
 from qatkit.export.onnx.inputs import Inputs
-from qatkit.export.output_tensors import kinds, tensors
+from qatkit.export.output_tensors import outputs_of, tensors
 
 INSTEAD = "use export: {format: onnx}"
 _GEMM = {"linear", "convolution", "addmm", "mm"}
@@ -38,7 +38,8 @@ def lower(model: nn.Module, inputs: Inputs) -> bytes:
         QatkitError: the model fails on the example or does not return a tensor; PyTorch or ExecuTorch cannot trace it;
             or XNNPACK would compute a quantized layer in floating point.
     """
-    names = list(_outputs_of(model, inputs))
+    with _quiet():
+        names = list(outputs_of(model, inputs.tensors))
     _return_tensors(model)
     try:
         with _quiet(), torch.no_grad():
@@ -136,26 +137,6 @@ def _layers(model: nn.Module, program: Any) -> dict[str, str]:
             if node.op != "call_function" or not _GEMM & set(node.target.__name__.split(".")):
                 continue
             found[str(node.meta["debug_handle"])] = first[id(model.get_submodule(_path(node)))]
-    return found
-
-
-def _outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    try:
-        with _quiet(), torch.no_grad():
-            outputs = model(**inputs.tensors)
-    except QatkitError:
-        raise
-    except Exception as error:  # a forward may raise anything
-        raise QatkitError(
-            f"the model fails on the example: {type(error).__name__}: {error}",
-            advice="pass the inputs of one call; if `forward` computes with the weight of a quantized layer itself, "
-            "exclude that layer",
-        ) from error
-    if not (found := tensors(outputs)):
-        raise QatkitError(
-            f"the model returned {kinds(outputs)}, which contains no tensor",
-            advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
-        )
     return found
 
 

@@ -22,6 +22,7 @@ from qatkit.export.litert.graph import INSTEAD, Graph
 from qatkit.export.litert.operators import unsupported
 from qatkit.export.litert.products import OPERATORS
 from qatkit.export.litert.read_back import compare_and_load
+from qatkit.export.module_classes import check_classes
 from qatkit.export.onnx import format as onnx
 from qatkit.export.onnx.limits import check as check_onnx
 from qatkit.export.onnx.runtime import NAMED, ONLY_OUTPUT, check_dtypes
@@ -50,11 +51,7 @@ def check(model: nn.Module, planned: PlannedExport) -> None:
     """
     for name, scheme in planned.schemes.items():
         _check_layer(name, model.get_submodule(name), scheme)
-    for name, module in model.named_modules():
-        kind = type(module)
-        of_torch = kind.__module__.startswith("torch.nn.") and kind.__module__ != nn.Sequential.__module__
-        if of_torch and next(module.children(), None) is None and kind not in _MODULES:
-            raise QatkitError(f"layer '{name}': LiteRT export does not support {kind.__name__}", advice=INSTEAD)
+    check_classes(model, _MODULES, "LiteRT", INSTEAD)
     try:
         check_onnx(model, planned, packs=False)
     except QatkitError as error:

@@ -30,7 +30,7 @@ from qatkit.export.onnx.qdq_layers import QDQ
 from qatkit.export.onnx.qdq_recurrent import QDQRecurrent
 from qatkit.export.onnx.recurrent import BIAS, name_steps, recurrent_translations
 from qatkit.export.onnx.runtime import NAMED, ONLY_OUTPUT
-from qatkit.export.output_tensors import kinds, tensors
+from qatkit.export.output_tensors import outputs_of, tensors
 from qatkit.spec import QuantSpec
 
 
@@ -77,7 +77,8 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
     Raises:
         QatkitError: the model fails on the example or does not return a tensor, or PyTorch cannot trace it.
     """
-    found = _outputs_of(model, inputs)
+    with _quiet():
+        found = outputs_of(model, inputs.tensors)
     names = [name or ONLY_OUTPUT for name in found]
     if both := inputs.tensors.keys() & set(names):
         raise QatkitError(
@@ -105,26 +106,6 @@ def trace(model: nn.Module, inputs: Inputs, opset: int) -> Any:
         stacklevel=4,
     )
     return _named(program, found)
-
-
-def _outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    try:
-        with _quiet(), torch.no_grad():
-            outputs = model(**inputs.tensors)
-    except QatkitError:
-        raise
-    except Exception as error:  # a forward may raise anything
-        raise QatkitError(
-            f"the model fails on the example: {type(error).__name__}: {error}",
-            advice="pass the inputs of one call; if `forward` computes with the weight of a quantized layer itself, "
-            "exclude that layer",
-        ) from error
-    if not (found := tensors(outputs)):
-        raise QatkitError(
-            f"the model returned {kinds(outputs)}, which contains no tensor",
-            advice="return a tensor, or tensors in dicts, lists, tuples or dataclasses",
-        )
-    return found
 
 
 def _named(program: Any, outputs: dict[str, Tensor]) -> Any:
