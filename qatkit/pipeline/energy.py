@@ -41,7 +41,7 @@ def serving_energy(run: Run, country: str, served: Sequence[tuple[str, int]]) ->
         served: Names of exported files, with batch sizes.
 
     Raises:
-        QatkitError: codecarbon is not installed, it does not know the country, or a file cannot be loaded.
+        QatkitError: codecarbon is not installed, it does not know the country, or a file is unknown or damaged.
     """
     check_packages("--country", ["codecarbon"], "energy")
     from codecarbon import OfflineEmissionsTracker
@@ -56,6 +56,11 @@ def serving_energy(run: Run, country: str, served: Sequence[tuple[str, int]]) ->
             advice=did_you_mean(country, known) or "use a code of three letters, such as DEU or USA",
         )  # fmt: skip
     exports = {exported.name: exported for exported in exports_of(run)}
+    if missing := sorted({name for name, _ in served} - exports.keys()):
+        raise QatkitError(
+            f"the report has '{missing[0]}', which the run does not export any more", key=str(run.out / "report.json"),
+            advice=f"run `qatkit report {run.out}`",
+        )  # fmt: skip
     example = example_of(first_batch(held_out_data(run)))
     found = []
     for name, batch in served:

@@ -12,7 +12,11 @@ from codecarbon.input import DataSource
 from qatkit.advise.devices import DEVICES
 from qatkit.advise.price import per_day, per_thousand
 from qatkit.advise.roofline import call_seconds, layer_costs, training
+from qatkit.errors import QatkitError
 from qatkit.models import mlp
+from qatkit.pipeline.energy import serving_energy
+from qatkit.recipe.loading import load_recipe
+from qatkit.run.folder import Run
 from tests.cli.in_process import qatkit
 
 
@@ -140,3 +144,6 @@ def test_latencies_are_those_of_a_report_and_their_energy_is_measured(
     assert one["watt_hours"] > many["watt_hours"] > 0, "a batch of many takes less per request"
     done = qatkit("cost", "run", "--price", "3.6", "--country", "DEX", cwd=tmp_path)
     assert "--country: codecarbon has no data for 'DEX'" in done.err
+    run = Run(load_recipe(tmp_path / "run" / "recipe.yaml"), tmp_path / "run")
+    with pytest.raises(QatkitError, match="the report has 'before', which the run does not export any more"):
+        serving_energy(run, "DEU", [("before", 1)])
